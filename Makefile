@@ -1,0 +1,74 @@
+# `make run` and `make test` need nothing installed by hand: they make .venv once, or use the system's
+# python3 where it already has torch and CuPy (a GPU machine). PYTHON=... chooses another interpreter.
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.PHONY: help run test test-gpu test-dist bench lint type fmt sanitize dist clean
+
+N ?= 4
+ARGS ?=
+CUDA ?= cu13
+TORCH ?= torch==2.13.0
+NEEDS := torch cupy cuda filelock platformdirs pytest pytest_timeout rich
+HAS := python3 -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))'
+ifndef PYTHON
+PYTHON := $(shell $(HAS) $(NEEDS) 2>/dev/null && echo python3 || echo .venv/bin/python)
+endif
+ifeq ($(PYTHON),.venv/bin/python)
+READY := .venv/.ready
+CU12 := .venv-cu12/.ready
+endif
+CLANG_FORMAT := $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)))clang-format
+export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
+
+help: ## list the targets
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+
+run: $(READY) ## a MoE layer over N processes: GPUs if there are any, else 4 on the CPU
+	$(PYTHON) examples/moe_layer.py $(if $(filter file,$(origin N)),,--ranks $(N)) $(ARGS)
+
+test: $(READY) $(CU12) ## what needs no GPU: CPU backend, emulated kernels, compiles
+	$(PYTHON) -m pytest tests/cpu $(ARGS)
+
+test-gpu: $(READY) ## one GPU, virtual ranks
+	$(PYTHON) -m pytest tests/gpu $(ARGS)
+
+test-dist: $(READY) ## N GPUs, one process each   (make test-dist N=4)
+	EPJIT_TEST_RANKS=$(N) $(PYTHON) -m pytest tests/dist $(ARGS)
+
+bench: $(READY) ## times of N GPUs beside the link ceiling   (ARGS="--json out.jsonl --plot out.png")
+	$(PYTHON) bench/bench.py --ranks $(N) $(ARGS)
+
+lint: $(READY) ## ruff and clang-format
+	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(MAKE) -s format-cuda MODE='--dry-run -Werror'
+
+type: $(READY) ## mypy
+	$(PYTHON) -m mypy
+
+fmt: $(READY) ## format Python and CUDA
+	$(PYTHON) -m ruff check --fix-only . && $(PYTHON) -m ruff format . && $(MAKE) -s format-cuda MODE=-i
+
+sanitize: $(READY) ## compute-sanitizer memcheck and racecheck over tests/gpu at small sizes
+	for tool in memcheck racecheck; do EPJIT_TEST_SMALL=1 compute-sanitizer --tool $$tool --error-exitcode 9 \
+	  --target-processes all $(PYTHON) -m pytest tests/gpu --timeout 1800 $(ARGS) || exit 1; done
+
+dist: $(READY) ## the wheels of epjit and of compat/, in dist/
+	$(PYTHON) -m build --wheel --outdir dist . && $(PYTHON) -m build --wheel --outdir dist compat
+
+clean: ## remove environments, caches and builds
+	rm -rf .venv .venv-cu12 build dist compat/build .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	find . -name __pycache__ -prune -exec rm -rf {} + ; rm -rf ./*.egg-info compat/*.egg-info
+
+.PHONY: format-cuda
+format-cuda:
+	git ls-files -co --exclude-standard '*.cu' '*.cuh' '*.h' | xargs -r $(CLANG_FORMAT) $(MODE)
+
+.venv/.ready: pyproject.toml
+	python3 -m venv .venv
+	.venv/bin/python -m pip install -qq '$(TORCH)' -e '.[$(CUDA),torch,dev]'
+	touch $@
+
+# A second, tiny environment: the compile tests run every kernel through CUDA 12's NVRTC too.
+.venv-cu12/.ready:
+	python3 -m venv .venv-cu12
+	.venv-cu12/bin/python -m pip install -qq 'cuda-bindings>=12.8,<13' 'nvidia-cuda-nvrtc-cu12==12.8.*' numpy filelock platformdirs
+	touch $@

@@ -1,0 +1,138 @@
+"""The link ceiling: what a plain bulk copy to all peers at once reaches with the same SMs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from epjit.runtime import device as gpu
+from epjit.runtime import jit
+
+_STAGES = 2
+_MBARRIER_BYTES = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class CopyConfig(jit.KernelConfig):
+    """Compile-time values of `bench/copy.cu`.
+
+    Attributes:
+        num_ranks: GPUs that copy to each other.
+        num_warps: warps of a block; each has two rows of shared memory.
+        row_bytes: bytes of one bulk copy, a multiple of 128.
+        pull: read from the peers instead of writing to them.
+    """
+
+    source: ClassVar[str] = "bench/copy.cu"
+    op: ClassVar[str] = "copy"
+
+    num_ranks: int
+    num_warps: int
+    row_bytes: int
+    pull: bool
+
+    @property
+    def threads(self) -> int:
+        """Threads of a block."""
+        return self.num_warps * 32
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return self.num_warps * _STAGES * (self.row_bytes + _MBARRIER_BYTES)
+
+    @property
+    def tag(self) -> str:
+        """Namespace of the kernel."""
+        return f"bench_r{self.num_ranks}_{'pull' if self.pull else 'push'}"
+
+
+def copy_config(arch: str, *, num_ranks: int, pull: bool) -> CopyConfig:
+    """The shape that came out best on H200 (15 warps of two 7168-byte rows), or what fits.
+
+    Args:
+        arch: `sm_90` or newer.
+        num_ranks: GPUs that copy to each other, 2 to 8.
+        pull: read instead of write.
+
+    Returns:
+        The config of the copy kernel.
+    """
+    row_bytes = 7168
+    fitting = gpu.shared_limit(arch) // (_STAGES * (row_bytes + _MBARRIER_BYTES))
+    return CopyConfig(
+        num_ranks=num_ranks, num_warps=min(15, fitting), row_bytes=row_bytes, pull=pull
+    )
+
+
+def example_configs(arch: str) -> list[CopyConfig]:
+    """What the compile tests compile; nothing where there are no bulk copies (before sm_90)."""
+    if gpu.arch_number(arch) < 90:
+        return []
+    return [copy_config(arch, num_ranks=4, pull=pull) for pull in (False, True)]
+
+
+class LinkCopy:
+    """Rows of every rank travel to all its peers at once.
+
+    Args:
+        group: the ranks, one GPU each.
+        device: this rank's GPU.
+        bytes_per_peer: what each rank sends to each peer.
+        pull: read instead of write.
+        memory: symmetric memory of at least `bytes_needed()`.
+    """
+
+    def __init__(
+        self, group: Any, *, device: int, bytes_per_peer: int, pull: bool, memory: Any
+    ) -> None:
+        config = copy_config(gpu.arch_of(device), num_ranks=group.size, pull=pull)
+        self.group = group
+        self.memory = memory
+        self.row_bytes = config.row_bytes
+        self.num_rows = bytes_per_peer // config.row_bytes
+        self.sent_bytes = self.num_rows * config.row_bytes * (group.size - 1)
+        self._launch = jit.Launch(
+            jit.Kernel(config, device=device),
+            memory=[*memory.peer_ptrs, *[0] * (8 - group.size)],
+            num_rows=self.num_rows,
+            rank=group.rank,
+        )
+
+    def __call__(self, stream: int, num_sms: int) -> None:
+        """Copies once, on the stream, with one block an SM."""
+        self._launch(stream, num_sms)
+
+    def check(self, run: Callable[[], None], barrier: Callable[[], None]) -> None:
+        """Runs once on rows that name their sender, and compares every byte that arrived.
+
+        Args:
+            run: copies once.
+            barrier: returns when all ranks have finished what they launched before it.
+
+        Raises:
+            RuntimeError: A row is not what its sender sent.
+        """
+        import torch
+
+        size, rank = self.group.size, self.group.rank
+        words = self.memory.tensor(torch.int32)[: 2 * size * self.num_rows * self.row_bytes // 4]
+        sent, taken = words.view(2, size, self.num_rows, self.row_bytes // 4)
+        index = torch.arange(sent[0].numel(), dtype=torch.int32, device=words.device).view(
+            sent[0].shape
+        )
+        for peer in range(size):
+            sent[peer] = index * 64 + rank * 8 + peer
+        taken.fill_(-1)
+        barrier()
+        run()
+        barrier()
+        for peer in range(size):
+            if peer != rank and not torch.equal(taken[peer], index * 64 + peer * 8 + rank):
+                raise RuntimeError(f"rank {rank} did not get what rank {peer} sent")
+
+
+def bytes_needed(bytes_per_peer: int, num_ranks: int) -> int:
+    """Symmetric memory that `LinkCopy` needs."""
+    return 2 * num_ranks * bytes_per_peer

@@ -1,0 +1,107 @@
+"""Timing for DeepEP's own test scripts."""
+
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch.profiler import ProfilerActivity, profile
+
+__all__ = ["bench", "bench_kineto"]
+
+_FLUSH_BYTES = 256 << 20  # several times the largest L2
+
+
+def bench(
+    fn: Callable[[], Any],
+    num_warmups: int = 50,
+    num_tests: int = 50,
+    post_fn: Callable[[], Any] | None = None,
+) -> tuple[float, float, float]:
+    """Times calls on the current stream by events, the L2 flushed once before them.
+
+    Args:
+        fn: what is timed.
+        num_warmups: calls before the first timed one.
+        num_tests: timed calls; the first is dropped.
+        post_fn: called after each timed call, outside its time.
+
+    Returns:
+        Mean, least and greatest seconds a call.
+    """
+    for _ in range(num_warmups):
+        fn()
+    torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda").zero_()
+    spans = []
+    for _ in range(num_tests):
+        start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+        start.record()
+        fn()
+        end.record()
+        spans.append((start, end))
+        if post_fn is not None:
+            post_fn()
+    torch.cuda.synchronize()
+    seconds = [start.elapsed_time(end) / 1e3 for start, end in spans][1:]
+    return statistics.fmean(seconds), min(seconds), max(seconds)
+
+
+def bench_kineto(
+    fn: Callable[[], Any],
+    kernel_names: str | tuple[str, ...],
+    num_tests: int = 30,
+    suppress_kineto_output: bool = False,
+    trace_path: str | None = None,
+    barrier_comm_profiling: bool = False,
+    num_kernels_per_period: int = 1,
+) -> Any:
+    """Times kernels by name with torch's profiler.
+
+    Args:
+        fn: launches the kernels.
+        kernel_names: one part of a kernel's name, or several.
+        num_tests: profiled calls.
+        suppress_kineto_output: accepted; nothing is printed here.
+        trace_path: where to write a Chrome trace.
+        barrier_comm_profiling: line the ranks up by a long kernel and an all-reduce first.
+        num_kernels_per_period: launches of one name a call; above 1 their times stay apart.
+
+    Returns:
+        Mean seconds of the kernel, or a list of `num_kernels_per_period` means; for several names
+        a tuple of these.
+
+    Raises:
+        RuntimeError: a name matches no kernel, or launches that fill no whole period.
+    """
+    with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
+        if barrier_comm_profiling:
+            torch.cuda._sleep(int(2e7))
+            dist.all_reduce(torch.ones(1, dtype=torch.float32, device="cuda"))
+        for _ in range(num_tests):
+            fn()
+        torch.cuda.synchronize()
+    if trace_path is not None:
+        profiler.export_chrome_trace(trace_path)
+    kernels = sorted(
+        (e for e in profiler.events() if e.device_type == torch.autograd.DeviceType.CUDA),
+        key=lambda event: event.time_range.start,
+    )
+
+    def seconds(name: str) -> Any:
+        spans = [event.time_range.elapsed_us() / 1e6 for event in kernels if name in event.name]
+        if not spans or len(spans) % num_kernels_per_period:
+            raise RuntimeError(
+                f"{len(spans)} launches of a kernel named *{name}*, expected a positive multiple "
+                f"of {num_kernels_per_period}"
+            )
+        if num_kernels_per_period == 1:
+            return statistics.fmean(spans)
+        return [
+            statistics.fmean(spans[first::num_kernels_per_period])
+            for first in range(num_kernels_per_period)
+        ]
+
+    if isinstance(kernel_names, str):
+        return seconds(kernel_names)
+    return tuple(seconds(name) for name in kernel_names)

@@ -1,0 +1,73 @@
+"""The matcher of tensor arguments: one place that says what was expected and what came."""
+
+from __future__ import annotations
+
+import torch
+
+
+def check(
+    name: str,
+    tensor: object,
+    *,
+    shape: tuple[int | str, ...],
+    dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
+    device: torch.device | None = None,
+    contiguous: bool = True,
+    why: str = "",
+) -> torch.Tensor:
+    """Checks one tensor argument.
+
+    Args:
+        name: Name of the argument, for the message.
+        tensor: The argument.
+        shape: Expected extents: a number, or a word that names an extent of any size.
+        dtype: Expected dtype, one of several, or None for any.
+        device: Expected device, or None for any.
+        contiguous: Whether the tensor must be contiguous.
+        why: Where the expectation comes from, for the message.
+
+    Returns:
+        The tensor.
+
+    Raises:
+        TypeError: Not a tensor, or another dtype.
+        ValueError: Another shape or device, or not contiguous.
+    """
+    if not isinstance(tensor, torch.Tensor):
+        raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    got = tensor.shape
+    if len(got) != len(shape) or any(
+        isinstance(want, int) and want != have for want, have in zip(shape, got, strict=True)
+    ):
+        expected = ", ".join(str(extent) for extent in shape)
+        raise ValueError(
+            f"{name} has shape {tuple(got)}, expected ({expected}){': ' + why if why else ''}"
+        )
+    if dtype is not None and tensor.dtype != dtype and tensor.dtype not in (
+        dtype if isinstance(dtype, tuple) else ()
+    ):
+        allowed = " or ".join(str(d) for d in (dtype if isinstance(dtype, tuple) else (dtype,)))
+        raise TypeError(f"{name} has dtype {tensor.dtype}, expected {allowed}; convert it with .to()")
+    if device is not None and tensor.device != device:
+        raise ValueError(
+            f"{name} is on {tensor.device}, but this Buffer is on {device}; move it with .to({str(device)!r})"
+        )
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(
+            f"{name} has strides {tensor.stride()} for shape {tuple(got)}, expected a contiguous tensor; "
+            "pass .contiguous()"
+        )
+    return tensor
+
+
+def check_aligned(name: str, tensor: torch.Tensor, alignment: int = 16) -> None:
+    """Checks the address of a tensor whose rows are moved in pieces of 16 bytes.
+
+    Raises:
+        ValueError: The address is not a multiple of `alignment`.
+    """
+    if tensor.data_ptr() % alignment:
+        raise ValueError(
+            f"{name} starts at address {tensor.data_ptr():#x}, which is not a multiple of {alignment} bytes "
+            "(a view into another tensor?); pass .clone()"
+        )

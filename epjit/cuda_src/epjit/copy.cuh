@@ -1,0 +1,116 @@
+// How one warp moves whole rows: lane i says where row i lies and where it goes.
+//
+//   TMA   global -> the warp's part of shared memory -> global, by bulk copies; one SM moves 42 GB/s over NVLink this way
+//         and 48 GB/s within the GPU (H200), and the threads are free meanwhile
+//   ldst  16-byte loads and stores through registers, eight in flight a thread; any architecture
+//
+// Both leave the stores in flight; flush() waits until this warp's bytes are written, which is needed before a signal
+// that says so, and before the kernel ends.
+//
+// Who must order what: a row that another GPU wrote was acquired by generic loads, the bulk copy reads through the async
+// proxy, hence acquired() between the two. flush() makes the bulk stores visible to the lane that issued them; the
+// __syncwarp in it, then a st.release.sys of any lane, publishes all of them (release is cumulative).
+#pragma once
+#include "epjit/sync.cuh"
+
+namespace epjit {
+
+constexpr int copier_shared_bytes(bool tma, int num_warps, int rows_per_warp, int row_bytes) {
+  return tma ? num_warps * (rows_per_warp * row_bytes + static_cast<int>(sizeof(uint64_t))) : 0;
+}
+
+template <bool kTma, int kNumWarps, int kRows, int kRowBytes>
+class RowCopier {
+  static_assert(kRowBytes > 0 && kRowBytes % 16 == 0, "a row is moved in pieces of 16 bytes");
+  static_assert(kRows >= 1 && kRows <= kWarpSize, "one lane a row");
+
+ public:
+  // shared: copier_shared_bytes() bytes, the same address in all warps. Followed by a __syncwarp of the caller.
+  __device__ RowCopier(char* shared, int warp, int lane) : lane_(lane) {
+    if constexpr (kTma) {
+      rows_ = shared + warp * (kRows * kRowBytes);
+      bar_ = reinterpret_cast<uint64_t*>(shared + kNumWarps * kRows * kRowBytes) + warp;
+      if (lane == 0) {
+        ptx::mbarrier_init(bar_, 1);
+        ptx::fence_mbarrier_init();
+      }
+      __syncwarp();
+    }
+  }
+
+  // To be called between the wait for rows that a peer wrote and their copy.
+  __device__ void acquired() const {
+    if constexpr (kTma) ptx::fence_proxy_async();
+  }
+
+  // Row of this lane: src -> dst, and -> dst2, where these are not null. Lanes with src = null (always those from kRows
+  // on) move nothing. Returns when src has been read.
+  __device__ void copy(const char* src, char* dst, char* dst2 = nullptr) {
+    if constexpr (kTma) {
+      ptx::bulk_wait_read();  // this lane's part of shared memory is free
+      const uint32_t movers = __ballot_sync(kFullMask, src != nullptr);
+      if (movers == 0) return;
+      if (lane_ == 0) ptx::mbarrier_arrive_expect_tx(bar_, __popc(movers) * kRowBytes);
+      __syncwarp();
+      char* const row = rows_ + lane_ * kRowBytes;
+      if (src != nullptr) ptx::bulk_load(row, src, kRowBytes, bar_);
+      wait_bulk_loads(bar_, phase_);
+      phase_ ^= 1;
+      if (src != nullptr) {
+        if (dst != nullptr) ptx::bulk_store(dst, row, kRowBytes);
+        if (dst2 != nullptr) ptx::bulk_store(dst2, row, kRowBytes);
+        ptx::bulk_commit();
+      }
+    } else {
+      for (int i = 0; i < kRows; ++i) {
+        const char* row_src = from_lane(src, i);
+        char* row_dst = from_lane(dst, i);
+        char* row_dst2 = from_lane(dst2, i);
+        if (row_src != nullptr) copy_row(row_src, row_dst, row_dst2);
+      }
+    }
+  }
+
+  // Waits until everything this warp has copied is written.
+  __device__ void flush() const {
+    if constexpr (kTma) ptx::bulk_wait();
+    __syncwarp();
+  }
+
+ private:
+  template <typename T>
+  __device__ static T* from_lane(T* ptr, int lane) {
+    return reinterpret_cast<T*>(__shfl_sync(kFullMask, reinterpret_cast<uint64_t>(ptr), lane));
+  }
+
+  __device__ void copy_row(const char* src, char* dst, char* dst2) const {
+    constexpr int kVecs = kRowBytes / 16;
+    constexpr int kUnroll = 8;
+    for (int first = lane_; first < kVecs; first += kUnroll * kWarpSize) {
+      Vec16 v[kUnroll];
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i)
+        if (first + i * kWarpSize < kVecs) v[i] = ptx::ld_v4(src + (first + i * kWarpSize) * 16);
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        if (first + i * kWarpSize >= kVecs) continue;
+        if (dst != nullptr) ptx::st_v4(dst + (first + i * kWarpSize) * 16, v[i]);
+        if (dst2 != nullptr) ptx::st_v4(dst2 + (first + i * kWarpSize) * 16, v[i]);
+      }
+    }
+  }
+
+  int lane_;
+  char* rows_ = nullptr;
+  uint64_t* bar_ = nullptr;
+  uint32_t phase_ = 0;
+};
+
+// A warp takes the next unit of work: lane 0 draws from `counter`, all lanes get the number.
+__device__ __forceinline__ uint32_t next_unit(uint32_t* counter, int lane) {
+  uint32_t unit = 0;
+  if (lane == 0) unit = atomicAdd(counter, 1u);
+  return __shfl_sync(kFullMask, unit, 0);
+}
+
+}  // namespace epjit

@@ -1,0 +1,169 @@
+// The only place that waits, and what a rank tells its peers.
+//
+// Every rank owns, in symmetric memory, outside what users may write:
+//   signals [32] u64   0..7   finish[peer]            epoch of the last operation that the peer has finished
+//                      8..23  done[peer][window & 1]  (epoch, window + 1): the peer has used up that window's slots
+//                      24..31 notify[peer]            epoch of the last notify whose counts the peer has written
+//   words   [num_ranks, num_slots] u64                one a (source rank, slot): what lies in the slot
+//   notify  [num_ranks, notify_stride] i32            counts, written by notify.cu
+// One writer each, values only grow (or are compared for equality), so nothing is ever reset.
+//
+// An operation (notify, dispatch, combine) has an epoch: one more than the word `epoch` in local memory holds. Its first
+// write to memory that a peer may still use is preceded by enter(): every peer has finished epoch - 1. Its last block
+// calls finish_operation(). The epoch lives on the device, so a CUDA graph replays.
+//
+// Slots are used in windows: token t lies in slot t % num_slots and belongs to window t / (num_slots / 2). Window w
+// overwrites the slots of window w - 2, so its writer first waits for done(w - 2) of all that read those.
+//
+// A wait that runs out of time does not trap: it writes one fault record to host memory, raises the rank's abort word,
+// and from then on every wait of this rank fails. A failed wait makes its warp leave for the end of the kernel.
+#pragma once
+#include "epjit/ptx.cuh"
+
+namespace epjit {
+
+// What a fault record calls the wait. Python reads these lines: "name = value,  // operation: text".
+enum WaitTag : int32_t {
+  kWaitNotifyEntry = 1,      // notify: end of the peer's previous operation
+  kWaitNotifyCounts = 2,     // notify: counts
+  kWaitDispatchEntry = 3,    // dispatch: end of the peer's previous operation
+  kWaitDispatchWindow = 4,   // dispatch: slots that the peer still reads
+  kWaitDispatchToken = 5,    // dispatch: a token
+  kWaitCombineEntry = 6,     // combine: end of the peer's previous operation
+  kWaitCombineWindow = 7,    // combine: slots that the peer still reads
+  kWaitCombineToken = 8,     // combine: a token
+};
+
+// Who waits; the same for a whole kernel.
+struct Waiter {
+  uint64_t* fault;      // host memory, [8]: state, tag, rank, peer, index, expected, seen, epoch
+  uint32_t* abort;      // local: not zero once a wait of this rank has failed
+  uint64_t timeout_ns;  // of one wait
+  int32_t rank;
+  uint32_t epoch;
+};
+
+__device__ inline void report_fault(const Waiter& waiter, WaitTag tag, int peer, uint64_t index, uint64_t expected,
+                                    uint64_t seen) {
+  if (ptx::atom_cas_sys(waiter.abort, 0, 1) != 0) return;  // the first one speaks
+  const uint64_t record[8] = {1,     static_cast<uint64_t>(tag), static_cast<uint64_t>(waiter.rank),
+                              static_cast<uint64_t>(peer), index, expected, seen, waiter.epoch};
+  for (int i = 1; i < 8; ++i) ptx::st_relaxed_sys(waiter.fault + i, record[i]);
+  ptx::st_release_sys(waiter.fault, record[0]);
+}
+
+// Polls until reached(value of *word) holds. False: out of time, or another wait of this rank has failed.
+template <typename Reached>
+__device__ __forceinline__ bool wait_until(const Waiter& waiter, WaitTag tag, int peer, uint64_t index,
+                                           uint64_t expected, const uint64_t* word, uint64_t& seen,
+                                           Reached reached) {
+  seen = ptx::ld_acquire_sys(word);
+  if (reached(seen)) return true;
+  const uint64_t start = ptx::globaltimer();
+  for (uint32_t polls = 1;; ++polls) {
+    seen = ptx::ld_acquire_sys(word);
+    if (reached(seen)) return true;
+    if (polls % 64 != 0) continue;
+    if (ptx::ld_relaxed_gpu(waiter.abort) != 0) return false;
+    if (ptx::globaltimer() - start > waiter.timeout_ns) {
+      report_fault(waiter, tag, peer, index, expected, seen);
+      return false;
+    }
+  }
+}
+
+// Waits for a signal that only grows. The signed difference survives the epoch's wrap-around.
+__device__ __forceinline__ bool wait_signal(const Waiter& waiter, WaitTag tag, int peer, const uint64_t* signal,
+                                            uint64_t expected) {
+  uint64_t seen;
+  return wait_until(waiter, tag, peer, 0, expected, signal, seen,
+                    [&](uint64_t value) { return static_cast<int64_t>(value - expected) >= 0; });
+}
+
+// Waits for the bulk loads that complete on `bar`. They read mapped memory and need no peer to act, so there is nobody to
+// name and no time limit; leaving before they land would let them overwrite shared memory that is in use again.
+__device__ __forceinline__ void wait_bulk_loads(uint64_t* bar, uint32_t phase) {
+  while (!ptx::mbarrier_try_wait(bar, phase)) {
+  }
+}
+
+// True when all lanes of the warp say so; what any of them has acquired, all may use (a vote alone orders no memory).
+__device__ __forceinline__ bool all_lanes(bool ok) {
+  ok = __all_sync(kFullMask, ok);
+  __syncwarp();
+  return ok;
+}
+
+// ---- signals -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint64_t* finish_signal(uint64_t signals, int peer) {
+  return reinterpret_cast<uint64_t*>(signals) + peer;
+}
+
+__device__ __forceinline__ uint64_t* done_signal(uint64_t signals, int peer, int window) {
+  return reinterpret_cast<uint64_t*>(signals) + kMaxRanks + 2 * peer + (window & 1);
+}
+
+__device__ __forceinline__ uint64_t* notify_signal(uint64_t signals, int peer) {
+  return reinterpret_cast<uint64_t*>(signals) + 3 * kMaxRanks + peer;
+}
+
+// Epochs and windows share one number; the epoch is its upper half.
+__device__ __forceinline__ uint64_t stamp(uint32_t epoch, uint32_t window) {
+  return static_cast<uint64_t>(epoch) << 32 | window;
+}
+
+// Lane r < num_ranks waits until rank r has finished the operation before this one. Called by a whole warp.
+template <int kNumRanks>
+__device__ __forceinline__ bool enter(const Waiter& waiter, WaitTag tag, uint64_t own_signals, int lane) {
+  bool ok = true;
+  if (lane < kNumRanks && lane != waiter.rank)
+    ok = wait_signal(waiter, tag, lane, finish_signal(own_signals, lane), stamp(waiter.epoch - 1, 0));
+  return all_lanes(ok);
+}
+
+// ---- words ---------------------------------------------------------------------------------------------------------
+
+// A word says which token of which call lies in a slot: epoch (32 bits), window / 2 modulo 256 (8 bits), value (24 bits).
+// Compared for equality, so that what an earlier call or window left behind never matches.
+constexpr uint32_t kNoRow = 0xffffff;  // value: the token does not go to this rank
+
+__device__ __forceinline__ uint64_t make_word(uint32_t epoch, int window, uint32_t value) {
+  return static_cast<uint64_t>(epoch) << 32 | static_cast<uint64_t>((window >> 1) & 0xff) << 24 | value;
+}
+
+__device__ __forceinline__ uint32_t word_value(uint64_t word) { return static_cast<uint32_t>(word) & 0xffffff; }
+
+// Waits for the word of `token`; `word` is what was read.
+__device__ __forceinline__ bool wait_word(const Waiter& waiter, WaitTag tag, int peer, int token, int window,
+                                          const uint64_t* address, uint64_t& word) {
+  const uint64_t expected = make_word(waiter.epoch, window, 0);
+  return wait_until(waiter, tag, peer, token, expected, address, word,
+                    [&](uint64_t value) { return value >> 24 == expected >> 24; });
+}
+
+// ---- the end of an operation ---------------------------------------------------------------------------------------
+
+// Called by all threads of all blocks as their last act. The last block zeroes `counters` (so that they are zero on entry
+// of every operation and no memset is launched), moves the epoch on, and tells the peers. A rank with a fault stays
+// silent: its peers must not take its rows for whole.
+//
+// Order: writes of any thread -> __syncthreads -> acq_rel ticket (gpu) -> the last block -> st.release.sys: cumulative.
+template <int kNumRanks>
+__device__ __forceinline__ void finish_operation(const Waiter& waiter, const uint64_t* signals, uint32_t* counters,
+                                                 int num_counters, uint32_t* epoch) {
+  __syncthreads();
+  if (threadIdx.x >= kWarpSize) return;
+  const int lane = threadIdx.x;
+  uint32_t ticket = 0;
+  if (lane == 0) ticket = ptx::atom_add_acq_rel_gpu(counters, 1);
+  ticket = __shfl_sync(kFullMask, ticket, 0);
+  if (ticket != gridDim.x - 1) return;
+  for (int i = lane; i < num_counters; i += kWarpSize) counters[i] = 0;
+  if (lane == 0) *epoch = waiter.epoch;
+  __syncwarp();
+  if (lane < kNumRanks && lane != waiter.rank && ptx::ld_relaxed_gpu(waiter.abort) == 0)
+    ptx::st_release_sys(finish_signal(signals[lane], waiter.rank), stamp(waiter.epoch, 0));
+}
+
+}  // namespace epjit

@@ -1,0 +1,305 @@
+// Combine inside one NVLink domain: the rows that a dispatch spread come back and are summed, token by token.
+//
+//   combined_x[t] = round(bias_0[t] + bias_1[t] + sum over ranks r, ascending, of x_r[row of t on r])
+//   combined_topk_weights[t, k] = sum over ranks r, ascending, of topk_weights_r[row of t on r, k]
+//
+// in fp32 with one rounding at the end; the sum starts from bias_0, or from +0.0. No weight is applied to x.
+//
+// The rank that holds an expert's output pushes each row to the rank that owns the token; the owner adds. A row crosses
+// NVLink once and is written once; the owner reads it from its own memory. Own rows are read where they lie.
+//
+//   slots[s]  [num_ranks, num_slots, slot_bytes]  of owner s; row (r, .) is written by r; token t lies in t % num_slots:
+//             { row [hidden_bytes], topk_weights [num_topk] f32 }
+//   words[s]  [num_ranks, num_slots]              row (r, .) is written by r after the row (release): sync.cuh
+//
+// Push    (the first warps of a block)  wait until the owner's slots are free; x -> slots; then the words (release)
+// Reduce  (the other warps, then all)   wait for a token's words (acquire), add its rows
+//
+// Progress: a warp that pushes draws units of one owner in ascending order of its tokens and goes to another owner only
+// when none is left, so a channel (r -> s) never waits for another one. The push into window w waits for the owner's
+// reduction of window w - 2 and for nothing later; the reduction of w - 2 waits for pushes into w - 2 only. By induction
+// everything moves, whatever the size of the buffer. Rows of one unit that lie in several windows go one window at a time.
+//
+// Launch: any grid that is resident as a whole, combine_threads() threads. Graph-safe.
+#include "epjit/copy.cuh"
+
+namespace epjit {
+
+struct CombineConfig {
+  int32_t num_ranks;
+  int32_t hidden_bytes;    // of a row
+  int32_t num_topk;        // 0 = no weights
+  bool is_f16;             // else bf16
+  bool tma;                // rows are pushed by bulk copies, else through registers
+  int32_t num_warps;
+  int32_t num_push_warps;  // of num_warps
+  int32_t rows_per_warp;   // rows that one warp pushes at a time
+};
+
+struct CombineParams {
+  const char* x;                // [rank_prefix[num_ranks - 1, rank] or more, hidden]
+  const float* topk_weights;    // [as x, num_topk]
+  const char* bias_0;           // [num_tokens, hidden] or null
+  const char* bias_1;           // [num_tokens, hidden] or null
+  const int32_t* recv_src_idx;  // [as x]: token of the owner
+  const int32_t* send_head;     // [num_tokens, num_ranks]: position in the rank's segment of this owner, -1 = not there
+  const int32_t* rank_prefix;   // [num_ranks, num_ranks]: inclusive over sources (rows)
+  char* combined_x;             // [num_tokens, hidden]
+  float* combined_topk_weights; // [num_tokens, num_topk]
+  uint64_t slots[8];            // symmetric, of each rank
+  uint64_t words[8];            // symmetric, of each rank
+  uint64_t signals[8];          // symmetric, of each rank
+  uint32_t* counters;           // local [4 + num_ranks]: ticket, reduce unit, units reduced of (window & 1), push units; zero
+  uint32_t* epoch;              // local [1]
+  uint64_t* fault;              // host [8]
+  uint32_t* abort;              // local [1]
+  uint64_t timeout_ns;
+  int32_t num_slots;            // even, at least 2
+  int32_t num_tokens;
+  int32_t num_parts;            // warps that share the sum of one token
+  int32_t rank;
+};
+
+constexpr int combine_threads(CombineConfig cfg) { return cfg.num_warps * kWarpSize; }
+
+constexpr int combine_shared_bytes(CombineConfig cfg) {
+  return copier_shared_bytes(cfg.tma, cfg.num_push_warps, cfg.rows_per_warp, cfg.hidden_bytes);
+}
+
+constexpr int combine_slot_bytes(CombineConfig cfg) { return align_up(cfg.hidden_bytes + 4 * cfg.num_topk, 128); }
+
+template <CombineConfig kCfg>
+class Combine {
+  static constexpr int kRanks = kCfg.num_ranks;
+  static constexpr int kRows = kCfg.rows_per_warp;
+  static constexpr int kTopk = kCfg.num_topk;
+  static constexpr int kSlotBytes = combine_slot_bytes(kCfg);
+  static constexpr int kVecs = kCfg.hidden_bytes / 16;
+  static_assert(kRanks >= 1 && kRanks <= kMaxRanks);
+  static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
+  static_assert(kCfg.num_push_warps >= 1 && kCfg.num_push_warps < kCfg.num_warps, "someone must reduce from the start");
+  using Copier = RowCopier<kCfg.tma, kCfg.num_push_warps, kRows, kCfg.hidden_bytes>;
+
+ public:
+  __device__ Combine(const CombineParams& params)
+      : p(params),
+        warp(threadIdx.x / kWarpSize),
+        lane(threadIdx.x % kWarpSize),
+        waiter{p.fault, p.abort, p.timeout_ns, p.rank, *p.epoch + 1} {}
+
+  __device__ void run() {
+    bool ok = true;
+    if constexpr (kRanks > 1)
+      if (warp < kCfg.num_push_warps) ok = push();
+    if (ok) reduce();
+    finish_operation<kRanks>(waiter, p.signals, p.counters, 4 + kRanks, p.epoch);
+  }
+
+ private:
+  __device__ int window_of(int token) const { return token / (p.num_slots / 2); }
+
+  // Where rank `writer` puts the row of the owner's token.
+  __device__ char* slot(int owner, int writer, int token) const {
+    const int64_t i = static_cast<int64_t>(writer) * p.num_slots + token % p.num_slots;
+    return reinterpret_cast<char*>(p.slots[owner]) + i * kSlotBytes;
+  }
+
+  __device__ uint64_t* word(int owner, int writer, int token) const {
+    return reinterpret_cast<uint64_t*>(p.words[owner]) + static_cast<int64_t>(writer) * p.num_slots +
+           token % p.num_slots;
+  }
+
+  // First row on `rank` of the tokens of `source`.
+  __device__ int segment_start(int source, int rank) const {
+    return source == 0 ? 0 : p.rank_prefix[(source - 1) * kRanks + rank];
+  }
+
+  // ---- push --------------------------------------------------------------------------------------------------------
+
+  __device__ bool push() {
+    if (!enter<kRanks>(waiter, kWaitCombineEntry, p.signals[p.rank], lane)) return false;
+    Copier copier(ptx::dynamic_shared(), warp, lane);
+    const int first_owner = (blockIdx.x * kCfg.num_push_warps + warp) % (kRanks - 1);
+    for (int i = 0; i < kRanks - 1; ++i) {
+      const int owner = (p.rank + 1 + (first_owner + i) % (kRanks - 1)) % kRanks;
+      const int begin = segment_start(owner, p.rank), end = segment_start(owner + 1, p.rank);
+      const uint32_t num_units = ceil_div(end - begin, kRows);
+      uint32_t* const counter = p.counters + 4 + owner;
+      uint32_t unit = next_unit(counter, lane);
+      while (unit < num_units) {
+        const uint32_t next = next_unit(counter, lane);  // drawn early: its latency hides behind the copy
+        if (!push_rows(copier, owner, begin + static_cast<int>(unit) * kRows, end)) return false;
+        unit = next;
+      }
+    }
+    return true;
+  }
+
+  __device__ bool push_rows(Copier& copier, int owner, int first, int end) {
+    // Lane i has row first + i.
+    const int row = first + lane;
+    const bool has_row = lane < kRows && row < end;
+    const int token = has_row ? p.recv_src_idx[row] : 0;
+    const int window = window_of(token);
+
+    uint32_t pending = __ballot_sync(kFullMask, has_row);
+    while (pending != 0) {
+      // Tokens ascend, so the rows of the first pending window are those of the lowest pending lanes.
+      const int current = __shfl_sync(kFullMask, window, __ffs(pending) - 1);
+      const bool mine = has_row && window == current;
+      const uint32_t movers = __ballot_sync(kFullMask, mine);
+      pending &= ~movers;
+
+      bool ok = true;
+      if (current >= 2 && lane == 0)
+        ok = wait_signal(waiter, kWaitCombineWindow, owner, done_signal(p.signals[p.rank], owner, current),
+                         stamp(waiter.epoch, current - 1));
+      if (!all_lanes(ok)) return false;
+
+      copier.copy(mine ? p.x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr,
+                  mine ? slot(owner, p.rank, token) : nullptr);
+      if constexpr (kTopk > 0) {
+        for (int i = lane; i < ceil_div(kRows * kTopk, kWarpSize) * kWarpSize; i += kWarpSize) {
+          const int row_lane = i / kTopk, k = i % kTopk;
+          const int row_token = __shfl_sync(kFullMask, token, row_lane % kWarpSize);
+          if (row_lane < kRows && (movers >> row_lane & 1))
+            slot_weights(slot(owner, p.rank, row_token))[k] =
+                p.topk_weights[static_cast<int64_t>(first + row_lane) * kTopk + k];
+        }
+      }
+      // Rows and weights are written -> flush (each lane its own, then __syncwarp) -> release of any lane: cumulative.
+      copier.flush();
+      if (mine) ptx::st_release_sys(word(owner, p.rank, token), make_word(waiter.epoch, window, 0));
+    }
+    return true;
+  }
+
+  __device__ static float* slot_weights(char* slot) { return reinterpret_cast<float*>(slot + kCfg.hidden_bytes); }
+
+  // ---- reduce ------------------------------------------------------------------------------------------------------
+
+  __device__ void reduce() {
+    const uint32_t num_units = static_cast<uint32_t>(p.num_tokens) * p.num_parts;
+    uint32_t unit = next_unit(p.counters + 1, lane);
+    while (unit < num_units) {
+      const uint32_t next = next_unit(p.counters + 1, lane);
+      const int token = unit / p.num_parts;
+      if (!reduce_token(token, unit % p.num_parts)) return;
+      if (p.num_tokens > p.num_slots) release_slots(token);
+      unit = next;
+    }
+  }
+
+  __device__ bool reduce_token(int token, int part) const {
+    // Lane r has the row on rank r.
+    bool ok = true;
+    const char* row = nullptr;
+    const float* weights = nullptr;
+    if (lane < kRanks) {
+      const int position = p.send_head[static_cast<int64_t>(token) * kRanks + lane];
+      if (position >= 0 && lane == p.rank) {
+        const int64_t own_row = segment_start(p.rank, p.rank) + position;
+        row = p.x + own_row * kCfg.hidden_bytes;
+        if constexpr (kTopk > 0) weights = p.topk_weights + own_row * kTopk;
+      } else if (position >= 0) {
+        uint64_t found;
+        ok = wait_word(waiter, kWaitCombineToken, lane, token, window_of(token), word(p.rank, lane, token), found);
+        row = slot(p.rank, lane, token);
+        if constexpr (kTopk > 0) weights = slot_weights(slot(p.rank, lane, token));
+      }
+    }
+    if (!all_lanes(ok)) return false;
+
+    const char* rows[kRanks];
+#pragma unroll
+    for (int r = 0; r < kRanks; ++r)
+      rows[r] = reinterpret_cast<const char*>(__shfl_sync(kFullMask, reinterpret_cast<uint64_t>(row), r));
+    const int64_t out = static_cast<int64_t>(token) * kCfg.hidden_bytes;
+    const char* const bias_0 = p.bias_0 != nullptr ? p.bias_0 + out : nullptr;
+    const char* const bias_1 = p.bias_1 != nullptr ? p.bias_1 + out : nullptr;
+
+    const int part_vecs = align_up(ceil_div(kVecs, p.num_parts), kWarpSize);
+    const int last = min(kVecs, (part + 1) * part_vecs);
+    // Enough loads in flight to hide the latency: about eight of 16 bytes a thread.
+    constexpr int kUnroll = kRanks >= 8 ? 1 : kRanks >= 3 ? 2 : 4;
+    for (int first = part * part_vecs + lane; first < last; first += kUnroll * kWarpSize) {
+      Vec16 v[kUnroll][kRanks];
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i)
+#pragma unroll
+        for (int r = 0; r < kRanks; ++r)
+          if (rows[r] != nullptr && first + i * kWarpSize < last)
+            v[i][r] = ptx::ld_v4(rows[r] + (first + i * kWarpSize) * 16);
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        const int offset = (first + i * kWarpSize) * 16;
+        if (first + i * kWarpSize >= last) continue;
+        Float2 sum[4] = {};
+        if (bias_0 != nullptr) add<true>(sum, ptx::ld_v4(bias_0 + offset));
+        if (bias_1 != nullptr) add<false>(sum, ptx::ld_v4(bias_1 + offset));
+#pragma unroll
+        for (int r = 0; r < kRanks; ++r)
+          if (rows[r] != nullptr) add<false>(sum, v[i][r]);
+        ptx::st_v4(p.combined_x + out + offset, {pack(sum[0]), pack(sum[1]), pack(sum[2]), pack(sum[3])});
+      }
+    }
+
+    if constexpr (kTopk > 0) {
+      if (part == 0) {
+        float sum = 0.0f;
+#pragma unroll
+        for (int r = 0; r < kRanks; ++r) {
+          const auto of_rank =
+              reinterpret_cast<const float*>(__shfl_sync(kFullMask, reinterpret_cast<uint64_t>(weights), r));
+          if (of_rank != nullptr && lane < kTopk) sum += of_rank[lane];
+        }
+        if (lane < kTopk) p.combined_topk_weights[static_cast<int64_t>(token) * kTopk + lane] = sum;
+      }
+    }
+    return true;
+  }
+
+  // Adds eight elements; `kFirst` takes them as the start of the sum (bias_0 keeps its sign of zero).
+  template <bool kFirst>
+  __device__ static void add(Float2 (&sum)[4], Vec16 v) {
+    const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+    for (int i = 0; i < 4; ++i) {
+      const Float2 pair = kCfg.is_f16 ? ptx::f16x2_to_float2(pairs[i]) : ptx::bf16x2_to_float2(pairs[i]);
+      sum[i] = kFirst ? pair : Float2{sum[i].x + pair.x, sum[i].y + pair.y};
+    }
+  }
+
+  __device__ static uint32_t pack(Float2 v) {
+    return kCfg.is_f16 ? ptx::float2_to_f16x2(v) : ptx::float2_to_bf16x2(v);
+  }
+
+  // Whoever completes a window tells all ranks, which may then write window + 2; the counter is zero again before it can.
+  __device__ void release_slots(int token) const {
+    __syncwarp();
+    const int window = window_of(token);
+    const int window_tokens = p.num_slots / 2;
+    const int units = min(window_tokens, p.num_tokens - window * window_tokens) * p.num_parts;
+    uint32_t* const counter = p.counters + 2 + (window & 1);
+    uint32_t complete = 0;
+    if (lane == 0 && ptx::atom_add_acq_rel_gpu(counter, 1) + 1 == static_cast<uint32_t>(units)) {
+      *counter = 0;
+      complete = 1;
+    }
+    complete = __shfl_sync(kFullMask, complete, 0);
+    __syncwarp();
+    if (complete != 0 && lane < kRanks && lane != p.rank)
+      ptx::st_release_sys(done_signal(p.signals[lane], p.rank, window), stamp(waiter.epoch, window + 1));
+  }
+
+  const CombineParams& p;
+  const int warp, lane;
+  const Waiter waiter;
+};
+
+template <CombineConfig kCfg>
+__device__ void combine(const CombineParams& p) {
+  Combine<kCfg>(p).run();
+}
+
+}  // namespace epjit

@@ -1,0 +1,354 @@
+// Dispatch inside one NVLink domain: each token goes once to every rank that owns one of its experts.
+//
+//   recv_x[rank_prefix[s - 1, d] + send_head_s[t, d]] = x_s[t]     on rank d, for every rank s and token t with send_head >= 0
+//
+// and the same for what travels with a token: scales, top-k (as local expert indices, -1 elsewhere), its index t.
+// Rows are bytes: one kernel serves every dtype.
+//
+// The source stages a token once, in its own symmetric memory, and says so to every peer; who needs the token pulls it
+// from there straight to its final row. So a token is copied once, not once a destination, nothing is copied again at
+// the receiver, and a rank's own tokens touch no peer.
+//
+//   slots[s]  [num_slots, slot_bytes]   rank s's tokens, written by s, read by all; token t lies in slot t % num_slots:
+//             { row [hidden_bytes], scales [num_scales] u32, topk_idx [num_topk] i32, topk_weights [num_topk] f32 }
+//   words[d]  [num_ranks, num_slots]    row (s, slot) of rank d is written by s: which token lies in the slot and its
+//                                       position among those that go to d, or that it does not (sync.cuh)
+//
+// Stage   (the first warps of a block)  wait until the slots are free; x -> slot, and x -> recv_x for own tokens; then the
+//                                       word of each token to each peer (release)
+// Pull    (then all warps)              wait for the words of a chunk of tokens (acquire); slot of s -> recv_x
+//
+// Progress: a unit is a chunk of neighbouring tokens. Staging warps take units in ascending order and only wait for peers
+// to have pulled window w - 2 before they write window w. Pulling warps draw units in ascending order of tokens, the same
+// for all sources, so whoever waits for window w has all earlier units drawn by a warp that needs nothing later. By
+// induction over windows everything moves, whatever the size of the buffer, as long as a unit spans at most two windows.
+//
+// Launch: any grid that is resident as a whole, dispatch_threads() threads. Graph-safe.
+#include "epjit/copy.cuh"
+
+namespace epjit {
+
+struct DispatchConfig {
+  int32_t num_ranks;
+  int32_t hidden_bytes;     // of a row of x
+  int32_t num_scales;       // 4-byte scales a token; 0 = none
+  int32_t num_topk;         // 0 = none
+  bool topk_is_int64;
+  bool tma;                 // rows move by bulk copies, else through registers
+  int32_t num_warps;
+  int32_t num_stage_warps;  // of num_warps
+  int32_t rows_per_warp;    // rows that one warp moves at a time
+};
+
+struct DispatchParams {
+  const char* x;                 // [num_tokens, hidden_bytes]
+  const uint32_t* scales;        // [num_tokens, num_scales], strides below, in elements
+  int64_t scale_token_stride;
+  int64_t scale_stride;
+  const void* topk_idx;          // [num_tokens, num_topk] int32 or int64, global experts
+  const float* topk_weights;     // [num_tokens, num_topk]
+  const int32_t* send_head;      // [num_tokens, num_ranks]: position in the destination's segment, -1 = not sent
+  const int32_t* rank_prefix;    // [num_ranks, num_ranks]: inclusive over sources (rows)
+  const int32_t* source_tokens;  // [num_ranks]: tokens that each rank holds
+  char* recv_x;                  // [num_recv_rows, hidden_bytes]
+  uint32_t* recv_scales;         // [num_recv_rows, num_scales]
+  void* recv_topk_idx;           // [num_recv_rows, num_topk], dtype of topk_idx, local experts
+  float* recv_topk_weights;      // [num_recv_rows, num_topk]
+  int32_t* recv_src_idx;         // [num_recv_rows]; null when the handle has it already
+  uint64_t slots[8];             // symmetric, of each rank
+  uint64_t words[8];             // symmetric, of each rank
+  uint64_t signals[8];           // symmetric, of each rank
+  uint32_t* counters;            // local [2 + 2 * num_ranks]: ticket, unit, tokens pulled of (source, window & 1); zero
+  uint32_t* epoch;               // local [1]
+  uint64_t* fault;               // host [8]
+  uint32_t* abort;               // local [1]
+  uint64_t timeout_ns;
+  int32_t num_slots;             // even; half of it at least rows_per_warp
+  int32_t num_tokens;
+  int32_t num_recv_rows;         // rows of the outputs; those beyond what arrives get topk_idx -1
+  int32_t experts_per_rank;
+  int32_t rank;
+};
+
+constexpr int dispatch_threads(DispatchConfig cfg) { return cfg.num_warps * kWarpSize; }
+
+constexpr int dispatch_shared_bytes(DispatchConfig cfg) {
+  return copier_shared_bytes(cfg.tma, cfg.num_warps, cfg.rows_per_warp, cfg.hidden_bytes);
+}
+
+constexpr int dispatch_slot_bytes(DispatchConfig cfg) {
+  return align_up(cfg.hidden_bytes + 4 * cfg.num_scales + 8 * cfg.num_topk, 128);
+}
+
+template <DispatchConfig kCfg>
+class Dispatch {
+  static constexpr int kRanks = kCfg.num_ranks;
+  static constexpr int kRows = kCfg.rows_per_warp;
+  static constexpr int kScales = kCfg.num_scales;
+  static constexpr int kTopk = kCfg.num_topk;
+  static constexpr int kItems = kScales + kTopk;  // what travels beside a row; a selection is an index and a weight
+  static constexpr int kSlotBytes = dispatch_slot_bytes(kCfg);
+  static_assert(kRanks >= 1 && kRanks <= kMaxRanks);
+  static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
+  static_assert(kCfg.num_stage_warps >= 1 && kCfg.num_stage_warps <= kCfg.num_warps);
+  using Copier = RowCopier<kCfg.tma, kCfg.num_warps, kRows, kCfg.hidden_bytes>;
+
+ public:
+  __device__ Dispatch(const DispatchParams& params)
+      : p(params),
+        warp(threadIdx.x / kWarpSize),
+        lane(threadIdx.x % kWarpSize),
+        waiter{p.fault, p.abort, p.timeout_ns, p.rank, *p.epoch + 1},
+        copier(ptx::dynamic_shared(), warp, lane) {}
+
+  __device__ void run() {
+    fill_unused_rows();
+    if (warp >= kCfg.num_stage_warps || stage())
+      if constexpr (kRanks > 1) pull();
+    copier.flush();
+    finish_operation<kRanks>(waiter, p.signals, p.counters, 2 + 2 * kRanks, p.epoch);
+  }
+
+ private:
+  __device__ int window_tokens() const { return p.num_slots / 2; }
+
+  __device__ char* slot(int rank, int token) const {
+    return reinterpret_cast<char*>(p.slots[rank]) + static_cast<int64_t>(token % p.num_slots) * kSlotBytes;
+  }
+
+  __device__ uint64_t* word(int rank, int source, int token) const {
+    return reinterpret_cast<uint64_t*>(p.words[rank]) + static_cast<int64_t>(source) * p.num_slots +
+           token % p.num_slots;
+  }
+
+  // Rows of this rank before those of `source`.
+  __device__ int segment_start(int source) const {
+    return source == 0 ? 0 : p.rank_prefix[(source - 1) * kRanks + p.rank];
+  }
+
+  // Worst-case outputs are longer than what arrives.
+  __device__ void fill_unused_rows() {
+    if constexpr (kTopk > 0) {
+      const int64_t first = p.rank_prefix[(kRanks - 1) * kRanks + p.rank];
+      const int64_t last = static_cast<int64_t>(p.num_recv_rows) * kTopk;
+      const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
+      for (int64_t i = first * kTopk + blockIdx.x * blockDim.x + threadIdx.x; i < last; i += num_threads)
+        store_topk_idx(i, -1);
+    }
+  }
+
+  __device__ void store_topk_idx(int64_t i, int expert) const {
+    if constexpr (kCfg.topk_is_int64)
+      static_cast<int64_t*>(p.recv_topk_idx)[i] = expert;
+    else
+      static_cast<int32_t*>(p.recv_topk_idx)[i] = expert;
+  }
+
+  // ---- what travels beside a row -----------------------------------------------------------------------------------
+
+  __device__ uint32_t load_scale(int token, int i) const {
+    return p.scales[token * p.scale_token_stride + i * p.scale_stride];
+  }
+
+  // Global expert of selection k, -1 for whatever is no int32 (such an index is no selection either).
+  __device__ int load_expert(int token, int k) const {
+    const int64_t i = static_cast<int64_t>(token) * kTopk + k;
+    if constexpr (kCfg.topk_is_int64) {
+      const int64_t expert = static_cast<const int64_t*>(p.topk_idx)[i];
+      return expert == static_cast<int32_t>(expert) ? static_cast<int32_t>(expert) : -1;
+    } else {
+      return static_cast<const int32_t*>(p.topk_idx)[i];
+    }
+  }
+
+  __device__ void store_selection(int64_t row, int k, int expert, float weight) const {
+    const int64_t first = static_cast<int64_t>(p.rank) * p.experts_per_rank;
+    const bool mine = expert >= first && expert < first + p.experts_per_rank;
+    store_topk_idx(row * kTopk + k, mine ? static_cast<int>(expert - first) : -1);
+    p.recv_topk_weights[row * kTopk + k] = mine ? weight : 0.0f;
+  }
+
+  // Calls visit(lane of the row, item) for every item of the first `num_rows` rows, all lanes in step.
+  template <typename Visit>
+  __device__ void for_each_item(int num_rows, Visit visit) const {
+    if constexpr (kItems > 0) {
+      for (int first = 0; first < num_rows * kItems; first += kWarpSize) {
+        const int i = first + lane;
+        visit(i / kItems, i % kItems, i < num_rows * kItems);
+      }
+    }
+  }
+
+  // ---- stage -------------------------------------------------------------------------------------------------------
+
+  __device__ bool wait_for_slots(int window) const {
+    if (window < 2) return true;
+    bool ok = true;
+    if (lane < kRanks && lane != p.rank)
+      ok = wait_signal(waiter, kWaitDispatchWindow, lane, done_signal(p.signals[p.rank], lane, window),
+                       stamp(waiter.epoch, window - 1));
+    return all_lanes(ok);
+  }
+
+  __device__ bool stage() {
+    if (!enter<kRanks>(waiter, kWaitDispatchEntry, p.signals[p.rank], lane)) return false;
+    const int own_start = segment_start(p.rank);
+    // Neighbouring units lie on different SMs, so that the first tokens are ready first.
+    const int step = gridDim.x * kCfg.num_stage_warps * kRows;
+    for (int first = (warp * gridDim.x + blockIdx.x) * kRows; first < p.num_tokens; first += step) {
+      const int num_rows = min(kRows, p.num_tokens - first);
+      const int last_window = (first + num_rows - 1) / window_tokens();
+      for (int window = first / window_tokens(); window <= last_window; ++window)
+        if (!wait_for_slots(window)) return false;
+
+      // Lane i has token first + i.
+      const int token = first + lane;
+      int own_row = -1;
+      bool remote = false;
+      if (lane < num_rows) {
+#pragma unroll
+        for (int r = 0; r < kRanks; ++r) {
+          const int position = p.send_head[static_cast<int64_t>(token) * kRanks + r];
+          if (r == p.rank) {
+            if (position >= 0) own_row = own_start + position;
+          } else {
+            remote |= position >= 0;
+          }
+        }
+      }
+      char* const staged = remote ? slot(p.rank, token) : nullptr;
+      char* const own = own_row >= 0 ? p.recv_x + static_cast<int64_t>(own_row) * kCfg.hidden_bytes : nullptr;
+      const char* const src =
+          remote || own_row >= 0 ? p.x + static_cast<int64_t>(token) * kCfg.hidden_bytes : nullptr;
+      copier.copy(src, staged, own);
+
+      for_each_item(num_rows, [&](int row_lane, int item, bool valid) {
+        const int row_own = __shfl_sync(kFullMask, own_row, row_lane % kWarpSize);
+        if (valid) stage_item(first + row_lane, item, row_own);
+      });
+      if (p.recv_src_idx != nullptr && own_row >= 0) p.recv_src_idx[own_row] = token;
+
+      // Rows and items are written -> flush (each lane its own, then __syncwarp) -> release of any lane: cumulative.
+      if constexpr (kRanks > 1) {
+        copier.flush();
+        for (int i = lane; i < num_rows * kRanks; i += kWarpSize) {
+          const int t = first + i / kRanks, r = i % kRanks;
+          if (r == p.rank) continue;
+          const int position = p.send_head[static_cast<int64_t>(t) * kRanks + r];
+          const uint32_t value = position >= 0 ? static_cast<uint32_t>(position) : kNoRow;
+          ptx::st_release_sys(word(r, p.rank, t), make_word(waiter.epoch, t / window_tokens(), value));
+        }
+      }
+    }
+    return true;
+  }
+
+  // Scales, then selections, to the slot (which no peer reads if the token stays at home) and to the own row.
+  __device__ void stage_item(int token, int item, int own_row) const {
+    uint32_t* items = nullptr;
+    if constexpr (kRanks > 1) items = reinterpret_cast<uint32_t*>(slot(p.rank, token) + kCfg.hidden_bytes);
+    if (item < kScales) {
+      const uint32_t scale = load_scale(token, item);
+      if constexpr (kRanks > 1) items[item] = scale;
+      if (own_row >= 0) p.recv_scales[static_cast<int64_t>(own_row) * kScales + item] = scale;
+    } else {
+      const int k = item - kScales;
+      const int expert = load_expert(token, k);
+      const float weight = p.topk_weights[static_cast<int64_t>(token) * kTopk + k];
+      if constexpr (kRanks > 1) {
+        items[kScales + k] = static_cast<uint32_t>(expert);
+        reinterpret_cast<float*>(items)[kScales + kTopk + k] = weight;
+      }
+      if (own_row >= 0) store_selection(own_row, k, expert, weight);
+    }
+  }
+
+  // ---- pull --------------------------------------------------------------------------------------------------------
+
+  __device__ void pull() {
+    int most_tokens = 0;
+    for (int s = 0; s < kRanks; ++s)
+      if (s != p.rank) most_tokens = max(most_tokens, p.source_tokens[s]);
+    const uint32_t num_units = static_cast<uint32_t>(ceil_div(most_tokens, kRows)) * (kRanks - 1);
+
+    uint32_t unit = next_unit(p.counters + 1, lane);
+    while (unit < num_units) {
+      const uint32_t next = next_unit(p.counters + 1, lane);  // drawn early: its latency hides behind the copy
+      // Each rank starts with another source, so that no source is asked by all at once.
+      const int source = (p.rank + 1 + unit % (kRanks - 1)) % kRanks;
+      if (!pull_chunk(source, unit / (kRanks - 1) * kRows)) return;
+      unit = next;
+    }
+  }
+
+  __device__ bool pull_chunk(int source, int first) {
+    const int source_tokens = p.source_tokens[source];
+    const int num_rows = min(kRows, source_tokens - first);
+    if (num_rows <= 0) return true;
+
+    // Lane i has token first + i.
+    const int token = first + lane;
+    bool ok = true;
+    int row = -1;
+    if (lane < num_rows) {
+      uint64_t found;
+      ok = wait_word(waiter, kWaitDispatchToken, source, token, token / window_tokens(),
+                     word(p.rank, source, token), found);
+      if (word_value(found) != kNoRow) row = segment_start(source) + static_cast<int>(word_value(found));
+    }
+    if (!all_lanes(ok)) return false;
+    copier.acquired();
+
+    const bool has_row = lane < num_rows && row >= 0;
+    copier.copy(has_row ? slot(source, token) : nullptr,
+                has_row ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
+    for_each_item(num_rows, [&](int row_lane, int item, bool valid) {
+      const int64_t dst = __shfl_sync(kFullMask, row, row_lane % kWarpSize);
+      if (valid && dst >= 0) pull_item(source, first + row_lane, item, dst);
+    });
+    if (p.recv_src_idx != nullptr && has_row) p.recv_src_idx[row] = token;
+
+    if (source_tokens > p.num_slots) release_slots(source, first, num_rows, source_tokens);
+    return true;
+  }
+
+  __device__ void pull_item(int source, int token, int item, int64_t row) const {
+    const uint32_t* const items = reinterpret_cast<const uint32_t*>(slot(source, token) + kCfg.hidden_bytes);
+    if (item < kScales) {
+      p.recv_scales[row * kScales + item] = items[item];
+    } else {
+      const int k = item - kScales;
+      store_selection(row, k, static_cast<int32_t>(items[kScales + k]),
+                      reinterpret_cast<const float*>(items)[kScales + kTopk + k]);
+    }
+  }
+
+  // The slots of these tokens are read. Whoever completes a window tells the source, which may then write window + 2;
+  // the counter is zero again before it can.
+  __device__ void release_slots(int source, int first, int num_rows, int source_tokens) const {
+    __syncwarp();
+    if (lane != 0) return;
+    const int last = first + num_rows;
+    for (int window = first / window_tokens(); window * window_tokens() < last; ++window) {
+      const int begin = window * window_tokens();
+      const int end = min(begin + window_tokens(), source_tokens);
+      const uint32_t pulled = min(last, end) - max(first, begin);
+      uint32_t* const counter = p.counters + 2 + 2 * source + (window & 1);
+      if (ptx::atom_add_acq_rel_gpu(counter, pulled) + pulled != static_cast<uint32_t>(end - begin)) continue;
+      *counter = 0;
+      ptx::st_release_sys(done_signal(p.signals[source], p.rank, window), stamp(waiter.epoch, window + 1));
+    }
+  }
+
+  const DispatchParams& p;
+  const int warp, lane;
+  const Waiter waiter;
+  Copier copier;
+};
+
+template <DispatchConfig kCfg>
+__device__ void dispatch(const DispatchParams& p) {
+  Dispatch<kCfg>(p).run();
+}
+
+}  // namespace epjit

@@ -1,0 +1,172 @@
+// Notify: before a dispatch with a new routing, the ranks tell each other how many tokens will come.
+//
+//   rank_prefix[s, d]     = tokens that the ranks 0..s send to rank d
+//   source_tokens[s]      = tokens that rank s holds
+//   expert_counts[e]      = selections of this rank's expert e, over all ranks
+//   send_head[t, d]       = how many tokens before t go to rank d, or -1 if t does not
+//
+// Block 0 exchanges counts. Message of rank s, in rank d's symmetric memory, written by s:
+//   notify[s] = { num_tokens_per_rank[0 .. num_ranks), num_tokens, counts of d's experts [experts_per_rank] }
+//   notify_signal[s] of d: epoch, raised (release) after the message; d reads the message after it (acquire).
+// Blocks 1 .. num_ranks need no peer: block 1 + d numbers the tokens that go to rank d.
+// The counts also go to host memory: first host_counts[1 + e] (rounded up to the alignment), then, released, the total in
+// host_counts[0], which the host polls.
+//
+// Launch: 1 + num_ranks blocks of notify_threads() threads.
+#include "epjit/sync.cuh"
+
+namespace epjit {
+
+struct NotifyConfig {
+  int32_t num_ranks;
+};
+
+struct NotifyParams {
+  const int32_t* num_tokens_per_rank;    // [num_ranks]
+  const int32_t* num_tokens_per_expert;  // [num_ranks * experts_per_rank]
+  const bool* is_token_in_rank;          // [num_tokens, num_ranks]
+  int32_t* rank_prefix;                  // [num_ranks, num_ranks]
+  int32_t* source_tokens;                // [num_ranks]
+  int32_t* expert_counts;                // [experts_per_rank]
+  int32_t* send_head;                    // [num_tokens, num_ranks]
+  uint64_t* host_counts;                 // host [1 + experts_per_rank]
+  uint64_t notify[8];                    // symmetric [num_ranks, notify_stride] i32, of each rank
+  uint64_t signals[8];                   // symmetric, of each rank: see sync.cuh
+  uint32_t* counters;                    // local [1]; zero on entry and on exit
+  uint32_t* epoch;                       // local [1]
+  uint64_t* fault;                       // host [8]
+  uint32_t* abort;                       // local [1]
+  uint64_t timeout_ns;
+  int32_t notify_stride;
+  int32_t num_tokens;
+  int32_t experts_per_rank;
+  int32_t expert_alignment;
+  int32_t rank;
+};
+
+constexpr int notify_threads(NotifyConfig) { return 512; }
+
+constexpr int notify_shared_bytes(NotifyConfig cfg) { return notify_threads(cfg) / kWarpSize * 4; }
+
+// Numbers the tokens that go to `dst`. Each thread takes kTokens neighbours, so that 4096 tokens are one round.
+template <NotifyConfig kCfg>
+__device__ void number_tokens(const NotifyParams& p, int dst) {
+  constexpr int kNumWarps = notify_threads(kCfg) / kWarpSize;
+  constexpr int kTokens = 8;
+  int* const warp_sums = reinterpret_cast<int*>(ptx::dynamic_shared());
+  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
+  int before = 0;  // tokens to dst in the rounds before
+  for (int base = 0; base < p.num_tokens; base += kTokens * blockDim.x) {
+    const int first = base + kTokens * threadIdx.x;
+    bool in[kTokens];
+    int own = 0;
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      in[i] = first + i < p.num_tokens && p.is_token_in_rank[static_cast<int64_t>(first + i) * kCfg.num_ranks + dst];
+      own += in[i];
+    }
+    int inclusive = own;
+#pragma unroll
+    for (int step = 1; step < kWarpSize; step *= 2) {
+      const int left = __shfl_up_sync(kFullMask, inclusive, step);
+      if (lane >= step) inclusive += left;
+    }
+    if (lane == kWarpSize - 1) warp_sums[warp] = inclusive;
+    __syncthreads();
+    int position = before + inclusive - own;
+    for (int w = 0; w < kNumWarps; ++w) {
+      const int sum = warp_sums[w];
+      if (w < warp) position += sum;
+      before += sum;
+    }
+#pragma unroll
+    for (int i = 0; i < kTokens; ++i) {
+      if (first + i >= p.num_tokens) break;
+      p.send_head[static_cast<int64_t>(first + i) * kCfg.num_ranks + dst] = in[i] ? position : -1;
+      position += in[i];
+    }
+    __syncthreads();  // warp_sums is free again
+  }
+}
+
+template <NotifyConfig kCfg>
+__device__ void exchange_counts(const NotifyParams& p, const Waiter& waiter) {
+  constexpr int kRanks = kCfg.num_ranks;
+  const int thread = threadIdx.x;
+  const int message_size = kRanks + 1 + p.experts_per_rank;
+
+  int* const all_ok = reinterpret_cast<int*>(ptx::dynamic_shared());
+
+  // Entry: a peer may still read my message of the previous notify.
+  if (thread < kWarpSize) {
+    const bool ok = enter<kRanks>(waiter, kWaitNotifyEntry, p.signals[p.rank], thread);
+    if (thread == 0) *all_ok = ok;
+  }
+  __syncthreads();
+  if (!*all_ok) return;
+
+  // Step 1: my message to every rank, myself included
+  for (int i = thread; i < kRanks * message_size; i += blockDim.x) {
+    const int dst = i / message_size, j = i % message_size;
+    int value;
+    if (j < kRanks)
+      value = p.num_tokens_per_rank[j];
+    else if (j == kRanks)
+      value = p.num_tokens;
+    else
+      value = p.num_tokens_per_expert[dst * p.experts_per_rank + j - kRanks - 1];
+    reinterpret_cast<int32_t*>(p.notify[dst])[static_cast<int64_t>(p.rank) * p.notify_stride + j] = value;
+  }
+  __syncthreads();
+  if (thread < kRanks) ptx::st_release_sys(notify_signal(p.signals[thread], p.rank), stamp(waiter.epoch, 0));
+
+  // Step 2: everyone's message to me
+  if (thread < kWarpSize) {
+    bool ok = true;
+    if (thread < kRanks) {
+      const uint64_t* signal = notify_signal(p.signals[p.rank], thread);
+      ok = wait_signal(waiter, kWaitNotifyCounts, thread, signal, stamp(waiter.epoch, 0));
+    }
+    ok = __all_sync(kFullMask, ok);
+    if (thread == 0) *all_ok = ok;
+  }
+  __syncthreads();
+  if (!*all_ok) return;
+  const int32_t* const messages = reinterpret_cast<const int32_t*>(p.notify[p.rank]);
+
+  // Step 3: sums
+  if (thread < kRanks) {
+    int sum = 0;
+    for (int src = 0; src < kRanks; ++src) {
+      sum += messages[static_cast<int64_t>(src) * p.notify_stride + thread];
+      p.rank_prefix[src * kRanks + thread] = sum;
+    }
+    p.source_tokens[thread] = messages[static_cast<int64_t>(thread) * p.notify_stride + kRanks];
+  }
+  for (int e = thread; e < p.experts_per_rank; e += blockDim.x) {
+    int sum = 0;
+    for (int src = 0; src < kRanks; ++src)
+      sum += messages[static_cast<int64_t>(src) * p.notify_stride + kRanks + 1 + e];
+    p.expert_counts[e] = sum;
+    const int64_t aligned = (static_cast<int64_t>(sum) + p.expert_alignment - 1) / p.expert_alignment * p.expert_alignment;
+    ptx::st_relaxed_sys(p.host_counts + 1 + e, aligned);
+  }
+  __syncthreads();
+  if (thread == 0) {
+    const int total = p.rank_prefix[(kRanks - 1) * kRanks + p.rank];
+    ptx::st_release_sys(p.host_counts, static_cast<uint64_t>(total));
+  }
+}
+
+template <NotifyConfig kCfg>
+__device__ void notify(const NotifyParams& p) {
+  static_assert(kCfg.num_ranks >= 1 && kCfg.num_ranks <= kMaxRanks);
+  const Waiter waiter{p.fault, p.abort, p.timeout_ns, p.rank, *p.epoch + 1};
+  if (blockIdx.x == 0)
+    exchange_counts<kCfg>(p, waiter);
+  else
+    number_tokens<kCfg>(p, blockIdx.x - 1);
+  finish_operation<kCfg.num_ranks>(waiter, p.signals, p.counters, 1, p.epoch);
+}
+
+}  // namespace epjit

@@ -1,0 +1,204 @@
+"""Every environment variable that epjit reads, in one typed table.
+
+Each variable is a module-level object: ``env.timeout_seconds()`` reads and checks it at the time
+of the call, never at import. ``VARIABLES`` lists all of them, for documentation.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Generic, TypeVar
+
+from epjit.runtime.device import arch_name
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Variable(Generic[T]):
+    """One environment variable; calling it returns its checked value.
+
+    Attributes:
+        name: Name in the environment.
+        kind: What a value must be, as in the error message ("a number", ...).
+        default: Value when the variable is unset or empty.
+        description: One line for the documentation.
+        parse: Text to value; raises ValueError for text that is not `kind`.
+    """
+
+    name: str
+    kind: str
+    default: T
+    description: str
+    parse: Callable[[str], T]
+
+    def __call__(self) -> T:
+        """Reads the variable now.
+
+        Raises:
+            ValueError: The text is malformed; names the variable, its value and what is allowed.
+        """
+        text = os.environ.get(self.name, "").strip()
+        if not text:
+            return self.default
+        try:
+            return self.parse(text)
+        except ValueError:
+            raise ValueError(f"{self.name}={text!r} is not {self.kind}") from None
+
+
+def _flag(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise ValueError
+
+
+def _positive(text: str) -> float:
+    number = float(text)
+    if not (number > 0 and math.isfinite(number)):
+        raise ValueError
+    return number
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def _choice(*allowed: str) -> Callable[[str], str]:
+    def parse(text: str) -> str:
+        if text not in allowed:
+            raise ValueError
+        return text
+
+    return parse
+
+
+def _index_bits(text: str) -> int:
+    if text not in ("32", "64"):
+        raise ValueError
+    return int(text)
+
+
+def _arch_list(text: str) -> tuple[str, ...]:
+    archs = []
+    for item in re.split(r"[;,\s]+", text.strip("; \t")):
+        match = re.fullmatch(r"(\d+)\.(\d)[af]?(?:\+PTX)?", item)
+        if match is None:
+            raise ValueError
+        arch = (int(match[1]), int(match[2]))
+        if arch >= (8, 0):  # lists made for torch may hold older ones, which epjit does not support
+            archs.append(arch_name(*arch))
+    return tuple(dict.fromkeys(archs))
+
+
+_FLAG = "a flag: 1, true, yes, on or 0, false, no, off"
+_VARIANT = "the name of a variant or 'auto'; `python -m epjit variants` lists them"
+
+cache_dir: Variable[Path | None] = Variable(
+    "EPJIT_CACHE_DIR",
+    "a path",
+    None,
+    "Folder of compiled kernels; by default `epjit` in the user's cache folder.",
+    _path,
+)
+timeout_seconds: Variable[float] = Variable(
+    "EPJIT_TIMEOUT_SECONDS",
+    "a number greater than 0",
+    100.0,
+    "Seconds that a wait for a peer lasts before it raises CommunicationError.",
+    _positive,
+)
+assert_compile: Variable[bool] = Variable(
+    "EPJIT_ASSERT_COMPILE",
+    _FLAG,
+    False,
+    "Compiling a kernel that is not in the cache is an error.",
+    _flag,
+)
+dump: Variable[Path | None] = Variable(
+    "EPJIT_DUMP",
+    "a path",
+    None,
+    "Folder that receives the generated unit, the cubin and the compiler's log of every kernel.",
+    _path,
+)
+backend: Variable[str] = Variable(
+    "EPJIT_BACKEND",
+    "'auto', 'cuda' or 'cpu'",
+    "auto",
+    "What runs the operations; auto takes the GPU where there is one.",
+    _choice("auto", "cuda", "cpu"),
+)
+dispatch_variant: Variable[str] = Variable(
+    "EPJIT_DISPATCH_VARIANT",
+    _VARIANT,
+    "auto",
+    "Implementation of dispatch: auto, tma or ldst.",
+    str,
+)
+combine_variant: Variable[str] = Variable(
+    "EPJIT_COMBINE_VARIANT", _VARIANT, "auto", "Implementation of combine: auto, tma or ldst.", str
+)
+disable_sm90_features: Variable[bool] = Variable(
+    "DISABLE_SM90_FEATURES",
+    _FLAG,
+    False,
+    "Leaves out every variant that needs Hopper (bulk copies), as in DeepEP.",
+    _flag,
+)
+disable_aggressive_ptx_instrs: Variable[bool] = Variable(
+    "DISABLE_AGGRESSIVE_PTX_INSTRS",
+    _FLAG,
+    False,
+    "Accepted for DeepEP's sake; epjit uses no load that is undefined on data of peers.",
+    _flag,
+)
+topk_idx_bits: Variable[int] = Variable(
+    "TOPK_IDX_BITS",
+    "'64' or '32'",
+    64,
+    "Width of an expert index; decides what `epjit.topk_idx_t` is.",
+    _index_bits,
+)
+nvshmem_dir: Variable[Path | None] = Variable(
+    "NVSHMEM_DIR",
+    "a path",
+    None,
+    "Root of an NVSHMEM installation; by default that of the installed package.",
+    _path,
+)
+torch_cuda_arch_list: Variable[tuple[str, ...]] = Variable(
+    "TORCH_CUDA_ARCH_LIST",
+    "a list such as '9.0;8.0+PTX', separated by ';' or spaces",
+    (),
+    "Architectures to compile for ahead of time; those before 8.0 are left out.",
+    _arch_list,
+)
+
+VARIABLES: tuple[Variable[object], ...] = tuple(
+    value for value in list(globals().values()) if isinstance(value, Variable)
+)
+
+
+def variant(op: str) -> str:
+    """Reads the variant that the user wants for an operation.
+
+    Args:
+        op: Name of the operation, such as ``"dispatch"``.
+
+    Returns:
+        The text of ``EPJIT_<OP>_VARIANT``, ``"auto"`` when unset; `runtime.variants` checks it.
+    """
+    return os.environ.get(variant_name(op), "").strip() or "auto"
+
+
+def variant_name(op: str) -> str:
+    """Name of the environment variable that chooses the variant of `op`."""
+    return f"EPJIT_{op.upper()}_VARIANT"

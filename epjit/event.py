@@ -1,0 +1,84 @@
+"""Events: how an operation on the communication stream is waited for."""
+
+from __future__ import annotations
+
+from types import TracebackType
+from typing import Any
+
+import torch
+
+
+class EventHandle:
+    """An event recorded on a stream when it is made.
+
+    It can be copied, and waited for any number of times and from any stream. Without a GPU there are
+    no streams: work is done when a call returns, and waiting does nothing.
+
+    Args:
+        stream: Stream to record on; the current stream when None.
+    """
+
+    __slots__ = ("_event",)
+
+    def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
+        self._event: torch.cuda.Event | None = None
+        if torch.cuda.is_available():
+            self._event = torch.cuda.Event()
+            self._event.record(stream if stream is not None else torch.cuda.current_stream())
+
+    def current_stream_wait(self) -> None:
+        """Makes the stream that is current now wait for the event."""
+        if self._event is not None:
+            torch.cuda.current_stream().wait_event(self._event)
+
+    def stream_wait(self, stream: torch.cuda.Stream | None) -> None:
+        """Makes `stream` wait for the event."""
+        if self._event is not None and stream is not None:
+            stream.wait_event(self._event)
+
+    def synchronize(self) -> None:
+        """Blocks the host until the event has happened."""
+        if self._event is not None:
+            self._event.synchronize()
+
+
+class EventOverlap:
+    """What an operation returns to be waited for; usable as ``with event:`` around overlapped work.
+
+    Args:
+        event: The event, or None when there is nothing to wait for.
+        extra_tensors: Tensors that must live as long as this object.
+    """
+
+    def __init__(
+        self, event: EventHandle | None = None, extra_tensors: tuple[Any, ...] | None = None
+    ) -> None:
+        self.event = event
+        self.extra_tensors = extra_tensors
+
+    def current_stream_wait(self) -> None:
+        """Makes the stream that is current now wait for the event.
+
+        Raises:
+            AssertionError: There is no event: the operation was not asynchronous.
+        """
+        if self.event is None:
+            raise AssertionError(
+                "this EventOverlap holds no event: the call that returned it was not asynchronous "
+                "(pass async_finish=True), so there is nothing to wait for"
+            )
+        self.event.current_stream_wait()
+
+    def __enter__(self) -> EventOverlap:
+        """Starts the overlapped part."""
+        return self
+
+    def __exit__(
+        self,
+        exc_type: type[BaseException] | None,
+        exc_value: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        """Makes the current stream wait for the event, if there is one."""
+        if self.event is not None:
+            self.event.current_stream_wait()

@@ -1,0 +1,595 @@
+"""Dispatch and combine inside one NVLink domain: the order of launches, and which array goes where.
+
+Memory of one rank, in one symmetric allocation (`_Arena`): first `num_nvl_bytes` of slots, which
+users may look at and write to between operations; then words, signals and counts, which they may
+not. The kernels' headers (`cuda_src/intranode/*.cu`) say who writes what.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+
+from epjit.errors import CommunicationError
+from epjit.layout import LayoutConfig
+from epjit.reference.intranode import Dispatched, Handle
+from epjit.runtime import variants
+from epjit.runtime.device import arch_of, shared_limit
+from epjit.runtime.fault import FaultRecord
+from epjit.runtime.host import PinnedArray
+from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
+from epjit.runtime.symmetric import SymmetricMemory
+
+if TYPE_CHECKING:
+    from epjit.buffer import Scope
+    from epjit.runtime.group import Group
+
+MAX_RANKS = 8
+MAX_TOKENS = (1 << 24) - 2  # a word has 24 bits for a position
+MAX_TOPK = 32
+MAX_ROW_BYTES = 32768
+MAX_LOCAL_EXPERTS = 8192
+
+_MAX_SLOTS = 65536  # of one source rank: bounds the words to 4 MiB
+_SIGNALS_BYTES = 256
+_SLOT_ALIGNMENT = 128
+
+for _op in ("dispatch", "combine"):
+    variants.register(variants.Variant(_op, "tma", 90, "rows move by TMA bulk copies through shared memory"))
+    variants.register(variants.Variant(_op, "ldst", 80, "rows move by 16-byte loads and stores"))
+
+
+def _align(value: int, alignment: int = _SLOT_ALIGNMENT) -> int:
+    return -(-value // alignment) * alignment
+
+
+@dataclass(frozen=True)
+class NotifyConfig(KernelConfig):
+    """What the notify kernel is compiled for."""
+
+    source: ClassVar[str] = "intranode/notify.cu"
+    op: ClassVar[str] = "notify"
+
+    num_ranks: int
+
+    @property
+    def threads(self) -> int:
+        """Threads a block."""
+        return 512
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: one sum a warp."""
+        return self.threads // 32 * 4
+
+    @property
+    def tag(self) -> str:
+        """Namespace of the kernel."""
+        return f"intranode_r{self.num_ranks}"
+
+
+def _copier_shape(tma: bool, max_warps: int, row_bytes: int, limit: int) -> tuple[int, int]:
+    """Warps that move rows, and rows that each moves at a time.
+
+    TMA: as many rows as shared memory holds, spread over the warps, at most eight a warp. One row a
+    warp already fills the links when 12 warps or more do it (docs/performance.md).
+    """
+    if not tma:
+        return max_warps, 4 if row_bytes <= 2048 else 1
+    rows = (limit - 8 * max_warps) // row_bytes
+    warps = min(max_warps, rows)
+    return warps, min(max(rows // warps, 1), 8)
+
+
+@dataclass(frozen=True)
+class DispatchConfig(KernelConfig):
+    """What the dispatch kernel is compiled for; the fields are explained in dispatch.cu."""
+
+    source: ClassVar[str] = "intranode/dispatch.cu"
+    op: ClassVar[str] = "dispatch"
+
+    num_ranks: int
+    hidden_bytes: int
+    num_scales: int
+    num_topk: int
+    topk_is_int64: bool
+    tma: bool
+    num_warps: int
+    num_stage_warps: int
+    rows_per_warp: int
+
+    @classmethod
+    def choose(
+        cls, *, num_ranks: int, hidden_bytes: int, num_scales: int, num_topk: int, topk_is_int64: bool, tma: bool, limit: int
+    ) -> DispatchConfig:
+        """The shape of the block for `limit` bytes of shared memory."""
+        warps, rows = _copier_shape(tma, 16, hidden_bytes, limit)
+        stage = max(1, warps // 4) if num_ranks > 1 else warps
+        return cls(num_ranks, hidden_bytes, num_scales, num_topk, topk_is_int64, tma, warps, stage, rows)
+
+    @property
+    def threads(self) -> int:
+        """Threads a block."""
+        return self.num_warps * 32
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: rows on their way, one mbarrier a warp."""
+        return self.num_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a staged token."""
+        return _align(self.hidden_bytes + 4 * self.num_scales + 8 * self.num_topk)
+
+    @property
+    def tag(self) -> str:
+        """Namespace of the kernel."""
+        return f"intranode_r{self.num_ranks}_h{self.hidden_bytes}_s{self.num_scales}_k{self.num_topk}"
+
+
+@dataclass(frozen=True)
+class CombineConfig(KernelConfig):
+    """What the combine kernel is compiled for; the fields are explained in combine.cu."""
+
+    source: ClassVar[str] = "intranode/combine.cu"
+    op: ClassVar[str] = "combine"
+
+    num_ranks: int
+    hidden_bytes: int
+    num_topk: int
+    is_f16: bool
+    tma: bool
+    num_warps: int
+    num_push_warps: int
+    rows_per_warp: int
+
+    @classmethod
+    def choose(
+        cls, *, num_ranks: int, hidden_bytes: int, num_topk: int, is_f16: bool, tma: bool, limit: int
+    ) -> CombineConfig:
+        """The shape of the block for `limit` bytes of shared memory."""
+        push, rows = _copier_shape(tma, 12 if tma else 8, hidden_bytes, limit)
+        # 20 warps leave 102 registers a thread, which eight ranks' loads in flight need.
+        return cls(num_ranks, hidden_bytes, num_topk, is_f16, tma, push + 8, push, rows)
+
+    @property
+    def threads(self) -> int:
+        """Threads a block."""
+        return self.num_warps * 32
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: rows on their way, one mbarrier a pushing warp."""
+        return self.num_push_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of a row that was pushed."""
+        return _align(self.hidden_bytes + 4 * self.num_topk)
+
+    @property
+    def tag(self) -> str:
+        """Namespace of the kernel."""
+        return f"intranode_r{self.num_ranks}_h{self.hidden_bytes}_k{self.num_topk}"
+
+
+def example_configs(arch: str) -> Iterator[KernelConfig]:
+    """Kernels of every variant that an architecture can run, over shapes that differ in kind.
+
+    Args:
+        arch: Such as ``"sm_90a"``.
+    """
+    limit = shared_limit(arch)
+    for num_ranks in range(1, MAX_RANKS + 1):
+        yield NotifyConfig(num_ranks)
+        for wide in (True, False):
+            yield LayoutConfig(num_ranks, wide)
+    rows = ((1, 4096, 0, 0), (2, 14336, 0, 8), (4, 14336, 0, 0), (4, 7168, 56, 8), (8, 14336, 0, 8), (8, 32768, 0, 32), (3, 32, 1, 2))
+    for tma in (True, False) if variants.runs_on("dispatch", "tma", arch) else (False,):
+        for num_ranks, hidden_bytes, num_scales, num_topk in rows:
+            for wide in (True, False):
+                yield DispatchConfig.choose(
+                    num_ranks=num_ranks, hidden_bytes=hidden_bytes, num_scales=num_scales, num_topk=num_topk,
+                    topk_is_int64=wide, tma=tma, limit=limit,
+                )  # fmt: skip
+            if num_scales == 0:
+                yield CombineConfig.choose(
+                    num_ranks=num_ranks, hidden_bytes=hidden_bytes, num_topk=num_topk, is_f16=num_ranks == 2,
+                    tma=tma, limit=limit,
+                )  # fmt: skip
+
+
+class _Arena:
+    """Where the parts of a rank's symmetric memory lie, in bytes from its start."""
+
+    def __init__(self, num_ranks: int, num_nvl_bytes: int) -> None:
+        self.slots = 0
+        self.slots_bytes = num_nvl_bytes
+        self.control = _align(num_nvl_bytes)
+        self.signals = self.control
+        self.words = self.signals + _SIGNALS_BYTES
+        self.notify = self.words + num_ranks * _MAX_SLOTS * 8
+        self.notify_stride = num_ranks + 1 + MAX_LOCAL_EXPERTS
+        self.total = _align(self.notify + num_ranks * self.notify_stride * 4)
+
+
+class Intranode:
+    """Everything one rank needs for the operations of one NVLink domain.
+
+    Collective: all ranks construct it together.
+
+    Args:
+        group: The ranks.
+        num_nvl_bytes: Bytes of slots.
+        device: The GPU of this rank.
+        timeout_seconds: Of one wait for a peer.
+        use_fabric: Whether peers map the memory by fabric handles.
+    """
+
+    def __init__(
+        self, group: Group, *, num_nvl_bytes: int, device: torch.device, timeout_seconds: float, use_fabric: bool
+    ) -> None:
+        self._group = group
+        self._device = device
+        self._timeout_seconds = timeout_seconds
+        self._arch = arch_of(device.index)
+        self._arena = _Arena(group.size, num_nvl_bytes)
+        self._notify_kernel = Kernel(NotifyConfig(group.size), device=device.index)
+        self.memory = SymmetricMemory(self._arena.total, group=group, device=device.index, fabric=use_fabric)
+        self._local = torch.zeros(64, dtype=torch.int32, device=device)  # counters 0..31, epoch 32, abort 33
+        self._fault = FaultRecord()
+        # Row 0 is read by a host that waits for counts; row 1 takes those that nobody waits for.
+        self._host_counts = PinnedArray(2 * (1 + MAX_LOCAL_EXPERTS), device=device.index)
+        self._launches: dict[tuple[Any, ...], tuple[Launch, int]] = {}
+        self._notify = Launch(
+            self._notify_kernel,
+            **self._common(),
+            notify=self._everywhere(self._arena.notify),
+            notify_stride=self._arena.notify_stride,
+        )
+        torch.cuda.synchronize(device)
+        group.barrier()
+
+    def _everywhere(self, offset: int) -> list[int]:
+        """The address of the same part on every rank."""
+        pointers = [pointer + offset for pointer in self.memory.peer_ptrs]
+        return pointers + [0] * (MAX_RANKS - len(pointers))
+
+    def _common(self) -> dict[str, object]:
+        """Parameters that all kernels which meet a peer have."""
+        return {
+            "signals": self._everywhere(self._arena.signals),
+            "counters": self._local.data_ptr(),
+            "epoch": self._local[32:].data_ptr(),
+            "abort": self._local[33:].data_ptr(),
+            "fault": self._fault.device_ptr,
+            "timeout_ns": int(self._timeout_seconds * 1e9),
+            "rank": self._group.rank,
+        }
+
+    # ---- launches ------------------------------------------------------------------------------------
+
+    def _launch(self, key: tuple[object, ...], config: KernelConfig, slot_bytes: int, ranks_a_slot: int) -> None:
+        """Compiles and loads, then meets the group: nobody may wait for a peer that still compiles."""
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{config.op} needs a kernel for {config} that is not compiled yet, and nothing can be compiled while a "
+                "CUDA graph is captured; run the call once before the capture, or call Buffer.warmup()"
+            )
+        num_slots = min(self._arena.slots_bytes // (slot_bytes * ranks_a_slot), _MAX_SLOTS) // 2 * 2
+        least = 2 * getattr(config, "rows_per_warp", 1)
+        if self._group.size == 1:
+            num_slots = _MAX_SLOTS  # nothing is staged
+        elif num_slots < least:
+            raise ValueError(
+                f"{config.op} of {slot_bytes}-byte rows needs num_nvl_bytes >= {least * slot_bytes * ranks_a_slot}, but this "
+                f"Buffer has {self._arena.slots_bytes}; pass Config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks)"
+            )
+        launch = Launch(
+            Kernel(config, device=self._device.index),
+            **self._common(),
+            slots=self._everywhere(self._arena.slots),
+            words=self._everywhere(self._arena.words),
+            num_slots=num_slots,
+        )
+        self._group.barrier()
+        self._launches[key] = (launch, num_slots)
+
+    def dispatch_launch(
+        self, *, hidden_bytes: int, num_scales: int, num_topk: int, topk_is_int64: bool
+    ) -> Launch:
+        """The launch of dispatch for a shape; collective when it is the first of its kind."""
+        key = ("dispatch", hidden_bytes, num_scales, num_topk, topk_is_int64)
+        found = self._launches.get(key)
+        if found is None:
+            config = DispatchConfig.choose(
+                num_ranks=self._group.size, hidden_bytes=hidden_bytes, num_scales=num_scales, num_topk=num_topk,
+                topk_is_int64=topk_is_int64, tma=variants.resolve("dispatch", self._arch) == "tma",
+                limit=shared_limit(self._arch),
+            )  # fmt: skip
+            if self._group.size > 1:
+                config = self._fit(config)
+            self._launch(key, config, config.slot_bytes, 1)
+            found = self._launches[key]
+        return found[0]
+
+    def _fit(self, config: DispatchConfig) -> DispatchConfig:
+        """Fewer rows a warp where the buffer holds only a few: a unit may span two windows at most."""
+        windows_rows = self._arena.slots_bytes // config.slot_bytes // 2
+        return replace(config, rows_per_warp=max(1, min(config.rows_per_warp, windows_rows)))
+
+    def combine_launch(self, *, hidden_bytes: int, num_topk: int, is_f16: bool) -> Launch:
+        """The launch of combine for a shape; collective when it is the first of its kind."""
+        key = ("combine", hidden_bytes, num_topk, is_f16)
+        found = self._launches.get(key)
+        if found is None:
+            config = CombineConfig.choose(
+                num_ranks=self._group.size, hidden_bytes=hidden_bytes, num_topk=num_topk, is_f16=is_f16,
+                tma=variants.resolve("combine", self._arch) == "tma", limit=shared_limit(self._arch),
+            )  # fmt: skip
+            self._launch(key, config, config.slot_bytes, self._group.size)
+            found = self._launches[key]
+        return found[0]
+
+    def compile_ahead(self, archs: Iterable[str]) -> None:
+        """Compiles the kernels of all launches into the cache, for other architectures.
+
+        The block's shape is chosen anew for each: it depends on the shared memory there.
+        """
+        for arch in archs:
+            limit, tma = shared_limit(arch), variants.runs_on("dispatch", "tma", arch)
+            compile_kernel(NotifyConfig(self._group.size), arch=arch)
+            for op, hidden_bytes, *rest in list(self._launches):
+                config: KernelConfig
+                if op == "dispatch":
+                    num_scales, num_topk, topk_is_int64 = rest
+                    config = DispatchConfig.choose(
+                        num_ranks=self._group.size, hidden_bytes=hidden_bytes, num_scales=num_scales,
+                        num_topk=num_topk, topk_is_int64=topk_is_int64, tma=tma, limit=limit,
+                    )  # fmt: skip
+                else:
+                    num_topk, is_f16 = rest
+                    config = CombineConfig.choose(
+                        num_ranks=self._group.size, hidden_bytes=hidden_bytes, num_topk=num_topk, is_f16=is_f16,
+                        tma=tma, limit=limit,
+                    )  # fmt: skip
+                compile_kernel(config, arch=arch)
+
+    # ---- operations ----------------------------------------------------------------------------------
+
+    def dispatch(
+        self,
+        scope: Scope,
+        x: torch.Tensor,
+        scales: torch.Tensor | None,
+        topk_idx: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        num_tokens_per_rank: torch.Tensor,
+        is_token_in_rank: torch.Tensor,
+        num_tokens_per_expert: torch.Tensor,
+        *,
+        expert_alignment: int,
+        num_worst_tokens: int,
+        num_sms: int,
+    ) -> Dispatched:
+        """Notify, then dispatch; the host waits for the counts in between unless there is a worst case."""
+        num_ranks = self._group.size
+        num_topk = 0 if topk_idx is None else topk_idx.shape[1]
+        launch = self.dispatch_launch(
+            hidden_bytes=x.shape[1] * x.element_size(),
+            num_scales=0 if scales is None else scales.shape[1],
+            num_topk=num_topk,
+            topk_is_int64=topk_idx is None or topk_idx.dtype == torch.int64,
+        )
+        experts_per_rank = num_tokens_per_expert.shape[0] // num_ranks
+        with scope.allocating():
+            ints = {"dtype": torch.int32, "device": self._device}
+            rank_prefix = torch.empty((num_ranks, num_ranks), **ints)
+            source_tokens = torch.empty(num_ranks, **ints)
+            expert_counts = torch.empty(experts_per_rank, **ints)
+            send_head = torch.empty((x.shape[0], num_ranks), **ints)
+        scope.start()
+        counts = self._host_counts.array
+        waits = num_worst_tokens == 0
+        if waits:
+            counts[0] = -1
+        self._notify(
+            scope.stream,
+            1 + num_ranks,
+            num_tokens_per_rank=num_tokens_per_rank.data_ptr(),
+            num_tokens_per_expert=num_tokens_per_expert.data_ptr(),
+            is_token_in_rank=is_token_in_rank.data_ptr(),
+            rank_prefix=rank_prefix.data_ptr(),
+            source_tokens=source_tokens.data_ptr(),
+            expert_counts=expert_counts.data_ptr(),
+            send_head=send_head.data_ptr(),
+            host_counts=self._host_counts.device_ptr + (0 if waits else 8 * (1 + MAX_LOCAL_EXPERTS)),
+            num_tokens=x.shape[0],
+            experts_per_rank=experts_per_rank,
+            expert_alignment=expert_alignment,
+        )
+        num_rows = num_worst_tokens
+        per_expert: list[int] = []
+        if waits:
+            num_rows = self._wait_for_counts()
+            per_expert = counts[1 : 1 + experts_per_rank].tolist()
+        with scope.allocating():
+            recv_src_idx = torch.empty(num_rows, **ints)
+        handle = (rank_prefix, source_tokens, expert_counts, recv_src_idx, is_token_in_rank, send_head)
+        outputs = self._dispatch_rows(
+            scope, launch, x, scales, topk_idx, topk_weights, handle,
+            experts_per_rank=experts_per_rank, num_sms=num_sms, fill_src_idx=True,
+        )  # fmt: skip
+        return Dispatched(*outputs, per_expert, handle)
+
+    def cached_dispatch(
+        self, scope: Scope, x: torch.Tensor, scales: torch.Tensor | None, handle: Handle, *, num_sms: int
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Dispatches another payload along the routing of a handle."""
+        launch = self.dispatch_launch(
+            hidden_bytes=x.shape[1] * x.element_size(),
+            num_scales=0 if scales is None else scales.shape[1],
+            num_topk=0,
+            topk_is_int64=True,
+        )
+        recv_x, recv_scales, _, _ = self._dispatch_rows(
+            scope, launch, x, scales, None, None, handle, experts_per_rank=1, num_sms=num_sms, fill_src_idx=False
+        )
+        return recv_x, recv_scales
+
+    def _dispatch_rows(
+        self,
+        scope: Scope,
+        launch: Launch,
+        x: torch.Tensor,
+        scales: torch.Tensor | None,
+        topk_idx: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        handle: Handle,
+        *,
+        experts_per_rank: int,
+        num_sms: int,
+        fill_src_idx: bool,
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Allocates the received rows and queues the dispatch kernel."""
+        rank_prefix, source_tokens, _, recv_src_idx, _, send_head = handle
+        num_rows = recv_src_idx.shape[0]
+        recv_scales = recv_topk_idx = recv_topk_weights = None
+        with scope.allocating():
+            recv_x = torch.empty((num_rows, x.shape[1]), dtype=x.dtype, device=self._device)
+            if scales is not None:
+                recv_scales = torch.empty((num_rows, scales.shape[1]), dtype=scales.dtype, device=self._device)
+            if topk_idx is not None:
+                shape = (num_rows, topk_idx.shape[1])
+                recv_topk_idx = torch.empty(shape, dtype=topk_idx.dtype, device=self._device)
+                recv_topk_weights = torch.empty(shape, dtype=torch.float32, device=self._device)
+        scope.start()
+        launch(
+            scope.stream,
+            num_sms,
+            x=x.data_ptr(),
+            scales=_pointer(scales),
+            scale_token_stride=0 if scales is None else scales.stride(0),
+            scale_stride=0 if scales is None else scales.stride(1),
+            topk_idx=_pointer(topk_idx),
+            topk_weights=_pointer(topk_weights),
+            send_head=send_head.data_ptr(),
+            rank_prefix=rank_prefix.data_ptr(),
+            source_tokens=source_tokens.data_ptr(),
+            recv_x=recv_x.data_ptr(),
+            recv_scales=_pointer(recv_scales),
+            recv_topk_idx=_pointer(recv_topk_idx),
+            recv_topk_weights=_pointer(recv_topk_weights),
+            recv_src_idx=recv_src_idx.data_ptr() if fill_src_idx else 0,
+            num_tokens=x.shape[0],
+            num_recv_rows=num_rows,
+            experts_per_rank=experts_per_rank,
+        )
+        return recv_x, recv_scales, recv_topk_idx, recv_topk_weights
+
+    def combine(
+        self,
+        scope: Scope,
+        x: torch.Tensor,
+        handle: Handle,
+        topk_weights: torch.Tensor | None,
+        bias: tuple[torch.Tensor | None, torch.Tensor | None],
+        *,
+        num_sms: int,
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Pushes rows back to the ranks of their tokens and sums them there."""
+        rank_prefix, _, _, recv_src_idx, _, send_head = handle
+        num_tokens, hidden = send_head.shape[0], x.shape[1]
+        num_topk = 0 if topk_weights is None else topk_weights.shape[1]
+        launch = self.combine_launch(
+            hidden_bytes=hidden * x.element_size(), num_topk=num_topk, is_f16=x.dtype == torch.float16
+        )
+        combined_weights = None
+        with scope.allocating():
+            combined_x = torch.empty((num_tokens, hidden), dtype=x.dtype, device=self._device)
+            if topk_weights is not None:
+                combined_weights = torch.empty((num_tokens, num_topk), dtype=torch.float32, device=self._device)
+        scope.start()
+        launch(
+            scope.stream,
+            num_sms,
+            x=x.data_ptr(),
+            topk_weights=_pointer(topk_weights),
+            bias_0=_pointer(bias[0]),
+            bias_1=_pointer(bias[1]),
+            recv_src_idx=recv_src_idx.data_ptr(),
+            send_head=send_head.data_ptr(),
+            rank_prefix=rank_prefix.data_ptr(),
+            combined_x=combined_x.data_ptr(),
+            combined_topk_weights=_pointer(combined_weights),
+            num_tokens=num_tokens,
+            # With few tokens several warps share one, so that all SMs have work.
+            num_parts=max(1, min(8, num_sms * 20 // max(num_tokens, 1))),
+        )
+        return combined_x, combined_weights
+
+    # ---- the host's waits, faults, the end -----------------------------------------------------------
+
+    def _wait_for_counts(self) -> int:
+        """Polls host memory for this rank's number of rows; other threads run meanwhile."""
+        counts = self._host_counts.array
+        deadline = time.monotonic() + 2 * self._timeout_seconds + 10
+        while counts[0] < 0:
+            self.raise_fault()
+            if time.monotonic() > deadline:
+                raise CommunicationError(
+                    f"dispatch: the counts did not reach the host of rank {self._group.rank} within "
+                    f"{2 * self._timeout_seconds + 10:g} s: its communication stream does not get to run",
+                    op="dispatch",
+                    rank=self._group.rank,
+                )
+            time.sleep(0)
+        return int(counts[0])
+
+    def raise_fault(self) -> None:
+        """Raises what a wait on the device left behind.
+
+        Raises:
+            CommunicationError: Names operation, rank and peer.
+        """
+        self._fault.raise_if_set()
+
+    def reset(self) -> None:
+        """Forgets everything that was under way; collective."""
+        torch.cuda.synchronize(self._device)
+        self._group.barrier()
+        self.memory.tensor(torch.uint8)[self._arena.control :].zero_()
+        self._local.zero_()
+        torch.cuda.synchronize(self._device)
+        self._fault.clear()
+        self._group.barrier()
+
+    def close(self) -> None:
+        """Frees the memory once the peers have finished the last operation; not collective.
+
+        A peer may still read this rank's slots when this rank is done. Its `finish` signal says when
+        it is not; a peer that never sends it is not waited for longer than the timeout.
+        """
+        torch.cuda.synchronize(self._device)
+        signals = self.memory.tensor(torch.int64)[self._arena.signals // 8 :][: self._group.size]
+        epoch = int(self._local[32]) & 0xFFFFFFFF
+        deadline = time.monotonic() + self._timeout_seconds
+        while not self._fault.is_set and time.monotonic() < deadline:
+            finished = [value >> 32 & 0xFFFFFFFF for value in signals.tolist()]
+            if all(value == epoch for rank, value in enumerate(finished) if rank != self._group.rank):
+                break
+            time.sleep(0.001)
+        self._launches.clear()
+        del self._notify, signals
+        self.memory.close()
+        self._host_counts.close()
+        self._fault.close()
+
+
+def _pointer(tensor: torch.Tensor | None) -> int:
+    return 0 if tensor is None else tensor.data_ptr()

@@ -1,0 +1,228 @@
+"""The operations of one rank without a GPU: gather the inputs of all ranks, compute, keep my part.
+
+Same arguments, results and order of summation as the GPU path. It is meant for tests, for CI and
+for a machine without a GPU: every rank receives the inputs of all others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from epjit.reference import intranode
+from epjit.reference.intranode import Bias, Dispatched, Handle, RankInput
+
+if TYPE_CHECKING:
+    from epjit.runtime.group import Group
+
+
+class CpuBackend:
+    """Layout, dispatch and combine of one rank, on CPU tensors.
+
+    All methods but `layout` are collective: every rank of the group calls them in the same order.
+
+    Raises:
+        CommunicationError: From every collective method, when a peer does not arrive in time.
+        ValueError: From every collective method, when ranks pass arguments that do not belong
+            together; the text names the ranks and their values.
+    """
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+
+    def layout(self, topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+        """Where the tokens of this rank go; not collective.
+
+        Args:
+            topk_idx: `[T, K]` int32 or int64.
+            num_experts: `E`.
+
+        Returns:
+            `num_tokens_per_rank` int32 `[R]`, `num_tokens_per_expert` int32 `[E]`,
+            `is_token_in_rank` bool `[T, R]`.
+        """
+        return intranode.layout(topk_idx, num_experts, self.group.size)
+
+    @torch.no_grad()
+    def dispatch(
+        self,
+        x: Tensor,
+        scales: Tensor | None,
+        topk_idx: Tensor | None,
+        topk_weights: Tensor | None,
+        num_tokens_per_rank: Tensor,
+        is_token_in_rank: Tensor,
+        num_tokens_per_expert: Tensor,
+        *,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+    ) -> Dispatched:
+        """Send each token to the ranks of `is_token_in_rank` and return what arrives here.
+
+        Args:
+            x: `[T, H]`, any dtype.
+            scales: `[T, S]`, any strides, or None.
+            topk_idx: `[T, K]` int32 or int64, or None.
+            topk_weights: `[T, K]` float32, or None.
+            num_tokens_per_rank: int32 `[R]`, the column sums of `is_token_in_rank`.
+            is_token_in_rank: bool `[T, R]`.
+            num_tokens_per_expert: int32 `[E]`.
+            expert_alignment: Counts of the returned list are rounded up to a multiple of it.
+            num_worst_tokens: 0, or the number of rows of every output.
+
+        Returns:
+            See `Dispatched`.
+
+        Raises:
+            ValueError: Also when `num_tokens_per_rank` contradicts `is_token_in_rank`.
+        """
+        sent = is_token_in_rank.sum(dim=0).tolist()
+        worlds = self._exchange(
+            "dispatch",
+            {
+                **_payload_facts(x, scales),
+                "num_experts": num_tokens_per_expert.shape[0],
+                "num_topk": None if topk_idx is None else topk_idx.shape[1],
+                "topk_idx dtype": None if topk_idx is None else topk_idx.dtype,
+            },
+            (x, scales, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert),
+        )
+        # After the exchange: a rank that raises before it would leave its peers waiting.
+        if num_tokens_per_rank.tolist() != sent:
+            raise ValueError(
+                f"num_tokens_per_rank={num_tokens_per_rank.tolist()} contradicts is_token_in_rank, "
+                f"whose columns sum to {sent}; pass both from one get_dispatch_layout call"
+            )
+        inputs = [RankInput(*tensors) for tensors in worlds]
+        return intranode.dispatch(
+            inputs,
+            self.group.rank,
+            num_experts=num_tokens_per_expert.shape[0],
+            expert_alignment=expert_alignment,
+            num_worst_tokens=num_worst_tokens,
+        )
+
+    @torch.no_grad()
+    def cached_dispatch(
+        self, x: Tensor, scales: Tensor | None, handle: Handle
+    ) -> tuple[Tensor, Tensor | None]:
+        """Send another payload along the routing of `handle`.
+
+        Args:
+            x: `[T, H]`, any dtype and `H`.
+            scales: `[T, S]`, any strides, or None.
+            handle: From `dispatch`.
+
+        Returns:
+            `recv_x` `[n or N, H]` and `recv_scales` `[n or N, S]` or None.
+        """
+        facts = {**_payload_facts(x, scales), **_handle_facts(handle)}
+        worlds = self._exchange("cached dispatch", facts, (x, scales, *handle))
+        return intranode.cached_dispatch(
+            [tensors[0] for tensors in worlds],
+            None if scales is None else [tensors[1] for tensors in worlds],
+            [tensors[2:] for tensors in worlds],
+            self.group.rank,
+        )
+
+    @torch.no_grad()
+    def combine(
+        self,
+        x: Tensor,
+        handle: Handle,
+        topk_weights: Tensor | None = None,
+        bias: Bias = None,
+    ) -> tuple[Tensor, Tensor | None]:
+        """Bring rows back to the ranks of their tokens and sum them.
+
+        Args:
+            x: `[n or N, H]`, bfloat16, float16 or float32; one row for each received row.
+            handle: From `dispatch`.
+            topk_weights: float32 `[n or N, K]`, or None.
+            bias: None, `[T, H]`, or a pair of them; this rank's alone.
+
+        Returns:
+            `combined_x` `[T, H]`, and `combined_topk_weights` float32 `[T, K]` or None.
+        """
+        facts = {
+            **_payload_facts(x, None),
+            "num_topk": None if topk_weights is None else topk_weights.shape[1],
+            **_handle_facts(handle),
+        }
+        worlds = self._exchange("combine", facts, (x, topk_weights, *handle))
+        return intranode.combine(
+            [tensors[0] for tensors in worlds],
+            [tensors[2:] for tensors in worlds],
+            self.group.rank,
+            None if topk_weights is None else [tensors[1] for tensors in worlds],
+            bias,
+        )
+
+    def _exchange(
+        self, op: str, facts: Mapping[str, object], tensors: tuple[Tensor | None, ...]
+    ) -> list[tuple[Any, ...]]:
+        """Every rank's `tensors`, once all ranks are known to agree on `op` and on `facts`."""
+        messages = self.group.allgather((op, dict(facts), [_pack(each) for each in tensors]))
+        _agree(op, "operation", [message[0] for message in messages])
+        for name in facts:
+            _agree(op, name, [message[1][name] for message in messages])
+        worlds = [tuple(_unpack(each) for each in message[2]) for message in messages]
+        worlds[self.group.rank] = tensors  # the handle keeps the caller's own tensor
+        return worlds
+
+
+def _pack(tensor: Tensor | None) -> tuple[torch.dtype, torch.Size, NDArray[np.uint8]] | None:
+    """A copy of the elements as bytes.
+
+    A copy, since ranks that are threads get the very object and the caller may write to its tensor
+    as soon as its own call is back. Bytes, since torch 2.13 cannot unpickle an FP8 tensor, and a
+    pickled view would drag its whole storage along.
+    """
+    if tensor is None:
+        return None
+    flat = tensor.detach().clone(memory_format=torch.contiguous_format).reshape(-1)
+    return tensor.dtype, tensor.shape, flat.view(torch.uint8).numpy()
+
+
+def _unpack(packed: tuple[torch.dtype, torch.Size, NDArray[np.uint8]] | None) -> Tensor | None:
+    """The tensor of `_pack`."""
+    if packed is None:
+        return None
+    dtype, shape, elements = packed
+    tensor = torch.empty(shape, dtype=dtype, device="cpu")
+    # A copy into it: an empty NumPy array has stride 0, which torch does not view as another dtype.
+    tensor.view(-1).view(torch.uint8).copy_(torch.from_numpy(elements))
+    return tensor
+
+
+def _payload_facts(x: Tensor, scales: Tensor | None) -> dict[str, object]:
+    """What the payloads of all ranks have in common."""
+    return {
+        "hidden": x.shape[1],
+        "dtype": x.dtype,
+        "number of scales": None if scales is None else scales.shape[1],
+        "dtype of scales": None if scales is None else scales.dtype,
+    }
+
+
+def _handle_facts(handle: Handle) -> dict[str, object]:
+    """What the handles of one dispatch have in common on all ranks."""
+    return {
+        "the handle's rank_prefix_matrix": handle[0].tolist(),
+        "the handle's source_tokens": handle[1].tolist(),
+    }
+
+
+def _agree(op: str, name: str, values: list[object]) -> None:
+    """Raise unless all ranks have the same value."""
+    if any(value != values[0] for value in values):
+        each = ", ".join(f"rank {rank} has {value}" for rank, value in enumerate(values))
+        raise ValueError(
+            f"{op}: the ranks disagree on {name}: {each}; "
+            "all ranks of a group must make the same call with matching arguments"
+        )

@@ -1,0 +1,323 @@
+"""Layout, dispatch and combine of one NVLink domain, as index arithmetic over all ranks at once.
+
+Every function takes the inputs of the whole group (a list with one entry a rank) and returns what
+one rank gets. There is no communication here, so these lines are the definition of the result: the
+GPU kernels and the CPU backend are compared with them bit for bit.
+
+Words: `R` ranks, `E` experts (expert `e` lives on rank `e // (E // R)`), `T` tokens of this source
+rank, `K` choices a token, `H` elements a row, `n` rows received, `N` = `num_worst_tokens`.
+Received rows are ordered by source rank, then by source token; a token that chose several experts
+of a rank is received once there. All tensors are CPU tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TypeAlias
+
+import torch
+from torch import Tensor
+
+Handle: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+"""What `dispatch` leaves for `combine` and for a cached dispatch; six tensors of one rank.
+
+0. `rank_prefix_matrix` int32 `[R, R]`: entry `[i, j]` = rows that ranks `0..i` send to rank `j`.
+1. `source_tokens` int32 `[R]`: `T` of each rank.
+2. `recv_expert_counts` int32 `[E // R]`: selections of each local expert, not aligned.
+3. `recv_src_idx` int32 `[n or N]`: source token of each received row.
+4. `is_token_in_rank` bool `[T, R]`: the caller's tensor.
+5. `send_head` int32 `[T, R]`: place of the row in this source's segment at that rank, or -1.
+"""
+
+Bias: TypeAlias = "Tensor | tuple[Tensor | None, Tensor | None] | None"
+
+
+@dataclass(frozen=True)
+class RankInput:
+    """What one rank gives to `dispatch`.
+
+    Attributes:
+        x: `[T, H]`, any dtype; rows are moved as bytes.
+        scales: `[T, S]`, any dtype and strides, or None.
+        topk_idx: `[T, K]` int32 or int64; a value outside `[0, E)` selects nothing. Or None.
+        topk_weights: `[T, K]` float32; None exactly when `topk_idx` is None.
+        is_token_in_rank: bool `[T, R]`; the rows this rank sends.
+        num_tokens_per_expert: int32 `[E]`; the selections this rank announces.
+    """
+
+    x: Tensor
+    scales: Tensor | None
+    topk_idx: Tensor | None
+    topk_weights: Tensor | None
+    is_token_in_rank: Tensor
+    num_tokens_per_expert: Tensor
+
+
+@dataclass(frozen=True)
+class Dispatched:
+    """What one rank gets from `dispatch`; rows `[n, N)` are zeros (indices -1) here.
+
+    Attributes:
+        recv_x: `[n or N, H]`, dtype of `x`.
+        recv_scales: `[n or N, S]` row-major, or None.
+        recv_topk_idx: `[n or N, K]`, dtype of `topk_idx`: local expert or -1; or None.
+        recv_topk_weights: `[n or N, K]` float32, 0.0 where the index is -1; or None.
+        num_recv_tokens_per_expert_list: `E // R` counts, each rounded up to `expert_alignment`;
+            empty with `num_worst_tokens`.
+        handle: see `Handle`.
+    """
+
+    recv_x: Tensor
+    recv_scales: Tensor | None
+    recv_topk_idx: Tensor | None
+    recv_topk_weights: Tensor | None
+    num_recv_tokens_per_expert_list: list[int]
+    handle: Handle
+
+
+def experts_per_rank(num_experts: int, num_ranks: int) -> int:
+    """Number of experts a rank owns.
+
+    Raises:
+        ValueError: `num_experts` is not a positive multiple of `num_ranks`.
+    """
+    if num_experts <= 0 or num_experts % num_ranks:
+        raise ValueError(
+            f"num_experts={num_experts} is not a positive multiple of the {num_ranks} ranks; "
+            "every rank owns the same number of experts"
+        )
+    return num_experts // num_ranks
+
+
+def layout(topk_idx: Tensor, num_experts: int, num_ranks: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Count where the tokens of one rank go.
+
+    Args:
+        topk_idx: `[T, K]` int32 or int64; a value outside `[0, num_experts)` selects nothing.
+        num_experts: `E`.
+        num_ranks: `R`.
+
+    Returns:
+        `num_tokens_per_rank` int32 `[R]` (a token counts once a rank), `num_tokens_per_expert`
+        int32 `[E]` (each selection counts), `is_token_in_rank` bool `[T, R]`.
+
+    Raises:
+        ValueError: `num_experts` is not a positive multiple of `num_ranks`.
+    """
+    num_local = experts_per_rank(num_experts, num_ranks)
+    token, column = torch.nonzero((topk_idx >= 0) & (topk_idx < num_experts), as_tuple=True)
+    expert = topk_idx[token, column].to(torch.int64)
+
+    num_tokens_per_expert = torch.bincount(expert, minlength=num_experts).to(torch.int32)
+    is_token_in_rank = torch.zeros(
+        (topk_idx.shape[0], num_ranks), dtype=torch.bool, device=topk_idx.device
+    )
+    is_token_in_rank[token, expert // num_local] = True
+    num_tokens_per_rank = is_token_in_rank.sum(dim=0, dtype=torch.int32)
+    return num_tokens_per_rank, num_tokens_per_expert, is_token_in_rank
+
+
+def dispatch(
+    inputs: Sequence[RankInput],
+    rank: int,
+    *,
+    num_experts: int,
+    expert_alignment: int = 1,
+    num_worst_tokens: int = 0,
+) -> Dispatched:
+    """What `rank` receives.
+
+    Args:
+        inputs: One entry a rank.
+        rank: The receiver.
+        num_experts: `E`.
+        expert_alignment: Each count of the returned list is rounded up to a multiple of it.
+        num_worst_tokens: 0, or the number of rows of every output.
+
+    Returns:
+        See `Dispatched`.
+
+    Raises:
+        ValueError: `num_experts` does not fit the ranks, or more than `num_worst_tokens` rows
+            arrive.
+    """
+    num_local = experts_per_rank(num_experts, len(inputs))
+    first_expert = rank * num_local
+    own = inputs[rank]
+
+    rows_sent = torch.stack([each.is_token_in_rank.sum(dim=0) for each in inputs])  # [R, R]
+    rank_prefix_matrix = rows_sent.cumsum(dim=0).to(torch.int32)
+    num_recv = int(rank_prefix_matrix[-1, rank])
+    if 0 < num_worst_tokens < num_recv:
+        raise ValueError(
+            f"rank {rank} receives {num_recv} rows, more than num_worst_tokens={num_worst_tokens}; "
+            "pass at least num_ranks * the largest number of tokens of a rank"
+        )
+    num_rows = num_worst_tokens or num_recv
+
+    tokens = [torch.nonzero(each.is_token_in_rank[:, rank]).flatten() for each in inputs]
+    recv_topk_idx = recv_topk_weights = None
+    if own.topk_idx is not None and own.topk_weights is not None:
+        idx = _gather([_given("topk_idx", each.topk_idx) for each in inputs], tokens)
+        weights = _gather([_given("topk_weights", each.topk_weights) for each in inputs], tokens)
+        is_local = (idx >= first_expert) & (idx < first_expert + num_local)
+        local_idx = (idx - first_expert).masked_fill(~is_local, -1)
+        recv_topk_idx = _pad_rows(local_idx, num_rows, value=-1)
+        recv_topk_weights = _pad_rows(weights.masked_fill(~is_local, 0.0), num_rows)
+
+    recv_expert_counts = torch.stack([each.num_tokens_per_expert for each in inputs])[
+        :, first_expert : first_expert + num_local
+    ].sum(dim=0, dtype=torch.int32)
+    aligned_counts = [
+        -(-count // expert_alignment) * expert_alignment for count in recv_expert_counts.tolist()
+    ]
+
+    send_head = (own.is_token_in_rank.cumsum(dim=0) - 1).masked_fill(~own.is_token_in_rank, -1)
+    handle = (
+        rank_prefix_matrix,
+        torch.tensor([each.x.shape[0] for each in inputs], dtype=torch.int32, device="cpu"),
+        recv_expert_counts,
+        _pad_rows(torch.cat(tokens).to(torch.int32), num_rows),
+        own.is_token_in_rank,
+        send_head.to(torch.int32),
+    )
+    return Dispatched(
+        recv_x=_pad_rows(_gather([each.x for each in inputs], tokens), num_rows),
+        recv_scales=None
+        if own.scales is None
+        else _pad_rows(
+            _gather([_given("scales", each.scales) for each in inputs], tokens), num_rows
+        ),
+        recv_topk_idx=recv_topk_idx,
+        recv_topk_weights=recv_topk_weights,
+        num_recv_tokens_per_expert_list=[] if num_worst_tokens else aligned_counts,
+        handle=handle,
+    )
+
+
+def cached_dispatch(
+    xs: Sequence[Tensor], scales: Sequence[Tensor] | None, handles: Sequence[Handle], rank: int
+) -> tuple[Tensor, Tensor | None]:
+    """What `rank` receives when another payload follows the routing of the handles.
+
+    Args:
+        xs: Each rank's `[T, H]`; dtype and `H` need not be those of the first dispatch.
+        scales: Each rank's `[T, S]`, or None.
+        handles: Each rank's handle.
+        rank: The receiver.
+
+    Returns:
+        `recv_x` `[n or N, H]` and `recv_scales` `[n or N, S]` or None; as many rows as the
+        handle has, those of `[n, N)` are zeros.
+
+    Raises:
+        ValueError: A payload has another number of tokens than the handle's.
+    """
+    source_tokens = handles[rank][1].tolist()
+    for source, (x, num_tokens) in enumerate(zip(xs, source_tokens, strict=True)):
+        if x.shape[0] != num_tokens:
+            raise ValueError(
+                f"rank {source} passes x with {x.shape[0]} tokens, but its handle was made with "
+                f"{num_tokens}; a cached dispatch needs the same tokens"
+            )
+    tokens = [handles[rank][3][rows].to(torch.int64) for rows in _segments(handles[rank], rank)]
+    num_rows = handles[rank][3].shape[0]
+    recv_x = _pad_rows(_gather(xs, tokens), num_rows)
+    return recv_x, None if scales is None else _pad_rows(_gather(scales, tokens), num_rows)
+
+
+def combine(
+    xs: Sequence[Tensor],
+    handles: Sequence[Handle],
+    rank: int,
+    topk_weights: Sequence[Tensor] | None = None,
+    bias: Bias = None,
+) -> tuple[Tensor, Tensor | None]:
+    """What `rank` gets back: for each of its tokens, the sum over the ranks that received it.
+
+    The sum is float32 in a fixed order: `bias_0` (or +0.0), then `bias_1`, then the ranks in
+    ascending order, each once; it is rounded once, to nearest even, to the dtype of `x`. A rank
+    that did not receive the token adds nothing, not even a zero.
+
+    Args:
+        xs: Each rank's `[n or N, H]`, bfloat16, float16 or float32.
+        handles: Each rank's handle, all of one dispatch.
+        rank: The owner of the tokens.
+        topk_weights: Each rank's float32 `[n or N, K]`, or None.
+        bias: None, `[T, H]`, or a pair of them (either may be None), dtype of `x`.
+
+    Returns:
+        `combined_x` `[T, H]`, and `combined_topk_weights` float32 `[T, K]` (elementwise sum from
+        +0.0, same order of ranks) or None.
+
+    Raises:
+        ValueError: A rank passes another number of rows than its handle has.
+    """
+    for peer, (x, handle) in enumerate(zip(xs, handles, strict=True)):
+        if x.shape[0] != handle[3].shape[0]:
+            raise ValueError(
+                f"rank {peer} passes x with {x.shape[0]} rows, but its handle has "
+                f"{handle[3].shape[0]}; combine takes one row for each received row"
+            )
+    num_tokens = handles[rank][4].shape[0]
+    own_segments = [_segments(handle, peer)[rank] for peer, handle in enumerate(handles)]
+    tokens = [
+        handle[3][rows].to(torch.int64) for handle, rows in zip(handles, own_segments, strict=True)
+    ]
+
+    def total(rows_of_ranks: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+        first, *others = biases or (None,)
+        shape = (num_tokens, rows_of_ranks[rank].shape[1])
+        acc = (
+            torch.zeros(shape, dtype=torch.float32, device="cpu")
+            if first is None
+            else first.to(torch.float32, copy=True)
+        )
+        for each in others:
+            if each is not None:
+                acc += each.to(torch.float32)
+        for peer_rows, where, token in zip(rows_of_ranks, own_segments, tokens, strict=True):
+            acc[token] += peer_rows[where].to(torch.float32)  # a token is once in a segment
+        return acc
+
+    biases = bias if isinstance(bias, tuple) else (bias, None)
+    combined_x = total(xs, biases).to(xs[rank].dtype)
+    return combined_x, None if topk_weights is None else total(topk_weights, ())
+
+
+def _segments(handle: Handle, rank: int) -> list[slice]:
+    """Where the rows of each source rank lie among the received rows of `rank`."""
+    ends = handle[0][:, rank].tolist()
+    return [slice(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
+
+
+def _gather(sources: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor:
+    """Rows `tokens[i]` of `sources[i]`, one source after the other, bit for bit."""
+    dtype, width = sources[0].dtype, sources[0].shape[1]
+    # As bytes, so that no dtype needs an indexing kernel of its own. Flat first: torch calls a
+    # tensor with one column contiguous whatever its stride, and then cannot view it as bytes.
+    rows = [
+        source.reshape(-1).view(torch.uint8).view(source.shape[0], width * dtype.itemsize)[token]
+        for source, token in zip(sources, tokens, strict=True)
+    ]
+    received = torch.cat(rows)
+    return received.view(-1).view(dtype).view(received.shape[0], width)
+
+
+def _pad_rows(rows: Tensor, num_rows: int, *, value: int = 0) -> Tensor:
+    """`rows` followed by rows of `value`, `num_rows` in all."""
+    missing = num_rows - rows.shape[0]
+    if not missing:
+        return rows
+    tail = torch.zeros((missing, *rows.shape[1:]), dtype=rows.dtype, device="cpu")
+    if value:
+        tail.fill_(value)
+    return torch.cat([rows, tail])
+
+
+def _given(name: str, tensor: Tensor | None) -> Tensor:
+    """`tensor`, which all ranks pass or none."""
+    if tensor is None:
+        raise ValueError(f"{name} is given on some ranks and not on others")
+    return tensor

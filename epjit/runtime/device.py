@@ -1,0 +1,110 @@
+"""What a GPU is and can do. Devices are numbered as in torch; nothing is asked at import."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from epjit.runtime import driver
+
+_SHARED_LIMITS = {  # bytes of dynamic shared memory that one block may opt in to
+    80: 163 << 10,
+    86: 99 << 10,
+    87: 163 << 10,
+    89: 99 << 10,
+    90: 227 << 10,
+    100: 227 << 10,
+    103: 227 << 10,
+    110: 227 << 10,
+    120: 99 << 10,
+    121: 99 << 10,
+}
+
+
+def arch_name(major: int, minor: int) -> str:
+    """Architecture to compile for, from a compute capability.
+
+    From 9.0 on with the ``a`` suffix: the code runs on that architecture alone, and may use all of
+    it.
+    """
+    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
+
+
+def arch_number(arch: str) -> int:
+    """90 for ``"sm_90"`` and ``"sm_90a"``.
+
+    Raises:
+        ValueError: `arch` is no architecture.
+    """
+    digits = arch.removeprefix("sm_").rstrip("af")
+    if not arch.startswith("sm_") or not digits.isdigit():
+        raise ValueError(f"arch is {arch!r}, expected one such as 'sm_80' or 'sm_90a'")
+    return int(digits)
+
+
+def shared_limit(arch: str) -> int:
+    """Bytes of dynamic shared memory that one block may have, without asking a GPU.
+
+    Raises:
+        ValueError: The architecture is not known.
+    """
+    number = arch_number(arch)
+    if number not in _SHARED_LIMITS:
+        known = ", ".join(f"sm_{known}" for known in _SHARED_LIMITS)
+        raise ValueError(f"the shared memory of {arch} is not known; known are {known}")
+    return _SHARED_LIMITS[number]
+
+
+def arch_of(device: int) -> str:
+    """Architecture to compile for, such as ``"sm_90a"``."""
+    return arch_name(
+        _attribute(device, "COMPUTE_CAPABILITY_MAJOR"),
+        _attribute(device, "COMPUTE_CAPABILITY_MINOR"),
+    )
+
+
+def count() -> int:
+    """GPUs that this process can use."""
+    return int(driver.call("cuDeviceGetCount"))
+
+
+def num_sms(device: int) -> int:
+    """Streaming multiprocessors."""
+    return _attribute(device, "MULTIPROCESSOR_COUNT")
+
+
+def shared_bytes_per_block(device: int) -> int:
+    """Bytes of dynamic shared memory that one block may opt in to."""
+    return _attribute(device, "MAX_SHARED_MEMORY_PER_BLOCK_OPTIN")
+
+
+def name(device: int) -> str:
+    """Product name, such as ``"NVIDIA H200"``."""
+    text: bytes = driver.call("cuDeviceGetName", 256, _handle(device))
+    return text.split(b"\0")[0].decode()
+
+
+def uuid(device: int) -> bytes:
+    """16 bytes that name the GPU, the same in every process."""
+    return bytes(driver.call("cuDeviceGetUuid", _handle(device)).bytes)
+
+
+def can_access_peer(device: int, peer_device: int) -> bool:
+    """Whether `device` can load from and store to the memory of `peer_device`."""
+    if device == peer_device:
+        return True
+    return bool(driver.call("cuDeviceCanAccessPeer", _handle(device), _handle(peer_device)))
+
+
+def peer_access_matrix() -> list[list[bool]]:
+    """``[device][peer]``: whether `device` can load from and store to the memory of `peer`."""
+    devices = range(count())
+    return [[can_access_peer(device, peer) for peer in devices] for device in devices]
+
+
+def _handle(device: int) -> Any:
+    return driver.call("cuDeviceGet", device)
+
+
+def _attribute(device: int, attribute: str) -> int:
+    key = getattr(driver.load().CUdevice_attribute, f"CU_DEVICE_ATTRIBUTE_{attribute}")
+    return int(driver.call("cuDeviceGetAttribute", key, _handle(device)))

@@ -1,0 +1,79 @@
+"""The CUDA driver, through cuda-bindings: checked calls and the context of a device."""
+
+from __future__ import annotations
+
+import functools
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from epjit.errors import require
+
+_contexts: dict[int, Any] = {}
+_contexts_lock = threading.Lock()
+
+
+@functools.cache
+def load() -> Any:
+    """The initialised driver module.
+
+    Raises:
+        ImportError: cuda-bindings is not installed.
+        RuntimeError: There is no driver, or it finds no GPU.
+    """
+    driver = require("cuda.bindings.driver", package="cuda-bindings")
+    try:
+        (status,) = driver.cuInit(0)
+    except Exception as error:  # the loader's classes differ between cuda-bindings 12 and 13
+        raise RuntimeError(f"the CUDA driver cannot be loaded: {error}") from error
+    if int(status):
+        raise RuntimeError(
+            f"the CUDA driver does not start (cuInit: {status.name}); is there a GPU?"
+        )
+    return driver
+
+
+def describe(status: Any) -> str:
+    """A status in words, such as ``"CUDA_ERROR_OUT_OF_MEMORY: out of memory"``."""
+    _, text = load().cuGetErrorString(status)
+    return f"{status.name}: {text.decode()}" if text else str(status.name)
+
+
+def call(name: str, *args: Any) -> Any:
+    """Calls a driver function.
+
+    Args:
+        name: Function, such as ``"cuMemAlloc"``.
+        *args: Its arguments, as cuda-bindings takes them.
+
+    Returns:
+        What it returns beside the status: nothing, one value, or a tuple.
+
+    Raises:
+        RuntimeError: The status is not success; names the function, its arguments and the status.
+    """
+    status, *values = getattr(load(), name)(*args)
+    if int(status):
+        shown = ", ".join(str(arg) for arg in args)
+        raise RuntimeError(f"{name}({shown}) failed with {describe(status)}")
+    return values[0] if len(values) == 1 else tuple(values) or None
+
+
+def primary_context(device: int) -> Any:
+    """The context that torch and CuPy use on a device; created when it does not exist yet."""
+    with _contexts_lock:
+        if device not in _contexts:
+            # Retained for the life of the process, as the CUDA runtime does.
+            _contexts[device] = call("cuDevicePrimaryCtxRetain", call("cuDeviceGet", device))
+        return _contexts[device]
+
+
+@contextmanager
+def using(device: int) -> Iterator[None]:
+    """Makes the primary context of `device` current in this thread, and restores what was."""
+    call("cuCtxPushCurrent", primary_context(device))
+    try:
+        yield
+    finally:
+        call("cuCtxPopCurrent")

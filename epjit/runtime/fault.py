@@ -1,0 +1,101 @@
+"""The fault record: what a wait on the device leaves behind when it runs out of time."""
+
+from __future__ import annotations
+
+import functools
+import re
+from typing import Any
+
+import numpy as np
+
+from epjit import env
+from epjit.errors import CommunicationError
+from epjit.runtime import sources
+from epjit.runtime.host import PinnedArray
+
+NUM_WORDS = 8  # state, tag, rank, peer, index, expected, seen, epoch
+_TAGS_SOURCE = "epjit/sync.cuh"
+
+
+class FaultRecord:
+    """One rank's fault record, in host memory that kernels write.
+
+    Args:
+        words: int64 ``[8]`` to read; by default page-locked memory of its own.
+
+    Attributes:
+        device_ptr: Address for kernels; 0 when `words` was given.
+    """
+
+    def __init__(self, words: np.ndarray[Any, np.dtype[np.int64]] | None = None) -> None:
+        self._memory = PinnedArray(NUM_WORDS) if words is None else None
+        self._words = words if self._memory is None else self._memory.array
+        self.device_ptr = 0 if self._memory is None else self._memory.device_ptr
+
+    @property
+    def is_set(self) -> bool:
+        """Whether a wait has failed since the record was cleared."""
+        return self._words is not None and bool(self._words[0])
+
+    def raise_if_set(self) -> None:
+        """Raises what a wait left behind.
+
+        Raises:
+            CommunicationError: Names the operation, the ranks and what was waited for.
+        """
+        if self.is_set:
+            assert self._words is not None
+            raise decode([int(word) for word in self._words])
+
+    def clear(self) -> None:
+        """Forgets a fault. Nothing that may write the record must run."""
+        if self._words is not None:
+            self._words[:] = 0
+
+    def close(self) -> None:
+        """Frees the memory. Idempotent."""
+        if self._memory is not None:
+            self._words, self.device_ptr = None, 0
+            self._memory.close()
+
+
+def decode(words: list[int]) -> CommunicationError:
+    """Puts a record into words.
+
+    Args:
+        words: The eight words of a record that is set.
+
+    Returns:
+        The error that says it.
+    """
+    _, tag, rank, peer, index, expected, seen, epoch = words
+    op, text = tags().get(tag, (f"wait {tag}", "an unknown wait"))
+    return CommunicationError(
+        f"{op} timed out: rank {rank} waits for rank {peer} ({text}, index {index}): expected "
+        f"{_number(expected)}, seen {_number(seen)}, epoch {epoch}. Either rank {peer} failed or did "
+        f"not make the same call, or it needs more time than {env.timeout_seconds.name} gives",
+        op=op,
+        rank=rank,
+        peer=peer,
+        index=index,
+        expected=expected,
+        seen=seen,
+        epoch=epoch,
+    )
+
+
+def tags() -> dict[int, tuple[str, str]]:
+    """Waits by number: operation, and what is waited for; read from `enum WaitTag` of sync.cuh."""
+    return _parse_tags(sources.read(_TAGS_SOURCE))
+
+
+@functools.cache
+def _parse_tags(text: str) -> dict[int, tuple[str, str]]:
+    body = re.search(r"enum\s+(?:class\s+)?WaitTag\b[^{]*\{(.*?)\}", text, re.DOTALL)
+    lines = re.findall(r"=\s*(\d+)\s*,?\s*//\s*([^:\n]+):\s*(.+)", body[1] if body else "")
+    return {int(value): (op.strip(), what.strip()) for value, op, what in lines}
+
+
+def _number(value: int) -> str:
+    """Large numbers are packed from several: hexadecimal shows the parts."""
+    return str(value) if 0 <= value < 1 << 32 else f"0x{value & (1 << 64) - 1:016x}"

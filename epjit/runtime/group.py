@@ -1,0 +1,320 @@
+"""Groups of ranks: who takes part, and how they exchange small objects on the host.
+
+Everything here runs on the CPU and is used while something is set up, never on the path of a call.
+"""
+
+from __future__ import annotations
+
+import hmac
+import pickle
+import secrets
+import socket
+import threading
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from epjit import env
+from epjit.errors import CommunicationError, require
+
+if TYPE_CHECKING:
+    import torch.distributed as dist
+
+_DIGEST_BYTES = 32
+_CHUNK_BYTES = 4 << 20  # the store refuses very large values
+_PROBE_SECONDS = 5.0
+
+
+class Group(ABC):
+    """The ranks that work together, as one of them sees it. One thread uses it at a time.
+
+    Attributes:
+        rank: This rank.
+        size: Number of ranks.
+    """
+
+    rank: int
+    size: int
+
+    @abstractmethod
+    def allgather(self, obj: Any) -> list[Any]:
+        """Gives every rank the objects of all ranks, in rank order. Collective.
+
+        Raises:
+            CommunicationError: Ranks did not come within ``EPJIT_TIMEOUT_SECONDS``; names them.
+        """
+
+    def barrier(self) -> None:
+        """Returns when all ranks have called it. Collective.
+
+        Raises:
+            CommunicationError: Ranks did not come within ``EPJIT_TIMEOUT_SECONDS``; names them.
+        """
+        self.allgather(None)
+
+    @staticmethod
+    def from_comm(comm: Comm) -> Group:
+        """Wraps a communicator with `Get_rank`, `Get_size` and `allgather`."""
+        return _CommGroup(comm)
+
+    @staticmethod
+    def from_torch(process_group: dist.ProcessGroup) -> Group:
+        """Makes a group of the ranks of a torch process group. Collective.
+
+        Uses the process group once, to agree on the address of a store that rank 0 hosts; all else
+        goes through that store, so the group still works after `destroy_process_group`.
+
+        Args:
+            process_group: Any backend; this process must be a member.
+
+        Raises:
+            CommunicationError: The store cannot be reached.
+        """
+        return _StoreGroup(process_group)
+
+
+class Comm(Protocol):
+    """What `from_comm` takes: mpi4py's communicators have it, and those of `ThreadGroup`."""
+
+    def Get_rank(self) -> int:
+        """This rank."""
+
+    def Get_size(self) -> int:
+        """Number of ranks."""
+
+    def allgather(self, obj: Any) -> list[Any]:
+        """Objects of all ranks."""
+
+
+def host_id() -> str:
+    """Names the machine, the same in all its containers."""
+    try:
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    except OSError:
+        return socket.gethostname()
+
+
+def from_comm(comm: Comm) -> Group:
+    """The same as `Group.from_comm`."""
+    return Group.from_comm(comm)
+
+
+def from_torch(process_group: dist.ProcessGroup) -> Group:
+    """The same as `Group.from_torch`."""
+    return Group.from_torch(process_group)
+
+
+class _CommGroup(Group):
+    def __init__(self, comm: Comm) -> None:
+        self._comm = comm
+        self.rank, self.size = int(comm.Get_rank()), int(comm.Get_size())
+
+    def allgather(self, obj: Any) -> list[Any]:
+        return list(self._comm.allgather(obj))
+
+
+class _StoreGroup(Group):
+    """Ranks that meet in a `torch.distributed.TCPStore` of their own.
+
+    The store takes values from anybody who reaches its port, so each message carries a digest under
+    a key that only the ranks know; nothing else is unpickled.
+    """
+
+    def __init__(self, process_group: dist.ProcessGroup) -> None:
+        require("torch", package="torch")
+        import torch.distributed as dist
+
+        self.rank, self.size = process_group.rank(), process_group.size()
+        self._round = 0
+        self._store: dist.TCPStore | None = None
+        if self.size == 1:
+            return
+        timeout = timedelta(seconds=env.timeout_seconds())
+        invitation = None
+        if self.rank == 0:
+            self._store = dist.TCPStore(
+                "localhost", 0, is_master=True, wait_for_workers=False, timeout=timeout
+            )
+            invitation = (host_id(), _addresses(), self._store.port, secrets.token_bytes(32))
+        invitations: list[Any] = [None] * self.size
+        dist.all_gather_object(invitations, invitation, group=process_group)
+        host, addresses, port, self._key = invitations[0]
+        if self._store is None:
+            candidates = ["localhost"] if host == host_id() else addresses
+            self._store = dist.TCPStore(
+                _reachable(candidates, port), port, is_master=False, wait_for_workers=False,
+                timeout=timeout,
+            )  # fmt: skip
+        self.barrier()
+
+    def allgather(self, obj: Any) -> list[Any]:
+        if self._store is None:
+            return [obj]
+        self._round += 1
+        names = [f"{self._round}/{rank}" for rank in range(self.size)]
+        try:
+            self._put(self._store, names[self.rank], pickle.dumps(obj))
+            self._wait(self._store, names, names)
+            received = [self._get(self._store, name) for name in names]
+            self._finish(self._store, [key for _, keys in received for key in keys], names)
+        except CommunicationError:
+            raise
+        except RuntimeError as error:  # what torch raises when the connection breaks
+            raise CommunicationError(
+                f"rank {self.rank} lost the store that rank 0 hosts; did rank 0 end? ({error})",
+                rank=self.rank,
+                peer=0,
+            ) from error
+        return [obj if rank == self.rank else item for rank, (item, _) in enumerate(received)]
+
+    def _put(self, store: dist.TCPStore, name: str, data: bytes) -> None:
+        """Writes a message: its parts, then its head, which says how many parts there are."""
+        parts = [data[at : at + _CHUNK_BYTES] for at in range(0, len(data), _CHUNK_BYTES)]
+        for index, part in enumerate(parts):
+            store.set(f"{name}/{index}", part)
+        store.set(name, self._digest(name, data) + len(parts).to_bytes(8, "little"))
+
+    def _get(self, store: dist.TCPStore, name: str) -> tuple[Any, list[str]]:
+        """Reads a message; returns it and its keys."""
+        head: bytes = store.get(name)
+        keys = [f"{name}/{i}" for i in range(int.from_bytes(head[_DIGEST_BYTES:], "little"))]
+        data = b"".join(store.get(key) for key in keys)
+        if not hmac.compare_digest(head[:_DIGEST_BYTES], self._digest(name, data)):
+            raise CommunicationError(
+                f"rank {self.rank} found a message {name!r} that is not from its group",
+                rank=self.rank,
+            )
+        return pickle.loads(data), [name, *keys]
+
+    def _digest(self, name: str, data: bytes) -> bytes:
+        return hmac.digest(self._key, name.encode() + b"\0" + data, "sha256")
+
+    def _wait(self, store: dist.TCPStore, keys: Sequence[str], by_rank: Sequence[str]) -> None:
+        """Waits for keys; `by_rank` has the key that each rank writes, to say who did not come."""
+        seconds = env.timeout_seconds()
+        try:
+            store.wait(list(keys), timedelta(seconds=seconds))
+        except RuntimeError:
+            missing = [rank for rank, key in enumerate(by_rank) if not store.check([key])]
+            if not missing:
+                raise
+            raise _missing(self.rank, missing, seconds) from None
+
+    def _finish(self, store: dist.TCPStore, keys: Sequence[str], names: Sequence[str]) -> None:
+        """The last to read deletes everything; rank 0, which hosts the store, stays until then."""
+        readers, done = f"{self._round}/readers", f"{self._round}/done"
+        store.set(f"{names[self.rank]}/read", b"")
+        if store.add(readers, 1) == self.size:
+            for key in [*keys, readers]:
+                store.delete_key(key)
+            store.set(done, b"")
+        if self.rank == 0:
+            read = [f"{name}/read" for name in names]
+            self._wait(store, [done], read)
+            for key in [*read, done]:
+                store.delete_key(key)
+
+
+class ThreadGroup:
+    """Ranks that are threads of this process."""
+
+    def __init__(self, size: int) -> None:
+        self._size = size
+        self._condition = threading.Condition()
+        self._rounds: dict[int, dict[int, Any]] = {}
+        self._unread: dict[int, int] = {}
+        self._failed: tuple[int, ...] = ()
+
+    @classmethod
+    def create(cls, num_ranks: int) -> list[ThreadComm]:
+        """The communicators of `num_ranks` ranks, in rank order; each belongs to one thread."""
+        group = cls(num_ranks)
+        return [ThreadComm(group, rank) for rank in range(num_ranks)]
+
+    def exchange(self, round_: int, rank: int, obj: Any) -> list[Any]:
+        """One allgather; `round_` counts those of this rank."""
+        seconds = env.timeout_seconds()
+        with self._condition:
+            objects = self._rounds.setdefault(round_, {})
+            objects[rank] = obj
+            self._condition.notify_all()
+            self._condition.wait_for(lambda: self._failed or len(objects) == self._size, seconds)
+            if len(objects) < self._size:
+                # Who comes later must not take a round for whole that others have given up.
+                self._failed = self._failed or tuple(
+                    r for r in range(self._size) if r not in objects
+                )
+                self._condition.notify_all()
+            if self._failed:
+                raise _missing(rank, self._failed, seconds)
+            self._unread[round_] = self._unread.get(round_, self._size) - 1
+            if self._unread[round_] == 0:
+                del self._unread[round_], self._rounds[round_]
+            return [objects[r] for r in range(self._size)]
+
+
+class ThreadComm:
+    """One rank of a `ThreadGroup`; has what mpi4py's communicators have.
+
+    Objects are handed over as they are, not copied.
+    """
+
+    def __init__(self, group: ThreadGroup, rank: int) -> None:
+        self._group, self._rank, self._round = group, rank, 0
+
+    def Get_rank(self) -> int:
+        """This rank."""
+        return self._rank
+
+    def Get_size(self) -> int:
+        """Number of ranks."""
+        return self._group._size
+
+    def allgather(self, obj: Any) -> list[Any]:
+        """Objects of all ranks, in rank order.
+
+        Raises:
+            CommunicationError: Ranks did not come within ``EPJIT_TIMEOUT_SECONDS``; names them.
+        """
+        self._round += 1
+        return self._group.exchange(self._round, self._rank, obj)
+
+
+def _missing(rank: int, missing: Sequence[int], seconds: float) -> CommunicationError:
+    plural = "s" if len(missing) > 1 else ""
+    return CommunicationError(
+        f"rank {rank} waited {seconds:g} s for rank{plural} {', '.join(map(str, missing))}, which "
+        "did not come: all ranks must make the same collective calls in the same order "
+        f"({env.timeout_seconds.name} sets the time)",
+        op="allgather",
+        rank=rank,
+        missing=missing,
+    )
+
+
+def _addresses() -> list[str]:
+    """Addresses by which other hosts may reach this one, the likeliest first."""
+    found = [socket.gethostname()]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(
+                ("192.0.2.1", 9)
+            )  # sends nothing; picks the interface of the default route
+            found.insert(0, probe.getsockname()[0])
+        except OSError:
+            pass
+    return found
+
+
+def _reachable(candidates: Sequence[str], port: int) -> str:
+    for address in candidates:
+        try:
+            with socket.create_connection((address, port), timeout=_PROBE_SECONDS):
+                return address
+        except OSError:
+            continue
+    raise CommunicationError(
+        f"the store of rank 0 cannot be reached at {', '.join(candidates)}, port {port}", peer=0
+    )

@@ -1,0 +1,58 @@
+"""Host memory that kernels write and the CPU polls."""
+
+from __future__ import annotations
+
+import ctypes
+
+import numpy as np
+
+from epjit.runtime import driver
+
+_WORD_BYTES = 8
+
+
+class PinnedArray:
+    """Zero-filled page-locked host memory, mapped for the device.
+
+    The context of the device must be current (`torch.cuda.set_device`), or `device` given.
+
+    Args:
+        num_words: Number of 64-bit words.
+        device: GPU whose context is used to allocate; None is the current one. All GPUs reach it.
+
+    Attributes:
+        array: The words, int64 ``[num_words]``.
+        device_ptr: Address of the words for kernels.
+    """
+
+    def __init__(self, num_words: int, *, device: int | None = None) -> None:
+        if device is not None:
+            with driver.using(device):
+                self._allocate(num_words)
+        elif int(driver.call("cuCtxGetCurrent")):
+            self._allocate(num_words)
+        else:
+            raise RuntimeError(
+                "this thread has no current CUDA device: call torch.cuda.set_device, or pass device"
+            )
+
+    def _allocate(self, num_words: int) -> None:
+        cuda = driver.load()
+        self._host_ptr = int(
+            driver.call(
+                "cuMemHostAlloc",
+                num_words * _WORD_BYTES,
+                cuda.CU_MEMHOSTALLOC_PORTABLE | cuda.CU_MEMHOSTALLOC_DEVICEMAP,
+            )
+        )
+        self.device_ptr = int(driver.call("cuMemHostGetDevicePointer", self._host_ptr, 0))
+        words = (ctypes.c_int64 * num_words).from_address(self._host_ptr)
+        self.array = np.ctypeslib.as_array(words)
+        self.array[:] = 0
+
+    def close(self) -> None:
+        """Frees the memory; the array must not be used any more. Idempotent."""
+        if self._host_ptr:
+            pointer, self._host_ptr, self.device_ptr = self._host_ptr, 0, 0
+            self.array = np.empty(0, np.int64)
+            driver.call("cuMemFreeHost", pointer)

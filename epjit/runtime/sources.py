@@ -1,0 +1,71 @@
+"""The device sources: text of `epjit/cuda_src`, and what each file includes."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from importlib import resources
+from typing import TYPE_CHECKING
+
+from epjit.errors import CompileError
+
+if TYPE_CHECKING:
+    from importlib.resources.abc import Traversable
+
+ROOT: Traversable | None = None
+"""Folder that holds the sources; None is `epjit/cuda_src` of this package."""
+
+_INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
+
+
+def root() -> Traversable:
+    """Folder that `#include "..."` is relative to."""
+    return resources.files("epjit") / "cuda_src" if ROOT is None else ROOT
+
+
+def read(path: str) -> str:
+    """Text of one source.
+
+    Args:
+        path: Path below the root, with forward slashes.
+
+    Raises:
+        CompileError: There is no such file.
+    """
+    file = root().joinpath(path)
+    if not file.is_file():
+        raise CompileError(f"there is no device source {path!r} under {root()}")
+    return file.read_bytes().decode("utf-8")
+
+
+def closure(path: str) -> dict[str, str]:
+    """One source and everything that it includes, directly or not.
+
+    Args:
+        path: Path below the root.
+
+    Returns:
+        Path to text, `path` first. An include that the root does not hold is left out: either it
+        stands behind an `#ifdef` (the emulation's header), or the compiler will name it.
+
+    Raises:
+        CompileError: There is no file `path`.
+    """
+    texts = {path: read(path)}
+    pending = _INCLUDE.findall(texts[path])
+    while pending:
+        name = pending.pop(0)
+        if name not in texts and root().joinpath(name).is_file():
+            texts[name] = read(name)
+            pending += _INCLUDE.findall(texts[name])
+    return texts
+
+
+def digest(path: str) -> str:
+    """SHA-256 (hexadecimal) over the names and bytes of a source and all it includes."""
+    whole = hashlib.sha256()
+    for name, text in sorted(closure(path).items()):
+        for part in (name.encode(), text.encode()):
+            whole.update(len(part).to_bytes(8, "little"))
+            whole.update(part)
+    return whole.hexdigest()

@@ -1,0 +1,124 @@
+"""Every kernel of every variant, for every architecture, with the NVRTC of CUDA 13 and of CUDA 12.
+
+What ptxas reports is held against the launch's budget: no spills, the block's registers and its
+shared memory fit the machine. The sources' own `static_assert`s hold the Python side's sizes
+against the C++ ones.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+
+from bench import ceiling
+from epjit import intranode
+from epjit.runtime import device, jit, nvrtc
+
+ROOT = Path(__file__).resolve().parents[2]
+ARCHS = ["sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a"]
+REGISTERS_OF_AN_SM = 65536
+INTERPRETERS = {
+    "cuda13": Path(sys.executable),
+    "cuda12": Path(
+        os.environ.get("EPJIT_TEST_CU12_PYTHON", ROOT / ".venv-cu12" / "bin" / "python")
+    ),
+}
+
+
+def configs(arch: str) -> list[jit.KernelConfig]:
+    """One config of each kernel, variant and shape class that this architecture can run."""
+    return [*intranode.example_configs(arch), *ceiling.example_configs(arch)]
+
+
+def compile_all(
+    interpreter: Path, arch: str, kernels: Sequence[jit.KernelConfig]
+) -> list[dict[str, str]]:
+    """Compiles in as many processes as there are cores; results in the order of the kernels."""
+    units = [
+        {
+            "text": jit.render(kernel),
+            "source": kernel.source,
+            "arch": arch,
+            "name_expression": f"epjit::{kernel.tag}::{kernel.op}",
+        }
+        for kernel in kernels
+    ]
+    num_workers = min(len(units), os.cpu_count() or 1)
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    workers = [
+        subprocess.Popen(
+            [interpreter, ROOT / "tests" / "cpu" / "compile_units.py"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=env,
+            text=True,
+        )
+        for _ in range(num_workers)
+    ]
+    for index, worker in enumerate(workers):
+        assert worker.stdin is not None
+        worker.stdin.write(json.dumps(units[index::num_workers]))
+        worker.stdin.close()
+        worker.stdin = None  # communicate() must not flush it again
+    results: list[dict[str, str]] = [{} for _ in units]
+    for index, worker in enumerate(workers):
+        out, err = worker.communicate(timeout=250)
+        assert worker.returncode == 0, err
+        results[index::num_workers] = json.loads(out)
+    return results
+
+
+def over_budget(kernel: jit.KernelConfig, arch: str, result: dict[str, str]) -> str:
+    """What is wrong with one compiled kernel, or an empty string."""
+    if result["error"]:
+        return result["error"]
+    registers, spill_bytes = nvrtc.usage(result["log"])
+    if registers == 0:
+        return f"ptxas reported no registers: {result['log']!r}"
+    if spill_bytes:
+        return f"{spill_bytes} bytes spilled"
+    allocated = -(-registers // 8) * 8 * kernel.threads  # given to a thread in eights
+    if allocated > REGISTERS_OF_AN_SM:
+        return f"{registers} registers x {kernel.threads} threads = {allocated}"
+    if kernel.shared_bytes > device.shared_limit(arch):
+        return f"{kernel.shared_bytes} bytes shared, {arch} has {device.shared_limit(arch)}"
+    return ""
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+@pytest.mark.parametrize("cuda", INTERPRETERS)
+def test_every_kernel_compiles_within_budget(cuda: str, arch: str) -> None:
+    interpreter = INTERPRETERS[cuda]
+    if not interpreter.exists():
+        reason = f"no CUDA 12 environment at {interpreter}: make .venv-cu12/.ready"
+        assert os.environ.get("CI") != "true", reason
+        pytest.skip(reason)
+    kernels = configs(arch)
+    results = compile_all(interpreter, arch, kernels)
+    assert {result["nvrtc"].partition(".")[0] for result in results} == {cuda[-2:]}
+    wrong = {
+        f"{kernel!r}": problem
+        for kernel, result in zip(kernels, results, strict=True)
+        if (problem := over_budget(kernel, arch, result))
+    }
+    assert not wrong, json.dumps(wrong, indent=2)
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_the_kernels_are_all_there(arch: str) -> None:
+    kernels = configs(arch)
+    assert len(set(kernels)) == len(kernels)
+    assert {"layout", "dispatch", "combine"} <= {kernel.op for kernel in kernels}
+
+
+def test_example_configs_name_every_source() -> None:
+    folder = ROOT / "epjit" / "cuda_src"
+    sources = {path.relative_to(folder).as_posix() for path in folder.rglob("*.cu")}
+    assert sources == {kernel.source for arch in ARCHS for kernel in configs(arch)}

@@ -1,0 +1,337 @@
+"""The CPU backend, ranks being threads or processes, against the oracle."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from epjit.reference import intranode
+from epjit.reference.cpu_backend import CpuBackend
+from epjit.reference.intranode import Dispatched, RankInput
+from tests import data, launch
+
+NUM_TOPK = 3
+HIDDEN = 16
+
+
+class CommGroup:
+    """The face of `epjit.runtime.group.Group` over a comm object."""
+
+    def __init__(self, comm: Any, delay_seconds: float = 0.0) -> None:
+        self.comm = comm
+        self.rank: int = comm.Get_rank()
+        self.size: int = comm.Get_size()
+        self.delay_seconds = delay_seconds
+
+    def allgather(self, value: object) -> list[Any]:
+        values = self.comm.allgather(value)
+        time.sleep(self.delay_seconds)
+        return values
+
+    def barrier(self) -> None:
+        self.comm.allgather(None)
+
+
+class TorchGroup:
+    """The same over a torch process group."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        self.group = group
+        self.rank = group.rank()
+        self.size = group.size()
+
+    def allgather(self, value: object) -> list[Any]:
+        values: list[Any] = [None] * self.size
+        dist.all_gather_object(values, value, self.group)
+        return values
+
+    def barrier(self) -> None:
+        dist.barrier(self.group)
+
+
+def make_input(
+    kind: data.RoutingKind,
+    rank: int,
+    num_ranks: int,
+    *,
+    payload: str = "bfloat16",
+    with_topk: bool = True,
+) -> RankInput:
+    """What a rank passes; every rank can make every rank's."""
+    num_tokens, num_experts = (11, 0, 6)[rank % 3], 2 * num_ranks
+    idx = data.routing(
+        kind,
+        num_tokens=num_tokens,
+        num_experts=num_experts,
+        num_topk=NUM_TOPK,
+        num_ranks=num_ranks,
+        seed=rank,
+    )
+    _, per_expert, in_rank = intranode.layout(idx, num_experts, num_ranks)
+    if payload == "bfloat16":
+        x, scales = data.payload(rank, num_tokens, HIDDEN, torch.bfloat16), None
+    else:
+        x, scales = data.fp8_payload(
+            rank, num_tokens, HIDDEN, layout="padded", scale_dtype=torch.int32, group_size=4
+        )
+    return RankInput(
+        x=x,
+        scales=scales,
+        topk_idx=idx if with_topk else None,
+        topk_weights=data.topk_weights(num_tokens, NUM_TOPK, seed=rank) if with_topk else None,
+        is_token_in_rank=in_rank,
+        num_tokens_per_expert=per_expert,
+    )
+
+
+def backend_dispatch(backend: CpuBackend, given: RankInput, **options: int) -> Dispatched:
+    """Dispatch one rank's input."""
+    return backend.dispatch(
+        given.x,
+        given.scales,
+        given.topk_idx,
+        given.topk_weights,
+        given.is_token_in_rank.sum(dim=0, dtype=torch.int32),
+        given.is_token_in_rank,
+        given.num_tokens_per_expert,
+        **options,
+    )
+
+
+def assert_same(got: Any, want: Any, what: str) -> None:
+    """Compare tensors, lists and None, also in tuples."""
+    if isinstance(want, torch.Tensor):
+        data.assert_rows_equal(got, want, what)
+    elif isinstance(want, tuple):
+        assert isinstance(got, tuple), what
+        assert len(got) == len(want), what
+        for index, (one, other) in enumerate(zip(got, want, strict=True)):
+            assert_same(one, other, f"{what}[{index}]")
+    else:
+        assert got == want, what
+
+
+def check_one_rank(group: Any, kind: data.RoutingKind, payload: str, with_topk: bool) -> None:
+    """All operations of a rank, compared with what the oracle says."""
+    num_ranks, num_experts = group.size, 2 * group.size
+    backend = CpuBackend(group)
+    world = [
+        make_input(kind, rank, num_ranks, payload=payload, with_topk=with_topk)
+        for rank in range(num_ranks)
+    ]
+    own = world[group.rank]
+
+    if own.topk_idx is not None:
+        per_rank, per_expert, in_rank = backend.layout(own.topk_idx, num_experts)
+        assert_same(per_rank, own.is_token_in_rank.sum(dim=0, dtype=torch.int32), "per rank")
+        assert_same(per_expert, own.num_tokens_per_expert, "per expert")
+        assert_same(in_rank, own.is_token_in_rank, "is_token_in_rank")
+
+    for options in ({}, {"expert_alignment": 8}, {"num_worst_tokens": 11 * num_ranks}):
+        got = backend_dispatch(backend, own, **options)
+        want = [
+            intranode.dispatch(world, rank, num_experts=num_experts, **options)
+            for rank in range(num_ranks)
+        ]
+        for name, value in vars(want[group.rank]).items():
+            assert_same(getattr(got, name), value, f"rank {group.rank}: {name}")
+        assert got.handle[4] is own.is_token_in_rank
+
+        xs = [
+            data.random_payload(each.recv_x.shape[0], HIDDEN, torch.bfloat16, seed=rank)
+            for rank, each in enumerate(want)
+        ]
+        weights = [each.recv_topk_weights for each in want] if with_topk else None
+        biases = tuple(
+            data.random_payload(own.x.shape[0], HIDDEN, torch.bfloat16, seed=50 + index)
+            for index in range(2)
+        )
+        handles = [each.handle for each in want]
+        for bias in (None, biases[0], biases):
+            combined = backend.combine(
+                xs[group.rank],
+                got.handle,
+                weights[group.rank] if weights is not None else None,
+                bias,
+            )
+            assert_same(
+                combined,
+                intranode.combine(xs, handles, group.rank, weights, bias),
+                f"rank {group.rank}: combine",
+            )
+
+        again = [
+            data.random_payload(each.x.shape[0], 4, torch.float16, seed=rank)
+            for rank, each in enumerate(world)
+        ]
+        assert_same(
+            backend.cached_dispatch(again[group.rank], None, got.handle),
+            intranode.cached_dispatch(again, None, handles, group.rank),
+            f"rank {group.rank}: cached dispatch",
+        )
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
+@pytest.mark.parametrize("kind", ["random", "hot_expert", "empty_rank", "holes", "all_holes"])
+def test_threads(num_ranks: int, kind: data.RoutingKind) -> None:
+    launch.run_threads(
+        lambda comm: check_one_rank(CommGroup(comm), kind, "bfloat16", True), num_ranks
+    )
+
+
+@pytest.mark.parametrize("payload", ["bfloat16", "fp8"])
+@pytest.mark.parametrize("with_topk", [True, False])
+def test_payloads(payload: str, with_topk: bool) -> None:
+    launch.run_threads(
+        lambda comm: check_one_rank(CommGroup(comm), "out_of_range", payload, with_topk), 3
+    )
+
+
+def process_worker(group: dist.ProcessGroup) -> int:
+    """All checks, in a process of its own."""
+    check_one_rank(TorchGroup(group), "holes", "fp8", True)
+    return group.rank()
+
+
+def test_processes() -> None:
+    assert launch.run(process_worker, 3) == [0, 1, 2]
+
+
+def test_inputs_may_be_overwritten_after_the_call() -> None:
+    """Rank 0 is done and writes to its tensors while the others still read what they gathered."""
+
+    def worker(comm: Any) -> None:
+        group = CommGroup(comm, delay_seconds=0.1 * comm.Get_rank())
+        backend = CpuBackend(group)
+        given = [make_input("random", rank, group.size) for rank in range(group.size)]
+        want = [intranode.dispatch(given, rank, num_experts=4) for rank in range(group.size)]
+        own = make_input("random", group.rank, group.size)
+        handle = (got := backend_dispatch(backend, own)).handle
+        own.x.fill_(-1)
+        data.assert_rows_equal(got.recv_x, want[group.rank].recv_x, "recv_x")
+        x = got.recv_x.clone()
+        combined, _ = backend.combine(x, handle)
+        x.fill_(-1)
+        data.assert_rows_equal(
+            combined,
+            intranode.combine(
+                [each.recv_x for each in want], [each.handle for each in want], group.rank
+            )[0],
+            "combined_x",
+        )
+
+    launch.run_threads(worker, 2)
+
+
+def test_tensors_with_gradients() -> None:
+    def worker(comm: Any) -> None:
+        own = make_input("random", comm.Get_rank(), 2)
+        own.x.requires_grad_()
+        backend = CpuBackend(CommGroup(comm))
+        got = backend_dispatch(backend, own)
+        combined, _ = backend.combine(got.recv_x, got.handle)
+        assert not got.recv_x.requires_grad
+        assert not combined.requires_grad
+
+    launch.run_threads(worker, 2)
+
+
+def disagree_on_hidden(backend: CpuBackend, rank: int) -> None:
+    given = make_input("random", rank, 2)
+    if rank == 1:
+        given = RankInput(**{**vars(given), "x": given.x[:, :8]})
+    backend_dispatch(backend, given)
+
+
+def disagree_on_experts(backend: CpuBackend, rank: int) -> None:
+    given = make_input("random", rank, 2)
+    if rank == 1:
+        more = torch.zeros(6, dtype=torch.int32)
+        given = RankInput(**{**vars(given), "num_tokens_per_expert": more})
+    backend_dispatch(backend, given)
+
+
+def disagree_on_topk(backend: CpuBackend, rank: int) -> None:
+    backend_dispatch(backend, make_input("random", rank, 2, with_topk=rank == 0))
+
+
+def disagree_on_operation(backend: CpuBackend, rank: int) -> None:
+    got = backend_dispatch(backend, make_input("random", rank, 2))
+    if rank == 0:
+        backend.combine(got.recv_x, got.handle)
+    else:
+        backend.cached_dispatch(make_input("random", rank, 2).x, None, got.handle)
+
+
+def disagree_on_handle(backend: CpuBackend, rank: int) -> None:
+    first = backend_dispatch(backend, make_input("random", rank, 2))
+    second = backend_dispatch(backend, make_input("empty_rank", rank, 2))
+    mine = (first, second)[rank]
+    backend.combine(mine.recv_x, mine.handle)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "text"),
+    [
+        (disagree_on_hidden, "dispatch: .* on hidden: rank 0 has 16, rank 1 has 8"),
+        (disagree_on_experts, "dispatch: .* on num_experts: rank 0 has 4, rank 1 has 6"),
+        (disagree_on_topk, "dispatch: .* on num_topk: rank 0 has 3, rank 1 has None"),
+        (disagree_on_operation, "operation: rank 0 has combine, rank 1 has cached dispatch"),
+        (disagree_on_handle, "combine: .* on the handle's rank_prefix_matrix: rank 0 has"),
+    ],
+)
+def test_every_rank_is_told_of_a_mismatch(mistake: Any, text: str) -> None:
+    def worker(comm: Any) -> None:
+        with pytest.raises(ValueError, match=text):
+            mistake(CpuBackend(CommGroup(comm)), comm.Get_rank())
+
+    launch.run_threads(worker, 2)
+
+
+def test_counts_that_contradict_the_routing() -> None:
+    def worker(comm: Any) -> None:
+        given = make_input("random", comm.Get_rank(), 2)
+        with pytest.raises(ValueError, match=r"num_tokens_per_rank=\[1, 2\] contradicts"):
+            CpuBackend(CommGroup(comm)).dispatch(
+                given.x,
+                None,
+                given.topk_idx,
+                given.topk_weights,
+                torch.tensor([1, 2], dtype=torch.int32),
+                given.is_token_in_rank,
+                given.num_tokens_per_expert,
+            )
+
+    launch.run_threads(worker, 2)
+
+
+def failing_worker(group: dist.ProcessGroup, how: str) -> None:
+    """Fails on rank 1 only."""
+    if group.rank() == 1:
+        if how == "raise":
+            raise ValueError("on purpose")
+        os._exit(7)
+
+
+@pytest.mark.parametrize(
+    ("how", "text"), [("raise", "ValueError: on purpose"), ("exit", "died with exit code 7")]
+)
+def test_launch_reports_the_rank_that_failed(how: str, text: str) -> None:
+    with pytest.raises(launch.RankFailedError, match=text) as caught:
+        launch.run(failing_worker, 2, how)
+    assert next(iter(caught.value.errors)) == 1
+
+
+def test_launch_reports_the_thread_that_failed() -> None:
+    def worker(comm: Any) -> None:
+        if comm.Get_rank() == 1:
+            raise ValueError("on purpose")
+
+    with pytest.raises(launch.RankFailedError, match=r"rank 1 failed(.|\n)*on purpose") as caught:
+        launch.run_threads(worker, 2)
+    assert isinstance(caught.value.__cause__, ValueError)

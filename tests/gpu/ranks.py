@@ -1,0 +1,43 @@
+"""Virtual ranks: one `Buffer` a thread, all on one GPU, each with its own part of the SMs."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from epjit import Buffer
+from tests.launch import run_threads
+
+SMALL = os.environ.get("EPJIT_TEST_SMALL") == "1"  # under compute-sanitizer
+SMS = 4 if SMALL else 12
+
+
+def run_ranks(
+    num_ranks: int, body: Callable[..., Any], *args: Any, num_nvl_bytes: int = 16 << 20, num_buffers: int = 1,
+    timeout_seconds: float = 20, timeout: float = 240,
+) -> list[Any]:  # fmt: skip
+    """Runs ``body(buffer, ..., *args)`` on every rank.
+
+    Each thread has its own stream: with a shared one, a rank would wait for what another rank has queued.
+    """
+    # Loaded now: what is first loaded while a rank's kernel spins waits for that kernel.
+    torch.cuda._sleep(1)
+    torch.cuda.synchronize()
+
+    def worker(comm: Any) -> Any:
+        with torch.cuda.stream(torch.cuda.Stream()):
+            buffers = [
+                Buffer(None, num_nvl_bytes, comm=comm, explicitly_destroy=True, timeout_seconds=timeout_seconds)
+                for _ in range(num_buffers)
+            ]
+            result = body(*buffers, *args)
+            torch.cuda.current_stream().synchronize()
+            comm.allgather(None)  # nobody frees what a peer may still read
+            for buffer in buffers:
+                buffer.destroy()
+            return result
+
+    return run_threads(worker, num_ranks, timeout=timeout)

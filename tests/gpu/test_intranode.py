@@ -1,0 +1,282 @@
+"""The kernels on one GPU with virtual ranks, bit for bit against the reference."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from epjit import Buffer, CommunicationError, Config
+from epjit.reference import intranode as reference
+from tests.data import ROUTING_KINDS, assert_rows_equal, payload, routing, topk_weights
+from tests.gpu.ranks import SMALL, SMS, run_ranks
+from tests.rounds import Round, check_round, make_world, random_round, to_device
+
+RANKS = (1, 2, 3, 4, 8)
+TOKENS = 16 if SMALL else 333
+
+
+@pytest.fixture(params=("tma", "ldst"))
+def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Both ways to move rows."""
+    monkeypatch.setenv("EPJIT_DISPATCH_VARIANT", request.param)
+    monkeypatch.setenv("EPJIT_COMBINE_VARIANT", request.param)
+    return str(request.param)
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_routings(num_ranks: int, variant: str) -> None:
+    """Every kind of routing, payload and flag on some round."""
+
+    def body(buffer: Buffer) -> None:
+        for seed, kind in enumerate(ROUTING_KINDS):
+            case = random_round(num_ranks, seed, num_sms=SMS, max_tokens=TOKENS)
+            check_round(buffer, dataclasses.replace(case, kind=kind))
+
+    run_ranks(num_ranks, body)
+
+
+@pytest.mark.parametrize("num_ranks", (2, 4))
+def test_model_shapes(num_ranks: int, variant: str) -> None:
+    """Rows of real models, and the longest and the shortest row there is."""
+    shapes = ((256, 32), (64, 8)) if SMALL else ((7168, 256), (2880, 128), (8192, 64), (16384, 32), (8, 32))
+
+    def body(buffer: Buffer) -> None:
+        for seed, (hidden, num_experts) in enumerate(shapes):
+            case = Round(
+                num_tokens=(TOKENS,) * num_ranks, hidden=hidden, num_experts=num_experts, num_topk=8, seed=seed,
+                num_sms=SMS, num_biases=1,
+            )  # fmt: skip
+            if hidden >= 16:  # half of it is the cached payload
+                check_round(buffer, case)
+            if hidden >= 128:
+                check_round(buffer, dataclasses.replace(case, fp8="column_major"))
+
+    run_ranks(num_ranks, body, num_nvl_bytes=64 << 20)
+
+
+@pytest.mark.parametrize("num_ranks", (2, 3, 8))
+@pytest.mark.parametrize("num_rows", (4, 32))
+def test_small_buffers(num_ranks: int, num_rows: int, variant: str) -> None:
+    """Buffers of a few rows: hundreds of windows, and nothing gets stuck."""
+    row_bytes = 512 + 128
+
+    def body(buffer: Buffer) -> None:
+        for seed in range(2 if SMALL else 6):
+            rng = random.Random(seed)
+            tokens = tuple(rng.choice((0, 3, TOKENS)) for _ in range(num_ranks))
+            check_round(
+                buffer,
+                Round(num_tokens=tokens, hidden=256, num_experts=num_ranks * 2, num_topk=2, seed=seed,
+                      kind=rng.choice(ROUTING_KINDS), num_sms=2 * (1 + seed % 2)),
+            )  # fmt: skip
+
+    run_ranks(num_ranks, body, num_nvl_bytes=num_rows * num_ranks * row_bytes)
+
+
+@pytest.mark.parametrize("num_ranks", (2, 4, 8))
+def test_random_rounds(num_ranks: int) -> None:
+    """300 fresh rounds on two buffers in turn, with a rank that is late now and then."""
+    num_rounds = 10 if SMALL else 300
+
+    def body(first: Buffer, second: Buffer) -> None:
+        for seed in range(num_rounds):
+            rng = random.Random(seed)
+            late = rng.randrange(num_ranks)
+            if rng.random() < 0.3 and late == first.rank:
+                torch.cuda._sleep(rng.randrange(1, 2_000_000))
+            case = random_round(num_ranks, 1000 + seed, num_sms=SMS if num_ranks < 8 else 8, max_tokens=TOKENS // 2)
+            check_round((first, second)[seed % 2], case)
+
+    run_ranks(num_ranks, body, num_buffers=2, timeout=580)
+
+
+@pytest.mark.parametrize("num_ranks", (1, 2, 4))
+def test_graph(num_ranks: int) -> None:
+    """One capture of layout, dispatch, cached dispatch and combine; replays with changed inputs, eager calls between."""
+    tokens, hidden, experts, topk = TOKENS, 512, 16, 4
+    replays = 5 if SMALL else 100
+
+    def world_of(seed: int) -> list[reference.RankInput]:
+        case = Round(num_tokens=(tokens,) * num_ranks, hidden=hidden, num_experts=experts, num_topk=topk,
+                     kind=ROUTING_KINDS[seed % len(ROUTING_KINDS)], seed=seed)  # fmt: skip
+        return make_world(case)
+
+    def body(buffer: Buffer) -> None:
+        rank, device = buffer.rank, buffer.device
+        worst = num_ranks * tokens
+        x = torch.empty((tokens, hidden), dtype=torch.bfloat16, device=device)
+        idx = torch.empty((tokens, topk), dtype=torch.int64, device=device)
+        weights = torch.empty((tokens, topk), dtype=torch.float32, device=device)
+        config = Config(SMS)
+
+        def step() -> tuple[Any, ...]:
+            per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, experts)
+            recv_x, recv_idx, recv_weights, _, handle, _ = buffer.dispatch(
+                x, num_tokens_per_rank=per_rank, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert,
+                topk_idx=idx, topk_weights=weights, num_worst_tokens=worst, config=config,
+            )  # fmt: skip
+            cached, *_ = buffer.dispatch(x, handle=handle, config=config)
+            combined, combined_weights, _ = buffer.combine(recv_x, handle, topk_weights=recv_weights, config=config)
+            return recv_x, recv_idx, cached, combined, combined_weights
+
+        def load(seed: int) -> list[reference.RankInput]:
+            world = world_of(seed)
+            x.copy_(world[rank].x)
+            idx.copy_(world[rank].topk_idx)
+            weights.copy_(world[rank].topk_weights)
+            return world
+
+        def compare(outputs: tuple[Any, ...], seed: int, world: list[reference.RankInput]) -> None:
+            want = [
+                reference.dispatch(world, r, num_experts=experts, num_worst_tokens=worst) for r in range(num_ranks)
+            ]
+            rows = int(want[rank].handle[0][-1, rank])
+            recv_x, recv_idx, cached, combined, combined_weights = outputs
+            prefix = f"rank {rank}, replay {seed}"
+            assert_rows_equal(recv_x[:rows], want[rank].recv_x[:rows], f"{prefix}: recv_x")
+            assert_rows_equal(recv_idx, want[rank].recv_topk_idx, f"{prefix}: recv_topk_idx")
+            assert_rows_equal(cached[:rows], want[rank].recv_x[:rows], f"{prefix}: cached recv_x")
+            want_x, want_weights = reference.combine(
+                [each.recv_x for each in want], [each.handle for each in want], rank,
+                [each.recv_topk_weights for each in want],
+            )  # fmt: skip
+            assert_rows_equal(combined, want_x, f"{prefix}: combined_x")
+            assert_rows_equal(combined_weights, want_weights, f"{prefix}: combined_topk_weights")
+
+        world = load(0)
+        compare(step(), 0, world)  # compiles
+        buffer.group.allgather(None)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            outputs = step()
+        buffer.group.allgather(None)
+        for seed in range(1, replays):
+            world = load(seed)
+            graph.replay()
+            compare(outputs, seed, world)
+            if seed % 10 == 0:
+                compare(step(), seed, world)
+        buffer.check_fault()
+        del graph
+
+    run_ranks(num_ranks, body)
+
+
+def test_capture_that_cannot_work_says_so() -> None:
+    """The host must read counts, and nothing may be compiled, while a graph is captured."""
+
+    def body(buffer: Buffer) -> None:
+        idx = routing("random", num_tokens=8, num_experts=4, num_topk=2, num_ranks=1, seed=0).cuda()
+        x, weights = payload(0, 8, 64, torch.bfloat16).cuda(), topk_weights(8, 2, seed=0).cuda()
+        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, 4)
+        layout = {"num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank, "num_tokens_per_expert": per_expert}
+        for worst, message in ((0, "num_worst_tokens"), (8, "Buffer.warmup")):
+            graph = torch.cuda.CUDAGraph()
+            with pytest.raises(RuntimeError, match=message), torch.cuda.graph(graph):  # noqa: PT012
+                buffer.dispatch(x, topk_idx=idx, topk_weights=weights, num_worst_tokens=worst, **layout)
+        buffer.warmup(128, num_topk=2)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            buffer.dispatch(x, topk_idx=idx, topk_weights=weights, num_worst_tokens=8, **layout)
+
+    run_ranks(1, body)
+
+
+@pytest.mark.parametrize("op", ("notify", "dispatch", "combine"))
+@pytest.mark.parametrize("num_ranks", (2, 4))
+def test_withheld_peer(num_ranks: int, op: str, variant: str) -> None:
+    """A rank that does not come: the others name it in time, live on, and work again after reset()."""
+    withheld = num_ranks - 1
+
+    def body(buffer: Buffer) -> None:
+        case = Round(num_tokens=(32,) * num_ranks, hidden=256, seed=1, num_sms=4, kind="balanced")
+        check_round(buffer, case)
+        world = make_world(case)
+        x = to_device(world[buffer.rank].x, buffer.device)
+        idx = to_device(world[buffer.rank].topk_idx, buffer.device)
+        config = Config(4)
+        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, case.num_experts)
+        layout = {"num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank, "num_tokens_per_expert": per_expert}
+        recv_x, _, _, _, handle, _ = buffer.dispatch(x, config=config, **layout)
+        torch.cuda.current_stream().synchronize()
+        buffer.group.allgather(None)
+        if buffer.rank != withheld:
+            start = time.monotonic()
+            with pytest.raises(CommunicationError) as caught:  # noqa: PT012
+                if op == "notify":
+                    buffer.dispatch(x, config=config, **layout)
+                elif op == "dispatch":
+                    buffer.dispatch(x, handle=handle, config=config)
+                else:
+                    buffer.combine(recv_x, handle, config=config)
+                torch.cuda.current_stream().synchronize()
+                buffer.check_fault()
+            elapsed = time.monotonic() - start
+            error = caught.value
+            assert (error.op, error.rank, error.peer) == (op, buffer.rank, withheld), str(error)
+            assert f"rank {withheld}" in str(error)
+            assert elapsed < 10, elapsed
+            with pytest.raises(CommunicationError):
+                buffer.dispatch(x, handle=handle, config=config)  # broken until reset
+        buffer.reset()
+        for seed in range(2, 5):
+            check_round(buffer, dataclasses.replace(case, seed=seed))
+
+    run_ranks(num_ranks, body, timeout_seconds=2)
+
+
+def test_two_buffers_of_different_sizes() -> None:
+    """A buffer may be replaced by a bigger one while it lives, as frameworks do."""
+
+    def body(buffer: Buffer) -> None:
+        check_round(buffer, Round(num_tokens=(40, 50), seed=3, num_sms=4))
+        bigger = Buffer(None, 2 * buffer.num_nvl_bytes, comm=buffer.group)
+        check_round(bigger, Round(num_tokens=(50, 0), seed=4, num_sms=4))
+        check_round(buffer, Round(num_tokens=(7, 9), seed=5, num_sms=4))
+        torch.cuda.current_stream().synchronize()
+        buffer.group.allgather(None)
+        del bigger  # the destructor frees it
+        check_round(buffer, Round(num_tokens=(7, 9), seed=6, num_sms=4))
+
+    run_ranks(2, body)
+
+
+def test_local_buffer_tensor_and_streams() -> None:
+    """The small members of V1."""
+
+    def body(buffer: Buffer) -> None:
+        check_round(buffer, Round(num_tokens=(40, 50), seed=3, num_sms=4))
+        view = buffer.get_local_buffer_tensor(torch.int8)
+        assert view.numel() == buffer.num_nvl_bytes
+        assert view.is_cuda
+        shaped = buffer.get_local_buffer_tensor(torch.bfloat16, torch.Size((4, 8)), offset=256)
+        assert shaped.shape == (4, 8)
+        assert shaped.data_ptr() == view.data_ptr() + 256
+        torch.cuda.current_stream().synchronize()
+        buffer.group.allgather(None)
+        view.copy_(torch.full((buffer.num_nvl_bytes,), 0x5A, dtype=torch.int8))  # a user's scratch
+        torch.cuda.current_stream().synchronize()
+        buffer.group.allgather(None)
+        check_round(buffer, Round(num_tokens=(40, 50), seed=4, num_sms=4))
+        assert buffer.get_comm_stream().cuda_stream == buffer.runtime.get_comm_stream().cuda_stream
+        assert Buffer.is_sm90_compiled() == (torch.cuda.get_device_capability()[0] >= 9)
+
+    run_ranks(2, body)
+
+
+def test_comm_stream_cannot_wait_for_itself() -> None:
+    """Calling with the communication stream current is refused."""
+
+    def body(buffer: Buffer) -> None:
+        idx = torch.zeros((4, 1), dtype=torch.int64).cuda()
+        with torch.cuda.stream(buffer.get_comm_stream()), pytest.raises(RuntimeError, match="wait for itself"):
+            buffer.get_dispatch_layout(idx, 2)
+        with pytest.raises(RuntimeError, match="allocate_on_comm_stream"):
+            buffer.get_dispatch_layout(idx, 2, allocate_on_comm_stream=True)
+
+    run_ranks(1, body)
