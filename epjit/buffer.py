@@ -62,7 +62,7 @@ class Scope:
         self._previous = previous_event.event if previous_event is not None else None
         self._async = async_finish
         self._allocate_on_comm = allocate_on_comm_stream
-        self._current = torch.cuda.current_stream(comm.stream.device)
+        self._current = torch.cuda.current_stream(comm.torch_stream.device)
         self.stream = comm.handle
         if allocate_on_comm_stream and not (self._previous is not None and async_finish):
             raise RuntimeError(
@@ -77,12 +77,12 @@ class Scope:
 
     def allocating(self) -> AbstractContextManager[object]:
         """Where outputs are allocated."""
-        return torch.cuda.stream(self._comm.stream) if self._allocate_on_comm else nullcontext()
+        return torch.cuda.stream(self._comm.torch_stream) if self._allocate_on_comm else nullcontext()
 
     def start(self) -> None:
         """Makes the communication stream wait for the inputs and the outputs."""
         if self._previous is not None:
-            self._previous.stream_wait(self._comm.stream)
+            self._previous.stream_wait(self._comm.torch_stream)
         else:
             self._comm.wait_for(self._current.cuda_stream)
 
@@ -95,10 +95,10 @@ class Scope:
         if not self._async:
             self._comm.make_wait(self._current.cuda_stream)
             return EventOverlap()
-        event = EventHandle(self._comm.stream)
+        event = EventHandle(self._comm.torch_stream)
         for tensor in tensors:
             if tensor is not None:
-                tensor.record_stream(self._comm.stream)
+                tensor.record_stream(self._comm.torch_stream)
                 if self._allocate_on_comm:
                     tensor.record_stream(self._current)
         return EventOverlap(event)
@@ -292,7 +292,7 @@ class Buffer:
         """
         if self._comm is None:
             raise RuntimeError("this Buffer lives on the CPU, where there is no communication stream")
-        return self._comm.stream
+        return self._comm.torch_stream
 
     def get_local_buffer_tensor(
         self,
