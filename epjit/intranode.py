@@ -245,7 +245,7 @@ class Intranode:
         self._fault = FaultRecord()
         # Row 0 is read by a host that waits for counts; row 1 takes those that nobody waits for.
         self._host_counts = PinnedArray(2 * (1 + MAX_LOCAL_EXPERTS), device=device.index)
-        self._launches: dict[tuple[Any, ...], tuple[Launch, int]] = {}
+        self._launches: dict[tuple[Any, ...], Launch] = {}
         self._notify = Launch(
             self._notify_kernel,
             **self._common(),
@@ -282,12 +282,11 @@ class Intranode:
                 "CUDA graph is captured; run the call once before the capture, or call Buffer.warmup()"
             )
         num_slots = min(self._arena.slots_bytes // (slot_bytes * ranks_a_slot), _MAX_SLOTS) // 2 * 2
-        least = 2 * getattr(config, "rows_per_warp", 1)
         if self._group.size == 1:
             num_slots = _MAX_SLOTS  # nothing is staged
-        elif num_slots < least:
+        elif num_slots < 2:
             raise ValueError(
-                f"{config.op} of {slot_bytes}-byte rows needs num_nvl_bytes >= {least * slot_bytes * ranks_a_slot}, but this "
+                f"{config.op} of {slot_bytes}-byte rows needs num_nvl_bytes >= {2 * slot_bytes * ranks_a_slot}, but this "
                 f"Buffer has {self._arena.slots_bytes}; pass Config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks)"
             )
         launch = Launch(
@@ -298,7 +297,7 @@ class Intranode:
             num_slots=num_slots,
         )
         self._group.barrier()
-        self._launches[key] = (launch, num_slots)
+        self._launches[key] = launch
 
     def dispatch_launch(
         self, *, hidden_bytes: int, num_scales: int, num_topk: int, topk_is_int64: bool
@@ -316,7 +315,7 @@ class Intranode:
                 config = self._fit(config)
             self._launch(key, config, config.slot_bytes, 1)
             found = self._launches[key]
-        return found[0]
+        return found
 
     def _fit(self, config: DispatchConfig) -> DispatchConfig:
         """Fewer rows a warp where the buffer holds only a few: a unit may span two windows at most."""
@@ -334,7 +333,7 @@ class Intranode:
             )  # fmt: skip
             self._launch(key, config, config.slot_bytes, self._group.size)
             found = self._launches[key]
-        return found[0]
+        return found
 
     def compile_ahead(self, archs: Iterable[str]) -> None:
         """Compiles the kernels of all launches into the cache, for other architectures.
@@ -509,6 +508,13 @@ class Intranode:
         launch = self.combine_launch(
             hidden_bytes=hidden * x.element_size(), num_topk=num_topk, is_f16=x.dtype == torch.float16
         )
+        push_warps = launch.kernel.config.num_push_warps * num_sms
+        if push_warps < self._group.size - 1:
+            raise ValueError(
+                f"config.num_sms is {num_sms}, which gives combine {push_warps} warps that push rows of "
+                f"{hidden * x.element_size()} bytes, but it needs one for each of the {self._group.size - 1} peers; "
+                "use more SMs"
+            )
         combined_weights = None
         with scope.allocating():
             combined_x = torch.empty((num_tokens, hidden), dtype=x.dtype, device=self._device)

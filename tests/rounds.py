@@ -152,6 +152,9 @@ def check_round(buffer: Buffer, case: Round) -> None:
             results[-1].current_stream_wait()
         else:
             assert results[-1].event is None
+        if device.type == "cuda":
+            torch.cuda.current_stream().synchronize()
+        buffer.check_fault()
         return results[:-1]
 
     # Layout

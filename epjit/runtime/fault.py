@@ -72,8 +72,8 @@ def decode(words: list[int]) -> CommunicationError:
     op, text = tags().get(tag, (f"wait {tag}", "an unknown wait"))
     return CommunicationError(
         f"{op} timed out: rank {rank} waits for rank {peer} ({text}, index {index}): expected "
-        f"{_number(expected)}, seen {_number(seen)}, epoch {epoch}. Either rank {peer} failed or did "
-        f"not make the same call, or it needs more time than {env.timeout_seconds.name} gives",
+        f"{_number(expected)}, seen {_number(seen)}, epoch {epoch}. Either rank {peer} failed or "
+        f"did not make the same call, or it needs more time than {env.timeout_seconds.name} gives",
         op=op,
         rank=rank,
         peer=peer,

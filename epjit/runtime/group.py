@@ -169,14 +169,14 @@ class _StoreGroup(Group):
             ) from error
         return [obj if rank == self.rank else item for rank, (item, _) in enumerate(received)]
 
-    def _put(self, store: dist.TCPStore, name: str, data: bytes) -> None:
+    def _put(self, store: Any, name: str, data: bytes) -> None:
         """Writes a message: its parts, then its head, which says how many parts there are."""
         parts = [data[at : at + _CHUNK_BYTES] for at in range(0, len(data), _CHUNK_BYTES)]
         for index, part in enumerate(parts):
             store.set(f"{name}/{index}", part)
         store.set(name, self._digest(name, data) + len(parts).to_bytes(8, "little"))
 
-    def _get(self, store: dist.TCPStore, name: str) -> tuple[Any, list[str]]:
+    def _get(self, store: Any, name: str) -> tuple[Any, list[str]]:
         """Reads a message; returns it and its keys."""
         head: bytes = store.get(name)
         keys = [f"{name}/{i}" for i in range(int.from_bytes(head[_DIGEST_BYTES:], "little"))]
@@ -191,7 +191,7 @@ class _StoreGroup(Group):
     def _digest(self, name: str, data: bytes) -> bytes:
         return hmac.digest(self._key, name.encode() + b"\0" + data, "sha256")
 
-    def _wait(self, store: dist.TCPStore, keys: Sequence[str], by_rank: Sequence[str]) -> None:
+    def _wait(self, store: Any, keys: Sequence[str], by_rank: Sequence[str]) -> None:
         """Waits for keys; `by_rank` has the key that each rank writes, to say who did not come."""
         seconds = env.timeout_seconds()
         try:
@@ -202,7 +202,7 @@ class _StoreGroup(Group):
                 raise
             raise _missing(self.rank, missing, seconds) from None
 
-    def _finish(self, store: dist.TCPStore, keys: Sequence[str], names: Sequence[str]) -> None:
+    def _finish(self, store: Any, keys: Sequence[str], names: Sequence[str]) -> None:
         """The last to read deletes everything; rank 0, which hosts the store, stays until then."""
         readers, done = f"{self._round}/readers", f"{self._round}/done"
         store.set(f"{names[self.rank]}/read", b"")

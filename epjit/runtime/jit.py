@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import re
 import threading
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
@@ -31,9 +31,18 @@ _C_TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {
     "float": ctypes.c_float,
     "double": ctypes.c_double,
 }
+_FORMATS: dict[Any, Any] = {
+    ctypes.c_bool: "?",
+    ctypes.c_int32: "i",
+    ctypes.c_uint32: "I",
+    ctypes.c_int64: "q",
+    ctypes.c_uint64: "Q",
+    ctypes.c_float: "f",
+    ctypes.c_double: "d",
+}  # of a memoryview
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _FIELD = re.compile(
-    r"(?:const\s+)?(?P<type>\w+)(?P<pointer>[\s*]*\*(?:\s*const)?)?\s*\b(?P<name>[A-Za-z_]\w*)"
+    r"(?:const\s+)?(?P<type>\w+)(?P<pointer>(?:\s*(?:const\s*)?\*)+(?:\s*const\b)?)?\s*\b(?P<name>[A-Za-z_]\w*)"
     r"(?:\s*\[\s*(?P<count>\w+)\s*\])?"
 )
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
@@ -237,6 +246,10 @@ class Kernel:
                 attribute.CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
                 config.shared_bytes,
             )
+            # Else the driver may put it off until the first launch, which then waits for every
+            # kernel that runs; one that spins for a peer of the same GPU would wait for that
+            # launch.
+            driver.call("cuFuncLoad", self.function)
 
     @functools.cached_property
     def resident_blocks(self) -> int:
@@ -260,8 +273,8 @@ class Launch:
             length, pointers take integers.
 
     Raises:
-        TypeError: A name is no parameter, or an array has another length.
-        OverflowError: A number does not fit its field.
+        TypeError: A name is no parameter, or a value has another type.
+        ValueError: A value does not fit its field, or a sequence has another length.
     """
 
     def __init__(self, kernel: Kernel, **bound: Any) -> None:
@@ -272,17 +285,13 @@ class Launch:
         self._function = cuda.CUfunction(kernel.function)
         self._threads, self._shared_bytes = config.threads, config.shared_bytes
         self._record = kernel.params()
-        self._names = frozenset(name for name, *_ in kernel.params._fields_)
-        self._unset = set(self._names)
+        self._fields = _fields(self._record)
+        self._unset = set(self._fields)
         # cuLaunchKernel takes one pointer for each argument of the kernel: here, the record.
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._record))
         self._arguments = ctypes.addressof(self._pointers)
         self._lock = threading.Lock()
-        self._check_names(bound.keys())
-        types = {name: c_type for name, c_type, *_ in kernel.params._fields_}
-        for name, value in bound.items():
-            setattr(self._record, name, _exact(config.op, name, types[name], value))
-            self._unset.discard(name)
+        self._set(bound)
 
     def __call__(self, stream: int, grid: int, **values: Any) -> None:
         """Sets parameters and launches. A parameter keeps its value until it is set again.
@@ -290,27 +299,36 @@ class Launch:
         Args:
             stream: Handle of the CUDA stream.
             grid: Number of blocks.
-            **values: Parameters that change. Arrays take tuples; numbers are cut to their field.
+            **values: Parameters that change.
 
         Raises:
-            TypeError: A name is no parameter, or a parameter was never set.
+            TypeError: A name is no parameter, a parameter was never set, or a value has another
+                type.
+            ValueError: A value does not fit its field.
             RuntimeError: The driver refuses the launch.
         """
-        if not values.keys() <= self._names:
-            self._check_names(values.keys())
         with self._lock:
-            record = self._record
-            for name, value in values.items():
-                setattr(record, name, value)
+            self._set(values)
             if self._unset:
-                self._unset -= values.keys()
-                if self._unset:
-                    raise TypeError(
-                        f"{self.kernel.config.op} was never given {sorted(self._unset)}"
-                    )
+                raise TypeError(f"{self.kernel.config.op} was never given {sorted(self._unset)}")
             (status,) = self._launch(stream, grid)
             if status:
                 self._recover(status, stream, grid)
+
+    def _set(self, values: dict[str, Any]) -> None:
+        fields = self._fields
+        name, value = "", None
+        try:
+            for name, value in values.items():
+                fields[name][0] = value
+        except KeyError:
+            unknown = sorted(values.keys() - fields.keys())
+            op = self.kernel.config.op
+            raise TypeError(f"{op} has no parameters {unknown}; it has {sorted(fields)}") from None
+        except (TypeError, ValueError) as error:
+            raise type(error)(f"{self.kernel.config.op}: {name}={value!r}: {error}") from None
+        if self._unset:
+            self._unset -= values.keys()
 
     def _launch(self, stream: int, grid: int) -> tuple[Any]:
         result: tuple[Any] = self._cu_launch(
@@ -328,14 +346,7 @@ class Launch:
             raise RuntimeError(
                 f"{self.kernel.config.op} cannot be launched with {grid} blocks of {self._threads} "
                 f"threads and {self._shared_bytes} bytes of shared memory on device "
-                f"{self.kernel.device}: "
-                f"{driver.describe(status)}; {self.kernel.config}"
-            )
-
-    def _check_names(self, names: Any) -> None:
-        if unknown := sorted(names - self._names):
-            raise TypeError(
-                f"{self.kernel.config.op} has no parameters {unknown}; it has {sorted(self._names)}"
+                f"{self.kernel.device}: {driver.describe(status)}; {self.kernel.config}"
             )
 
 
@@ -360,15 +371,30 @@ def _array_length(count: str, text: str, where: str) -> int:
     return int(found[1])
 
 
-def _exact(op: str, name: str, c_type: type[Any], value: Any) -> Any:
-    """The value to store; ctypes itself cuts numbers to their field and takes arrays in part."""
-    if not issubclass(c_type, ctypes.Array):
-        if isinstance(value, int) and c_type(value).value != value:
-            raise OverflowError(f"{op}: {name}={value} does not fit {c_type.__name__}")
-        return value
-    if len(value) != c_type._length_:
-        raise TypeError(f"{op}: {name} has {len(value)} elements, expected {c_type._length_}")
-    return tuple(_exact(op, f"{name}[{i}]", c_type._type_, item) for i, item in enumerate(value))
+class _ArrayField:
+    """Stores a whole array; `_fields` has one for each array of a record."""
+
+    def __init__(self, array: ctypes.Array[Any]) -> None:
+        self._array = array
+
+    def __setitem__(self, index: int, values: Sequence[Any]) -> None:
+        self._array[:] = list(values)
+
+
+def _fields(record: ctypes.Structure) -> dict[str, Any]:
+    """Where each field is stored: ``fields[name][0] = value`` does it.
+
+    Half the time of setting attributes, and unlike these it refuses a number that does not fit.
+    """
+    data = memoryview(record).cast("B")
+    fields: dict[str, Any] = {}
+    for name, c_type, *_ in record._fields_:
+        if issubclass(c_type, ctypes.Array):
+            fields[name] = _ArrayField(getattr(record, name))
+        else:
+            offset, size = getattr(type(record), name).offset, ctypes.sizeof(c_type)
+            fields[name] = data[offset : offset + size].cast(_FORMATS[c_type])
+    return fields
 
 
 def _dump(folder: Path, name: str, unit: str, entry: Entry) -> None:

@@ -10,7 +10,12 @@ from typing import TYPE_CHECKING
 from epjit.errors import CompileError
 
 if TYPE_CHECKING:
-    from importlib.resources.abc import Traversable
+    import sys
+
+    if sys.version_info >= (3, 11):
+        from importlib.resources.abc import Traversable
+    else:
+        from importlib.abc import Traversable
 
 ROOT: Traversable | None = None
 """Folder that holds the sources; None is `epjit/cuda_src` of this package."""

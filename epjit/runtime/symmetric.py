@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
 import secrets
@@ -14,6 +15,9 @@ from epjit.runtime.group import Group, host_id
 
 if TYPE_CHECKING:
     import torch
+
+
+_IPC_HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE; cuda-bindings shows no field of the struct
 
 
 class _Region(NamedTuple):
@@ -146,7 +150,8 @@ class SymmetricMemory:
 
     def _allocate(self) -> bytes:
         self.ptr = int(driver.call("cuMemAlloc", self.nbytes))
-        return bytes(driver.call("cuIpcGetMemHandle", self.ptr).reserved)
+        handle = driver.call("cuIpcGetMemHandle", self.ptr)
+        return ctypes.string_at(handle.getPtr(), _IPC_HANDLE_BYTES)
 
     def _allocate_fabric(self) -> bytes:
         cuda = driver.load()
@@ -257,7 +262,7 @@ class SymmetricMemory:
             return region.ptr
         cuda = driver.load()
         handle = cuda.CUipcMemHandle()
-        handle.reserved = region.handle
+        ctypes.memmove(handle.getPtr(), region.handle, _IPC_HANDLE_BYTES)
         flag = cuda.CUipcMem_flags.CU_IPC_MEM_LAZY_ENABLE_PEER_ACCESS
         pointer = int(driver.call("cuIpcOpenMemHandle", handle, flag))
         self._ipc_opened.append(pointer)

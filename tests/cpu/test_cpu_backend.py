@@ -10,48 +10,29 @@ import pytest
 import torch
 import torch.distributed as dist
 
+from epjit.errors import CommunicationError
 from epjit.reference import intranode
 from epjit.reference.cpu_backend import CpuBackend
 from epjit.reference.intranode import Dispatched, RankInput
+from epjit.runtime.group import Group
 from tests import data, launch
 
 NUM_TOPK = 3
 HIDDEN = 16
 
 
-class CommGroup:
-    """The face of `epjit.runtime.group.Group` over a comm object."""
+class SlowGroup(Group):
+    """A group whose rank `r` gets its answers `r * delay_seconds` late."""
 
-    def __init__(self, comm: Any, delay_seconds: float = 0.0) -> None:
-        self.comm = comm
-        self.rank: int = comm.Get_rank()
-        self.size: int = comm.Get_size()
+    def __init__(self, group: Group, delay_seconds: float) -> None:
+        self.group = group
+        self.rank, self.size = group.rank, group.size
         self.delay_seconds = delay_seconds
 
-    def allgather(self, value: object) -> list[Any]:
-        values = self.comm.allgather(value)
-        time.sleep(self.delay_seconds)
+    def allgather(self, obj: Any) -> list[Any]:
+        values = self.group.allgather(obj)
+        time.sleep(self.rank * self.delay_seconds)
         return values
-
-    def barrier(self) -> None:
-        self.comm.allgather(None)
-
-
-class TorchGroup:
-    """The same over a torch process group."""
-
-    def __init__(self, group: dist.ProcessGroup) -> None:
-        self.group = group
-        self.rank = group.rank()
-        self.size = group.size()
-
-    def allgather(self, value: object) -> list[Any]:
-        values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value, self.group)
-        return values
-
-    def barrier(self) -> None:
-        dist.barrier(self.group)
 
 
 def make_input(
@@ -116,7 +97,7 @@ def assert_same(got: Any, want: Any, what: str) -> None:
         assert got == want, what
 
 
-def check_one_rank(group: Any, kind: data.RoutingKind, payload: str, with_topk: bool) -> None:
+def check_one_rank(group: Group, kind: data.RoutingKind, payload: str, with_topk: bool) -> None:
     """All operations of a rank, compared with what the oracle says."""
     num_ranks, num_experts = group.size, 2 * group.size
     backend = CpuBackend(group)
@@ -180,7 +161,7 @@ def check_one_rank(group: Any, kind: data.RoutingKind, payload: str, with_topk: 
 @pytest.mark.parametrize("kind", ["random", "hot_expert", "empty_rank", "holes", "all_holes"])
 def test_threads(num_ranks: int, kind: data.RoutingKind) -> None:
     launch.run_threads(
-        lambda comm: check_one_rank(CommGroup(comm), kind, "bfloat16", True), num_ranks
+        lambda comm: check_one_rank(Group.from_comm(comm), kind, "bfloat16", True), num_ranks
     )
 
 
@@ -188,13 +169,13 @@ def test_threads(num_ranks: int, kind: data.RoutingKind) -> None:
 @pytest.mark.parametrize("with_topk", [True, False])
 def test_payloads(payload: str, with_topk: bool) -> None:
     launch.run_threads(
-        lambda comm: check_one_rank(CommGroup(comm), "out_of_range", payload, with_topk), 3
+        lambda comm: check_one_rank(Group.from_comm(comm), "out_of_range", payload, with_topk), 3
     )
 
 
 def process_worker(group: dist.ProcessGroup) -> int:
     """All checks, in a process of its own."""
-    check_one_rank(TorchGroup(group), "holes", "fp8", True)
+    check_one_rank(Group.from_torch(group), "holes", "fp8", True)
     return group.rank()
 
 
@@ -206,7 +187,7 @@ def test_inputs_may_be_overwritten_after_the_call() -> None:
     """Rank 0 is done and writes to its tensors while the others still read what they gathered."""
 
     def worker(comm: Any) -> None:
-        group = CommGroup(comm, delay_seconds=0.1 * comm.Get_rank())
+        group = SlowGroup(Group.from_comm(comm), delay_seconds=0.1)
         backend = CpuBackend(group)
         given = [make_input("random", rank, group.size) for rank in range(group.size)]
         want = [intranode.dispatch(given, rank, num_experts=4) for rank in range(group.size)]
@@ -232,7 +213,7 @@ def test_tensors_with_gradients() -> None:
     def worker(comm: Any) -> None:
         own = make_input("random", comm.Get_rank(), 2)
         own.x.requires_grad_()
-        backend = CpuBackend(CommGroup(comm))
+        backend = CpuBackend(Group.from_comm(comm))
         got = backend_dispatch(backend, own)
         combined, _ = backend.combine(got.recv_x, got.handle)
         assert not got.recv_x.requires_grad
@@ -288,7 +269,7 @@ def disagree_on_handle(backend: CpuBackend, rank: int) -> None:
 def test_every_rank_is_told_of_a_mismatch(mistake: Any, text: str) -> None:
     def worker(comm: Any) -> None:
         with pytest.raises(ValueError, match=text):
-            mistake(CpuBackend(CommGroup(comm)), comm.Get_rank())
+            mistake(CpuBackend(Group.from_comm(comm)), comm.Get_rank())
 
     launch.run_threads(worker, 2)
 
@@ -297,7 +278,7 @@ def test_counts_that_contradict_the_routing() -> None:
     def worker(comm: Any) -> None:
         given = make_input("random", comm.Get_rank(), 2)
         with pytest.raises(ValueError, match=r"num_tokens_per_rank=\[1, 2\] contradicts"):
-            CpuBackend(CommGroup(comm)).dispatch(
+            CpuBackend(Group.from_comm(comm)).dispatch(
                 given.x,
                 None,
                 given.topk_idx,
@@ -308,6 +289,18 @@ def test_counts_that_contradict_the_routing() -> None:
             )
 
     launch.run_threads(worker, 2)
+
+
+def test_a_peer_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPJIT_TIMEOUT_SECONDS", "0.3")
+
+    def worker(comm: Any) -> None:
+        if comm.Get_rank() != 1:
+            own = make_input("random", comm.Get_rank(), 3)
+            with pytest.raises(CommunicationError, match="rank 1"):
+                backend_dispatch(CpuBackend(Group.from_comm(comm)), own)
+
+    launch.run_threads(worker, 3)
 
 
 def failing_worker(group: dist.ProcessGroup, how: str) -> None:

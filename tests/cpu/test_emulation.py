@@ -70,9 +70,7 @@ def test_indices_of_two_ranks() -> None:
     outs = [words(3 * 128) for _ in range(2)]
     emulate([selftest("kIndices", rank=r, grid=3, out=outs[r]) for r in range(2)])
     for rank, out in enumerate(outs):
-        expected = [
-            rank * 1000000 + 3 * 10000 + b * 1000 + t for b in range(3) for t in range(128)
-        ]
+        expected = [rank * 1000000 + 3 * 10000 + b * 1000 + t for b in range(3) for t in range(128)]
         assert out.tolist() == expected
 
 

@@ -140,9 +140,7 @@ def emulate(
     core = _core()
     entries = [_entry(launch) for launch in launches]
     chosen = ORDERS[order] if order != "auto" else seed % len(ORDERS)
-    options = _Options(
-        seed, chosen, yield_percent, basic_blocks, max_passes, nanoseconds_per_pass
-    )
+    options = _Options(seed, chosen, yield_percent, basic_blocks, max_passes, nanoseconds_per_pass)
     report = _Report()
     with _LOCK:
         for launch, entry in zip(launches, entries, strict=True):

@@ -17,10 +17,10 @@
 //
 // Progress: a warp that pushes draws units of one owner in ascending order of its tokens and goes to another owner only
 // when none is left, so a channel (r -> s) never waits for another one. The push into window w waits for the owner's
-// reduction of window w - 2 and for nothing later; the reduction of w - 2 waits for pushes into w - 2 only. By induction
-// everything moves, whatever the size of the buffer. Rows of one unit that lie in several windows go one window at a time.
+// reduction of window w - 2 and for nothing later; the reduction of w - 2 waits for pushes into w - 2 only (and is counted
+// after that of w - 4: a token without rows from peers could otherwise be done long before). By induction everything moves, whatever the size of the buffer. Rows of one unit that lie in several windows go one window at a time.
 //
-// Launch: any grid that is resident as a whole, combine_threads() threads. Graph-safe.
+// Launch: any grid that is resident as a whole and has a pushing warp for each peer, combine_threads() threads. Graph-safe.
 #include "epjit/copy.cuh"
 
 namespace epjit {
@@ -88,9 +88,10 @@ class Combine {
         waiter{p.fault, p.abort, p.timeout_ns, p.rank, *p.epoch + 1} {}
 
   __device__ void run() {
-    bool ok = true;
+    // What an operation that failed was to write (rank_prefix, recv_src_idx) is garbage.
+    bool ok = __all_sync(kFullMask, ptx::ld_relaxed_gpu(p.abort) == 0);
     if constexpr (kRanks > 1)
-      if (warp < kCfg.num_push_warps) ok = push();
+      if (ok && warp < kCfg.num_push_warps) ok = push();
     if (ok) reduce();
     finish_operation<kRanks>(waiter, p.signals, p.counters, 4 + kRanks, p.epoch);
   }
@@ -185,7 +186,7 @@ class Combine {
       const uint32_t next = next_unit(p.counters + 1, lane);
       const int token = unit / p.num_parts;
       if (!reduce_token(token, unit % p.num_parts)) return;
-      if (p.num_tokens > p.num_slots) release_slots(token);
+      if (p.num_tokens > p.num_slots && !release_slots(token)) return;
       unit = next;
     }
   }
@@ -275,9 +276,14 @@ class Combine {
   }
 
   // Whoever completes a window tells all ranks, which may then write window + 2; the counter is zero again before it can.
-  __device__ void release_slots(int token) const {
+  __device__ bool release_slots(int token) const {
     __syncwarp();
     const int window = window_of(token);
+    bool ok = true;
+    if (window >= 2 && lane == 0)
+      ok = wait_signal(waiter, kWaitCombineWindow, p.rank, done_signal(p.signals[p.rank], p.rank, window),
+                       stamp(waiter.epoch, window - 1));
+    if (!all_lanes(ok)) return false;
     const int window_tokens = p.num_slots / 2;
     const int units = min(window_tokens, p.num_tokens - window * window_tokens) * p.num_parts;
     uint32_t* const counter = p.counters + 2 + (window & 1);
@@ -290,6 +296,11 @@ class Combine {
     __syncwarp();
     if (complete != 0 && lane < kRanks && lane != p.rank)
       ptx::st_release_sys(done_signal(p.signals[lane], p.rank, window), stamp(waiter.epoch, window + 1));
+    // The own signal last: whoever sees it may complete window + 2, and that must not be overtaken on its way to a peer.
+    __syncwarp();
+    if (complete != 0 && lane == 0)
+      ptx::st_release_sys(done_signal(p.signals[p.rank], p.rank, window), stamp(waiter.epoch, window + 1));
+    return true;
   }
 
   const CombineParams& p;

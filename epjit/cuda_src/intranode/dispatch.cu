@@ -102,10 +102,13 @@ class Dispatch {
         copier(ptx::dynamic_shared(), warp, lane) {}
 
   __device__ void run() {
-    fill_unused_rows();
-    if (warp >= kCfg.num_stage_warps || stage())
-      if constexpr (kRanks > 1) pull();
-    copier.flush();
+    // What an operation that failed was to write (rank_prefix, send_head) is garbage.
+    if (__all_sync(kFullMask, ptx::ld_relaxed_gpu(p.abort) == 0)) {
+      fill_unused_rows();
+      if (warp >= kCfg.num_stage_warps || stage())
+        if constexpr (kRanks > 1) pull();
+      copier.flush();
+    }
     finish_operation<kRanks>(waiter, p.signals, p.counters, 2 + 2 * kRanks, p.epoch);
   }
 

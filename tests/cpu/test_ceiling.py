@@ -1,0 +1,48 @@
+"""The bench's copy kernel, run by the emulation: the ceiling counts only bytes that arrived."""
+
+from __future__ import annotations
+
+import shutil
+
+import pytest
+import torch
+
+from bench.ceiling import CopyConfig
+from epjit.runtime.jit import params_type
+from tests.emulation import build
+from tests.emulation.build import Launch, emulate, guarded
+
+pytestmark = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="needs g++")
+
+ROW_BYTES = 256
+
+
+@pytest.mark.parametrize("num_ranks", [2, 3, 4])
+@pytest.mark.parametrize("pull", [False, True])
+@pytest.mark.parametrize("num_rows", [1, 37])
+def test_every_row_arrives_and_nothing_else_changes(
+    num_ranks: int, pull: bool, num_rows: int
+) -> None:
+    config = CopyConfig(num_ranks=num_ranks, num_warps=2, row_bytes=ROW_BYTES, pull=pull)
+    record = params_type(config.source, "CopyParams")
+    generator = torch.Generator().manual_seed(num_rows)
+    memories = []
+    for _ in range(num_ranks):
+        memory = guarded(2, num_ranks, num_rows, ROW_BYTES, dtype=torch.uint8)
+        memory[0] = torch.randint(0, 256, memory[0].shape, generator=generator, dtype=torch.uint8)
+        memories.append(memory)
+    sent = [memory[0].clone() for memory in memories]
+    addresses = [memory.data_ptr() for memory in memories] + [0] * (8 - num_ranks)
+    array = dict(record._fields_)["memory"]
+    launches = [
+        Launch(config, record(array(*addresses), num_rows, rank), grid=2, rank=rank)
+        for rank in range(num_ranks)
+    ]
+    emulate(launches, seed=num_ranks)
+    for rank, memory in enumerate(memories):
+        assert torch.equal(memory[0], sent[rank])
+        for peer in range(num_ranks):
+            if peer == rank:
+                assert bool((memory[1, peer] == 0xEE).all())
+            else:
+                assert torch.equal(memory[1, peer], sent[peer][rank])

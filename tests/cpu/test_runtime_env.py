@@ -1,0 +1,153 @@
+"""Environment variables and the registry of variants."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from epjit import env
+from epjit.runtime import device, variants
+from epjit.runtime.variants import Variant
+
+NAMES = {
+    "EPJIT_CACHE_DIR",
+    "EPJIT_TIMEOUT_SECONDS",
+    "EPJIT_ASSERT_COMPILE",
+    "EPJIT_DUMP",
+    "EPJIT_BACKEND",
+    "EPJIT_DISPATCH_VARIANT",
+    "EPJIT_COMBINE_VARIANT",
+    "DISABLE_SM90_FEATURES",
+    "DISABLE_AGGRESSIVE_PTX_INSTRS",
+    "TOPK_IDX_BITS",
+    "NVSHMEM_DIR",
+    "TORCH_CUDA_ARCH_LIST",
+}
+
+
+@pytest.fixture(autouse=True)
+def clean(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in NAMES:
+        monkeypatch.delenv(name, raising=False)
+
+
+def test_the_table_is_whole() -> None:
+    assert {variable.name for variable in env.VARIABLES} == NAMES
+    assert all(variable.description.endswith(".") and variable.kind for variable in env.VARIABLES)
+    assert all(variable() == variable.default for variable in env.VARIABLES)
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "value"),
+    [
+        (env.timeout_seconds, "2.5", 2.5),
+        (env.timeout_seconds, "  ", 100.0),
+        (env.assert_compile, "1", True),
+        (env.assert_compile, "Off", False),
+        (env.backend, "cpu", "cpu"),
+        (env.topk_idx_bits, "32", 32),
+        (env.dump, "~/x", Path.home() / "x"),
+        (env.nvshmem_dir, "/opt/nvshmem", Path("/opt/nvshmem")),
+        (env.torch_cuda_arch_list, "9.0;8.0+PTX", ("sm_90a", "sm_80")),
+        (env.torch_cuda_arch_list, "7.5 8.0 9.0a 12.0+PTX", ("sm_80", "sm_90a", "sm_120a")),
+        (env.torch_cuda_arch_list, "8.0;", ("sm_80",)),
+    ],
+)
+def test_values(
+    variable: env.Variable[Any], text: str, value: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable.name, text)  # read at the call, not at import
+    assert variable() == value
+
+
+@pytest.mark.parametrize(
+    ("variable", "text", "message"),
+    [
+        (env.timeout_seconds, "abc", "EPJIT_TIMEOUT_SECONDS='abc' is not a number greater than 0"),
+        (env.timeout_seconds, "0", "EPJIT_TIMEOUT_SECONDS='0' is not a number greater than 0"),
+        (env.timeout_seconds, "nan", "EPJIT_TIMEOUT_SECONDS='nan' is not a number"),
+        (env.timeout_seconds, "inf", "EPJIT_TIMEOUT_SECONDS='inf' is not a number"),
+        (env.assert_compile, "maybe", "EPJIT_ASSERT_COMPILE='maybe' is not a flag: 1, true"),
+        (env.backend, "gpu", "EPJIT_BACKEND='gpu' is not 'auto', 'cuda' or 'cpu'"),
+        (env.topk_idx_bits, "16", "TOPK_IDX_BITS='16' is not '64' or '32'"),
+        (env.torch_cuda_arch_list, "Hopper", "TORCH_CUDA_ARCH_LIST='Hopper' is not a list such"),
+    ],
+)
+def test_malformed_values(
+    variable: env.Variable[Any], text: str, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv(variable.name, text)
+    with pytest.raises(ValueError, match="is not") as caught:
+        variable()
+    assert message in str(caught.value)
+
+
+def test_arch_names_and_limits() -> None:
+    assert [device.arch_name(*arch) for arch in ((8, 0), (9, 0), (12, 1))] == [
+        "sm_80",
+        "sm_90a",
+        "sm_121a",
+    ]
+    assert device.shared_limit("sm_90a") == device.shared_limit("sm_90") == 227 * 1024
+    with pytest.raises(ValueError, match="shared memory of sm_70 is not known"):
+        device.shared_limit("sm_70")
+    with pytest.raises(ValueError, match=r"arch is '9\.0'"):
+        device.shared_limit("9.0")
+
+
+# ---- variants
+
+
+@pytest.fixture
+def toy(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(variants, "_registry", {})
+    monkeypatch.delenv("EPJIT_TOY_VARIANT", raising=False)
+    variants.register(Variant("toy", "fast", 90, "bulk copies"))
+    variants.register(Variant("toy", "plain", 80, "loads and stores"))
+
+
+@pytest.mark.usefixtures("toy")
+def test_auto_takes_the_first_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert variants.names("toy") == ("fast", "plain")
+    assert variants.resolve("toy", "sm_90a") == "fast"
+    assert variants.resolve("toy", "sm_120a") == "fast"
+    assert variants.resolve("toy", "sm_89") == "plain"
+    monkeypatch.setenv("EPJIT_TOY_VARIANT", "plain")
+    assert variants.resolve("toy", "sm_90a") == "plain"
+    monkeypatch.setenv("EPJIT_TOY_VARIANT", "auto")
+    monkeypatch.setenv("DISABLE_SM90_FEATURES", "1")
+    assert variants.resolve("toy", "sm_90a") == "plain"
+    assert [variant.name for variant in variants.registered()] == ["fast", "plain"]
+
+
+@pytest.mark.usefixtures("toy")
+def test_unknown_variant_lists_the_valid_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPJIT_TOY_VARIANT", "quick")
+    with pytest.raises(
+        ValueError, match=r"EPJIT_TOY_VARIANT='quick' .* valid are auto, fast, plain"
+    ):
+        variants.resolve("toy", "sm_90a")
+    with pytest.raises(ValueError, match="toy has no variant 'quick'; it has fast, plain"):
+        variants.runs_on("toy", "quick", "sm_90a")
+
+
+@pytest.mark.usefixtures("toy")
+def test_variant_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPJIT_TOY_VARIANT", "fast")
+    with pytest.raises(ValueError, match="'fast' needs sm_90 or later; the device is sm_89"):
+        variants.resolve("toy", "sm_89")
+    monkeypatch.setenv("DISABLE_SM90_FEATURES", "1")
+    with pytest.raises(ValueError, match="DISABLE_SM90_FEATURES=1 excludes"):
+        variants.resolve("toy", "sm_90a")
+    monkeypatch.delenv("EPJIT_TOY_VARIANT")
+    with pytest.raises(ValueError, match="toy has no variant that sm_75 can run"):
+        variants.resolve("toy", "sm_75")
+
+
+@pytest.mark.usefixtures("toy")
+def test_registering_twice() -> None:
+    variants.register(Variant("toy", "fast", 90, "bulk copies"))
+    with pytest.raises(ValueError, match="toy has a variant 'fast' already"):
+        variants.register(Variant("toy", "fast", 80, "other"))

@@ -1,0 +1,65 @@
+"""Fault records, decoded on the host."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from epjit.errors import CommunicationError
+from epjit.runtime import fault, sources
+from epjit.runtime.fault import FaultRecord
+
+SYNC = """
+// What a fault record calls the wait.
+enum WaitTag : int32_t {
+  kWaitOne = 1,    // first: the word of a token
+  kWaitTwelve = 12  // second: the end
+};
+"""
+
+
+@pytest.fixture
+def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "epjit").mkdir()
+    (tmp_path / "epjit" / "sync.cuh").write_text(SYNC)
+    monkeypatch.setattr(sources, "ROOT", tmp_path)
+
+
+@pytest.mark.usefixtures("tree")
+def test_record_in_words() -> None:
+    words = np.zeros(8, np.int64)
+    record = FaultRecord(words)
+    record.raise_if_set()
+    assert not record.is_set
+    words[:] = [1, 1, 3, 5, 17, (12 << 32) | 1, -1, 12]
+    with pytest.raises(CommunicationError) as caught:
+        record.raise_if_set()
+    error = caught.value
+    assert str(error).startswith(
+        "first timed out: rank 3 waits for rank 5 (the word of a token, index 17): "
+        "expected 0x0000000c00000001, seen 0xffffffffffffffff, epoch 12. "
+    )
+    assert "EPJIT_TIMEOUT_SECONDS" in str(error)
+    assert (error.op, error.rank, error.peer, error.missing) == ("first", 3, 5, (5,))
+    assert (error.index, error.expected, error.epoch) == (17, (12 << 32) | 1, 12)
+    assert record.is_set
+    record.clear()
+    record.raise_if_set()
+    record.close()
+    assert not record.is_set
+
+
+@pytest.mark.usefixtures("tree")
+def test_tags() -> None:
+    assert fault.tags() == {1: ("first", "the word of a token"), 12: ("second", "the end")}
+    assert str(fault.decode([1, 99, 0, 1, 0, 4, 3, 2])).startswith(
+        "wait 99 timed out: rank 0 waits for rank 1 (an unknown wait, index 0): expected 4, seen 3"
+    )
+
+
+def test_tags_of_the_real_kernels() -> None:
+    tags = fault.tags()
+    assert set(tags) == set(range(1, len(tags) + 1))
+    assert {"dispatch", "combine"} <= {op for op, _ in tags.values()}
