@@ -36,6 +36,9 @@ MAX_LOCAL_EXPERTS = 8192
 
 _MAX_SLOTS = 65536  # of one source rank: bounds the words to 4 MiB
 _SIGNALS_BYTES = 256
+# The counts usually come within 50 us. A longer poll without sleep starves other threads: giving the GIL away and
+# taking it back at once leaves them it only every 5 ms.
+_SPIN_SECONDS = 200e-6
 _SLOT_ALIGNMENT = 128
 
 for _op in ("dispatch", "combine"):
@@ -108,7 +111,7 @@ class DispatchConfig(KernelConfig):
     ) -> DispatchConfig:
         """The shape of the block for `limit` bytes of shared memory."""
         warps, rows = _copier_shape(tma, 16, hidden_bytes, limit)
-        stage = max(1, warps // 4) if num_ranks > 1 else warps
+        stage = max(1, warps // 2) if num_ranks > 1 else warps
         return cls(num_ranks, hidden_bytes, num_scales, num_topk, topk_is_int64, tma, warps, stage, rows)
 
     @property
@@ -544,17 +547,20 @@ class Intranode:
     def _wait_for_counts(self) -> int:
         """Polls host memory for this rank's number of rows; other threads run meanwhile."""
         counts = self._host_counts.array
-        deadline = time.monotonic() + 2 * self._timeout_seconds + 10
+        start = time.monotonic()
+        deadline = start + 2 * self._timeout_seconds + 10
         while counts[0] < 0:
             self.raise_fault()
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if now > deadline:
                 raise CommunicationError(
                     f"dispatch: the counts did not reach the host of rank {self._group.rank} within "
                     f"{2 * self._timeout_seconds + 10:g} s: its communication stream does not get to run",
                     op="dispatch",
                     rank=self._group.rank,
                 )
-            time.sleep(0)
+            if now > start + _SPIN_SECONDS:
+                time.sleep(50e-6)
         return int(counts[0])
 
     def raise_fault(self) -> None:

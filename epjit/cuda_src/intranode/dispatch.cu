@@ -107,7 +107,7 @@ class Dispatch {
       fill_unused_rows();
       if (warp >= kCfg.num_stage_warps || stage())
         if constexpr (kRanks > 1) pull();
-      copier.flush();
+      copier.drain();
     }
     finish_operation<kRanks>(waiter, p.signals, p.counters, 2 + 2 * kRanks, p.epoch);
   }
@@ -193,57 +193,75 @@ class Dispatch {
     return all_lanes(ok);
   }
 
+  // A chunk of tokens to stage: lane i has token first + i.
+  struct Chunk {
+    int first, num_rows;
+    int own_row;  // of this lane's token in recv_x, -1 = not for this rank
+    bool remote;  // whether this lane's token goes to a peer
+  };
+
+  __device__ Chunk chunk_at(int first, int own_start) const {
+    Chunk chunk{first, min(kRows, p.num_tokens - first), -1, false};
+    if (lane < chunk.num_rows) {
+      const int32_t* const positions = p.send_head + static_cast<int64_t>(first + lane) * kRanks;
+#pragma unroll
+      for (int r = 0; r < kRanks; ++r) {
+        const int position = positions[r];
+        if (r != p.rank)
+          chunk.remote |= position >= 0;
+        else if (position >= 0)
+          chunk.own_row = own_start + position;
+      }
+    }
+    return chunk;
+  }
+
+  __device__ void load_chunk(const Chunk& chunk) {
+    const bool goes = chunk.remote || chunk.own_row >= 0;
+    copier.load(goes ? p.x + static_cast<int64_t>(chunk.first + lane) * kCfg.hidden_bytes : nullptr);
+  }
+
   __device__ bool stage() {
     if (!enter<kRanks>(waiter, kWaitDispatchEntry, p.signals[p.rank], lane)) return false;
     const int own_start = segment_start(p.rank);
-    // Neighbouring units lie on different SMs, so that the first tokens are ready first.
+    // Neighbouring chunks lie on different SMs, so that the first tokens are ready first.
     const int step = gridDim.x * kCfg.num_stage_warps * kRows;
-    for (int first = (warp * gridDim.x + blockIdx.x) * kRows; first < p.num_tokens; first += step) {
-      const int num_rows = min(kRows, p.num_tokens - first);
-      const int last_window = (first + num_rows - 1) / window_tokens();
-      for (int window = first / window_tokens(); window <= last_window; ++window)
+    Chunk chunk = chunk_at((warp * gridDim.x + blockIdx.x) * kRows, own_start);
+    if (chunk.num_rows > 0) load_chunk(chunk);
+    while (chunk.num_rows > 0) {
+      const int last_window = (chunk.first + chunk.num_rows - 1) / window_tokens();
+      for (int window = chunk.first / window_tokens(); window <= last_window; ++window)
         if (!wait_for_slots(window)) return false;
 
-      // Lane i has token first + i.
-      const int token = first + lane;
-      int own_row = -1;
-      bool remote = false;
-      if (lane < num_rows) {
-#pragma unroll
-        for (int r = 0; r < kRanks; ++r) {
-          const int position = p.send_head[static_cast<int64_t>(token) * kRanks + r];
-          if (r == p.rank) {
-            if (position >= 0) own_row = own_start + position;
-          } else {
-            remote |= position >= 0;
-          }
-        }
-      }
-      char* const staged = remote ? slot(p.rank, token) : nullptr;
-      char* const own = own_row >= 0 ? p.recv_x + static_cast<int64_t>(own_row) * kCfg.hidden_bytes : nullptr;
-      const char* const src =
-          remote || own_row >= 0 ? p.x + static_cast<int64_t>(token) * kCfg.hidden_bytes : nullptr;
-      copier.copy(src, staged, own);
-
-      for_each_item(num_rows, [&](int row_lane, int item, bool valid) {
-        const int row_own = __shfl_sync(kFullMask, own_row, row_lane % kWarpSize);
-        if (valid) stage_item(first + row_lane, item, row_own);
+      const int token = chunk.first + lane;
+      copier.store(chunk.remote ? slot(p.rank, token) : nullptr,
+                   chunk.own_row >= 0 ? p.recv_x + static_cast<int64_t>(chunk.own_row) * kCfg.hidden_bytes : nullptr);
+      for_each_item(chunk.num_rows, [&](int row_lane, int item, bool valid) {
+        const int row_own = __shfl_sync(kFullMask, chunk.own_row, row_lane % kWarpSize);
+        if (valid) stage_item(chunk.first + row_lane, item, row_own);
       });
-      if (p.recv_src_idx != nullptr && own_row >= 0) p.recv_src_idx[own_row] = token;
+      if (p.recv_src_idx != nullptr && chunk.own_row >= 0) p.recv_src_idx[chunk.own_row] = token;
 
-      // Rows and items are written -> flush (each lane its own, then __syncwarp) -> release of any lane: cumulative.
-      if constexpr (kRanks > 1) {
-        copier.flush();
-        for (int i = lane; i < num_rows * kRanks; i += kWarpSize) {
-          const int t = first + i / kRanks, r = i % kRanks;
-          if (r == p.rank) continue;
-          const int position = p.send_head[static_cast<int64_t>(t) * kRanks + r];
-          const uint32_t value = position >= 0 ? static_cast<uint32_t>(position) : kNoRow;
-          ptx::st_release_sys(word(r, p.rank, t), make_word(waiter.epoch, t / window_tokens(), value));
-        }
-      }
+      // The next rows are on their way while these are written and published. (Loading needs no free slot, so
+      // nothing is waited for with tokens in hand that a peer may wait for.)
+      const Chunk next = chunk_at(chunk.first + step, own_start);
+      if (next.num_rows > 0) load_chunk(next);
+      if constexpr (kRanks > 1) publish(chunk);
+      chunk = next;
     }
     return true;
+  }
+
+  // Rows and items are written -> flush (each lane its own, then __syncwarp) -> release of any lane: cumulative.
+  __device__ void publish(const Chunk& chunk) {
+    copier.flush();
+    for (int i = lane; i < chunk.num_rows * kRanks; i += kWarpSize) {
+      const int token = chunk.first + i / kRanks, r = i % kRanks;
+      if (r == p.rank) continue;
+      const int position = p.send_head[static_cast<int64_t>(token) * kRanks + r];
+      const uint32_t value = position >= 0 ? static_cast<uint32_t>(position) : kNoRow;
+      ptx::st_release_sys(word(r, p.rank, token), make_word(waiter.epoch, token / window_tokens(), value));
+    }
   }
 
   // Scales, then selections, to the slot (which no peer reads if the token stays at home) and to the own row.
@@ -303,13 +321,13 @@ class Dispatch {
     copier.acquired();
 
     const bool has_row = lane < num_rows && row >= 0;
-    copier.copy(has_row ? slot(source, token) : nullptr,
-                has_row ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
+    copier.load(has_row ? slot(source, token) : nullptr);
     for_each_item(num_rows, [&](int row_lane, int item, bool valid) {
       const int64_t dst = __shfl_sync(kFullMask, row, row_lane % kWarpSize);
       if (valid && dst >= 0) pull_item(source, first + row_lane, item, dst);
     });
     if (p.recv_src_idx != nullptr && has_row) p.recv_src_idx[row] = token;
+    copier.store(has_row ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
 
     if (source_tokens > p.num_slots) release_slots(source, first, num_rows, source_tokens);
     return true;
