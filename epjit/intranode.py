@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -76,13 +76,12 @@ class NotifyConfig(KernelConfig):
 
 
 def _copier_shape(tma: bool, max_warps: int, row_bytes: int, limit: int) -> tuple[int, int]:
-    """Warps that move rows, and rows that each moves at a time.
+    """Warps that move rows, and rows that each has in shared memory.
 
-    TMA: as many rows as shared memory holds, spread over the warps, at most eight a warp. One row a
-    warp already fills the links when 12 warps or more do it (docs/performance.md).
+    TMA: as many rows as shared memory holds, spread over the warps, at most eight a warp.
     """
     if not tma:
-        return max_warps, 4 if row_bytes <= 2048 else 1
+        return max_warps, 1
     rows = (limit - 8 * max_warps) // row_bytes
     warps = min(max_warps, rows)
     return warps, min(max(rows // warps, 1), 8)
@@ -156,9 +155,9 @@ class CombineConfig(KernelConfig):
         cls, *, num_ranks: int, hidden_bytes: int, num_topk: int, is_f16: bool, tma: bool, limit: int
     ) -> CombineConfig:
         """The shape of the block for `limit` bytes of shared memory."""
-        push, rows = _copier_shape(tma, 12 if tma else 8, hidden_bytes, limit)
+        push, rows = _copier_shape(tma, 8, hidden_bytes, limit)
         # 20 warps leave 102 registers a thread, which eight ranks' loads in flight need.
-        return cls(num_ranks, hidden_bytes, num_topk, is_f16, tma, push + 8, push, rows)
+        return cls(num_ranks, hidden_bytes, num_topk, is_f16, tma, 20, push, rows)
 
     @property
     def threads(self) -> int:
@@ -314,16 +313,9 @@ class Intranode:
                 topk_is_int64=topk_is_int64, tma=variants.resolve("dispatch", self._arch) == "tma",
                 limit=shared_limit(self._arch),
             )  # fmt: skip
-            if self._group.size > 1:
-                config = self._fit(config)
             self._launch(key, config, config.slot_bytes, 1)
             found = self._launches[key]
         return found
-
-    def _fit(self, config: DispatchConfig) -> DispatchConfig:
-        """Fewer rows a warp where the buffer holds only a few: a unit may span two windows at most."""
-        windows_rows = self._arena.slots_bytes // config.slot_bytes // 2
-        return replace(config, rows_per_warp=max(1, min(config.rows_per_warp, windows_rows)))
 
     def combine_launch(self, *, hidden_bytes: int, num_topk: int, is_f16: bool) -> Launch:
         """The launch of combine for a shape; collective when it is the first of its kind."""

@@ -33,7 +33,7 @@ struct CombineConfig {
   bool tma;                // rows are pushed by bulk copies, else through registers
   int32_t num_warps;
   int32_t num_push_warps;  // of num_warps
-  int32_t rows_per_warp;   // rows that one warp pushes at a time
+  int32_t rows_per_warp;   // rows of a pushing warp in shared memory
 };
 
 struct CombineParams {
@@ -91,11 +91,7 @@ class Combine {
     // What an operation that failed was to write (rank_prefix, recv_src_idx) is garbage.
     bool ok = __all_sync(kFullMask, ptx::ld_relaxed_gpu(p.abort) == 0);
     if constexpr (kRanks > 1)
-      if (ok && warp < kCfg.num_push_warps) {
-        Copier copier(ptx::dynamic_shared(), warp, lane);
-        ok = push(copier);
-        copier.drain();
-      }
+      if (ok && warp < kCfg.num_push_warps) ok = push();
     if (ok) reduce();
     finish_operation<kRanks>(waiter, p.signals, p.counters, 4 + kRanks, p.epoch);
   }
@@ -121,49 +117,36 @@ class Combine {
 
   // ---- push --------------------------------------------------------------------------------------------------------
 
-  __device__ bool push(Copier& copier) {
+  __device__ bool push() {
     if (!enter<kRanks>(waiter, kWaitCombineEntry, p.signals[p.rank], lane)) return false;
+    Copier copier(ptx::dynamic_shared(), warp, lane);
+    const int num_warps = gridDim.x * kCfg.num_push_warps;
+    const int unit_rows = rows_per_unit<kRows>(segment_start(kRanks, p.rank), num_warps);
     const int first_owner = (blockIdx.x * kCfg.num_push_warps + warp) % (kRanks - 1);
     for (int i = 0; i < kRanks - 1; ++i) {
       const int owner = (p.rank + 1 + (first_owner + i) % (kRanks - 1)) % kRanks;
       const int begin = segment_start(owner, p.rank), end = segment_start(owner + 1, p.rank);
-      const uint32_t num_units = ceil_div(end - begin, kRows);
+      const uint32_t num_units = ceil_div(end - begin, unit_rows);
       uint32_t* const counter = p.counters + 4 + owner;
       uint32_t unit = next_unit(counter, lane);
-      Chunk chunk = chunk_at(unit, num_units, begin, end);
-      copier.load(row_of(chunk));
-      while (chunk.num_rows > 0) {
-        unit = next_unit(counter, lane);
-        if (!push_rows(copier, owner, chunk, unit, num_units, begin, end)) return false;
+      while (unit < num_units) {
+        const uint32_t next = next_unit(counter, lane);  // drawn early: its latency hides behind the copy
+        const int first = begin + static_cast<int>(unit) * unit_rows;
+        if (!push_rows(copier, owner, first, min(unit_rows, end - first))) return false;
+        unit = next;
       }
     }
     return true;
   }
 
-  // A chunk of rows to push: lane i has row first + i, of the owner's `token`.
-  struct Chunk {
-    int first, num_rows;
-    int token;
-  };
+  __device__ bool push_rows(Copier& copier, int owner, int first, int num_rows) {
+    // Lane i has row first + i.
+    const int row = first + lane;
+    const int token = lane < num_rows ? p.recv_src_idx[row] : 0;
+    const int window = window_of(token);
 
-  __device__ Chunk chunk_at(uint32_t unit, uint32_t num_units, int begin, int end) const {
-    if (unit >= num_units) return {0, 0, 0};
-    Chunk chunk{begin + static_cast<int>(unit) * kRows, 0, 0};
-    chunk.num_rows = min(kRows, end - chunk.first);
-    if (lane < chunk.num_rows) chunk.token = p.recv_src_idx[chunk.first + lane];
-    return chunk;
-  }
-
-  __device__ const char* row_of(const Chunk& chunk) const {
-    return lane < chunk.num_rows ? p.x + static_cast<int64_t>(chunk.first + lane) * kCfg.hidden_bytes : nullptr;
-  }
-
-  // Pushes a chunk whose rows are on their way to the copier, and leaves those of `next_unit` there in its place.
-  __device__ bool push_rows(Copier& copier, int owner, Chunk& chunk, uint32_t next_unit, uint32_t num_units, int begin,
-                            int end) {
-    const int window = window_of(chunk.token);
-    uint32_t pending = __ballot_sync(kFullMask, lane < chunk.num_rows);
-    while (true) {
+    uint32_t pending = __ballot_sync(kFullMask, lane < num_rows);
+    while (pending != 0) {
       // Tokens ascend, so the rows of the first pending window are those of the lowest pending lanes.
       const int current = __shfl_sync(kFullMask, window, __ffs(pending) - 1);
       const bool mine = (pending >> lane & 1) != 0 && window == current;
@@ -176,28 +159,22 @@ class Combine {
                          stamp(waiter.epoch, current - 1));
       if (!all_lanes(ok)) return false;
 
-      copier.store(mine ? slot(owner, p.rank, chunk.token) : nullptr);
+      copier.move(num_rows, mine ? p.x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr,
+                  mine ? slot(owner, p.rank, token) : nullptr);
       if constexpr (kTopk > 0) {
-        for (int i = lane; i < ceil_div(kRows * kTopk, kWarpSize) * kWarpSize; i += kWarpSize) {
-          const int row_lane = i / kTopk, k = i % kTopk;
-          const int row_token = __shfl_sync(kFullMask, chunk.token, row_lane % kWarpSize);
-          if (row_lane < kRows && (movers >> row_lane & 1))
+        for (int first_item = 0; first_item < num_rows * kTopk; first_item += kWarpSize) {
+          const int row_lane = (first_item + lane) / kTopk, k = (first_item + lane) % kTopk;
+          const int row_token = __shfl_sync(kFullMask, token, row_lane % kWarpSize);
+          if (row_lane < num_rows && (movers >> row_lane & 1) != 0)
             slot_weights(slot(owner, p.rank, row_token))[k] =
-                p.topk_weights[static_cast<int64_t>(chunk.first + row_lane) * kTopk + k];
+                p.topk_weights[static_cast<int64_t>(first + row_lane) * kTopk + k];
         }
-      }
-      // The next rows are on their way while these are written and published; loading waits for no peer.
-      const int token = chunk.token;
-      const bool last = pending == 0;
-      if (last) {
-        chunk = chunk_at(next_unit, num_units, begin, end);
-        copier.load(row_of(chunk));
       }
       // Rows and weights are written -> flush (each lane its own, then __syncwarp) -> release of any lane: cumulative.
       copier.flush();
       if (mine) ptx::st_release_sys(word(owner, p.rank, token), make_word(waiter.epoch, window, 0));
-      if (last) return true;
     }
+    return true;
   }
 
   __device__ static float* slot_weights(char* slot) { return reinterpret_cast<float*>(slot + kCfg.hidden_bytes); }

@@ -16,9 +16,9 @@
 //
 // Stage   (the first warps of a block)  wait until the slots are free; x -> slot, and x -> recv_x for own tokens; then the
 //                                       word of each token to each peer (release)
-// Pull    (then all warps)              wait for the words of a chunk of tokens (acquire); slot of s -> recv_x
+// Pull    (then all warps)              wait for the words of a unit (acquire); slot of s -> recv_x
 //
-// Progress: a unit is a chunk of neighbouring tokens. Staging warps take units in ascending order and only wait for peers
+// Progress: a unit is a run of neighbouring tokens. Staging warps take units in ascending order and only wait for peers
 // to have pulled window w - 2 before they write window w. Pulling warps draw units in ascending order of tokens, the same
 // for all sources, so whoever waits for window w has all earlier units drawn by a warp that needs nothing later. By
 // induction over windows everything moves, whatever the size of the buffer, as long as a unit spans at most two windows.
@@ -37,7 +37,7 @@ struct DispatchConfig {
   bool tma;                 // rows move by bulk copies, else through registers
   int32_t num_warps;
   int32_t num_stage_warps;  // of num_warps
-  int32_t rows_per_warp;    // rows that one warp moves at a time
+  int32_t rows_per_warp;    // rows of a warp in shared memory
 };
 
 struct DispatchParams {
@@ -63,7 +63,7 @@ struct DispatchParams {
   uint64_t* fault;               // host [8]
   uint32_t* abort;               // local [1]
   uint64_t timeout_ns;
-  int32_t num_slots;             // even; half of it at least rows_per_warp
+  int32_t num_slots;             // even, at least 2
   int32_t num_tokens;
   int32_t num_recv_rows;         // rows of the outputs; those beyond what arrives get topk_idx -1
   int32_t experts_per_rank;
@@ -107,7 +107,7 @@ class Dispatch {
       fill_unused_rows();
       if (warp >= kCfg.num_stage_warps || stage())
         if constexpr (kRanks > 1) pull();
-      copier.drain();
+      copier.flush();
     }
     finish_operation<kRanks>(waiter, p.signals, p.counters, 2 + 2 * kRanks, p.epoch);
   }
@@ -193,75 +193,60 @@ class Dispatch {
     return all_lanes(ok);
   }
 
-  // A chunk of tokens to stage: lane i has token first + i.
-  struct Chunk {
-    int first, num_rows;
-    int own_row;  // of this lane's token in recv_x, -1 = not for this rank
-    bool remote;  // whether this lane's token goes to a peer
-  };
-
-  __device__ Chunk chunk_at(int first, int own_start) const {
-    Chunk chunk{first, min(kRows, p.num_tokens - first), -1, false};
-    if (lane < chunk.num_rows) {
-      const int32_t* const positions = p.send_head + static_cast<int64_t>(first + lane) * kRanks;
-#pragma unroll
-      for (int r = 0; r < kRanks; ++r) {
-        const int position = positions[r];
-        if (r != p.rank)
-          chunk.remote |= position >= 0;
-        else if (position >= 0)
-          chunk.own_row = own_start + position;
-      }
-    }
-    return chunk;
-  }
-
-  __device__ void load_chunk(const Chunk& chunk) {
-    const bool goes = chunk.remote || chunk.own_row >= 0;
-    copier.load(goes ? p.x + static_cast<int64_t>(chunk.first + lane) * kCfg.hidden_bytes : nullptr);
+  // Rows a unit; a unit spans two windows at most.
+  __device__ int unit_rows(int num_rows, int num_warps) const {
+    return min(rows_per_unit<kRows>(num_rows, num_warps), window_tokens());
   }
 
   __device__ bool stage() {
     if (!enter<kRanks>(waiter, kWaitDispatchEntry, p.signals[p.rank], lane)) return false;
     const int own_start = segment_start(p.rank);
-    // Neighbouring chunks lie on different SMs, so that the first tokens are ready first.
-    const int step = gridDim.x * kCfg.num_stage_warps * kRows;
-    Chunk chunk = chunk_at((warp * gridDim.x + blockIdx.x) * kRows, own_start);
-    if (chunk.num_rows > 0) load_chunk(chunk);
-    while (chunk.num_rows > 0) {
-      const int last_window = (chunk.first + chunk.num_rows - 1) / window_tokens();
-      for (int window = chunk.first / window_tokens(); window <= last_window; ++window)
+    const int num_warps = gridDim.x * kCfg.num_stage_warps;
+    const int unit = unit_rows(p.num_tokens, num_warps);
+    // Neighbouring units lie on different SMs, so that the first tokens are ready first.
+    for (int first = (warp * gridDim.x + blockIdx.x) * unit; first < p.num_tokens; first += num_warps * unit) {
+      const int num_rows = min(unit, p.num_tokens - first);
+      const int last_window = (first + num_rows - 1) / window_tokens();
+      for (int window = first / window_tokens(); window <= last_window; ++window)
         if (!wait_for_slots(window)) return false;
 
-      const int token = chunk.first + lane;
-      copier.store(chunk.remote ? slot(p.rank, token) : nullptr,
-                   chunk.own_row >= 0 ? p.recv_x + static_cast<int64_t>(chunk.own_row) * kCfg.hidden_bytes : nullptr);
-      for_each_item(chunk.num_rows, [&](int row_lane, int item, bool valid) {
-        const int row_own = __shfl_sync(kFullMask, chunk.own_row, row_lane % kWarpSize);
-        if (valid) stage_item(chunk.first + row_lane, item, row_own);
+      // Lane i has token first + i.
+      const int token = first + lane;
+      int own_row = -1;
+      bool remote = false;
+      if (lane < num_rows) {
+#pragma unroll
+        for (int r = 0; r < kRanks; ++r) {
+          const int position = p.send_head[static_cast<int64_t>(token) * kRanks + r];
+          if (r != p.rank)
+            remote |= position >= 0;
+          else if (position >= 0)
+            own_row = own_start + position;
+        }
+      }
+      copier.move(num_rows,
+                  remote || own_row >= 0 ? p.x + static_cast<int64_t>(token) * kCfg.hidden_bytes : nullptr,
+                  remote ? slot(p.rank, token) : nullptr,
+                  own_row >= 0 ? p.recv_x + static_cast<int64_t>(own_row) * kCfg.hidden_bytes : nullptr);
+      for_each_item(num_rows, [&](int row_lane, int item, bool valid) {
+        const int row_own = __shfl_sync(kFullMask, own_row, row_lane % kWarpSize);
+        if (valid) stage_item(first + row_lane, item, row_own);
       });
-      if (p.recv_src_idx != nullptr && chunk.own_row >= 0) p.recv_src_idx[chunk.own_row] = token;
+      if (p.recv_src_idx != nullptr && own_row >= 0) p.recv_src_idx[own_row] = token;
 
-      // The next rows are on their way while these are written and published. (Loading needs no free slot, so
-      // nothing is waited for with tokens in hand that a peer may wait for.)
-      const Chunk next = chunk_at(chunk.first + step, own_start);
-      if (next.num_rows > 0) load_chunk(next);
-      if constexpr (kRanks > 1) publish(chunk);
-      chunk = next;
+      // Rows and items are written -> flush (each lane its own, then __syncwarp) -> release of any lane: cumulative.
+      if constexpr (kRanks > 1) {
+        copier.flush();
+        for (int i = lane; i < num_rows * kRanks; i += kWarpSize) {
+          const int t = first + i / kRanks, r = i % kRanks;
+          if (r == p.rank) continue;
+          const int position = p.send_head[static_cast<int64_t>(t) * kRanks + r];
+          const uint32_t value = position >= 0 ? static_cast<uint32_t>(position) : kNoRow;
+          ptx::st_release_sys(word(r, p.rank, t), make_word(waiter.epoch, t / window_tokens(), value));
+        }
+      }
     }
     return true;
-  }
-
-  // Rows and items are written -> flush (each lane its own, then __syncwarp) -> release of any lane: cumulative.
-  __device__ void publish(const Chunk& chunk) {
-    copier.flush();
-    for (int i = lane; i < chunk.num_rows * kRanks; i += kWarpSize) {
-      const int token = chunk.first + i / kRanks, r = i % kRanks;
-      if (r == p.rank) continue;
-      const int position = p.send_head[static_cast<int64_t>(token) * kRanks + r];
-      const uint32_t value = position >= 0 ? static_cast<uint32_t>(position) : kNoRow;
-      ptx::st_release_sys(word(r, p.rank, token), make_word(waiter.epoch, token / window_tokens(), value));
-    }
   }
 
   // Scales, then selections, to the slot (which no peer reads if the token stays at home) and to the own row.
@@ -290,21 +275,22 @@ class Dispatch {
     int most_tokens = 0;
     for (int s = 0; s < kRanks; ++s)
       if (s != p.rank) most_tokens = max(most_tokens, p.source_tokens[s]);
-    const uint32_t num_units = static_cast<uint32_t>(ceil_div(most_tokens, kRows)) * (kRanks - 1);
+    const int rows = unit_rows(most_tokens * (kRanks - 1), gridDim.x * kCfg.num_warps);
+    const uint32_t num_units = static_cast<uint32_t>(ceil_div(most_tokens, rows)) * (kRanks - 1);
 
     uint32_t unit = next_unit(p.counters + 1, lane);
     while (unit < num_units) {
       const uint32_t next = next_unit(p.counters + 1, lane);  // drawn early: its latency hides behind the copy
       // Each rank starts with another source, so that no source is asked by all at once.
       const int source = (p.rank + 1 + unit % (kRanks - 1)) % kRanks;
-      if (!pull_chunk(source, unit / (kRanks - 1) * kRows)) return;
+      if (!pull_unit(source, unit / (kRanks - 1) * rows, rows)) return;
       unit = next;
     }
   }
 
-  __device__ bool pull_chunk(int source, int first) {
+  __device__ bool pull_unit(int source, int first, int rows) {
     const int source_tokens = p.source_tokens[source];
-    const int num_rows = min(kRows, source_tokens - first);
+    const int num_rows = min(rows, source_tokens - first);
     if (num_rows <= 0) return true;
 
     // Lane i has token first + i.
@@ -321,13 +307,13 @@ class Dispatch {
     copier.acquired();
 
     const bool has_row = lane < num_rows && row >= 0;
-    copier.load(has_row ? slot(source, token) : nullptr);
+    copier.move(num_rows, has_row ? slot(source, token) : nullptr,
+                has_row ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
     for_each_item(num_rows, [&](int row_lane, int item, bool valid) {
       const int64_t dst = __shfl_sync(kFullMask, row, row_lane % kWarpSize);
       if (valid && dst >= 0) pull_item(source, first + row_lane, item, dst);
     });
     if (p.recv_src_idx != nullptr && has_row) p.recv_src_idx[row] = token;
-    copier.store(has_row ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
 
     if (source_tokens > p.num_slots) release_slots(source, first, num_rows, source_tokens);
     return true;
