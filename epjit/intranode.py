@@ -101,7 +101,6 @@ class DispatchConfig(KernelConfig):
     topk_is_int64: bool
     tma: bool
     num_warps: int
-    num_stage_warps: int
     rows_per_warp: int
 
     @classmethod
@@ -110,8 +109,7 @@ class DispatchConfig(KernelConfig):
     ) -> DispatchConfig:
         """The shape of the block for `limit` bytes of shared memory."""
         warps, rows = _copier_shape(tma, 16, hidden_bytes, limit)
-        stage = max(1, warps // 2) if num_ranks > 1 else warps
-        return cls(num_ranks, hidden_bytes, num_scales, num_topk, topk_is_int64, tma, warps, stage, rows)
+        return cls(num_ranks, hidden_bytes, num_scales, num_topk, topk_is_int64, tma, warps, rows)
 
     @property
     def threads(self) -> int:
@@ -155,9 +153,9 @@ class CombineConfig(KernelConfig):
         cls, *, num_ranks: int, hidden_bytes: int, num_topk: int, is_f16: bool, tma: bool, limit: int
     ) -> CombineConfig:
         """The shape of the block for `limit` bytes of shared memory."""
-        push, rows = _copier_shape(tma, 8, hidden_bytes, limit)
-        # 20 warps leave 102 registers a thread, which eight ranks' loads in flight need.
-        return cls(num_ranks, hidden_bytes, num_topk, is_f16, tma, 20, push, rows)
+        push, rows = _copier_shape(tma, 6, hidden_bytes, limit)
+        # 16 warps leave 128 registers a thread, which 16 loads in flight need.
+        return cls(num_ranks, hidden_bytes, num_topk, is_f16, tma, 16, push, rows)
 
     @property
     def threads(self) -> int:

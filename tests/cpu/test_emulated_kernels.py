@@ -73,7 +73,6 @@ class Shape:
             topk_is_int64=self.topk_is_int64,
             tma=self.tma,
             num_warps=4,
-            num_stage_warps=2,
             rows_per_warp=3,
         )
 
@@ -87,7 +86,6 @@ class Shape:
             topk_is_int64=True,
             tma=self.tma,
             num_warps=3,
-            num_stage_warps=1,
             rows_per_warp=2,
         )
 

@@ -115,7 +115,7 @@ class RowCopier {
 // must not run out of work one long before another, and with few rows each should have one.
 template <int kRowsInShared>
 __device__ __forceinline__ int rows_per_unit(int num_rows, int num_warps) {
-  return max(1, min(num_rows / (3 * num_warps), min(4 * kRowsInShared, kWarpSize)));
+  return max(1, min(num_rows / max(3 * num_warps, 1), min(4 * kRowsInShared, kWarpSize)));
 }
 
 // A warp takes the next unit of work: lane 0 draws from `counter`, all lanes get the number.

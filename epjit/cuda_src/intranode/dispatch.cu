@@ -14,14 +14,15 @@
 //   words[d]  [num_ranks, num_slots]    row (s, slot) of rank d is written by s: which token lies in the slot and its
 //                                       position among those that go to d, or that it does not (sync.cuh)
 //
-// Stage   (the first warps of a block)  wait until the slots are free; x -> slot, and x -> recv_x for own tokens; then the
-//                                       word of each token to each peer (release)
-// Pull    (then all warps)              wait for the words of a unit (acquire); slot of s -> recv_x
+// Stage   wait until the slots are free; x -> slot, and x -> recv_x for own tokens; then the word of each token to each
+//         peer (release)
+// Pull    wait for the words of a run of tokens (acquire); slot of the source -> recv_x
 //
-// Progress: a unit is a run of neighbouring tokens. Staging warps take units in ascending order and only wait for peers
-// to have pulled window w - 2 before they write window w. Pulling warps draw units in ascending order of tokens, the same
-// for all sources, so whoever waits for window w has all earlier units drawn by a warp that needs nothing later. By
-// induction over windows everything moves, whatever the size of the buffer, as long as a unit spans at most two windows.
+// Progress: a unit is a run of neighbouring tokens, to stage or to pull from one source. All warps draw units from one
+// counter, in ascending order of tokens, staging ahead of pulling by at most window_tokens - rows tokens. To stage token t
+// one waits for pulls of tokens before t - window_tokens, to pull token t for its staging at the source; both were drawn
+// before whatever is drawn for a later token, by warps that wait for still earlier ones only. By induction over tokens
+// everything moves, whatever the size of the buffer.
 //
 // Launch: any grid that is resident as a whole, dispatch_threads() threads. Graph-safe.
 #include "epjit/copy.cuh"
@@ -36,7 +37,6 @@ struct DispatchConfig {
   bool topk_is_int64;
   bool tma;                 // rows move by bulk copies, else through registers
   int32_t num_warps;
-  int32_t num_stage_warps;  // of num_warps
   int32_t rows_per_warp;    // rows of a warp in shared memory
 };
 
@@ -90,7 +90,6 @@ class Dispatch {
   static constexpr int kSlotBytes = dispatch_slot_bytes(kCfg);
   static_assert(kRanks >= 1 && kRanks <= kMaxRanks);
   static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
-  static_assert(kCfg.num_stage_warps >= 1 && kCfg.num_stage_warps <= kCfg.num_warps);
   using Copier = RowCopier<kCfg.tma, kCfg.num_warps, kRows, kCfg.hidden_bytes>;
 
  public:
@@ -105,8 +104,7 @@ class Dispatch {
     // What an operation that failed was to write (rank_prefix, send_head) is garbage.
     if (__all_sync(kFullMask, ptx::ld_relaxed_gpu(p.abort) == 0)) {
       fill_unused_rows();
-      if (warp >= kCfg.num_stage_warps || stage())
-        if constexpr (kRanks > 1) pull();
+      if (enter<kRanks>(waiter, kWaitDispatchEntry, p.signals[p.rank], lane)) work();
       copier.flush();
     }
     finish_operation<kRanks>(waiter, p.signals, p.counters, 2 + 2 * kRanks, p.epoch);
@@ -127,6 +125,33 @@ class Dispatch {
   // Rows of this rank before those of `source`.
   __device__ int segment_start(int source) const {
     return source == 0 ? 0 : p.rank_prefix[(source - 1) * kRanks + p.rank];
+  }
+
+  // Units in the order in which they are drawn: first `lead` units to stage; then, run of tokens by run of tokens, one to
+  // stage and one of each source to pull. So staging keeps ahead of the links and costs them nothing, and all warps share
+  // both kinds of work.
+  __device__ void work() {
+    int most_tokens = 0;
+    for (int s = 0; s < kRanks; ++s) most_tokens = max(most_tokens, p.source_tokens[s]);
+    const int num_warps = gridDim.x * kCfg.num_warps;
+    const int rows = min(rows_per_unit<kRows>(most_tokens, num_warps / kRanks), window_tokens());
+    const uint32_t num_runs = ceil_div(most_tokens, rows);
+    // A pull of window w - 2 is drawn before anything is staged into window w: see the header.
+    const uint32_t lead = kRanks == 1 ? 0 : min(num_warps / 2, window_tokens() / rows - 1);
+
+    uint32_t unit = next_unit(p.counters + 1, lane);
+    while (unit < lead + num_runs * kRanks) {
+      const uint32_t next = next_unit(p.counters + 1, lane);  // drawn early: its latency hides behind the copy
+      const uint32_t run = unit < lead ? 0 : (unit - lead) / kRanks;
+      const int turn = unit < lead ? 0 : (unit - lead) % kRanks;
+      bool ok = true;
+      if (turn == 0)
+        ok = stage_unit((unit < lead ? unit : run + lead) * rows, rows);
+      else if constexpr (kRanks > 1)  // each rank starts with another source: no source is asked by all at once
+        ok = pull_unit((p.rank + turn) % kRanks, run * rows, rows);
+      if (!ok) return;
+      unit = next;
+    }
   }
 
   // Worst-case outputs are longer than what arrives.
@@ -193,57 +218,46 @@ class Dispatch {
     return all_lanes(ok);
   }
 
-  // Rows a unit; a unit spans two windows at most.
-  __device__ int unit_rows(int num_rows, int num_warps) const {
-    return min(rows_per_unit<kRows>(num_rows, num_warps), window_tokens());
-  }
+  __device__ bool stage_unit(int first, int rows) {
+    const int num_rows = min(rows, p.num_tokens - first);
+    if (num_rows <= 0) return true;
+    const int last_window = (first + num_rows - 1) / window_tokens();
+    for (int window = first / window_tokens(); window <= last_window; ++window)
+      if (!wait_for_slots(window)) return false;
 
-  __device__ bool stage() {
-    if (!enter<kRanks>(waiter, kWaitDispatchEntry, p.signals[p.rank], lane)) return false;
-    const int own_start = segment_start(p.rank);
-    const int num_warps = gridDim.x * kCfg.num_stage_warps;
-    const int unit = unit_rows(p.num_tokens, num_warps);
-    // Neighbouring units lie on different SMs, so that the first tokens are ready first.
-    for (int first = (warp * gridDim.x + blockIdx.x) * unit; first < p.num_tokens; first += num_warps * unit) {
-      const int num_rows = min(unit, p.num_tokens - first);
-      const int last_window = (first + num_rows - 1) / window_tokens();
-      for (int window = first / window_tokens(); window <= last_window; ++window)
-        if (!wait_for_slots(window)) return false;
-
-      // Lane i has token first + i.
-      const int token = first + lane;
-      int own_row = -1;
-      bool remote = false;
-      if (lane < num_rows) {
+    // Lane i has token first + i.
+    const int token = first + lane;
+    int own_row = -1;
+    bool remote = false;
+    if (lane < num_rows) {
 #pragma unroll
-        for (int r = 0; r < kRanks; ++r) {
-          const int position = p.send_head[static_cast<int64_t>(token) * kRanks + r];
-          if (r != p.rank)
-            remote |= position >= 0;
-          else if (position >= 0)
-            own_row = own_start + position;
-        }
+      for (int r = 0; r < kRanks; ++r) {
+        const int position = p.send_head[static_cast<int64_t>(token) * kRanks + r];
+        if (r != p.rank)
+          remote |= position >= 0;
+        else if (position >= 0)
+          own_row = segment_start(p.rank) + position;
       }
-      copier.move(num_rows,
-                  remote || own_row >= 0 ? p.x + static_cast<int64_t>(token) * kCfg.hidden_bytes : nullptr,
-                  remote ? slot(p.rank, token) : nullptr,
-                  own_row >= 0 ? p.recv_x + static_cast<int64_t>(own_row) * kCfg.hidden_bytes : nullptr);
-      for_each_item(num_rows, [&](int row_lane, int item, bool valid) {
-        const int row_own = __shfl_sync(kFullMask, own_row, row_lane % kWarpSize);
-        if (valid) stage_item(first + row_lane, item, row_own);
-      });
-      if (p.recv_src_idx != nullptr && own_row >= 0) p.recv_src_idx[own_row] = token;
+    }
+    copier.move(num_rows,
+                remote || own_row >= 0 ? p.x + static_cast<int64_t>(token) * kCfg.hidden_bytes : nullptr,
+                remote ? slot(p.rank, token) : nullptr,
+                own_row >= 0 ? p.recv_x + static_cast<int64_t>(own_row) * kCfg.hidden_bytes : nullptr);
+    for_each_item(num_rows, [&](int row_lane, int item, bool valid) {
+      const int row_own = __shfl_sync(kFullMask, own_row, row_lane % kWarpSize);
+      if (valid) stage_item(first + row_lane, item, row_own);
+    });
+    if (p.recv_src_idx != nullptr && own_row >= 0) p.recv_src_idx[own_row] = token;
 
-      // Rows and items are written -> flush (each lane its own, then __syncwarp) -> release of any lane: cumulative.
-      if constexpr (kRanks > 1) {
-        copier.flush();
-        for (int i = lane; i < num_rows * kRanks; i += kWarpSize) {
-          const int t = first + i / kRanks, r = i % kRanks;
-          if (r == p.rank) continue;
-          const int position = p.send_head[static_cast<int64_t>(t) * kRanks + r];
-          const uint32_t value = position >= 0 ? static_cast<uint32_t>(position) : kNoRow;
-          ptx::st_release_sys(word(r, p.rank, t), make_word(waiter.epoch, t / window_tokens(), value));
-        }
+    // Rows and items are written -> flush (each lane its own, then __syncwarp) -> release of any lane: cumulative.
+    if constexpr (kRanks > 1) {
+      copier.flush();
+      for (int i = lane; i < num_rows * kRanks; i += kWarpSize) {
+        const int t = first + i / kRanks, r = i % kRanks;
+        if (r == p.rank) continue;
+        const int position = p.send_head[static_cast<int64_t>(t) * kRanks + r];
+        const uint32_t value = position >= 0 ? static_cast<uint32_t>(position) : kNoRow;
+        ptx::st_release_sys(word(r, p.rank, t), make_word(waiter.epoch, t / window_tokens(), value));
       }
     }
     return true;
@@ -270,23 +284,6 @@ class Dispatch {
   }
 
   // ---- pull --------------------------------------------------------------------------------------------------------
-
-  __device__ void pull() {
-    int most_tokens = 0;
-    for (int s = 0; s < kRanks; ++s)
-      if (s != p.rank) most_tokens = max(most_tokens, p.source_tokens[s]);
-    const int rows = unit_rows(most_tokens * (kRanks - 1), gridDim.x * kCfg.num_warps);
-    const uint32_t num_units = static_cast<uint32_t>(ceil_div(most_tokens, rows)) * (kRanks - 1);
-
-    uint32_t unit = next_unit(p.counters + 1, lane);
-    while (unit < num_units) {
-      const uint32_t next = next_unit(p.counters + 1, lane);  // drawn early: its latency hides behind the copy
-      // Each rank starts with another source, so that no source is asked by all at once.
-      const int source = (p.rank + 1 + unit % (kRanks - 1)) % kRanks;
-      if (!pull_unit(source, unit / (kRanks - 1) * rows, rows)) return;
-      unit = next;
-    }
-  }
 
   __device__ bool pull_unit(int source, int first, int rows) {
     const int source_tokens = p.source_tokens[source];

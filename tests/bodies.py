@@ -1,0 +1,341 @@
+"""What the ranks of a test do, one process each; shared by the CPU backend (tests/cpu) and real GPUs (tests/dist).
+
+Every body is called as ``body(group, environ, ...)`` by `tests.launch.run`. The environment goes as an argument: the
+processes come from a fork server, which has that of the time when it started.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import os
+import random
+import signal
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from epjit import Buffer, CommunicationError, Config
+from epjit.reference import intranode as reference
+from tests.data import ROUTING_KINDS, assert_rows_equal
+from tests.rounds import Round, check_round, make_world, random_round, to_device
+
+MB = 1 << 20
+
+
+def set_up(group: dist.ProcessGroup, environ: Mapping[str, str]) -> bool:
+    """First thing in a worker: environment and device.
+
+    Returns:
+        Whether this rank has a GPU.
+    """
+    os.environ.update(environ)
+    if os.environ.get("EPJIT_BACKEND") == "cpu" or not torch.cuda.is_available():
+        os.environ["EPJIT_BACKEND"] = "cpu"
+        return False
+    torch.cuda.set_device(group.rank())
+    return True
+
+
+def make_buffer(group: dist.ProcessGroup, num_nvl_bytes: int = 16 * MB, **options: Any) -> Buffer:
+    """A buffer that will be destroyed."""
+    return Buffer(group, num_nvl_bytes, explicitly_destroy=True, **options)
+
+
+def synchronize(buffer: Buffer) -> None:
+    """Waits for the device, if there is one."""
+    if buffer.device.type == "cuda":
+        torch.cuda.synchronize(buffer.device)
+
+
+def random_rounds(
+    group: dist.ProcessGroup, environ: Mapping[str, str], num_rounds: int, max_tokens: int, num_sms: int = 12
+) -> int:
+    """Rounds that differ in everything, on two buffers in turn, with a rank that is late now and then.
+
+    Returns:
+        Rounds that were compared.
+    """
+    set_up(group, environ)
+    buffers = [make_buffer(group) for _ in range(2)]
+    for seed in range(num_rounds):
+        rng = random.Random(seed)
+        late = rng.randrange(group.size())
+        if rng.random() < 0.3 and late == group.rank():
+            if buffers[0].device.type == "cuda":
+                torch.cuda._sleep(rng.randrange(1, 2_000_000))
+            else:
+                time.sleep(rng.random() / 200)
+        case = random_round(group.size(), 5000 + seed, num_sms=num_sms, max_tokens=max_tokens)
+        check_round(buffers[seed % 2], case)
+    for buffer in buffers:
+        buffer.destroy()
+    return num_rounds
+
+
+def shapes(
+    group: dist.ProcessGroup, environ: Mapping[str, str], sizes: tuple[tuple[int, int], ...], tokens: int
+) -> None:
+    """Rows of real models: (hidden, experts); bfloat16, and FP8 with column-major scales."""
+    set_up(group, environ)
+    buffer = make_buffer(group, 64 * MB)
+    num_ranks = group.size()
+    for seed, (hidden, num_experts) in enumerate(sizes):
+        case = Round(
+            num_tokens=(tokens,) * num_ranks, hidden=hidden, num_experts=-(-num_experts // num_ranks) * num_ranks,
+            num_topk=8, seed=seed, num_sms=20, num_biases=1,
+        )  # fmt: skip
+        if hidden >= 16:  # half of it is the cached payload
+            check_round(buffer, case)
+        if hidden >= 128:
+            check_round(buffer, dataclasses.replace(case, fp8="column_major"))
+    buffer.destroy()
+
+
+def small_buffers(
+    group: dist.ProcessGroup, environ: Mapping[str, str], num_rows: int, tokens: int, num_rounds: int = 6
+) -> None:
+    """A buffer of a few rows for each rank: hundreds of windows, and nothing gets stuck."""
+    set_up(group, environ)
+    num_ranks = group.size()
+    buffer = make_buffer(group, num_rows * num_ranks * (512 + 128))
+    for seed in range(num_rounds):
+        rng = random.Random(seed)
+        check_round(
+            buffer,
+            Round(
+                num_tokens=tuple(rng.choice((0, 3, tokens)) for _ in range(num_ranks)), hidden=256,
+                num_experts=num_ranks * 2, num_topk=2, seed=seed, kind=rng.choice(ROUTING_KINDS),
+                num_sms=2 * (1 + seed % 2),
+            ),
+        )  # fmt: skip
+    buffer.destroy()
+
+
+def replaced(group: dist.ProcessGroup, environ: Mapping[str, str]) -> None:
+    """A bigger buffer is made while the old one lives, and the old one goes with its last reference."""
+    set_up(group, environ)
+    ranks = group.size()
+    buffer = Buffer(group, MB)
+    check_round(buffer, Round(num_tokens=(40,) * ranks, num_experts=2 * ranks, seed=3))
+    for seed in range(4, 8):
+        buffer = Buffer(group, 2 * buffer.num_nvl_bytes)  # the old one dies after the new one is there
+        check_round(buffer, Round(num_tokens=(50,) * ranks, num_experts=2 * ranks, seed=seed))
+
+
+def recreated(group: dist.ProcessGroup, environ: Mapping[str, str], num_times: int = 10) -> int:
+    """Destroys and makes again.
+
+    Returns:
+        Bytes of device memory that are used more than after the second time; 0 without a GPU.
+    """
+    on_gpu = set_up(group, environ)
+    ranks = group.size()
+    before = grown = 0
+    for seed in range(2 + num_times):
+        buffer = make_buffer(group, 64 * MB)
+        check_round(buffer, Round(num_tokens=(40,) * ranks, num_experts=2 * ranks, seed=seed % 2))
+        synchronize(buffer)
+        buffer.destroy()
+        del buffer
+        if on_gpu:
+            torch.cuda.empty_cache()
+            dist.barrier(group)
+            free, total = torch.cuda.mem_get_info()
+            if seed == 1:
+                before = total - free
+            grown = total - free - before
+            dist.barrier(group)
+    return grown
+
+
+def outlives_group(group: dist.ProcessGroup, environ: Mapping[str, str]) -> None:
+    """Operations, and the end of the buffer, after `destroy_process_group`."""
+    set_up(group, environ)
+    ranks = group.size()
+    first, second = make_buffer(group, MB), Buffer(group, MB)
+    check_round(first, Round(num_tokens=(9,) * ranks, num_experts=2 * ranks))
+    dist.destroy_process_group()
+    check_round(first, Round(num_tokens=(7,) * ranks, num_experts=2 * ranks, seed=1))
+    check_round(second, Round(num_tokens=(7,) * ranks, num_experts=2 * ranks, seed=1))
+    first.destroy()
+    del second
+
+
+class Prepared:
+    """A buffer, the arguments of all operations, and one good round of each behind it."""
+
+    def __init__(self, group: dist.ProcessGroup, timeout_seconds: float) -> None:
+        self.case = Round(
+            num_tokens=(32,) * group.size(), hidden=256, num_experts=4 * group.size(), seed=1, num_sms=4, kind="balanced"
+        )
+        self.buffer = make_buffer(group, timeout_seconds=timeout_seconds)
+        check_round(self.buffer, self.case)
+        own = make_world(self.case)[group.rank()]
+        self.config = Config(4)
+        self.x = to_device(own.x, self.buffer.device)
+        idx = to_device(own.topk_idx, self.buffer.device)
+        per_rank, _, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(idx, self.case.num_experts)
+        self.layout = {
+            "num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank, "num_tokens_per_expert": per_expert
+        }  # fmt: skip
+        self.recv_x, _, _, _, self.handle, _ = self.buffer.dispatch(self.x, config=self.config, **self.layout)
+        synchronize(self.buffer)
+
+    def call(self, op: str) -> None:
+        """One operation, to its end on the device; what went wrong there is raised."""
+        if op == "notify":
+            self.buffer.dispatch(self.x, config=self.config, **self.layout)
+        elif op == "dispatch":
+            self.buffer.dispatch(self.x, handle=self.handle, config=self.config)
+        else:
+            self.buffer.combine(self.recv_x, self.handle, config=self.config)
+        synchronize(self.buffer)
+        self.buffer.check_fault()
+
+
+def expect_error(prepared: Prepared, op: str, absent: int, limit_seconds: float) -> CommunicationError:
+    """Calls `op` without the rank `absent`: the error names it, in time, and the device still computes."""
+    buffer = prepared.buffer
+    on_gpu = buffer.device.type == "cuda"
+    start = time.monotonic()
+    with pytest.raises(CommunicationError) as caught:
+        prepared.call(op)
+    elapsed = time.monotonic() - start
+    error = caught.value
+    assert error.rank == buffer.rank, str(error)
+    assert error.peer == absent, str(error)
+    assert f"rank {absent}" in str(error), str(error)
+    if on_gpu:
+        assert error.op == op, str(error)
+    assert elapsed < limit_seconds, elapsed
+    ones = torch.ones(1000, dtype=torch.float32, device=buffer.device)
+    assert float((ones * 2).sum()) == 2000
+    if on_gpu:
+        with pytest.raises(CommunicationError):
+            prepared.call("dispatch")  # broken until reset
+    return error
+
+
+def withheld(group: dist.ProcessGroup, environ: Mapping[str, str], op: str, absent: int, seconds: float) -> str | None:
+    """A rank that does not come: the others name it, and all work again after reset().
+
+    Returns:
+        The text of the error; None on the absent rank.
+    """
+    on_gpu = set_up(group, environ)
+    if not on_gpu:
+        os.environ["EPJIT_TIMEOUT_SECONDS"] = "30"
+    prepared = Prepared(group, seconds)
+    dist.barrier(group)
+    text = None
+    if group.rank() != absent:
+        if not on_gpu:
+            os.environ["EPJIT_TIMEOUT_SECONDS"] = str(seconds)
+        text = str(expect_error(prepared, op, absent, seconds + 10))
+        if not on_gpu:
+            os.environ["EPJIT_TIMEOUT_SECONDS"] = "30"
+    dist.barrier(group)
+    prepared.buffer.reset()
+    for seed in range(2, 5):
+        check_round(prepared.buffer, dataclasses.replace(prepared.case, seed=seed))
+    prepared.buffer.destroy()
+    return text
+
+
+def killed(group: dist.ProcessGroup, environ: Mapping[str, str], op: str, victim: int, seconds: float) -> None:
+    """A rank dies: the others name it, compute on, free the buffer and end."""
+    on_gpu = set_up(group, environ)
+    prepared = Prepared(group, seconds)
+    dist.barrier(group)
+    if group.rank() == victim:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if not on_gpu:
+        os.environ["EPJIT_TIMEOUT_SECONDS"] = str(seconds)
+    expect_error(prepared, op, victim, seconds + 10)
+    start = time.monotonic()
+    prepared.buffer.destroy()
+    assert time.monotonic() - start < seconds + 5
+    if on_gpu:
+        assert float(torch.ones(1000, dtype=torch.float32, device="cuda").sum()) == 1000
+
+
+def graph(group: dist.ProcessGroup, environ: Mapping[str, str], num_replays: int, tokens: int, num_sms: int) -> int:
+    """One capture of layout, dispatch, cached dispatch and combine; replays with changed inputs, eager calls between.
+
+    Without a GPU the same step runs eagerly each time.
+
+    Returns:
+        Replays that were compared.
+    """
+    on_gpu = set_up(group, environ)
+    num_ranks, rank = group.size(), group.rank()
+    hidden, experts, topk, worst = 512, 4 * num_ranks, 4, num_ranks * tokens
+    buffer = make_buffer(group)
+    device, config = buffer.device, Config(num_sms)
+    x = torch.empty((tokens, hidden), dtype=torch.bfloat16, device=device)
+    idx = torch.empty((tokens, topk), dtype=torch.int64, device=device)
+    weights = torch.empty((tokens, topk), dtype=torch.float32, device=device)
+
+    def step() -> tuple[torch.Tensor, ...]:
+        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, experts)
+        recv_x, recv_idx, recv_weights, _, handle, _ = buffer.dispatch(
+            x, num_tokens_per_rank=per_rank, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert,
+            topk_idx=idx, topk_weights=weights, num_worst_tokens=worst, config=config,
+        )  # fmt: skip
+        cached, *_ = buffer.dispatch(x, handle=handle, config=config)
+        combined, combined_weights, _ = buffer.combine(recv_x, handle, topk_weights=recv_weights, config=config)
+        return recv_x, recv_idx, cached, combined, combined_weights
+
+    def load(seed: int) -> list[reference.RankInput]:
+        world = make_world(
+            Round(num_tokens=(tokens,) * num_ranks, hidden=hidden, num_experts=experts, num_topk=topk,
+                  kind=ROUTING_KINDS[seed % len(ROUTING_KINDS)], seed=seed)
+        )  # fmt: skip
+        x.copy_(world[rank].x)
+        idx.copy_(world[rank].topk_idx)
+        weights.copy_(world[rank].topk_weights)
+        return world
+
+    def compare(outputs: tuple[torch.Tensor, ...], seed: int, world: list[reference.RankInput]) -> None:
+        want = [reference.dispatch(world, r, num_experts=experts, num_worst_tokens=worst) for r in range(num_ranks)]
+        rows = int(want[rank].handle[0][-1, rank])
+        recv_x, recv_idx, cached, combined, combined_weights = outputs
+        prefix = f"rank {rank}, replay {seed}"
+        assert_rows_equal(recv_x[:rows], want[rank].recv_x[:rows], f"{prefix}: recv_x")
+        assert_rows_equal(recv_idx, want[rank].recv_topk_idx, f"{prefix}: recv_topk_idx")
+        assert_rows_equal(cached[:rows], want[rank].recv_x[:rows], f"{prefix}: cached recv_x")
+        want_x, want_weights = reference.combine(
+            [each.recv_x for each in want], [each.handle for each in want], rank,
+            [each.recv_topk_weights for each in want],
+        )  # fmt: skip
+        assert_rows_equal(combined, want_x, f"{prefix}: combined_x")
+        assert_rows_equal(combined_weights, want_weights, f"{prefix}: combined_topk_weights")
+
+    with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else contextlib.nullcontext():
+        world = load(0)
+        compare(step(), 0, world)  # compiles
+        captured, outputs = None, ()
+        if on_gpu:
+            captured = torch.cuda.CUDAGraph()
+            torch.cuda.synchronize()
+            with torch.cuda.graph(captured, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+                outputs = step()
+        for seed in range(1, num_replays):
+            world = load(seed)
+            if captured is not None:
+                captured.replay()
+            else:
+                outputs = step()
+            compare(outputs, seed, world)
+            if seed % 10 == 0:
+                compare(step(), seed, world)
+        synchronize(buffer)
+        buffer.check_fault()
+        del captured
+    buffer.destroy()
+    return num_replays
