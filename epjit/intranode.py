@@ -35,7 +35,7 @@ MAX_ROW_BYTES = 32768
 MAX_LOCAL_EXPERTS = 8192
 
 _MAX_SLOTS = 65536  # of one source rank: bounds the words to 4 MiB
-_SIGNALS_BYTES = 256
+_SIGNALS_BYTES = 512
 # The counts usually come within 50 us. A longer poll without sleep starves other threads: giving the GIL away and
 # taking it back at once leaves them it only every 5 ms.
 _SPIN_SECONDS = 200e-6
@@ -101,6 +101,7 @@ class DispatchConfig(KernelConfig):
     topk_is_int64: bool
     tma: bool
     num_warps: int
+    num_stage_warps: int
     rows_per_warp: int
 
     @classmethod
@@ -108,8 +109,8 @@ class DispatchConfig(KernelConfig):
         cls, *, num_ranks: int, hidden_bytes: int, num_scales: int, num_topk: int, topk_is_int64: bool, tma: bool, limit: int
     ) -> DispatchConfig:
         """The shape of the block for `limit` bytes of shared memory."""
-        warps, rows = _copier_shape(tma, 16, hidden_bytes, limit)
-        return cls(num_ranks, hidden_bytes, num_scales, num_topk, topk_is_int64, tma, warps, rows)
+        pull, rows = _copier_shape(tma, 16 if tma else 8, hidden_bytes, limit)
+        return cls(num_ranks, hidden_bytes, num_scales, num_topk, topk_is_int64, tma, 6 + pull, 6, rows)
 
     @property
     def threads(self) -> int:
@@ -119,7 +120,7 @@ class DispatchConfig(KernelConfig):
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: rows on their way, one mbarrier a warp."""
-        return self.num_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
+        return (self.num_warps - self.num_stage_warps) * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
 
     @property
     def slot_bytes(self) -> int:
@@ -154,8 +155,10 @@ class CombineConfig(KernelConfig):
     ) -> CombineConfig:
         """The shape of the block for `limit` bytes of shared memory."""
         push, rows = _copier_shape(tma, 6, hidden_bytes, limit)
-        # 16 warps leave 128 registers a thread, which 16 loads in flight need.
-        return cls(num_ranks, hidden_bytes, num_topk, is_f16, tma, 16, push, rows)
+        # Many warps hide the latency of a token's sum; more ranks and copies through registers need more of these
+        # (28 warps leave 72 a thread, 20 leave 96, 16 leave 128).
+        warps = 16 if not tma else 28 if num_ranks <= 4 else 20
+        return cls(num_ranks, hidden_bytes, num_topk, is_f16, tma, warps, push, rows)
 
     @property
     def threads(self) -> int:

@@ -1,6 +1,7 @@
-"""Every precondition of the public interface, as one table: the call, the error, and what its text must say.
+"""Every precondition of the public interface: the call, the error, and what its text must say.
 
-The table runs on the CPU (tests/cpu) and on the GPU (tests/gpu); both prove that a refused call reached nothing.
+The table runs on the CPU (tests/cpu) and on the GPU (tests/gpu); both prove that a refused call
+reached nothing.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class StubComm:
 
 @dataclass
 class Bench:
-    """Arguments that are right, for a rank of `NUM_RANKS`; the calls of the table change one of them.
+    """Arguments that are right, for a rank of `NUM_RANKS`; the table changes one of them.
 
     Attributes:
         buffer: Of `NUM_RANKS` ranks.
@@ -87,7 +88,9 @@ class Bench:
 
     def layout(self, idx: Any = None, num_experts: int = NUM_EXPERTS, **flags: Any) -> object:
         """get_dispatch_layout."""
-        return self.buffer.get_dispatch_layout(self.idx if idx is None else idx, num_experts, **flags)
+        return self.buffer.get_dispatch_layout(
+            self.idx if idx is None else idx, num_experts, **flags
+        )
 
     def dispatch(self, **changes: Any) -> object:
         """Dispatch with layout and top-k."""
@@ -139,18 +142,21 @@ def verify(case: BadInput, bench: Bench) -> None:
     try:
         case.call(bench)
     except Exception as error:
-        text = str(error)
-        assert type(error) is case.error, f"{case.name}: {type(error).__name__}: {text}"
-        assert re.search(case.says, text, re.DOTALL), f"{case.name}: {text!r} lacks {case.says!r}"
+        kind, text = type(error), str(error)
     else:
         raise AssertionError(f"{case.name}: accepted")
+    assert kind is case.error, f"{case.name}: {kind.__name__}: {text}"
+    assert re.search(case.says, text, re.DOTALL), f"{case.name}: {text!r} lacks {case.says!r}"
 
 
 def _case(num_ranks: int) -> Round:
     return Round(
-        num_tokens=(NUM_TOKENS,) * num_ranks, hidden=HIDDEN, num_experts=NUM_EXPERTS if num_ranks == NUM_RANKS else 6,
-        num_topk=NUM_TOPK, kind="balanced",
-    )  # fmt: skip
+        num_tokens=(NUM_TOKENS,) * num_ranks,
+        hidden=HIDDEN,
+        num_experts=NUM_EXPERTS if num_ranks == NUM_RANKS else 6,
+        num_topk=NUM_TOPK,
+        kind="balanced",
+    )
 
 
 def _misaligned(bench: Bench, rows: int, hidden: int = HIDDEN) -> torch.Tensor:
@@ -163,221 +169,730 @@ def _buffer(size: int = NUM_RANKS, *args: Any, **kwargs: Any) -> Buffer:
 
 CONSTRUCTION = [
     BadInput("no group", lambda _: Buffer(None), ValueError, r"group=.*comm="),
-    BadInput("nvl size", lambda _: _buffer(2, 100), ValueError, r"num_nvl_bytes is 100.*multiple of 128"),
-    BadInput("negative nvl size", lambda _: _buffer(2, -128), ValueError, r"num_nvl_bytes is -128.*not negative"),
-    BadInput("rdma size", lambda _: _buffer(2, 0, 77), ValueError, r"num_rdma_bytes is 77.*multiple of 128"),
-    BadInput("negative rdma size", lambda _: _buffer(2, 0, -256), ValueError, r"num_rdma_bytes is -256.*not negative"),
-    BadInput("both sizes", lambda _: _buffer(2, 1, 2), ValueError, r"num_nvl_bytes is 1\b.*num_rdma_bytes is 2\b"),
-    BadInput("rdma in one domain", lambda _: _buffer(2, 0, 128), ValueError, r"num_rdma_bytes is 128.*pass 0"),
-    BadInput("low latency", lambda _: _buffer(2, 0, low_latency_mode=True), NotImplementedError, r"low_latency_mode"),
-    BadInput("shrink", lambda _: _buffer(2, 0, enable_shrink=True), NotImplementedError, r"enable_shrink"),
+    BadInput(
+        "nvl size", lambda _: _buffer(2, 100), ValueError, r"num_nvl_bytes is 100.*multiple of 128"
+    ),
+    BadInput(
+        "negative nvl size",
+        lambda _: _buffer(2, -128),
+        ValueError,
+        r"num_nvl_bytes is -128.*not negative",
+    ),
+    BadInput(
+        "rdma size",
+        lambda _: _buffer(2, 0, 77),
+        ValueError,
+        r"num_rdma_bytes is 77.*multiple of 128",
+    ),
+    BadInput(
+        "negative rdma size",
+        lambda _: _buffer(2, 0, -256),
+        ValueError,
+        r"num_rdma_bytes is -256.*not negative",
+    ),
+    BadInput(
+        "both sizes",
+        lambda _: _buffer(2, 1, 2),
+        ValueError,
+        r"num_nvl_bytes is 1\b.*num_rdma_bytes is 2\b",
+    ),
+    BadInput(
+        "rdma in one domain",
+        lambda _: _buffer(2, 0, 128),
+        ValueError,
+        r"num_rdma_bytes is 128.*pass 0",
+    ),
+    BadInput(
+        "low latency",
+        lambda _: _buffer(2, 0, low_latency_mode=True),
+        NotImplementedError,
+        r"low_latency_mode",
+    ),
+    BadInput(
+        "shrink", lambda _: _buffer(2, 0, enable_shrink=True), NotImplementedError, r"enable_shrink"
+    ),
     BadInput("nine ranks", lambda _: _buffer(9, 0), NotImplementedError, r"9 ranks.*up to 8"),
-    BadInput("sixteen ranks and rdma", lambda _: _buffer(16, 0, 128), NotImplementedError, r"16 ranks.*up to 8"),
+    BadInput(
+        "sixteen ranks and rdma",
+        lambda _: _buffer(16, 0, 128),
+        NotImplementedError,
+        r"16 ranks.*up to 8",
+    ),
 ]
 
 CONFIG = [
     BadInput("negative sms", lambda _: Config(-2), ValueError, r"num_sms is -2.*not be negative"),
-    BadInput("nvl send 0", lambda _: Config(20, 0, 256), ValueError, r"0 \(send\) and 256.*0 < send < receive"),
-    BadInput("nvl send = receive", lambda _: Config(20, 8, 8), ValueError, r"8 \(send\) and 8.*send < receive"),
-    BadInput("rdma send 0", lambda _: Config(20, 6, 256, 0, 128), ValueError, r"0 \(send\) and 128.*receive / 2"),
-    BadInput("rdma send > half", lambda _: Config(20, 6, 256, 6, 11), ValueError, r"6 \(send\) and 11.*receive / 2"),
+    BadInput(
+        "nvl send 0",
+        lambda _: Config(20, 0, 256),
+        ValueError,
+        r"0 \(send\) and 256.*0 < send < receive",
+    ),
+    BadInput(
+        "nvl send = receive",
+        lambda _: Config(20, 8, 8),
+        ValueError,
+        r"8 \(send\) and 8.*send < receive",
+    ),
+    BadInput(
+        "rdma send 0",
+        lambda _: Config(20, 6, 256, 0, 128),
+        ValueError,
+        r"0 \(send\) and 128.*receive / 2",
+    ),
+    BadInput(
+        "rdma send > half",
+        lambda _: Config(20, 6, 256, 6, 11),
+        ValueError,
+        r"6 \(send\) and 11.*receive / 2",
+    ),
     BadInput("several", lambda _: Config(-2, 9, 9), ValueError, r"num_sms is -2.*9 \(send\) and 9"),
     BadInput("odd sms", lambda _: Buffer.set_num_sms(7), AssertionError, r"even, got 7"),
-    BadInput("dispatch config", lambda _: Buffer.get_dispatch_config(16), AssertionError, r"16 ranks.*1 to 8"),
-    BadInput("combine config", lambda _: Buffer.get_combine_config(0), AssertionError, r"0 ranks.*1 to 8"),
     BadInput(
-        "rdma hint", lambda _: Config().get_rdma_buffer_size_hint(14336, 16), NotImplementedError, r"16 ranks.*up to 8"
+        "dispatch config",
+        lambda _: Buffer.get_dispatch_config(16),
+        AssertionError,
+        r"16 ranks.*1 to 8",
+    ),
+    BadInput(
+        "combine config", lambda _: Buffer.get_combine_config(0), AssertionError, r"0 ranks.*1 to 8"
+    ),
+    BadInput(
+        "rdma hint",
+        lambda _: Config().get_rdma_buffer_size_hint(14336, 16),
+        NotImplementedError,
+        r"16 ranks.*up to 8",
     ),
 ]
 
 LAYOUT = [
-    BadInput("no tensor", lambda b: b.layout([[1, 2]]), TypeError, r"topk_idx is a list.*torch\.Tensor"),
-    BadInput("dim", lambda b: b.layout(b.idx[0]), ValueError, r"topk_idx.*\(4,\).*\(num_tokens, num_topk\)"),
-    BadInput("dtype", lambda b: b.layout(b.idx.short()), TypeError, r"topk_idx.*int16.*int64 or torch\.int32.*\.to\(\)"),
-    BadInput("device", lambda b: b.layout(b.idx.to("meta")), ValueError, r"topk_idx is on meta.*\.to\('(cpu|cuda:\d)'\)"),
-    BadInput("strides", lambda b: b.layout(b.idx[:, ::2]), ValueError, r"topk_idx.*strides \(4, 2\).*\.contiguous\(\)"),
-    BadInput("top-k 0", lambda b: b.layout(b.idx[:, :0]), ValueError, r"top-k is 0.*between 1 and 32"),
     BadInput(
-        "top-k 33", lambda b: b.layout(b.full(6, 33, dtype=torch.int64)), ValueError, r"top-k is 33.*between 1 and 32"
-    ),
-    BadInput("experts 0", lambda b: b.layout(num_experts=0), ValueError, r"num_experts is 0.*positive multiple"),
-    BadInput("experts negative", lambda b: b.layout(num_experts=-2), ValueError, r"num_experts is -2.*positive multiple"),
-    BadInput("experts odd", lambda b: b.layout(num_experts=7), ValueError, r"num_experts is 7.*multiple of the 2 ranks"),
-    BadInput("experts many", lambda b: b.layout(num_experts=65538), ValueError, r"num_experts is 65538.*at most"),
-    BadInput(
-        "allocate without event", lambda b: b.layout(async_finish=True, allocate_on_comm_stream=True), RuntimeError,
-        r"allocate_on_comm_stream=True needs a previous_event.*without an event", gpu_only=True,
+        "no tensor", lambda b: b.layout([[1, 2]]), TypeError, r"topk_idx is a list.*torch\.Tensor"
     ),
     BadInput(
-        "allocate and sync", lambda b: b.layout(previous_event=Buffer.capture(), allocate_on_comm_stream=True),
-        RuntimeError, r"allocate_on_comm_stream=True needs.*async_finish=False", gpu_only=True,
+        "dim",
+        lambda b: b.layout(b.idx[0]),
+        ValueError,
+        r"topk_idx.*\(4,\).*\(num_tokens, num_topk\)",
     ),
-]  # fmt: skip
+    BadInput(
+        "dtype",
+        lambda b: b.layout(b.idx.short()),
+        TypeError,
+        r"topk_idx.*int16.*int64 or torch\.int32.*\.to\(\)",
+    ),
+    BadInput(
+        "device",
+        lambda b: b.layout(b.idx.to("meta")),
+        ValueError,
+        r"topk_idx is on meta.*\.to\('(cpu|cuda:\d)'\)",
+    ),
+    BadInput(
+        "strides",
+        lambda b: b.layout(b.idx[:, ::2]),
+        ValueError,
+        r"topk_idx.*strides \(4, 2\).*\.contiguous\(\)",
+    ),
+    BadInput(
+        "top-k 0", lambda b: b.layout(b.idx[:, :0]), ValueError, r"top-k is 0.*between 1 and 32"
+    ),
+    BadInput(
+        "top-k 33",
+        lambda b: b.layout(b.full(6, 33, dtype=torch.int64)),
+        ValueError,
+        r"top-k is 33.*between 1 and 32",
+    ),
+    BadInput(
+        "experts 0",
+        lambda b: b.layout(num_experts=0),
+        ValueError,
+        r"num_experts is 0.*positive multiple",
+    ),
+    BadInput(
+        "experts negative",
+        lambda b: b.layout(num_experts=-2),
+        ValueError,
+        r"num_experts is -2.*positive multiple",
+    ),
+    BadInput(
+        "experts odd",
+        lambda b: b.layout(num_experts=7),
+        ValueError,
+        r"num_experts is 7.*multiple of the 2 ranks",
+    ),
+    BadInput(
+        "experts many",
+        lambda b: b.layout(num_experts=65538),
+        ValueError,
+        r"num_experts is 65538.*at most",
+    ),
+    BadInput(
+        "allocate without event",
+        lambda b: b.layout(async_finish=True, allocate_on_comm_stream=True),
+        RuntimeError,
+        r"allocate_on_comm_stream=True needs a previous_event.*without an event",
+        gpu_only=True,
+    ),
+    BadInput(
+        "allocate and sync",
+        lambda b: b.layout(previous_event=Buffer.capture(), allocate_on_comm_stream=True),
+        RuntimeError,
+        r"allocate_on_comm_stream=True needs.*async_finish=False",
+        gpu_only=True,
+    ),
+]
 
 DISPATCH = [
     BadInput("x no tensor", lambda b: b.dispatch(x=[1]), TypeError, r"x is a list.*torch\.Tensor"),
-    BadInput("x dim", lambda b: b.dispatch(x=b.x[0]), ValueError, r"x has shape \(64,\).*\(num_tokens, hidden\)"),
-    BadInput("x device", lambda b: b.dispatch(x=b.x.to("meta")), ValueError, r"x is on meta.*\.to\("),
-    BadInput("x strides", lambda b: b.dispatch(x=b.x[:, ::2]), ValueError, r"x has strides \(64, 2\).*\.contiguous\(\)"),
-    BadInput("x row bytes", lambda b: b.dispatch(x=b.full(6, 4)), ValueError, r"rows of 8 bytes.*multiple of 16"),
-    BadInput("x empty rows", lambda b: b.dispatch(x=b.full(6, 0)), ValueError, r"rows of 0 bytes.*multiple of 16"),
-    BadInput("x long rows", lambda b: b.dispatch(x=b.full(6, 16392)), ValueError, r"rows of 32784 bytes.*most 32768"),
     BadInput(
-        "x address", lambda b: b.dispatch(x=_misaligned(b, 6)), ValueError, r"x.*address 0x[0-9a-f]+2\b.*16.*\.clone\(\)"
+        "x dim",
+        lambda b: b.dispatch(x=b.x[0]),
+        ValueError,
+        r"x has shape \(64,\).*\(num_tokens, hidden\)",
     ),
-    BadInput("x tuple of 3", lambda b: b.dispatch(x=(b.x, b.x, b.x)), TypeError, r"tuple of 3.*(2|two)"),
     BadInput(
-        "x wide with scales", lambda b: b.dispatch(x=(b.x, b.full(6, 1, dtype=torch.float32))), TypeError,
+        "x device", lambda b: b.dispatch(x=b.x.to("meta")), ValueError, r"x is on meta.*\.to\("
+    ),
+    BadInput(
+        "x strides",
+        lambda b: b.dispatch(x=b.x[:, ::2]),
+        ValueError,
+        r"x has strides \(64, 2\).*\.contiguous\(\)",
+    ),
+    BadInput(
+        "x row bytes",
+        lambda b: b.dispatch(x=b.full(6, 4)),
+        ValueError,
+        r"rows of 8 bytes.*multiple of 16",
+    ),
+    BadInput(
+        "x empty rows",
+        lambda b: b.dispatch(x=b.full(6, 0)),
+        ValueError,
+        r"rows of 0 bytes.*multiple of 16",
+    ),
+    BadInput(
+        "x long rows",
+        lambda b: b.dispatch(x=b.full(6, 16392)),
+        ValueError,
+        r"rows of 32784 bytes.*most 32768",
+    ),
+    BadInput(
+        "x address",
+        lambda b: b.dispatch(x=_misaligned(b, 6)),
+        ValueError,
+        r"x.*address 0x[0-9a-f]+2\b.*16.*\.clone\(\)",
+    ),
+    BadInput(
+        "x tuple of 3", lambda b: b.dispatch(x=(b.x, b.x, b.x)), TypeError, r"tuple of 3.*(2|two)"
+    ),
+    BadInput(
+        "x wide with scales",
+        lambda b: b.dispatch(x=(b.x, b.full(6, 1, dtype=torch.float32))),
+        TypeError,
         r"bfloat16.*one byte an element",
     ),
-    BadInput("scales dtype", lambda b: b.dispatch(x=(_fp8(b), b.full(6, 1, dtype=torch.float64))), TypeError,
-             r"scales.*float64.*float32 or torch\.int32"),
-    BadInput("scales rows", lambda b: b.dispatch(x=(_fp8(b), b.full(5, 1, dtype=torch.float32))), ValueError,
-             r"scales.*\(5, 1\).*\(6, num_scales\).*each token"),
-    BadInput("scales dim", lambda b: b.dispatch(x=(_fp8(b), b.full(6, dtype=torch.float32))), ValueError,
-             r"scales.*\(6,\).*\(6, num_scales\)"),
-    BadInput("scales device", lambda b: b.dispatch(x=(_fp8(b), torch.zeros(6, 1, device="meta", dtype=torch.float32))),
-             ValueError, r"scales.* is on meta.*\.to\("),
+    BadInput(
+        "scales dtype",
+        lambda b: b.dispatch(x=(_fp8(b), b.full(6, 1, dtype=torch.float64))),
+        TypeError,
+        r"scales.*float64.*float32 or torch\.int32",
+    ),
+    BadInput(
+        "scales rows",
+        lambda b: b.dispatch(x=(_fp8(b), b.full(5, 1, dtype=torch.float32))),
+        ValueError,
+        r"scales.*\(5, 1\).*\(6, num_scales\).*each token",
+    ),
+    BadInput(
+        "scales dim",
+        lambda b: b.dispatch(x=(_fp8(b), b.full(6, dtype=torch.float32))),
+        ValueError,
+        r"scales.*\(6,\).*\(6, num_scales\)",
+    ),
+    BadInput(
+        "scales device",
+        lambda b: b.dispatch(x=(_fp8(b), torch.zeros(6, 1, device="meta", dtype=torch.float32))),
+        ValueError,
+        r"scales.* is on meta.*\.to\(",
+    ),
     *(
-        BadInput(f"no {name}", lambda b, name=name: b.dispatch(**{name: None}), AssertionError,
-                 rf"needs {name} from get_dispatch_layout")
+        BadInput(
+            f"no {name}",
+            lambda b, name=name: b.dispatch(**{name: None}),
+            AssertionError,
+            rf"needs {name} from get_dispatch_layout",
+        )
         for name in ("num_tokens_per_rank", "is_token_in_rank", "num_tokens_per_expert")
     ),
-    BadInput("no layout", lambda b: b.buffer.dispatch(b.x), AssertionError,
-             r"num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert"),
-    BadInput("per rank shape", lambda b: b.dispatch(num_tokens_per_rank=b.full(3, dtype=torch.int32)), ValueError,
-             r"num_tokens_per_rank.*\(3,\).*\(2\)"),
-    BadInput("per rank dtype", lambda b: b.dispatch(num_tokens_per_rank=b.per_rank.long()), TypeError,
-             r"num_tokens_per_rank.*int64.*int32"),
-    BadInput("per rank device", lambda b: b.dispatch(num_tokens_per_rank=b.per_rank.to("meta")), ValueError,
-             r"num_tokens_per_rank is on meta.*\.to\("),
-    BadInput("per rank strides", lambda b: b.dispatch(num_tokens_per_rank=b.full(4, dtype=torch.int32)[::2]),
-             ValueError, r"num_tokens_per_rank.*strides \(2,\).*\.contiguous\(\)"),
-    BadInput("in rank rows", lambda b: b.dispatch(is_token_in_rank=b.in_rank[1:]), ValueError,
-             r"is_token_in_rank.*\(5, 2\).*\(6, 2\).*each token of x"),
-    BadInput("in rank columns", lambda b: b.dispatch(is_token_in_rank=b.full(6, 3, dtype=torch.bool)), ValueError,
-             r"is_token_in_rank.*\(6, 3\).*\(6, 2\)"),
-    BadInput("in rank dtype", lambda b: b.dispatch(is_token_in_rank=b.in_rank.int()), TypeError,
-             r"is_token_in_rank.*int32.*bool"),
-    BadInput("in rank strides", lambda b: b.dispatch(is_token_in_rank=b.full(2, 6, dtype=torch.bool).t()), ValueError,
-             r"is_token_in_rank.*strides \(1, 6\).*\.contiguous\(\)"),
-    BadInput("in rank device", lambda b: b.dispatch(is_token_in_rank=b.in_rank.to("meta")), ValueError,
-             r"is_token_in_rank is on meta.*\.to\("),
-    BadInput("per expert dim", lambda b: b.dispatch(num_tokens_per_expert=b.per_expert[None]), ValueError,
-             r"num_tokens_per_expert.*\(1, 8\).*\(num_experts\)"),
-    BadInput("per expert dtype", lambda b: b.dispatch(num_tokens_per_expert=b.per_expert.long()), TypeError,
-             r"num_tokens_per_expert.*int64.*int32"),
-    BadInput("per expert device", lambda b: b.dispatch(num_tokens_per_expert=b.per_expert.to("meta")), ValueError,
-             r"num_tokens_per_expert is on meta.*\.to\("),
-    BadInput("per expert odd", lambda b: b.dispatch(num_tokens_per_expert=b.per_expert[:7]), ValueError,
-             r"num_experts is 7.*multiple of the 2 ranks"),
-    BadInput("per expert none", lambda b: b.dispatch(num_tokens_per_expert=b.per_expert[:0]), ValueError,
-             r"num_experts is 0.*positive"),
-    BadInput("per expert many", lambda b: b.dispatch(num_tokens_per_expert=b.full(65538, dtype=torch.int32)),
-             ValueError, r"num_experts is 65538.*at most"),
-    BadInput("experts of a rank", lambda b: b.dispatch(num_tokens_per_expert=b.full(16386, dtype=torch.int32)),
-             ValueError, r"num_experts is 16386.*at most (16384|8192)"),
-    BadInput("only topk_idx", lambda b: b.dispatch(topk_weights=None), ValueError, r"topk_idx and topk_weights.*together"),
-    BadInput("only topk_weights", lambda b: b.dispatch(topk_idx=None), ValueError, r"topk_idx and topk_weights.*together"),
-    BadInput("topk_idx rows", lambda b: b.dispatch(topk_idx=b.idx[1:]), ValueError,
-             r"topk_idx.*\(5, 4\).*\(6, num_topk\).*each token of x"),
-    BadInput("topk_idx dtype", lambda b: b.dispatch(topk_idx=b.idx.short()), TypeError, r"topk_idx.*int16.*int64"),
-    BadInput("topk_idx device", lambda b: b.dispatch(topk_idx=b.idx.to("meta")), ValueError, r"topk_idx is on meta"),
-    BadInput("topk_idx strides", lambda b: b.dispatch(topk_idx=b.idx[:, ::2]), ValueError,
-             r"topk_idx.*strides \(4, 2\).*\.contiguous\(\)"),
-    BadInput("top-k 0", lambda b: b.dispatch(topk_idx=b.idx[:, :0], topk_weights=b.weights[:, :0]), ValueError,
-             r"top-k is 0.*between 1 and 32"),
-    BadInput("top-k 33", lambda b: b.dispatch(topk_idx=b.full(6, 33, dtype=torch.int64)), ValueError,
-             r"top-k is 33.*between 1 and 32"),
-    BadInput("weights dtype", lambda b: b.dispatch(topk_weights=b.weights.bfloat16()), TypeError,
-             r"topk_weights.*bfloat16.*float32"),
-    BadInput("weights shape", lambda b: b.dispatch(topk_weights=b.full(6, 3, dtype=torch.float32)), ValueError,
-             r"topk_weights.*\(6, 3\).*\(6, 4\).*topk_idx"),
-    BadInput("weights strides", lambda b: b.dispatch(topk_weights=b.full(4, 6, dtype=torch.float32).t()), ValueError,
-             r"topk_weights.*strides \(1, 6\).*\.contiguous\(\)"),
-    BadInput("alignment 0", lambda b: b.dispatch(expert_alignment=0), ValueError, r"expert_alignment is 0.*at least 1"),
-    BadInput("alignment negative", lambda b: b.dispatch(expert_alignment=-4), ValueError,
-             r"expert_alignment is -4.*at least 1"),
-    BadInput("worst negative", lambda b: b.dispatch(num_worst_tokens=-1), ValueError,
-             r"num_worst_tokens is -1.*not be negative"),
-    BadInput("worst without top-k", lambda b: b.dispatch(num_worst_tokens=9, topk_idx=None, topk_weights=None),
-             ValueError, r"num_worst_tokens needs topk_idx"),
-    BadInput("sms odd", lambda b: b.dispatch(config=Config(3)), ValueError, r"num_sms is 3\b.*even"),
-    BadInput("sms 0", lambda b: b.dispatch(config=Config(0)), ValueError, r"num_sms is 0\b.*between 2"),
-    BadInput("sms many", lambda b: b.dispatch(config=Config(10000)), ValueError, r"num_sms is 10000\b.*between 2 and \d+"),
-    BadInput("destroyed", lambda b: b.destroyed.dispatch(b.x, handle=b.handle), RuntimeError, r"destroyed"),
-    BadInput("allocate without event", lambda b: b.dispatch(async_finish=True, allocate_on_comm_stream=True),
-             RuntimeError, r"allocate_on_comm_stream=True needs a previous_event", gpu_only=True),
-]  # fmt: skip
+    BadInput(
+        "no layout",
+        lambda b: b.buffer.dispatch(b.x),
+        AssertionError,
+        r"num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert",
+    ),
+    BadInput(
+        "per rank shape",
+        lambda b: b.dispatch(num_tokens_per_rank=b.full(3, dtype=torch.int32)),
+        ValueError,
+        r"num_tokens_per_rank.*\(3,\).*\(2\)",
+    ),
+    BadInput(
+        "per rank dtype",
+        lambda b: b.dispatch(num_tokens_per_rank=b.per_rank.long()),
+        TypeError,
+        r"num_tokens_per_rank.*int64.*int32",
+    ),
+    BadInput(
+        "per rank device",
+        lambda b: b.dispatch(num_tokens_per_rank=b.per_rank.to("meta")),
+        ValueError,
+        r"num_tokens_per_rank is on meta.*\.to\(",
+    ),
+    BadInput(
+        "per rank strides",
+        lambda b: b.dispatch(num_tokens_per_rank=b.full(4, dtype=torch.int32)[::2]),
+        ValueError,
+        r"num_tokens_per_rank.*strides \(2,\).*\.contiguous\(\)",
+    ),
+    BadInput(
+        "in rank rows",
+        lambda b: b.dispatch(is_token_in_rank=b.in_rank[1:]),
+        ValueError,
+        r"is_token_in_rank.*\(5, 2\).*\(6, 2\).*each token of x",
+    ),
+    BadInput(
+        "in rank columns",
+        lambda b: b.dispatch(is_token_in_rank=b.full(6, 3, dtype=torch.bool)),
+        ValueError,
+        r"is_token_in_rank.*\(6, 3\).*\(6, 2\)",
+    ),
+    BadInput(
+        "in rank dtype",
+        lambda b: b.dispatch(is_token_in_rank=b.in_rank.int()),
+        TypeError,
+        r"is_token_in_rank.*int32.*bool",
+    ),
+    BadInput(
+        "in rank strides",
+        lambda b: b.dispatch(is_token_in_rank=b.full(2, 6, dtype=torch.bool).t()),
+        ValueError,
+        r"is_token_in_rank.*strides \(1, 6\).*\.contiguous\(\)",
+    ),
+    BadInput(
+        "in rank device",
+        lambda b: b.dispatch(is_token_in_rank=b.in_rank.to("meta")),
+        ValueError,
+        r"is_token_in_rank is on meta.*\.to\(",
+    ),
+    BadInput(
+        "per expert dim",
+        lambda b: b.dispatch(num_tokens_per_expert=b.per_expert[None]),
+        ValueError,
+        r"num_tokens_per_expert.*\(1, 8\).*\(num_experts\)",
+    ),
+    BadInput(
+        "per expert dtype",
+        lambda b: b.dispatch(num_tokens_per_expert=b.per_expert.long()),
+        TypeError,
+        r"num_tokens_per_expert.*int64.*int32",
+    ),
+    BadInput(
+        "per expert device",
+        lambda b: b.dispatch(num_tokens_per_expert=b.per_expert.to("meta")),
+        ValueError,
+        r"num_tokens_per_expert is on meta.*\.to\(",
+    ),
+    BadInput(
+        "per expert odd",
+        lambda b: b.dispatch(num_tokens_per_expert=b.per_expert[:7]),
+        ValueError,
+        r"num_experts is 7.*multiple of the 2 ranks",
+    ),
+    BadInput(
+        "per expert none",
+        lambda b: b.dispatch(num_tokens_per_expert=b.per_expert[:0]),
+        ValueError,
+        r"num_experts is 0.*positive",
+    ),
+    BadInput(
+        "per expert many",
+        lambda b: b.dispatch(num_tokens_per_expert=b.full(65538, dtype=torch.int32)),
+        ValueError,
+        r"num_experts is 65538.*at most",
+    ),
+    BadInput(
+        "experts of a rank",
+        lambda b: b.dispatch(num_tokens_per_expert=b.full(16386, dtype=torch.int32)),
+        ValueError,
+        r"num_experts is 16386.*at most (16384|8192)",
+    ),
+    BadInput(
+        "only topk_idx",
+        lambda b: b.dispatch(topk_weights=None),
+        ValueError,
+        r"topk_idx and topk_weights.*together",
+    ),
+    BadInput(
+        "only topk_weights",
+        lambda b: b.dispatch(topk_idx=None),
+        ValueError,
+        r"topk_idx and topk_weights.*together",
+    ),
+    BadInput(
+        "topk_idx rows",
+        lambda b: b.dispatch(topk_idx=b.idx[1:]),
+        ValueError,
+        r"topk_idx.*\(5, 4\).*\(6, num_topk\).*each token of x",
+    ),
+    BadInput(
+        "topk_idx dtype",
+        lambda b: b.dispatch(topk_idx=b.idx.short()),
+        TypeError,
+        r"topk_idx.*int16.*int64",
+    ),
+    BadInput(
+        "topk_idx device",
+        lambda b: b.dispatch(topk_idx=b.idx.to("meta")),
+        ValueError,
+        r"topk_idx is on meta",
+    ),
+    BadInput(
+        "topk_idx strides",
+        lambda b: b.dispatch(topk_idx=b.idx[:, ::2]),
+        ValueError,
+        r"topk_idx.*strides \(4, 2\).*\.contiguous\(\)",
+    ),
+    BadInput(
+        "top-k 0",
+        lambda b: b.dispatch(topk_idx=b.idx[:, :0], topk_weights=b.weights[:, :0]),
+        ValueError,
+        r"top-k is 0.*between 1 and 32",
+    ),
+    BadInput(
+        "top-k 33",
+        lambda b: b.dispatch(topk_idx=b.full(6, 33, dtype=torch.int64)),
+        ValueError,
+        r"top-k is 33.*between 1 and 32",
+    ),
+    BadInput(
+        "weights dtype",
+        lambda b: b.dispatch(topk_weights=b.weights.bfloat16()),
+        TypeError,
+        r"topk_weights.*bfloat16.*float32",
+    ),
+    BadInput(
+        "weights shape",
+        lambda b: b.dispatch(topk_weights=b.full(6, 3, dtype=torch.float32)),
+        ValueError,
+        r"topk_weights.*\(6, 3\).*\(6, 4\).*topk_idx",
+    ),
+    BadInput(
+        "weights strides",
+        lambda b: b.dispatch(topk_weights=b.full(4, 6, dtype=torch.float32).t()),
+        ValueError,
+        r"topk_weights.*strides \(1, 6\).*\.contiguous\(\)",
+    ),
+    BadInput(
+        "alignment 0",
+        lambda b: b.dispatch(expert_alignment=0),
+        ValueError,
+        r"expert_alignment is 0.*at least 1",
+    ),
+    BadInput(
+        "alignment negative",
+        lambda b: b.dispatch(expert_alignment=-4),
+        ValueError,
+        r"expert_alignment is -4.*at least 1",
+    ),
+    BadInput(
+        "worst negative",
+        lambda b: b.dispatch(num_worst_tokens=-1),
+        ValueError,
+        r"num_worst_tokens is -1.*not be negative",
+    ),
+    BadInput(
+        "worst without top-k",
+        lambda b: b.dispatch(num_worst_tokens=9, topk_idx=None, topk_weights=None),
+        ValueError,
+        r"num_worst_tokens needs topk_idx",
+    ),
+    BadInput(
+        "sms odd", lambda b: b.dispatch(config=Config(3)), ValueError, r"num_sms is 3\b.*even"
+    ),
+    BadInput(
+        "sms 0", lambda b: b.dispatch(config=Config(0)), ValueError, r"num_sms is 0\b.*between 2"
+    ),
+    BadInput(
+        "sms many",
+        lambda b: b.dispatch(config=Config(10000)),
+        ValueError,
+        r"num_sms is 10000\b.*between 2 and \d+",
+    ),
+    BadInput(
+        "destroyed",
+        lambda b: b.destroyed.dispatch(b.x, handle=b.handle),
+        RuntimeError,
+        r"destroyed",
+    ),
+    BadInput(
+        "allocate without event",
+        lambda b: b.dispatch(async_finish=True, allocate_on_comm_stream=True),
+        RuntimeError,
+        r"allocate_on_comm_stream=True needs a previous_event",
+        gpu_only=True,
+    ),
+]
 
 CACHED = [
-    BadInput("with topk_idx", lambda b: b.cached(topk_idx=b.idx), ValueError, r"cached dispatch.*no topk_idx"),
-    BadInput("with topk_weights", lambda b: b.cached(topk_weights=b.weights), ValueError, r"no topk_weights"),
-    BadInput("other tokens", lambda b: b.cached(x=b.x[1:]), ValueError, r"x has 5 tokens.*routes 6"),
-    BadInput("handle type", lambda b: b.cached(handle="handle"), TypeError, r"handle is a str.*tuple of 6"),
-    BadInput("handle length", lambda b: b.cached(handle=b.handle[:5]), TypeError, r"tuple of 5.*tuple of 6"),
-    BadInput("handle ranks", lambda b: b.cached(handle=b.handle_of_3), ValueError, r"3 ranks.*this Buffer has 2"),
-    BadInput("handle of no tensors", lambda b: b.cached(handle=(1, 2, 3, 4, 5, 6)), TypeError, r"handle\[0\].*int"),
-    BadInput("handle device", lambda b: b.cached(handle=tuple(each.to("meta") for each in b.handle)), ValueError,
-             r"handle\[0\] is on meta"),
-    BadInput("row bytes", lambda b: b.cached(x=b.full(6, 12)), ValueError, r"rows of 24 bytes.*multiple of 16"),
+    BadInput(
+        "with topk_idx",
+        lambda b: b.cached(topk_idx=b.idx),
+        ValueError,
+        r"cached dispatch.*no topk_idx",
+    ),
+    BadInput(
+        "with topk_weights",
+        lambda b: b.cached(topk_weights=b.weights),
+        ValueError,
+        r"no topk_weights",
+    ),
+    BadInput(
+        "other tokens", lambda b: b.cached(x=b.x[1:]), ValueError, r"x has 5 tokens.*routes 6"
+    ),
+    BadInput(
+        "handle type",
+        lambda b: b.cached(handle="handle"),
+        TypeError,
+        r"handle is a str.*tuple of 6",
+    ),
+    BadInput(
+        "handle length",
+        lambda b: b.cached(handle=b.handle[:5]),
+        TypeError,
+        r"tuple of 5.*tuple of 6",
+    ),
+    BadInput(
+        "handle ranks",
+        lambda b: b.cached(handle=b.handle_of_3),
+        ValueError,
+        r"3 ranks.*this Buffer has 2",
+    ),
+    BadInput(
+        "handle of no tensors",
+        lambda b: b.cached(handle=(1, 2, 3, 4, 5, 6)),
+        TypeError,
+        r"handle\[0\].*int",
+    ),
+    BadInput(
+        "handle device",
+        lambda b: b.cached(handle=tuple(each.to("meta") for each in b.handle)),
+        ValueError,
+        r"handle\[0\] is on meta",
+    ),
+    BadInput(
+        "row bytes",
+        lambda b: b.cached(x=b.full(6, 12)),
+        ValueError,
+        r"rows of 24 bytes.*multiple of 16",
+    ),
     BadInput("sms odd", lambda b: b.cached(config=Config(5)), ValueError, r"num_sms is 5\b.*even"),
-]  # fmt: skip
+]
 
 COMBINE = [
-    BadInput("rows", lambda b: b.combine(x=b.full(1, HIDDEN)), ValueError, r"x has shape \(1, 64\).*row of the dispatch"),
-    BadInput("dim", lambda b: b.combine(x=b.recv_x[0]), ValueError, r"x has shape \(64,\).*\(\d+, hidden\)"),
-    BadInput("dtype", lambda b: b.combine(x=b.recv_x.float()), TypeError, r"float32.*bfloat16 or torch\.float16"),
-    BadInput("device", lambda b: b.combine(x=b.recv_x.to("meta")), ValueError, r"x is on meta.*\.to\("),
-    BadInput("strides", lambda b: b.combine(x=b.recv_x[:, ::2]), ValueError, r"x has strides.*\.contiguous\(\)"),
-    BadInput("row bytes", lambda b: b.combine(x=b.full(len(b.recv_x), 4)), ValueError, r"rows of 8 bytes.*multiple of 16"),
-    BadInput("long rows", lambda b: b.combine(x=b.full(len(b.recv_x), 16392)), ValueError, r"rows of 32784 bytes"),
-    BadInput("address", lambda b: b.combine(x=_misaligned(b, len(b.recv_x))), ValueError, r"x.*address 0x.*\.clone\(\)"),
-    BadInput("weights rows", lambda b: b.combine(topk_weights=b.full(1, 4, dtype=torch.float32)), ValueError,
-             r"topk_weights.*\(1, 4\).*each row of x"),
-    BadInput("weights dim", lambda b: b.combine(topk_weights=b.recv_weights[:, 0].contiguous()), ValueError,
-             r"topk_weights.*num_topk"),
-    BadInput("weights dtype", lambda b: b.combine(topk_weights=b.recv_weights.half()), TypeError,
-             r"topk_weights.*float16.*float32"),
-    BadInput("weights top-k 33", lambda b: b.combine(topk_weights=b.full(len(b.recv_x), 33, dtype=torch.float32)),
-             ValueError, r"top-k is 33.*between 1 and 32"),
-    BadInput("bias rows", lambda b: b.combine(bias=b.full(5, HIDDEN)), ValueError,
-             r"bias_0.*\(5, 64\).*\(6, 64\).*each token of this rank"),
-    BadInput("bias hidden", lambda b: b.combine(bias=b.full(6, 32)), ValueError, r"bias_0.*\(6, 32\).*\(6, 64\)"),
-    BadInput("bias dtype", lambda b: b.combine(bias=b.x.float()), TypeError, r"bias_0.*float32.*bfloat16"),
-    BadInput("second bias", lambda b: b.combine(bias=(b.x, b.full(7, HIDDEN))), ValueError, r"bias_1.*\(7, 64\)"),
-    BadInput("three biases", lambda b: b.combine(bias=(b.x, b.x, b.x)), ValueError, r"tuple of 3.*tuple of two"),
+    BadInput(
+        "rows",
+        lambda b: b.combine(x=b.full(1, HIDDEN)),
+        ValueError,
+        r"x has shape \(1, 64\).*row of the dispatch",
+    ),
+    BadInput(
+        "dim",
+        lambda b: b.combine(x=b.recv_x[0]),
+        ValueError,
+        r"x has shape \(64,\).*\(\d+, hidden\)",
+    ),
+    BadInput(
+        "dtype",
+        lambda b: b.combine(x=b.recv_x.float()),
+        TypeError,
+        r"float32.*bfloat16 or torch\.float16",
+    ),
+    BadInput(
+        "device", lambda b: b.combine(x=b.recv_x.to("meta")), ValueError, r"x is on meta.*\.to\("
+    ),
+    BadInput(
+        "strides",
+        lambda b: b.combine(x=b.recv_x[:, ::2]),
+        ValueError,
+        r"x has strides.*\.contiguous\(\)",
+    ),
+    BadInput(
+        "row bytes",
+        lambda b: b.combine(x=b.full(len(b.recv_x), 4)),
+        ValueError,
+        r"rows of 8 bytes.*multiple of 16",
+    ),
+    BadInput(
+        "long rows",
+        lambda b: b.combine(x=b.full(len(b.recv_x), 16392)),
+        ValueError,
+        r"rows of 32784 bytes",
+    ),
+    BadInput(
+        "address",
+        lambda b: b.combine(x=_misaligned(b, len(b.recv_x))),
+        ValueError,
+        r"x.*address 0x.*\.clone\(\)",
+    ),
+    BadInput(
+        "weights rows",
+        lambda b: b.combine(topk_weights=b.full(1, 4, dtype=torch.float32)),
+        ValueError,
+        r"topk_weights.*\(1, 4\).*each row of x",
+    ),
+    BadInput(
+        "weights dim",
+        lambda b: b.combine(topk_weights=b.recv_weights[:, 0].contiguous()),
+        ValueError,
+        r"topk_weights.*num_topk",
+    ),
+    BadInput(
+        "weights dtype",
+        lambda b: b.combine(topk_weights=b.recv_weights.half()),
+        TypeError,
+        r"topk_weights.*float16.*float32",
+    ),
+    BadInput(
+        "weights top-k 33",
+        lambda b: b.combine(topk_weights=b.full(len(b.recv_x), 33, dtype=torch.float32)),
+        ValueError,
+        r"top-k is 33.*between 1 and 32",
+    ),
+    BadInput(
+        "bias rows",
+        lambda b: b.combine(bias=b.full(5, HIDDEN)),
+        ValueError,
+        r"bias_0.*\(5, 64\).*\(6, 64\).*each token of this rank",
+    ),
+    BadInput(
+        "bias hidden",
+        lambda b: b.combine(bias=b.full(6, 32)),
+        ValueError,
+        r"bias_0.*\(6, 32\).*\(6, 64\)",
+    ),
+    BadInput(
+        "bias dtype", lambda b: b.combine(bias=b.x.float()), TypeError, r"bias_0.*float32.*bfloat16"
+    ),
+    BadInput(
+        "second bias",
+        lambda b: b.combine(bias=(b.x, b.full(7, HIDDEN))),
+        ValueError,
+        r"bias_1.*\(7, 64\)",
+    ),
+    BadInput(
+        "three biases",
+        lambda b: b.combine(bias=(b.x, b.x, b.x)),
+        ValueError,
+        r"tuple of 3.*tuple of two",
+    ),
     BadInput("bias list", lambda b: b.combine(bias=[b.x, b.x]), TypeError, r"bias.* list.*Tensor"),
-    BadInput("bias address", lambda b: b.combine(bias=_misaligned(b, 6)), ValueError, r"bias_0.*address 0x.*\.clone\(\)"),
-    BadInput("no handle", lambda b: b.combine(handle=None), TypeError, r"handle is a NoneType.*tuple of 6"),
-    BadInput("handle length", lambda b: b.combine(handle=(*b.handle, None)), TypeError, r"tuple of 7.*tuple of 6"),
-    BadInput("handle ranks", lambda b: b.combine(handle=b.handle_of_3), ValueError, r"3 ranks.*this Buffer has 2"),
+    BadInput(
+        "bias address",
+        lambda b: b.combine(bias=_misaligned(b, 6)),
+        ValueError,
+        r"bias_0.*address 0x.*\.clone\(\)",
+    ),
+    BadInput(
+        "no handle",
+        lambda b: b.combine(handle=None),
+        TypeError,
+        r"handle is a NoneType.*tuple of 6",
+    ),
+    BadInput(
+        "handle length",
+        lambda b: b.combine(handle=(*b.handle, None)),
+        TypeError,
+        r"tuple of 7.*tuple of 6",
+    ),
+    BadInput(
+        "handle ranks",
+        lambda b: b.combine(handle=b.handle_of_3),
+        ValueError,
+        r"3 ranks.*this Buffer has 2",
+    ),
     BadInput("sms odd", lambda b: b.combine(config=Config(7)), ValueError, r"num_sms is 7\b.*even"),
-    BadInput("sms 0", lambda b: b.combine(config=Config(0)), ValueError, r"num_sms is 0\b.*between 2"),
-    BadInput("sms many", lambda b: b.combine(config=Config(10000)), ValueError, r"num_sms is 10000\b.*between 2 and \d+"),
-    BadInput("destroyed", lambda b: b.destroyed.combine(b.recv_x, b.handle), RuntimeError, r"destroyed"),
-    BadInput("allocate without event", lambda b: b.combine(async_finish=True, allocate_on_comm_stream=True),
-             RuntimeError, r"allocate_on_comm_stream=True needs a previous_event", gpu_only=True),
-]  # fmt: skip
+    BadInput(
+        "sms 0", lambda b: b.combine(config=Config(0)), ValueError, r"num_sms is 0\b.*between 2"
+    ),
+    BadInput(
+        "sms many",
+        lambda b: b.combine(config=Config(10000)),
+        ValueError,
+        r"num_sms is 10000\b.*between 2 and \d+",
+    ),
+    BadInput(
+        "destroyed", lambda b: b.destroyed.combine(b.recv_x, b.handle), RuntimeError, r"destroyed"
+    ),
+    BadInput(
+        "allocate without event",
+        lambda b: b.combine(async_finish=True, allocate_on_comm_stream=True),
+        RuntimeError,
+        r"allocate_on_comm_stream=True needs a previous_event",
+        gpu_only=True,
+    ),
+]
 
 MEMBERS = [
-    BadInput("destroyed layout", lambda b: b.destroyed.get_dispatch_layout(b.idx, 8), RuntimeError, r"destroyed"),
-    BadInput("destroyed view", lambda b: b.destroyed.get_local_buffer_tensor(torch.int8), RuntimeError, r"destroyed"),
+    BadInput(
+        "destroyed layout",
+        lambda b: b.destroyed.get_dispatch_layout(b.idx, 8),
+        RuntimeError,
+        r"destroyed",
+    ),
+    BadInput(
+        "destroyed view",
+        lambda b: b.destroyed.get_local_buffer_tensor(torch.int8),
+        RuntimeError,
+        r"destroyed",
+    ),
     BadInput("destroyed reset", lambda b: b.destroyed.reset(), RuntimeError, r"destroyed"),
     BadInput("destroyed warmup", lambda b: b.destroyed.warmup(1024), RuntimeError, r"destroyed"),
     BadInput("destroyed check", lambda b: b.destroyed.check_fault(), RuntimeError, r"destroyed"),
-    BadInput("destroyed twice", lambda b: b.destroyed.destroy(), AssertionError, r"destroyed already"),
-    BadInput("view offset", lambda b: b.buffer.get_local_buffer_tensor(torch.int32, offset=2), ValueError,
-             r"offset is 2 bytes.*multiple of 4"),
-    BadInput("view negative", lambda b: b.buffer.get_local_buffer_tensor(torch.int8, offset=-1), ValueError,
-             r"offset is -1 bytes"),
-    BadInput("view behind", lambda b: b.buffer.get_local_buffer_tensor(torch.int8, offset=b.buffer.num_nvl_bytes + 1),
-             ValueError, r"offset is \d+ bytes.*up to \d+"),
-    BadInput("view size", lambda b: b.buffer.get_local_buffer_tensor(torch.int8, torch.Size((1 << 16, 1 << 16))),
-             ValueError, r"size \(65536, 65536\) has 4294967296 elements.*only \d+ are there"),
-    BadInput("view of rdma", lambda b: b.buffer.get_local_buffer_tensor(torch.int8, torch.Size((1,)), 0, True),
-             ValueError, r"size \(1,\) has 1 elements.*only 0"),
-]  # fmt: skip
+    BadInput(
+        "destroyed twice", lambda b: b.destroyed.destroy(), AssertionError, r"destroyed already"
+    ),
+    BadInput(
+        "view offset",
+        lambda b: b.buffer.get_local_buffer_tensor(torch.int32, offset=2),
+        ValueError,
+        r"offset is 2 bytes.*multiple of 4",
+    ),
+    BadInput(
+        "view negative",
+        lambda b: b.buffer.get_local_buffer_tensor(torch.int8, offset=-1),
+        ValueError,
+        r"offset is -1 bytes",
+    ),
+    BadInput(
+        "view behind",
+        lambda b: b.buffer.get_local_buffer_tensor(torch.int8, offset=b.buffer.num_nvl_bytes + 1),
+        ValueError,
+        r"offset is \d+ bytes.*up to \d+",
+    ),
+    BadInput(
+        "view size",
+        lambda b: b.buffer.get_local_buffer_tensor(torch.int8, torch.Size((1 << 16, 1 << 16))),
+        ValueError,
+        r"size \(65536, 65536\) has 4294967296 elements.*only \d+ are there",
+    ),
+    BadInput(
+        "view of rdma",
+        lambda b: b.buffer.get_local_buffer_tensor(torch.int8, torch.Size((1,)), 0, True),
+        ValueError,
+        r"size \(1,\) has 1 elements.*only 0",
+    ),
+]
 
 
 def _fp8(bench: Bench) -> torch.Tensor:
@@ -386,7 +901,8 @@ def _fp8(bench: Bench) -> torch.Tensor:
 
 def _named(group: str, cases: list[BadInput]) -> list[BadInput]:
     return [
-        BadInput(f"{group}: {case.name}", case.call, case.error, case.says, case.gpu_only) for case in cases
+        BadInput(f"{group}: {case.name}", case.call, case.error, case.says, case.gpu_only)
+        for case in cases
     ]
 
 

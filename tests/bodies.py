@@ -1,7 +1,7 @@
-"""What the ranks of a test do, one process each; shared by the CPU backend (tests/cpu) and real GPUs (tests/dist).
+"""What the ranks of a test do, one process each: on the CPU (tests/cpu) and on GPUs (tests/dist).
 
-Every body is called as ``body(group, environ, ...)`` by `tests.launch.run`. The environment goes as an argument: the
-processes come from a fork server, which has that of the time when it started.
+Every body is called as ``body(group, environ, ...)`` by `tests.launch.run`. The environment goes as
+an argument: the processes come from a fork server, which has that of the time when it started.
 """
 
 from __future__ import annotations
@@ -53,9 +53,13 @@ def synchronize(buffer: Buffer) -> None:
 
 
 def random_rounds(
-    group: dist.ProcessGroup, environ: Mapping[str, str], num_rounds: int, max_tokens: int, num_sms: int = 12
+    group: dist.ProcessGroup,
+    environ: Mapping[str, str],
+    num_rounds: int,
+    max_tokens: int,
+    num_sms: int = 12,
 ) -> int:
-    """Rounds that differ in everything, on two buffers in turn, with a rank that is late now and then.
+    """Rounds that differ in everything, on two buffers in turn, with a rank late now and then.
 
     Returns:
         Rounds that were compared.
@@ -78,7 +82,10 @@ def random_rounds(
 
 
 def shapes(
-    group: dist.ProcessGroup, environ: Mapping[str, str], sizes: tuple[tuple[int, int], ...], tokens: int
+    group: dist.ProcessGroup,
+    environ: Mapping[str, str],
+    sizes: tuple[tuple[int, int], ...],
+    tokens: int,
 ) -> None:
     """Rows of real models: (hidden, experts); bfloat16, and FP8 with column-major scales."""
     set_up(group, environ)
@@ -86,9 +93,14 @@ def shapes(
     num_ranks = group.size()
     for seed, (hidden, num_experts) in enumerate(sizes):
         case = Round(
-            num_tokens=(tokens,) * num_ranks, hidden=hidden, num_experts=-(-num_experts // num_ranks) * num_ranks,
-            num_topk=8, seed=seed, num_sms=20, num_biases=1,
-        )  # fmt: skip
+            num_tokens=(tokens,) * num_ranks,
+            hidden=hidden,
+            num_experts=-(-num_experts // num_ranks) * num_ranks,
+            num_topk=8,
+            seed=seed,
+            num_sms=20,
+            num_biases=1,
+        )
         if hidden >= 16:  # half of it is the cached payload
             check_round(buffer, case)
         if hidden >= 128:
@@ -97,7 +109,11 @@ def shapes(
 
 
 def small_buffers(
-    group: dist.ProcessGroup, environ: Mapping[str, str], num_rows: int, tokens: int, num_rounds: int = 6
+    group: dist.ProcessGroup,
+    environ: Mapping[str, str],
+    num_rows: int,
+    tokens: int,
+    num_rounds: int = 6,
 ) -> None:
     """A buffer of a few rows for each rank: hundreds of windows, and nothing gets stuck."""
     set_up(group, environ)
@@ -108,22 +124,28 @@ def small_buffers(
         check_round(
             buffer,
             Round(
-                num_tokens=tuple(rng.choice((0, 3, tokens)) for _ in range(num_ranks)), hidden=256,
-                num_experts=num_ranks * 2, num_topk=2, seed=seed, kind=rng.choice(ROUTING_KINDS),
+                num_tokens=tuple(rng.choice((0, 3, tokens)) for _ in range(num_ranks)),
+                hidden=256,
+                num_experts=num_ranks * 2,
+                num_topk=2,
+                seed=seed,
+                kind=rng.choice(ROUTING_KINDS),
                 num_sms=2 * (1 + seed % 2),
             ),
-        )  # fmt: skip
+        )
     buffer.destroy()
 
 
 def replaced(group: dist.ProcessGroup, environ: Mapping[str, str]) -> None:
-    """A bigger buffer is made while the old one lives, and the old one goes with its last reference."""
+    """A bigger buffer is made while the old one lives; that goes with its last reference."""
     set_up(group, environ)
     ranks = group.size()
     buffer = Buffer(group, MB)
     check_round(buffer, Round(num_tokens=(40,) * ranks, num_experts=2 * ranks, seed=3))
     for seed in range(4, 8):
-        buffer = Buffer(group, 2 * buffer.num_nvl_bytes)  # the old one dies after the new one is there
+        buffer = Buffer(
+            group, 2 * buffer.num_nvl_bytes
+        )  # the old one dies after the new one is there
         check_round(buffer, Round(num_tokens=(50,) * ranks, num_experts=2 * ranks, seed=seed))
 
 
@@ -171,7 +193,12 @@ class Prepared:
 
     def __init__(self, group: dist.ProcessGroup, timeout_seconds: float) -> None:
         self.case = Round(
-            num_tokens=(32,) * group.size(), hidden=256, num_experts=4 * group.size(), seed=1, num_sms=4, kind="balanced"
+            num_tokens=(32,) * group.size(),
+            hidden=256,
+            num_experts=4 * group.size(),
+            seed=1,
+            num_sms=4,
+            kind="balanced",
         )
         self.buffer = make_buffer(group, timeout_seconds=timeout_seconds)
         check_round(self.buffer, self.case)
@@ -179,12 +206,21 @@ class Prepared:
         self.config = Config(4)
         self.x = to_device(own.x, self.buffer.device)
         idx = to_device(own.topk_idx, self.buffer.device)
-        per_rank, _, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(idx, self.case.num_experts)
+        per_rank, _, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(
+            idx, self.case.num_experts
+        )
         self.layout = {
-            "num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank, "num_tokens_per_expert": per_expert
-        }  # fmt: skip
-        self.recv_x, _, _, _, self.handle, _ = self.buffer.dispatch(self.x, config=self.config, **self.layout)
-        synchronize(self.buffer)
+            "num_tokens_per_rank": per_rank,
+            "is_token_in_rank": in_rank,
+            "num_tokens_per_expert": per_expert,
+        }
+        self.recv_x, _, _, _, self.handle, _ = self.buffer.dispatch(
+            self.x, config=self.config, **self.layout
+        )
+        for op in ("notify", "dispatch", "combine"):
+            self.call(
+                op
+            )  # all are compiled then: the first call of a kind meets the peers on the host
 
     def call(self, op: str) -> None:
         """One operation, to its end on the device; what went wrong there is raised."""
@@ -198,8 +234,10 @@ class Prepared:
         self.buffer.check_fault()
 
 
-def expect_error(prepared: Prepared, op: str, absent: int, limit_seconds: float) -> CommunicationError:
-    """Calls `op` without the rank `absent`: the error names it, in time, and the device still computes."""
+def expect_error(
+    prepared: Prepared, op: str, absent: int, limit_seconds: float
+) -> CommunicationError:
+    """Calls `op` without rank `absent`: the error names it, in time, and the device computes."""
     buffer = prepared.buffer
     on_gpu = buffer.device.type == "cuda"
     start = time.monotonic()
@@ -221,7 +259,9 @@ def expect_error(prepared: Prepared, op: str, absent: int, limit_seconds: float)
     return error
 
 
-def withheld(group: dist.ProcessGroup, environ: Mapping[str, str], op: str, absent: int, seconds: float) -> str | None:
+def withheld(
+    group: dist.ProcessGroup, environ: Mapping[str, str], op: str, absent: int, seconds: float
+) -> str | None:
     """A rank that does not come: the others name it, and all work again after reset().
 
     Returns:
@@ -247,12 +287,15 @@ def withheld(group: dist.ProcessGroup, environ: Mapping[str, str], op: str, abse
     return text
 
 
-def killed(group: dist.ProcessGroup, environ: Mapping[str, str], op: str, victim: int, seconds: float) -> None:
+def killed(
+    group: dist.ProcessGroup, environ: Mapping[str, str], op: str, victim: int, seconds: float
+) -> None:
     """A rank dies: the others name it, compute on, free the buffer and end."""
     on_gpu = set_up(group, environ)
     prepared = Prepared(group, seconds)
     dist.barrier(group)
     if group.rank() == victim:
+        time.sleep(0.5)  # the others have surely left the barrier
         os.kill(os.getpid(), signal.SIGKILL)
     if not on_gpu:
         os.environ["EPJIT_TIMEOUT_SECONDS"] = str(seconds)
@@ -264,8 +307,14 @@ def killed(group: dist.ProcessGroup, environ: Mapping[str, str], op: str, victim
         assert float(torch.ones(1000, dtype=torch.float32, device="cuda").sum()) == 1000
 
 
-def graph(group: dist.ProcessGroup, environ: Mapping[str, str], num_replays: int, tokens: int, num_sms: int) -> int:
-    """One capture of layout, dispatch, cached dispatch and combine; replays with changed inputs, eager calls between.
+def graph(
+    group: dist.ProcessGroup,
+    environ: Mapping[str, str],
+    num_replays: int,
+    tokens: int,
+    num_sms: int,
+) -> int:
+    """One capture of all operations; replays with changed inputs, eager calls between.
 
     Without a GPU the same step runs eagerly each time.
 
@@ -284,25 +333,44 @@ def graph(group: dist.ProcessGroup, environ: Mapping[str, str], num_replays: int
     def step() -> tuple[torch.Tensor, ...]:
         per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, experts)
         recv_x, recv_idx, recv_weights, _, handle, _ = buffer.dispatch(
-            x, num_tokens_per_rank=per_rank, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert,
-            topk_idx=idx, topk_weights=weights, num_worst_tokens=worst, config=config,
-        )  # fmt: skip
+            x,
+            num_tokens_per_rank=per_rank,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            topk_idx=idx,
+            topk_weights=weights,
+            num_worst_tokens=worst,
+            config=config,
+        )
         cached, *_ = buffer.dispatch(x, handle=handle, config=config)
-        combined, combined_weights, _ = buffer.combine(recv_x, handle, topk_weights=recv_weights, config=config)
+        combined, combined_weights, _ = buffer.combine(
+            recv_x, handle, topk_weights=recv_weights, config=config
+        )
         return recv_x, recv_idx, cached, combined, combined_weights
 
     def load(seed: int) -> list[reference.RankInput]:
         world = make_world(
-            Round(num_tokens=(tokens,) * num_ranks, hidden=hidden, num_experts=experts, num_topk=topk,
-                  kind=ROUTING_KINDS[seed % len(ROUTING_KINDS)], seed=seed)
-        )  # fmt: skip
+            Round(
+                num_tokens=(tokens,) * num_ranks,
+                hidden=hidden,
+                num_experts=experts,
+                num_topk=topk,
+                kind=ROUTING_KINDS[seed % len(ROUTING_KINDS)],
+                seed=seed,
+            )
+        )
         x.copy_(world[rank].x)
         idx.copy_(world[rank].topk_idx)
         weights.copy_(world[rank].topk_weights)
         return world
 
-    def compare(outputs: tuple[torch.Tensor, ...], seed: int, world: list[reference.RankInput]) -> None:
-        want = [reference.dispatch(world, r, num_experts=experts, num_worst_tokens=worst) for r in range(num_ranks)]
+    def compare(
+        outputs: tuple[torch.Tensor, ...], seed: int, world: list[reference.RankInput]
+    ) -> None:
+        want = [
+            reference.dispatch(world, r, num_experts=experts, num_worst_tokens=worst)
+            for r in range(num_ranks)
+        ]
         rows = int(want[rank].handle[0][-1, rank])
         recv_x, recv_idx, cached, combined, combined_weights = outputs
         prefix = f"rank {rank}, replay {seed}"
@@ -310,9 +378,11 @@ def graph(group: dist.ProcessGroup, environ: Mapping[str, str], num_replays: int
         assert_rows_equal(recv_idx, want[rank].recv_topk_idx, f"{prefix}: recv_topk_idx")
         assert_rows_equal(cached[:rows], want[rank].recv_x[:rows], f"{prefix}: cached recv_x")
         want_x, want_weights = reference.combine(
-            [each.recv_x for each in want], [each.handle for each in want], rank,
+            [each.recv_x for each in want],
+            [each.handle for each in want],
+            rank,
             [each.recv_topk_weights for each in want],
-        )  # fmt: skip
+        )
         assert_rows_equal(combined, want_x, f"{prefix}: combined_x")
         assert_rows_equal(combined_weights, want_weights, f"{prefix}: combined_topk_weights")
 
@@ -323,7 +393,9 @@ def graph(group: dist.ProcessGroup, environ: Mapping[str, str], num_replays: int
         if on_gpu:
             captured = torch.cuda.CUDAGraph()
             torch.cuda.synchronize()
-            with torch.cuda.graph(captured, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+            with torch.cuda.graph(
+                captured, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+            ):
                 outputs = step()
         for seed in range(1, num_replays):
             world = load(seed)

@@ -71,9 +71,9 @@ def decode(words: list[int]) -> CommunicationError:
     _, tag, rank, peer, index, expected, seen, epoch = words
     op, text = tags().get(tag, (f"wait {tag}", "an unknown wait"))
     return CommunicationError(
-        f"{op} timed out: rank {rank} waits for rank {peer} ({text}, index {index}): expected "
-        f"{_number(expected)}, seen {_number(seen)}, epoch {epoch}. Either rank {peer} failed or "
-        f"did not make the same call, or it needs more time than {env.timeout_seconds.name} gives",
+        f"{op} timed out: rank {rank} waits for rank {peer} ({text} {index}): expected "
+        f"{_stamp(expected)}, seen {_stamp(seen)}. Either rank {peer} failed or did not make the "
+        f"same call, or it needs more time than {env.timeout_seconds.name} gives",
         op=op,
         rank=rank,
         peer=peer,
@@ -96,6 +96,7 @@ def _parse_tags(text: str) -> dict[int, tuple[str, str]]:
     return {int(value): (op.strip(), what.strip()) for value, op, what in lines}
 
 
-def _number(value: int) -> str:
-    """Large numbers are packed from several: hexadecimal shows the parts."""
-    return str(value) if 0 <= value < 1 << 32 else f"0x{value & (1 << 64) - 1:016x}"
+def _stamp(value: int) -> str:
+    """Every signal and word holds the epoch in its upper half."""
+    epoch, rest = value >> 32 & 0xFFFFFFFF, value & 0xFFFFFFFF
+    return f"epoch {epoch}" + (f" ({rest:#x})" if rest else "")

@@ -1,4 +1,4 @@
-"""Every precondition raises the documented error, names the value and the remedy, and nothing communicates."""
+"""Every precondition: the error names the value and the remedy, and nothing communicates."""
 
 from __future__ import annotations
 
@@ -7,7 +7,16 @@ from typing import Any
 import pytest
 
 from epjit import Buffer
-from tests.bad_input import CASES, NUM_RANKS, BadInput, Bench, ReachedError, StubComm, Unreachable, verify
+from tests.bad_input import (
+    CASES,
+    NUM_RANKS,
+    BadInput,
+    Bench,
+    ReachedError,
+    StubComm,
+    Unreachable,
+    verify,
+)
 
 
 @pytest.fixture(autouse=True)

@@ -1,12 +1,12 @@
-"""`Buffer`, `Config` and the events on the CPU backend: ranks that are processes, threads, or this thread alone."""
+"""`Buffer`, `Config` and events on the CPU backend; ranks are processes, threads, or one alone."""
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -50,11 +50,11 @@ def alone(num_nvl_bytes: int = 1024, **options: Any) -> Buffer:
     return Buffer(None, num_nvl_bytes, comm=Alone(), **options)
 
 
-# ---- members ---------------------------------------------------------------------------------------------
+# ---- members ---------------------------------------------------------------------------
 
 
 def test_attributes_echo_the_arguments() -> None:
-    """Callers compare them with what they want and would make buffers for ever if they were rounded."""
+    """Callers compare them with what they need: rounded ones would have buffers made for ever."""
     comm = Alone()
     for size in (0, 128, int(1e9), 640):
         buffer = Buffer(None, size, 0, comm=comm, explicitly_destroy=size == 0)
@@ -66,7 +66,11 @@ def test_attributes_echo_the_arguments() -> None:
         runtime = buffer.runtime
         assert runtime is not None
         assert runtime.is_available()
-        assert (runtime.get_num_rdma_ranks(), runtime.get_rdma_rank(), runtime.get_root_rdma_rank(True)) == (1, 0, 0)
+        assert (
+            runtime.get_num_rdma_ranks(),
+            runtime.get_rdma_rank(),
+            runtime.get_root_rdma_rank(True),
+        ) == (1, 0, 0)
         assert runtime.get_local_device_id() == -1
         if buffer.explicitly_destroy:
             buffer.destroy()
@@ -75,10 +79,18 @@ def test_attributes_echo_the_arguments() -> None:
 
 def test_v1_keywords_are_accepted() -> None:
     buffer = Buffer(
-        group=None, num_nvl_bytes=128, num_rdma_bytes=0, low_latency_mode=False, num_qps_per_rank=12,
-        allow_nvlink_for_low_latency_mode=False, allow_mnnvl=True, use_fabric=True, explicitly_destroy=False,
-        enable_shrink=False, comm=Alone(),
-    )  # fmt: skip
+        group=None,
+        num_nvl_bytes=128,
+        num_rdma_bytes=0,
+        low_latency_mode=False,
+        num_qps_per_rank=12,
+        allow_nvlink_for_low_latency_mode=False,
+        allow_mnnvl=True,
+        use_fabric=True,
+        explicitly_destroy=False,
+        enable_shrink=False,
+        comm=Alone(),
+    )
     assert buffer.runtime is not None
 
 
@@ -129,21 +141,31 @@ def test_capture_and_events() -> None:
 def test_event_is_none_unless_asynchronous() -> None:
     """TRT-LLM asserts it, vLLM branches on it; an EventOverlap(None) counts as no event."""
     buffer = alone()
-    idx, weights = routing("random", num_tokens=5, num_experts=4, num_topk=2, num_ranks=1, seed=0), topk_weights(
-        5, 2, seed=0
+    idx, weights = (
+        routing("random", num_tokens=5, num_experts=4, num_topk=2, num_ranks=1, seed=0),
+        topk_weights(5, 2, seed=0),
     )
     x = payload(0, 5, 32, torch.bfloat16)
     for flag in (False, True):
         flags: dict[str, Any] = {"async_finish": flag, "previous_event": EventOverlap(None)}
         if flag:
-            flags = {"async_finish": True, "previous_event": Buffer.capture(), "allocate_on_comm_stream": True}
+            flags = {
+                "async_finish": True,
+                "previous_event": Buffer.capture(),
+                "allocate_on_comm_stream": True,
+            }
         per_rank, none, per_expert, in_rank, event = buffer.get_dispatch_layout(idx, 4, **flags)
         assert none is None
         events = [event]
         recv_x, _, recv_weights, _, handle, event = buffer.dispatch(
-            x, num_tokens_per_rank=per_rank, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert,
-            topk_idx=idx, topk_weights=weights, **flags,
-        )  # fmt: skip
+            x,
+            num_tokens_per_rank=per_rank,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            topk_idx=idx,
+            topk_weights=weights,
+            **flags,
+        )
         events.append(event)
         *nothing, event = buffer.dispatch(x, handle=handle, **flags)
         assert nothing[1:] == [None, None, None, None]
@@ -178,7 +200,7 @@ def test_get_local_buffer_tensor() -> None:
         buffer.get_local_buffer_tensor(torch.int16, offset=3)
     with pytest.raises(ValueError, match="offset is 1032"):
         buffer.get_local_buffer_tensor(torch.int64, offset=1032)
-    with pytest.raises(ValueError, match="257 elements.*only 256"):
+    with pytest.raises(ValueError, match=r"257 elements.*only 256"):
         buffer.get_local_buffer_tensor(torch.float32, torch.Size((257,)))
 
 
@@ -194,32 +216,40 @@ def test_destroy() -> None:
         buffer.get_local_buffer_tensor(torch.int8)
 
 
-def test_a_buffer_that_is_never_destroyed_says_so() -> None:
-    buffer = alone(explicitly_destroy=True)
+def test_the_last_reference_frees_and_warns() -> None:
+    """At once, without the cyclic collector: device memory must not wait for that."""
+    gone = weakref.ref(alone())
+    assert gone() is None
+    buffers = [alone(explicitly_destroy=True)]
     with pytest.warns(ResourceWarning, match="never destroyed"):
-        del buffer
-        gc.collect()
+        buffers.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        buffer = alone()
-        del buffer
-        gc.collect()
+        buffers.append(alone())
+        buffers.clear()
 
 
-# ---- Config ----------------------------------------------------------------------------------------------
+# ---- Config ----------------------------------------------------------------------------
 
 
 def test_config_forms() -> None:
     """Positional with 3 and 5 arguments, keywords (SGLang makes it from JSON), defaults."""
     assert Config() == Config(20, 6, 256, 6, 256)
-    assert Config(20, 6, 256) == Config(num_sms=20, num_max_nvl_chunked_send_tokens=6, num_max_nvl_chunked_recv_tokens=256)
+    assert Config(20, 6, 256) == Config(
+        num_sms=20, num_max_nvl_chunked_send_tokens=6, num_max_nvl_chunked_recv_tokens=256
+    )
     assert Config(24, 8, 128, 4, 16).num_max_rdma_chunked_recv_tokens == 16
     from_json = {
-        "num_sms": 24, "num_max_nvl_chunked_send_tokens": 8, "num_max_nvl_chunked_recv_tokens": 128,
-        "num_max_rdma_chunked_send_tokens": 5, "num_max_rdma_chunked_recv_tokens": 128,
-    }  # fmt: skip
+        "num_sms": 24,
+        "num_max_nvl_chunked_send_tokens": 8,
+        "num_max_nvl_chunked_recv_tokens": 128,
+        "num_max_rdma_chunked_send_tokens": 5,
+        "num_max_rdma_chunked_recv_tokens": 128,
+    }
     assert Config(**from_json) == Config(24, 8, 128, 5, 128)
-    assert Config(**from_json).num_max_rdma_chunked_recv_tokens == 130  # a multiple of the send chunk
+    assert (
+        Config(**from_json).num_max_rdma_chunked_recv_tokens == 130
+    )  # a multiple of the send chunk
     assert Config(0).num_sms == 0
     assert Config(21).num_sms == 21  # an operation refuses it, not the constructor
 
@@ -243,34 +273,49 @@ def test_hints_are_multiples_monotone_and_accepted() -> None:
         assert hint > previous
         previous = hint
     by_ranks = [Config().get_nvl_buffer_size_hint(14336, num_ranks) for num_ranks in range(1, 9)]
-    by_sms = [Config(num_sms).get_nvl_buffer_size_hint(14336, 4) for num_sms in (0, 4, 8, 20, 24, 132)]
-    by_chunk = [Config(20, 6, chunk).get_nvl_buffer_size_hint(14336, 4) for chunk in (7, 32, 256, 512)]
+    by_sms = [
+        Config(num_sms).get_nvl_buffer_size_hint(14336, 4) for num_sms in (0, 4, 8, 20, 24, 132)
+    ]
+    by_chunk = [
+        Config(20, 6, chunk).get_nvl_buffer_size_hint(14336, 4) for chunk in (7, 32, 256, 512)
+    ]
     for values in (by_ranks, by_sms, by_chunk):
         assert values == sorted(set(values))
     for num_ranks in range(1, 9):
         assert Config().get_rdma_buffer_size_hint(14336, num_ranks) == 0
     for config in (Buffer.get_dispatch_config(8), Buffer.get_combine_config(8)):
         size = config.get_nvl_buffer_size_hint(2048, 8)
-        assert alone(size, num_rdma_bytes=config.get_rdma_buffer_size_hint(2048, 8)).num_nvl_bytes == size
+        assert (
+            alone(size, num_rdma_bytes=config.get_rdma_buffer_size_hint(2048, 8)).num_nvl_bytes
+            == size
+        )
 
 
 def test_topk_idx_t() -> None:
-    assert epjit.topk_idx_t == (torch.int32 if os.environ.get("TOPK_IDX_BITS") == "32" else torch.int64)
+    assert epjit.topk_idx_t == (
+        torch.int32 if os.environ.get("TOPK_IDX_BITS") == "32" else torch.int64
+    )
 
 
-# ---- operations ------------------------------------------------------------------------------------------
+# ---- operations ------------------------------------------------------------------------
 
 
 class RoundTrip(torch.autograd.Function):
     """Dispatch whose backward is a combine with the handle that autograd kept."""
 
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor, buffer: Buffer) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor, buffer: Buffer
+    ) -> torch.Tensor:
         per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, 2 * buffer.group_size)
         recv_x, _, _, _, handle, _ = buffer.dispatch(
-            x, num_tokens_per_rank=per_rank, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert,
-            topk_idx=idx, topk_weights=weights,
-        )  # fmt: skip
+            x,
+            num_tokens_per_rank=per_rank,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            topk_idx=idx,
+            topk_weights=weights,
+        )
         ctx.buffer = buffer
         ctx.save_for_backward(*handle)
         return recv_x
@@ -288,14 +333,22 @@ def autograd_rank(comm: Any) -> None:
     buffer = Buffer(None, 1024, comm=comm)
     leaves = []
     for layer in range(3):  # several handles alive, used in reverse
-        idx = routing("holes", num_tokens=7, num_experts=2 * buffer.group_size, num_topk=2,
-                      num_ranks=buffer.group_size, seed=10 * layer + buffer.rank)  # fmt: skip
+        idx = routing(
+            "holes",
+            num_tokens=7,
+            num_experts=2 * buffer.group_size,
+            num_topk=2,
+            num_ranks=buffer.group_size,
+            seed=10 * layer + buffer.rank,
+        )
         x = payload(buffer.rank, 7, 16, torch.bfloat16).requires_grad_()
         leaves.append((x, idx, RoundTrip.apply(x, idx, topk_weights(7, 2, seed=layer), buffer)))
     for x, idx, out in reversed(leaves):
         out.backward(torch.ones_like(out))
         ranks = [{value // 2 for value in row if value >= 0} for row in idx.tolist()]
-        want = torch.tensor([[len(each)] * 16 for each in ranks], dtype=torch.bfloat16, device="cpu")
+        want = torch.tensor(
+            [[len(each)] * 16 for each in ranks], dtype=torch.bfloat16, device="cpu"
+        )
         assert_rows_equal(x.grad, want, f"rank {buffer.rank}: gradient")
 
 
@@ -325,7 +378,14 @@ def no_tokens(comm: Any) -> None:
     for fp8 in (None, "column_major"):
         for worst in (False, True):
             check_round(
-                buffer, Round(num_tokens=(0,) * buffer.group_size, num_experts=12, num_biases=2, fp8=fp8, worst=worst)
+                buffer,
+                Round(
+                    num_tokens=(0,) * buffer.group_size,
+                    num_experts=12,
+                    num_biases=2,
+                    fp8=fp8,
+                    worst=worst,
+                ),
             )
 
 
@@ -334,12 +394,14 @@ def test_no_tokens_anywhere(num_ranks: int) -> None:
     launch.run_threads(no_tokens, num_ranks)
 
 
-# ---- processes -------------------------------------------------------------------------------------------
+# ---- processes -------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(("num_ranks", "num_rounds"), [(1, 30), (2, 30), (3, 30), (4, 10)])
 def test_random_rounds_of_processes(num_ranks: int, num_rounds: int) -> None:
-    assert launch.run(bodies.random_rounds, num_ranks, CPU, num_rounds, 24) == [num_rounds] * num_ranks
+    assert (
+        launch.run(bodies.random_rounds, num_ranks, CPU, num_rounds, 24) == [num_rounds] * num_ranks
+    )
 
 
 def gloo_attributes(group: dist.ProcessGroup) -> tuple[int, int]:
@@ -363,7 +425,9 @@ def test_buffers_come_and_go() -> None:
 
 
 @pytest.mark.parametrize(("num_ranks", "victim", "op"), [(3, 2, "dispatch"), (3, 0, "combine")])
-def test_killed_process(num_ranks: int, victim: int, op: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_killed_process(
+    num_ranks: int, victim: int, op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Rank 0 hosts what the others meet in, so it is a case of its own."""
     monkeypatch.setattr(launch, "_GRACE_SECONDS", 20.0)  # the survivors still have something to say
     with pytest.raises(launch.RankFailedError) as caught:

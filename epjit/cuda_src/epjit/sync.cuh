@@ -1,9 +1,10 @@
 // The only place that waits, and what a rank tells its peers.
 //
 // Every rank owns, in symmetric memory, outside what users may write:
-//   signals [32] u64   0..7   finish[peer]            epoch of the last operation that the peer has finished
+//   signals [40] u64   0..7   finish[peer]            epoch of the last operation that the peer has finished
 //                      8..23  done[peer][window & 1]  (epoch, window + 1): the peer has used up that window's slots
 //                      24..31 notify[peer]            epoch of the last notify whose counts the peer has written
+//                      32..39 entered[peer]           epoch of the last operation that the peer has started
 //   words   [num_ranks, num_slots] u64                one a (source rank, slot): what lies in the slot
 //   notify  [num_ranks, notify_stride] i32            counts, written by notify.cu
 // One writer each, values only grow (or are compared for equality), so nothing is ever reset.
@@ -16,7 +17,8 @@
 // overwrites the slots of window w - 2, so its writer first waits for done(w - 2) of all that read those.
 //
 // A wait that runs out of time does not trap: it writes one fault record to host memory, raises the rank's abort word,
-// and from then on every wait of this rank fails. A failed wait makes its warp leave for the end of the kernel.
+// and from then on every wait of this rank fails. A failed wait makes its warp leave for the end of the kernel. The record
+// names the peer that never started the operation, if there is one: ranks that wait for it make others wait in turn.
 #pragma once
 #include "epjit/ptx.cuh"
 
@@ -24,28 +26,80 @@ namespace epjit {
 
 // What a fault record calls the wait. Python reads these lines: "name = value,  // operation: text".
 enum WaitTag : int32_t {
-  kWaitNotifyEntry = 1,      // notify: end of the peer's previous operation
-  kWaitNotifyCounts = 2,     // notify: counts
-  kWaitDispatchEntry = 3,    // dispatch: end of the peer's previous operation
-  kWaitDispatchWindow = 4,   // dispatch: slots that the peer still reads
-  kWaitDispatchToken = 5,    // dispatch: a token
-  kWaitCombineEntry = 6,     // combine: end of the peer's previous operation
-  kWaitCombineWindow = 7,    // combine: slots that the peer still reads
-  kWaitCombineToken = 8,     // combine: a token
+  kWaitNotifyStart = 1,     // notify: its start
+  kWaitNotifyEntry = 2,     // notify: the end of its previous operation
+  kWaitNotifyCounts = 3,    // notify: its counts
+  kWaitDispatchStart = 4,   // dispatch: its start
+  kWaitDispatchEntry = 5,   // dispatch: the end of its previous operation
+  kWaitDispatchWindow = 6,  // dispatch: slots that it still reads
+  kWaitDispatchToken = 7,   // dispatch: its token
+  kWaitCombineStart = 8,    // combine: its start
+  kWaitCombineEntry = 9,    // combine: the end of its previous operation
+  kWaitCombineWindow = 10,  // combine: slots that it still reads
+  kWaitCombineToken = 11,   // combine: the row of token
 };
+
+// ---- signals -------------------------------------------------------------------------------------------------------
+
+__device__ __forceinline__ uint64_t* finish_signal(uint64_t signals, int peer) {
+  return reinterpret_cast<uint64_t*>(signals) + peer;
+}
+
+__device__ __forceinline__ uint64_t* done_signal(uint64_t signals, int peer, int window) {
+  return reinterpret_cast<uint64_t*>(signals) + kMaxRanks + 2 * peer + (window & 1);
+}
+
+__device__ __forceinline__ uint64_t* notify_signal(uint64_t signals, int peer) {
+  return reinterpret_cast<uint64_t*>(signals) + 3 * kMaxRanks + peer;
+}
+
+__device__ __forceinline__ uint64_t* entered_signal(uint64_t signals, int peer) {
+  return reinterpret_cast<uint64_t*>(signals) + 4 * kMaxRanks + peer;
+}
+
+// Epochs and windows share one number; the epoch is its upper half.
+__device__ __forceinline__ uint64_t stamp(uint32_t epoch, uint32_t window) {
+  return static_cast<uint64_t>(epoch) << 32 | window;
+}
+
+// ---- waits ---------------------------------------------------------------------------------------------------------
 
 // Who waits; the same for a whole kernel.
 struct Waiter {
   uint64_t* fault;      // host memory, [8]: state, tag, rank, peer, index, expected, seen, epoch
   uint32_t* abort;      // local: not zero once a wait of this rank has failed
   uint64_t timeout_ns;  // of one wait
+  uint64_t signals;     // this rank's
   int32_t rank;
+  int32_t num_ranks;
   uint32_t epoch;
+  WaitTag start_tag;    // what a record calls a peer that never started
 };
+
+// From the parameters of a kernel; tells the peers that this rank has started the operation.
+template <int kNumRanks, typename Params>
+__device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start_tag) {
+  const Waiter waiter{p.fault, p.abort, p.timeout_ns, p.signals[p.rank], p.rank, kNumRanks, *p.epoch + 1,
+                      start_tag};
+  if (blockIdx.x == 0 && threadIdx.x < kNumRanks && threadIdx.x != p.rank)
+    ptx::st_relaxed_sys(entered_signal(p.signals[threadIdx.x], p.rank), stamp(waiter.epoch, 0));
+  return waiter;
+}
+
+// Signals only grow; the signed difference survives the wrap-around of the epoch.
+__device__ __forceinline__ bool has_reached(uint64_t signal, uint64_t expected) {
+  return static_cast<int64_t>(signal - expected) >= 0;
+}
 
 __device__ inline void report_fault(const Waiter& waiter, WaitTag tag, int peer, uint64_t index, uint64_t expected,
                                     uint64_t seen) {
   if (ptx::atom_cas_sys(waiter.abort, 0, 1) != 0) return;  // the first one speaks
+  for (int r = 0; r < waiter.num_ranks; ++r) {
+    const uint64_t entered = ptx::ld_acquire_sys(entered_signal(waiter.signals, r));
+    if (r == waiter.rank || has_reached(entered, stamp(waiter.epoch, 0))) continue;
+    tag = waiter.start_tag, peer = r, index = 0, expected = stamp(waiter.epoch, 0), seen = entered;
+    break;
+  }
   const uint64_t record[8] = {1,     static_cast<uint64_t>(tag), static_cast<uint64_t>(waiter.rank),
                               static_cast<uint64_t>(peer), index, expected, seen, waiter.epoch};
   for (int i = 1; i < 8; ++i) ptx::st_relaxed_sys(waiter.fault + i, record[i]);
@@ -72,12 +126,11 @@ __device__ __forceinline__ bool wait_until(const Waiter& waiter, WaitTag tag, in
   }
 }
 
-// Waits for a signal that only grows. The signed difference survives the epoch's wrap-around.
 __device__ __forceinline__ bool wait_signal(const Waiter& waiter, WaitTag tag, int peer, const uint64_t* signal,
                                             uint64_t expected) {
   uint64_t seen;
   return wait_until(waiter, tag, peer, 0, expected, signal, seen,
-                    [&](uint64_t value) { return static_cast<int64_t>(value - expected) >= 0; });
+                    [&](uint64_t value) { return has_reached(value, expected); });
 }
 
 // Waits for the bulk loads that complete on `bar`. They read mapped memory and need no peer to act, so there is nobody to
@@ -92,25 +145,6 @@ __device__ __forceinline__ bool all_lanes(bool ok) {
   ok = __all_sync(kFullMask, ok);
   __syncwarp();
   return ok;
-}
-
-// ---- signals -------------------------------------------------------------------------------------------------------
-
-__device__ __forceinline__ uint64_t* finish_signal(uint64_t signals, int peer) {
-  return reinterpret_cast<uint64_t*>(signals) + peer;
-}
-
-__device__ __forceinline__ uint64_t* done_signal(uint64_t signals, int peer, int window) {
-  return reinterpret_cast<uint64_t*>(signals) + kMaxRanks + 2 * peer + (window & 1);
-}
-
-__device__ __forceinline__ uint64_t* notify_signal(uint64_t signals, int peer) {
-  return reinterpret_cast<uint64_t*>(signals) + 3 * kMaxRanks + peer;
-}
-
-// Epochs and windows share one number; the epoch is its upper half.
-__device__ __forceinline__ uint64_t stamp(uint32_t epoch, uint32_t window) {
-  return static_cast<uint64_t>(epoch) << 32 | window;
 }
 
 // Lane r < num_ranks waits until rank r has finished the operation before this one. Called by a whole warp.

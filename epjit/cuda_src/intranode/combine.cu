@@ -85,7 +85,7 @@ class Combine {
       : p(params),
         warp(threadIdx.x / kWarpSize),
         lane(threadIdx.x % kWarpSize),
-        waiter{p.fault, p.abort, p.timeout_ns, p.rank, *p.epoch + 1} {}
+        waiter(start_operation<kRanks>(p, kWaitCombineStart)) {}
 
   __device__ void run() {
     // What an operation that failed was to write (rank_prefix, recv_src_idx) is garbage.
@@ -223,9 +223,7 @@ class Combine {
 
     const int part_vecs = align_up(ceil_div(kVecs, p.num_parts), kWarpSize);
     const int last = min(kVecs, (part + 1) * part_vecs);
-    // Up to 16 loads of 16 bytes in flight a thread: with eight, sums took longer than the links (330 us for 118 MB on
-    // 12 SMs).
-    constexpr int kUnroll = 16 / kRanks;
+    constexpr int kUnroll = 8 / kRanks;  // up to eight loads of 16 bytes in flight a thread; the rest is up to the warps
     for (int first = part * part_vecs + lane; first < last; first += kUnroll * kWarpSize) {
       Vec16 v[kUnroll][kRanks];
 #pragma unroll

@@ -14,15 +14,15 @@
 //   words[d]  [num_ranks, num_slots]    row (s, slot) of rank d is written by s: which token lies in the slot and its
 //                                       position among those that go to d, or that it does not (sync.cuh)
 //
-// Stage   wait until the slots are free; x -> slot, and x -> recv_x for own tokens; then the word of each token to each
-//         peer (release)
-// Pull    wait for the words of a run of tokens (acquire); slot of the source -> recv_x
+// Stage   (the first warps of a block)  wait until the slots are free; x -> slot, and x -> recv_x for own tokens; then the
+//                                       word of each token to each peer (release). Through registers: bulk copies of
+//                                       one SM go in order, and would queue behind those that the links hold up.
+// Pull    (the other warps)             wait for the words of a run of tokens (acquire); slot of the source -> recv_x
 //
-// Progress: a unit is a run of neighbouring tokens, to stage or to pull from one source. All warps draw units from one
-// counter, in ascending order of tokens, staging ahead of pulling by at most window_tokens - rows tokens. To stage token t
-// one waits for pulls of tokens before t - window_tokens, to pull token t for its staging at the source; both were drawn
-// before whatever is drawn for a later token, by warps that wait for still earlier ones only. By induction over tokens
-// everything moves, whatever the size of the buffer.
+// Progress: a unit is a run of neighbouring tokens. Staging warps take units in ascending order and only wait for peers
+// to have pulled window w - 2 before they write window w. Pulling warps draw units in ascending order of tokens, the same
+// for all sources, so whoever waits for window w has all earlier units drawn by a warp that needs nothing later. By
+// induction over windows everything moves, whatever the size of the buffer, as a unit spans at most two windows.
 //
 // Launch: any grid that is resident as a whole, dispatch_threads() threads. Graph-safe.
 #include "epjit/copy.cuh"
@@ -35,9 +35,10 @@ struct DispatchConfig {
   int32_t num_scales;       // 4-byte scales a token; 0 = none
   int32_t num_topk;         // 0 = none
   bool topk_is_int64;
-  bool tma;                 // rows move by bulk copies, else through registers
+  bool tma;                 // rows are pulled by bulk copies, else through registers
   int32_t num_warps;
-  int32_t rows_per_warp;    // rows of a warp in shared memory
+  int32_t num_stage_warps;  // of num_warps
+  int32_t rows_per_warp;    // rows of a pulling warp in shared memory
 };
 
 struct DispatchParams {
@@ -73,7 +74,7 @@ struct DispatchParams {
 constexpr int dispatch_threads(DispatchConfig cfg) { return cfg.num_warps * kWarpSize; }
 
 constexpr int dispatch_shared_bytes(DispatchConfig cfg) {
-  return copier_shared_bytes(cfg.tma, cfg.num_warps, cfg.rows_per_warp, cfg.hidden_bytes);
+  return copier_shared_bytes(cfg.tma, cfg.num_warps - cfg.num_stage_warps, cfg.rows_per_warp, cfg.hidden_bytes);
 }
 
 constexpr int dispatch_slot_bytes(DispatchConfig cfg) {
@@ -90,22 +91,24 @@ class Dispatch {
   static constexpr int kSlotBytes = dispatch_slot_bytes(kCfg);
   static_assert(kRanks >= 1 && kRanks <= kMaxRanks);
   static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
-  using Copier = RowCopier<kCfg.tma, kCfg.num_warps, kRows, kCfg.hidden_bytes>;
+  static constexpr int kPullWarps = kCfg.num_warps - kCfg.num_stage_warps;
+  static_assert(kCfg.num_stage_warps >= 1 && kPullWarps >= (kRanks > 1 ? 1 : 0));
 
  public:
   __device__ Dispatch(const DispatchParams& params)
       : p(params),
         warp(threadIdx.x / kWarpSize),
         lane(threadIdx.x % kWarpSize),
-        waiter{p.fault, p.abort, p.timeout_ns, p.rank, *p.epoch + 1},
-        copier(ptx::dynamic_shared(), warp, lane) {}
+        waiter(start_operation<kRanks>(p, kWaitDispatchStart)) {}
 
   __device__ void run() {
     // What an operation that failed was to write (rank_prefix, send_head) is garbage.
     if (__all_sync(kFullMask, ptx::ld_relaxed_gpu(p.abort) == 0)) {
       fill_unused_rows();
-      if (enter<kRanks>(waiter, kWaitDispatchEntry, p.signals[p.rank], lane)) work();
-      copier.flush();
+      if (warp < kCfg.num_stage_warps)
+        stage();
+      else if constexpr (kRanks > 1)
+        pull();
     }
     finish_operation<kRanks>(waiter, p.signals, p.counters, 2 + 2 * kRanks, p.epoch);
   }
@@ -127,31 +130,9 @@ class Dispatch {
     return source == 0 ? 0 : p.rank_prefix[(source - 1) * kRanks + p.rank];
   }
 
-  // Units in the order in which they are drawn: first `lead` units to stage; then, run of tokens by run of tokens, one to
-  // stage and one of each source to pull. So staging keeps ahead of the links and costs them nothing, and all warps share
-  // both kinds of work.
-  __device__ void work() {
-    int most_tokens = 0;
-    for (int s = 0; s < kRanks; ++s) most_tokens = max(most_tokens, p.source_tokens[s]);
-    const int num_warps = gridDim.x * kCfg.num_warps;
-    const int rows = min(rows_per_unit<kRows>(most_tokens, num_warps / kRanks), window_tokens());
-    const uint32_t num_runs = ceil_div(most_tokens, rows);
-    // A pull of window w - 2 is drawn before anything is staged into window w: see the header.
-    const uint32_t lead = kRanks == 1 ? 0 : min(num_warps / 2, window_tokens() / rows - 1);
-
-    uint32_t unit = next_unit(p.counters + 1, lane);
-    while (unit < lead + num_runs * kRanks) {
-      const uint32_t next = next_unit(p.counters + 1, lane);  // drawn early: its latency hides behind the copy
-      const uint32_t run = unit < lead ? 0 : (unit - lead) / kRanks;
-      const int turn = unit < lead ? 0 : (unit - lead) % kRanks;
-      bool ok = true;
-      if (turn == 0)
-        ok = stage_unit((unit < lead ? unit : run + lead) * rows, rows);
-      else if constexpr (kRanks > 1)  // each rank starts with another source: no source is asked by all at once
-        ok = pull_unit((p.rank + turn) % kRanks, run * rows, rows);
-      if (!ok) return;
-      unit = next;
-    }
+  // Tokens a unit, when `num_warps` share `num_rows`; a unit spans two windows at most.
+  __device__ int unit_rows(int num_rows, int num_warps) const {
+    return min(rows_per_unit<kRows>(num_rows, num_warps), window_tokens());
   }
 
   // Worst-case outputs are longer than what arrives.
@@ -218,9 +199,19 @@ class Dispatch {
     return all_lanes(ok);
   }
 
-  __device__ bool stage_unit(int first, int rows) {
-    const int num_rows = min(rows, p.num_tokens - first);
-    if (num_rows <= 0) return true;
+  __device__ void stage() {
+    if (!enter<kRanks>(waiter, kWaitDispatchEntry, p.signals[p.rank], lane)) return;
+    RowCopier<false, kCfg.num_stage_warps, kRows, kCfg.hidden_bytes> copier(nullptr, warp, lane);
+    const int num_warps = gridDim.x * kCfg.num_stage_warps;
+    const int rows = unit_rows(p.num_tokens, num_warps);
+    // Neighbouring units lie on different SMs, so that the first tokens are ready first.
+    for (int first = (warp * gridDim.x + blockIdx.x) * rows; first < p.num_tokens; first += num_warps * rows)
+      if (!stage_unit(copier, first, min(rows, p.num_tokens - first))) return;
+    copier.flush();
+  }
+
+  template <typename Copier>
+  __device__ bool stage_unit(Copier& copier, int first, int num_rows) const {
     const int last_window = (first + num_rows - 1) / window_tokens();
     for (int window = first / window_tokens(); window <= last_window; ++window)
       if (!wait_for_slots(window)) return false;
@@ -285,11 +276,31 @@ class Dispatch {
 
   // ---- pull --------------------------------------------------------------------------------------------------------
 
-  __device__ bool pull_unit(int source, int first, int rows) {
-    const int source_tokens = p.source_tokens[source];
-    const int num_rows = min(rows, source_tokens - first);
-    if (num_rows <= 0) return true;
+  __device__ void pull() {
+    RowCopier<kCfg.tma, kPullWarps, kRows, kCfg.hidden_bytes> copier(ptx::dynamic_shared(), warp - kCfg.num_stage_warps,
+                                                                     lane);
+    int most_tokens = 0;
+    for (int s = 0; s < kRanks; ++s)
+      if (s != p.rank) most_tokens = max(most_tokens, p.source_tokens[s]);
+    const int rows = unit_rows(most_tokens * (kRanks - 1), gridDim.x * kPullWarps);
+    const uint32_t num_units = static_cast<uint32_t>(ceil_div(most_tokens, rows)) * (kRanks - 1);
 
+    uint32_t unit = next_unit(p.counters + 1, lane);
+    while (unit < num_units) {
+      const uint32_t next = next_unit(p.counters + 1, lane);  // drawn early: its latency hides behind the copy
+      // Each rank starts with another source, so that no source is asked by all at once.
+      const int source = (p.rank + 1 + unit % (kRanks - 1)) % kRanks;
+      const int first = unit / (kRanks - 1) * rows;
+      if (first < p.source_tokens[source] &&
+          !pull_unit(copier, source, first, min(rows, p.source_tokens[source] - first)))
+        break;
+      unit = next;
+    }
+    copier.flush();
+  }
+
+  template <typename Copier>
+  __device__ bool pull_unit(Copier& copier, int source, int first, int num_rows) const {
     // Lane i has token first + i.
     const int token = first + lane;
     bool ok = true;
@@ -312,6 +323,7 @@ class Dispatch {
     });
     if (p.recv_src_idx != nullptr && has_row) p.recv_src_idx[row] = token;
 
+    const int source_tokens = p.source_tokens[source];
     if (source_tokens > p.num_slots) release_slots(source, first, num_rows, source_tokens);
     return true;
   }
@@ -347,7 +359,6 @@ class Dispatch {
   const DispatchParams& p;
   const int warp, lane;
   const Waiter waiter;
-  Copier copier;
 };
 
 template <DispatchConfig kCfg>

@@ -161,7 +161,7 @@ __device__ void exchange_counts(const NotifyParams& p, const Waiter& waiter) {
 template <NotifyConfig kCfg>
 __device__ void notify(const NotifyParams& p) {
   static_assert(kCfg.num_ranks >= 1 && kCfg.num_ranks <= kMaxRanks);
-  const Waiter waiter{p.fault, p.abort, p.timeout_ns, p.rank, *p.epoch + 1};
+  const Waiter waiter = start_operation<kCfg.num_ranks>(p, kWaitNotifyStart);
   if (blockIdx.x == 0)
     exchange_counts<kCfg>(p, waiter);
   else
