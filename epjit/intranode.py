@@ -109,8 +109,9 @@ class DispatchConfig(KernelConfig):
         cls, *, num_ranks: int, hidden_bytes: int, num_scales: int, num_topk: int, topk_is_int64: bool, tma: bool, limit: int
     ) -> DispatchConfig:
         """The shape of the block for `limit` bytes of shared memory."""
-        pull, rows = _copier_shape(tma, 16 if tma else 8, hidden_bytes, limit)
-        return cls(num_ranks, hidden_bytes, num_scales, num_topk, topk_is_int64, tma, 6 + pull, 6, rows)
+        warps, rows = _copier_shape(tma, 16, hidden_bytes, limit)
+        stage = max(1, warps // 2) if num_ranks > 1 else warps
+        return cls(num_ranks, hidden_bytes, num_scales, num_topk, topk_is_int64, tma, warps, stage, rows)
 
     @property
     def threads(self) -> int:
@@ -120,7 +121,7 @@ class DispatchConfig(KernelConfig):
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: rows on their way, one mbarrier a warp."""
-        return (self.num_warps - self.num_stage_warps) * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
+        return self.num_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
 
     @property
     def slot_bytes(self) -> int:
@@ -156,8 +157,8 @@ class CombineConfig(KernelConfig):
         """The shape of the block for `limit` bytes of shared memory."""
         push, rows = _copier_shape(tma, 6, hidden_bytes, limit)
         # Many warps hide the latency of a token's sum; more ranks and copies through registers need more of these
-        # (28 warps leave 72 a thread, 20 leave 96, 16 leave 128).
-        warps = 16 if not tma else 28 if num_ranks <= 4 else 20
+        # (28 warps leave 72 a thread, 24 leave 80, 20 leave 96, 16 leave 128; sm_120 spills with 72).
+        warps = 16 if not tma else 20 if num_ranks > 4 else 24 if limit < 160 << 10 else 28
         return cls(num_ranks, hidden_bytes, num_topk, is_f16, tma, warps, push, rows)
 
     @property

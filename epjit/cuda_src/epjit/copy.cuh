@@ -1,16 +1,16 @@
-// How one warp moves whole rows: lane i says where row i lies and where it goes.
+// How one warp moves whole rows: lane i says where row i lies (load) and where it goes (store).
 //
 //   TMA   global -> the warp's part of shared memory -> global, by bulk copies; one SM moves 42 GB/s over NVLink this way
 //         and 48 GB/s within the GPU (H200), and the threads are free meanwhile
 //   ldst  16-byte loads and stores through registers, eight in flight a thread; any architecture
 //
-// Both leave the last stores in flight; flush() waits until this warp's bytes are written, which is needed before a signal
-// that says so, and before the kernel ends.
+// A load is only started, so that other work, or the end of the stores before it, hides behind it; with ldst it happens
+// inside store(). Both leave the stores in flight; flush() waits until this warp's bytes are written, which is needed before a signal
+// that says so; drain() ends the warp's copies, before the kernel ends.
 //
 // Who must order what: a row that another GPU wrote was acquired by generic loads, the bulk copy reads through the async
 // proxy, hence acquired() between the two. flush() makes the bulk stores visible to the lane that issued them; the
-// __syncwarp in it, then a st.release.sys of any lane, publishes all of them (release is cumulative). Such a release
-// takes 3 us on an idle link and more on a busy one (H200), so rows are published several at a time: rows_per_unit().
+// __syncwarp in it, then a st.release.sys of any lane, publishes all of them (release is cumulative).
 #pragma once
 #include "epjit/sync.cuh"
 
@@ -44,45 +44,58 @@ class RowCopier {
     if constexpr (kTma) ptx::fence_proxy_async();
   }
 
-  // Row of this lane: src -> dst, and -> dst2, where these are not null. Lanes with src = null (always those from
-  // `num_rows` on) move nothing. Returns when every row has been read.
-  __device__ void move(int num_rows, const char* src, char* dst, char* dst2 = nullptr) {
+  // Starts to read the row of this lane; lanes with src = null (always those from kRows on) read nothing.
+  __device__ void load(const char* src) {
     if constexpr (kTma) {
-      for (int first = 0; first < num_rows; first += kRows) {
-        const bool mine = src != nullptr && lane_ >= first && lane_ < first + kRows;
-        const uint32_t movers = __ballot_sync(kFullMask, mine);
-        if (movers == 0) continue;
-        ptx::bulk_wait_read();  // of any lane: the rows that were in shared memory before are on their way
-        __syncwarp();
-        if (lane_ == 0) ptx::mbarrier_arrive_expect_tx(bar_, __popc(movers) * kRowBytes);
-        __syncwarp();
-        char* const row = rows_ + (lane_ - first) * kRowBytes;
-        if (mine) ptx::bulk_load(row, src, kRowBytes, bar_);
+      ptx::bulk_wait_read();  // this lane's part of shared memory is free
+      const uint32_t readers = __ballot_sync(kFullMask, src != nullptr);
+      pending_ = readers != 0;
+      if (!pending_) return;
+      if (lane_ == 0) ptx::mbarrier_arrive_expect_tx(bar_, __popc(readers) * kRowBytes);
+      __syncwarp();
+      if (src != nullptr) ptx::bulk_load(row(), src, kRowBytes, bar_);
+    } else {
+      src_ = src;
+    }
+  }
+
+  // Writes the loaded row of this lane to dst and to dst2, where these are not null. When it returns, all loaded rows
+  // have been read. May be called several times for one load, for different lanes.
+  __device__ void store(char* dst, char* dst2 = nullptr) {
+    if constexpr (kTma) {
+      if (pending_) {
         wait_bulk_loads(bar_, phase_);
         phase_ ^= 1;
-        if (mine) {
-          if (dst != nullptr) ptx::bulk_store(dst, row, kRowBytes);
-          if (dst2 != nullptr) ptx::bulk_store(dst2, row, kRowBytes);
-          ptx::bulk_commit();
-        }
+        pending_ = false;
       }
+      if (dst != nullptr) ptx::bulk_store(dst, row(), kRowBytes);
+      if (dst2 != nullptr) ptx::bulk_store(dst2, row(), kRowBytes);
+      ptx::bulk_commit();
     } else {
-      for (int i = 0; i < num_rows; ++i) {
-        const char* const row_src = from_lane(src, i);
+      for (int i = 0; i < kRows; ++i) {
         char* const row_dst = from_lane(dst, i);
         char* const row_dst2 = from_lane(dst2, i);
-        if (row_src != nullptr) copy_row(row_src, row_dst, row_dst2);
+        const char* const row_src = from_lane(src_, i);
+        if (row_dst != nullptr || row_dst2 != nullptr) copy_row(row_src, row_dst, row_dst2);
       }
     }
   }
 
-  // Waits until everything this warp has moved is written.
+  // Waits until everything this warp has stored is written.
   __device__ void flush() const {
     if constexpr (kTma) ptx::bulk_wait();
     __syncwarp();
   }
 
+  // Also waits for what was loaded in vain: nothing may land in shared memory after the block has left it.
+  __device__ void drain() {
+    store(nullptr);
+    flush();
+  }
+
  private:
+  __device__ char* row() const { return rows_ + lane_ * kRowBytes; }
+
   template <typename T>
   __device__ static T* from_lane(T* ptr, int lane) {
     return reinterpret_cast<T*>(__shfl_sync(kFullMask, reinterpret_cast<uint64_t>(ptr), lane));
@@ -108,14 +121,16 @@ class RowCopier {
   int lane_;
   char* rows_ = nullptr;
   uint64_t* bar_ = nullptr;
+  const char* src_ = nullptr;
   uint32_t phase_ = 0;
+  bool pending_ = false;
 };
 
-// Rows that a warp takes at a time, when `num_warps` share `num_rows`: more make fewer signals and waits, but the warps
-// must not run out of work one long before another, and with few rows each should have one.
-template <int kRowsInShared>
-__device__ __forceinline__ int rows_per_unit(int num_rows, int num_warps) {
-  return max(1, min(num_rows / max(3 * num_warps, 1), min(4 * kRowsInShared, kWarpSize)));
+// Rows that a warp moves at a time, when `num_warps` share `num_rows`: as many as fit, but with few rows each warp has
+// some. A release takes 3 us on an idle link and more on a busy one (H200), so more rows at a time make fewer signals.
+template <int kRows>
+__device__ __forceinline__ int rows_at_a_time(int num_rows, int num_warps) {
+  return max(1, min(num_rows / max(3 * num_warps, 1), kRows));
 }
 
 // A warp takes the next unit of work: lane 0 draws from `counter`, all lanes get the number.

@@ -15,7 +15,7 @@
 // Push    (the first warps of a block)  wait until the owner's slots are free; x -> slots; then the words (release)
 // Reduce  (the other warps, then all)   wait for a token's words (acquire), add its rows
 //
-// Progress: a warp that pushes draws units of one owner in ascending order of its tokens and goes to another owner only
+// Progress: a warp that pushes draws units (runs of rows) of one owner in ascending order of its tokens and goes to another owner only
 // when none is left, so a channel (r -> s) never waits for another one. The push into window w waits for the owner's
 // reduction of window w - 2 and for nothing later; the reduction of w - 2 waits for pushes into w - 2 only (and is counted
 // after that of w - 4: a token without rows from peers could otherwise be done long before). By induction everything moves, whatever the size of the buffer. Rows of one unit that lie in several windows go one window at a time.
@@ -121,7 +121,7 @@ class Combine {
     if (!enter<kRanks>(waiter, kWaitCombineEntry, p.signals[p.rank], lane)) return false;
     Copier copier(ptx::dynamic_shared(), warp, lane);
     const int num_warps = gridDim.x * kCfg.num_push_warps;
-    const int unit_rows = rows_per_unit<kRows>(segment_start(kRanks, p.rank), num_warps);
+    const int unit_rows = rows_at_a_time<kRows>(segment_start(kRanks, p.rank), num_warps);
     const int first_owner = (blockIdx.x * kCfg.num_push_warps + warp) % (kRanks - 1);
     for (int i = 0; i < kRanks - 1; ++i) {
       const int owner = (p.rank + 1 + (first_owner + i) % (kRanks - 1)) % kRanks;
@@ -159,8 +159,8 @@ class Combine {
                          stamp(waiter.epoch, current - 1));
       if (!all_lanes(ok)) return false;
 
-      copier.move(num_rows, mine ? p.x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr,
-                  mine ? slot(owner, p.rank, token) : nullptr);
+      copier.load(mine ? p.x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
+      copier.store(mine ? slot(owner, p.rank, token) : nullptr);
       if constexpr (kTopk > 0) {
         for (int first_item = 0; first_item < num_rows * kTopk; first_item += kWarpSize) {
           const int row_lane = (first_item + lane) / kTopk, k = (first_item + lane) % kTopk;

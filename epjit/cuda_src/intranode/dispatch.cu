@@ -15,14 +15,13 @@
 //                                       position among those that go to d, or that it does not (sync.cuh)
 //
 // Stage   (the first warps of a block)  wait until the slots are free; x -> slot, and x -> recv_x for own tokens; then the
-//                                       word of each token to each peer (release). Through registers: bulk copies of
-//                                       one SM go in order, and would queue behind those that the links hold up.
-// Pull    (the other warps)             wait for the words of a run of tokens (acquire); slot of the source -> recv_x
+//                                       word of each token to each peer (release)
+// Pull    (then all warps)              wait for the words of a chunk of tokens (acquire); slot of s -> recv_x
 //
-// Progress: a unit is a run of neighbouring tokens. Staging warps take units in ascending order and only wait for peers
-// to have pulled window w - 2 before they write window w. Pulling warps draw units in ascending order of tokens, the same
-// for all sources, so whoever waits for window w has all earlier units drawn by a warp that needs nothing later. By
-// induction over windows everything moves, whatever the size of the buffer, as a unit spans at most two windows.
+// Progress: a chunk is a run of neighbouring tokens. Staging warps take chunks in ascending order and only wait for peers
+// to have pulled window w - 2 before they write window w. Pulling warps draw chunks in ascending order of tokens, the same
+// for all sources, so whoever waits for window w has all earlier chunks drawn by a warp that needs nothing later. By
+// induction over windows everything moves, whatever the size of the buffer, as a chunk spans at most two windows.
 //
 // Launch: any grid that is resident as a whole, dispatch_threads() threads. Graph-safe.
 #include "epjit/copy.cuh"
@@ -35,10 +34,10 @@ struct DispatchConfig {
   int32_t num_scales;       // 4-byte scales a token; 0 = none
   int32_t num_topk;         // 0 = none
   bool topk_is_int64;
-  bool tma;                 // rows are pulled by bulk copies, else through registers
+  bool tma;                 // rows move by bulk copies, else through registers
   int32_t num_warps;
   int32_t num_stage_warps;  // of num_warps
-  int32_t rows_per_warp;    // rows of a pulling warp in shared memory
+  int32_t rows_per_warp;    // rows of a warp in shared memory, the most that it moves at a time
 };
 
 struct DispatchParams {
@@ -74,7 +73,7 @@ struct DispatchParams {
 constexpr int dispatch_threads(DispatchConfig cfg) { return cfg.num_warps * kWarpSize; }
 
 constexpr int dispatch_shared_bytes(DispatchConfig cfg) {
-  return copier_shared_bytes(cfg.tma, cfg.num_warps - cfg.num_stage_warps, cfg.rows_per_warp, cfg.hidden_bytes);
+  return copier_shared_bytes(cfg.tma, cfg.num_warps, cfg.rows_per_warp, cfg.hidden_bytes);
 }
 
 constexpr int dispatch_slot_bytes(DispatchConfig cfg) {
@@ -91,24 +90,24 @@ class Dispatch {
   static constexpr int kSlotBytes = dispatch_slot_bytes(kCfg);
   static_assert(kRanks >= 1 && kRanks <= kMaxRanks);
   static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
-  static constexpr int kPullWarps = kCfg.num_warps - kCfg.num_stage_warps;
-  static_assert(kCfg.num_stage_warps >= 1 && kPullWarps >= (kRanks > 1 ? 1 : 0));
+  static_assert(kCfg.num_stage_warps >= 1 && kCfg.num_stage_warps <= kCfg.num_warps);
+  using Copier = RowCopier<kCfg.tma, kCfg.num_warps, kRows, kCfg.hidden_bytes>;
 
  public:
   __device__ Dispatch(const DispatchParams& params)
       : p(params),
         warp(threadIdx.x / kWarpSize),
         lane(threadIdx.x % kWarpSize),
-        waiter(start_operation<kRanks>(p, kWaitDispatchStart)) {}
+        waiter(start_operation<kRanks>(p, kWaitDispatchStart)),
+        copier(ptx::dynamic_shared(), warp, lane) {}
 
   __device__ void run() {
     // What an operation that failed was to write (rank_prefix, send_head) is garbage.
     if (__all_sync(kFullMask, ptx::ld_relaxed_gpu(p.abort) == 0)) {
       fill_unused_rows();
-      if (warp < kCfg.num_stage_warps)
-        stage();
-      else if constexpr (kRanks > 1)
-        pull();
+      if (warp >= kCfg.num_stage_warps || stage())
+        if constexpr (kRanks > 1) pull();
+      copier.drain();
     }
     finish_operation<kRanks>(waiter, p.signals, p.counters, 2 + 2 * kRanks, p.epoch);
   }
@@ -128,11 +127,6 @@ class Dispatch {
   // Rows of this rank before those of `source`.
   __device__ int segment_start(int source) const {
     return source == 0 ? 0 : p.rank_prefix[(source - 1) * kRanks + p.rank];
-  }
-
-  // Tokens a unit, when `num_warps` share `num_rows`; a unit spans two windows at most.
-  __device__ int unit_rows(int num_rows, int num_warps) const {
-    return min(rows_per_unit<kRows>(num_rows, num_warps), window_tokens());
   }
 
   // Worst-case outputs are longer than what arrives.
@@ -199,59 +193,81 @@ class Dispatch {
     return all_lanes(ok);
   }
 
-  __device__ void stage() {
-    if (!enter<kRanks>(waiter, kWaitDispatchEntry, p.signals[p.rank], lane)) return;
-    RowCopier<false, kCfg.num_stage_warps, kRows, kCfg.hidden_bytes> copier(nullptr, warp, lane);
-    const int num_warps = gridDim.x * kCfg.num_stage_warps;
-    const int rows = unit_rows(p.num_tokens, num_warps);
-    // Neighbouring units lie on different SMs, so that the first tokens are ready first.
-    for (int first = (warp * gridDim.x + blockIdx.x) * rows; first < p.num_tokens; first += num_warps * rows)
-      if (!stage_unit(copier, first, min(rows, p.num_tokens - first))) return;
-    copier.flush();
+  // Tokens a chunk, when `num_warps` share `num_rows`; a chunk spans two windows at most.
+  __device__ int chunk_rows(int num_rows, int num_warps) const {
+    return min(rows_at_a_time<kRows>(num_rows, num_warps), window_tokens());
   }
 
-  template <typename Copier>
-  __device__ bool stage_unit(Copier& copier, int first, int num_rows) const {
-    const int last_window = (first + num_rows - 1) / window_tokens();
-    for (int window = first / window_tokens(); window <= last_window; ++window)
-      if (!wait_for_slots(window)) return false;
+  // A chunk of tokens to stage: lane i has token first + i.
+  struct Chunk {
+    int first, num_rows;
+    int own_row;  // of this lane's token in recv_x, -1 = not for this rank
+    bool remote;  // whether this lane's token goes to a peer
+  };
 
-    // Lane i has token first + i.
-    const int token = first + lane;
-    int own_row = -1;
-    bool remote = false;
-    if (lane < num_rows) {
+  __device__ Chunk chunk_at(int first, int rows, int own_start) const {
+    Chunk chunk{first, min(rows, p.num_tokens - first), -1, false};
+    if (lane < chunk.num_rows) {
+      const int32_t* const positions = p.send_head + static_cast<int64_t>(first + lane) * kRanks;
 #pragma unroll
       for (int r = 0; r < kRanks; ++r) {
-        const int position = p.send_head[static_cast<int64_t>(token) * kRanks + r];
+        const int position = positions[r];
         if (r != p.rank)
-          remote |= position >= 0;
+          chunk.remote |= position >= 0;
         else if (position >= 0)
-          own_row = segment_start(p.rank) + position;
+          chunk.own_row = own_start + position;
       }
     }
-    copier.move(num_rows,
-                remote || own_row >= 0 ? p.x + static_cast<int64_t>(token) * kCfg.hidden_bytes : nullptr,
-                remote ? slot(p.rank, token) : nullptr,
-                own_row >= 0 ? p.recv_x + static_cast<int64_t>(own_row) * kCfg.hidden_bytes : nullptr);
-    for_each_item(num_rows, [&](int row_lane, int item, bool valid) {
-      const int row_own = __shfl_sync(kFullMask, own_row, row_lane % kWarpSize);
-      if (valid) stage_item(first + row_lane, item, row_own);
-    });
-    if (p.recv_src_idx != nullptr && own_row >= 0) p.recv_src_idx[own_row] = token;
+    return chunk;
+  }
 
-    // Rows and items are written -> flush (each lane its own, then __syncwarp) -> release of any lane: cumulative.
-    if constexpr (kRanks > 1) {
-      copier.flush();
-      for (int i = lane; i < num_rows * kRanks; i += kWarpSize) {
-        const int t = first + i / kRanks, r = i % kRanks;
-        if (r == p.rank) continue;
-        const int position = p.send_head[static_cast<int64_t>(t) * kRanks + r];
-        const uint32_t value = position >= 0 ? static_cast<uint32_t>(position) : kNoRow;
-        ptx::st_release_sys(word(r, p.rank, t), make_word(waiter.epoch, t / window_tokens(), value));
-      }
+  __device__ void load_chunk(const Chunk& chunk) {
+    const bool goes = chunk.remote || chunk.own_row >= 0;
+    copier.load(goes ? p.x + static_cast<int64_t>(chunk.first + lane) * kCfg.hidden_bytes : nullptr);
+  }
+
+  __device__ bool stage() {
+    if (!enter<kRanks>(waiter, kWaitDispatchEntry, p.signals[p.rank], lane)) return false;
+    const int own_start = segment_start(p.rank);
+    // Neighbouring chunks lie on different SMs, so that the first tokens are ready first.
+    const int num_warps = gridDim.x * kCfg.num_stage_warps;
+    const int rows = chunk_rows(p.num_tokens, num_warps);
+    Chunk chunk = chunk_at((warp * gridDim.x + blockIdx.x) * rows, rows, own_start);
+    if (chunk.num_rows > 0) load_chunk(chunk);
+    while (chunk.num_rows > 0) {
+      const int last_window = (chunk.first + chunk.num_rows - 1) / window_tokens();
+      for (int window = chunk.first / window_tokens(); window <= last_window; ++window)
+        if (!wait_for_slots(window)) return false;
+
+      const int token = chunk.first + lane;
+      copier.store(chunk.remote ? slot(p.rank, token) : nullptr,
+                   chunk.own_row >= 0 ? p.recv_x + static_cast<int64_t>(chunk.own_row) * kCfg.hidden_bytes : nullptr);
+      for_each_item(chunk.num_rows, [&](int row_lane, int item, bool valid) {
+        const int row_own = __shfl_sync(kFullMask, chunk.own_row, row_lane % kWarpSize);
+        if (valid) stage_item(chunk.first + row_lane, item, row_own);
+      });
+      if (p.recv_src_idx != nullptr && chunk.own_row >= 0) p.recv_src_idx[chunk.own_row] = token;
+
+      // The next rows are on their way while these are written and published. (Loading needs no free slot, so
+      // nothing is waited for with tokens in hand that a peer may wait for.)
+      const Chunk next = chunk_at(chunk.first + num_warps * rows, rows, own_start);
+      if (next.num_rows > 0) load_chunk(next);
+      if constexpr (kRanks > 1) publish(chunk);
+      chunk = next;
     }
     return true;
+  }
+
+  // Rows and items are written -> flush (each lane its own, then __syncwarp) -> release of any lane: cumulative.
+  __device__ void publish(const Chunk& chunk) {
+    copier.flush();
+    for (int i = lane; i < chunk.num_rows * kRanks; i += kWarpSize) {
+      const int token = chunk.first + i / kRanks, r = i % kRanks;
+      if (r == p.rank) continue;
+      const int position = p.send_head[static_cast<int64_t>(token) * kRanks + r];
+      const uint32_t value = position >= 0 ? static_cast<uint32_t>(position) : kNoRow;
+      ptx::st_release_sys(word(r, p.rank, token), make_word(waiter.epoch, token / window_tokens(), value));
+    }
   }
 
   // Scales, then selections, to the slot (which no peer reads if the token stays at home) and to the own row.
@@ -277,30 +293,27 @@ class Dispatch {
   // ---- pull --------------------------------------------------------------------------------------------------------
 
   __device__ void pull() {
-    RowCopier<kCfg.tma, kPullWarps, kRows, kCfg.hidden_bytes> copier(ptx::dynamic_shared(), warp - kCfg.num_stage_warps,
-                                                                     lane);
     int most_tokens = 0;
     for (int s = 0; s < kRanks; ++s)
       if (s != p.rank) most_tokens = max(most_tokens, p.source_tokens[s]);
-    const int rows = unit_rows(most_tokens * (kRanks - 1), gridDim.x * kPullWarps);
-    const uint32_t num_units = static_cast<uint32_t>(ceil_div(most_tokens, rows)) * (kRanks - 1);
+    const int rows = chunk_rows(most_tokens * (kRanks - 1), gridDim.x * kCfg.num_warps);
+    const uint32_t num_chunks = static_cast<uint32_t>(ceil_div(most_tokens, rows)) * (kRanks - 1);
 
-    uint32_t unit = next_unit(p.counters + 1, lane);
-    while (unit < num_units) {
+    uint32_t chunk = next_unit(p.counters + 1, lane);
+    while (chunk < num_chunks) {
       const uint32_t next = next_unit(p.counters + 1, lane);  // drawn early: its latency hides behind the copy
       // Each rank starts with another source, so that no source is asked by all at once.
-      const int source = (p.rank + 1 + unit % (kRanks - 1)) % kRanks;
-      const int first = unit / (kRanks - 1) * rows;
-      if (first < p.source_tokens[source] &&
-          !pull_unit(copier, source, first, min(rows, p.source_tokens[source] - first)))
-        break;
-      unit = next;
+      const int source = (p.rank + 1 + chunk % (kRanks - 1)) % kRanks;
+      if (!pull_chunk(source, chunk / (kRanks - 1) * rows, rows)) return;
+      chunk = next;
     }
-    copier.flush();
   }
 
-  template <typename Copier>
-  __device__ bool pull_unit(Copier& copier, int source, int first, int num_rows) const {
+  __device__ bool pull_chunk(int source, int first, int rows) {
+    const int source_tokens = p.source_tokens[source];
+    const int num_rows = min(rows, source_tokens - first);
+    if (num_rows <= 0) return true;
+
     // Lane i has token first + i.
     const int token = first + lane;
     bool ok = true;
@@ -315,15 +328,14 @@ class Dispatch {
     copier.acquired();
 
     const bool has_row = lane < num_rows && row >= 0;
-    copier.move(num_rows, has_row ? slot(source, token) : nullptr,
-                has_row ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
+    copier.load(has_row ? slot(source, token) : nullptr);
     for_each_item(num_rows, [&](int row_lane, int item, bool valid) {
       const int64_t dst = __shfl_sync(kFullMask, row, row_lane % kWarpSize);
       if (valid && dst >= 0) pull_item(source, first + row_lane, item, dst);
     });
     if (p.recv_src_idx != nullptr && has_row) p.recv_src_idx[row] = token;
+    copier.store(has_row ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
 
-    const int source_tokens = p.source_tokens[source];
     if (source_tokens > p.num_slots) release_slots(source, first, num_rows, source_tokens);
     return true;
   }
@@ -359,6 +371,7 @@ class Dispatch {
   const DispatchParams& p;
   const int warp, lane;
   const Waiter waiter;
+  Copier copier;
 };
 
 template <DispatchConfig kCfg>
