@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import warnings
+import weakref
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
@@ -30,6 +31,7 @@ _MAX_TOPK = 32
 _MAX_TOKENS = (1 << 24) - 2
 _MAX_ROW_BYTES = 32768
 _MAX_EXPERTS = 65536
+_MAX_LOCAL_EXPERTS = 8192
 _CPU_SMS = 132  # the CPU backend checks a config as an H200 would
 _INDEX_DTYPES = (torch.int64, torch.int32)
 
@@ -108,11 +110,20 @@ class BufferRuntime:
     """The members of V1's `Buffer.runtime` that other code reads."""
 
     def __init__(self, buffer: Buffer) -> None:
-        self._buffer = buffer
+        # Weak: in a cycle, device memory would stay until Python's collector happens to run.
+        self._weak_buffer = weakref.ref(buffer)
+
+    @property
+    def _buffer(self) -> Buffer:
+        buffer = self._weak_buffer()
+        if buffer is None:
+            raise RuntimeError("the Buffer of this runtime is gone; keep a reference to it")
+        return buffer
 
     def is_available(self) -> bool:
         """Whether the buffer can be used."""
-        return self._buffer.runtime is not None
+        buffer = self._weak_buffer()
+        return buffer is not None and buffer.runtime is not None
 
     def get_num_rdma_ranks(self) -> int:
         """Number of NVLink domains."""
@@ -368,7 +379,7 @@ class Buffer:
         """
         self._check_alive(fault=False)
         if self._cpu is not None:
-            self._links.barrier()
+            self._links.reset()
         else:
             self._mode.reset()
 
@@ -666,6 +677,8 @@ class Buffer:
         check_aligned(name, x)
 
     def _check_payload(self, x: Payload) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if isinstance(x, tuple) and len(x) != 2:
+            raise TypeError(f"x is a tuple of {len(x)}, expected a tensor or a tuple of two: rows and scales")
         rows, scales = x if isinstance(x, tuple) else (x, None)
         self._check_rows("x", rows, "num_tokens", None, "")
         if rows.shape[0] > _MAX_TOKENS:
@@ -683,6 +696,14 @@ class Buffer:
         if not isinstance(handle, tuple | list) or len(handle) != 6:
             got = f"{type(handle).__name__} of {len(handle)}" if isinstance(handle, tuple | list) else type(handle).__name__
             raise TypeError(f"handle is a {got}, expected the tuple of 6 that dispatch returned")
+        for index, tensor in enumerate(handle):
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(f"handle[{index}] is a {type(tensor).__name__}, expected what dispatch returned")
+            if tensor.device != self.device:
+                raise ValueError(
+                    f"handle[{index}] is on {tensor.device}, but this Buffer is on {self.device}; move it with "
+                    f".to({str(self.device)!r})"
+                )
         ranks = handle[0].shape[0]
         if ranks != self.group_size:
             raise ValueError(f"handle is of {ranks} ranks, but this Buffer has {self.group_size}")
@@ -770,9 +791,10 @@ def _check_topk(tensor: torch.Tensor) -> None:
 
 
 def _check_experts(num_experts: int, num_ranks: int) -> None:
-    if num_experts <= 0 or num_experts % num_ranks or num_experts > _MAX_EXPERTS:
+    most = min(_MAX_EXPERTS, _MAX_LOCAL_EXPERTS * num_ranks)
+    if num_experts <= 0 or num_experts % num_ranks or num_experts > most:
         raise ValueError(
-            f"num_experts is {num_experts}, but must be a positive multiple of the {num_ranks} ranks, at most {_MAX_EXPERTS}"
+            f"num_experts is {num_experts}, but must be a positive multiple of the {num_ranks} ranks, at most {most}"
         )
 
 

@@ -568,7 +568,7 @@ class Intranode:
     def reset(self) -> None:
         """Forgets everything that was under way; collective."""
         torch.cuda.synchronize(self._device)
-        self._group.barrier()
+        self._group.reset()
         self.memory.tensor(torch.uint8)[self._arena.control :].zero_()
         self._local.zero_()
         torch.cuda.synchronize(self._device)

@@ -54,6 +54,14 @@ class Group(ABC):
         """
         self.allgather(None)
 
+    def reset(self) -> None:
+        """Meets again after a collective call that not all ranks made. Collective.
+
+        Raises:
+            CommunicationError: Ranks did not come within ``EPJIT_TIMEOUT_SECONDS``; names them.
+        """
+        self.barrier()
+
     @staticmethod
     def from_comm(comm: Comm) -> Group:
         """Wraps a communicator with `Get_rank`, `Get_size` and `allgather`."""
@@ -114,6 +122,12 @@ class _CommGroup(Group):
     def allgather(self, obj: Any) -> list[Any]:
         return list(self._comm.allgather(obj))
 
+    def reset(self) -> None:
+        if isinstance(self._comm, ThreadComm):
+            self._comm.reset()
+        else:
+            self.barrier()
+
 
 class _StoreGroup(Group):
     """Ranks that meet in a `torch.distributed.TCPStore` of their own.
@@ -127,7 +141,8 @@ class _StoreGroup(Group):
         import torch.distributed as dist
 
         self.rank, self.size = process_group.rank(), process_group.size()
-        self._round = 0
+        self._round = self._resets = 0
+        self._left: list[str] = []  # keys that this rank wrote in rounds that did not end
         self._store: dist.TCPStore | None = None
         if self.size == 1:
             return
@@ -162,18 +177,45 @@ class _StoreGroup(Group):
         except CommunicationError:
             raise
         except RuntimeError as error:  # what torch raises when the connection breaks
-            raise CommunicationError(
-                f"rank {self.rank} lost the store that rank 0 hosts; did rank 0 end? ({error})",
-                rank=self.rank,
-                peer=0,
-            ) from error
+            raise self._lost(error) from error
+        self._left.clear()
         return [obj if rank == self.rank else item for rank, (item, _) in enumerate(received)]
+
+    def reset(self) -> None:
+        if self._store is None:
+            return
+        # Ranks that gave up are some rounds ahead of one that never came: all go on behind
+        # the furthest.
+        names = [f"reset {self._resets}/{rank}" for rank in range(self.size)]
+        try:
+            left, self._left = self._left, []
+            self._put(self._store, names[self.rank], pickle.dumps(self._round))
+            self._left += left
+            self._wait(self._store, names, names)
+            self._round = max(self._get(self._store, name)[0] for name in names)
+            self._resets += 1
+            left = list(self._left)
+            self.barrier()  # nobody reads those keys any more
+            for key in left:
+                self._store.delete_key(key)
+        except CommunicationError:
+            raise
+        except RuntimeError as error:
+            raise self._lost(error) from error
+
+    def _lost(self, error: RuntimeError) -> CommunicationError:
+        return CommunicationError(
+            f"rank {self.rank} lost the store that rank 0 hosts; did rank 0 end? ({error})",
+            rank=self.rank,
+            peer=0,
+        )
 
     def _put(self, store: Any, name: str, data: bytes) -> None:
         """Writes a message: its parts, then its head, which says how many parts there are."""
         parts = [data[at : at + _CHUNK_BYTES] for at in range(0, len(data), _CHUNK_BYTES)]
         for index, part in enumerate(parts):
             store.set(f"{name}/{index}", part)
+        self._left += [name, *(f"{name}/{index}" for index in range(len(parts)))]
         store.set(name, self._digest(name, data) + len(parts).to_bytes(8, "little"))
 
     def _get(self, store: Any, name: str) -> tuple[Any, list[str]]:
@@ -226,6 +268,7 @@ class ThreadGroup:
         self._rounds: dict[int, dict[int, Any]] = {}
         self._unread: dict[int, int] = {}
         self._failed: tuple[int, ...] = ()
+        self._resets: dict[int, dict[int, int]] = {}
 
     @classmethod
     def create(cls, num_ranks: int) -> list[ThreadComm]:
@@ -254,6 +297,27 @@ class ThreadGroup:
                 del self._unread[round_], self._rounds[round_]
             return [objects[r] for r in range(self._size)]
 
+    def reset(self, index: int, rank: int, round_: int) -> int:
+        """Forgets a failure once all ranks are here; `index` counts those of this rank.
+
+        Returns:
+            The last round that any rank began.
+        """
+        seconds = env.timeout_seconds()
+        with self._condition:
+            arrived = self._resets.setdefault(index, {})
+            arrived[rank] = round_
+            if len(arrived) == self._size:
+                self._failed = ()
+                self._rounds.clear()
+                self._unread.clear()
+                self._condition.notify_all()
+            self._condition.wait_for(lambda: len(arrived) == self._size, seconds)
+            if len(arrived) < self._size:
+                missing = [r for r in range(self._size) if r not in arrived]
+                raise _missing(rank, missing, seconds)
+            return max(arrived.values())
+
 
 class ThreadComm:
     """One rank of a `ThreadGroup`; has what mpi4py's communicators have.
@@ -262,7 +326,7 @@ class ThreadComm:
     """
 
     def __init__(self, group: ThreadGroup, rank: int) -> None:
-        self._group, self._rank, self._round = group, rank, 0
+        self._group, self._rank, self._round, self._resets = group, rank, 0, 0
 
     def Get_rank(self) -> int:
         """This rank."""
@@ -280,6 +344,15 @@ class ThreadComm:
         """
         self._round += 1
         return self._group.exchange(self._round, self._rank, obj)
+
+    def reset(self) -> None:
+        """Makes the group usable again after a `CommunicationError`. Collective.
+
+        Raises:
+            CommunicationError: Ranks did not come within ``EPJIT_TIMEOUT_SECONDS``; names them.
+        """
+        self._round = self._group.reset(self._resets, self._rank, self._round)
+        self._resets += 1
 
 
 def _missing(rank: int, missing: Sequence[int], seconds: float) -> CommunicationError:
