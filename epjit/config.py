@@ -4,6 +4,14 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+# The limits of one call.
+MAX_RANKS = 8  # of one NVLink domain
+MAX_TOKENS = (1 << 24) - 2  # a word of the protocol has 24 bits for a position (sync.cuh)
+MAX_TOPK = 32  # one lane of a warp a choice
+MAX_ROW_BYTES = 32768
+MAX_EXPERTS = 65536
+MAX_LOCAL_EXPERTS = 8192  # of one rank
+
 _ALIGNMENT = 128
 # V1's hint leaves room for this much beside each row, whatever is really sent.
 _MAX_TOPK = 128
@@ -74,7 +82,7 @@ class Config:
             A multiple of 128.
         """
         num_channels = max(self.num_sms // 2, 1)
-        num_nvl_ranks = min(num_ranks, 8)
+        num_nvl_ranks = min(num_ranks, MAX_RANKS)
         rows = max(num_channels * self.num_max_nvl_chunked_recv_tokens, _MIN_ROWS_A_RANK)
         size = num_nvl_ranks * rows * (hidden_bytes + _ROW_METADATA_BYTES)
         return -(-size // _ALIGNMENT) * _ALIGNMENT
@@ -89,7 +97,7 @@ class Config:
         Raises:
             NotImplementedError: More than eight ranks: there is no mode between nodes yet.
         """
-        if num_ranks <= 8:
+        if num_ranks <= MAX_RANKS:
             return 0
         raise NotImplementedError(
             f"{num_ranks} ranks of {hidden_bytes}-byte rows need the mode between nodes, which this "
@@ -110,5 +118,5 @@ def default_combine_config(num_ranks: int, num_sms: int) -> Config:
 
 
 def _check_num_ranks(num_ranks: int) -> None:
-    if not 1 <= num_ranks <= 8:
+    if not 1 <= num_ranks <= MAX_RANKS:
         raise AssertionError(f"there is no config for {num_ranks} ranks; this version of epjit has 1 to 8")

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
+from epjit.config import MAX_LOCAL_EXPERTS, MAX_RANKS
 from epjit.errors import CommunicationError
 from epjit.layout import LayoutConfig
 from epjit.reference.intranode import Dispatched, Handle
@@ -27,12 +28,6 @@ from epjit.runtime.symmetric import SymmetricMemory
 if TYPE_CHECKING:
     from epjit.buffer import Scope
     from epjit.runtime.group import Group
-
-MAX_RANKS = 8
-MAX_TOKENS = (1 << 24) - 2  # a word has 24 bits for a position
-MAX_TOPK = 32
-MAX_ROW_BYTES = 32768
-MAX_LOCAL_EXPERTS = 8192
 
 _MAX_SLOTS = 65536  # of one source rank: bounds the words to 4 MiB
 _SIGNALS_BYTES = 512
@@ -384,7 +379,7 @@ class Intranode:
         )
         experts_per_rank = num_tokens_per_expert.shape[0] // num_ranks
         with scope.allocating():
-            ints = {"dtype": torch.int32, "device": self._device}
+            ints: dict[str, Any] = {"dtype": torch.int32, "device": self._device}
             rank_prefix = torch.empty((num_ranks, num_ranks), **ints)
             source_tokens = torch.empty(num_ranks, **ints)
             expert_counts = torch.empty(experts_per_rank, **ints)
@@ -505,7 +500,9 @@ class Intranode:
         launch = self.combine_launch(
             hidden_bytes=hidden * x.element_size(), num_topk=num_topk, is_f16=x.dtype == torch.float16
         )
-        push_warps = launch.kernel.config.num_push_warps * num_sms
+        combine_config = launch.kernel.config
+        assert isinstance(combine_config, CombineConfig)
+        push_warps = combine_config.num_push_warps * num_sms
         if push_warps < self._group.size - 1:
             raise ValueError(
                 f"config.num_sms is {num_sms}, which gives combine {push_warps} warps that push rows of "

@@ -7,9 +7,9 @@ from typing import ClassVar
 
 import torch
 
+from epjit.config import MAX_EXPERTS
 from epjit.runtime.jit import Kernel, KernelConfig, Launch
 
-MAX_EXPERTS = 65536
 _MAX_BLOCKS = 1024
 
 

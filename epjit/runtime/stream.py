@@ -16,11 +16,13 @@ class CommStream:
         device: Number of the GPU.
 
     Attributes:
+        device: As passed.
         torch_stream: The same as a torch stream.
         handle: The CUstream, as an integer.
     """
 
     def __init__(self, device: int) -> None:
+        self.device = device
         self.torch_stream = torch.cuda.Stream(device=device, priority=-1)
         self.handle = int(self.torch_stream.cuda_stream)
         cuda = driver.load()
