@@ -44,12 +44,14 @@ _INDEX_DTYPES = (torch.int64, torch.int32)
 class Scope:
     """The streams of one call: what the kernels wait for, where outputs are allocated, what is returned.
 
-    Order of a call: allocate; `start`; queue kernels on `stream`; `finish`. Outputs are allocated before the
-    communication stream waits, so that a fill which torch launches for them (deterministic mode) comes first.
+    Order of a call: allocate; `start`; queue kernels on `stream`; `finish`. Outputs are allocated
+    before the communication stream waits, so that a fill which torch launches for them
+    (deterministic mode) comes first.
 
     Args:
         comm: Communication stream.
-        previous_event: What the kernels wait for; everything queued on the current stream when it holds no event.
+        previous_event: What the kernels wait for; everything queued on the current stream when it
+            holds no event.
         async_finish: Whether the current stream is left alone and an event is returned.
         allocate_on_comm_stream: Whether outputs belong to the communication stream.
 
@@ -85,7 +87,9 @@ class Scope:
 
     def allocating(self) -> AbstractContextManager[object]:
         """Where outputs are allocated."""
-        return torch.cuda.stream(self._comm.torch_stream) if self._allocate_on_comm else nullcontext()
+        return (
+            torch.cuda.stream(self._comm.torch_stream) if self._allocate_on_comm else nullcontext()
+        )
 
     def start(self) -> None:
         """Makes the communication stream wait for the inputs and the outputs."""
@@ -98,7 +102,8 @@ class Scope:
         """Ends the call: an event, or the current stream waits.
 
         Args:
-            tensors: Inputs and outputs, which the allocator must not hand out before the kernels are done.
+            tensors: Inputs and outputs, which the allocator must not hand out before the kernels
+                are done.
         """
         if not self._async:
             self._comm.make_wait(self._current)
@@ -152,25 +157,32 @@ class BufferRuntime:
         """The communication stream."""
         return self._buffer.get_comm_stream()
 
-    def get_local_buffer_tensor(self, dtype: torch.dtype, offset: int, use_rdma_buffer: bool) -> torch.Tensor:
+    def get_local_buffer_tensor(
+        self, dtype: torch.dtype, offset: int, use_rdma_buffer: bool
+    ) -> torch.Tensor:
         """See `Buffer.get_local_buffer_tensor`."""
-        return self._buffer.get_local_buffer_tensor(dtype, offset=offset, use_rdma_buffer=use_rdma_buffer)
+        return self._buffer.get_local_buffer_tensor(
+            dtype, offset=offset, use_rdma_buffer=use_rdma_buffer
+        )
 
 
 class Buffer:
     """Expert-parallel communication between the ranks of a group, with DeepEP V1's interface.
 
-    Words in the shapes below: `R` ranks, `T` tokens of this rank, `H` elements a row, `K` top-k choices, `E`
-    experts (expert `e` lives on rank `e // (E // R)`), `S` scales a token, `n` received rows.
+    Words in the shapes below: `R` ranks, `T` tokens of this rank, `H` elements a row, `K` top-k
+    choices, `E` experts (expert `e` lives on rank `e // (E // R)`), `S` scales a token, `n`
+    received rows.
 
-    Construction is collective. On a machine with a GPU the buffer lives on the current device; without one (or with
-    ``EPJIT_BACKEND=cpu``) the same interface works on CPU tensors with the same results.
+    Construction is collective. On a machine with a GPU the buffer lives on the current device;
+    without one (or with ``EPJIT_BACKEND=cpu``) the same interface works on CPU tensors with the
+    same results.
 
     Args:
         group: `torch.distributed` process group of any backend. Only its rank, its size and one
             ``all_gather_object`` are used.
-        num_nvl_bytes: Bytes of the NVLink buffer, a multiple of 128. `Config.get_nvl_buffer_size_hint` gives a good
-            value; with less (or more) everything works too, in more (or fewer) rounds. About 5 MB are added.
+        num_nvl_bytes: Bytes of the NVLink buffer, a multiple of 128.
+            `Config.get_nvl_buffer_size_hint` gives a good value; with less (or more) everything
+            works too, in more (or fewer) rounds. About 5 MB are added.
         num_rdma_bytes: Must be 0 inside one NVLink domain.
         low_latency_mode: Not in this version.
         num_qps_per_rank: Accepted for V1's sake; there is no RDMA inside an NVLink domain.
@@ -179,7 +191,8 @@ class Buffer:
         use_fabric: Share memory by fabric handles instead of CUDA IPC.
         explicitly_destroy: Whether `destroy` will be called; else resources go with the object.
         enable_shrink: Not in this version.
-        comm: Communicator with mpi4py's `Get_rank`, `Get_size` and `allgather`, when `group` is None.
+        comm: Communicator with mpi4py's `Get_rank`, `Get_size` and `allgather`, when `group` is
+            None.
         timeout_seconds: How long a wait for a peer lasts; None reads ``EPJIT_TIMEOUT_SECONDS``.
 
     Attributes:
@@ -222,7 +235,9 @@ class Buffer:
         self.runtime: BufferRuntime | None = None
         self.explicitly_destroy = explicitly_destroy
         if group is None and comm is None:
-            raise ValueError("Buffer needs a process group (group=...) or an mpi4py-like communicator (comm=...)")
+            raise ValueError(
+                "Buffer needs a process group (group=...) or an mpi4py-like communicator (comm=...)"
+            )
         links = from_torch(group) if group is not None else from_comm(comm)
         self.group = group if group is not None else comm
         self.rank, self.group_size = links.rank, links.size
@@ -240,14 +255,18 @@ class Buffer:
             from epjit.runtime.stream import CommStream
 
             self.device = torch.device("cuda", torch.cuda.current_device())
-            self._available_sms = torch.cuda.get_device_properties(self.device).multi_processor_count
+            self._available_sms = torch.cuda.get_device_properties(
+                self.device
+            ).multi_processor_count
             self._comm = CommStream(self.device.index)
             self._layout = Layout(links.size, self.device)
             self._mode: Intranode = Intranode(
                 links,
                 num_nvl_bytes=num_nvl_bytes,
                 device=self.device,
-                timeout_seconds=env.timeout_seconds() if timeout_seconds is None else timeout_seconds,
+                timeout_seconds=env.timeout_seconds()
+                if timeout_seconds is None
+                else timeout_seconds,
                 use_fabric=use_fabric,
             )
         else:
@@ -297,7 +316,9 @@ class Buffer:
     def _unpack_bias(bias: Bias) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if isinstance(bias, tuple):
             if len(bias) != 2:
-                raise ValueError(f"bias is a tuple of {len(bias)}, expected one tensor or a tuple of two")
+                raise ValueError(
+                    f"bias is a tuple of {len(bias)}, expected one tensor or a tuple of two"
+                )
             return bias
         return bias, None
 
@@ -308,7 +329,9 @@ class Buffer:
             RuntimeError: The buffer lives on the CPU, where there are no streams.
         """
         if self._comm is None:
-            raise RuntimeError("this Buffer lives on the CPU, where there is no communication stream")
+            raise RuntimeError(
+                "this Buffer lives on the CPU, where there is no communication stream"
+            )
         return self._comm.torch_stream
 
     def get_local_buffer_tensor(
@@ -336,12 +359,16 @@ class Buffer:
         whole = self._cpu_memory if self._cpu is not None else self._mode.memory.tensor(torch.uint8)
         available = (num_bytes - offset) // dtype.itemsize
         if offset < 0 or offset % dtype.itemsize or available < 0:
-            raise ValueError(f"offset is {offset} bytes, but must be a multiple of {dtype.itemsize} up to {num_bytes}")
+            raise ValueError(
+                f"offset is {offset} bytes, but must be a multiple of {dtype.itemsize} up to {num_bytes}"
+            )
         view = whole[offset : offset + available * dtype.itemsize].view(dtype)
         if size is None:
             return view
         if size.numel() > available:
-            raise ValueError(f"size {tuple(size)} has {size.numel()} elements of {dtype}, but only {available} are there")
+            raise ValueError(
+                f"size {tuple(size)} has {size.numel()} elements of {dtype}, but only {available} are there"
+            )
         return view[: size.numel()].view(size)
 
     # ---- life ----------------------------------------------------------------------------------------
@@ -350,10 +377,13 @@ class Buffer:
         """Frees everything. Collective in that all ranks should call it; none waits long for a rank that does not.
 
         Raises:
-            AssertionError: The buffer was not made with ``explicitly_destroy=True``, or is destroyed already.
+            AssertionError: The buffer was not made with ``explicitly_destroy=True``, or is
+                destroyed already.
         """
         if not self.explicitly_destroy:
-            raise AssertionError("destroy() needs a Buffer that was made with explicitly_destroy=True")
+            raise AssertionError(
+                "destroy() needs a Buffer that was made with explicitly_destroy=True"
+            )
         if self.runtime is None:
             raise AssertionError("this Buffer is destroyed already")
         self._release()
@@ -369,7 +399,10 @@ class Buffer:
         if getattr(self, "runtime", None) is None:
             return
         if self.explicitly_destroy:
-            warnings.warn("a Buffer with explicitly_destroy=True was never destroyed; its memory leaks", ResourceWarning)
+            warnings.warn(
+                "a Buffer with explicitly_destroy=True was never destroyed; its memory leaks",
+                ResourceWarning,
+            )
             return
         try:
             if self._cpu is None and torch.cuda.is_current_stream_capturing():
@@ -411,20 +444,26 @@ class Buffer:
     ) -> None:
         """Compiles and loads the kernels of a shape, so that the first call (or a graph capture) finds them; collective.
 
-        With ``TORCH_CUDA_ARCH_LIST`` the same kernels are also compiled into the cache for the architectures it names.
+        With ``TORCH_CUDA_ARCH_LIST`` the same kernels are also compiled into the cache for the
+        architectures it names.
 
         Args:
             hidden_bytes: Bytes of one row of `x`.
-            num_topk: Choices a token that travel with it; 0 = none. Combine is prepared with and without weights.
+            num_topk: Choices a token that travel with it; 0 = none. Combine is prepared with and
+                without weights.
             num_scales: Scales a token; 0 = none.
             topk_idx_dtype: int64 or int32.
             combine_dtype: bfloat16 or float16.
         """
         self._check_alive()
         if hidden_bytes <= 0 or hidden_bytes % 16 or hidden_bytes > MAX_ROW_BYTES:
-            raise ValueError(f"hidden_bytes is {hidden_bytes}, but must be a multiple of 16, at most {MAX_ROW_BYTES}")
+            raise ValueError(
+                f"hidden_bytes is {hidden_bytes}, but must be a multiple of 16, at most {MAX_ROW_BYTES}"
+            )
         if not 0 <= num_topk <= MAX_TOPK or num_scales < 0:
-            raise ValueError(f"num_topk is {num_topk} (0 to {MAX_TOPK}) and num_scales {num_scales} (0 or more)")
+            raise ValueError(
+                f"num_topk is {num_topk} (0 to {MAX_TOPK}) and num_scales {num_scales} (0 or more)"
+            )
         if self._cpu is not None:
             return
         for topk in sorted({0, num_topk}):
@@ -467,28 +506,48 @@ class Buffer:
             allocate_on_comm_stream: Outputs belong to the communication stream.
 
         Returns:
-            `num_tokens_per_rank` int32 `[R]`, `num_tokens_per_rdma_rank` (None), `num_tokens_per_expert` int32
-            `[E]`, `is_token_in_rank` bool `[T, R]`, the event.
+            `num_tokens_per_rank` int32 `[R]`, `num_tokens_per_rdma_rank` (None),
+            `num_tokens_per_expert` int32 `[E]`, `is_token_in_rank` bool `[T, R]`, the event.
 
         Raises:
             TypeError, ValueError: Arguments that do not fit; nothing was launched.
             CommunicationError: An earlier operation of this buffer failed.
         """
         self._check_alive()
-        check("topk_idx", topk_idx, shape=("num_tokens", "num_topk"), dtype=_INDEX_DTYPES, device=self.device)
+        check(
+            "topk_idx",
+            topk_idx,
+            shape=("num_tokens", "num_topk"),
+            dtype=_INDEX_DTYPES,
+            device=self.device,
+        )
         _check_topk(topk_idx)
         _check_experts(num_experts, self.group_size)
         if self._cpu is not None:
             per_rank, per_expert, in_rank = self._cpu.layout(topk_idx, num_experts)
-            return per_rank, None, per_expert, in_rank, EventOverlap(EventHandle() if async_finish else None)
+            return (
+                per_rank,
+                None,
+                per_expert,
+                in_rank,
+                EventOverlap(EventHandle() if async_finish else None),
+            )
         scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
         with scope.allocating():
             per_rank = torch.empty(self.group_size, dtype=torch.int32, device=self.device)
             per_expert = torch.empty(num_experts, dtype=torch.int32, device=self.device)
-            in_rank = torch.empty((topk_idx.shape[0], self.group_size), dtype=torch.bool, device=self.device)
+            in_rank = torch.empty(
+                (topk_idx.shape[0], self.group_size), dtype=torch.bool, device=self.device
+            )
         scope.start()
         self._layout(scope.stream, topk_idx, per_rank, per_expert, in_rank)
-        return per_rank, None, per_expert, in_rank, scope.finish((topk_idx, per_rank, per_expert, in_rank))
+        return (
+            per_rank,
+            None,
+            per_expert,
+            in_rank,
+            scope.finish((topk_idx, per_rank, per_expert, in_rank)),
+        )
 
     def dispatch(
         self,
@@ -507,16 +566,22 @@ class Buffer:
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[
-        Payload, torch.Tensor | None, torch.Tensor | None, list[int] | None, Handle | None, EventOverlap
+        Payload,
+        torch.Tensor | None,
+        torch.Tensor | None,
+        list[int] | None,
+        Handle | None,
+        EventOverlap,
     ]:
         """Sends each token to the ranks that own its experts; once a rank, however many of its experts it chose.
 
-        Received rows are ordered by source rank, then by source token. With `handle` (a cached dispatch) the routing
-        of an earlier dispatch is used for another payload, of any dtype and `H`; layout and top-k are not given then.
+        Received rows are ordered by source rank, then by source token. With `handle` (a cached
+        dispatch) the routing of an earlier dispatch is used for another payload, of any dtype and
+        `H`; layout and top-k are not given then.
 
         Args:
-            x: `[T, H]` of any dtype, rows a multiple of 16 bytes up to 32 KB; or a tuple of that with one byte an
-                element and scales `[T, S]`, float32 or int32, of any strides.
+            x: `[T, H]` of any dtype, rows a multiple of 16 bytes up to 32 KB; or a tuple of that
+                with one byte an element and scales `[T, S]`, float32 or int32, of any strides.
             handle: From an earlier dispatch.
             num_tokens_per_rank: int32 `[R]` from `get_dispatch_layout`.
             num_tokens_per_rdma_rank: Not used inside one NVLink domain.
@@ -525,17 +590,19 @@ class Buffer:
             topk_idx: int64 or int32 `[T, K]`, `K <= 32`, with `topk_weights` or not at all.
             topk_weights: float32 `[T, K]`.
             expert_alignment: Counts in the returned list are rounded up to a multiple of it.
-            num_worst_tokens: Rows of every output, at least what arrives. The host then does not wait (capturable),
-                and the list is empty; rows that nothing arrived for are -1 in `recv_topk_idx`, undefined elsewhere.
+            num_worst_tokens: Rows of every output, at least what arrives. The host then does not
+                wait (capturable), and the list is empty; rows that nothing arrived for are -1 in
+                `recv_topk_idx`, undefined elsewhere.
             config: Only `num_sms` matters; None is `get_dispatch_config`.
             previous_event: What to wait for instead of the current stream.
             async_finish: Return an event instead of making the current stream wait.
             allocate_on_comm_stream: Outputs belong to the communication stream.
 
         Returns:
-            `recv_x` `[n, H]` (with scales: a tuple with float32 or int32 `[n, S]`, row-major), `recv_topk_idx` `[n, K]`
-            (local experts, -1 for those of other ranks), `recv_topk_weights` `[n, K]` (0 where the index is -1), list of
-            received selections for each local expert, handle, event. Cached: None for everything but `recv_x` and event.
+            `recv_x` `[n, H]` (with scales: a tuple with float32 or int32 `[n, S]`, row-major),
+            `recv_topk_idx` `[n, K]` (local experts, -1 for those of other ranks),
+            `recv_topk_weights` `[n, K]` (0 where the index is -1), list of received selections for
+            each local expert, handle, event. Cached: None for everything but `recv_x` and event.
 
         Raises:
             TypeError, ValueError: Arguments that do not fit; nothing was launched.
@@ -549,7 +616,9 @@ class Buffer:
         self._check_config(config)
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
-                raise ValueError("a cached dispatch (handle=...) takes no topk_idx and no topk_weights")
+                raise ValueError(
+                    "a cached dispatch (handle=...) takes no topk_idx and no topk_weights"
+                )
             self._check_handle(handle, num_tokens=rows.shape[0])
             if self._cpu is not None:
                 recv_x, recv_scales = self._cpu.cached_dispatch(rows, scales, handle)
@@ -564,16 +633,30 @@ class Buffer:
             return _payload(recv_x, recv_scales), None, None, None, None, event
 
         self._check_routing(
-            rows.shape[0], num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert, topk_idx, topk_weights
+            rows.shape[0],
+            num_tokens_per_rank,
+            is_token_in_rank,
+            num_tokens_per_expert,
+            topk_idx,
+            topk_weights,
         )
-        assert num_tokens_per_rank is not None and is_token_in_rank is not None and num_tokens_per_expert is not None
+        assert (
+            num_tokens_per_rank is not None
+            and is_token_in_rank is not None
+            and num_tokens_per_expert is not None
+        )
         _check_counts(expert_alignment, num_worst_tokens, topk_idx)
         layout = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
         if self._cpu is not None:
             result = self._cpu.dispatch(
-                rows, scales, topk_idx, topk_weights, *layout,
-                expert_alignment=expert_alignment, num_worst_tokens=num_worst_tokens,
-            )  # fmt: skip
+                rows,
+                scales,
+                topk_idx,
+                topk_weights,
+                *layout,
+                expert_alignment=expert_alignment,
+                num_worst_tokens=num_worst_tokens,
+            )
             event = EventOverlap(EventHandle() if async_finish else None)
         else:
             if num_worst_tokens == 0 and torch.cuda.is_current_stream_capturing():
@@ -584,11 +667,25 @@ class Buffer:
             scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
             with self._lock:
                 result = self._mode.dispatch(
-                    scope, rows, scales, topk_idx, topk_weights, *layout,
-                    expert_alignment=expert_alignment, num_worst_tokens=num_worst_tokens, num_sms=config.num_sms,
-                )  # fmt: skip
-            outputs = (result.recv_x, result.recv_scales, result.recv_topk_idx, result.recv_topk_weights)
-            event = scope.finish((rows, scales, topk_idx, topk_weights, *layout, *outputs, *result.handle))
+                    scope,
+                    rows,
+                    scales,
+                    topk_idx,
+                    topk_weights,
+                    *layout,
+                    expert_alignment=expert_alignment,
+                    num_worst_tokens=num_worst_tokens,
+                    num_sms=config.num_sms,
+                )
+            outputs = (
+                result.recv_x,
+                result.recv_scales,
+                result.recv_topk_idx,
+                result.recv_topk_weights,
+            )
+            event = scope.finish(
+                (rows, scales, topk_idx, topk_weights, *layout, *outputs, *result.handle)
+            )
         return (
             _payload(result.recv_x, result.recv_scales),
             result.recv_topk_idx,
@@ -611,8 +708,8 @@ class Buffer:
     ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
         """Brings the rows of a dispatch back to the ranks of their tokens and sums them.
 
-        The sum is in fp32, biases first, then source ranks in ascending order, rounded once; nothing is weighted.
-        The host does not wait.
+        The sum is in fp32, biases first, then source ranks in ascending order, rounded once;
+        nothing is weighted. The host does not wait.
 
         Args:
             x: bfloat16 or float16 `[n, H]`, one row for each received row.
@@ -634,22 +731,45 @@ class Buffer:
         self._check_alive()
         self._check_handle(handle, num_tokens=None)
         num_rows, num_tokens = handle[3].shape[0], handle[5].shape[0]
-        self._check_rows("x", x, num_rows, (torch.bfloat16, torch.float16), "one row for each row of the dispatch")
+        self._check_rows(
+            "x",
+            x,
+            num_rows,
+            (torch.bfloat16, torch.float16),
+            "one row for each row of the dispatch",
+        )
         if topk_weights is not None:
             check(
-                "topk_weights", topk_weights, shape=(num_rows, "num_topk"), dtype=torch.float32, device=self.device,
+                "topk_weights",
+                topk_weights,
+                shape=(num_rows, "num_topk"),
+                dtype=torch.float32,
+                device=self.device,
                 why="one row for each row of x",
-            )  # fmt: skip
+            )
             _check_topk(topk_weights)
         bias_0, bias_1 = self._unpack_bias(bias)
         for name, value in (("bias_0", bias_0), ("bias_1", bias_1)):
             if value is not None:
-                self._check_rows(name, value, num_tokens, (x.dtype,), "one row for each token of this rank", x.shape[1])
+                self._check_rows(
+                    name,
+                    value,
+                    num_tokens,
+                    (x.dtype,),
+                    "one row for each token of this rank",
+                    x.shape[1],
+                )
         config = self.get_combine_config(self.group_size) if config is None else config
         self._check_config(config)
         if self._cpu is not None:
-            combined_x, combined_weights = self._cpu.combine(x, handle, topk_weights, (bias_0, bias_1))
-            return combined_x, combined_weights, EventOverlap(EventHandle() if async_finish else None)
+            combined_x, combined_weights = self._cpu.combine(
+                x, handle, topk_weights, (bias_0, bias_1)
+            )
+            return (
+                combined_x,
+                combined_weights,
+                EventOverlap(EventHandle() if async_finish else None),
+            )
         scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
         with self._lock:
             combined_x, combined_weights = self._mode.combine(
@@ -660,10 +780,15 @@ class Buffer:
 
     # ---- checks --------------------------------------------------------------------------------------
 
-    def _scope(self, previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool) -> Scope:
+    def _scope(
+        self, previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool
+    ) -> Scope:
         assert self._comm is not None
         return Scope(
-            self._comm, previous_event, async_finish=async_finish, allocate_on_comm_stream=allocate_on_comm_stream
+            self._comm,
+            previous_event,
+            async_finish=async_finish,
+            allocate_on_comm_stream=allocate_on_comm_stream,
         )
 
     def _check_config(self, config: Config) -> None:
@@ -675,9 +800,14 @@ class Buffer:
             )
 
     def _check_rows(
-        self, name: str, x: torch.Tensor, num_rows: int | str, dtypes: tuple[torch.dtype, ...] | None, why: str,
+        self,
+        name: str,
+        x: torch.Tensor,
+        num_rows: int | str,
+        dtypes: tuple[torch.dtype, ...] | None,
+        why: str,
         hidden: int | str = "hidden",
-    ) -> None:  # fmt: skip
+    ) -> None:
         check(name, x, shape=(num_rows, hidden), dtype=dtypes, device=self.device, why=why)
         row_bytes = x.shape[1] * x.element_size()
         if row_bytes == 0 or row_bytes % 16 or row_bytes > MAX_ROW_BYTES:
@@ -689,27 +819,42 @@ class Buffer:
 
     def _check_payload(self, x: Payload) -> tuple[torch.Tensor, torch.Tensor | None]:
         if isinstance(x, tuple) and len(x) != 2:
-            raise TypeError(f"x is a tuple of {len(x)}, expected a tensor or a tuple of two: rows and scales")
+            raise TypeError(
+                f"x is a tuple of {len(x)}, expected a tensor or a tuple of two: rows and scales"
+            )
         rows, scales = x if isinstance(x, tuple) else (x, None)
         self._check_rows("x", rows, "num_tokens", None, "")
         if rows.shape[0] > MAX_TOKENS:
             raise ValueError(f"x has {rows.shape[0]} tokens; one call takes at most {MAX_TOKENS}")
         if scales is not None:
             check(
-                "x[1] (scales)", scales, shape=(rows.shape[0], "num_scales"), dtype=(torch.float32, torch.int32),
-                device=self.device, contiguous=False, why="one row of scales for each token",
-            )  # fmt: skip
+                "x[1] (scales)",
+                scales,
+                shape=(rows.shape[0], "num_scales"),
+                dtype=(torch.float32, torch.int32),
+                device=self.device,
+                contiguous=False,
+                why="one row of scales for each token",
+            )
             if rows.element_size() != 1:
-                raise TypeError(f"x[0] has dtype {rows.dtype}; a payload with scales has one byte an element")
+                raise TypeError(
+                    f"x[0] has dtype {rows.dtype}; a payload with scales has one byte an element"
+                )
         return rows, scales
 
     def _check_handle(self, handle: Handle, *, num_tokens: int | None) -> None:
         if not isinstance(handle, tuple | list) or len(handle) != 6:
-            got = f"{type(handle).__name__} of {len(handle)}" if isinstance(handle, tuple | list) else type(handle).__name__
+            got = (
+                f"{type(handle).__name__} of {len(handle)}"
+                if isinstance(handle, tuple | list)
+                else type(handle).__name__
+            )
             raise TypeError(f"handle is a {got}, expected the tuple of 6 that dispatch returned")
         for index, tensor in enumerate(handle):
             if not isinstance(tensor, torch.Tensor):
-                raise TypeError(f"handle[{index}] is a {type(tensor).__name__}, expected what dispatch returned")
+                raise TypeError(
+                    f"handle[{index}] is a {type(tensor).__name__}, expected what dispatch returned"
+                )
             if tensor.device != self.device:
                 raise ValueError(
                     f"handle[{index}] is on {tensor.device}, but this Buffer is on {self.device}; move it with "
@@ -740,27 +885,54 @@ class Buffer:
         }
         missing = [name for name, value in given.items() if value is None]
         if missing:
-            raise AssertionError(f"dispatch without a handle needs {', '.join(missing)} from get_dispatch_layout")
+            raise AssertionError(
+                f"dispatch without a handle needs {', '.join(missing)} from get_dispatch_layout"
+            )
         ranks, device = self.group_size, self.device
-        check("num_tokens_per_rank", num_tokens_per_rank, shape=(ranks,), dtype=torch.int32, device=device)
         check(
-            "is_token_in_rank", is_token_in_rank, shape=(num_tokens, ranks), dtype=torch.bool, device=device,
+            "num_tokens_per_rank",
+            num_tokens_per_rank,
+            shape=(ranks,),
+            dtype=torch.int32,
+            device=device,
+        )
+        check(
+            "is_token_in_rank",
+            is_token_in_rank,
+            shape=(num_tokens, ranks),
+            dtype=torch.bool,
+            device=device,
             why="one row for each token of x",
-        )  # fmt: skip
+        )
         experts = check(
-            "num_tokens_per_expert", num_tokens_per_expert, shape=("num_experts",), dtype=torch.int32, device=device
+            "num_tokens_per_expert",
+            num_tokens_per_expert,
+            shape=("num_experts",),
+            dtype=torch.int32,
+            device=device,
         )
         _check_experts(experts.shape[0], ranks)
         if (topk_idx is None) != (topk_weights is None):
             raise ValueError("topk_idx and topk_weights go together; got only one of them")
         if topk_idx is not None:
             why = "one row for each token of x"
-            check("topk_idx", topk_idx, shape=(num_tokens, "num_topk"), dtype=_INDEX_DTYPES, device=device, why=why)
+            check(
+                "topk_idx",
+                topk_idx,
+                shape=(num_tokens, "num_topk"),
+                dtype=_INDEX_DTYPES,
+                device=device,
+                why=why,
+            )
             _check_topk(topk_idx)
             check(
-                "topk_weights", topk_weights, shape=tuple(topk_idx.shape), dtype=torch.float32, device=device,
+                "topk_weights",
+                topk_weights,
+                shape=tuple(topk_idx.shape),
+                dtype=torch.float32,
+                device=device,
                 why="as topk_idx",
-            )  # fmt: skip
+            )
 
 
 def _use_gpu() -> bool:
@@ -771,7 +943,11 @@ def _use_gpu() -> bool:
 
 
 def _check_buffer(
-    num_ranks: int, num_nvl_bytes: int, num_rdma_bytes: int, low_latency_mode: bool, enable_shrink: bool
+    num_ranks: int,
+    num_nvl_bytes: int,
+    num_rdma_bytes: int,
+    low_latency_mode: bool,
+    enable_shrink: bool,
 ) -> None:
     reasons = [
         f"{name} is {value}, but must be a multiple of {_SIZE_ALIGNMENT} and not negative"
@@ -809,13 +985,17 @@ def _check_experts(num_experts: int, num_ranks: int) -> None:
         )
 
 
-def _check_counts(expert_alignment: int, num_worst_tokens: int, topk_idx: torch.Tensor | None) -> None:
+def _check_counts(
+    expert_alignment: int, num_worst_tokens: int, topk_idx: torch.Tensor | None
+) -> None:
     if expert_alignment < 1:
         raise ValueError(f"expert_alignment is {expert_alignment}, but must be at least 1")
     if num_worst_tokens < 0:
         raise ValueError(f"num_worst_tokens is {num_worst_tokens}, but must not be negative")
     if num_worst_tokens > 0 and topk_idx is None:
-        raise ValueError("num_worst_tokens needs topk_idx: without it nothing says which rows arrived")
+        raise ValueError(
+            "num_worst_tokens needs topk_idx: without it nothing says which rows arrived"
+        )
 
 
 def _payload(rows: torch.Tensor, scales: torch.Tensor | None) -> Payload:

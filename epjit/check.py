@@ -43,11 +43,15 @@ def check(
         raise ValueError(
             f"{name} has shape {tuple(got)}, expected ({expected}){': ' + why if why else ''}"
         )
-    if dtype is not None and tensor.dtype != dtype and tensor.dtype not in (
-        dtype if isinstance(dtype, tuple) else ()
+    if (
+        dtype is not None
+        and tensor.dtype != dtype
+        and tensor.dtype not in (dtype if isinstance(dtype, tuple) else ())
     ):
         allowed = " or ".join(str(d) for d in (dtype if isinstance(dtype, tuple) else (dtype,)))
-        raise TypeError(f"{name} has dtype {tensor.dtype}, expected {allowed}; convert it with .to()")
+        raise TypeError(
+            f"{name} has dtype {tensor.dtype}, expected {allowed}; convert it with .to()"
+        )
     if device is not None and tensor.device != device:
         raise ValueError(
             f"{name} is on {tensor.device}, but this Buffer is on {device}; move it with .to({str(device)!r})"

@@ -48,8 +48,14 @@ class Config:
 
     def __post_init__(self) -> None:
         """Checks the values; all reasons at once."""
-        nvl_send, nvl_recv = self.num_max_nvl_chunked_send_tokens, self.num_max_nvl_chunked_recv_tokens
-        rdma_send, rdma_recv = self.num_max_rdma_chunked_send_tokens, self.num_max_rdma_chunked_recv_tokens
+        nvl_send, nvl_recv = (
+            self.num_max_nvl_chunked_send_tokens,
+            self.num_max_nvl_chunked_recv_tokens,
+        )
+        rdma_send, rdma_recv = (
+            self.num_max_rdma_chunked_send_tokens,
+            self.num_max_rdma_chunked_recv_tokens,
+        )
         reasons = []
         if self.num_sms < 0:
             reasons.append(f"num_sms is {self.num_sms}, but must not be negative")
@@ -119,4 +125,6 @@ def default_combine_config(num_ranks: int, num_sms: int) -> Config:
 
 def _check_num_ranks(num_ranks: int) -> None:
     if not 1 <= num_ranks <= MAX_RANKS:
-        raise AssertionError(f"there is no config for {num_ranks} ranks; this version of epjit has 1 to 8")
+        raise AssertionError(
+            f"there is no config for {num_ranks} ranks; this version of epjit has 1 to 8"
+        )

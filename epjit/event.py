@@ -11,8 +11,8 @@ import torch
 class EventHandle:
     """An event recorded on a stream when it is made.
 
-    It can be copied, and waited for any number of times and from any stream. Without a GPU there are
-    no streams: work is done when a call returns, and waiting does nothing.
+    It can be copied, and waited for any number of times and from any stream. Without a GPU there
+    are no streams: work is done when a call returns, and waiting does nothing.
 
     Args:
         stream: Stream to record on; the current stream when None.

@@ -1,8 +1,8 @@
 """One round of all operations through the public `Buffer`, compared bit for bit with the reference.
 
-Every rank builds the inputs of all ranks from a seed, so that it knows what must arrive; nothing but the operations
-under test communicates. On the GPU only copies are used beside them: with virtual ranks a torch kernel that is loaded
-while another rank's kernel spins would wait for it.
+Every rank builds the inputs of all ranks from a seed, so that it knows what must arrive; nothing
+but the operations under test communicates. On the GPU only copies are used beside them: with
+virtual ranks a torch kernel that is loaded while another rank's kernel spins would wait for it.
 """
 
 from __future__ import annotations
@@ -78,7 +78,9 @@ def random_round(num_ranks: int, seed: int, *, num_sms: int, max_tokens: int) ->
     num_topk = rng.choice((1, 2, 5, 8))
     with_topk = rng.random() < 0.8
     return Round(
-        num_tokens=tuple(0 if rng.random() < 0.1 else rng.randint(1, max_tokens) for _ in range(num_ranks)),
+        num_tokens=tuple(
+            0 if rng.random() < 0.1 else rng.randint(1, max_tokens) for _ in range(num_ranks)
+        ),
         hidden=rng.choice((128, 256, 512, 1024)),
         num_experts=num_ranks * rng.choice((1, 2, 8)),
         num_topk=num_topk,
@@ -108,18 +110,30 @@ def make_world(case: Round) -> list[reference.RankInput]:
     world = []
     for rank, tokens in enumerate(case.num_tokens):
         idx = routing(
-            case.kind, num_tokens=tokens, num_experts=case.num_experts, num_topk=case.num_topk,
-            num_ranks=len(case.num_tokens), seed=case.seed * 64 + rank, dtype=case.index_dtype,
-        )  # fmt: skip
+            case.kind,
+            num_tokens=tokens,
+            num_experts=case.num_experts,
+            num_topk=case.num_topk,
+            num_ranks=len(case.num_tokens),
+            seed=case.seed * 64 + rank,
+            dtype=case.index_dtype,
+        )
         _, per_expert, in_rank = reference.layout(idx, case.num_experts, len(case.num_tokens))
         if case.fp8 is None:
             x, scales = payload(rank, tokens, case.hidden, torch.bfloat16), None
         else:
-            x, scales = fp8_payload(rank, tokens, case.hidden, layout=case.fp8, scale_dtype=case.scale_dtype)
+            x, scales = fp8_payload(
+                rank, tokens, case.hidden, layout=case.fp8, scale_dtype=case.scale_dtype
+            )
         weights = topk_weights(tokens, case.num_topk, seed=case.seed * 64 + rank)
         world.append(
             reference.RankInput(
-                x, scales, idx if case.with_topk else None, weights if case.with_topk else None, in_rank, per_expert
+                x,
+                scales,
+                idx if case.with_topk else None,
+                weights if case.with_topk else None,
+                in_rank,
+                per_expert,
             )
         )
     return world
@@ -138,11 +152,19 @@ def check_round(buffer: Buffer, case: Round) -> None:
     prefix = f"rank {rank}, seed {case.seed}"
     config = Config(case.num_sms)
     idx = routing(
-        case.kind, num_tokens=case.num_tokens[rank], num_experts=case.num_experts, num_topk=case.num_topk,
-        num_ranks=num_ranks, seed=case.seed * 64 + rank, dtype=case.index_dtype,
-    )  # fmt: skip
+        case.kind,
+        num_tokens=case.num_tokens[rank],
+        num_experts=case.num_experts,
+        num_topk=case.num_topk,
+        num_ranks=num_ranks,
+        seed=case.seed * 64 + rank,
+        dtype=case.index_dtype,
+    )
     idx_on_device = to_device(idx, device)
-    flags: dict[str, Any] = {"async_finish": case.how != "sync", "allocate_on_comm_stream": case.how == "comm"}
+    flags: dict[str, Any] = {
+        "async_finish": case.how != "sync",
+        "allocate_on_comm_stream": case.how == "comm",
+    }
 
     def call(method: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
         previous = Buffer.capture() if case.how != "sync" else None
@@ -158,19 +180,27 @@ def check_round(buffer: Buffer, case: Round) -> None:
         return results[:-1]
 
     # Layout
-    per_rank, per_rdma_rank, per_expert, in_rank = call(buffer.get_dispatch_layout, idx_on_device, case.num_experts)
+    per_rank, per_rdma_rank, per_expert, in_rank = call(
+        buffer.get_dispatch_layout, idx_on_device, case.num_experts
+    )
     want_layout = reference.layout(idx, case.num_experts, num_ranks)
     assert per_rdma_rank is None
     for name, got, want in zip(
         ("num_tokens_per_rank", "num_tokens_per_expert", "is_token_in_rank"),
-        (per_rank, per_expert, in_rank), want_layout, strict=True,
-    ):  # fmt: skip
+        (per_rank, per_expert, in_rank),
+        want_layout,
+        strict=True,
+    ):
         assert_rows_equal(got, want, f"{prefix}: {name}")
 
     # Dispatch
     num_worst = sum(case.num_tokens) + 3 if case.worst else 0
     want = reference.dispatch(
-        world, rank, num_experts=case.num_experts, expert_alignment=case.alignment, num_worst_tokens=num_worst
+        world,
+        rank,
+        num_experts=case.num_experts,
+        expert_alignment=case.alignment,
+        num_worst_tokens=num_worst,
     )
     num_rows = int(want.handle[0][-1, rank])
     x = to_device(own.x, device)
@@ -197,10 +227,21 @@ def check_round(buffer: Buffer, case: Round) -> None:
     assert (got_idx is None) == (want.recv_topk_idx is None) == (got_weights is None)
     if got_idx is not None:
         assert_rows_equal(got_idx, want.recv_topk_idx, f"{prefix}: recv_topk_idx")
-        assert_rows_equal(got_weights[:num_rows], want.recv_topk_weights[:num_rows], f"{prefix}: recv_topk_weights")
+        assert_rows_equal(
+            got_weights[:num_rows],
+            want.recv_topk_weights[:num_rows],
+            f"{prefix}: recv_topk_weights",
+        )
     assert got_list == want.num_recv_tokens_per_expert_list, f"{prefix}: {got_list}"
     assert isinstance(handle, tuple)
-    names = ("rank_prefix_matrix", "source_tokens", "recv_expert_counts", "recv_src_idx", "is_token_in_rank", "send_head")
+    names = (
+        "rank_prefix_matrix",
+        "source_tokens",
+        "recv_expert_counts",
+        "recv_src_idx",
+        "is_token_in_rank",
+        "send_head",
+    )
     for slot, name in enumerate(names):
         rows = slice(0, num_rows) if slot == 3 else slice(None)
         assert handle[slot].shape == want.handle[slot].shape
@@ -212,7 +253,9 @@ def check_round(buffer: Buffer, case: Round) -> None:
         for source, tokens in enumerate(case.num_tokens)
     ]
     handles = [
-        reference.dispatch(world, source, num_experts=case.num_experts, num_worst_tokens=num_worst).handle
+        reference.dispatch(
+            world, source, num_experts=case.num_experts, num_worst_tokens=num_worst
+        ).handle
         for source in range(num_ranks)
     ]
     cached = call(buffer.dispatch, to_device(others[rank], device), handle=handle, config=config)
@@ -224,10 +267,14 @@ def check_round(buffer: Buffer, case: Round) -> None:
     outputs, weights = [], []
     for source in range(num_ranks):
         rows = handles[source][3].shape[0]
-        outputs.append(random_payload(rows, case.hidden, case.combine_dtype, seed=case.seed * 64 + 32 + source))
+        outputs.append(
+            random_payload(rows, case.hidden, case.combine_dtype, seed=case.seed * 64 + 32 + source)
+        )
         weights.append(topk_weights(rows, case.num_topk, seed=case.seed * 64 + 32 + source))
     biases = tuple(
-        random_payload(case.num_tokens[rank], case.hidden, case.combine_dtype, seed=case.seed * 64 + 48 + i)
+        random_payload(
+            case.num_tokens[rank], case.hidden, case.combine_dtype, seed=case.seed * 64 + 48 + i
+        )
         for i in range(case.num_biases)
     )
     on_device = tuple(to_device(each, device) for each in biases)
@@ -240,9 +287,12 @@ def check_round(buffer: Buffer, case: Round) -> None:
         config=config,
     )
     want_combined, want_weights = reference.combine(
-        outputs, handles, rank, weights if case.with_topk else None,
+        outputs,
+        handles,
+        rank,
+        weights if case.with_topk else None,
         None if not biases else biases[0] if len(biases) == 1 else biases,
-    )  # fmt: skip
+    )
     assert_rows_equal(combined, want_combined, f"{prefix}: combined_x")
     assert (combined_weights is None) == (want_weights is None)
     if combined_weights is not None:

@@ -296,8 +296,8 @@ def _gather(sources: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor:
     """Rows `tokens[i]` of `sources[i]`, one source after the other, bit for bit."""
     dtype, width = sources[0].dtype, sources[0].shape[1]
     # As bytes, so that no dtype needs an indexing kernel of its own. Flat first: torch calls a
-    # tensor with one column contiguous whatever its stride, and then cannot view it as bytes. Then a
-    # copy: a single row with a stride stays a view when it is made flat.
+    # tensor with one column contiguous whatever its stride, and then cannot view it as bytes. Then
+    # a copy: a single row with a stride stays a view when it is made flat.
     flat = [source.reshape(-1).clone(memory_format=torch.contiguous_format) for source in sources]
     rows = [
         each.view(torch.uint8).view(source.shape[0], width * dtype.itemsize)[token]

@@ -159,9 +159,12 @@ class _StoreGroup(Group):
         if self._store is None:
             candidates = ["localhost"] if host == host_id() else addresses
             self._store = dist.TCPStore(
-                _reachable(candidates, port), port, is_master=False, wait_for_workers=False,
+                _reachable(candidates, port),
+                port,
+                is_master=False,
+                wait_for_workers=False,
                 timeout=timeout,
-            )  # fmt: skip
+            )
         self.barrier()
 
     def allgather(self, obj: Any) -> list[Any]:

@@ -9,7 +9,8 @@ import pytest
 
 _HERE = Path(__file__).parent
 
-# Two streams a rank; with the default of 8 queues a kernel can end up behind the wait of another rank.
+# Two streams a rank; with the default of 8 queues a kernel can end up behind the wait of another
+# rank.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 

@@ -16,12 +16,18 @@ SMS = 4 if SMALL else 12
 
 
 def run_ranks(
-    num_ranks: int, body: Callable[..., Any], *args: Any, num_nvl_bytes: int = 16 << 20, num_buffers: int = 1,
-    timeout_seconds: float = 20, timeout: float = 240,
-) -> list[Any]:  # fmt: skip
+    num_ranks: int,
+    body: Callable[..., Any],
+    *args: Any,
+    num_nvl_bytes: int = 16 << 20,
+    num_buffers: int = 1,
+    timeout_seconds: float = 20,
+    timeout: float = 240,
+) -> list[Any]:
     """Runs ``body(buffer, ..., *args)`` on every rank.
 
-    Each thread has its own stream: with a shared one, a rank would wait for what another rank has queued.
+    Each thread has its own stream: with a shared one, a rank would wait for what another rank has
+    queued.
     """
     # Loaded now: what is first loaded while a rank's kernel spins waits for that kernel.
     torch.cuda._sleep(1)
@@ -30,7 +36,13 @@ def run_ranks(
     def worker(comm: Any) -> Any:
         with torch.cuda.stream(torch.cuda.Stream()):
             buffers = [
-                Buffer(None, num_nvl_bytes, comm=comm, explicitly_destroy=True, timeout_seconds=timeout_seconds)
+                Buffer(
+                    None,
+                    num_nvl_bytes,
+                    comm=comm,
+                    explicitly_destroy=True,
+                    timeout_seconds=timeout_seconds,
+                )
                 for _ in range(num_buffers)
             ]
             result = body(*buffers, *args)

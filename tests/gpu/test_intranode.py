@@ -43,14 +43,23 @@ def test_routings(num_ranks: int, variant: str) -> None:
 @pytest.mark.parametrize("num_ranks", (2, 4))
 def test_model_shapes(num_ranks: int, variant: str) -> None:
     """Rows of real models, and the longest and the shortest row there is."""
-    shapes = ((256, 32), (64, 8)) if SMALL else ((7168, 256), (2880, 128), (8192, 64), (16384, 32), (16, 32))
+    shapes = (
+        ((256, 32), (64, 8))
+        if SMALL
+        else ((7168, 256), (2880, 128), (8192, 64), (16384, 32), (16, 32))
+    )
 
     def body(buffer: Buffer) -> None:
         for seed, (hidden, num_experts) in enumerate(shapes):
             case = Round(
-                num_tokens=(TOKENS,) * num_ranks, hidden=hidden, num_experts=num_experts, num_topk=8, seed=seed,
-                num_sms=SMS, num_biases=1,
-            )  # fmt: skip
+                num_tokens=(TOKENS,) * num_ranks,
+                hidden=hidden,
+                num_experts=num_experts,
+                num_topk=8,
+                seed=seed,
+                num_sms=SMS,
+                num_biases=1,
+            )
             check_round(buffer, case)  # half of `hidden` is the row of the cached payload
             if hidden >= 128:
                 check_round(buffer, dataclasses.replace(case, fp8="column_major"))
@@ -70,9 +79,16 @@ def test_small_buffers(num_ranks: int, num_rows: int, variant: str) -> None:
             tokens = tuple(rng.choice((0, 3, TOKENS)) for _ in range(num_ranks))
             check_round(
                 buffer,
-                Round(num_tokens=tokens, hidden=256, num_experts=num_ranks * 2, num_topk=2, seed=seed,
-                      kind=rng.choice(ROUTING_KINDS), num_sms=2 * (1 + seed % 2)),
-            )  # fmt: skip
+                Round(
+                    num_tokens=tokens,
+                    hidden=256,
+                    num_experts=num_ranks * 2,
+                    num_topk=2,
+                    seed=seed,
+                    kind=rng.choice(ROUTING_KINDS),
+                    num_sms=2 * (1 + seed % 2),
+                ),
+            )
 
     run_ranks(num_ranks, body, num_nvl_bytes=num_rows * num_ranks * row_bytes)
 
@@ -88,7 +104,9 @@ def test_random_rounds(num_ranks: int) -> None:
             late = rng.randrange(num_ranks)
             if rng.random() < 0.3 and late == first.rank:
                 torch.cuda._sleep(rng.randrange(1, 2_000_000))
-            case = random_round(num_ranks, 1000 + seed, num_sms=SMS if num_ranks < 8 else 8, max_tokens=TOKENS // 2)
+            case = random_round(
+                num_ranks, 1000 + seed, num_sms=SMS if num_ranks < 8 else 8, max_tokens=TOKENS // 2
+            )
             check_round((first, second)[seed % 2], case)
 
     run_ranks(num_ranks, body, num_buffers=2, timeout=580)
@@ -101,8 +119,14 @@ def test_graph(num_ranks: int) -> None:
     replays = 5 if SMALL else 100
 
     def world_of(seed: int) -> list[reference.RankInput]:
-        case = Round(num_tokens=(tokens,) * num_ranks, hidden=hidden, num_experts=experts, num_topk=topk,
-                     kind=ROUTING_KINDS[seed % len(ROUTING_KINDS)], seed=seed)  # fmt: skip
+        case = Round(
+            num_tokens=(tokens,) * num_ranks,
+            hidden=hidden,
+            num_experts=experts,
+            num_topk=topk,
+            kind=ROUTING_KINDS[seed % len(ROUTING_KINDS)],
+            seed=seed,
+        )
         return make_world(case)
 
     def body(buffer: Buffer) -> None:
@@ -116,11 +140,19 @@ def test_graph(num_ranks: int) -> None:
         def step() -> tuple[Any, ...]:
             per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, experts)
             recv_x, recv_idx, recv_weights, _, handle, _ = buffer.dispatch(
-                x, num_tokens_per_rank=per_rank, is_token_in_rank=in_rank, num_tokens_per_expert=per_expert,
-                topk_idx=idx, topk_weights=weights, num_worst_tokens=worst, config=config,
-            )  # fmt: skip
+                x,
+                num_tokens_per_rank=per_rank,
+                is_token_in_rank=in_rank,
+                num_tokens_per_expert=per_expert,
+                topk_idx=idx,
+                topk_weights=weights,
+                num_worst_tokens=worst,
+                config=config,
+            )
             cached, *_ = buffer.dispatch(x, handle=handle, config=config)
-            combined, combined_weights, _ = buffer.combine(recv_x, handle, topk_weights=recv_weights, config=config)
+            combined, combined_weights, _ = buffer.combine(
+                recv_x, handle, topk_weights=recv_weights, config=config
+            )
             return recv_x, recv_idx, cached, combined, combined_weights
 
         def load(seed: int) -> list[reference.RankInput]:
@@ -132,7 +164,8 @@ def test_graph(num_ranks: int) -> None:
 
         def compare(outputs: tuple[Any, ...], seed: int, world: list[reference.RankInput]) -> None:
             want = [
-                reference.dispatch(world, r, num_experts=experts, num_worst_tokens=worst) for r in range(num_ranks)
+                reference.dispatch(world, r, num_experts=experts, num_worst_tokens=worst)
+                for r in range(num_ranks)
             ]
             rows = int(want[rank].handle[0][-1, rank])
             recv_x, recv_idx, cached, combined, combined_weights = outputs
@@ -141,9 +174,11 @@ def test_graph(num_ranks: int) -> None:
             assert_rows_equal(recv_idx, want[rank].recv_topk_idx, f"{prefix}: recv_topk_idx")
             assert_rows_equal(cached[:rows], want[rank].recv_x[:rows], f"{prefix}: cached recv_x")
             want_x, want_weights = reference.combine(
-                [each.recv_x for each in want], [each.handle for each in want], rank,
+                [each.recv_x for each in want],
+                [each.handle for each in want],
+                rank,
                 [each.recv_topk_weights for each in want],
-            )  # fmt: skip
+            )
             assert_rows_equal(combined, want_x, f"{prefix}: combined_x")
             assert_rows_equal(combined_weights, want_weights, f"{prefix}: combined_topk_weights")
 
@@ -151,7 +186,9 @@ def test_graph(num_ranks: int) -> None:
         compare(step(), 0, world)  # compiles
         buffer.group.allgather(None)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"):
+        with torch.cuda.graph(
+            graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+        ):
             outputs = step()
         buffer.group.allgather(None)
         for seed in range(1, replays):
@@ -173,11 +210,17 @@ def test_capture_that_cannot_work_says_so() -> None:
         idx = routing("random", num_tokens=8, num_experts=4, num_topk=2, num_ranks=1, seed=0).cuda()
         x, weights = payload(0, 8, 64, torch.bfloat16).cuda(), topk_weights(8, 2, seed=0).cuda()
         per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, 4)
-        layout = {"num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank, "num_tokens_per_expert": per_expert}
+        layout = {
+            "num_tokens_per_rank": per_rank,
+            "is_token_in_rank": in_rank,
+            "num_tokens_per_expert": per_expert,
+        }
         for worst, message in ((0, "num_worst_tokens"), (8, "Buffer.warmup")):
             graph = torch.cuda.CUDAGraph()
             with pytest.raises(RuntimeError, match=message), torch.cuda.graph(graph):  # noqa: PT012
-                buffer.dispatch(x, topk_idx=idx, topk_weights=weights, num_worst_tokens=worst, **layout)
+                buffer.dispatch(
+                    x, topk_idx=idx, topk_weights=weights, num_worst_tokens=worst, **layout
+                )
         buffer.warmup(128, num_topk=2)
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
@@ -200,9 +243,15 @@ def test_withheld_peer(num_ranks: int, op: str, variant: str) -> None:
         idx = to_device(world[buffer.rank].topk_idx, buffer.device)
         config = Config(4)
         per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, case.num_experts)
-        layout = {"num_tokens_per_rank": per_rank, "is_token_in_rank": in_rank, "num_tokens_per_expert": per_expert}
+        layout = {
+            "num_tokens_per_rank": per_rank,
+            "is_token_in_rank": in_rank,
+            "num_tokens_per_expert": per_expert,
+        }
         recv_x, _, _, _, handle, _ = buffer.dispatch(x, config=config, **layout)
-        buffer.combine(recv_x, handle, config=config)  # compiled now: that is where all ranks must meet on the host
+        buffer.combine(
+            recv_x, handle, config=config
+        )  # compiled now: that is where all ranks must meet on the host
         torch.cuda.current_stream().synchronize()
         buffer.group.allgather(None)
         if buffer.rank != withheld:
@@ -274,7 +323,10 @@ def test_comm_stream_cannot_wait_for_itself() -> None:
 
     def body(buffer: Buffer) -> None:
         idx = torch.zeros((4, 1), dtype=torch.int64).cuda()
-        with torch.cuda.stream(buffer.get_comm_stream()), pytest.raises(RuntimeError, match="wait for itself"):
+        with (
+            torch.cuda.stream(buffer.get_comm_stream()),
+            pytest.raises(RuntimeError, match="wait for itself"),
+        ):
             buffer.get_dispatch_layout(idx, 2)
         with pytest.raises(RuntimeError, match="allocate_on_comm_stream"):
             buffer.get_dispatch_layout(idx, 2, allocate_on_comm_stream=True)

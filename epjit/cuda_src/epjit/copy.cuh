@@ -44,10 +44,13 @@ class RowCopier {
     if constexpr (kTma) ptx::fence_proxy_async();
   }
 
-  // Starts to read the row of this lane; lanes with src = null (always those from kRows on) read nothing.
-  __device__ void load(const char* src) {
+  // Starts to read the rows of the lanes first .. first + kRows - 1; a lane with src = null reads nothing. `first` is a
+  // multiple of kRows.
+  __device__ void load(int first, const char* src) {
+    if (lane_ < first || lane_ >= first + kRows) src = nullptr;
     if constexpr (kTma) {
-      ptx::bulk_wait_read();  // this lane's part of shared memory is free
+      ptx::bulk_wait_read();  // of all lanes: shared memory is free
+      __syncwarp();
       const uint32_t readers = __ballot_sync(kFullMask, src != nullptr);
       pending_ = readers != 0;
       if (!pending_) return;
@@ -59,9 +62,10 @@ class RowCopier {
     }
   }
 
-  // Writes the loaded row of this lane to dst and to dst2, where these are not null. When it returns, all loaded rows
+  // Writes the rows of these lanes, loaded before, to dst and to dst2, where these are not null. When it returns, they
   // have been read. May be called several times for one load, for different lanes.
-  __device__ void store(char* dst, char* dst2 = nullptr) {
+  __device__ void store(int first, char* dst, char* dst2 = nullptr) {
+    if (lane_ < first || lane_ >= first + kRows) dst = dst2 = nullptr;
     if constexpr (kTma) {
       if (pending_) {
         wait_bulk_loads(bar_, phase_);
@@ -72,7 +76,7 @@ class RowCopier {
       if (dst2 != nullptr) ptx::bulk_store(dst2, row(), kRowBytes);
       ptx::bulk_commit();
     } else {
-      for (int i = 0; i < kRows; ++i) {
+      for (int i = first; i < first + kRows; ++i) {
         char* const row_dst = from_lane(dst, i);
         char* const row_dst2 = from_lane(dst2, i);
         const char* const row_src = from_lane(src_, i);
@@ -89,12 +93,12 @@ class RowCopier {
 
   // Also waits for what was loaded in vain: nothing may land in shared memory after the block has left it.
   __device__ void drain() {
-    store(nullptr);
+    store(0, nullptr);
     flush();
   }
 
  private:
-  __device__ char* row() const { return rows_ + lane_ * kRowBytes; }
+  __device__ char* row() const { return rows_ + lane_ % kRows * kRowBytes; }
 
   template <typename T>
   __device__ static T* from_lane(T* ptr, int lane) {
@@ -126,11 +130,12 @@ class RowCopier {
   bool pending_ = false;
 };
 
-// Rows that a warp moves at a time, when `num_warps` share `num_rows`: as many as fit, but with few rows each warp has
-// some. A release takes 3 us on an idle link and more on a busy one (H200), so more rows at a time make fewer signals.
+// Rows that a warp takes at a time, when `num_warps` share `num_rows`: a multiple of kRows up to `most`, for one release
+// takes 3 us on an idle link and more on a busy one (H200) and publishes them all; but with few rows each warp has some.
 template <int kRows>
-__device__ __forceinline__ int rows_at_a_time(int num_rows, int num_warps) {
-  return max(1, min(num_rows / max(3 * num_warps, 1), kRows));
+__device__ __forceinline__ int rows_at_a_time(int num_rows, int num_warps, int most) {
+  const int rows = min(num_rows / max(3 * num_warps, 1), most);
+  return rows < kRows ? max(rows, 1) : rows / kRows * kRows;
 }
 
 // A warp takes the next unit of work: lane 0 draws from `counter`, all lanes get the number.

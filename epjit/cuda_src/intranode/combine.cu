@@ -121,7 +121,7 @@ class Combine {
     if (!enter<kRanks>(waiter, kWaitCombineEntry, p.signals[p.rank], lane)) return false;
     Copier copier(ptx::dynamic_shared(), warp, lane);
     const int num_warps = gridDim.x * kCfg.num_push_warps;
-    const int unit_rows = rows_at_a_time<kRows>(segment_start(kRanks, p.rank), num_warps);
+    const int unit_rows = rows_at_a_time<kRows>(segment_start(kRanks, p.rank), num_warps, kRows);
     const int first_owner = (blockIdx.x * kCfg.num_push_warps + warp) % (kRanks - 1);
     for (int i = 0; i < kRanks - 1; ++i) {
       const int owner = (p.rank + 1 + (first_owner + i) % (kRanks - 1)) % kRanks;
@@ -159,8 +159,8 @@ class Combine {
                          stamp(waiter.epoch, current - 1));
       if (!all_lanes(ok)) return false;
 
-      copier.load(mine ? p.x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
-      copier.store(mine ? slot(owner, p.rank, token) : nullptr);
+      copier.load(0, mine ? p.x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
+      copier.store(0, mine ? slot(owner, p.rank, token) : nullptr);
       if constexpr (kTopk > 0) {
         for (int first_item = 0; first_item < num_rows * kTopk; first_item += kWarpSize) {
           const int row_lane = (first_item + lane) / kTopk, k = (first_item + lane) % kTopk;
@@ -224,6 +224,7 @@ class Combine {
     const int part_vecs = align_up(ceil_div(kVecs, p.num_parts), kWarpSize);
     const int last = min(kVecs, (part + 1) * part_vecs);
     constexpr int kUnroll = 8 / kRanks;  // up to eight loads of 16 bytes in flight a thread; the rest is up to the warps
+#pragma unroll 1
     for (int first = part * part_vecs + lane; first < last; first += kUnroll * kWarpSize) {
       Vec16 v[kUnroll][kRanks];
 #pragma unroll

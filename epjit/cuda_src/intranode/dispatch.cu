@@ -84,6 +84,7 @@ template <DispatchConfig kCfg>
 class Dispatch {
   static constexpr int kRanks = kCfg.num_ranks;
   static constexpr int kRows = kCfg.rows_per_warp;
+  static constexpr int kMostRows = kRows > 4 ? kRows : 4 / kRows * kRows;  // of a chunk
   static constexpr int kScales = kCfg.num_scales;
   static constexpr int kTopk = kCfg.num_topk;
   static constexpr int kItems = kScales + kTopk;  // what travels beside a row; a selection is an index and a weight
@@ -195,7 +196,7 @@ class Dispatch {
 
   // Tokens a chunk, when `num_warps` share `num_rows`; a chunk spans two windows at most.
   __device__ int chunk_rows(int num_rows, int num_warps) const {
-    return min(rows_at_a_time<kRows>(num_rows, num_warps), window_tokens());
+    return min(rows_at_a_time<kRows>(num_rows, num_warps, kMostRows), window_tokens());
   }
 
   // A chunk of tokens to stage: lane i has token first + i.
@@ -221,9 +222,9 @@ class Dispatch {
     return chunk;
   }
 
-  __device__ void load_chunk(const Chunk& chunk) {
+  __device__ void load_rows(const Chunk& chunk, int first) {
     const bool goes = chunk.remote || chunk.own_row >= 0;
-    copier.load(goes ? p.x + static_cast<int64_t>(chunk.first + lane) * kCfg.hidden_bytes : nullptr);
+    copier.load(first, goes ? p.x + static_cast<int64_t>(chunk.first + lane) * kCfg.hidden_bytes : nullptr);
   }
 
   __device__ bool stage() {
@@ -233,15 +234,20 @@ class Dispatch {
     const int num_warps = gridDim.x * kCfg.num_stage_warps;
     const int rows = chunk_rows(p.num_tokens, num_warps);
     Chunk chunk = chunk_at((warp * gridDim.x + blockIdx.x) * rows, rows, own_start);
-    if (chunk.num_rows > 0) load_chunk(chunk);
+    if (chunk.num_rows > 0) load_rows(chunk, 0);
     while (chunk.num_rows > 0) {
       const int last_window = (chunk.first + chunk.num_rows - 1) / window_tokens();
       for (int window = chunk.first / window_tokens(); window <= last_window; ++window)
         if (!wait_for_slots(window)) return false;
 
       const int token = chunk.first + lane;
-      copier.store(chunk.remote ? slot(p.rank, token) : nullptr,
-                   chunk.own_row >= 0 ? p.recv_x + static_cast<int64_t>(chunk.own_row) * kCfg.hidden_bytes : nullptr);
+      char* const staged = chunk.remote ? slot(p.rank, token) : nullptr;
+      char* const own =
+          chunk.own_row >= 0 ? p.recv_x + static_cast<int64_t>(chunk.own_row) * kCfg.hidden_bytes : nullptr;
+      for (int first = 0; first < chunk.num_rows; first += kRows) {
+        copier.store(first, staged, own);
+        if (first + kRows < chunk.num_rows) load_rows(chunk, first + kRows);
+      }
       for_each_item(chunk.num_rows, [&](int row_lane, int item, bool valid) {
         const int row_own = __shfl_sync(kFullMask, chunk.own_row, row_lane % kWarpSize);
         if (valid) stage_item(chunk.first + row_lane, item, row_own);
@@ -251,7 +257,7 @@ class Dispatch {
       // The next rows are on their way while these are written and published. (Loading needs no free slot, so
       // nothing is waited for with tokens in hand that a peer may wait for.)
       const Chunk next = chunk_at(chunk.first + num_warps * rows, rows, own_start);
-      if (next.num_rows > 0) load_chunk(next);
+      if (next.num_rows > 0) load_rows(next, 0);
       if constexpr (kRanks > 1) publish(chunk);
       chunk = next;
     }
@@ -328,13 +334,18 @@ class Dispatch {
     copier.acquired();
 
     const bool has_row = lane < num_rows && row >= 0;
-    copier.load(has_row ? slot(source, token) : nullptr);
+    const char* const src = has_row ? slot(source, token) : nullptr;
+    char* const out = has_row ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr;
+    copier.load(0, src);
     for_each_item(num_rows, [&](int row_lane, int item, bool valid) {
       const int64_t dst = __shfl_sync(kFullMask, row, row_lane % kWarpSize);
       if (valid && dst >= 0) pull_item(source, first + row_lane, item, dst);
     });
     if (p.recv_src_idx != nullptr && has_row) p.recv_src_idx[row] = token;
-    copier.store(has_row ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
+    for (int first_row = 0; first_row < num_rows; first_row += kRows) {
+      copier.store(first_row, out);
+      if (first_row + kRows < num_rows) copier.load(first_row + kRows, src);
+    }
 
     if (source_tokens > p.num_slots) release_slots(source, first, num_rows, source_tokens);
     return true;
