@@ -1,4 +1,4 @@
-"""`Buffer`: DeepEP V1's interface. Checks everything once; owns the stream, the events and the outputs."""
+"""`Buffer`: DeepEP V1's interface. Checks everything once; owns stream, events and outputs."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ _INDEX_DTYPES = (torch.int64, torch.int32)
 
 
 class Scope:
-    """The streams of one call: what the kernels wait for, where outputs are allocated, what is returned.
+    """The streams of one call: what kernels wait for, where outputs lie, what is returned.
 
     Order of a call: allocate; `start`; queue kernels on `stream`; `finish`. Outputs are allocated
     before the communication stream waits, so that a fill which torch launches for them
@@ -76,13 +76,14 @@ class Scope:
         self.stream = comm.handle
         if allocate_on_comm_stream and not (self._previous is not None and async_finish):
             raise RuntimeError(
-                "allocate_on_comm_stream=True needs a previous_event that holds an event, and async_finish=True; got "
-                f"previous_event {'with' if self._previous is not None else 'without'} an event, {async_finish=}"
+                "allocate_on_comm_stream=True needs a previous_event that holds an event, and "
+                "async_finish=True; got previous_event "
+                f"{'with' if self._previous is not None else 'without'} an event, {async_finish=}"
             )
         if self._previous is None and self._current == self.stream:
             raise RuntimeError(
-                "the communication stream is current, and a stream cannot wait for itself; call from another stream, "
-                "or pass previous_event"
+                "the communication stream is current, and a stream cannot wait for itself; call "
+                "from another stream, or pass previous_event"
             )
 
     def allocating(self) -> AbstractContextManager[object]:
@@ -217,7 +218,7 @@ class Buffer:
 
     def __init__(
         self,
-        group: Any,  # noqa: ANN401  (a process group, or None)
+        group: Any,
         num_nvl_bytes: int = 0,
         num_rdma_bytes: int = 0,
         low_latency_mode: bool = False,
@@ -227,7 +228,7 @@ class Buffer:
         use_fabric: bool = False,
         explicitly_destroy: bool = False,
         enable_shrink: bool = False,
-        comm: Any = None,  # noqa: ANN401  (whatever has mpi4py's three methods)
+        comm: Any = None,
         *,
         timeout_seconds: float | None = None,
     ) -> None:
@@ -255,18 +256,17 @@ class Buffer:
             from epjit.runtime.stream import CommStream
 
             self.device = torch.device("cuda", torch.cuda.current_device())
-            self._available_sms = torch.cuda.get_device_properties(
-                self.device
-            ).multi_processor_count
+            properties = torch.cuda.get_device_properties(self.device)
+            self._available_sms = properties.multi_processor_count
             self._comm = CommStream(self.device.index)
             self._layout = Layout(links.size, self.device)
+            if timeout_seconds is None:
+                timeout_seconds = env.timeout_seconds()
             self._mode: Intranode = Intranode(
                 links,
                 num_nvl_bytes=num_nvl_bytes,
                 device=self.device,
-                timeout_seconds=env.timeout_seconds()
-                if timeout_seconds is None
-                else timeout_seconds,
+                timeout_seconds=timeout_seconds,
                 use_fabric=use_fabric,
             )
         else:
@@ -276,7 +276,7 @@ class Buffer:
             self._cpu_memory = torch.zeros(num_nvl_bytes, dtype=torch.uint8, device="cpu")
         self.runtime = BufferRuntime(self)
 
-    # ---- V1's static and small members ---------------------------------------------------------------
+    # ---- V1's static and small members -----------------------------------------------------------
 
     @staticmethod
     def is_sm90_compiled() -> bool:
@@ -360,21 +360,23 @@ class Buffer:
         available = (num_bytes - offset) // dtype.itemsize
         if offset < 0 or offset % dtype.itemsize or available < 0:
             raise ValueError(
-                f"offset is {offset} bytes, but must be a multiple of {dtype.itemsize} up to {num_bytes}"
+                f"offset is {offset} bytes, but must be a multiple of {dtype.itemsize} "
+                f"up to {num_bytes}"
             )
         view = whole[offset : offset + available * dtype.itemsize].view(dtype)
         if size is None:
             return view
         if size.numel() > available:
             raise ValueError(
-                f"size {tuple(size)} has {size.numel()} elements of {dtype}, but only {available} are there"
+                f"size {tuple(size)} has {size.numel()} elements of {dtype}, "
+                f"but only {available} are there"
             )
         return view[: size.numel()].view(size)
 
-    # ---- life ----------------------------------------------------------------------------------------
+    # ---- life ------------------------------------------------------------------------------------
 
     def destroy(self) -> None:
-        """Frees everything. Collective in that all ranks should call it; none waits long for a rank that does not.
+        """Frees everything; collective, but none waits long for a rank that does not call it.
 
         Raises:
             AssertionError: The buffer was not made with ``explicitly_destroy=True``, or is
@@ -395,21 +397,22 @@ class Buffer:
             self._comm.close()
 
     def __del__(self) -> None:
-        """Frees what is left; never waits for a peer that is gone, and does nothing while a graph is captured."""
+        """Frees what is left, waiting for no peer that is gone; nothing while a graph is captured."""
         if getattr(self, "runtime", None) is None:
             return
         if self.explicitly_destroy:
             warnings.warn(
                 "a Buffer with explicitly_destroy=True was never destroyed; its memory leaks",
                 ResourceWarning,
+                stacklevel=1,
             )
             return
         try:
             if self._cpu is None and torch.cuda.is_current_stream_capturing():
                 return
             self._release()
-        except Exception as error:  # noqa: BLE001  (nothing may leave a destructor)
-            warnings.warn(f"a Buffer could not be freed: {error}", ResourceWarning)
+        except Exception as error:  # nothing may leave a destructor
+            warnings.warn(f"a Buffer could not be freed: {error}", ResourceWarning, stacklevel=1)
 
     def reset(self) -> None:
         """Makes the buffer usable again after a `CommunicationError`; collective.
@@ -442,7 +445,7 @@ class Buffer:
         topk_idx_dtype: torch.dtype = torch.int64,
         combine_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        """Compiles and loads the kernels of a shape, so that the first call (or a graph capture) finds them; collective.
+        """Compiles and loads a shape's kernels ahead of the first call or graph capture; collective.
 
         With ``TORCH_CUDA_ARCH_LIST`` the same kernels are also compiled into the cache for the
         architectures it names.
@@ -458,7 +461,8 @@ class Buffer:
         self._check_alive()
         if hidden_bytes <= 0 or hidden_bytes % 16 or hidden_bytes > MAX_ROW_BYTES:
             raise ValueError(
-                f"hidden_bytes is {hidden_bytes}, but must be a multiple of 16, at most {MAX_ROW_BYTES}"
+                f"hidden_bytes is {hidden_bytes}, but must be a multiple of 16, "
+                f"at most {MAX_ROW_BYTES}"
             )
         if not 0 <= num_topk <= MAX_TOPK or num_scales < 0:
             raise ValueError(
@@ -486,7 +490,7 @@ class Buffer:
         if fault and self._cpu is None:
             self._mode.raise_fault()
 
-    # ---- operations ----------------------------------------------------------------------------------
+    # ---- operations ------------------------------------------------------------------------------
 
     def get_dispatch_layout(
         self,
@@ -525,13 +529,8 @@ class Buffer:
         _check_experts(num_experts, self.group_size)
         if self._cpu is not None:
             per_rank, per_expert, in_rank = self._cpu.layout(topk_idx, num_experts)
-            return (
-                per_rank,
-                None,
-                per_expert,
-                in_rank,
-                EventOverlap(EventHandle() if async_finish else None),
-            )
+            event = EventOverlap(EventHandle() if async_finish else None)
+            return per_rank, None, per_expert, in_rank, event
         scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
         with scope.allocating():
             per_rank = torch.empty(self.group_size, dtype=torch.int32, device=self.device)
@@ -541,13 +540,8 @@ class Buffer:
             )
         scope.start()
         self._layout(scope.stream, topk_idx, per_rank, per_expert, in_rank)
-        return (
-            per_rank,
-            None,
-            per_expert,
-            in_rank,
-            scope.finish((topk_idx, per_rank, per_expert, in_rank)),
-        )
+        event = scope.finish((topk_idx, per_rank, per_expert, in_rank))
+        return per_rank, None, per_expert, in_rank, event
 
     def dispatch(
         self,
@@ -573,7 +567,7 @@ class Buffer:
         Handle | None,
         EventOverlap,
     ]:
-        """Sends each token to the ranks that own its experts; once a rank, however many of its experts it chose.
+        """Sends each token once to each rank that owns any of the experts it chose.
 
         Received rows are ordered by source rank, then by source token. With `handle` (a cached
         dispatch) the routing of an earlier dispatch is used for another payload, of any dtype and
@@ -640,11 +634,9 @@ class Buffer:
             topk_idx,
             topk_weights,
         )
-        assert (
-            num_tokens_per_rank is not None
-            and is_token_in_rank is not None
-            and num_tokens_per_expert is not None
-        )
+        assert num_tokens_per_rank is not None
+        assert is_token_in_rank is not None
+        assert num_tokens_per_expert is not None
         _check_counts(expert_alignment, num_worst_tokens, topk_idx)
         layout = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
         if self._cpu is not None:
@@ -661,8 +653,9 @@ class Buffer:
         else:
             if num_worst_tokens == 0 and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
-                    "dispatch must read the number of received rows on the host, which a CUDA graph cannot; pass "
-                    "num_worst_tokens (rows enough for the worst case), or a handle"
+                    "dispatch must read the number of received rows on the host, which a CUDA "
+                    "graph cannot; pass num_worst_tokens (rows enough for the worst case), or a "
+                    "handle"
                 )
             scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
             with self._lock:
@@ -731,13 +724,8 @@ class Buffer:
         self._check_alive()
         self._check_handle(handle, num_tokens=None)
         num_rows, num_tokens = handle[3].shape[0], handle[5].shape[0]
-        self._check_rows(
-            "x",
-            x,
-            num_rows,
-            (torch.bfloat16, torch.float16),
-            "one row for each row of the dispatch",
-        )
+        floats = (torch.bfloat16, torch.float16)
+        self._check_rows("x", x, num_rows, floats, "one row for each row of the dispatch")
         if topk_weights is not None:
             check(
                 "topk_weights",
@@ -751,25 +739,16 @@ class Buffer:
         bias_0, bias_1 = self._unpack_bias(bias)
         for name, value in (("bias_0", bias_0), ("bias_1", bias_1)):
             if value is not None:
-                self._check_rows(
-                    name,
-                    value,
-                    num_tokens,
-                    (x.dtype,),
-                    "one row for each token of this rank",
-                    x.shape[1],
-                )
+                why = "one row for each token of this rank"
+                self._check_rows(name, value, num_tokens, (x.dtype,), why, x.shape[1])
         config = self.get_combine_config(self.group_size) if config is None else config
         self._check_config(config)
         if self._cpu is not None:
             combined_x, combined_weights = self._cpu.combine(
                 x, handle, topk_weights, (bias_0, bias_1)
             )
-            return (
-                combined_x,
-                combined_weights,
-                EventOverlap(EventHandle() if async_finish else None),
-            )
+            event = EventOverlap(EventHandle() if async_finish else None)
+            return combined_x, combined_weights, event
         scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
         with self._lock:
             combined_x, combined_weights = self._mode.combine(
@@ -778,7 +757,7 @@ class Buffer:
         tensors = (x, topk_weights, bias_0, bias_1, combined_x, combined_weights, *handle)
         return combined_x, combined_weights, scope.finish(tensors)
 
-    # ---- checks --------------------------------------------------------------------------------------
+    # ---- checks ----------------------------------------------------------------------------------
 
     def _scope(
         self, previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool
@@ -795,8 +774,8 @@ class Buffer:
         value, available = config.num_sms, self._available_sms
         if value < 2 or value % 2 or value > available:
             raise ValueError(
-                f"config.num_sms is {value}, but must be even and between 2 and {available} (what {self.device} has: "
-                "all blocks must run at once)"
+                f"config.num_sms is {value}, but must be even and between 2 and {available} "
+                f"(what {self.device} has: all blocks must run at once)"
             )
 
     def _check_rows(
@@ -812,8 +791,8 @@ class Buffer:
         row_bytes = x.shape[1] * x.element_size()
         if row_bytes == 0 or row_bytes % 16 or row_bytes > MAX_ROW_BYTES:
             raise ValueError(
-                f"{name} has rows of {row_bytes} bytes ({x.shape[1]} x {x.dtype}); they must be a multiple of 16 bytes, "
-                f"at most {MAX_ROW_BYTES}"
+                f"{name} has rows of {row_bytes} bytes ({x.shape[1]} x {x.dtype}); "
+                f"they must be a multiple of 16 bytes, at most {MAX_ROW_BYTES}"
             )
         check_aligned(name, x)
 
@@ -857,16 +836,16 @@ class Buffer:
                 )
             if tensor.device != self.device:
                 raise ValueError(
-                    f"handle[{index}] is on {tensor.device}, but this Buffer is on {self.device}; move it with "
-                    f".to({str(self.device)!r})"
+                    f"handle[{index}] is on {tensor.device}, but this Buffer is on {self.device}; "
+                    f"move it with .to({str(self.device)!r})"
                 )
         ranks = handle[0].shape[0]
         if ranks != self.group_size:
             raise ValueError(f"handle is of {ranks} ranks, but this Buffer has {self.group_size}")
         if num_tokens is not None and handle[5].shape[0] != num_tokens:
             raise ValueError(
-                f"x has {num_tokens} tokens, but the handle routes {handle[5].shape[0]}: a cached dispatch sends a row "
-                "for each token of the first one"
+                f"x has {num_tokens} tokens, but the handle routes {handle[5].shape[0]}: "
+                "a cached dispatch sends a row for each token of the first one"
             )
 
     def _check_routing(
@@ -965,8 +944,8 @@ def _check_buffer(
         absent.append(f"{num_ranks} ranks (up to {MAX_RANKS} of one NVLink domain)")
     elif num_rdma_bytes > 0 and not low_latency_mode:
         raise ValueError(
-            f"num_rdma_bytes is {num_rdma_bytes}, but {num_ranks} ranks share one NVLink domain and use none; pass 0 "
-            "(Config.get_rdma_buffer_size_hint does)"
+            f"num_rdma_bytes is {num_rdma_bytes}, but {num_ranks} ranks share one NVLink domain "
+            "and use none; pass 0 (Config.get_rdma_buffer_size_hint does)"
         )
     if absent:
         raise NotImplementedError(f"this version of epjit does not have: {', '.join(absent)}")
@@ -981,7 +960,8 @@ def _check_experts(num_experts: int, num_ranks: int) -> None:
     most = min(MAX_EXPERTS, MAX_LOCAL_EXPERTS * num_ranks)
     if num_experts <= 0 or num_experts % num_ranks or num_experts > most:
         raise ValueError(
-            f"num_experts is {num_experts}, but must be a positive multiple of the {num_ranks} ranks, at most {most}"
+            f"num_experts is {num_experts}, but must be a positive multiple of the "
+            f"{num_ranks} ranks, at most {most}"
         )
 
 

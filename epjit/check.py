@@ -54,12 +54,13 @@ def check(
         )
     if device is not None and tensor.device != device:
         raise ValueError(
-            f"{name} is on {tensor.device}, but this Buffer is on {device}; move it with .to({str(device)!r})"
+            f"{name} is on {tensor.device}, but this Buffer is on {device}; "
+            f"move it with .to({str(device)!r})"
         )
     if contiguous and not tensor.is_contiguous():
         raise ValueError(
-            f"{name} has strides {tensor.stride()} for shape {tuple(got)}, expected a contiguous tensor; "
-            "pass .contiguous()"
+            f"{name} has strides {tensor.stride()} for shape {tuple(got)}, expected a contiguous "
+            "tensor; pass .contiguous()"
         )
     return tensor
 
@@ -72,6 +73,6 @@ def check_aligned(name: str, tensor: torch.Tensor, alignment: int = 16) -> None:
     """
     if tensor.data_ptr() % alignment:
         raise ValueError(
-            f"{name} starts at address {tensor.data_ptr():#x}, which is not a multiple of {alignment} bytes "
-            "(a view into another tensor?); pass .clone()"
+            f"{name} starts at address {tensor.data_ptr():#x}, which is not a multiple of "
+            f"{alignment} bytes (a view into another tensor?); pass .clone()"
         )

@@ -106,8 +106,8 @@ class Config:
         if num_ranks <= MAX_RANKS:
             return 0
         raise NotImplementedError(
-            f"{num_ranks} ranks of {hidden_bytes}-byte rows need the mode between nodes, which this "
-            "version of epjit does not have; use up to 8 ranks of one NVLink domain"
+            f"{num_ranks} ranks of {hidden_bytes}-byte rows need the mode between nodes, which "
+            "this version of epjit does not have; use up to 8 ranks of one NVLink domain"
         )
 
 

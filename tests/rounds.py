@@ -166,7 +166,7 @@ def check_round(buffer: Buffer, case: Round) -> None:
         "allocate_on_comm_stream": case.how == "comm",
     }
 
-    def call(method: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
+    def call(method: Any, *args: Any, **kwargs: Any) -> Any:
         previous = Buffer.capture() if case.how != "sync" else None
         results = method(*args, previous_event=previous, **flags, **kwargs)
         if case.how != "sync":

@@ -55,7 +55,8 @@ def test_record_in_words() -> None:
 def test_tags() -> None:
     assert fault.tags() == {1: ("first", "the word of a token"), 12: ("second", "the end")}
     assert str(fault.decode([1, 99, 0, 1, 0, 4, 3, 2])).startswith(
-        "wait 99 timed out: rank 0 waits for rank 1 (an unknown wait 0): expected epoch 0 (0x4), seen epoch 0 (0x3)"
+        "wait 99 timed out: rank 0 waits for rank 1 (an unknown wait 0): "
+        "expected epoch 0 (0x4), seen epoch 0 (0x3)"
     )
 
 

@@ -1,8 +1,10 @@
-// The scheduler of emulated kernels: fibers, collectives, bulk copies, and what is said when a kernel is wrong.
+// The scheduler of emulated kernels: fibers, collectives, bulk copies, and what is said when a
+// kernel is wrong.
 //
-// A pass lets the runnable lanes of one warp run once each, up to their next yield; which warp and which lanes first is
-// drawn from the seed. A pass is also the unit of emulated time. Launches of one rank run one after the other, as on a
-// stream; those of different ranks at the same time, all blocks resident.
+// A pass lets the runnable lanes of one warp run once each, up to their next yield; which warp and
+// which lanes first is drawn from the seed. A pass is also the unit of emulated time. Launches of
+// one rank run one after the other, as on a stream; those of different ranks at the same time, all
+// blocks resident.
 #include <dlfcn.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -22,6 +24,7 @@
 #include <unordered_map>
 #include <vector>
 
+// After the headers of the system, which must not see its macros.
 #include "emulate.h"
 
 namespace emulate {
@@ -33,12 +36,13 @@ namespace {
 
 constexpr size_t kStackBytes = 64 << 10;
 constexpr size_t kPage = 4096;
-constexpr int kMaxGuardedStacks = 16000;  // a guard page costs two mappings; Linux allows 65530 a process
+// A guard page costs two mappings; Linux allows 65530 a process.
+constexpr int kMaxGuardedStacks = 16000;
 constexpr uint64_t kNever = ~uint64_t{0};
 constexpr uint64_t kStart = 1'000'000'000;  // emulated nanoseconds at the first pass
 constexpr uint64_t kCanary = 0x5afe57ac5afe57ac;
 
-// ---- random numbers (splitmix64) -----------------------------------------------------------------------------------
+// ---- random numbers (splitmix64) ----------------------------------------------------------------
 
 uint64_t random_state;
 
@@ -50,7 +54,7 @@ uint64_t mix(uint64_t z) {
 uint64_t random_bits() { return mix(random_state += 0x9e3779b97f4a7c15ull); }
 uint64_t random_below(uint64_t n) { return (random_bits() >> 32) * n >> 32; }
 
-// ---- switching stacks ----------------------------------------------------------------------------------------------
+// ---- switching stacks ---------------------------------------------------------------------------
 
 #if defined(__x86_64__)
 using Context = void*;
@@ -96,7 +100,7 @@ void prepare(Context& context, char* stack, void (*entry)()) {
 }
 #endif
 
-// ---- what exists ---------------------------------------------------------------------------------------------------
+// ---- what exists --------------------------------------------------------------------------------
 
 using Entry = void (*)(const void* params);
 
@@ -179,7 +183,9 @@ struct Event {
   uint64_t due, order;
   EventType type;
   int rank, index;
-  bool operator>(const Event& other) const { return due != other.due ? due > other.due : order > other.order; }
+  bool operator>(const Event& other) const {
+    return due != other.due ? due > other.due : order > other.order;
+  }
 };
 
 struct Options {
@@ -213,15 +219,17 @@ bool is_inside = false;
 char message[32768];
 size_t message_size;
 
-// ---- what is said about a failure ----------------------------------------------------------------------------------
+// ---- what is said about a failure ---------------------------------------------------------------
 
 void say(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void say(const char* format, ...) {
   va_list arguments;
   va_start(arguments, format);
-  const int written = vsnprintf(message + message_size, sizeof(message) - message_size, format, arguments);
+  const int written =
+      vsnprintf(message + message_size, sizeof(message) - message_size, format, arguments);
   va_end(arguments);
-  message_size = std::min(sizeof(message) - 1, message_size + static_cast<size_t>(std::max(written, 0)));
+  message_size =
+      std::min(sizeof(message) - 1, message_size + static_cast<size_t>(std::max(written, 0)));
 }
 
 // "<file+0x12>", which build.py turns into source lines.
@@ -229,12 +237,14 @@ void say_place(const void* place) {
   Dl_info info;
   if (place && dladdr(place, &info) && info.dli_fname)
     say(" <%s+0x%zx>", info.dli_fname,
-        static_cast<size_t>(static_cast<const char*>(place) - static_cast<const char*>(info.dli_fbase)));
+        static_cast<size_t>(static_cast<const char*>(place) -
+                            static_cast<const char*>(info.dli_fbase)));
 }
 
 void say_fiber(const Fiber& fiber) {
-  say("rank %d, %s, block %u, thread %u (warp %d, lane %d)", fiber.rank, fiber.block->kernel->name.c_str(),
-      fiber.block_index.x, fiber.thread_index.x, fiber.warp, fiber.lane);
+  say("rank %d, %s, block %u, thread %u (warp %d, lane %d)", fiber.rank,
+      fiber.block->kernel->name.c_str(), fiber.block_index.x, fiber.thread_index.x, fiber.warp,
+      fiber.lane);
 }
 
 const char* kind_name(int kind) {
@@ -246,11 +256,15 @@ const char* kind_name(int kind) {
 std::string state_name(const Fiber& fiber) {
   char text[96];
   switch (fiber.state) {
-    case State::kRunnable: return "can run; last yield at";
-    case State::kDone: return "has ended";
-    case State::kAtBlock: return "waits in __syncthreads at";
+    case State::kRunnable:
+      return "can run; last yield at";
+    case State::kDone:
+      return "has ended";
+    case State::kAtBlock:
+      return "waits in __syncthreads at";
     case State::kAtNamed:
-      snprintf(text, sizeof(text), "waits in barrier %d of %u threads at", fiber.barrier_id, fiber.count);
+      snprintf(text, sizeof(text), "waits in barrier %d of %u threads at", fiber.barrier_id,
+               fiber.count);
       return text;
     case State::kAtWarp:
       snprintf(text, sizeof(text), "waits in %s, mask %#x, at", kind_name(fiber.kind), fiber.mask);
@@ -268,11 +282,13 @@ void say_warp(const Warp& warp) {
     unsigned same = 0;
     for (size_t j = i; j < warp.lanes.size(); ++j) {
       const Fiber& other = *warp.lanes[j];
-      if (other.state == fiber.state && (fiber.state == State::kDone || other.place == fiber.place)) same |= 1u << j;
+      if (other.state == fiber.state && (fiber.state == State::kDone || other.place == fiber.place))
+        same |= 1u << j;
     }
     said |= same;
-    say("\n  rank %d, %s, block %u, warp %d, lanes %#010x: %s", fiber.rank, fiber.block->kernel->name.c_str(),
-        fiber.block_index.x, fiber.warp, same, state_name(fiber).c_str());
+    say("\n  rank %d, %s, block %u, warp %d, lanes %#010x: %s", fiber.rank,
+        fiber.block->kernel->name.c_str(), fiber.block_index.x, fiber.warp, same,
+        state_name(fiber).c_str());
     if (fiber.state != State::kDone) say_place(fiber.place);
   }
 }
@@ -292,7 +308,7 @@ void say_all() {
 
 [[noreturn]] void leave() { longjmp(failure, 1); }
 
-// ---- signals: a wild pointer or a trap of the sanitizer ------------------------------------------------------------
+// ---- signals: a wild pointer or a trap of the sanitizer -----------------------------------------
 
 constexpr int kSignals[] = {SIGSEGV, SIGBUS, SIGILL, SIGFPE, SIGTRAP};
 struct sigaction old_actions[5];
@@ -321,7 +337,8 @@ void on_signal(int number, siginfo_t* info, void* data) {
   } else if (number == SIGFPE) {
     say(": division by zero at");
   } else {
-    if (running && address >= running->stack - kPage && address < running->stack) say(": stack overflow,");
+    if (running && address >= running->stack - kPage && address < running->stack)
+      say(": stack overflow,");
     say(": access to %p, which is not mapped, at", static_cast<const void*>(address));
   }
   say_place(place);
@@ -339,7 +356,8 @@ void on_signal(int number, siginfo_t* info, void* data) {
 }
 
 char* map_memory(size_t bytes) {
-  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* memory = mmap(nullptr, bytes, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (memory == MAP_FAILED) fail("mmap of %zu bytes failed", bytes);
   return static_cast<char*>(memory);
 }
@@ -365,7 +383,7 @@ void restore_signals() {
   sigaltstack(&old_stack, nullptr);
 }
 
-// ---- fibers --------------------------------------------------------------------------------------------------------
+// ---- fibers -------------------------------------------------------------------------------------
 
 char* take_stack() {
   if (!stack_pool.empty()) {
@@ -427,7 +445,9 @@ bool release_warp(Warp& warp, unsigned mask, int kind);
   block.kernel->entry(block.kernel->params.data());
   for (int index : fiber.stores)
     if (!copies[static_cast<size_t>(index)].is_read)
-      fail("the thread ends while a bulk store still reads shared memory (commit and wait are missing)");
+      fail(
+          "the thread ends while a bulk store still reads shared memory (commit and wait are "
+          "missing)");
   if (*reinterpret_cast<uint64_t*>(fiber.stack) != kCanary) fail("stack overflow");
   set_blocked(fiber, State::kDone);
   Warp& warp = *block.warps[static_cast<size_t>(fiber.warp)];
@@ -442,7 +462,8 @@ bool release_warp(Warp& warp, unsigned mask, int kind);
   __builtin_unreachable();
 }
 
-// Lanes that wait for lanes of their warp, all of which wait for something else that takes the whole block.
+// Lanes that wait for lanes of their warp, all of which wait for something else that takes the
+// whole block.
 bool is_stuck(const Warp& warp) {
   if (warp.runnable != 0) return false;
   bool is_at_warp = false;
@@ -457,14 +478,14 @@ void check_stuck(const Warp& warp) {
   Block& block = *warp.block;
   if (block.done == block.fibers.size() || (block.runnable != 0 && !is_stuck(warp))) return;
   message_size = 0;
-  say("deadlock: threads of rank %d, %s, block %u can never go on", block.kernel->rank, block.kernel->name.c_str(),
-      block.index);
+  say("deadlock: threads of rank %d, %s, block %u can never go on", block.kernel->rank,
+      block.kernel->name.c_str(), block.index);
   for (auto& each : block.warps)
     if (message_size < sizeof(message) / 2) say_warp(*each);
   leave();
 }
 
-// ---- collectives ---------------------------------------------------------------------------------------------------
+// ---- collectives --------------------------------------------------------------------------------
 
 bool release_warp(Warp& warp, unsigned mask, int kind) {
   uint64_t values[32] = {};
@@ -496,14 +517,14 @@ bool release_block(Block& block) {
   return true;
 }
 
-// ---- bulk copies ---------------------------------------------------------------------------------------------------
+// ---- bulk copies --------------------------------------------------------------------------------
 
 void schedule(uint64_t due, EventType type, int rank, int index) {
   events.push({due, event_order++, type, rank, index});
 }
 
-// The state of an mbarrier lies in its 8 bytes of shared memory, as on the device, so that a kernel that overwrites it is
-// found out.
+// The state of an mbarrier lies in its 8 bytes of shared memory, as on the device, so that a kernel
+// that overwrites it is found out.
 struct Barrier {
   uint64_t phase : 1, count : 10, pending : 10, magic : 19;
   int64_t bytes : 24;
@@ -514,7 +535,9 @@ constexpr uint64_t kMagic = 0x5ba77;
 Barrier read_barrier(const uint64_t* address) {
   Barrier barrier;
   memcpy(&barrier, address, 8);
-  if (barrier.magic != kMagic) fail("mbarrier at %p is not initialised, or was overwritten", static_cast<const void*>(address));
+  if (barrier.magic != kMagic)
+    fail("mbarrier at %p is not initialised, or was overwritten",
+         static_cast<const void*>(address));
   return barrier;
 }
 
@@ -537,7 +560,8 @@ void check_shared(const void* pointer, size_t bytes, size_t alignment, const cha
 
 void check_global(const void* pointer, unsigned bytes, const char* what) {
   const char* address = static_cast<const char*>(pointer);
-  if (reinterpret_cast<uintptr_t>(pointer) % 16) fail("%s: global address %p is not 16-byte aligned", what, pointer);
+  if (reinterpret_cast<uintptr_t>(pointer) % 16)
+    fail("%s: global address %p is not 16-byte aligned", what, pointer);
   if (bytes % 16) fail("%s: %u bytes is not a multiple of 16", what, bytes);
   if (address + bytes > running->shared && address < running->shared + running->shared_bytes)
     fail("%s: global address %p lies in shared memory", what, pointer);
@@ -561,7 +585,8 @@ void in_pieces(unsigned bytes, Make make) {
   unsigned begin = 0;
   for (int piece = 0; piece < 3 && begin < bytes; ++piece) {
     unsigned size = bytes - begin;
-    if (piece < 2 && random_below(2)) size = 16 * (1 + static_cast<unsigned>(random_below(size / 16)));
+    if (piece < 2 && random_below(2))
+      size = 16 * (1 + static_cast<unsigned>(random_below(size / 16)));
     make(begin, size);
     begin += size;
   }
@@ -609,7 +634,7 @@ void advance_copy(int index) {
   running = nullptr;
 }
 
-// ---- launches ------------------------------------------------------------------------------------------------------
+// ---- launches -----------------------------------------------------------------------------------
 
 void free_block(Block& block) {
   for (auto& fiber : block.fibers) give_stack(fiber->stack);
@@ -625,7 +650,8 @@ void start_kernel(int rank, Stream& stream) {
     auto block = std::make_unique<Block>();
     block->kernel = &kernel;
     block->index = b;
-    // The end of shared memory is the end of a page, so that an overrun is seen; what it holds at first is garbage.
+    // The end of shared memory is the end of a page, so that an overrun is seen; what it holds at
+    // first is garbage.
     const size_t bytes = (kernel.shared_bytes + 127) / 128 * 128;
     const size_t pages = (bytes + kPage - 1) / kPage * kPage;
     block->shared_map_bytes = pages + kPage;
@@ -656,7 +682,8 @@ void start_kernel(int rank, Stream& stream) {
       block->fibers.push_back(std::move(fiber));
     }
     kernel.blocks.push_back(std::move(block));
-    schedule(pass + random_below(random_below(4) ? 30 : 3000), EventType::kBlock, rank, static_cast<int>(b));
+    schedule(pass + random_below(random_below(4) ? 30 : 3000), EventType::kBlock, rank,
+             static_cast<int>(b));
   }
 }
 
@@ -686,7 +713,8 @@ void handle_events() {
     } else if (event.type == EventType::kFinish) {
       finish_kernel(event.rank, stream);
     } else {
-      for (auto& fiber : stream.queue.front()->blocks[static_cast<size_t>(event.index)]->fibers) set_runnable(*fiber);
+      for (auto& fiber : stream.queue.front()->blocks[static_cast<size_t>(event.index)]->fibers)
+        set_runnable(*fiber);
     }
   }
 }
@@ -703,7 +731,8 @@ Warp& pick_warp() {
   if (options.order == 1) return *ready[pass % ready.size()];
   Warp* warp = ready[random_below(ready.size())];
   if (options.order == 2)
-    for (int tries = 0; tries < 8 && is_stalled(*warp); ++tries) warp = ready[random_below(ready.size())];
+    for (int tries = 0; tries < 8 && is_stalled(*warp); ++tries)
+      warp = ready[random_below(ready.size())];
   return *warp;
 }
 
@@ -730,15 +759,16 @@ void run_warp(Warp& warp) {
   Block& block = *warp.block;
   if (block.done == block.fibers.size() && warp.done == warp.lanes.size()) {
     if (block.loads != 0)
-      fail("rank %d, %s, block %u ended while a bulk load still writes its shared memory", block.kernel->rank,
-           block.kernel->name.c_str(), block.index);
+      fail("rank %d, %s, block %u ended while a bulk load still writes its shared memory",
+           block.kernel->rank, block.kernel->name.c_str(), block.index);
     Kernel& kernel = *block.kernel;
     if (++kernel.done != kernel.grid) return;
     bool has_stores = false;
     for (auto& each : kernel.blocks)
       for (auto& fiber : each->fibers) has_stores |= !fiber->stores.empty();
     // Stores that nobody waits for may take their time, but not beyond the end of the kernel.
-    schedule(pass + 1 + (has_stores ? random_below(10'000) : 0), EventType::kFinish, kernel.rank, 0);
+    schedule(pass + 1 + (has_stores ? random_below(10'000) : 0), EventType::kFinish, kernel.rank,
+             0);
   }
 }
 
@@ -747,7 +777,9 @@ void run_all() {
     if (!stream.queue.empty()) schedule(stream.delay, EventType::kStart, rank, 0);
   for (;; ++pass) {
     if (ready.empty()) {
-      if (std::all_of(streams.begin(), streams.end(), [](auto& each) { return each.second.queue.empty(); })) return;
+      if (std::all_of(streams.begin(), streams.end(),
+                      [](auto& each) { return each.second.queue.empty(); }))
+        return;
       if (events.empty()) {
         message_size = 0;
         say("deadlock: nothing can run");
@@ -783,7 +815,7 @@ void forget_everything() {
 
 }  // namespace
 
-// ---- what kernels call ---------------------------------------------------------------------------------------------
+// ---- what kernels call --------------------------------------------------------------------------
 
 void fail(const char* format, ...) {
   char text[1024];
@@ -798,7 +830,8 @@ void fail(const char* format, ...) {
     // Functions of this file that check something have noted where they were called.
     const void* place = __builtin_return_address(0);
     Dl_info caller, own;
-    if (dladdr(place, &caller) && dladdr(reinterpret_cast<void*>(&mix), &own) && caller.dli_fbase == own.dli_fbase)
+    if (dladdr(place, &caller) && dladdr(reinterpret_cast<void*>(&mix), &own) &&
+        caller.dli_fbase == own.dli_fbase)
       place = running->place;
     say_place(place);
   } else {
@@ -830,16 +863,19 @@ const uint64_t* meet(int kind, unsigned mask, uint64_t value, int line) {
   void* place = __builtin_return_address(0);
   if (warp.lanes.size() < 32) mask &= (1u << warp.lanes.size()) - 1;
   fiber.place = place;
-  if (!(mask >> fiber.lane & 1)) fail("%s with mask %#x, which does not name the own lane", kind_name(kind), mask);
+  if (!(mask >> fiber.lane & 1))
+    fail("%s with mask %#x, which does not name the own lane", kind_name(kind), mask);
   for (Fiber* other : warp.lanes) {
     const bool is_named = mask >> other->lane & 1;
-    if (other == &fiber || other->state != State::kAtWarp || !is_named || !(other->mask >> fiber.lane & 1)) continue;
+    if (other == &fiber || other->state != State::kAtWarp || !is_named ||
+        !(other->mask >> fiber.lane & 1))
+      continue;
     if (other->mask == mask && other->kind == kind && other->line == line) continue;
     fiber.place = place;
     message_size = 0;
     say_fiber(fiber);
-    say(": %s with mask %#x meets lane %d in %s with mask %#x%s; here", kind_name(kind), mask, other->lane,
-        kind_name(other->kind), other->mask, other->kind == kind ? " elsewhere" : "");
+    say(": %s with mask %#x meets lane %d in %s with mask %#x%s; here", kind_name(kind), mask,
+        other->lane, kind_name(other->kind), other->mask, other->kind == kind ? " elsewhere" : "");
     say_place(place);
     say("\n  there");
     say_place(other->place);
@@ -877,14 +913,16 @@ unsigned block_barrier(bool value) {
 void named_barrier(int id, unsigned count) {
   Fiber& fiber = *running;
   Block& block = *fiber.block;
-  if (count == 0 || count % 32 != 0) fail("named barrier %d of %u threads: not a multiple of 32", id, count);
+  if (count == 0 || count % 32 != 0)
+    fail("named barrier %d of %u threads: not a multiple of 32", id, count);
   fiber.state = State::kAtNamed;
   fiber.barrier_id = id;
   fiber.count = count;
   unsigned arrived = 0;
   for (auto& other : block.fibers) {
     if (other->state != State::kAtNamed || other->barrier_id != id) continue;
-    if (other->count != count) fail("named barrier %d of %u threads meets one of %u", id, count, other->count);
+    if (other->count != count)
+      fail("named barrier %d of %u threads meets one of %u", id, count, other->count);
     ++arrived;
   }
   if (arrived < count) {
@@ -912,7 +950,8 @@ void mbarrier_arrive(uint64_t* address, unsigned count, int64_t expect_bytes) {
   check_shared(address, 8, 8, "mbarrier_arrive");
   perhaps_yield();
   Barrier barrier = read_barrier(address);
-  if (barrier.pending < count) fail("mbarrier: more arrivals than the %u of a phase", static_cast<unsigned>(barrier.count));
+  if (barrier.pending < count)
+    fail("mbarrier: more arrivals than the %u of a phase", static_cast<unsigned>(barrier.count));
   if (expect_bytes + barrier.bytes >= 1 << 20) fail("mbarrier: expects more than 2^20 - 1 bytes");
   barrier.pending -= count;
   barrier.bytes += expect_bytes;
@@ -981,7 +1020,8 @@ void bulk_wait(int pending_groups, bool read_only) {
     bool is_over = true;
     for (int index : fiber.stores) {
       Copy& copy = copies[static_cast<size_t>(index)];
-      if (static_cast<int>(copy.group) >= static_cast<int>(fiber.committed) - pending_groups) continue;
+      if (static_cast<int>(copy.group) >= static_cast<int>(fiber.committed) - pending_groups)
+        continue;
       if (read_only && copy.is_read) continue;
       is_over = false;
       if (copy.due > pass + 50) {
@@ -996,7 +1036,7 @@ void bulk_wait(int pending_groups, bool read_only) {
 
 }  // namespace emulate
 
-// ---- what build.py calls -------------------------------------------------------------------------------------------
+// ---- what build.py calls ------------------------------------------------------------------------
 
 extern "C" {
 
@@ -1012,8 +1052,9 @@ void __sanitizer_cov_trace_pc() {
   yield();
 }
 
-void emulate_launch(const char* name, int rank, unsigned grid, unsigned threads, unsigned shared_bytes,
-                    emulate::Entry entry, const void* params, size_t params_bytes) {
+void emulate_launch(const char* name, int rank, unsigned grid, unsigned threads,
+                    unsigned shared_bytes, emulate::Entry entry, const void* params,
+                    size_t params_bytes) {
   using namespace emulate;
   auto kernel = std::make_unique<Kernel>();
   kernel->name = name;
@@ -1052,12 +1093,14 @@ int emulate_run(const emulate::Options* options, emulate::Report* report) {
 
 const char* emulate_message() { return emulate::message; }
 
-// Memory whose end is the end of the mapping: reading or writing beyond it is a fault that is reported.
+// Memory whose end is the end of the mapping: reading or writing beyond it is a fault that is
+// reported.
 void* emulate_allocate(size_t bytes) {
   using namespace emulate;
   const size_t size = (bytes + 15) / 16 * 16;
   const size_t pages = (size + kPage - 1) / kPage * kPage;
-  void* memory = mmap(nullptr, pages + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+  void* memory =
+      mmap(nullptr, pages + kPage, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
   if (memory == MAP_FAILED) return nullptr;
   mprotect(static_cast<char*>(memory) + pages, kPage, PROT_NONE);
   return static_cast<char*>(memory) + pages - size;

@@ -1,12 +1,14 @@
-// CUDA's language and built-ins with a CPU meaning, so that g++ compiles the kernel files as they are.
+// CUDA's language and built-ins with a CPU meaning, so that g++ compiles the kernel files as they
+// are.
 //
-// Every CUDA thread is a fiber: a stack of its own, all on one OS thread. Fibers change hands only inside the functions
-// declared here (a poll, a collective, an atomic) and, seldom, at the end of a basic block (-fsanitize-coverage=trace-pc),
-// in an order drawn from a seed; emulate.cpp is the scheduler. A launch
-// that is wrong (a barrier that cannot complete, a misaligned bulk copy, a wild pointer) ends with a message that names
-// rank, block, thread and place.
+// Every CUDA thread is a fiber: a stack of its own, all on one OS thread. Fibers change hands only
+// inside the functions declared here (a poll, a collective, an atomic) and, seldom, at the end of a
+// basic block (-fsanitize-coverage=trace-pc), in an order drawn from a seed; emulate.cpp is the
+// scheduler. A launch that is wrong (a barrier that cannot complete, a misaligned bulk copy, a wild
+// pointer) ends with a message that names rank, block, thread and place.
 //
-// What it cannot say: memory order (fences do nothing; every write is seen at once, by everybody) and speed.
+// What it cannot say: memory order (fences do nothing; every write is seen at once, by everybody)
+// and speed.
 #pragma once
 #include <stdint.h>
 
@@ -40,22 +42,23 @@ struct Thread {
 extern Thread* current;      // the fiber that runs
 extern bool is_preemptible;  // false: a basic block does not end in a yield
 
-// ---- the scheduler (emulate.cpp) -----------------------------------------------------------------------------------
+// ---- the scheduler (emulate.cpp) ----------------------------------------------------------------
 
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void poll();           // another fiber runs; called on each look at memory that others write
 void perhaps_yield();  // the same, now and then
 uint64_t nanoseconds();
 
-// Waits until all lanes named in `mask` are here; the 32 values that they brought (0 for the others). `kind` and `line`
-// tell one collective from another: lanes that meet in different ones are an error.
+// Waits until all lanes named in `mask` are here; the 32 values that they brought (0 for the
+// others). `kind` and `line` tell one collective from another: lanes that meet in different ones
+// are an error.
 const uint64_t* meet(int kind, unsigned mask, uint64_t value, int line);
 // Waits for all threads of the block; how many brought true.
 unsigned block_barrier(bool value);
 // bar.sync id, count
 void named_barrier(int id, unsigned count);
 
-// ---- bulk copies (emulate.cpp): complete at a drawn time -----------------------------------------------------------
+// ---- bulk copies (emulate.cpp): complete at a drawn time ----------------------------------------
 
 void mbarrier_init(uint64_t* barrier, unsigned count);
 void mbarrier_arrive(uint64_t* barrier, unsigned count, int64_t expect_bytes);
@@ -65,7 +68,7 @@ void bulk_store(void* global_dst, const void* shared_src, unsigned bytes);
 void bulk_commit();
 void bulk_wait(int pending_groups, bool read_only);
 
-// ---- helpers of the built-ins --------------------------------------------------------------------------------------
+// ---- helpers of the built-ins -------------------------------------------------------------------
 
 enum Kind : int { kSync, kShuffle, kBallot, kAny, kAll, kReduce, kMatch };
 
@@ -90,7 +93,8 @@ template <typename T>
 EMULATE_INLINE T shuffle(unsigned mask, T value, int source, bool in_range, int line) {
   const uint64_t* values = meet(kShuffle, mask, to_bits(value), line);
   if (!in_range) return value;
-  if (!(mask >> source & 1)) fail("shuffle reads lane %d, which mask %#x does not name", source, mask);
+  if (!(mask >> source & 1))
+    fail("shuffle reads lane %d, which mask %#x does not name", source, mask);
   return from_bits<T>(values[source]);
 }
 
@@ -126,33 +130,41 @@ EMULATE_INLINE T atomic(T* address, Change change) {
 #define blockDim (::emulate::current->block_dim)
 #define gridDim (::emulate::current->grid_dim)
 
-// ---- barriers ------------------------------------------------------------------------------------------------------
+// ---- barriers -----------------------------------------------------------------------------------
 
 EMULATE_INLINE void __syncthreads() { emulate::block_barrier(false); }
-EMULATE_INLINE int __syncthreads_count(int value) { return static_cast<int>(emulate::block_barrier(value != 0)); }
+EMULATE_INLINE int __syncthreads_count(int value) {
+  return static_cast<int>(emulate::block_barrier(value != 0));
+}
 EMULATE_INLINE int __syncthreads_or(int value) { return emulate::block_barrier(value != 0) != 0; }
 EMULATE_INLINE int __syncthreads_and(int value) { return emulate::block_barrier(value == 0) == 0; }
-EMULATE_INLINE void __syncwarp(unsigned mask = 0xffffffffu, int line = 0) { emulate::meet(emulate::kSync, mask, 0, line); }
+EMULATE_INLINE void __syncwarp(unsigned mask = 0xffffffffu, int line = 0) {
+  emulate::meet(emulate::kSync, mask, 0, line);
+}
 
-// ---- shuffles and votes --------------------------------------------------------------------------------------------
+// ---- shuffles and votes -------------------------------------------------------------------------
 
 template <typename T>
-EMULATE_INLINE T __shfl_sync(unsigned mask, T value, int source, int width = 32, int line = __builtin_LINE()) {
+EMULATE_INLINE T __shfl_sync(unsigned mask, T value, int source, int width = 32,
+                             int line = __builtin_LINE()) {
   const int base = emulate::lane() & ~(width - 1);
   return emulate::shuffle(mask, value, base + (source & (width - 1)), true, line);
 }
 template <typename T>
-EMULATE_INLINE T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32, int line = __builtin_LINE()) {
+EMULATE_INLINE T __shfl_up_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                                int line = __builtin_LINE()) {
   const int source = emulate::lane() - static_cast<int>(delta);
   return emulate::shuffle(mask, value, source, source >= (emulate::lane() & ~(width - 1)), line);
 }
 template <typename T>
-EMULATE_INLINE T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32, int line = __builtin_LINE()) {
+EMULATE_INLINE T __shfl_down_sync(unsigned mask, T value, unsigned delta, int width = 32,
+                                  int line = __builtin_LINE()) {
   const int source = emulate::lane() + static_cast<int>(delta);
   return emulate::shuffle(mask, value, source, source <= (emulate::lane() | (width - 1)), line);
 }
 template <typename T>
-EMULATE_INLINE T __shfl_xor_sync(unsigned mask, T value, int flip, int width = 32, int line = __builtin_LINE()) {
+EMULATE_INLINE T __shfl_xor_sync(unsigned mask, T value, int flip, int width = 32,
+                                 int line = __builtin_LINE()) {
   const int source = emulate::lane() ^ flip;
   return emulate::shuffle(mask, value, source, source <= (emulate::lane() | (width - 1)), line);
 }
@@ -183,17 +195,20 @@ EMULATE_INLINE unsigned __match_any_sync(unsigned mask, T value, int line = __bu
   for (int i = 0; i < 32; ++i) result |= static_cast<unsigned>(values[i] == own) << i;
   return result & mask;
 }
-EMULATE_INLINE unsigned __reduce_add_sync(unsigned mask, unsigned value, int line = __builtin_LINE()) {
+EMULATE_INLINE unsigned __reduce_add_sync(unsigned mask, unsigned value,
+                                          int line = __builtin_LINE()) {
   return emulate::reduce(mask, value, line, [](unsigned a, unsigned b) { return a + b; });
 }
-EMULATE_INLINE unsigned __reduce_or_sync(unsigned mask, unsigned value, int line = __builtin_LINE()) {
+EMULATE_INLINE unsigned __reduce_or_sync(unsigned mask, unsigned value,
+                                         int line = __builtin_LINE()) {
   return emulate::reduce(mask, value, line, [](unsigned a, unsigned b) { return a | b; });
 }
-EMULATE_INLINE unsigned __reduce_max_sync(unsigned mask, unsigned value, int line = __builtin_LINE()) {
+EMULATE_INLINE unsigned __reduce_max_sync(unsigned mask, unsigned value,
+                                          int line = __builtin_LINE()) {
   return emulate::reduce(mask, value, line, [](unsigned a, unsigned b) { return a > b ? a : b; });
 }
 
-// ---- atomics -------------------------------------------------------------------------------------------------------
+// ---- atomics ------------------------------------------------------------------------------------
 
 template <typename T>
 EMULATE_INLINE T atomicAdd(T* address, T value) {
@@ -216,7 +231,7 @@ EMULATE_INLINE T atomicCAS(T* address, T expected, T desired) {
   return emulate::atomic(address, [&](T old) { return old == expected ? desired : old; });
 }
 
-// ---- arithmetic ----------------------------------------------------------------------------------------------------
+// ---- arithmetic ---------------------------------------------------------------------------------
 
 template <typename A, typename B>
 constexpr auto min(A a, B b) -> decltype(a + b) {
@@ -233,8 +248,12 @@ EMULATE_INLINE int __ffs(int x) { return __builtin_ffs(x); }
 EMULATE_INLINE int __ffsll(long long x) { return __builtin_ffsll(x); }
 EMULATE_INLINE int __clz(int x) { return x == 0 ? 32 : __builtin_clz(static_cast<unsigned>(x)); }
 EMULATE_INLINE float __uint_as_float(unsigned x) { return emulate::from_bits<float>(x); }
-EMULATE_INLINE float __int_as_float(int x) { return emulate::from_bits<float>(static_cast<unsigned>(x)); }
-EMULATE_INLINE unsigned __float_as_uint(float x) { return static_cast<unsigned>(emulate::to_bits(x)); }
+EMULATE_INLINE float __int_as_float(int x) {
+  return emulate::from_bits<float>(static_cast<unsigned>(x));
+}
+EMULATE_INLINE unsigned __float_as_uint(float x) {
+  return static_cast<unsigned>(emulate::to_bits(x));
+}
 EMULATE_INLINE int __float_as_int(float x) { return static_cast<int>(emulate::to_bits(x)); }
 
 EMULATE_INLINE void __threadfence() {}

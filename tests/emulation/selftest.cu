@@ -36,10 +36,10 @@ enum Case : int32_t {
 
 struct SelftestParams {
   uint32_t* out;
-  const char* src;   // [num_rows, row_bytes]
-  char* dst;         // [num_rows, row_bytes]
-  uint64_t* own;     // signal of this rank
-  uint64_t* next;    // signal of the next rank
+  const char* src;  // [num_rows, row_bytes]
+  char* dst;        // [num_rows, row_bytes]
+  uint64_t* own;    // signal of this rank
+  uint64_t* next;   // signal of the next rank
   uint64_t timeout_ns;
   int32_t num_rows;
   int32_t kind;
@@ -47,7 +47,9 @@ struct SelftestParams {
 };
 
 constexpr int selftest_threads(SelftestConfig cfg) { return cfg.num_warps * kWarpSize; }
-constexpr int selftest_shared_bytes(SelftestConfig cfg) { return cfg.num_warps * (cfg.row_bytes + 16); }
+constexpr int selftest_shared_bytes(SelftestConfig cfg) {
+  return cfg.num_warps * (cfg.row_bytes + 16);
+}
 
 __device__ inline void collectives(const SelftestParams& p, int lane) {
   uint32_t* const out = p.out + lane * 16;
@@ -90,7 +92,8 @@ __device__ void copy(const SelftestParams& p, int warp, int lane) {
     if (p.kind != kNoBarrierInit) ptx::mbarrier_init(bar, 1);
     ptx::fence_mbarrier_init();
     uint32_t phase = 0;
-    for (int i = blockIdx.x * kCfg.num_warps + warp; i < p.num_rows; i += gridDim.x * kCfg.num_warps) {
+    for (int i = blockIdx.x * kCfg.num_warps + warp; i < p.num_rows;
+         i += gridDim.x * kCfg.num_warps) {
       const int64_t at = static_cast<int64_t>(i) * kCfg.row_bytes;
       ptx::mbarrier_arrive_expect_tx(bar, bytes);
       ptx::bulk_load(row, p.src + at, bytes, bar);
@@ -117,7 +120,8 @@ __device__ void consume(const SelftestParams& p) {
     while (ptx::ld_acquire_sys(p.own + b) == 0) {
     }
   uint32_t wrong = 0;
-  for (int i = threadIdx.x; i < p.num_rows * kCfg.row_bytes; i += blockDim.x) wrong += (p.dst[i] ^ 0x5a) != p.src[i];
+  for (int i = threadIdx.x; i < p.num_rows * kCfg.row_bytes; i += blockDim.x)
+    wrong += (p.dst[i] ^ 0x5a) != p.src[i];
   atomicAdd(p.out, wrong);
 }
 
@@ -141,9 +145,12 @@ __device__ void selftest(const SelftestParams& p) {
   const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
   switch (p.kind) {
     case kIndices:
-      p.out[blockIdx.x * blockDim.x + thread] = p.rank * 1000000 + gridDim.x * 10000 + blockIdx.x * 1000 + thread;
+      p.out[blockIdx.x * blockDim.x + thread] =
+          p.rank * 1000000 + gridDim.x * 10000 + blockIdx.x * 1000 + thread;
       break;
-    case kCollectives: collectives(p, lane); break;
+    case kCollectives:
+      collectives(p, lane);
+      break;
     case kAtomics: {
       uint32_t* const counter = reinterpret_cast<uint32_t*>(ptx::dynamic_shared());
       if (thread == 0) *counter = 0;
@@ -175,7 +182,9 @@ __device__ void selftest(const SelftestParams& p) {
       else
         consume<kCfg>(p);
       break;
-    case kRing: ring(p); break;
+    case kRing:
+      ring(p);
+      break;
     case kBarrierOfHalf:
       if (warp == 0) __syncthreads();
       if (warp != 0)
@@ -211,16 +220,23 @@ __device__ void selftest(const SelftestParams& p) {
         const Float2 pair = reinterpret_cast<const Float2*>(p.src)[i];
         p.out[6 * i] = ptx::float2_to_bf16x2(pair);
         p.out[6 * i + 1] = ptx::float2_to_f16x2(pair);
-        const Float2 bf16 = ptx::bf16x2_to_float2(p.out[6 * i]), f16 = ptx::f16x2_to_float2(p.out[6 * i + 1]);
+        const Float2 bf16 = ptx::bf16x2_to_float2(p.out[6 * i]),
+                     f16 = ptx::f16x2_to_float2(p.out[6 * i + 1]);
         p.out[6 * i + 2] = __float_as_uint(bf16.x);
         p.out[6 * i + 3] = __float_as_uint(bf16.y);
         p.out[6 * i + 4] = __float_as_uint(f16.x);
         p.out[6 * i + 5] = __float_as_uint(f16.y);
       }
       break;
-    case kOverrun: p.out[p.num_rows + thread] = 1; break;
-    case kBadShift: p.out[thread] = 1 << (p.num_rows + thread); break;
-    case kMisalignedVector: ptx::st_v4(p.dst + 4, ptx::ld_v4(p.src)); break;
+    case kOverrun:
+      p.out[p.num_rows + thread] = 1;
+      break;
+    case kBadShift:
+      p.out[thread] = 1 << (p.num_rows + thread);
+      break;
+    case kMisalignedVector:
+      ptx::st_v4(p.dst + 4, ptx::ld_v4(p.src));
+      break;
   }
 }
 

@@ -40,7 +40,7 @@ def test_routings(num_ranks: int, variant: str) -> None:
     run_ranks(num_ranks, body)
 
 
-@pytest.mark.parametrize("num_ranks", (2, 4))
+@pytest.mark.parametrize("num_ranks", [2, 4])
 def test_model_shapes(num_ranks: int, variant: str) -> None:
     """Rows of real models, and the longest and the shortest row there is."""
     shapes = (
@@ -67,8 +67,8 @@ def test_model_shapes(num_ranks: int, variant: str) -> None:
     run_ranks(num_ranks, body, num_nvl_bytes=64 << 20)
 
 
-@pytest.mark.parametrize("num_ranks", (2, 3, 8))
-@pytest.mark.parametrize("num_rows", (4, 32))
+@pytest.mark.parametrize("num_ranks", [2, 3, 8])
+@pytest.mark.parametrize("num_rows", [4, 32])
 def test_small_buffers(num_ranks: int, num_rows: int, variant: str) -> None:
     """Buffers of a few rows: hundreds of windows, and nothing gets stuck."""
     row_bytes = 512 + 128
@@ -93,7 +93,7 @@ def test_small_buffers(num_ranks: int, num_rows: int, variant: str) -> None:
     run_ranks(num_ranks, body, num_nvl_bytes=num_rows * num_ranks * row_bytes)
 
 
-@pytest.mark.parametrize("num_ranks", (2, 4, 8))
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_random_rounds(num_ranks: int) -> None:
     """300 fresh rounds on two buffers in turn, with a rank that is late now and then."""
     num_rounds = 10 if SMALL else 300
@@ -112,9 +112,9 @@ def test_random_rounds(num_ranks: int) -> None:
     run_ranks(num_ranks, body, num_buffers=2, timeout=580)
 
 
-@pytest.mark.parametrize("num_ranks", (1, 2, 4))
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_graph(num_ranks: int) -> None:
-    """One capture of layout, dispatch, cached dispatch and combine; replays with changed inputs, eager calls between."""
+    """One capture of all operations; replays with changed inputs, and eager calls between."""
     tokens, hidden, experts, topk = TOKENS, 512, 16, 4
     replays = 5 if SMALL else 100
 
@@ -217,7 +217,7 @@ def test_capture_that_cannot_work_says_so() -> None:
         }
         for worst, message in ((0, "num_worst_tokens"), (8, "Buffer.warmup")):
             graph = torch.cuda.CUDAGraph()
-            with pytest.raises(RuntimeError, match=message), torch.cuda.graph(graph):  # noqa: PT012
+            with pytest.raises(RuntimeError, match=message), torch.cuda.graph(graph):
                 buffer.dispatch(
                     x, topk_idx=idx, topk_weights=weights, num_worst_tokens=worst, **layout
                 )
@@ -229,10 +229,10 @@ def test_capture_that_cannot_work_says_so() -> None:
     run_ranks(1, body)
 
 
-@pytest.mark.parametrize("op", ("notify", "dispatch", "combine"))
-@pytest.mark.parametrize("num_ranks", (2, 4))
+@pytest.mark.parametrize("op", ["notify", "dispatch", "combine"])
+@pytest.mark.parametrize("num_ranks", [2, 4])
 def test_withheld_peer(num_ranks: int, op: str, variant: str) -> None:
-    """A rank that does not come: the others name it in time, live on, and work again after reset()."""
+    """A rank that does not come: the others name it, live on, and work again after reset()."""
     withheld = num_ranks - 1
 
     def body(buffer: Buffer) -> None:
@@ -249,9 +249,8 @@ def test_withheld_peer(num_ranks: int, op: str, variant: str) -> None:
             "num_tokens_per_expert": per_expert,
         }
         recv_x, _, _, _, handle, _ = buffer.dispatch(x, config=config, **layout)
-        buffer.combine(
-            recv_x, handle, config=config
-        )  # compiled now: that is where all ranks must meet on the host
+        # Compiled now: that is where all ranks must meet on the host.
+        buffer.combine(recv_x, handle, config=config)
         torch.cuda.current_stream().synchronize()
         buffer.group.allgather(None)
         if buffer.rank != withheld:

@@ -218,8 +218,6 @@ class Combine {
     for (int r = 0; r < kRanks; ++r)
       rows[r] = reinterpret_cast<const char*>(__shfl_sync(kFullMask, reinterpret_cast<uint64_t>(row), r));
     const int64_t out = static_cast<int64_t>(token) * kCfg.hidden_bytes;
-    const char* const bias_0 = p.bias_0 != nullptr ? p.bias_0 + out : nullptr;
-    const char* const bias_1 = p.bias_1 != nullptr ? p.bias_1 + out : nullptr;
 
     const int part_vecs = align_up(ceil_div(kVecs, p.num_parts), kWarpSize);
     const int last = min(kVecs, (part + 1) * part_vecs);
@@ -238,8 +236,8 @@ class Combine {
         const int offset = (first + i * kWarpSize) * 16;
         if (first + i * kWarpSize >= last) continue;
         Float2 sum[4] = {};
-        if (bias_0 != nullptr) add<true>(sum, ptx::ld_v4(bias_0 + offset));
-        if (bias_1 != nullptr) add<false>(sum, ptx::ld_v4(bias_1 + offset));
+        if (p.bias_0 != nullptr) add<true>(sum, ptx::ld_v4(p.bias_0 + out + offset));
+        if (p.bias_1 != nullptr) add<false>(sum, ptx::ld_v4(p.bias_1 + out + offset));
 #pragma unroll
         for (int r = 0; r < kRanks; ++r)
           if (rows[r] != nullptr) add<false>(sum, v[i][r]);
