@@ -397,7 +397,7 @@ class Buffer:
             self._comm.close()
 
     def __del__(self) -> None:
-        """Frees what is left, waiting for no peer that is gone; nothing while a graph is captured."""
+        """Frees what is left; waits for no peer that is gone, does nothing in a graph capture."""
         if getattr(self, "runtime", None) is None:
             return
         if self.explicitly_destroy:
@@ -445,7 +445,7 @@ class Buffer:
         topk_idx_dtype: torch.dtype = torch.int64,
         combine_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
-        """Compiles and loads a shape's kernels ahead of the first call or graph capture; collective.
+        """Compiles and loads a shape's kernels ahead of the first call or a capture; collective.
 
         With ``TORCH_CUDA_ARCH_LIST`` the same kernels are also compiled into the cache for the
         architectures it names.
@@ -470,18 +470,15 @@ class Buffer:
             )
         if self._cpu is not None:
             return
+        from epjit.intranode import CombineShape, DispatchShape
+
+        wide = topk_idx_dtype == torch.int64
         for topk in sorted({0, num_topk}):
             for scales in sorted({0, num_scales}):
-                self._mode.dispatch_launch(
-                    hidden_bytes=hidden_bytes,
-                    num_scales=scales,
-                    num_topk=topk,
-                    topk_is_int64=topk == 0 or topk_idx_dtype == torch.int64,
-                )
+                self._mode.launch(DispatchShape(hidden_bytes, scales, topk, topk == 0 or wide))
             if not num_scales:
-                self._mode.combine_launch(
-                    hidden_bytes=hidden_bytes, num_topk=topk, is_f16=combine_dtype == torch.float16
-                )
+                is_f16 = combine_dtype == torch.float16
+                self._mode.launch(CombineShape(hidden_bytes, topk, is_f16))
         self._mode.compile_ahead(env.torch_cuda_arch_list())
 
     def _check_alive(self, *, fault: bool = True) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
@@ -82,6 +82,23 @@ def _copier_shape(tma: bool, max_warps: int, row_bytes: int, limit: int) -> tupl
     return warps, min(max(rows // warps, 1), 8)
 
 
+class DispatchShape(NamedTuple):
+    """What tells one dispatch kernel of a Buffer from another; the same on all ranks."""
+
+    hidden_bytes: int
+    num_scales: int
+    num_topk: int
+    topk_is_int64: bool
+
+
+class CombineShape(NamedTuple):
+    """What tells one combine kernel of a Buffer from another; the same on all ranks."""
+
+    hidden_bytes: int
+    num_topk: int
+    is_f16: bool
+
+
 @dataclass(frozen=True)
 class DispatchConfig(KernelConfig):
     """What the dispatch kernel is compiled for; the fields are explained in dispatch.cu."""
@@ -100,13 +117,11 @@ class DispatchConfig(KernelConfig):
     rows_per_warp: int
 
     @classmethod
-    def choose(
-        cls, *, num_ranks: int, hidden_bytes: int, num_scales: int, num_topk: int, topk_is_int64: bool, tma: bool, limit: int
-    ) -> DispatchConfig:
-        """The shape of the block for `limit` bytes of shared memory."""
-        warps, rows = _copier_shape(tma, 16, hidden_bytes, limit)
+    def choose(cls, shape: DispatchShape, *, num_ranks: int, tma: bool, limit: int) -> DispatchConfig:
+        """The form of the block for `limit` bytes of shared memory."""
+        warps, rows = _copier_shape(tma, 16, shape.hidden_bytes, limit)
         stage = max(1, warps // 2) if num_ranks > 1 else warps
-        return cls(num_ranks, hidden_bytes, num_scales, num_topk, topk_is_int64, tma, warps, stage, rows)
+        return cls(num_ranks, *shape, tma, warps, stage, rows)
 
     @property
     def threads(self) -> int:
@@ -119,8 +134,8 @@ class DispatchConfig(KernelConfig):
         return self.num_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
 
     @property
-    def slot_bytes(self) -> int:
-        """Bytes of a staged token."""
+    def bytes_a_token(self) -> int:
+        """Bytes of slots that a token takes: it is staged once."""
         return _align(self.hidden_bytes + 4 * self.num_scales + 8 * self.num_topk)
 
     @property
@@ -146,15 +161,13 @@ class CombineConfig(KernelConfig):
     rows_per_warp: int
 
     @classmethod
-    def choose(
-        cls, *, num_ranks: int, hidden_bytes: int, num_topk: int, is_f16: bool, tma: bool, limit: int
-    ) -> CombineConfig:
-        """The shape of the block for `limit` bytes of shared memory."""
-        push, rows = _copier_shape(tma, 6, hidden_bytes, limit)
+    def choose(cls, shape: CombineShape, *, num_ranks: int, tma: bool, limit: int) -> CombineConfig:
+        """The form of the block for `limit` bytes of shared memory."""
+        push, rows = _copier_shape(tma, 6, shape.hidden_bytes, limit)
         # Many warps hide the latency of a token's sum; more ranks and copies through registers need more of these
         # (28 warps leave 72 a thread, 24 leave 80, 20 leave 96, 16 leave 128; sm_120 spills with 72).
         warps = 16 if not tma else 20 if num_ranks > 4 else 24 if limit < 160 << 10 else 28
-        return cls(num_ranks, hidden_bytes, num_topk, is_f16, tma, warps, push, rows)
+        return cls(num_ranks, *shape, tma, warps, push, rows)
 
     @property
     def threads(self) -> int:
@@ -167,9 +180,9 @@ class CombineConfig(KernelConfig):
         return self.num_push_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
 
     @property
-    def slot_bytes(self) -> int:
-        """Bytes of a row that was pushed."""
-        return _align(self.hidden_bytes + 4 * self.num_topk)
+    def bytes_a_token(self) -> int:
+        """Bytes of slots that a token takes: one row from each rank."""
+        return self.num_ranks * _align(self.hidden_bytes + 4 * self.num_topk)
 
     @property
     def tag(self) -> str:
@@ -188,19 +201,28 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         yield NotifyConfig(num_ranks)
         for wide in (True, False):
             yield LayoutConfig(num_ranks, wide)
-    rows = ((1, 4096, 0, 0), (2, 14336, 0, 8), (4, 14336, 0, 0), (4, 7168, 56, 8), (8, 14336, 0, 8), (8, 32768, 0, 32), (3, 32, 1, 2))
+    rows = (
+        (1, 4096, 0, 0), (2, 14336, 0, 8), (4, 14336, 0, 0), (4, 7168, 56, 8), (8, 14336, 0, 8), (8, 32768, 0, 32),
+        (3, 32, 1, 2),
+    )  # fmt: skip
     for tma in (True, False) if variants.runs_on("dispatch", "tma", arch) else (False,):
         for num_ranks, hidden_bytes, num_scales, num_topk in rows:
             for wide in (True, False):
-                yield DispatchConfig.choose(
-                    num_ranks=num_ranks, hidden_bytes=hidden_bytes, num_scales=num_scales, num_topk=num_topk,
-                    topk_is_int64=wide, tma=tma, limit=limit,
-                )  # fmt: skip
+                dispatch_shape = DispatchShape(hidden_bytes, num_scales, num_topk, wide)
+                yield DispatchConfig.choose(dispatch_shape, num_ranks=num_ranks, tma=tma, limit=limit)
             if num_scales == 0:
-                yield CombineConfig.choose(
-                    num_ranks=num_ranks, hidden_bytes=hidden_bytes, num_topk=num_topk, is_f16=num_ranks == 2,
-                    tma=tma, limit=limit,
-                )  # fmt: skip
+                combine_shape = CombineShape(hidden_bytes, num_topk, is_f16=num_ranks == 2)
+                yield CombineConfig.choose(combine_shape, num_ranks=num_ranks, tma=tma, limit=limit)
+
+
+def _config(shape: DispatchShape | CombineShape, num_ranks: int, arch: str) -> DispatchConfig | CombineConfig:
+    """The kernel of a shape for an architecture, of the variant that the environment asks for."""
+    limit = shared_limit(arch)
+    if isinstance(shape, DispatchShape):
+        tma = variants.resolve("dispatch", arch) == "tma"
+        return DispatchConfig.choose(shape, num_ranks=num_ranks, tma=tma, limit=limit)
+    tma = variants.resolve("combine", arch) == "tma"
+    return CombineConfig.choose(shape, num_ranks=num_ranks, tma=tma, limit=limit)
 
 
 class _Arena:
@@ -238,15 +260,15 @@ class Intranode:
         self._timeout_seconds = timeout_seconds
         self._arch = arch_of(device.index)
         self._arena = _Arena(group.size, num_nvl_bytes)
-        self._notify_kernel = Kernel(NotifyConfig(group.size), device=device.index)
+        notify_kernel = Kernel(NotifyConfig(group.size), device=device.index)
         self.memory = SymmetricMemory(self._arena.total, group=group, device=device.index, fabric=use_fabric)
         self._local = torch.zeros(64, dtype=torch.int32, device=device)  # counters 0..31, epoch 32, abort 33
         self._fault = FaultRecord()
         # Row 0 is read by a host that waits for counts; row 1 takes those that nobody waits for.
         self._host_counts = PinnedArray(2 * (1 + MAX_LOCAL_EXPERTS), device=device.index)
-        self._launches: dict[tuple[Any, ...], Launch] = {}
+        self._launches: dict[DispatchShape | CombineShape, Launch] = {}
         self._notify = Launch(
-            self._notify_kernel,
+            notify_kernel,
             **self._common(),
             notify=self._everywhere(self._arena.notify),
             notify_stride=self._arena.notify_stride,
@@ -273,19 +295,31 @@ class Intranode:
 
     # ---- launches ------------------------------------------------------------------------------------
 
-    def _launch(self, key: tuple[object, ...], config: KernelConfig, slot_bytes: int, ranks_a_slot: int) -> None:
+    def launch(self, shape: DispatchShape | CombineShape) -> Launch:
+        """The launch of a shape; collective when it is the first of its kind.
+
+        Raises:
+            RuntimeError: It would have to be compiled while a CUDA graph is captured.
+            ValueError: The buffer cannot hold two tokens.
+            CommunicationError: A rank does not come; names it.
+        """
+        found = self._launches.get(shape)
+        return found if found is not None else self._build(shape)
+
+    def _build(self, shape: DispatchShape | CombineShape) -> Launch:
         """Compiles and loads, then meets the group: nobody may wait for a peer that still compiles."""
+        config = _config(shape, self._group.size, self._arch)
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{config.op} needs a kernel for {config} that is not compiled yet, and nothing can be compiled while a "
                 "CUDA graph is captured; run the call once before the capture, or call Buffer.warmup()"
             )
-        num_slots = min(self._arena.slots_bytes // (slot_bytes * ranks_a_slot), _MAX_SLOTS) // 2 * 2
+        num_slots = min(self._arena.slots_bytes // config.bytes_a_token, _MAX_SLOTS) // 2 * 2
         if self._group.size == 1:
             num_slots = _MAX_SLOTS  # nothing is staged
         elif num_slots < 2:
             raise ValueError(
-                f"{config.op} of {slot_bytes}-byte rows needs num_nvl_bytes >= {2 * slot_bytes * ranks_a_slot}, but this "
+                f"{config.op} of {shape.hidden_bytes}-byte rows needs num_nvl_bytes >= {2 * config.bytes_a_token}, but this "
                 f"Buffer has {self._arena.slots_bytes}; pass Config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks)"
             )
         launch = Launch(
@@ -296,60 +330,15 @@ class Intranode:
             num_slots=num_slots,
         )
         self._group.barrier()
-        self._launches[key] = launch
-
-    def dispatch_launch(
-        self, *, hidden_bytes: int, num_scales: int, num_topk: int, topk_is_int64: bool
-    ) -> Launch:
-        """The launch of dispatch for a shape; collective when it is the first of its kind."""
-        key = ("dispatch", hidden_bytes, num_scales, num_topk, topk_is_int64)
-        found = self._launches.get(key)
-        if found is None:
-            config = DispatchConfig.choose(
-                num_ranks=self._group.size, hidden_bytes=hidden_bytes, num_scales=num_scales, num_topk=num_topk,
-                topk_is_int64=topk_is_int64, tma=variants.resolve("dispatch", self._arch) == "tma",
-                limit=shared_limit(self._arch),
-            )  # fmt: skip
-            self._launch(key, config, config.slot_bytes, 1)
-            found = self._launches[key]
-        return found
-
-    def combine_launch(self, *, hidden_bytes: int, num_topk: int, is_f16: bool) -> Launch:
-        """The launch of combine for a shape; collective when it is the first of its kind."""
-        key = ("combine", hidden_bytes, num_topk, is_f16)
-        found = self._launches.get(key)
-        if found is None:
-            config = CombineConfig.choose(
-                num_ranks=self._group.size, hidden_bytes=hidden_bytes, num_topk=num_topk, is_f16=is_f16,
-                tma=variants.resolve("combine", self._arch) == "tma", limit=shared_limit(self._arch),
-            )  # fmt: skip
-            self._launch(key, config, config.slot_bytes, self._group.size)
-            found = self._launches[key]
-        return found
+        self._launches[shape] = launch
+        return launch
 
     def compile_ahead(self, archs: Iterable[str]) -> None:
-        """Compiles the kernels of all launches into the cache, for other architectures.
-
-        The block's shape is chosen anew for each: it depends on the shared memory there.
-        """
+        """Compiles the kernels of all launches into the cache, for other architectures."""
         for arch in archs:
-            limit, tma = shared_limit(arch), variants.runs_on("dispatch", "tma", arch)
             compile_kernel(NotifyConfig(self._group.size), arch=arch)
-            for op, hidden_bytes, *rest in list(self._launches):
-                config: KernelConfig
-                if op == "dispatch":
-                    num_scales, num_topk, topk_is_int64 = rest
-                    config = DispatchConfig.choose(
-                        num_ranks=self._group.size, hidden_bytes=hidden_bytes, num_scales=num_scales,
-                        num_topk=num_topk, topk_is_int64=topk_is_int64, tma=tma, limit=limit,
-                    )  # fmt: skip
-                else:
-                    num_topk, is_f16 = rest
-                    config = CombineConfig.choose(
-                        num_ranks=self._group.size, hidden_bytes=hidden_bytes, num_topk=num_topk, is_f16=is_f16,
-                        tma=tma, limit=limit,
-                    )  # fmt: skip
-                compile_kernel(config, arch=arch)
+            for shape in self._launches:
+                compile_kernel(_config(shape, self._group.size, arch), arch=arch)
 
     # ---- operations ----------------------------------------------------------------------------------
 
@@ -371,12 +360,8 @@ class Intranode:
         """Notify, then dispatch; the host waits for the counts in between unless there is a worst case."""
         num_ranks = self._group.size
         num_topk = 0 if topk_idx is None else topk_idx.shape[1]
-        launch = self.dispatch_launch(
-            hidden_bytes=x.shape[1] * x.element_size(),
-            num_scales=0 if scales is None else scales.shape[1],
-            num_topk=num_topk,
-            topk_is_int64=topk_idx is None or topk_idx.dtype == torch.int64,
-        )
+        wide = topk_idx is None or topk_idx.dtype == torch.int64
+        launch = self.launch(DispatchShape(_row_bytes(x), _num_scales(scales), num_topk, wide))
         experts_per_rank = num_tokens_per_expert.shape[0] // num_ranks
         with scope.allocating():
             ints: dict[str, Any] = {"dtype": torch.int32, "device": self._device}
@@ -422,12 +407,7 @@ class Intranode:
         self, scope: Scope, x: torch.Tensor, scales: torch.Tensor | None, handle: Handle, *, num_sms: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Dispatches another payload along the routing of a handle."""
-        launch = self.dispatch_launch(
-            hidden_bytes=x.shape[1] * x.element_size(),
-            num_scales=0 if scales is None else scales.shape[1],
-            num_topk=0,
-            topk_is_int64=True,
-        )
+        launch = self.launch(DispatchShape(_row_bytes(x), _num_scales(scales), num_topk=0, topk_is_int64=True))
         recv_x, recv_scales, _, _ = self._dispatch_rows(
             scope, launch, x, scales, None, None, handle, experts_per_rank=1, num_sms=num_sms, fill_src_idx=False
         )
@@ -497,9 +477,7 @@ class Intranode:
         rank_prefix, _, _, recv_src_idx, _, send_head = handle
         num_tokens, hidden = send_head.shape[0], x.shape[1]
         num_topk = 0 if topk_weights is None else topk_weights.shape[1]
-        launch = self.combine_launch(
-            hidden_bytes=hidden * x.element_size(), num_topk=num_topk, is_f16=x.dtype == torch.float16
-        )
+        launch = self.launch(CombineShape(_row_bytes(x), num_topk, is_f16=x.dtype == torch.float16))
         combine_config = launch.kernel.config
         assert isinstance(combine_config, CombineConfig)
         push_warps = combine_config.num_push_warps * num_sms
@@ -596,3 +574,11 @@ class Intranode:
 
 def _pointer(tensor: torch.Tensor | None) -> int:
     return 0 if tensor is None else tensor.data_ptr()
+
+
+def _row_bytes(rows: torch.Tensor) -> int:
+    return rows.shape[1] * rows.element_size()
+
+
+def _num_scales(scales: torch.Tensor | None) -> int:
+    return 0 if scales is None else scales.shape[1]

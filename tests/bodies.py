@@ -136,6 +136,19 @@ def small_buffers(
     buffer.destroy()
 
 
+def fabric(group: dist.ProcessGroup, environ: Mapping[str, str]) -> str:
+    """Memory shared by fabric handles; returns why that cannot be had here, or nothing."""
+    set_up(group, environ)
+    try:
+        buffer = make_buffer(group, use_fabric=True)
+    except RuntimeError as error:
+        return str(error)
+    for seed in range(5):
+        check_round(buffer, random_round(group.size(), seed, num_sms=12, max_tokens=100))
+    buffer.destroy()
+    return ""
+
+
 def replaced(group: dist.ProcessGroup, environ: Mapping[str, str]) -> None:
     """A bigger buffer is made while the old one lives; that goes with its last reference."""
     set_up(group, environ)

@@ -130,9 +130,9 @@ class World:
         self.keep: list[Any] = []
         self.notify_stride = shape.num_ranks + 1 + EXPERTS_A_RANK + 2
         self.epochs = 0
-        num_bytes = shape.slots * shape.dispatch.slot_bytes
+        num_bytes = shape.slots * shape.dispatch.bytes_a_token
         # A combine has a slot for every rank; at least two windows of one row.
-        num_bytes = max(num_bytes, 2 * shape.num_ranks * shape.combine.slot_bytes)
+        num_bytes = max(num_bytes, 2 * shape.combine.bytes_a_token)
         self.ranks = [
             Rank(
                 slots=guarded(num_bytes, dtype=torch.uint8),
@@ -420,7 +420,7 @@ class Routing:
         rows = [handle[3].shape[0] for handle in handles]
         xs = [_copy(torch.randn(n, hidden, generator=generator).to(dtype)) for n in rows]
         weights = [_copy(torch.rand(n, shape.num_topk, generator=generator)) for n in rows]
-        num_slots = world.ranks[0].slots.numel() // (config.slot_bytes * shape.num_ranks) // 2 * 2
+        num_slots = world.ranks[0].slots.numel() // config.bytes_a_token // 2 * 2
         for rank, num_tokens in enumerate(shape.tokens):
             biases = [
                 _copy(torch.randn(num_tokens, hidden, generator=generator).to(dtype))

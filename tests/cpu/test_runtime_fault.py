@@ -38,8 +38,8 @@ def test_record_in_words() -> None:
         record.raise_if_set()
     error = caught.value
     assert str(error).startswith(
-        "first timed out: rank 3 waits for rank 5 (the word of a token, index 17): "
-        "expected 0x0000000c00000001, seen 0xffffffffffffffff, epoch 12. "
+        "first timed out: rank 3 waits for rank 5 (the word of a token 17): "
+        "expected epoch 12 (0x1), seen epoch 4294967295 (0xffffffff). "
     )
     assert "EPJIT_TIMEOUT_SECONDS" in str(error)
     assert (error.op, error.rank, error.peer, error.missing) == ("first", 3, 5, (5,))

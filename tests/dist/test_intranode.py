@@ -95,6 +95,14 @@ def test_killed_peer(two_or_more: int, op: str, which: str) -> None:
     assert f"exit code {-signal.SIGKILL}" in caught.value.errors[victim]
 
 
+@pytest.mark.needs_gpu
+def test_fabric_handles(num_ranks: int) -> None:
+    """The same over memory that is shared by fabric handles, where the driver gives them out."""
+    reasons = launch.run(bodies.fabric, num_ranks, {}, timeout=200)
+    if any(reasons):
+        pytest.skip(f"no fabric handles here: {reasons[0]}")
+
+
 def test_buffer_is_replaced_by_a_bigger_one(num_ranks: int) -> None:
     """As frameworks do: the old one goes after the new one has come."""
     launch.run(bodies.replaced, num_ranks, {}, timeout=200)
