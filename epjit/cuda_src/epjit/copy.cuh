@@ -1,16 +1,18 @@
 // How one warp moves whole rows: lane i says where row i lies (load) and where it goes (store).
 //
-//   TMA   global -> the warp's part of shared memory -> global, by bulk copies; one SM moves 42 GB/s over NVLink this way
-//         and 48 GB/s within the GPU (H200), and the threads are free meanwhile
+//   TMA   global -> the warp's part of shared memory -> global, by bulk copies; one SM moves
+//         42 GB/s over NVLink this way and 48 GB/s within the GPU (H200), and its threads are free
 //   ldst  16-byte loads and stores through registers, eight in flight a thread; any architecture
 //
-// A load is only started, so that other work, or the end of the stores before it, hides behind it; with ldst it happens
-// inside store(). Both leave the stores in flight; flush() waits until this warp's bytes are written, which is needed before a signal
-// that says so; drain() ends the warp's copies, before the kernel ends.
+// A load is only started, so that other work, or the end of the stores before it, hides behind it;
+// with ldst it happens inside store(). Both leave the stores in flight; flush() waits until this
+// warp's bytes are written, which is needed before a signal that says so; drain() ends the warp's
+// copies, before the kernel ends.
 //
-// Who must order what: a row that another GPU wrote was acquired by generic loads, the bulk copy reads through the async
-// proxy, hence acquired() between the two. flush() makes the bulk stores visible to the lane that issued them; the
-// __syncwarp in it, then a st.release.sys of any lane, publishes all of them (release is cumulative).
+// Who must order what: a row that another GPU wrote was acquired by generic loads, the bulk copy
+// reads through the async proxy, hence acquired() between the two. flush() makes the bulk stores
+// visible to the lane that issued them; the __syncwarp in it, then a st.release.sys of any lane,
+// publishes all of them (release is cumulative).
 #pragma once
 #include "epjit/sync.cuh"
 
@@ -26,7 +28,8 @@ class RowCopier {
   static_assert(kRows >= 1 && kRows <= kWarpSize, "one lane a row");
 
  public:
-  // shared: copier_shared_bytes() bytes, the same address in all warps. Followed by a __syncwarp of the caller.
+  // shared: copier_shared_bytes() bytes, the same address in all warps. Followed by a __syncwarp of
+  // the caller.
   __device__ RowCopier(char* shared, int warp, int lane) : lane_(lane) {
     if constexpr (kTma) {
       rows_ = shared + warp * (kRows * kRowBytes);
@@ -44,8 +47,8 @@ class RowCopier {
     if constexpr (kTma) ptx::fence_proxy_async();
   }
 
-  // Starts to read the rows of the lanes first .. first + kRows - 1; a lane with src = null reads nothing. `first` is a
-  // multiple of kRows.
+  // Starts to read the rows of the lanes first .. first + kRows - 1; a lane with src = null reads
+  // nothing. `first` is a multiple of kRows.
   __device__ void load(int first, const char* src) {
     if (lane_ < first || lane_ >= first + kRows) src = nullptr;
     if constexpr (kTma) {
@@ -62,8 +65,9 @@ class RowCopier {
     }
   }
 
-  // Writes the rows of these lanes, loaded before, to dst and to dst2, where these are not null. When it returns, they
-  // have been read. May be called several times for one load, for different lanes.
+  // Writes the rows of these lanes, loaded before, to dst and to dst2, where these are not null.
+  // When it returns, they have been read. May be called several times for one load, for different
+  // lanes.
   __device__ void store(int first, char* dst, char* dst2 = nullptr) {
     if (lane_ < first || lane_ >= first + kRows) dst = dst2 = nullptr;
     if constexpr (kTma) {
@@ -91,7 +95,8 @@ class RowCopier {
     __syncwarp();
   }
 
-  // Also waits for what was loaded in vain: nothing may land in shared memory after the block has left it.
+  // Also waits for what was loaded in vain: nothing may land in shared memory after the block has
+  // left it.
   __device__ void drain() {
     store(0, nullptr);
     flush();
@@ -130,8 +135,9 @@ class RowCopier {
   bool pending_ = false;
 };
 
-// Rows that a warp takes at a time, when `num_warps` share `num_rows`: a multiple of kRows up to `most`, for one release
-// takes 3 us on an idle link and more on a busy one (H200) and publishes them all; but with few rows each warp has some.
+// Rows that a warp takes at a time, when `num_warps` share `num_rows`: a multiple of kRows up to
+// `most`, for one release takes 3 us on an idle link and more on a busy one (H200) and publishes
+// them all; but with few rows each warp has some.
 template <int kRows>
 __device__ __forceinline__ int rows_at_a_time(int num_rows, int num_warps, int most) {
   const int rows = min(num_rows / max(3 * num_warps, 1), most);

@@ -1,5 +1,6 @@
-// Every asm statement of the project, one function an instruction; the comment is the exact PTX. All that orders or
-// touches memory has the "memory" clobber. The emulation (tests/emulation) gives the same names a CPU meaning.
+// Every asm statement of the project, one function an instruction; the comment is the exact PTX.
+// All that orders or touches memory has the "memory" clobber. The emulation (tests/emulation) gives
+// the same names a CPU meaning.
 #pragma once
 #include "epjit/types.cuh"
 
@@ -9,7 +10,7 @@
 
 namespace epjit::ptx {
 
-// ---- signals and counters ------------------------------------------------------------------------------------------
+// ---- signals and counters -----------------------------------------------------------------------
 
 // ld.acquire.sys.global.u32
 __device__ __forceinline__ uint32_t ld_acquire_sys(const uint32_t* ptr) {
@@ -50,12 +51,16 @@ __device__ __forceinline__ void st_relaxed_sys(uint64_t* ptr, uint64_t value) {
 // atom.add.acq_rel.gpu.global.u32
 __device__ __forceinline__ uint32_t atom_add_acq_rel_gpu(uint32_t* ptr, uint32_t value) {
   uint32_t old;
-  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;" : "=r"(old) : "l"(ptr), "r"(value) : "memory");
+  asm volatile("atom.add.acq_rel.gpu.global.u32 %0, [%1], %2;"
+               : "=r"(old)
+               : "l"(ptr), "r"(value)
+               : "memory");
   return old;
 }
 
 // atom.cas.acq_rel.sys.global.b32
-__device__ __forceinline__ uint32_t atom_cas_sys(uint32_t* ptr, uint32_t expected, uint32_t desired) {
+__device__ __forceinline__ uint32_t atom_cas_sys(uint32_t* ptr, uint32_t expected,
+                                                 uint32_t desired) {
   uint32_t old;
   asm volatile("atom.cas.acq_rel.sys.global.b32 %0, [%1], %2, %3;"
                : "=r"(old)
@@ -65,7 +70,9 @@ __device__ __forceinline__ uint32_t atom_cas_sys(uint32_t* ptr, uint32_t expecte
 }
 
 // fence.acq_rel.sys
-__device__ __forceinline__ void fence_acq_rel_sys() { asm volatile("fence.acq_rel.sys;" ::: "memory"); }
+__device__ __forceinline__ void fence_acq_rel_sys() {
+  asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
 
 // mov.u64 %globaltimer: nanoseconds; ticks coarsely (about 1 us)
 __device__ __forceinline__ uint64_t globaltimer() {
@@ -74,7 +81,7 @@ __device__ __forceinline__ uint64_t globaltimer() {
   return value;
 }
 
-// ---- 16 bytes at a time --------------------------------------------------------------------------------------------
+// ---- 16 bytes at a time -------------------------------------------------------------------------
 
 // ld.global.v4.u32
 __device__ __forceinline__ Vec16 ld_v4(const void* ptr) {
@@ -88,11 +95,12 @@ __device__ __forceinline__ Vec16 ld_v4(const void* ptr) {
 
 // st.global.v4.u32
 __device__ __forceinline__ void st_v4(void* ptr, Vec16 v) {
-  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(ptr), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
+  asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(ptr), "r"(v.x), "r"(v.y), "r"(v.z),
+               "r"(v.w)
                : "memory");
 }
 
-// ---- conversions ---------------------------------------------------------------------------------------------------
+// ---- conversions --------------------------------------------------------------------------------
 
 // A bf16 is the upper half of a float: no instruction of its own is needed.
 __device__ __forceinline__ Float2 bf16x2_to_float2(uint32_t pair) {
@@ -122,7 +130,8 @@ __device__ __forceinline__ uint32_t float2_to_f16x2(Float2 v) {
   return pair;
 }
 
-// ---- shared memory, and bulk copies (sm_90 and newer; an older GPU must not instantiate their callers) ---------------------------------------------------------------
+// ---- shared memory, and bulk copies (sm_90 and newer; an older GPU must not instantiate their
+// callers) ---------------------------------------------------------------
 
 // The block's dynamic shared memory.
 __device__ __forceinline__ char* dynamic_shared() {
@@ -136,7 +145,8 @@ __device__ __forceinline__ uint32_t shared_address(const void* ptr) {
 
 // mbarrier.init.shared::cta.b64
 __device__ __forceinline__ void mbarrier_init(uint64_t* bar, uint32_t count) {
-  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count) : "memory");
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count)
+               : "memory");
 }
 
 // fence.mbarrier_init.release.cluster: makes the initialised mbarrier visible to the async proxy
@@ -146,7 +156,8 @@ __device__ __forceinline__ void fence_mbarrier_init() {
 
 // mbarrier.arrive.expect_tx.shared::cta.b64
 __device__ __forceinline__ void mbarrier_arrive_expect_tx(uint64_t* bar, uint32_t bytes) {
-  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)), "r"(bytes)
+  asm volatile("mbarrier.arrive.expect_tx.shared::cta.b64 _, [%0], %1;" ::"r"(shared_address(bar)),
+               "r"(bytes)
                : "memory");
 }
 
@@ -162,31 +173,42 @@ __device__ __forceinline__ bool mbarrier_try_wait(uint64_t* bar, uint32_t phase)
 }
 
 // cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes
-__device__ __forceinline__ void bulk_load(void* shared_dst, const void* global_src, uint32_t bytes, uint64_t* bar) {
-  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(
-                   shared_address(shared_dst)),
-               "l"(global_src), "r"(bytes), "r"(shared_address(bar))
-               : "memory");
+__device__ __forceinline__ void bulk_load(void* shared_dst, const void* global_src, uint32_t bytes,
+                                          uint64_t* bar) {
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared_dst)),
+      "l"(global_src), "r"(bytes), "r"(shared_address(bar))
+      : "memory");
 }
 
 // cp.async.bulk.global.shared::cta.bulk_group
-__device__ __forceinline__ void bulk_store(void* global_dst, const void* shared_src, uint32_t bytes) {
+__device__ __forceinline__ void bulk_store(void* global_dst, const void* shared_src,
+                                           uint32_t bytes) {
   asm volatile("cp.async.bulk.global.shared::cta.bulk_group [%0], [%1], %2;" ::"l"(global_dst),
                "r"(shared_address(shared_src)), "r"(bytes)
                : "memory");
 }
 
 // cp.async.bulk.commit_group
-__device__ __forceinline__ void bulk_commit() { asm volatile("cp.async.bulk.commit_group;" ::: "memory"); }
+__device__ __forceinline__ void bulk_commit() {
+  asm volatile("cp.async.bulk.commit_group;" ::: "memory");
+}
 
 // cp.async.bulk.wait_group.read 0: shared memory may be written again
-__device__ __forceinline__ void bulk_wait_read() { asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory"); }
+__device__ __forceinline__ void bulk_wait_read() {
+  asm volatile("cp.async.bulk.wait_group.read 0;" ::: "memory");
+}
 
 // cp.async.bulk.wait_group 0: all bytes are written and visible to this thread
-__device__ __forceinline__ void bulk_wait() { asm volatile("cp.async.bulk.wait_group 0;" ::: "memory"); }
+__device__ __forceinline__ void bulk_wait() {
+  asm volatile("cp.async.bulk.wait_group 0;" ::: "memory");
+}
 
 // fence.proxy.async: generic accesses before it are ordered before bulk copies after it
-__device__ __forceinline__ void fence_proxy_async() { asm volatile("fence.proxy.async;" ::: "memory"); }
+__device__ __forceinline__ void fence_proxy_async() {
+  asm volatile("fence.proxy.async;" ::: "memory");
+}
 
 }  // namespace epjit::ptx
 

@@ -1,30 +1,35 @@
 // The only place that waits, and what a rank tells its peers.
 //
 // Every rank owns, in symmetric memory, outside what users may write:
-//   signals [40] u64   0..7   finish[peer]            epoch of the last operation that the peer has finished
-//                      8..23  done[peer][window & 1]  (epoch, window + 1): the peer has used up that window's slots
-//                      24..31 notify[peer]            epoch of the last notify whose counts the peer has written
-//                      32..39 entered[peer]           epoch of the last operation that the peer has started
-//   words   [num_ranks, num_slots] u64                one a (source rank, slot): what lies in the slot
-//   notify  [num_ranks, notify_stride] i32            counts, written by notify.cu
+//   signals [40] u64
+//      0 ..  7  finish[peer]            epoch of the last operation that the peer has finished
+//      8 .. 23  done[peer][window & 1]  (epoch, window + 1): the peer has used up its slots
+//     24 .. 31  notify[peer]            epoch of the last notify whose counts the peer has written
+//     32 .. 39  entered[peer]           epoch of the last operation that the peer has started
+//   words   [num_ranks, num_slots] u64  one a (source rank, slot): what lies in the slot
+//   notify  [num_ranks, notify_stride] i32  counts, written by notify.cu
 // One writer each, values only grow (or are compared for equality), so nothing is ever reset.
 //
-// An operation (notify, dispatch, combine) has an epoch: one more than the word `epoch` in local memory holds. Its first
-// write to memory that a peer may still use is preceded by enter(): every peer has finished epoch - 1. Its last block
-// calls finish_operation(). The epoch lives on the device, so a CUDA graph replays.
+// An operation (notify, dispatch, combine) has an epoch: one more than the word `epoch` in local
+// memory holds. Its first write to memory that a peer may still use is preceded by enter(): every
+// peer has finished epoch - 1. Its last block calls finish_operation(). The epoch lives on the
+// device, so a CUDA graph replays.
 //
-// Slots are used in windows: token t lies in slot t % num_slots and belongs to window t / (num_slots / 2). Window w
-// overwrites the slots of window w - 2, so its writer first waits for done(w - 2) of all that read those.
+// Slots are used in windows: token t lies in slot t % num_slots and belongs to window t /
+// (num_slots / 2). Window w overwrites the slots of window w - 2, so its writer first waits for
+// done(w - 2) of all that read those.
 //
-// A wait that runs out of time does not trap: it writes one fault record to host memory, raises the rank's abort word,
-// and from then on every wait of this rank fails. A failed wait makes its warp leave for the end of the kernel. The record
-// names the peer that never started the operation, if there is one: ranks that wait for it make others wait in turn.
+// A wait that runs out of time does not trap: it writes one fault record to host memory, raises the
+// rank's abort word, and from then on every wait of this rank fails. A failed wait makes its warp
+// leave for the end of the kernel. The record names the peer that never started the operation, if
+// there is one: ranks that wait for it make others wait in turn.
 #pragma once
 #include "epjit/ptx.cuh"
 
 namespace epjit {
 
-// What a fault record calls the wait. Python reads these lines: "name = value,  // operation: text".
+// What a fault record calls the wait. Python reads these lines: "name = value,  // operation:
+// text".
 enum WaitTag : int32_t {
   kWaitNotifyStart = 1,     // notify: its start
   kWaitNotifyEntry = 2,     // notify: the end of its previous operation
@@ -39,7 +44,7 @@ enum WaitTag : int32_t {
   kWaitCombineToken = 11,   // combine: the row of token
 };
 
-// ---- signals -------------------------------------------------------------------------------------------------------
+// ---- signals ------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint64_t* finish_signal(uint64_t signals, int peer) {
   return reinterpret_cast<uint64_t*>(signals) + peer;
@@ -62,7 +67,7 @@ __device__ __forceinline__ uint64_t stamp(uint32_t epoch, uint32_t window) {
   return static_cast<uint64_t>(epoch) << 32 | window;
 }
 
-// ---- waits ---------------------------------------------------------------------------------------------------------
+// ---- waits --------------------------------------------------------------------------------------
 
 // Who waits; the same for a whole kernel.
 struct Waiter {
@@ -73,14 +78,14 @@ struct Waiter {
   int32_t rank;
   int32_t num_ranks;
   uint32_t epoch;
-  WaitTag start_tag;    // what a record calls a peer that never started
+  WaitTag start_tag;  // what a record calls a peer that never started
 };
 
 // From the parameters of a kernel; tells the peers that this rank has started the operation.
 template <int kNumRanks, typename Params>
 __device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start_tag) {
-  const Waiter waiter{p.fault, p.abort, p.timeout_ns, p.signals[p.rank], p.rank, kNumRanks, *p.epoch + 1,
-                      start_tag};
+  const Waiter waiter{p.fault, p.abort,   p.timeout_ns, p.signals[p.rank],
+                      p.rank,  kNumRanks, *p.epoch + 1, start_tag};
   if (blockIdx.x == 0 && threadIdx.x < kNumRanks && threadIdx.x != p.rank)
     ptx::st_relaxed_sys(entered_signal(p.signals[threadIdx.x], p.rank), stamp(waiter.epoch, 0));
   return waiter;
@@ -91,8 +96,8 @@ __device__ __forceinline__ bool has_reached(uint64_t signal, uint64_t expected) 
   return static_cast<int64_t>(signal - expected) >= 0;
 }
 
-__device__ inline void report_fault(const Waiter& waiter, WaitTag tag, int peer, uint64_t index, uint64_t expected,
-                                    uint64_t seen) {
+__device__ inline void report_fault(const Waiter& waiter, WaitTag tag, int peer, uint64_t index,
+                                    uint64_t expected, uint64_t seen) {
   if (ptx::atom_cas_sys(waiter.abort, 0, 1) != 0) return;  // the first one speaks
   for (int r = 0; r < waiter.num_ranks; ++r) {
     const uint64_t entered = ptx::ld_acquire_sys(entered_signal(waiter.signals, r));
@@ -100,17 +105,24 @@ __device__ inline void report_fault(const Waiter& waiter, WaitTag tag, int peer,
     tag = waiter.start_tag, peer = r, index = 0, expected = stamp(waiter.epoch, 0), seen = entered;
     break;
   }
-  const uint64_t record[8] = {1,     static_cast<uint64_t>(tag), static_cast<uint64_t>(waiter.rank),
-                              static_cast<uint64_t>(peer), index, expected, seen, waiter.epoch};
+  const uint64_t record[8] = {1,
+                              static_cast<uint64_t>(tag),
+                              static_cast<uint64_t>(waiter.rank),
+                              static_cast<uint64_t>(peer),
+                              index,
+                              expected,
+                              seen,
+                              waiter.epoch};
   for (int i = 1; i < 8; ++i) ptx::st_relaxed_sys(waiter.fault + i, record[i]);
   ptx::st_release_sys(waiter.fault, record[0]);
 }
 
-// Polls until reached(value of *word) holds. False: out of time, or another wait of this rank has failed.
+// Polls until reached(value of *word) holds. False: out of time, or another wait of this rank has
+// failed.
 template <typename Reached>
-__device__ __forceinline__ bool wait_until(const Waiter& waiter, WaitTag tag, int peer, uint64_t index,
-                                           uint64_t expected, const uint64_t* word, uint64_t& seen,
-                                           Reached reached) {
+__device__ __forceinline__ bool wait_until(const Waiter& waiter, WaitTag tag, int peer,
+                                           uint64_t index, uint64_t expected, const uint64_t* word,
+                                           uint64_t& seen, Reached reached) {
   seen = ptx::ld_acquire_sys(word);
   if (reached(seen)) return true;
   const uint64_t start = ptx::globaltimer();
@@ -126,66 +138,77 @@ __device__ __forceinline__ bool wait_until(const Waiter& waiter, WaitTag tag, in
   }
 }
 
-__device__ __forceinline__ bool wait_signal(const Waiter& waiter, WaitTag tag, int peer, const uint64_t* signal,
-                                            uint64_t expected) {
+__device__ __forceinline__ bool wait_signal(const Waiter& waiter, WaitTag tag, int peer,
+                                            const uint64_t* signal, uint64_t expected) {
   uint64_t seen;
   return wait_until(waiter, tag, peer, 0, expected, signal, seen,
                     [&](uint64_t value) { return has_reached(value, expected); });
 }
 
-// Waits for the bulk loads that complete on `bar`. They read mapped memory and need no peer to act, so there is nobody to
-// name and no time limit; leaving before they land would let them overwrite shared memory that is in use again.
+// Waits for the bulk loads that complete on `bar`. They read mapped memory and need no peer to act,
+// so there is nobody to name and no time limit; leaving before they land would let them overwrite
+// shared memory that is in use again.
 __device__ __forceinline__ void wait_bulk_loads(uint64_t* bar, uint32_t phase) {
   while (!ptx::mbarrier_try_wait(bar, phase)) {
   }
 }
 
-// True when all lanes of the warp say so; what any of them has acquired, all may use (a vote alone orders no memory).
+// True when all lanes of the warp say so; what any of them has acquired, all may use (a vote alone
+// orders no memory).
 __device__ __forceinline__ bool all_lanes(bool ok) {
   ok = __all_sync(kFullMask, ok);
   __syncwarp();
   return ok;
 }
 
-// Lane r < num_ranks waits until rank r has finished the operation before this one. Called by a whole warp.
+// Lane r < num_ranks waits until rank r has finished the operation before this one. Called by a
+// whole warp.
 template <int kNumRanks>
-__device__ __forceinline__ bool enter(const Waiter& waiter, WaitTag tag, uint64_t own_signals, int lane) {
+__device__ __forceinline__ bool enter(const Waiter& waiter, WaitTag tag, uint64_t own_signals,
+                                      int lane) {
   bool ok = true;
   if (lane < kNumRanks && lane != waiter.rank)
-    ok = wait_signal(waiter, tag, lane, finish_signal(own_signals, lane), stamp(waiter.epoch - 1, 0));
+    ok = wait_signal(waiter, tag, lane, finish_signal(own_signals, lane),
+                     stamp(waiter.epoch - 1, 0));
   return all_lanes(ok);
 }
 
-// ---- words ---------------------------------------------------------------------------------------------------------
+// ---- words --------------------------------------------------------------------------------------
 
-// A word says which token of which call lies in a slot: epoch (32 bits), window / 2 modulo 256 (8 bits), value (24 bits).
-// Compared for equality, so that what an earlier call or window left behind never matches.
+// A word says which token of which call lies in a slot: epoch (32 bits), window / 2 modulo 256 (8
+// bits), value (24 bits). Compared for equality, so that what an earlier call or window left behind
+// never matches.
 constexpr uint32_t kNoRow = 0xffffff;  // value: the token does not go to this rank
 
 __device__ __forceinline__ uint64_t make_word(uint32_t epoch, int window, uint32_t value) {
-  return static_cast<uint64_t>(epoch) << 32 | static_cast<uint64_t>((window >> 1) & 0xff) << 24 | value;
+  return static_cast<uint64_t>(epoch) << 32 | static_cast<uint64_t>((window >> 1) & 0xff) << 24 |
+         value;
 }
 
-__device__ __forceinline__ uint32_t word_value(uint64_t word) { return static_cast<uint32_t>(word) & 0xffffff; }
+__device__ __forceinline__ uint32_t word_value(uint64_t word) {
+  return static_cast<uint32_t>(word) & 0xffffff;
+}
 
 // Waits for the word of `token`; `word` is what was read.
-__device__ __forceinline__ bool wait_word(const Waiter& waiter, WaitTag tag, int peer, int token, int window,
-                                          const uint64_t* address, uint64_t& word) {
+__device__ __forceinline__ bool wait_word(const Waiter& waiter, WaitTag tag, int peer, int token,
+                                          int window, const uint64_t* address, uint64_t& word) {
   const uint64_t expected = make_word(waiter.epoch, window, 0);
   return wait_until(waiter, tag, peer, token, expected, address, word,
                     [&](uint64_t value) { return value >> 24 == expected >> 24; });
 }
 
-// ---- the end of an operation ---------------------------------------------------------------------------------------
+// ---- the end of an operation --------------------------------------------------------------------
 
-// Called by all threads of all blocks as their last act. The last block zeroes `counters` (so that they are zero on entry
-// of every operation and no memset is launched), moves the epoch on, and tells the peers. A rank with a fault stays
-// silent: its peers must not take its rows for whole.
+// Called by all threads of all blocks as their last act. The last block zeroes `counters` (so that
+// they are zero on entry of every operation and no memset is launched), moves the epoch on, and
+// tells the peers. A rank with a fault stays silent: its peers must not take its rows for whole.
 //
-// Order: writes of any thread -> __syncthreads -> acq_rel ticket (gpu) -> the last block -> st.release.sys: cumulative.
+// Order: writes of any thread -> __syncthreads -> acq_rel ticket (gpu) -> the last block ->
+// st.release.sys: cumulative.
 template <int kNumRanks>
-__device__ __forceinline__ void finish_operation(const Waiter& waiter, const uint64_t* signals, uint32_t* counters,
-                                                 int num_counters, uint32_t* epoch) {
+__device__ __forceinline__ void finish_operation(const Waiter& waiter, const uint64_t* signals,
+                                                 uint32_t* counters, int num_counters,
+                                                 uint32_t* epoch) {
   __syncthreads();
   if (threadIdx.x >= kWarpSize) return;
   const int lane = threadIdx.x;

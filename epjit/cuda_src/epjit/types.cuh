@@ -1,5 +1,5 @@
-// Fixed-width names and the constants that every kernel shares. NVRTC has no <cstdint>, so no header of anyone else is
-// needed to compile a kernel: that is what keeps a compile at 0.1 s.
+// Fixed-width names and the constants that every kernel shares. NVRTC has no <cstdint>, so no
+// header of anyone else is needed to compile a kernel: that is what keeps a compile at 0.1 s.
 #pragma once
 
 #ifdef EPJIT_EMULATE

@@ -1,36 +1,45 @@
-// Combine inside one NVLink domain: the rows that a dispatch spread come back and are summed, token by token.
+// Combine inside one NVLink domain: the rows that a dispatch spread come back and are summed, token
+// by token.
 //
-//   combined_x[t] = round(bias_0[t] + bias_1[t] + sum over ranks r, ascending, of x_r[row of t on r])
-//   combined_topk_weights[t, k] = sum over ranks r, ascending, of topk_weights_r[row of t on r, k]
+//   combined_x[t] = round(bias_0[t] + bias_1[t] + sum over ranks r of x_r[row of t on r])
+//   combined_topk_weights[t, k] = sum over ranks r of topk_weights_r[row of t on r, k]
 //
-// in fp32 with one rounding at the end; the sum starts from bias_0, or from +0.0. No weight is applied to x.
+// over r in ascending order, in fp32, with one rounding at the end; the sum starts from bias_0, or
+// from +0.0. No weight is applied to x.
 //
-// The rank that holds an expert's output pushes each row to the rank that owns the token; the owner adds. A row crosses
-// NVLink once and is written once; the owner reads it from its own memory. Own rows are read where they lie.
+// The rank that holds an expert's output pushes each row to the rank that owns the token; the owner
+// adds. A row crosses NVLink once and is written once; the owner reads it from its own memory. Own
+// rows are read where they lie.
 //
-//   slots[s]  [num_ranks, num_slots, slot_bytes]  of owner s; row (r, .) is written by r; token t lies in t % num_slots:
-//             { row [hidden_bytes], topk_weights [num_topk] f32 }
-//   words[s]  [num_ranks, num_slots]              row (r, .) is written by r after the row (release): sync.cuh
+//   slots[s]  [num_ranks, num_slots, slot_bytes]  of owner s; row (r, .) is written by r. Token t
+//             lies in slot t % num_slots: { row [hidden_bytes], topk_weights [num_topk] f32 }
+//   words[s]  [num_ranks, num_slots]              row (r, .) is written by r, after the row
 //
-// Push    (the first warps of a block)  wait until the owner's slots are free; x -> slots; then the words (release)
-// Reduce  (the other warps, then all)   wait for a token's words (acquire), add its rows
+// Push    the first warps of a block: wait until the owner's slots are free; x -> slots; then the
+//         words (release)
+// Reduce  the other warps, and all when there is nothing to push: wait for a token's words
+//         (acquire), add its rows
 //
-// Progress: a warp that pushes draws units (runs of rows) of one owner in ascending order of its tokens and goes to another owner only
-// when none is left, so a channel (r -> s) never waits for another one. The push into window w waits for the owner's
-// reduction of window w - 2 and for nothing later; the reduction of w - 2 waits for pushes into w - 2 only (and is counted
-// after that of w - 4: a token without rows from peers could otherwise be done long before). By induction everything moves, whatever the size of the buffer. Rows of one unit that lie in several windows go one window at a time.
+// Progress: a warp that pushes draws units (runs of rows) of one owner in ascending order of its
+// tokens and goes to another owner only when none is left, so a channel (r -> s) never waits for
+// another one. The push into window w waits for the owner's reduction of window w - 2 and for
+// nothing later; the reduction of w - 2 waits for pushes into w - 2 only (and is counted after that
+// of w - 4: a token without rows from peers could otherwise be done long before). By induction
+// everything moves, whatever the size of the buffer. Rows of one unit that lie in several windows
+// go one window at a time.
 //
-// Launch: any grid that is resident as a whole and has a pushing warp for each peer, combine_threads() threads. Graph-safe.
+// Launch: any grid that is resident as a whole and has a pushing warp for each peer,
+// combine_threads() threads. Graph-safe.
 #include "epjit/copy.cuh"
 
 namespace epjit {
 
 struct CombineConfig {
   int32_t num_ranks;
-  int32_t hidden_bytes;    // of a row
-  int32_t num_topk;        // 0 = no weights
-  bool is_f16;             // else bf16
-  bool tma;                // rows are pushed by bulk copies, else through registers
+  int32_t hidden_bytes;  // of a row
+  int32_t num_topk;      // 0 = no weights
+  bool is_f16;           // else bf16
+  bool tma;              // rows are pushed by bulk copies, else through registers
   int32_t num_warps;
   int32_t num_push_warps;  // of num_warps
   int32_t rows_per_warp;   // rows of a pushing warp in shared memory
@@ -42,21 +51,23 @@ struct CombineParams {
   const char* bias_0;           // [num_tokens, hidden] or null
   const char* bias_1;           // [num_tokens, hidden] or null
   const int32_t* recv_src_idx;  // [as x]: token of the owner
-  const int32_t* send_head;     // [num_tokens, num_ranks]: position in the rank's segment of this owner, -1 = not there
-  const int32_t* rank_prefix;   // [num_ranks, num_ranks]: inclusive over sources (rows)
-  char* combined_x;             // [num_tokens, hidden]
-  float* combined_topk_weights; // [num_tokens, num_topk]
-  uint64_t slots[8];            // symmetric, of each rank
-  uint64_t words[8];            // symmetric, of each rank
-  uint64_t signals[8];          // symmetric, of each rank
-  uint32_t* counters;           // local [4 + num_ranks]: ticket, reduce unit, units reduced of (window & 1), push units; zero
-  uint32_t* epoch;              // local [1]
-  uint64_t* fault;              // host [8]
-  uint32_t* abort;              // local [1]
+  const int32_t* send_head;    // [num_tokens, num_ranks]: position in the rank's segment, -1 = none
+  const int32_t* rank_prefix;  // [num_ranks, num_ranks]: inclusive over sources (rows)
+  char* combined_x;            // [num_tokens, hidden]
+  float* combined_topk_weights;  // [num_tokens, num_topk]
+  uint64_t slots[8];             // symmetric, of each rank
+  uint64_t words[8];             // symmetric, of each rank
+  uint64_t signals[8];           // symmetric, of each rank
+  // local [4 + num_ranks]: ticket, next reduce unit, units reduced of (window & 1), next push
+  // units; zero on entry and on exit
+  uint32_t* counters;
+  uint32_t* epoch;  // local [1]
+  uint64_t* fault;  // host [8]
+  uint32_t* abort;  // local [1]
   uint64_t timeout_ns;
-  int32_t num_slots;            // even, at least 2
+  int32_t num_slots;  // even, at least 2
   int32_t num_tokens;
-  int32_t num_parts;            // warps that share the sum of one token
+  int32_t num_parts;  // warps that share the sum of one token
   int32_t rank;
 };
 
@@ -66,7 +77,9 @@ constexpr int combine_shared_bytes(CombineConfig cfg) {
   return copier_shared_bytes(cfg.tma, cfg.num_push_warps, cfg.rows_per_warp, cfg.hidden_bytes);
 }
 
-constexpr int combine_slot_bytes(CombineConfig cfg) { return align_up(cfg.hidden_bytes + 4 * cfg.num_topk, 128); }
+constexpr int combine_slot_bytes(CombineConfig cfg) {
+  return align_up(cfg.hidden_bytes + 4 * cfg.num_topk, 128);
+}
 
 template <CombineConfig kCfg>
 class Combine {
@@ -77,7 +90,8 @@ class Combine {
   static constexpr int kVecs = kCfg.hidden_bytes / 16;
   static_assert(kRanks >= 1 && kRanks <= kMaxRanks);
   static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
-  static_assert(kCfg.num_push_warps >= 1 && kCfg.num_push_warps < kCfg.num_warps, "someone must reduce from the start");
+  static_assert(kCfg.num_push_warps >= 1 && kCfg.num_push_warps < kCfg.num_warps,
+                "someone must reduce from the start");
   using Copier = RowCopier<kCfg.tma, kCfg.num_push_warps, kRows, kCfg.hidden_bytes>;
 
  public:
@@ -106,8 +120,8 @@ class Combine {
   }
 
   __device__ uint64_t* word(int owner, int writer, int token) const {
-    return reinterpret_cast<uint64_t*>(p.words[owner]) + static_cast<int64_t>(writer) * p.num_slots +
-           token % p.num_slots;
+    return reinterpret_cast<uint64_t*>(p.words[owner]) +
+           static_cast<int64_t>(writer) * p.num_slots + token % p.num_slots;
   }
 
   // First row on `rank` of the tokens of `source`.
@@ -115,7 +129,7 @@ class Combine {
     return source == 0 ? 0 : p.rank_prefix[(source - 1) * kRanks + rank];
   }
 
-  // ---- push --------------------------------------------------------------------------------------------------------
+  // ---- push -------------------------------------------------------------------------------------
 
   __device__ bool push() {
     if (!enter<kRanks>(waiter, kWaitCombineEntry, p.signals[p.rank], lane)) return false;
@@ -130,7 +144,8 @@ class Combine {
       uint32_t* const counter = p.counters + 4 + owner;
       uint32_t unit = next_unit(counter, lane);
       while (unit < num_units) {
-        const uint32_t next = next_unit(counter, lane);  // drawn early: its latency hides behind the copy
+        // Drawn early: its latency hides behind the copy.
+        const uint32_t next = next_unit(counter, lane);
         const int first = begin + static_cast<int>(unit) * unit_rows;
         if (!push_rows(copier, owner, first, min(unit_rows, end - first))) return false;
         unit = next;
@@ -147,7 +162,8 @@ class Combine {
 
     uint32_t pending = __ballot_sync(kFullMask, lane < num_rows);
     while (pending != 0) {
-      // Tokens ascend, so the rows of the first pending window are those of the lowest pending lanes.
+      // Tokens ascend, so the rows of the first pending window are those of the lowest pending
+      // lanes.
       const int current = __shfl_sync(kFullMask, window, __ffs(pending) - 1);
       const bool mine = (pending >> lane & 1) != 0 && window == current;
       const uint32_t movers = __ballot_sync(kFullMask, mine);
@@ -155,7 +171,8 @@ class Combine {
 
       bool ok = true;
       if (current >= 2 && lane == 0)
-        ok = wait_signal(waiter, kWaitCombineWindow, owner, done_signal(p.signals[p.rank], owner, current),
+        ok = wait_signal(waiter, kWaitCombineWindow, owner,
+                         done_signal(p.signals[p.rank], owner, current),
                          stamp(waiter.epoch, current - 1));
       if (!all_lanes(ok)) return false;
 
@@ -170,16 +187,19 @@ class Combine {
                 p.topk_weights[static_cast<int64_t>(first + row_lane) * kTopk + k];
         }
       }
-      // Rows and weights are written -> flush (each lane its own, then __syncwarp) -> release of any lane: cumulative.
+      // Rows and weights are written -> flush (each lane its own, then __syncwarp) -> release of
+      // any lane: cumulative.
       copier.flush();
       if (mine) ptx::st_release_sys(word(owner, p.rank, token), make_word(waiter.epoch, window, 0));
     }
     return true;
   }
 
-  __device__ static float* slot_weights(char* slot) { return reinterpret_cast<float*>(slot + kCfg.hidden_bytes); }
+  __device__ static float* slot_weights(char* slot) {
+    return reinterpret_cast<float*>(slot + kCfg.hidden_bytes);
+  }
 
-  // ---- reduce ------------------------------------------------------------------------------------------------------
+  // ---- reduce -----------------------------------------------------------------------------------
 
   __device__ void reduce() {
     const uint32_t num_units = static_cast<uint32_t>(p.num_tokens) * p.num_parts;
@@ -206,7 +226,8 @@ class Combine {
         if constexpr (kTopk > 0) weights = p.topk_weights + own_row * kTopk;
       } else if (position >= 0) {
         uint64_t found;
-        ok = wait_word(waiter, kWaitCombineToken, lane, token, window_of(token), word(p.rank, lane, token), found);
+        ok = wait_word(waiter, kWaitCombineToken, lane, token, window_of(token),
+                       word(p.rank, lane, token), found);
         row = slot(p.rank, lane, token);
         if constexpr (kTopk > 0) weights = slot_weights(slot(p.rank, lane, token));
       }
@@ -216,12 +237,14 @@ class Combine {
     const char* rows[kRanks];
 #pragma unroll
     for (int r = 0; r < kRanks; ++r)
-      rows[r] = reinterpret_cast<const char*>(__shfl_sync(kFullMask, reinterpret_cast<uint64_t>(row), r));
+      rows[r] =
+          reinterpret_cast<const char*>(__shfl_sync(kFullMask, reinterpret_cast<uint64_t>(row), r));
     const int64_t out = static_cast<int64_t>(token) * kCfg.hidden_bytes;
 
     const int part_vecs = align_up(ceil_div(kVecs, p.num_parts), kWarpSize);
     const int last = min(kVecs, (part + 1) * part_vecs);
-    constexpr int kUnroll = 8 / kRanks;  // up to eight loads of 16 bytes in flight a thread; the rest is up to the warps
+    // Up to eight loads of 16 bytes in flight a thread; the rest is up to the number of warps.
+    constexpr int kUnroll = 8 / kRanks;
 #pragma unroll 1
     for (int first = part * part_vecs + lane; first < last; first += kUnroll * kWarpSize) {
       Vec16 v[kUnroll][kRanks];
@@ -241,7 +264,8 @@ class Combine {
 #pragma unroll
         for (int r = 0; r < kRanks; ++r)
           if (rows[r] != nullptr) add<false>(sum, v[i][r]);
-        ptx::st_v4(p.combined_x + out + offset, {pack(sum[0]), pack(sum[1]), pack(sum[2]), pack(sum[3])});
+        ptx::st_v4(p.combined_x + out + offset,
+                   {pack(sum[0]), pack(sum[1]), pack(sum[2]), pack(sum[3])});
       }
     }
 
@@ -250,8 +274,8 @@ class Combine {
         float sum = 0.0f;
 #pragma unroll
         for (int r = 0; r < kRanks; ++r) {
-          const auto of_rank =
-              reinterpret_cast<const float*>(__shfl_sync(kFullMask, reinterpret_cast<uint64_t>(weights), r));
+          const auto of_rank = reinterpret_cast<const float*>(
+              __shfl_sync(kFullMask, reinterpret_cast<uint64_t>(weights), r));
           if (of_rank != nullptr && lane < kTopk) sum += of_rank[lane];
         }
         if (lane < kTopk) p.combined_topk_weights[static_cast<int64_t>(token) * kTopk + lane] = sum;
@@ -260,13 +284,15 @@ class Combine {
     return true;
   }
 
-  // Adds eight elements; `kFirst` takes them as the start of the sum (bias_0 keeps its sign of zero).
+  // Adds eight elements; `kFirst` takes them as the start of the sum (bias_0 keeps its sign of
+  // zero).
   template <bool kFirst>
   __device__ static void add(Float2 (&sum)[4], Vec16 v) {
     const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
 #pragma unroll
     for (int i = 0; i < 4; ++i) {
-      const Float2 pair = kCfg.is_f16 ? ptx::f16x2_to_float2(pairs[i]) : ptx::bf16x2_to_float2(pairs[i]);
+      const Float2 pair =
+          kCfg.is_f16 ? ptx::f16x2_to_float2(pairs[i]) : ptx::bf16x2_to_float2(pairs[i]);
       sum[i] = kFirst ? pair : Float2{sum[i].x + pair.x, sum[i].y + pair.y};
     }
   }
@@ -275,13 +301,15 @@ class Combine {
     return kCfg.is_f16 ? ptx::float2_to_f16x2(v) : ptx::float2_to_bf16x2(v);
   }
 
-  // Whoever completes a window tells all ranks, which may then write window + 2; the counter is zero again before it can.
+  // Whoever completes a window tells all ranks, which may then write window + 2; the counter is
+  // zero again before it can.
   __device__ bool release_slots(int token) const {
     __syncwarp();
     const int window = window_of(token);
     bool ok = true;
     if (window >= 2 && lane == 0)
-      ok = wait_signal(waiter, kWaitCombineWindow, p.rank, done_signal(p.signals[p.rank], p.rank, window),
+      ok = wait_signal(waiter, kWaitCombineWindow, p.rank,
+                       done_signal(p.signals[p.rank], p.rank, window),
                        stamp(waiter.epoch, window - 1));
     if (!all_lanes(ok)) return false;
     const int window_tokens = p.num_slots / 2;
@@ -295,11 +323,14 @@ class Combine {
     complete = __shfl_sync(kFullMask, complete, 0);
     __syncwarp();
     if (complete != 0 && lane < kRanks && lane != p.rank)
-      ptx::st_release_sys(done_signal(p.signals[lane], p.rank, window), stamp(waiter.epoch, window + 1));
-    // The own signal last: whoever sees it may complete window + 2, and that must not be overtaken on its way to a peer.
+      ptx::st_release_sys(done_signal(p.signals[lane], p.rank, window),
+                          stamp(waiter.epoch, window + 1));
+    // The own signal last: whoever sees it may complete window + 2, and that must not be overtaken
+    // on its way to a peer.
     __syncwarp();
     if (complete != 0 && lane == 0)
-      ptx::st_release_sys(done_signal(p.signals[p.rank], p.rank, window), stamp(waiter.epoch, window + 1));
+      ptx::st_release_sys(done_signal(p.signals[p.rank], p.rank, window),
+                          stamp(waiter.epoch, window + 1));
     return true;
   }
 

@@ -1,27 +1,32 @@
-// Dispatch inside one NVLink domain: each token goes once to every rank that owns one of its experts.
+// Dispatch inside one NVLink domain: each token goes once to every rank that owns one of its
+// experts.
 //
-//   recv_x[rank_prefix[s - 1, d] + send_head_s[t, d]] = x_s[t]     on rank d, for every rank s and token t with send_head >= 0
+//   recv_x[rank_prefix[s - 1, d] + send_head_s[t, d]] = x_s[t]
+//                              on rank d, for every rank s and token t with send_head_s[t, d] >= 0
 //
-// and the same for what travels with a token: scales, top-k (as local expert indices, -1 elsewhere), its index t.
-// Rows are bytes: one kernel serves every dtype.
+// and the same for what travels with a token: scales, top-k (as local expert indices, -1
+// elsewhere), its index t. Rows are bytes: one kernel serves every dtype.
 //
-// The source stages a token once, in its own symmetric memory, and says so to every peer; who needs the token pulls it
-// from there straight to its final row. So a token is copied once, not once a destination, nothing is copied again at
-// the receiver, and a rank's own tokens touch no peer.
+// The source stages a token once, in its own symmetric memory, and says so to every peer; who needs
+// the token pulls it from there straight to its final row. So a token is copied once, not once a
+// destination, nothing is copied again at the receiver, and a rank's own tokens touch no peer.
 //
-//   slots[s]  [num_slots, slot_bytes]   rank s's tokens, written by s, read by all; token t lies in slot t % num_slots:
-//             { row [hidden_bytes], scales [num_scales] u32, topk_idx [num_topk] i32, topk_weights [num_topk] f32 }
-//   words[d]  [num_ranks, num_slots]    row (s, slot) of rank d is written by s: which token lies in the slot and its
-//                                       position among those that go to d, or that it does not (sync.cuh)
+//   slots[s]  [num_slots, slot_bytes]  rank s's tokens; written by s, read by all. Token t lies in
+//             slot t % num_slots: { row [hidden_bytes], scales [num_scales] u32,
+//             topk_idx [num_topk] i32, topk_weights [num_topk] f32 }
+//   words[d]  [num_ranks, num_slots]   row (s, .) on rank d is written by s: which token lies in
+//             the slot, and its position among those that go to d, or that it does not (sync.cuh)
 //
-// Stage   (the first warps of a block)  wait until the slots are free; x -> slot, and x -> recv_x for own tokens; then the
-//                                       word of each token to each peer (release)
-// Pull    (then all warps)              wait for the words of a chunk of tokens (acquire); slot of s -> recv_x
+// Stage   the first warps of a block: wait until the slots are free; x -> slot, and x -> recv_x for
+//         own tokens; then the word of each token to each peer (release)
+// Pull    all warps, when they have nothing to stage: wait for the words of a chunk of tokens
+//         (acquire); slot of s -> recv_x
 //
-// Progress: a chunk is a run of neighbouring tokens. Staging warps take chunks in ascending order and only wait for peers
-// to have pulled window w - 2 before they write window w. Pulling warps draw chunks in ascending order of tokens, the same
-// for all sources, so whoever waits for window w has all earlier chunks drawn by a warp that needs nothing later. By
-// induction over windows everything moves, whatever the size of the buffer, as a chunk spans at most two windows.
+// Progress: a chunk is a run of neighbouring tokens. Staging warps take chunks in ascending order
+// and only wait for peers to have pulled window w - 2 before they write window w. Pulling warps
+// draw chunks in ascending order of tokens, the same for all sources, so whoever waits for window w
+// has all earlier chunks drawn by a warp that needs nothing later. By induction over windows
+// everything moves, whatever the size of the buffer, as a chunk spans at most two windows.
 //
 // Launch: any grid that is resident as a whole, dispatch_threads() threads. Graph-safe.
 #include "epjit/copy.cuh"
@@ -30,24 +35,24 @@ namespace epjit {
 
 struct DispatchConfig {
   int32_t num_ranks;
-  int32_t hidden_bytes;     // of a row of x
-  int32_t num_scales;       // 4-byte scales a token; 0 = none
-  int32_t num_topk;         // 0 = none
+  int32_t hidden_bytes;  // of a row of x
+  int32_t num_scales;    // 4-byte scales a token; 0 = none
+  int32_t num_topk;      // 0 = none
   bool topk_is_int64;
-  bool tma;                 // rows move by bulk copies, else through registers
+  bool tma;  // rows move by bulk copies, else through registers
   int32_t num_warps;
   int32_t num_stage_warps;  // of num_warps
   int32_t rows_per_warp;    // rows of a warp in shared memory, the most that it moves at a time
 };
 
 struct DispatchParams {
-  const char* x;                 // [num_tokens, hidden_bytes]
-  const uint32_t* scales;        // [num_tokens, num_scales], strides below, in elements
+  const char* x;           // [num_tokens, hidden_bytes]
+  const uint32_t* scales;  // [num_tokens, num_scales], strides below, in elements
   int64_t scale_token_stride;
   int64_t scale_stride;
   const void* topk_idx;          // [num_tokens, num_topk] int32 or int64, global experts
   const float* topk_weights;     // [num_tokens, num_topk]
-  const int32_t* send_head;      // [num_tokens, num_ranks]: position in the destination's segment, -1 = not sent
+  const int32_t* send_head;      // [num_tokens, num_ranks]: position in its segment, -1 = not sent
   const int32_t* rank_prefix;    // [num_ranks, num_ranks]: inclusive over sources (rows)
   const int32_t* source_tokens;  // [num_ranks]: tokens that each rank holds
   char* recv_x;                  // [num_recv_rows, hidden_bytes]
@@ -58,14 +63,16 @@ struct DispatchParams {
   uint64_t slots[8];             // symmetric, of each rank
   uint64_t words[8];             // symmetric, of each rank
   uint64_t signals[8];           // symmetric, of each rank
-  uint32_t* counters;            // local [2 + 2 * num_ranks]: ticket, unit, tokens pulled of (source, window & 1); zero
-  uint32_t* epoch;               // local [1]
-  uint64_t* fault;               // host [8]
-  uint32_t* abort;               // local [1]
+  // local [2 + 2 * num_ranks]: ticket, next chunk, tokens pulled of (source, window & 1); zero on
+  // entry and on exit
+  uint32_t* counters;
+  uint32_t* epoch;  // local [1]
+  uint64_t* fault;  // host [8]
+  uint32_t* abort;  // local [1]
   uint64_t timeout_ns;
-  int32_t num_slots;             // even, at least 2
+  int32_t num_slots;  // even, at least 2
   int32_t num_tokens;
-  int32_t num_recv_rows;         // rows of the outputs; those beyond what arrives get topk_idx -1
+  int32_t num_recv_rows;  // rows of the outputs; those beyond what arrives get topk_idx -1
   int32_t experts_per_rank;
   int32_t rank;
 };
@@ -87,7 +94,8 @@ class Dispatch {
   static constexpr int kMostRows = kRows > 4 ? kRows : 4 / kRows * kRows;  // of a chunk
   static constexpr int kScales = kCfg.num_scales;
   static constexpr int kTopk = kCfg.num_topk;
-  static constexpr int kItems = kScales + kTopk;  // what travels beside a row; a selection is an index and a weight
+  // What travels beside a row; a selection is an index and a weight.
+  static constexpr int kItems = kScales + kTopk;
   static constexpr int kSlotBytes = dispatch_slot_bytes(kCfg);
   static_assert(kRanks >= 1 && kRanks <= kMaxRanks);
   static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
@@ -117,7 +125,8 @@ class Dispatch {
   __device__ int window_tokens() const { return p.num_slots / 2; }
 
   __device__ char* slot(int rank, int token) const {
-    return reinterpret_cast<char*>(p.slots[rank]) + static_cast<int64_t>(token % p.num_slots) * kSlotBytes;
+    return reinterpret_cast<char*>(p.slots[rank]) +
+           static_cast<int64_t>(token % p.num_slots) * kSlotBytes;
   }
 
   __device__ uint64_t* word(int rank, int source, int token) const {
@@ -136,7 +145,8 @@ class Dispatch {
       const int64_t first = p.rank_prefix[(kRanks - 1) * kRanks + p.rank];
       const int64_t last = static_cast<int64_t>(p.num_recv_rows) * kTopk;
       const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-      for (int64_t i = first * kTopk + blockIdx.x * blockDim.x + threadIdx.x; i < last; i += num_threads)
+      for (int64_t i = first * kTopk + blockIdx.x * blockDim.x + threadIdx.x; i < last;
+           i += num_threads)
         store_topk_idx(i, -1);
     }
   }
@@ -148,13 +158,14 @@ class Dispatch {
       static_cast<int32_t*>(p.recv_topk_idx)[i] = expert;
   }
 
-  // ---- what travels beside a row -----------------------------------------------------------------------------------
+  // ---- what travels beside a row ----------------------------------------------------------------
 
   __device__ uint32_t load_scale(int token, int i) const {
     return p.scales[token * p.scale_token_stride + i * p.scale_stride];
   }
 
-  // Global expert of selection k, -1 for whatever is no int32 (such an index is no selection either).
+  // Global expert of selection k, -1 for whatever is no int32 (such an index is no selection
+  // either).
   __device__ int load_expert(int token, int k) const {
     const int64_t i = static_cast<int64_t>(token) * kTopk + k;
     if constexpr (kCfg.topk_is_int64) {
@@ -172,7 +183,8 @@ class Dispatch {
     p.recv_topk_weights[row * kTopk + k] = mine ? weight : 0.0f;
   }
 
-  // Calls visit(lane of the row, item) for every item of the first `num_rows` rows, all lanes in step.
+  // Calls visit(lane of the row, item) for every item of the first `num_rows` rows, all lanes in
+  // step.
   template <typename Visit>
   __device__ void for_each_item(int num_rows, Visit visit) const {
     if constexpr (kItems > 0) {
@@ -183,13 +195,14 @@ class Dispatch {
     }
   }
 
-  // ---- stage -------------------------------------------------------------------------------------------------------
+  // ---- stage ------------------------------------------------------------------------------------
 
   __device__ bool wait_for_slots(int window) const {
     if (window < 2) return true;
     bool ok = true;
     if (lane < kRanks && lane != p.rank)
-      ok = wait_signal(waiter, kWaitDispatchWindow, lane, done_signal(p.signals[p.rank], lane, window),
+      ok = wait_signal(waiter, kWaitDispatchWindow, lane,
+                       done_signal(p.signals[p.rank], lane, window),
                        stamp(waiter.epoch, window - 1));
     return all_lanes(ok);
   }
@@ -224,7 +237,8 @@ class Dispatch {
 
   __device__ void load_rows(const Chunk& chunk, int first) {
     const bool goes = chunk.remote || chunk.own_row >= 0;
-    copier.load(first, goes ? p.x + static_cast<int64_t>(chunk.first + lane) * kCfg.hidden_bytes : nullptr);
+    copier.load(
+        first, goes ? p.x + static_cast<int64_t>(chunk.first + lane) * kCfg.hidden_bytes : nullptr);
   }
 
   __device__ bool stage() {
@@ -242,8 +256,9 @@ class Dispatch {
 
       const int token = chunk.first + lane;
       char* const staged = chunk.remote ? slot(p.rank, token) : nullptr;
-      char* const own =
-          chunk.own_row >= 0 ? p.recv_x + static_cast<int64_t>(chunk.own_row) * kCfg.hidden_bytes : nullptr;
+      char* const own = chunk.own_row >= 0
+                            ? p.recv_x + static_cast<int64_t>(chunk.own_row) * kCfg.hidden_bytes
+                            : nullptr;
       for (int first = 0; first < chunk.num_rows; first += kRows) {
         copier.store(first, staged, own);
         if (first + kRows < chunk.num_rows) load_rows(chunk, first + kRows);
@@ -254,8 +269,8 @@ class Dispatch {
       });
       if (p.recv_src_idx != nullptr && chunk.own_row >= 0) p.recv_src_idx[chunk.own_row] = token;
 
-      // The next rows are on their way while these are written and published. (Loading needs no free slot, so
-      // nothing is waited for with tokens in hand that a peer may wait for.)
+      // The next rows are on their way while these are written and published. (Loading needs no
+      // free slot, so nothing is waited for with tokens in hand that a peer may wait for.)
       const Chunk next = chunk_at(chunk.first + num_warps * rows, rows, own_start);
       if (next.num_rows > 0) load_rows(next, 0);
       if constexpr (kRanks > 1) publish(chunk);
@@ -264,7 +279,8 @@ class Dispatch {
     return true;
   }
 
-  // Rows and items are written -> flush (each lane its own, then __syncwarp) -> release of any lane: cumulative.
+  // Rows and items are written -> flush (each lane its own, then __syncwarp) -> release of any
+  // lane: cumulative.
   __device__ void publish(const Chunk& chunk) {
     copier.flush();
     for (int i = lane; i < chunk.num_rows * kRanks; i += kWarpSize) {
@@ -272,14 +288,17 @@ class Dispatch {
       if (r == p.rank) continue;
       const int position = p.send_head[static_cast<int64_t>(token) * kRanks + r];
       const uint32_t value = position >= 0 ? static_cast<uint32_t>(position) : kNoRow;
-      ptx::st_release_sys(word(r, p.rank, token), make_word(waiter.epoch, token / window_tokens(), value));
+      ptx::st_release_sys(word(r, p.rank, token),
+                          make_word(waiter.epoch, token / window_tokens(), value));
     }
   }
 
-  // Scales, then selections, to the slot (which no peer reads if the token stays at home) and to the own row.
+  // Scales, then selections, to the slot (which no peer reads if the token stays at home) and to
+  // the own row.
   __device__ void stage_item(int token, int item, int own_row) const {
     uint32_t* items = nullptr;
-    if constexpr (kRanks > 1) items = reinterpret_cast<uint32_t*>(slot(p.rank, token) + kCfg.hidden_bytes);
+    if constexpr (kRanks > 1)
+      items = reinterpret_cast<uint32_t*>(slot(p.rank, token) + kCfg.hidden_bytes);
     if (item < kScales) {
       const uint32_t scale = load_scale(token, item);
       if constexpr (kRanks > 1) items[item] = scale;
@@ -296,7 +315,7 @@ class Dispatch {
     }
   }
 
-  // ---- pull --------------------------------------------------------------------------------------------------------
+  // ---- pull -------------------------------------------------------------------------------------
 
   __device__ void pull() {
     int most_tokens = 0;
@@ -307,7 +326,8 @@ class Dispatch {
 
     uint32_t chunk = next_unit(p.counters + 1, lane);
     while (chunk < num_chunks) {
-      const uint32_t next = next_unit(p.counters + 1, lane);  // drawn early: its latency hides behind the copy
+      // Drawn early: its latency hides behind the copy.
+      const uint32_t next = next_unit(p.counters + 1, lane);
       // Each rank starts with another source, so that no source is asked by all at once.
       const int source = (p.rank + 1 + chunk % (kRanks - 1)) % kRanks;
       if (!pull_chunk(source, chunk / (kRanks - 1) * rows, rows)) return;
@@ -328,7 +348,8 @@ class Dispatch {
       uint64_t found;
       ok = wait_word(waiter, kWaitDispatchToken, source, token, token / window_tokens(),
                      word(p.rank, source, token), found);
-      if (word_value(found) != kNoRow) row = segment_start(source) + static_cast<int>(word_value(found));
+      if (word_value(found) != kNoRow)
+        row = segment_start(source) + static_cast<int>(word_value(found));
     }
     if (!all_lanes(ok)) return false;
     copier.acquired();
@@ -352,7 +373,8 @@ class Dispatch {
   }
 
   __device__ void pull_item(int source, int token, int item, int64_t row) const {
-    const uint32_t* const items = reinterpret_cast<const uint32_t*>(slot(source, token) + kCfg.hidden_bytes);
+    const uint32_t* const items =
+        reinterpret_cast<const uint32_t*>(slot(source, token) + kCfg.hidden_bytes);
     if (item < kScales) {
       p.recv_scales[row * kScales + item] = items[item];
     } else {
@@ -362,8 +384,8 @@ class Dispatch {
     }
   }
 
-  // The slots of these tokens are read. Whoever completes a window tells the source, which may then write window + 2;
-  // the counter is zero again before it can.
+  // The slots of these tokens are read. Whoever completes a window tells the source, which may then
+  // write window + 2; the counter is zero again before it can.
   __device__ void release_slots(int source, int first, int num_rows, int source_tokens) const {
     __syncwarp();
     if (lane != 0) return;
@@ -373,9 +395,11 @@ class Dispatch {
       const int end = min(begin + window_tokens(), source_tokens);
       const uint32_t pulled = min(last, end) - max(first, begin);
       uint32_t* const counter = p.counters + 2 + 2 * source + (window & 1);
-      if (ptx::atom_add_acq_rel_gpu(counter, pulled) + pulled != static_cast<uint32_t>(end - begin)) continue;
+      if (ptx::atom_add_acq_rel_gpu(counter, pulled) + pulled != static_cast<uint32_t>(end - begin))
+        continue;
       *counter = 0;
-      ptx::st_release_sys(done_signal(p.signals[source], p.rank, window), stamp(waiter.epoch, window + 1));
+      ptx::st_release_sys(done_signal(p.signals[source], p.rank, window),
+                          stamp(waiter.epoch, window + 1));
     }
   }
 

@@ -4,11 +4,13 @@
 //   num_tokens_per_rank[r]    = sum over t of is_token_in_rank[t, r]
 //   num_tokens_per_expert[e]  = sum over t, k of (topk_idx[t, k] == e)
 //
-// An index outside [0, num_experts) is no selection. Everything is local: no peer is waited for. The shape is a run-time
-// argument, so that the kernel is loaded with the Buffer: ranks need not meet for a compile that only some of them reach.
+// An index outside [0, num_experts) is no selection. Everything is local: no peer is waited for.
+// The shape is a run-time argument, so that the kernel is loaded with the Buffer: ranks need not
+// meet for a compile that only some of them reach.
 //
-// A thread owns a token. Each block counts in shared memory and adds its counts to `counters` in global memory; the last
-// block moves the sums to the outputs and leaves the counters zero, as it found them, so that no memset is launched.
+// A thread owns a token. Each block counts in shared memory and adds its counts to `counters` in
+// global memory; the last block moves the sums to the outputs and leaves the counters zero, as it
+// found them, so that no memset is launched.
 //   counters  [1 + num_ranks + num_experts]  ticket, ranks, experts; zero on entry and on exit
 //
 // Launch: any grid, layout_threads() threads.

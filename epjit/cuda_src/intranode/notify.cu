@@ -1,4 +1,5 @@
-// Notify: before a dispatch with a new routing, the ranks tell each other how many tokens will come.
+// Notify: before a dispatch with a new routing, the ranks tell each other how many tokens will
+// come.
 //
 //   rank_prefix[s, d]     = tokens that the ranks 0..s send to rank d
 //   source_tokens[s]      = tokens that rank s holds
@@ -6,11 +7,13 @@
 //   send_head[t, d]       = how many tokens before t go to rank d, or -1 if t does not
 //
 // Block 0 exchanges counts. Message of rank s, in rank d's symmetric memory, written by s:
-//   notify[s] = { num_tokens_per_rank[0 .. num_ranks), num_tokens, counts of d's experts [experts_per_rank] }
-//   notify_signal[s] of d: epoch, raised (release) after the message; d reads the message after it (acquire).
-// Blocks 1 .. num_ranks need no peer: block 1 + d numbers the tokens that go to rank d.
-// The counts also go to host memory: first host_counts[1 + e] (rounded up to the alignment), then, released, the total in
-// host_counts[0], which the host polls.
+//   notify[s] = { num_tokens_per_rank [num_ranks], num_tokens,
+//                 counts of d's experts [experts_per_rank] }
+//   notify_signal[s] of d: epoch, raised (release) after the message, which d reads after it
+//                 (acquire).
+// Blocks 1 .. num_ranks need no peer: block 1 + d numbers the tokens that go to rank d. The counts
+// also go to host memory: first host_counts[1 + e] (rounded up to the alignment), then, released,
+// the total in host_counts[0], which the host polls.
 //
 // Launch: 1 + num_ranks blocks of notify_threads() threads.
 #include "epjit/sync.cuh"
@@ -48,7 +51,8 @@ constexpr int notify_threads(NotifyConfig) { return 512; }
 
 constexpr int notify_shared_bytes(NotifyConfig cfg) { return notify_threads(cfg) / kWarpSize * 4; }
 
-// Numbers the tokens that go to `dst`. Each thread takes kTokens neighbours, so that 4096 tokens are one round.
+// Numbers the tokens that go to `dst`. Each thread takes kTokens neighbours, so that 4096 tokens
+// are one round.
 template <NotifyConfig kCfg>
 __device__ void number_tokens(const NotifyParams& p, int dst) {
   constexpr int kNumWarps = notify_threads(kCfg) / kWarpSize;
@@ -62,7 +66,8 @@ __device__ void number_tokens(const NotifyParams& p, int dst) {
     int own = 0;
 #pragma unroll
     for (int i = 0; i < kTokens; ++i) {
-      in[i] = first + i < p.num_tokens && p.is_token_in_rank[static_cast<int64_t>(first + i) * kCfg.num_ranks + dst];
+      in[i] = first + i < p.num_tokens &&
+              p.is_token_in_rank[static_cast<int64_t>(first + i) * kCfg.num_ranks + dst];
       own += in[i];
     }
     int inclusive = own;
@@ -115,10 +120,12 @@ __device__ void exchange_counts(const NotifyParams& p, const Waiter& waiter) {
       value = p.num_tokens;
     else
       value = p.num_tokens_per_expert[dst * p.experts_per_rank + j - kRanks - 1];
-    reinterpret_cast<int32_t*>(p.notify[dst])[static_cast<int64_t>(p.rank) * p.notify_stride + j] = value;
+    reinterpret_cast<int32_t*>(p.notify[dst])[static_cast<int64_t>(p.rank) * p.notify_stride + j] =
+        value;
   }
   __syncthreads();
-  if (thread < kRanks) ptx::st_release_sys(notify_signal(p.signals[thread], p.rank), stamp(waiter.epoch, 0));
+  if (thread < kRanks)
+    ptx::st_release_sys(notify_signal(p.signals[thread], p.rank), stamp(waiter.epoch, 0));
 
   // Step 2: everyone's message to me
   if (thread < kWarpSize) {
@@ -148,7 +155,8 @@ __device__ void exchange_counts(const NotifyParams& p, const Waiter& waiter) {
     for (int src = 0; src < kRanks; ++src)
       sum += messages[static_cast<int64_t>(src) * p.notify_stride + kRanks + 1 + e];
     p.expert_counts[e] = sum;
-    const int64_t aligned = (static_cast<int64_t>(sum) + p.expert_alignment - 1) / p.expert_alignment * p.expert_alignment;
+    const int64_t aligned = (static_cast<int64_t>(sum) + p.expert_alignment - 1) /
+                            p.expert_alignment * p.expert_alignment;
     ptx::st_relaxed_sys(p.host_counts + 1 + e, aligned);
   }
   __syncthreads();
