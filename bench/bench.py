@@ -296,7 +296,7 @@ def measure_ceilings(
 def worker(rank: int, args: argparse.Namespace, port: int) -> None:
     """One rank: measures, and rank 0 reports."""
     import epjit
-    from epjit.runtime.group import from_torch
+    from epjit.runtime.group import Group
 
     torch.cuda.set_device(rank)
     dist.init_process_group(
@@ -334,7 +334,7 @@ def worker(rank: int, args: argparse.Namespace, port: int) -> None:
     )
     sweep = args.sweep or []
     ceilings = measure_ceilings(
-        from_torch(group), group, sorted({*args.sms, *sweep}), args.ceiling_mb, say
+        Group.from_torch(group), group, sorted({*args.sms, *sweep}), args.ceiling_mb, say
     )
     buffer = epjit.Buffer(group, args.nvl_bytes, 0, explicitly_destroy=True)
     for tokens in args.tokens:

@@ -27,7 +27,7 @@ from epjit.config import (
 from epjit.event import EventHandle, EventOverlap
 from epjit.reference.cpu_backend import CpuBackend
 from epjit.reference.intranode import Handle
-from epjit.runtime.group import from_comm, from_torch
+from epjit.runtime.group import Group
 
 if TYPE_CHECKING:
     from epjit.intranode import Intranode
@@ -239,7 +239,7 @@ class Buffer:
             raise ValueError(
                 "Buffer needs a process group (group=...) or an mpi4py-like communicator (comm=...)"
             )
-        links = from_torch(group) if group is not None else from_comm(comm)
+        links = Group.from_torch(group) if group is not None else Group.from_comm(comm)
         self.group = group if group is not None else comm
         self.rank, self.group_size = links.rank, links.size
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes

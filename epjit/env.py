@@ -99,7 +99,7 @@ def _arch_list(text: str) -> tuple[str, ...]:
 
 
 _FLAG = "a flag: 1, true, yes, on or 0, false, no, off"
-_VARIANT = "the name of a variant or 'auto'; `python -m epjit variants` lists them"
+_VARIANT = "the name of a variant, such as 'tma' or 'ldst', or 'auto'"
 
 cache_dir: Variable[Path | None] = Variable(
     "EPJIT_CACHE_DIR",

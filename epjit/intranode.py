@@ -31,13 +31,15 @@ if TYPE_CHECKING:
 
 _MAX_SLOTS = 65536  # of one source rank: bounds the words to 4 MiB
 _SIGNALS_BYTES = 512
-# The counts usually come within 50 us. A longer poll without sleep starves other threads: giving the GIL away and
-# taking it back at once leaves them it only every 5 ms.
+# The counts usually come within 50 us. A longer poll without sleep starves other threads: giving
+# the GIL away and taking it back at once leaves them it only every 5 ms.
 _SPIN_SECONDS = 200e-6
 _SLOT_ALIGNMENT = 128
 
 for _op in ("dispatch", "combine"):
-    variants.register(variants.Variant(_op, "tma", 90, "rows move by TMA bulk copies through shared memory"))
+    variants.register(
+        variants.Variant(_op, "tma", 90, "rows move by TMA bulk copies through shared memory")
+    )
     variants.register(variants.Variant(_op, "ldst", 80, "rows move by 16-byte loads and stores"))
 
 
@@ -117,7 +119,9 @@ class DispatchConfig(KernelConfig):
     rows_per_warp: int
 
     @classmethod
-    def choose(cls, shape: DispatchShape, *, num_ranks: int, tma: bool, limit: int) -> DispatchConfig:
+    def choose(
+        cls, shape: DispatchShape, *, num_ranks: int, tma: bool, limit: int
+    ) -> DispatchConfig:
         """The form of the block for `limit` bytes of shared memory."""
         warps, rows = _copier_shape(tma, 16, shape.hidden_bytes, limit)
         stage = max(1, warps // 2) if num_ranks > 1 else warps
@@ -141,7 +145,9 @@ class DispatchConfig(KernelConfig):
     @property
     def tag(self) -> str:
         """Namespace of the kernel."""
-        return f"intranode_r{self.num_ranks}_h{self.hidden_bytes}_s{self.num_scales}_k{self.num_topk}"
+        return (
+            f"intranode_r{self.num_ranks}_h{self.hidden_bytes}_s{self.num_scales}_k{self.num_topk}"
+        )
 
 
 @dataclass(frozen=True)
@@ -164,8 +170,9 @@ class CombineConfig(KernelConfig):
     def choose(cls, shape: CombineShape, *, num_ranks: int, tma: bool, limit: int) -> CombineConfig:
         """The form of the block for `limit` bytes of shared memory."""
         push, rows = _copier_shape(tma, 6, shape.hidden_bytes, limit)
-        # Many warps hide the latency of a token's sum; more ranks and copies through registers need more of these
-        # (28 warps leave 72 a thread, 24 leave 80, 20 leave 96, 16 leave 128; sm_120 spills with 72).
+        # Many warps hide the latency of a token's sum; more ranks and copies through registers need
+        # more of these (28 warps leave 72 a thread, 24 leave 80, 20 leave 96, 16 leave 128; sm_120
+        # spills with 72).
         warps = 16 if not tma else 20 if num_ranks > 4 else 24 if limit < 160 << 10 else 28
         return cls(num_ranks, *shape, tma, warps, push, rows)
 
@@ -202,20 +209,29 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         for wide in (True, False):
             yield LayoutConfig(num_ranks, wide)
     rows = (
-        (1, 4096, 0, 0), (2, 14336, 0, 8), (4, 14336, 0, 0), (4, 7168, 56, 8), (8, 14336, 0, 8), (8, 32768, 0, 32),
+        (1, 4096, 0, 0),
+        (2, 14336, 0, 8),
+        (4, 14336, 0, 0),
+        (4, 7168, 56, 8),
+        (8, 14336, 0, 8),
+        (8, 32768, 0, 32),
         (3, 32, 1, 2),
-    )  # fmt: skip
+    )
     for tma in (True, False) if variants.runs_on("dispatch", "tma", arch) else (False,):
         for num_ranks, hidden_bytes, num_scales, num_topk in rows:
             for wide in (True, False):
                 dispatch_shape = DispatchShape(hidden_bytes, num_scales, num_topk, wide)
-                yield DispatchConfig.choose(dispatch_shape, num_ranks=num_ranks, tma=tma, limit=limit)
+                yield DispatchConfig.choose(
+                    dispatch_shape, num_ranks=num_ranks, tma=tma, limit=limit
+                )
             if num_scales == 0:
                 combine_shape = CombineShape(hidden_bytes, num_topk, is_f16=num_ranks == 2)
                 yield CombineConfig.choose(combine_shape, num_ranks=num_ranks, tma=tma, limit=limit)
 
 
-def _config(shape: DispatchShape | CombineShape, num_ranks: int, arch: str) -> DispatchConfig | CombineConfig:
+def _config(
+    shape: DispatchShape | CombineShape, num_ranks: int, arch: str
+) -> DispatchConfig | CombineConfig:
     """The kernel of a shape for an architecture, of the variant that the environment asks for."""
     limit = shared_limit(arch)
     if isinstance(shape, DispatchShape):
@@ -253,7 +269,13 @@ class Intranode:
     """
 
     def __init__(
-        self, group: Group, *, num_nvl_bytes: int, device: torch.device, timeout_seconds: float, use_fabric: bool
+        self,
+        group: Group,
+        *,
+        num_nvl_bytes: int,
+        device: torch.device,
+        timeout_seconds: float,
+        use_fabric: bool,
     ) -> None:
         self._group = group
         self._device = device
@@ -261,8 +283,11 @@ class Intranode:
         self._arch = arch_of(device.index)
         self._arena = _Arena(group.size, num_nvl_bytes)
         notify_kernel = Kernel(NotifyConfig(group.size), device=device.index)
-        self.memory = SymmetricMemory(self._arena.total, group=group, device=device.index, fabric=use_fabric)
-        self._local = torch.zeros(64, dtype=torch.int32, device=device)  # counters 0..31, epoch 32, abort 33
+        self.memory = SymmetricMemory(
+            self._arena.total, group=group, device=device.index, fabric=use_fabric
+        )
+        # Counters 0..31, epoch 32, abort 33.
+        self._local = torch.zeros(64, dtype=torch.int32, device=device)
         self._fault = FaultRecord()
         # Row 0 is read by a host that waits for counts; row 1 takes those that nobody waits for.
         self._host_counts = PinnedArray(2 * (1 + MAX_LOCAL_EXPERTS), device=device.index)
@@ -293,7 +318,7 @@ class Intranode:
             "rank": self._group.rank,
         }
 
-    # ---- launches ------------------------------------------------------------------------------------
+    # ---- launches --------------------------------------------------------------------------------
 
     def launch(self, shape: DispatchShape | CombineShape) -> Launch:
         """The launch of a shape; collective when it is the first of its kind.
@@ -307,20 +332,22 @@ class Intranode:
         return found if found is not None else self._build(shape)
 
     def _build(self, shape: DispatchShape | CombineShape) -> Launch:
-        """Compiles and loads, then meets the group: nobody may wait for a peer that still compiles."""
+        """Compiles and loads, then meets the group: nobody may wait for a peer that compiles."""
         config = _config(shape, self._group.size, self._arch)
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
-                f"{config.op} needs a kernel for {config} that is not compiled yet, and nothing can be compiled while a "
-                "CUDA graph is captured; run the call once before the capture, or call Buffer.warmup()"
+                f"{config.op} needs a kernel for {config} that is not compiled yet, and nothing "
+                "can be compiled while a CUDA graph is captured; run the call once before the "
+                "capture, or call Buffer.warmup()"
             )
         num_slots = min(self._arena.slots_bytes // config.bytes_a_token, _MAX_SLOTS) // 2 * 2
         if self._group.size == 1:
             num_slots = _MAX_SLOTS  # nothing is staged
         elif num_slots < 2:
             raise ValueError(
-                f"{config.op} of {shape.hidden_bytes}-byte rows needs num_nvl_bytes >= {2 * config.bytes_a_token}, but this "
-                f"Buffer has {self._arena.slots_bytes}; pass Config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks)"
+                f"{config.op} of {shape.hidden_bytes}-byte rows needs num_nvl_bytes >= "
+                f"{2 * config.bytes_a_token}, but this Buffer has {self._arena.slots_bytes}; "
+                "pass Config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks)"
             )
         launch = Launch(
             Kernel(config, device=self._device.index),
@@ -340,7 +367,7 @@ class Intranode:
             for shape in self._launches:
                 compile_kernel(_config(shape, self._group.size, arch), arch=arch)
 
-    # ---- operations ----------------------------------------------------------------------------------
+    # ---- operations ------------------------------------------------------------------------------
 
     def dispatch(
         self,
@@ -357,7 +384,7 @@ class Intranode:
         num_worst_tokens: int,
         num_sms: int,
     ) -> Dispatched:
-        """Notify, then dispatch; the host waits for the counts in between unless there is a worst case."""
+        """Notify, then dispatch; the host waits for the counts unless there is a worst case."""
         num_ranks = self._group.size
         num_topk = 0 if topk_idx is None else topk_idx.shape[1]
         wide = topk_idx is None or topk_idx.dtype == torch.int64
@@ -384,7 +411,8 @@ class Intranode:
             source_tokens=source_tokens.data_ptr(),
             expert_counts=expert_counts.data_ptr(),
             send_head=send_head.data_ptr(),
-            host_counts=self._host_counts.device_ptr + (0 if waits else 8 * (1 + MAX_LOCAL_EXPERTS)),
+            host_counts=self._host_counts.device_ptr
+            + (0 if waits else 8 * (1 + MAX_LOCAL_EXPERTS)),
             num_tokens=x.shape[0],
             experts_per_rank=experts_per_rank,
             expert_alignment=expert_alignment,
@@ -396,20 +424,52 @@ class Intranode:
             per_expert = counts[1 : 1 + experts_per_rank].tolist()
         with scope.allocating():
             recv_src_idx = torch.empty(num_rows, **ints)
-        handle = (rank_prefix, source_tokens, expert_counts, recv_src_idx, is_token_in_rank, send_head)
+        handle = (
+            rank_prefix,
+            source_tokens,
+            expert_counts,
+            recv_src_idx,
+            is_token_in_rank,
+            send_head,
+        )
         outputs = self._dispatch_rows(
-            scope, launch, x, scales, topk_idx, topk_weights, handle,
-            experts_per_rank=experts_per_rank, num_sms=num_sms, fill_src_idx=True,
-        )  # fmt: skip
+            scope,
+            launch,
+            x,
+            scales,
+            topk_idx,
+            topk_weights,
+            handle,
+            experts_per_rank=experts_per_rank,
+            num_sms=num_sms,
+            fill_src_idx=True,
+        )
         return Dispatched(*outputs, per_expert, handle)
 
     def cached_dispatch(
-        self, scope: Scope, x: torch.Tensor, scales: torch.Tensor | None, handle: Handle, *, num_sms: int
+        self,
+        scope: Scope,
+        x: torch.Tensor,
+        scales: torch.Tensor | None,
+        handle: Handle,
+        *,
+        num_sms: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Dispatches another payload along the routing of a handle."""
-        launch = self.launch(DispatchShape(_row_bytes(x), _num_scales(scales), num_topk=0, topk_is_int64=True))
+        launch = self.launch(
+            DispatchShape(_row_bytes(x), _num_scales(scales), num_topk=0, topk_is_int64=True)
+        )
         recv_x, recv_scales, _, _ = self._dispatch_rows(
-            scope, launch, x, scales, None, None, handle, experts_per_rank=1, num_sms=num_sms, fill_src_idx=False
+            scope,
+            launch,
+            x,
+            scales,
+            None,
+            None,
+            handle,
+            experts_per_rank=1,
+            num_sms=num_sms,
+            fill_src_idx=False,
         )
         return recv_x, recv_scales
 
@@ -434,7 +494,9 @@ class Intranode:
         with scope.allocating():
             recv_x = torch.empty((num_rows, x.shape[1]), dtype=x.dtype, device=self._device)
             if scales is not None:
-                recv_scales = torch.empty((num_rows, scales.shape[1]), dtype=scales.dtype, device=self._device)
+                recv_scales = torch.empty(
+                    (num_rows, scales.shape[1]), dtype=scales.dtype, device=self._device
+                )
             if topk_idx is not None:
                 shape = (num_rows, topk_idx.shape[1])
                 recv_topk_idx = torch.empty(shape, dtype=topk_idx.dtype, device=self._device)
@@ -483,15 +545,17 @@ class Intranode:
         push_warps = combine_config.num_push_warps * num_sms
         if push_warps < self._group.size - 1:
             raise ValueError(
-                f"config.num_sms is {num_sms}, which gives combine {push_warps} warps that push rows of "
-                f"{hidden * x.element_size()} bytes, but it needs one for each of the {self._group.size - 1} peers; "
-                "use more SMs"
+                f"config.num_sms is {num_sms}, which gives combine {push_warps} warps that push "
+                f"rows of {hidden * x.element_size()} bytes, but it needs one for each of the "
+                f"{self._group.size - 1} peers; use more SMs"
             )
         combined_weights = None
         with scope.allocating():
             combined_x = torch.empty((num_tokens, hidden), dtype=x.dtype, device=self._device)
             if topk_weights is not None:
-                combined_weights = torch.empty((num_tokens, num_topk), dtype=torch.float32, device=self._device)
+                combined_weights = torch.empty(
+                    (num_tokens, num_topk), dtype=torch.float32, device=self._device
+                )
         scope.start()
         launch(
             scope.stream,
@@ -511,7 +575,7 @@ class Intranode:
         )
         return combined_x, combined_weights
 
-    # ---- the host's waits, faults, the end -----------------------------------------------------------
+    # ---- the host's waits, faults, the end -------------------------------------------------------
 
     def _wait_for_counts(self) -> int:
         """Polls host memory for this rank's number of rows; other threads run meanwhile."""
@@ -523,8 +587,9 @@ class Intranode:
             now = time.monotonic()
             if now > deadline:
                 raise CommunicationError(
-                    f"dispatch: the counts did not reach the host of rank {self._group.rank} within "
-                    f"{2 * self._timeout_seconds + 10:g} s: its communication stream does not get to run",
+                    f"dispatch: the counts did not reach the host of rank {self._group.rank} "
+                    f"within {2 * self._timeout_seconds + 10:g} s: its communication stream does "
+                    "not get to run",
                     op="dispatch",
                     rank=self._group.rank,
                 )
@@ -553,8 +618,8 @@ class Intranode:
     def close(self) -> None:
         """Frees the memory once the peers have finished the last operation; not collective.
 
-        A peer may still read this rank's slots when this rank is done. Its `finish` signal says when
-        it is not; a peer that never sends it is not waited for longer than the timeout.
+        A peer may still read this rank's slots when this rank is done. Its `finish` signal says
+        when it is not; a peer that never sends it is not waited for longer than the timeout.
         """
         torch.cuda.synchronize(self._device)
         signals = self.memory.tensor(torch.int64)[self._arena.signals // 8 :][: self._group.size]
@@ -562,7 +627,9 @@ class Intranode:
         deadline = time.monotonic() + self._timeout_seconds
         while not self._fault.is_set and time.monotonic() < deadline:
             finished = [value >> 32 & 0xFFFFFFFF for value in signals.tolist()]
-            if all(value == epoch for rank, value in enumerate(finished) if rank != self._group.rank):
+            if all(
+                value == epoch for rank, value in enumerate(finished) if rank != self._group.rank
+            ):
                 break
             time.sleep(0.001)
         self._launches.clear()

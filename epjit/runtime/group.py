@@ -84,7 +84,7 @@ class Group(ABC):
 
 
 class Comm(Protocol):
-    """What `from_comm` takes: mpi4py's communicators have it, and those of `ThreadGroup`."""
+    """What `Group.from_comm` takes: mpi4py's communicators have it, and those of `ThreadGroup`."""
 
     def Get_rank(self) -> int:
         """This rank."""
@@ -102,16 +102,6 @@ def host_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return socket.gethostname()
-
-
-def from_comm(comm: Comm) -> Group:
-    """The same as `Group.from_comm`."""
-    return Group.from_comm(comm)
-
-
-def from_torch(process_group: dist.ProcessGroup) -> Group:
-    """The same as `Group.from_torch`."""
-    return Group.from_torch(process_group)
 
 
 class _CommGroup(Group):

@@ -130,8 +130,9 @@ __device__ __forceinline__ uint32_t float2_to_f16x2(Float2 v) {
   return pair;
 }
 
-// ---- shared memory, and bulk copies (sm_90 and newer; an older GPU must not instantiate their
-// callers) ---------------------------------------------------------------
+// ---- shared memory, and bulk copies -------------------------------------------------------------
+
+// Bulk copies need sm_90 or newer: for an older GPU nothing may instantiate their callers.
 
 // The block's dynamic shared memory.
 __device__ __forceinline__ char* dynamic_shared() {

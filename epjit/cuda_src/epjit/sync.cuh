@@ -28,8 +28,8 @@
 
 namespace epjit {
 
-// What a fault record calls the wait. Python reads these lines: "name = value,  // operation:
-// text".
+// What a fault record calls the wait.
+// Python reads these lines: "name = value,  // operation: text".
 enum WaitTag : int32_t {
   kWaitNotifyStart = 1,     // notify: its start
   kWaitNotifyEntry = 2,     // notify: the end of its previous operation

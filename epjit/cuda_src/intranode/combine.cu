@@ -46,14 +46,14 @@ struct CombineConfig {
 };
 
 struct CombineParams {
-  const char* x;                // [rank_prefix[num_ranks - 1, rank] or more, hidden]
-  const float* topk_weights;    // [as x, num_topk]
-  const char* bias_0;           // [num_tokens, hidden] or null
-  const char* bias_1;           // [num_tokens, hidden] or null
-  const int32_t* recv_src_idx;  // [as x]: token of the owner
-  const int32_t* send_head;    // [num_tokens, num_ranks]: position in the rank's segment, -1 = none
-  const int32_t* rank_prefix;  // [num_ranks, num_ranks]: inclusive over sources (rows)
-  char* combined_x;            // [num_tokens, hidden]
+  const char* x;                 // [rank_prefix[num_ranks - 1, rank] or more, hidden]
+  const float* topk_weights;     // [as x, num_topk]
+  const char* bias_0;            // [num_tokens, hidden] or null
+  const char* bias_1;            // [num_tokens, hidden] or null
+  const int32_t* recv_src_idx;   // [as x]: token of the owner
+  const int32_t* send_head;      // [num_tokens, num_ranks]: position in r's segment, -1 = none
+  const int32_t* rank_prefix;    // [num_ranks, num_ranks]: inclusive over sources (rows)
+  char* combined_x;              // [num_tokens, hidden]
   float* combined_topk_weights;  // [num_tokens, num_topk]
   uint64_t slots[8];             // symmetric, of each rank
   uint64_t words[8];             // symmetric, of each rank
