@@ -9,8 +9,8 @@
 // warp's bytes are written, which is needed before a signal that says so; drain() ends the warp's
 // copies, before the kernel ends.
 //
-// Who must order what: a row that another GPU wrote was acquired by generic loads, the bulk copy
-// reads through the async proxy, hence acquired() between the two. flush() makes the bulk stores
+// Who must order what: what another GPU has written or left was acquired by generic loads, a bulk
+// copy works through the async proxy, hence acquired() between the two. flush() makes the bulk stores
 // visible to the lane that issued them; the __syncwarp in it, then a st.release.sys of any lane,
 // publishes all of them (release is cumulative).
 #pragma once
@@ -42,7 +42,8 @@ class RowCopier {
     }
   }
 
-  // To be called between the wait for rows that a peer wrote and their copy.
+  // To be called between a wait for a peer and the copies that depend on it: of rows that it wrote,
+  // or to slots that it has left.
   __device__ void acquired() const {
     if constexpr (kTma) ptx::fence_proxy_async();
   }

@@ -134,6 +134,7 @@ class Combine {
   __device__ bool push() {
     if (!enter<kRanks>(waiter, kWaitCombineEntry, p.signals[p.rank], lane)) return false;
     Copier copier(ptx::dynamic_shared(), warp, lane);
+    copier.acquired();
     const int num_warps = gridDim.x * kCfg.num_push_warps;
     const int unit_rows = rows_at_a_time<kRows>(segment_start(kRanks, p.rank), num_warps, kRows);
     const int first_owner = (blockIdx.x * kCfg.num_push_warps + warp) % (kRanks - 1);
@@ -175,6 +176,7 @@ class Combine {
                          done_signal(p.signals[p.rank], owner, current),
                          stamp(waiter.epoch, current - 1));
       if (!all_lanes(ok)) return false;
+      if (current >= 2) copier.acquired();
 
       copier.load(0, mine ? p.x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
       copier.store(0, mine ? slot(owner, p.rank, token) : nullptr);

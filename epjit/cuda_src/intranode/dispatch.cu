@@ -243,6 +243,7 @@ class Dispatch {
 
   __device__ bool stage() {
     if (!enter<kRanks>(waiter, kWaitDispatchEntry, p.signals[p.rank], lane)) return false;
+    copier.acquired();
     const int own_start = segment_start(p.rank);
     // Neighbouring chunks lie on different SMs, so that the first tokens are ready first.
     const int num_warps = gridDim.x * kCfg.num_stage_warps;
@@ -253,6 +254,7 @@ class Dispatch {
       const int last_window = (chunk.first + chunk.num_rows - 1) / window_tokens();
       for (int window = chunk.first / window_tokens(); window <= last_window; ++window)
         if (!wait_for_slots(window)) return false;
+      if (last_window >= 2) copier.acquired();
 
       const int token = chunk.first + lane;
       char* const staged = chunk.remote ? slot(p.rank, token) : nullptr;
