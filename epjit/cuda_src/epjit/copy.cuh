@@ -10,9 +10,9 @@
 // copies, before the kernel ends.
 //
 // Who must order what: what another GPU has written or left was acquired by generic loads, a bulk
-// copy works through the async proxy, hence acquired() between the two. flush() makes the bulk stores
-// visible to the lane that issued them; the __syncwarp in it, then a st.release.sys of any lane,
-// publishes all of them (release is cumulative).
+// copy works through the async proxy, hence acquired() between the two. flush() makes the bulk
+// stores visible to the lane that issued them; the __syncwarp in it, then a st.release.sys of any
+// lane, publishes all of them (release is cumulative).
 #pragma once
 #include "epjit/sync.cuh"
 
