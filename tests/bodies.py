@@ -12,7 +12,7 @@ import os
 import random
 import signal
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
@@ -329,17 +329,41 @@ def graph(
     tokens: int,
     num_sms: int,
 ) -> int:
-    """One capture of all operations; replays with changed inputs, eager calls between.
-
-    Without a GPU the same step runs eagerly each time.
+    """`replays`, one process a rank.
 
     Returns:
         Replays that were compared.
     """
     on_gpu = set_up(group, environ)
-    num_ranks, rank = group.size(), group.rank()
-    hidden, experts, topk, worst = 512, 4 * num_ranks, 4, num_ranks * tokens
     buffer = make_buffer(group)
+    with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else contextlib.nullcontext():
+        replays(buffer, num_replays, tokens, num_sms)
+    synchronize(buffer)
+    buffer.destroy()
+    return num_replays
+
+
+def replays(
+    buffer: Buffer,
+    num_replays: int,
+    tokens: int,
+    num_sms: int,
+    meet: Callable[[], object] = lambda: None,
+) -> None:
+    """One capture of all operations; replays with changed inputs, eager calls between.
+
+    Without a GPU the same step runs eagerly each time.
+
+    Args:
+        buffer: Of this rank.
+        num_replays: Replays to compare.
+        tokens: Of every rank.
+        num_sms: Of dispatch and combine.
+        meet: Called before and after the capture, for ranks that share a GPU.
+    """
+    on_gpu = buffer.device.type == "cuda"
+    num_ranks, rank = buffer.group_size, buffer.rank
+    hidden, experts, topk, worst = 512, 4 * num_ranks, 4, num_ranks * tokens
     device, config = buffer.device, Config(num_sms)
     x = torch.empty((tokens, hidden), dtype=torch.bfloat16, device=device)
     idx = torch.empty((tokens, topk), dtype=torch.int64, device=device)
@@ -401,28 +425,24 @@ def graph(
         assert_rows_equal(combined, want_x, f"{prefix}: combined_x")
         assert_rows_equal(combined_weights, want_weights, f"{prefix}: combined_topk_weights")
 
-    with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else contextlib.nullcontext():
-        world = load(0)
-        compare(step(), 0, world)  # compiles
-        captured, outputs = None, ()
-        if on_gpu:
-            captured = torch.cuda.CUDAGraph()
-            torch.cuda.synchronize()
-            with torch.cuda.graph(
-                captured, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-            ):
-                outputs = step()
-        for seed in range(1, num_replays):
-            world = load(seed)
-            if captured is not None:
-                captured.replay()
-            else:
-                outputs = step()
-            compare(outputs, seed, world)
-            if seed % 10 == 0:
-                compare(step(), seed, world)
-        synchronize(buffer)
-        buffer.check_fault()
-        del captured
-    buffer.destroy()
-    return num_replays
+    world = load(0)
+    compare(step(), 0, world)  # compiles
+    captured, outputs = None, ()
+    if on_gpu:
+        meet()
+        captured = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(
+            captured, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
+        ):
+            outputs = step()
+        meet()
+    for seed in range(1, num_replays):
+        world = load(seed)
+        if captured is not None:
+            captured.replay()
+        else:
+            outputs = step()
+        compare(outputs, seed, world)
+        if seed % 10 == 0:
+            compare(step(), seed, world)
+    buffer.check_fault()

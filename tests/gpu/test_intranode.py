@@ -5,14 +5,13 @@ from __future__ import annotations
 import dataclasses
 import random
 import time
-from typing import Any
 
 import pytest
 import torch
 
 from epjit import Buffer, CommunicationError, Config
-from epjit.reference import intranode as reference
-from tests.data import ROUTING_KINDS, assert_rows_equal, payload, routing, topk_weights
+from tests.bodies import replays
+from tests.data import ROUTING_KINDS, payload, routing, topk_weights
 from tests.gpu.ranks import SMALL, SMS, run_ranks
 from tests.rounds import Round, check_round, make_world, random_round, to_device
 
@@ -115,90 +114,10 @@ def test_random_rounds(num_ranks: int) -> None:
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_graph(num_ranks: int) -> None:
     """One capture of all operations; replays with changed inputs, and eager calls between."""
-    tokens, hidden, experts, topk = TOKENS, 512, 16, 4
-    replays = 5 if SMALL else 100
-
-    def world_of(seed: int) -> list[reference.RankInput]:
-        case = Round(
-            num_tokens=(tokens,) * num_ranks,
-            hidden=hidden,
-            num_experts=experts,
-            num_topk=topk,
-            kind=ROUTING_KINDS[seed % len(ROUTING_KINDS)],
-            seed=seed,
-        )
-        return make_world(case)
 
     def body(buffer: Buffer) -> None:
-        rank, device = buffer.rank, buffer.device
-        worst = num_ranks * tokens
-        x = torch.empty((tokens, hidden), dtype=torch.bfloat16, device=device)
-        idx = torch.empty((tokens, topk), dtype=torch.int64, device=device)
-        weights = torch.empty((tokens, topk), dtype=torch.float32, device=device)
-        config = Config(SMS)
-
-        def step() -> tuple[Any, ...]:
-            per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, experts)
-            recv_x, recv_idx, recv_weights, _, handle, _ = buffer.dispatch(
-                x,
-                num_tokens_per_rank=per_rank,
-                is_token_in_rank=in_rank,
-                num_tokens_per_expert=per_expert,
-                topk_idx=idx,
-                topk_weights=weights,
-                num_worst_tokens=worst,
-                config=config,
-            )
-            cached, *_ = buffer.dispatch(x, handle=handle, config=config)
-            combined, combined_weights, _ = buffer.combine(
-                recv_x, handle, topk_weights=recv_weights, config=config
-            )
-            return recv_x, recv_idx, cached, combined, combined_weights
-
-        def load(seed: int) -> list[reference.RankInput]:
-            world = world_of(seed)
-            x.copy_(world[rank].x)
-            idx.copy_(world[rank].topk_idx)
-            weights.copy_(world[rank].topk_weights)
-            return world
-
-        def compare(outputs: tuple[Any, ...], seed: int, world: list[reference.RankInput]) -> None:
-            want = [
-                reference.dispatch(world, r, num_experts=experts, num_worst_tokens=worst)
-                for r in range(num_ranks)
-            ]
-            rows = int(want[rank].handle[0][-1, rank])
-            recv_x, recv_idx, cached, combined, combined_weights = outputs
-            prefix = f"rank {rank}, replay {seed}"
-            assert_rows_equal(recv_x[:rows], want[rank].recv_x[:rows], f"{prefix}: recv_x")
-            assert_rows_equal(recv_idx, want[rank].recv_topk_idx, f"{prefix}: recv_topk_idx")
-            assert_rows_equal(cached[:rows], want[rank].recv_x[:rows], f"{prefix}: cached recv_x")
-            want_x, want_weights = reference.combine(
-                [each.recv_x for each in want],
-                [each.handle for each in want],
-                rank,
-                [each.recv_topk_weights for each in want],
-            )
-            assert_rows_equal(combined, want_x, f"{prefix}: combined_x")
-            assert_rows_equal(combined_weights, want_weights, f"{prefix}: combined_topk_weights")
-
-        world = load(0)
-        compare(step(), 0, world)  # compiles
-        buffer.group.allgather(None)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            graph, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-        ):
-            outputs = step()
-        buffer.group.allgather(None)
-        for seed in range(1, replays):
-            world = load(seed)
-            graph.replay()
-            compare(outputs, seed, world)
-            if seed % 10 == 0:
-                compare(step(), seed, world)
-        buffer.check_fault()
-        del graph
+        num_replays = 5 if SMALL else 100
+        replays(buffer, num_replays, TOKENS, SMS, meet=lambda: buffer.group.allgather(None))
 
     run_ranks(num_ranks, body)
 
