@@ -96,7 +96,7 @@ class Scope:
         """Makes the communication stream wait for the inputs and the outputs."""
         if self._previous is not None:
             self._previous.stream_wait(self._comm.torch_stream)
-        else:
+        if self._previous is None or (_torch_fills() and not self._allocate_on_comm):
             self._comm.wait_for(self._current)
 
     def finish(self, tensors: Iterable[torch.Tensor | None]) -> EventOverlap:
@@ -909,6 +909,14 @@ class Buffer:
                 device=device,
                 why="as topk_idx",
             )
+
+
+def _torch_fills() -> bool:
+    """Whether torch writes to new tensors, on the stream where they are allocated."""
+    return (
+        torch.are_deterministic_algorithms_enabled()
+        and torch.utils.deterministic.fill_uninitialized_memory
+    )
 
 
 def _use_gpu() -> bool:

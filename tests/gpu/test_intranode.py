@@ -197,6 +197,22 @@ def test_withheld_peer(num_ranks: int, op: str, variant: str) -> None:
     run_ranks(num_ranks, body, timeout_seconds=2)
 
 
+@pytest.mark.parametrize("how", ["sync", "async", "comm"])
+def test_deterministic_mode(how: str) -> None:
+    """There torch fills new tensors with NaN; the fill must not come after the rows."""
+
+    def body(buffer: Buffer) -> None:
+        for seed in range(5):
+            case = Round(num_tokens=(TOKENS,), hidden=4096, num_sms=SMS, seed=seed, how=how)
+            check_round(buffer, case)
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        run_ranks(1, body)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def test_two_buffers_of_different_sizes() -> None:
     """A buffer may be replaced by a bigger one while it lives, as frameworks do."""
 

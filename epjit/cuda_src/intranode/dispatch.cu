@@ -99,7 +99,9 @@ class Dispatch {
   static constexpr int kSlotBytes = dispatch_slot_bytes(kCfg);
   static_assert(kRanks >= 1 && kRanks <= kMaxRanks);
   static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
-  static_assert(kCfg.num_stage_warps >= 1 && kCfg.num_stage_warps <= kCfg.num_warps);
+  static_assert(kCfg.num_stage_warps >= 1);
+  static_assert(kRanks == 1 || kCfg.num_stage_warps < kCfg.num_warps,
+                "someone must pull from the start");
   using Copier = RowCopier<kCfg.tma, kCfg.num_warps, kRows, kCfg.hidden_bytes>;
 
  public:
