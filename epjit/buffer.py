@@ -913,10 +913,9 @@ class Buffer:
 
 def _torch_fills() -> bool:
     """Whether torch writes to new tensors, on the stream where they are allocated."""
-    return (
-        torch.are_deterministic_algorithms_enabled()
-        and torch.utils.deterministic.fill_uninitialized_memory
-    )
+    if not torch.are_deterministic_algorithms_enabled():
+        return False
+    return bool(torch.utils.deterministic.fill_uninitialized_memory)  # type: ignore[attr-defined]
 
 
 def _use_gpu() -> bool:
