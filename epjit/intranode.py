@@ -36,11 +36,14 @@ _SIGNALS_BYTES = 512
 _SPIN_SECONDS = 200e-6
 _SLOT_ALIGNMENT = 128
 
-for _op in ("dispatch", "combine"):
-    variants.register(
-        variants.Variant(_op, "tma", 90, "rows move by TMA bulk copies through shared memory")
-    )
-    variants.register(variants.Variant(_op, "ldst", 80, "rows move by 16-byte loads and stores"))
+for _variant in (
+    variants.Variant("dispatch", "tma", 90, "peers pull by TMA bulk copies"),
+    variants.Variant("dispatch", "push", 90, "tokens are pushed to peers by TMA bulk copies"),
+    variants.Variant("dispatch", "ldst", 80, "peers pull by 16-byte loads and stores"),
+    variants.Variant("combine", "tma", 90, "rows are pushed by TMA bulk copies"),
+    variants.Variant("combine", "ldst", 80, "rows are pushed by 16-byte loads and stores"),
+):
+    variants.register(_variant)
 
 
 def _align(value: int, alignment: int = _SLOT_ALIGNMENT) -> int:
@@ -113,6 +116,7 @@ class DispatchConfig(KernelConfig):
     num_scales: int
     num_topk: int
     topk_is_int64: bool
+    push: bool
     tma: bool
     num_warps: int
     num_stage_warps: int
@@ -120,12 +124,13 @@ class DispatchConfig(KernelConfig):
 
     @classmethod
     def choose(
-        cls, shape: DispatchShape, *, num_ranks: int, tma: bool, limit: int
+        cls, shape: DispatchShape, *, num_ranks: int, variant: str, limit: int
     ) -> DispatchConfig:
         """The form of the block for `limit` bytes of shared memory."""
+        tma = variant != "ldst"
         warps, rows = _copier_shape(tma, 16, shape.hidden_bytes, limit)
         stage = max(1, warps // 2) if num_ranks > 1 else warps
-        return cls(num_ranks, *shape, tma, warps, stage, rows)
+        return cls(num_ranks, *shape, variant == "push", tma, warps, stage, rows)
 
     @property
     def threads(self) -> int:
@@ -139,8 +144,9 @@ class DispatchConfig(KernelConfig):
 
     @property
     def bytes_a_token(self) -> int:
-        """Bytes of slots that a token takes: it is staged once."""
-        return _align(self.hidden_bytes + 4 * self.num_scales + 8 * self.num_topk)
+        """Bytes of slots for one token of every rank that shares them."""
+        slot = _align(self.hidden_bytes + 4 * self.num_scales + 8 * self.num_topk)
+        return self.num_ranks * slot if self.push else slot
 
     @property
     def tag(self) -> str:
@@ -167,8 +173,11 @@ class CombineConfig(KernelConfig):
     rows_per_warp: int
 
     @classmethod
-    def choose(cls, shape: CombineShape, *, num_ranks: int, tma: bool, limit: int) -> CombineConfig:
+    def choose(
+        cls, shape: CombineShape, *, num_ranks: int, variant: str, limit: int
+    ) -> CombineConfig:
         """The form of the block for `limit` bytes of shared memory."""
+        tma = variant != "ldst"
         push, rows = _copier_shape(tma, 6, shape.hidden_bytes, limit)
         # Many warps hide the latency of a token's sum; more ranks and copies through registers need
         # more of these (28 warps leave 72 a thread, 24 leave 80, 20 leave 96, 16 leave 128; sm_120
@@ -217,16 +226,23 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         (8, 32768, 0, 32),
         (3, 32, 1, 2),
     )
-    for tma in (True, False) if variants.runs_on("dispatch", "tma", arch) else (False,):
-        for num_ranks, hidden_bytes, num_scales, num_topk in rows:
-            for wide in (True, False):
-                dispatch_shape = DispatchShape(hidden_bytes, num_scales, num_topk, wide)
+    for num_ranks, hidden_bytes, num_scales, num_topk in rows:
+        for variant in variants.names("dispatch"):
+            for wide in (True, False) if variants.runs_on("dispatch", variant, arch) else ():
                 yield DispatchConfig.choose(
-                    dispatch_shape, num_ranks=num_ranks, tma=tma, limit=limit
+                    DispatchShape(hidden_bytes, num_scales, num_topk, wide),
+                    num_ranks=num_ranks,
+                    variant=variant,
+                    limit=limit,
                 )
-            if num_scales == 0:
-                combine_shape = CombineShape(hidden_bytes, num_topk, is_f16=num_ranks == 2)
-                yield CombineConfig.choose(combine_shape, num_ranks=num_ranks, tma=tma, limit=limit)
+        for variant in variants.names("combine") if num_scales == 0 else ():
+            if variants.runs_on("combine", variant, arch):
+                yield CombineConfig.choose(
+                    CombineShape(hidden_bytes, num_topk, is_f16=num_ranks == 2),
+                    num_ranks=num_ranks,
+                    variant=variant,
+                    limit=limit,
+                )
 
 
 def _config(
@@ -235,10 +251,10 @@ def _config(
     """The kernel of a shape for an architecture, of the variant that the environment asks for."""
     limit = shared_limit(arch)
     if isinstance(shape, DispatchShape):
-        tma = variants.resolve("dispatch", arch) == "tma"
-        return DispatchConfig.choose(shape, num_ranks=num_ranks, tma=tma, limit=limit)
-    tma = variants.resolve("combine", arch) == "tma"
-    return CombineConfig.choose(shape, num_ranks=num_ranks, tma=tma, limit=limit)
+        variant = variants.resolve("dispatch", arch)
+        return DispatchConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
+    variant = variants.resolve("combine", arch)
+    return CombineConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
 
 
 class _Arena:

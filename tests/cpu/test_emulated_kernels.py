@@ -39,7 +39,7 @@ class Shape:
     """What a test runs: compile-time choices first, then the run's."""
 
     num_ranks: int = 4
-    tma: bool = True
+    variant: str = "tma"
     num_topk: int = 3
     num_scales: int = 2
     topk_is_int64: bool = True
@@ -71,7 +71,8 @@ class Shape:
             num_scales=self.num_scales,
             num_topk=self.num_topk,
             topk_is_int64=self.topk_is_int64,
-            tma=self.tma,
+            push=self.variant == "push",
+            tma=self.variant != "ldst",
             num_warps=4,
             num_stage_warps=2,
             rows_per_warp=3,
@@ -85,7 +86,8 @@ class Shape:
             num_scales=0,
             num_topk=0,
             topk_is_int64=True,
-            tma=self.tma,
+            push=self.variant == "push",
+            tma=self.variant != "ldst",
             num_warps=3,
             num_stage_warps=1,
             rows_per_warp=2,
@@ -98,7 +100,7 @@ class Shape:
             hidden_bytes=HIDDEN_BYTES,
             num_topk=self.num_topk,
             is_f16=self.is_f16,
-            tma=self.tma,
+            tma=self.variant != "ldst",
             num_warps=4,
             num_push_warps=2,
             rows_per_warp=3,
@@ -494,13 +496,13 @@ TOKENS = {
     4: (40, 33, 0, 57),
     8: (20, 9, 0, 31, 12, 1, 25, 17),
 }
-VARIANTS = pytest.mark.parametrize("tma", [True, False], ids=["tma", "ldst"])
+VARIANTS = pytest.mark.parametrize("variant", ["tma", "push", "ldst"])
 
 
 @VARIANTS
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
-def test_one_round(num_ranks: int, tma: bool) -> None:
-    shape = Shape(num_ranks=num_ranks, tma=tma, tokens=TOKENS[num_ranks])
+def test_one_round(num_ranks: int, variant: str) -> None:
+    shape = Shape(num_ranks=num_ranks, variant=variant, tokens=TOKENS[num_ranks])
     for seed in range(3):
         world = World(shape, seed=seed)
         routing = world.route()
@@ -511,9 +513,9 @@ def test_one_round(num_ranks: int, tma: bool) -> None:
 
 @VARIANTS
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_operations_follow_each_other(num_ranks: int, tma: bool) -> None:
+def test_operations_follow_each_other(num_ranks: int, variant: str) -> None:
     """A handle is used again after others; no rank waits for the others between operations."""
-    shape = Shape(num_ranks=num_ranks, tma=tma, tokens=TOKENS[num_ranks])
+    shape = Shape(num_ranks=num_ranks, variant=variant, tokens=TOKENS[num_ranks])
     for seed in range(3):
         world = World(shape, seed=seed)
         first = world.route()
@@ -532,8 +534,8 @@ def test_operations_follow_each_other(num_ranks: int, tma: bool) -> None:
 @VARIANTS
 @pytest.mark.parametrize("num_ranks", [2, 4])
 @pytest.mark.parametrize("slots", [6, 10, 64, 1024])
-def test_any_size_of_the_buffer(slots: int, num_ranks: int, tma: bool) -> None:
-    shape = Shape(num_ranks=num_ranks, tma=tma, tokens=TOKENS[num_ranks], slots=slots)
+def test_any_size_of_the_buffer(slots: int, num_ranks: int, variant: str) -> None:
+    shape = Shape(num_ranks=num_ranks, variant=variant, tokens=TOKENS[num_ranks], slots=slots)
     for seed in range(3):
         world = World(shape, seed=seed)
         routing = world.route()
@@ -544,9 +546,9 @@ def test_any_size_of_the_buffer(slots: int, num_ranks: int, tma: bool) -> None:
 
 
 @VARIANTS
-def test_hundreds_of_windows(tma: bool) -> None:
+def test_hundreds_of_windows(variant: str) -> None:
     """More windows than a word's eight bits tell apart."""
-    shape = Shape(num_ranks=2, tma=tma, tokens=(2200, 1700), slots=6)
+    shape = Shape(num_ranks=2, variant=variant, tokens=(2200, 1700), slots=6)
     world = World(shape, seed=0)
     routing = world.route()
     routing.dispatch()
@@ -556,9 +558,9 @@ def test_hundreds_of_windows(tma: bool) -> None:
 
 @VARIANTS
 @pytest.mark.parametrize("tokens", [(0, 0, 0, 0), (0, 0, 30, 0), (1, 0, 0, 0), (1, 1, 1, 1)])
-def test_few_tokens(tokens: tuple[int, ...], tma: bool) -> None:
+def test_few_tokens(tokens: tuple[int, ...], variant: str) -> None:
     for grid in (2, 4):
-        world = World(Shape(tma=tma, tokens=tokens, grid=grid), seed=grid)
+        world = World(Shape(variant=variant, tokens=tokens, grid=grid), seed=grid)
         routing = world.route()
         routing.dispatch()
         routing.combine(num_biases=1, num_parts=8)
@@ -567,9 +569,9 @@ def test_few_tokens(tokens: tuple[int, ...], tma: bool) -> None:
 
 @VARIANTS
 @pytest.mark.parametrize("hole", [0.0, 0.8, 1.0])
-def test_holes_and_a_hot_expert(hole: float, tma: bool) -> None:
+def test_holes_and_a_hot_expert(hole: float, variant: str) -> None:
     for seed in range(2):
-        world = World(Shape(tma=tma, hole=hole, hot=True, slots=8), seed=seed)
+        world = World(Shape(variant=variant, hole=hole, hot=True, slots=8), seed=seed)
         routing = world.route()
         routing.dispatch()
         routing.combine()
@@ -577,9 +579,9 @@ def test_holes_and_a_hot_expert(hole: float, tma: bool) -> None:
 
 
 @VARIANTS
-def test_all_tokens_to_one_rank(tma: bool) -> None:
+def test_all_tokens_to_one_rank(variant: str) -> None:
     for seed in range(2):
-        world = World(Shape(tma=tma, num_topk=1, hole=0.0, hot=True), seed=seed)
+        world = World(Shape(variant=variant, num_topk=1, hole=0.0, hot=True), seed=seed)
         routing = world.route()
         routing.dispatch()
         routing.combine()
@@ -587,8 +589,8 @@ def test_all_tokens_to_one_rank(tma: bool) -> None:
 
 
 @VARIANTS
-def test_worst_case_rows(tma: bool) -> None:
-    shape = Shape(tma=tma, num_worst_tokens=sum(TOKENS[4]) + 5)
+def test_worst_case_rows(variant: str) -> None:
+    shape = Shape(variant=variant, num_worst_tokens=sum(TOKENS[4]) + 5)
     for seed in range(2):
         world = World(shape, seed=seed)
         routing = world.route()
@@ -599,8 +601,8 @@ def test_worst_case_rows(tma: bool) -> None:
 
 
 @VARIANTS
-def test_int32_indices_and_half_precision(tma: bool) -> None:
-    shape = Shape(num_ranks=2, tokens=TOKENS[2], tma=tma, topk_is_int64=False, is_f16=True)
+def test_int32_indices_and_half_precision(variant: str) -> None:
+    shape = Shape(num_ranks=2, tokens=TOKENS[2], variant=variant, topk_is_int64=False, is_f16=True)
     for seed in range(2):
         world = World(shape, seed=seed)
         routing = world.route()
@@ -619,8 +621,8 @@ def test_layout_and_numbering_of_many_tokens() -> None:
 
 @VARIANTS
 @pytest.mark.parametrize("late", range(4))
-def test_delayed_rank(late: int, tma: bool) -> None:
-    world = World(Shape(tma=tma), seed=late)
+def test_delayed_rank(late: int, variant: str) -> None:
+    world = World(Shape(variant=variant), seed=late)
     routing = world.route()
     routing.dispatch()
     routing.combine()
@@ -633,10 +635,10 @@ OPS = tuple(TAGS)
 
 @VARIANTS
 @pytest.mark.parametrize("stops_before", OPS)
-def test_withheld_rank_leaves_fault_records(stops_before: str, tma: bool) -> None:
+def test_withheld_rank_leaves_fault_records(stops_before: str, variant: str) -> None:
     """The others end, say whom they missed, and work again after a reset."""
     missing = 2
-    world = World(Shape(tma=tma, tokens=(30, 30, 30, 30)), seed=1, timeout_ns=300_000)
+    world = World(Shape(variant=variant, tokens=(30, 30, 30, 30)), seed=1, timeout_ns=300_000)
     routing = world.route()
     routing.dispatch()
     routing.combine()
@@ -665,10 +667,12 @@ def test_withheld_rank_leaves_fault_records(stops_before: str, tma: bool) -> Non
 
 @VARIANTS
 @pytest.mark.parametrize("late", [30_000, 100_000, 300_000])
-def test_rank_that_comes_after_the_timeout(late: int, tma: bool) -> None:
+def test_rank_that_comes_after_the_timeout(late: int, variant: str) -> None:
     """All ranks end, none writes where it should not, and those without a fault are right."""
     for seed in range(6):
-        world = World(Shape(tma=tma, tokens=(30, 30, 30, 30)), seed=seed, timeout_ns=200_000)
+        world = World(
+            Shape(variant=variant, tokens=(30, 30, 30, 30)), seed=seed, timeout_ns=200_000
+        )
         routing = world.route()
         routing.dispatch()
         routing.combine()

@@ -22,10 +22,11 @@ TIMEOUT_SECONDS = 2.0
 pytestmark = pytest.mark.timeout(900)
 
 
-@pytest.fixture(params=("tma", "ldst"))
+@pytest.fixture(params=("tma", "push", "ldst"))
 def variant(request: pytest.FixtureRequest) -> dict[str, str]:
-    """Environment of the ranks: each way to move rows."""
-    return {"EPJIT_DISPATCH_VARIANT": request.param, "EPJIT_COMBINE_VARIANT": request.param}
+    """Environment of the ranks: every variant of dispatch, with the combine that goes with it."""
+    combine = "ldst" if request.param == "ldst" else "tma"
+    return {"EPJIT_DISPATCH_VARIANT": request.param, "EPJIT_COMBINE_VARIANT": combine}
 
 
 @pytest.fixture

@@ -19,11 +19,11 @@ RANKS = (1, 2, 3, 4, 8)
 TOKENS = 16 if SMALL else 333
 
 
-@pytest.fixture(params=("tma", "ldst"))
+@pytest.fixture(params=("tma", "push", "ldst"))
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Both ways to move rows."""
+    """Every variant of dispatch, with the combine that goes with it."""
     monkeypatch.setenv("EPJIT_DISPATCH_VARIANT", request.param)
-    monkeypatch.setenv("EPJIT_COMBINE_VARIANT", request.param)
+    monkeypatch.setenv("EPJIT_COMBINE_VARIANT", "ldst" if request.param == "ldst" else "tma")
     return str(request.param)
 
 

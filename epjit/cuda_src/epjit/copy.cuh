@@ -66,11 +66,10 @@ class RowCopier {
     }
   }
 
-  // Writes the rows of these lanes, loaded before, to dst and to dst2, where these are not null.
-  // When it returns, they have been read. May be called several times for one load, for different
-  // lanes.
-  __device__ void store(int first, char* dst, char* dst2 = nullptr) {
-    if (lane_ < first || lane_ >= first + kRows) dst = dst2 = nullptr;
+  // Writes the rows of these lanes, loaded before, to dst where that is not null. May be called
+  // several times for one load: for other lanes, or to other places.
+  __device__ void store(int first, char* dst) {
+    if (lane_ < first || lane_ >= first + kRows) dst = nullptr;
     if constexpr (kTma) {
       if (pending_) {
         wait_bulk_loads(bar_, phase_);
@@ -78,14 +77,12 @@ class RowCopier {
         pending_ = false;
       }
       if (dst != nullptr) ptx::bulk_store(dst, row(), kRowBytes);
-      if (dst2 != nullptr) ptx::bulk_store(dst2, row(), kRowBytes);
       ptx::bulk_commit();
     } else {
       for (int i = first; i < first + kRows; ++i) {
         char* const row_dst = from_lane(dst, i);
-        char* const row_dst2 = from_lane(dst2, i);
         const char* const row_src = from_lane(src_, i);
-        if (row_dst != nullptr || row_dst2 != nullptr) copy_row(row_src, row_dst, row_dst2);
+        if (row_dst != nullptr) copy_row(row_src, row_dst);
       }
     }
   }
@@ -111,7 +108,7 @@ class RowCopier {
     return reinterpret_cast<T*>(__shfl_sync(kFullMask, reinterpret_cast<uint64_t>(ptr), lane));
   }
 
-  __device__ void copy_row(const char* src, char* dst, char* dst2) const {
+  __device__ void copy_row(const char* src, char* dst) const {
     constexpr int kVecs = kRowBytes / 16;
     constexpr int kUnroll = 8;
     for (int first = lane_; first < kVecs; first += kUnroll * kWarpSize) {
@@ -120,11 +117,8 @@ class RowCopier {
       for (int i = 0; i < kUnroll; ++i)
         if (first + i * kWarpSize < kVecs) v[i] = ptx::ld_v4(src + (first + i * kWarpSize) * 16);
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        if (first + i * kWarpSize >= kVecs) continue;
-        if (dst != nullptr) ptx::st_v4(dst + (first + i * kWarpSize) * 16, v[i]);
-        if (dst2 != nullptr) ptx::st_v4(dst2 + (first + i * kWarpSize) * 16, v[i]);
-      }
+      for (int i = 0; i < kUnroll; ++i)
+        if (first + i * kWarpSize < kVecs) ptx::st_v4(dst + (first + i * kWarpSize) * 16, v[i]);
     }
   }
 

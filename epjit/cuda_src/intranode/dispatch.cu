@@ -7,20 +7,25 @@
 // and the same for what travels with a token: scales, top-k (as local expert indices, -1
 // elsewhere), its index t. Rows are bytes: one kernel serves every dtype.
 //
-// The source stages a token once, in its own symmetric memory, and says so to every peer; who needs
-// the token pulls it from there straight to its final row. So a token is copied once, not once a
-// destination, nothing is copied again at the receiver, and a rank's own tokens touch no peer.
+// The source writes each token to slots and tells every peer by a word; the peer copies it to its
+// final row. A rank's own tokens touch no peer. Two places for the slots:
 //
-//   slots[s]  [num_slots, slot_bytes]  rank s's tokens; written by s, read by all. Token t lies in
-//             slot t % num_slots: { row [hidden_bytes], scales [num_scales] u32,
+//   at the source (pull)  a token is staged once, and each peer pulls it from there straight to its
+//                         final row: one copy a token before the links, none after them
+//   at the reader (push)  a token goes straight over the links to each of its ranks, and is copied
+//                         there once more: none before the links, one a row after them
+//
+//   slots[s]  [num_slots, slot_bytes]             pull: tokens of s; written by s, read by all
+//   slots[d]  [num_ranks, num_slots, slot_bytes]  push: tokens for d; row (s, .) is written by s
+//             Token t lies in slot t % num_slots: { row [hidden_bytes], scales [num_scales] u32,
 //             topk_idx [num_topk] i32, topk_weights [num_topk] f32 }
-//   words[d]  [num_ranks, num_slots]   row (s, .) on rank d is written by s: which token lies in
-//             the slot, and its position among those that go to d, or that it does not (sync.cuh)
+//   words[d]  [num_ranks, num_slots]              row (s, .) on rank d is written by s: which token
+//             lies in the slot, and its position among those that go to d, or that it does not
 //
-// Stage   the first warps of a block: wait until the slots are free; x -> slot, and x -> recv_x for
-//         own tokens; then the word of each token to each peer (release)
+// Stage   the first warps of a block: wait until the slots are free; x -> slots, and own tokens ->
+//         recv_x; then the word of each token to each peer (release)
 // Pull    all warps, when they have nothing to stage: wait for the words of a chunk of tokens
-//         (acquire); slot of s -> recv_x
+//         (acquire); slot -> recv_x
 //
 // Progress: a chunk is a run of neighbouring tokens. Staging warps take chunks in ascending order
 // and only wait for peers to have pulled window w - 2 before they write window w. Pulling warps
@@ -39,7 +44,8 @@ struct DispatchConfig {
   int32_t num_scales;    // 4-byte scales a token; 0 = none
   int32_t num_topk;      // 0 = none
   bool topk_is_int64;
-  bool tma;  // rows move by bulk copies, else through registers
+  bool push;  // slots lie at the receiver, else at the source
+  bool tma;   // rows move by bulk copies, else through registers
   int32_t num_warps;
   int32_t num_stage_warps;  // of num_warps
   int32_t rows_per_warp;    // rows of a warp in shared memory, the most that it moves at a time
@@ -126,9 +132,26 @@ class Dispatch {
  private:
   __device__ int window_tokens() const { return p.num_slots / 2; }
 
-  __device__ char* slot(int rank, int token) const {
-    return reinterpret_cast<char*>(p.slots[rank]) +
-           static_cast<int64_t>(token % p.num_slots) * kSlotBytes;
+  // Where `reader` finds the token of `source`.
+  __device__ char* slot(int reader, int source, int token) const {
+    const int64_t i = token % p.num_slots;
+    if constexpr (kCfg.push)
+      return reinterpret_cast<char*>(p.slots[reader]) +
+             (static_cast<int64_t>(source) * p.num_slots + i) * kSlotBytes;
+    else
+      return reinterpret_cast<char*>(p.slots[source]) + i * kSlotBytes;
+  }
+
+  // Calls visit(reader) for each different slot that a token of this rank is written to.
+  template <typename Visit>
+  __device__ void for_each_slot(Visit visit) const {
+    if constexpr (kRanks == 1) return;
+    if constexpr (kCfg.push) {
+#pragma unroll
+      for (int i = 1; i < kRanks; ++i) visit((p.rank + i) % kRanks);
+    } else {
+      visit(p.rank);
+    }
   }
 
   __device__ uint64_t* word(int rank, int source, int token) const {
@@ -217,19 +240,24 @@ class Dispatch {
   // A chunk of tokens to stage: lane i has token first + i.
   struct Chunk {
     int first, num_rows;
-    int own_row;  // of this lane's token in recv_x, -1 = not for this rank
-    bool remote;  // whether this lane's token goes to a peer
+    int own_row;       // of this lane's token in recv_x, -1 = not for this rank
+    uint32_t readers;  // bit r: this lane's token goes to peer r
   };
 
+  // Whether a token goes to the slot that `reader` reads: all share one, or each has its own.
+  __device__ bool is_written(const Chunk& chunk, int reader) const {
+    return kCfg.push ? (chunk.readers >> reader & 1) != 0 : chunk.readers != 0;
+  }
+
   __device__ Chunk chunk_at(int first, int rows, int own_start) const {
-    Chunk chunk{first, min(rows, p.num_tokens - first), -1, false};
+    Chunk chunk{first, min(rows, p.num_tokens - first), -1, 0};
     if (lane < chunk.num_rows) {
       const int32_t* const positions = p.send_head + static_cast<int64_t>(first + lane) * kRanks;
 #pragma unroll
       for (int r = 0; r < kRanks; ++r) {
         const int position = positions[r];
         if (r != p.rank)
-          chunk.remote |= position >= 0;
+          chunk.readers |= static_cast<uint32_t>(position >= 0) << r;
         else if (position >= 0)
           chunk.own_row = own_start + position;
       }
@@ -238,7 +266,7 @@ class Dispatch {
   }
 
   __device__ void load_rows(const Chunk& chunk, int first) {
-    const bool goes = chunk.remote || chunk.own_row >= 0;
+    const bool goes = chunk.readers != 0 || chunk.own_row >= 0;
     copier.load(
         first, goes ? p.x + static_cast<int64_t>(chunk.first + lane) * kCfg.hidden_bytes : nullptr);
   }
@@ -259,17 +287,20 @@ class Dispatch {
       if (last_window >= 2) copier.acquired();
 
       const int token = chunk.first + lane;
-      char* const staged = chunk.remote ? slot(p.rank, token) : nullptr;
       char* const own = chunk.own_row >= 0
                             ? p.recv_x + static_cast<int64_t>(chunk.own_row) * kCfg.hidden_bytes
                             : nullptr;
       for (int first = 0; first < chunk.num_rows; first += kRows) {
-        copier.store(first, staged, own);
+        copier.store(first, own);
+        for_each_slot([&](int reader) {
+          copier.store(first, is_written(chunk, reader) ? slot(reader, p.rank, token) : nullptr);
+        });
         if (first + kRows < chunk.num_rows) load_rows(chunk, first + kRows);
       }
       for_each_item(chunk.num_rows, [&](int row_lane, int item, bool valid) {
         const int row_own = __shfl_sync(kFullMask, chunk.own_row, row_lane % kWarpSize);
-        if (valid) stage_item(chunk.first + row_lane, item, row_own);
+        const uint32_t readers = __shfl_sync(kFullMask, chunk.readers, row_lane % kWarpSize);
+        if (valid) stage_item({chunk.first + row_lane, 1, row_own, readers}, item);
       });
       if (p.recv_src_idx != nullptr && chunk.own_row >= 0) p.recv_src_idx[chunk.own_row] = token;
 
@@ -297,26 +328,32 @@ class Dispatch {
     }
   }
 
-  // Scales, then selections, to the slot (which no peer reads if the token stays at home) and to
-  // the own row.
-  __device__ void stage_item(int token, int item, int own_row) const {
-    uint32_t* items = nullptr;
-    if constexpr (kRanks > 1)
-      items = reinterpret_cast<uint32_t*>(slot(p.rank, token) + kCfg.hidden_bytes);
+  // Scales, then selections, of one token to its slots and to the own row.
+  __device__ void stage_item(const Chunk& token, int item) const {
+    uint32_t scale = 0;
+    int expert = 0;
+    float weight = 0.0f;
+    const int k = item - kScales;
     if (item < kScales) {
-      const uint32_t scale = load_scale(token, item);
-      if constexpr (kRanks > 1) items[item] = scale;
-      if (own_row >= 0) p.recv_scales[static_cast<int64_t>(own_row) * kScales + item] = scale;
+      scale = load_scale(token.first, item);
+      if (token.own_row >= 0)
+        p.recv_scales[static_cast<int64_t>(token.own_row) * kScales + item] = scale;
     } else {
-      const int k = item - kScales;
-      const int expert = load_expert(token, k);
-      const float weight = p.topk_weights[static_cast<int64_t>(token) * kTopk + k];
-      if constexpr (kRanks > 1) {
+      expert = load_expert(token.first, k);
+      weight = p.topk_weights[static_cast<int64_t>(token.first) * kTopk + k];
+      if (token.own_row >= 0) store_selection(token.own_row, k, expert, weight);
+    }
+    for_each_slot([&](int reader) {
+      if (!is_written(token, reader)) return;
+      uint32_t* const items =
+          reinterpret_cast<uint32_t*>(slot(reader, p.rank, token.first) + kCfg.hidden_bytes);
+      if (item < kScales) {
+        items[item] = scale;
+      } else {
         items[kScales + k] = static_cast<uint32_t>(expert);
         reinterpret_cast<float*>(items)[kScales + kTopk + k] = weight;
       }
-      if (own_row >= 0) store_selection(own_row, k, expert, weight);
-    }
+    });
   }
 
   // ---- pull -------------------------------------------------------------------------------------
@@ -359,7 +396,7 @@ class Dispatch {
     copier.acquired();
 
     const bool has_row = lane < num_rows && row >= 0;
-    const char* const src = has_row ? slot(source, token) : nullptr;
+    const char* const src = has_row ? slot(p.rank, source, token) : nullptr;
     char* const out = has_row ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr;
     copier.load(0, src);
     for_each_item(num_rows, [&](int row_lane, int item, bool valid) {
@@ -378,7 +415,7 @@ class Dispatch {
 
   __device__ void pull_item(int source, int token, int item, int64_t row) const {
     const uint32_t* const items =
-        reinterpret_cast<const uint32_t*>(slot(source, token) + kCfg.hidden_bytes);
+        reinterpret_cast<const uint32_t*>(slot(p.rank, source, token) + kCfg.hidden_bytes);
     if (item < kScales) {
       p.recv_scales[row * kScales + item] = items[item];
     } else {
