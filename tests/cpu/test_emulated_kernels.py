@@ -8,6 +8,7 @@ time; what arrives is compared bit for bit.
 from __future__ import annotations
 
 import ctypes
+import random
 import shutil
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -697,3 +698,43 @@ def test_wrong_kernel_is_found() -> None:
     world.ranks[1].checks.append((what, got, expected.flip(0)))
     with pytest.raises(AssertionError, match="rank 1: recv_x"):
         world.run(0)
+
+
+@pytest.mark.parametrize("first_seed", range(0, 40, 8))
+def test_random_histories(first_seed: int) -> None:
+    """Operations in any order on one buffer, with late ranks and preempted threads."""
+    for seed in range(first_seed, first_seed + 8):
+        rng = random.Random(seed)
+        num_ranks = rng.choice([2, 3, 4, 8])
+        shape = Shape(
+            num_ranks=num_ranks,
+            variant=rng.choice(["tma", "push", "ldst"]),
+            tokens=tuple(rng.choice([0, 1, 7, 30, rng.randrange(120)]) for _ in range(num_ranks)),
+            slots=rng.choice([6, 8, 12, 30, 200]),
+            grid=rng.choice([4, 5]) if num_ranks == 8 else rng.choice([2, 3, 4]),
+            hole=rng.choice([0, 0.2, 0.5, 0.8]),
+            hot=rng.random() < 0.3,
+            num_worst_tokens=rng.choice([0, 0, 1200]),
+        )
+        late = {rng.randrange(num_ranks): rng.randrange(30000)} if rng.random() < 0.3 else {}
+        world = World(shape, seed=seed)
+        routes = [world.route()]
+        routes[0].dispatch()
+        for _ in range(rng.randrange(1, 5)):
+            op = rng.choice(["route", "dispatch", "combine", "cached"])
+            route = rng.choice(routes)
+            if op == "route":
+                routes.append(world.route())
+                routes[-1].dispatch()
+            elif op == "dispatch":
+                route.dispatch()
+            elif op == "cached" and num_ranks in (2, 4):  # fewer kernels to compile
+                route.cached_dispatch()
+            else:
+                route.combine(num_biases=rng.randrange(3), num_parts=rng.randrange(1, 4))
+        world.run(
+            seed,
+            delay=late,
+            yield_percent=rng.choice([0, 20, 60]),
+            basic_blocks=rng.choice([0, 30, 200, 1000]),
+        )
