@@ -377,11 +377,14 @@ class Intranode:
         return launch
 
     def compile_ahead(self, archs: Iterable[str]) -> None:
-        """Compiles the kernels of all launches into the cache, for other architectures."""
+        """Compiles the kernels of this buffer into the cache, for other architectures."""
+        num_ranks = self._group.size
         for arch in archs:
-            compile_kernel(NotifyConfig(self._group.size), arch=arch)
-            for shape in self._launches:
-                compile_kernel(_config(shape, self._group.size, arch), arch=arch)
+            configs: list[KernelConfig] = [NotifyConfig(num_ranks)]
+            configs += [LayoutConfig(num_ranks, wide) for wide in (True, False)]
+            configs += [_config(shape, num_ranks, arch) for shape in self._launches]
+            for config in configs:
+                compile_kernel(config, arch=arch)
 
     # ---- operations ------------------------------------------------------------------------------
 
