@@ -69,11 +69,6 @@ __device__ __forceinline__ uint32_t atom_cas_sys(uint32_t* ptr, uint32_t expecte
   return old;
 }
 
-// fence.acq_rel.sys
-__device__ __forceinline__ void fence_acq_rel_sys() {
-  asm volatile("fence.acq_rel.sys;" ::: "memory");
-}
-
 // mov.u64 %globaltimer: nanoseconds; ticks coarsely (about 1 us)
 __device__ __forceinline__ uint64_t globaltimer() {
   uint64_t value;

@@ -164,13 +164,27 @@ __device__ __forceinline__ bool all_lanes(bool ok) {
 // Lane r < num_ranks waits until rank r has finished the operation before this one. Called by a
 // whole warp.
 template <int kNumRanks>
-__device__ __forceinline__ bool enter(const Waiter& waiter, WaitTag tag, uint64_t own_signals,
-                                      int lane) {
+__device__ __forceinline__ bool enter(const Waiter& waiter, WaitTag tag, int lane) {
   bool ok = true;
   if (lane < kNumRanks && lane != waiter.rank)
-    ok = wait_signal(waiter, tag, lane, finish_signal(own_signals, lane),
+    ok = wait_signal(waiter, tag, lane, finish_signal(waiter.signals, lane),
                      stamp(waiter.epoch - 1, 0));
   return all_lanes(ok);
+}
+
+// ---- windows ------------------------------------------------------------------------------------
+
+// Waits until `peer` has used up what window `window` overwrites: the slots of window - 2, which
+// must exist.
+__device__ __forceinline__ bool wait_window(const Waiter& waiter, WaitTag tag, int peer,
+                                            int window) {
+  return wait_signal(waiter, tag, peer, done_signal(waiter.signals, peer, window),
+                     stamp(waiter.epoch, window - 1));
+}
+
+// Tells a rank, by its signals, that this rank has used up the slots of `window`.
+__device__ __forceinline__ void signal_window(const Waiter& waiter, uint64_t signals, int window) {
+  ptx::st_release_sys(done_signal(signals, waiter.rank, window), stamp(waiter.epoch, window + 1));
 }
 
 // ---- words --------------------------------------------------------------------------------------
@@ -183,6 +197,13 @@ constexpr uint32_t kNoRow = 0xffffff;  // value: the token does not go to this r
 __device__ __forceinline__ uint64_t make_word(uint32_t epoch, int window, uint32_t value) {
   return static_cast<uint64_t>(epoch) << 32 | static_cast<uint64_t>((window >> 1) & 0xff) << 24 |
          value;
+}
+
+// The word of `token` in a rank's words [num_ranks, num_slots], whose row `writer` writes.
+__device__ __forceinline__ uint64_t* word_address(uint64_t words, int writer, int num_slots,
+                                                  int token) {
+  return reinterpret_cast<uint64_t*>(words) + static_cast<int64_t>(writer) * num_slots +
+         token % num_slots;
 }
 
 __device__ __forceinline__ uint32_t word_value(uint64_t word) {

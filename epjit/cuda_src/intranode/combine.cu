@@ -120,8 +120,7 @@ class Combine {
   }
 
   __device__ uint64_t* word(int owner, int writer, int token) const {
-    return reinterpret_cast<uint64_t*>(p.words[owner]) +
-           static_cast<int64_t>(writer) * p.num_slots + token % p.num_slots;
+    return word_address(p.words[owner], writer, p.num_slots, token);
   }
 
   // First row on `rank` of the tokens of `source`.
@@ -132,7 +131,7 @@ class Combine {
   // ---- push -------------------------------------------------------------------------------------
 
   __device__ bool push() {
-    if (!enter<kRanks>(waiter, kWaitCombineEntry, p.signals[p.rank], lane)) return false;
+    if (!enter<kRanks>(waiter, kWaitCombineEntry, lane)) return false;
     Copier copier(ptx::dynamic_shared(), warp, lane);
     copier.acquired();
     const int num_warps = gridDim.x * kCfg.num_push_warps;
@@ -171,10 +170,7 @@ class Combine {
       pending &= ~movers;
 
       bool ok = true;
-      if (current >= 2 && lane == 0)
-        ok = wait_signal(waiter, kWaitCombineWindow, owner,
-                         done_signal(p.signals[p.rank], owner, current),
-                         stamp(waiter.epoch, current - 1));
+      if (current >= 2 && lane == 0) ok = wait_window(waiter, kWaitCombineWindow, owner, current);
       if (!all_lanes(ok)) return false;
       if (current >= 2) copier.acquired();
 
@@ -309,10 +305,7 @@ class Combine {
     __syncwarp();
     const int window = window_of(token);
     bool ok = true;
-    if (window >= 2 && lane == 0)
-      ok = wait_signal(waiter, kWaitCombineWindow, p.rank,
-                       done_signal(p.signals[p.rank], p.rank, window),
-                       stamp(waiter.epoch, window - 1));
+    if (window >= 2 && lane == 0) ok = wait_window(waiter, kWaitCombineWindow, p.rank, window);
     if (!all_lanes(ok)) return false;
     const int window_tokens = p.num_slots / 2;
     const int units = min(window_tokens, p.num_tokens - window * window_tokens) * p.num_parts;
@@ -325,14 +318,11 @@ class Combine {
     complete = __shfl_sync(kFullMask, complete, 0);
     __syncwarp();
     if (complete != 0 && lane < kRanks && lane != p.rank)
-      ptx::st_release_sys(done_signal(p.signals[lane], p.rank, window),
-                          stamp(waiter.epoch, window + 1));
+      signal_window(waiter, p.signals[lane], window);
     // The own signal last: whoever sees it may complete window + 2, and that must not be overtaken
     // on its way to a peer.
     __syncwarp();
-    if (complete != 0 && lane == 0)
-      ptx::st_release_sys(done_signal(p.signals[p.rank], p.rank, window),
-                          stamp(waiter.epoch, window + 1));
+    if (complete != 0 && lane == 0) signal_window(waiter, waiter.signals, window);
     return true;
   }
 

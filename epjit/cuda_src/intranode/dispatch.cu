@@ -155,8 +155,7 @@ class Dispatch {
   }
 
   __device__ uint64_t* word(int rank, int source, int token) const {
-    return reinterpret_cast<uint64_t*>(p.words[rank]) + static_cast<int64_t>(source) * p.num_slots +
-           token % p.num_slots;
+    return word_address(p.words[rank], source, p.num_slots, token);
   }
 
   // Rows of this rank before those of `source`.
@@ -226,9 +225,7 @@ class Dispatch {
     if (window < 2) return true;
     bool ok = true;
     if (lane < kRanks && lane != p.rank)
-      ok = wait_signal(waiter, kWaitDispatchWindow, lane,
-                       done_signal(p.signals[p.rank], lane, window),
-                       stamp(waiter.epoch, window - 1));
+      ok = wait_window(waiter, kWaitDispatchWindow, lane, window);
     return all_lanes(ok);
   }
 
@@ -272,7 +269,7 @@ class Dispatch {
   }
 
   __device__ bool stage() {
-    if (!enter<kRanks>(waiter, kWaitDispatchEntry, p.signals[p.rank], lane)) return false;
+    if (!enter<kRanks>(waiter, kWaitDispatchEntry, lane)) return false;
     copier.acquired();
     const int own_start = segment_start(p.rank);
     // Neighbouring chunks lie on different SMs, so that the first tokens are ready first.
@@ -439,8 +436,7 @@ class Dispatch {
       if (ptx::atom_add_acq_rel_gpu(counter, pulled) + pulled != static_cast<uint32_t>(end - begin))
         continue;
       *counter = 0;
-      ptx::st_release_sys(done_signal(p.signals[source], p.rank, window),
-                          stamp(waiter.epoch, window + 1));
+      signal_window(waiter, p.signals[source], window);
     }
   }
 

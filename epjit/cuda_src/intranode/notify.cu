@@ -104,7 +104,7 @@ __device__ void exchange_counts(const NotifyParams& p, const Waiter& waiter) {
 
   // Entry: a peer may still read my message of the previous notify.
   if (thread < kWarpSize) {
-    const bool ok = enter<kRanks>(waiter, kWaitNotifyEntry, p.signals[p.rank], thread);
+    const bool ok = enter<kRanks>(waiter, kWaitNotifyEntry, thread);
     if (thread == 0) *all_ok = ok;
   }
   __syncthreads();
