@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
 import secrets
+import threading
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from epjit.errors import require
@@ -278,10 +278,20 @@ class SymmetricMemory:
                 )
 
 
-@functools.cache
+_process_ids: dict[int, str] = {}
+_process_ids_lock = threading.Lock()
+
+
 def _process_id(pid: int) -> str:
-    """Names this process: containers of one host may have equal process numbers."""
-    return f"{host_id()}/{pid}/{secrets.token_hex(8)}"
+    """Names this process: containers of one host may have equal process numbers.
+
+    Locked: ranks that are threads ask at once and must get the same name, or each would take the
+    other for another process.
+    """
+    with _process_ids_lock:
+        if pid not in _process_ids:
+            _process_ids[pid] = f"{host_id()}/{pid}/{secrets.token_hex(8)}"
+        return _process_ids[pid]
 
 
 def _enable_peer_access(device: int) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -86,6 +87,18 @@ def test_ranks_of_one_process_share_plain_pointers(driver: Driver) -> None:
     assert driver.calls["cuCtxEnablePeerAccess"] == 4  # 0 and 0 to 1, 1 to both
     assert driver.calls["cuIpcOpenMemHandle"] == 0
     assert driver.calls["cuMemsetD8Async"] == 3
+
+
+def test_threads_that_ask_at_once_get_one_process_id(monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = itertools.count()
+
+    def slow_token(num_bytes: int) -> str:
+        time.sleep(0.05)  # long enough for every thread to find no name yet
+        return str(next(tokens))
+
+    monkeypatch.setattr(symmetric.secrets, "token_hex", slow_token)
+    names = run_threads(8, lambda group: symmetric._process_id(-1))
+    assert len(set(names)) == 1
 
 
 def test_close_is_idempotent_and_not_collective(driver: Driver) -> None:
