@@ -293,21 +293,27 @@ def measure_ceilings(
     return found
 
 
-def worker(rank: int, args: argparse.Namespace, port: int) -> None:
-    """One rank: measures, and rank 0 reports."""
-    import epjit
-    from epjit.runtime.group import Group
-
+def join(rank: int, num_ranks: int, port: int) -> dist.ProcessGroup:
+    """Takes GPU `rank` and meets the other ranks."""
     torch.cuda.set_device(rank)
     dist.init_process_group(
         "nccl",
         init_method=f"tcp://127.0.0.1:{port}",
         rank=rank,
-        world_size=args.ranks,
+        world_size=num_ranks,
         device_id=torch.device("cuda", rank),
     )
-    group = dist.new_group(list(range(args.ranks)))
+    group = dist.new_group(list(range(num_ranks)))
     assert isinstance(group, dist.ProcessGroup)
+    return group
+
+
+def worker(rank: int, args: argparse.Namespace, port: int) -> None:
+    """One rank: measures, and rank 0 reports."""
+    import epjit
+    from epjit.runtime.group import Group
+
+    group = join(rank, args.ranks, port)
     torch.manual_seed(args.seed + rank)
     rows: list[Row] = []
 

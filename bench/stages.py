@@ -92,16 +92,7 @@ def worker(rank: int, args: argparse.Namespace, port: int) -> None:
     """One rank: times the cases, and rank 0 prints."""
     from epjit import Buffer, Config
 
-    torch.cuda.set_device(rank)
-    dist.init_process_group(
-        "nccl",
-        init_method=f"tcp://127.0.0.1:{port}",
-        rank=rank,
-        world_size=args.ranks,
-        device_id=torch.device("cuda", rank),
-    )
-    group = dist.new_group(list(range(args.ranks)))
-    assert isinstance(group, dist.ProcessGroup)
+    group = bench.join(rank, args.ranks, port)
     torch.manual_seed(rank)
     x = torch.randn(args.tokens, args.hidden, device="cuda", dtype=torch.bfloat16)
     scores = torch.randn(args.tokens, args.experts, device="cuda")

@@ -526,7 +526,7 @@ class Buffer:
         _check_experts(num_experts, self.group_size)
         if self._cpu is not None:
             per_rank, per_expert, in_rank = self._cpu.layout(topk_idx, num_experts)
-            event = EventOverlap(EventHandle() if async_finish else None)
+            event = _cpu_event(async_finish)
             return per_rank, None, per_expert, in_rank, event
         scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
         with scope.allocating():
@@ -613,7 +613,7 @@ class Buffer:
             self._check_handle(handle, num_tokens=rows.shape[0])
             if self._cpu is not None:
                 recv_x, recv_scales = self._cpu.cached_dispatch(rows, scales, handle)
-                event = EventOverlap(EventHandle() if async_finish else None)
+                event = _cpu_event(async_finish)
             else:
                 scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
                 with self._lock:
@@ -646,7 +646,7 @@ class Buffer:
                 expert_alignment=expert_alignment,
                 num_worst_tokens=num_worst_tokens,
             )
-            event = EventOverlap(EventHandle() if async_finish else None)
+            event = _cpu_event(async_finish)
         else:
             if num_worst_tokens == 0 and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
@@ -744,7 +744,7 @@ class Buffer:
             combined_x, combined_weights = self._cpu.combine(
                 x, handle, topk_weights, (bias_0, bias_1)
             )
-            event = EventOverlap(EventHandle() if async_finish else None)
+            event = _cpu_event(async_finish)
             return combined_x, combined_weights, event
         scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
         with self._lock:
@@ -909,6 +909,11 @@ class Buffer:
                 device=device,
                 why="as topk_idx",
             )
+
+
+def _cpu_event(async_finish: bool) -> EventOverlap:
+    """What a call on the CPU returns: its work is done."""
+    return EventOverlap(EventHandle() if async_finish else None)
 
 
 def _torch_fills() -> bool:

@@ -65,14 +65,14 @@ def check(
     return tensor
 
 
-def check_aligned(name: str, tensor: torch.Tensor, alignment: int = 16) -> None:
+def check_aligned(name: str, tensor: torch.Tensor) -> None:
     """Checks the address of a tensor whose rows are moved in pieces of 16 bytes.
 
     Raises:
-        ValueError: The address is not a multiple of `alignment`.
+        ValueError: The address is not a multiple of 16.
     """
-    if tensor.data_ptr() % alignment:
+    if tensor.data_ptr() % 16:
         raise ValueError(
             f"{name} starts at address {tensor.data_ptr():#x}, which is not a multiple of "
-            f"{alignment} bytes (a view into another tensor?); pass .clone()"
+            "16 bytes (a view into another tensor?); pass .clone()"
         )

@@ -263,8 +263,7 @@ class _Arena:
     def __init__(self, num_ranks: int, num_nvl_bytes: int) -> None:
         self.slots = 0
         self.slots_bytes = num_nvl_bytes
-        self.control = _align(num_nvl_bytes)
-        self.signals = self.control
+        self.signals = _align(num_nvl_bytes)  # from here on nothing is the user's
         self.words = self.signals + _SIGNALS_BYTES
         self.notify = self.words + num_ranks * _MAX_SLOTS * 8
         self.notify_stride = num_ranks + 1 + MAX_LOCAL_EXPERTS
@@ -628,7 +627,7 @@ class Intranode:
         """Forgets everything that was under way; collective."""
         torch.cuda.synchronize(self._device)
         self._group.reset()
-        self.memory.tensor(torch.uint8)[self._arena.control :].zero_()
+        self.memory.tensor(torch.uint8)[self._arena.signals :].zero_()
         self._local.zero_()
         torch.cuda.synchronize(self._device)
         self._fault.clear()

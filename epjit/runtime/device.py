@@ -95,12 +95,6 @@ def can_access_peer(device: int, peer_device: int) -> bool:
     return bool(driver.call("cuDeviceCanAccessPeer", _handle(device), _handle(peer_device)))
 
 
-def peer_access_matrix() -> list[list[bool]]:
-    """``[device][peer]``: whether `device` can load from and store to the memory of `peer`."""
-    devices = range(count())
-    return [[can_access_peer(device, peer) for peer in devices] for device in devices]
-
-
 def _handle(device: int) -> Any:
     return driver.call("cuDeviceGet", device)
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import functools
 import re
 import threading
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,7 @@ from epjit import env
 from epjit.errors import CompileError, require
 from epjit.runtime import driver, nvrtc, sources
 from epjit.runtime.cache import CubinCache, Entry
-from epjit.runtime.device import arch_of, num_sms, shared_bytes_per_block
+from epjit.runtime.device import arch_of, shared_bytes_per_block
 
 _C_TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {
     "bool": ctypes.c_bool,
@@ -250,18 +249,6 @@ class Kernel:
             # kernel that runs; one that spins for a peer of the same GPU would wait for that
             # launch.
             driver.call("cuFuncLoad", self.function)
-
-    @functools.cached_property
-    def resident_blocks(self) -> int:
-        """Blocks that the whole device holds at once."""
-        with driver.using(self.device):
-            blocks = driver.call(
-                "cuOccupancyMaxActiveBlocksPerMultiprocessor",
-                self.function,
-                self.config.threads,
-                self.config.shared_bytes,
-            )
-        return int(blocks) * num_sms(self.device)
 
 
 class Launch:

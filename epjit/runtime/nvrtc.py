@@ -30,12 +30,6 @@ def version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def supported_archs() -> tuple[int, ...]:
-    """Architectures this NVRTC compiles for, as numbers: 80 for sm_80."""
-    _, archs = _check((*_nvrtc().nvrtcGetSupportedArchs(),))
-    return tuple(int(arch) for arch in archs)
-
-
 def compile_cubin(
     source_text: str,
     name: str,
