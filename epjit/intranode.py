@@ -26,8 +26,8 @@ from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
 from epjit.runtime.symmetric import SymmetricMemory
 
 if TYPE_CHECKING:
-    from epjit.buffer import Scope
     from epjit.runtime.group import Group
+    from epjit.scope import Scope
 
 _MAX_SLOTS = 65536  # of one source rank: bounds the words to 4 MiB
 _SIGNALS_BYTES = 512
