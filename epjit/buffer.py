@@ -788,7 +788,7 @@ class Buffer:
 
         Args:
             x: bfloat16 `[T, H]`, `T <= M`, rows a multiple of 16 bytes up to 32 KB; `H` a multiple
-                of 128 with `use_fp8`, 512 with `use_ue8m0`, 32 for mxfp8, 16 for nvfp4. Finite.
+                of 128 with `use_fp8`, 512 with `use_ue8m0`, 32 for mxfp8 and nvfp4. Finite.
             topk_idx: int64 or int32 `[T, K]`, `K <= 32`; anything outside `[0, E)` is no selection.
             num_max_dispatch_tokens_per_rank: `M`, the same on all ranks.
             num_experts: `E`, a multiple of `R`.
@@ -1107,7 +1107,6 @@ class Buffer:
         if isinstance(mode, CpuLowLatency):
             return
         mode.warmup(
-            max_tokens=num_max_dispatch_tokens_per_rank,
             hidden=hidden,
             num_experts=num_experts,
             num_topk=num_topk,

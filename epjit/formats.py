@@ -158,7 +158,7 @@ MXFP8 = RowFormat(
 NVFP4 = RowFormat(
     "nvfp4",
     5,
-    granularity=16,
+    granularity=32,
     block=16,
     bits=4,
     x_dtype=torch.uint8,

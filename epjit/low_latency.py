@@ -7,28 +7,31 @@ headers (`cuda_src/low_latency/*.cu`) say who writes what.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 
 from epjit import env
-from epjit.config import MAX_RANKS
-from epjit.formats import BF16, FORMATS, FP8, RowFormat
+from epjit.config import (
+    MAX_LOW_LATENCY_CHOICES,
+    MAX_LOW_LATENCY_EXPERTS,
+    MAX_LOW_LATENCY_TOKENS,
+    MAX_RANKS,
+)
+from epjit.formats import BF16, FORMATS, RowFormat
 from epjit.reference.low_latency import LowLatencyDispatched, allocate_dispatched
 from epjit.runtime import variants
 from epjit.runtime.device import arch_of, num_sms, shared_limit
 from epjit.runtime.fault import FaultRecord
-from epjit.runtime.jit import Kernel, KernelConfig, Launch
+from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
 from epjit.runtime.symmetric import SymmetricMemory
 
 if TYPE_CHECKING:
-    from epjit.buffer import CurrentStream, Scope
     from epjit.runtime.group import Group
+    from epjit.scope import AnyScope
 
-MAX_LOW_LATENCY_EXPERTS = 8192  # a block counts the selections of each in shared memory
-MAX_LOW_LATENCY_ROWS = 1 << 17  # tokens of all ranks, or selections of one: bounds the words
 _ALIGNMENT = 128
 _SIGNALS_BYTES = 512
 _MEETINGS_BYTES = 3 * MAX_RANKS * 8
@@ -161,15 +164,13 @@ class LowLatencyCombineConfig(KernelConfig):
     def slot_bytes(self) -> int:
         """Bytes of one selection's slot."""
         if not self.logfmt:
-            return _align(2 * self.hidden)
-        return _align(self.hidden // _CAST_ELEMENTS * 20 + self.hidden // _LOG_BLOCK * 4)
+            return 2 * self.hidden
+        return _align(self.hidden // _CAST_ELEMENTS * 20 + self.hidden // _LOG_BLOCK * 4, 16)
 
     @property
     def tag(self) -> str:
         """Namespace of the kernel."""
-        return (
-            f"low_latency_r{self.num_ranks}_e{self.num_experts}_h{self.hidden}_k{self.num_topk}"
-        )
+        return f"low_latency_r{self.num_ranks}_e{self.num_experts}_h{self.hidden}_k{self.num_topk}"
 
 
 @dataclass(frozen=True)
@@ -234,15 +235,15 @@ class _Arena:
     """Where the parts of a rank's symmetric memory lie, in bytes from its start."""
 
     def __init__(self, num_ranks: int, num_rdma_bytes: int) -> None:
-        self.user_bytes = num_rdma_bytes
-        self.half_bytes = num_rdma_bytes // 4 // _ALIGNMENT * _ALIGNMENT
-        self.send_buffer = 2 * self.half_bytes
+        self.half_bytes = num_rdma_bytes // 4  # 32-byte aligned, as num_rdma_bytes is 128-byte
+        self.send_buffer = num_rdma_bytes // 2
         self.signals = _align(num_rdma_bytes)  # from here on nothing is the user's
         self.meetings = self.signals + _SIGNALS_BYTES
         self.counts = _align(self.meetings + _MEETINGS_BYTES)
         self.counts_stride = MAX_LOW_LATENCY_EXPERTS // num_ranks + 1
         self.words = _align(self.counts + 2 * num_ranks * self.counts_stride * 8)
-        self.total = self.words + 2 * MAX_LOW_LATENCY_ROWS * 8
+        self.words_stride = max(MAX_LOW_LATENCY_TOKENS, MAX_LOW_LATENCY_CHOICES)
+        self.total = self.words + 2 * self.words_stride * 8
 
 
 class LowLatency:
@@ -349,7 +350,7 @@ class LowLatency:
             words=self._everywhere(arena.words),
             counters=self._local.data_ptr(),
             half_bytes=arena.half_bytes,
-            words_stride=MAX_LOW_LATENCY_ROWS,
+            words_stride=arena.words_stride,
         )
         if isinstance(config, LowLatencyDispatchConfig):
             bound.update(
@@ -363,26 +364,34 @@ class LowLatency:
         self._launches[shape] = launch
         return launch
 
-    def _check_half(self, op: str, num_slots: int, slot_bytes: int, what: str) -> None:
-        """Raises unless the slots of one operation fit their half of the buffer."""
-        if num_slots > MAX_LOW_LATENCY_ROWS:
-            raise ValueError(
-                f"{op}: {what} = {num_slots}, but at most {MAX_LOW_LATENCY_ROWS} fit; use fewer "
-                "tokens a call"
-            )
-        if num_slots * slot_bytes > self._arena.half_bytes:
-            raise ValueError(
-                f"{op} needs {num_slots} slots ({what}) of {slot_bytes} bytes, four times that is "
-                f"{4 * num_slots * slot_bytes}, but num_rdma_bytes is {self._arena.user_bytes}; "
-                "pass Buffer.get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank, "
-                "hidden, num_ranks, num_experts)"
-            )
+    def warmup(
+        self,
+        *,
+        hidden: int,
+        num_experts: int,
+        num_topk: int,
+        topk_is_int64: bool,
+        row_format: RowFormat,
+        use_logfmt: bool,
+        archs: Iterable[str],
+    ) -> None:
+        """Compiles and loads the kernels of these sizes; compiles them for `archs` as well."""
+        shapes = (
+            LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, topk_is_int64),
+            LowLatencyCombineShape(num_experts, hidden, num_topk, topk_is_int64, use_logfmt),
+        )
+        for shape in shapes:
+            self.launch(shape)
+        for arch in archs:
+            compile_kernel(CleanConfig(self._group.size), arch=arch)
+            for shape in shapes:
+                compile_kernel(_config(shape, self._group.size, arch), arch=arch)
 
     # ---- operations ------------------------------------------------------------------------------
 
     def dispatch(
         self,
-        scope: Scope | CurrentStream,
+        scope: AnyScope,
         x: torch.Tensor,
         topk_idx: torch.Tensor,
         *,
@@ -405,9 +414,6 @@ class LowLatency:
         config = launch.kernel.config
         assert isinstance(config, LowLatencyDispatchConfig)
         num_slots = num_ranks * max_tokens
-        self._check_half(
-            "low_latency_dispatch", num_slots, config.slot_bytes, "ranks * tokens of each"
-        )
         with scope.allocating():
             outputs = allocate_dispatched(
                 row_format,
@@ -418,7 +424,7 @@ class LowLatency:
                 device=self._device,
             )
         scope.start()
-        # Sending takes a block a token, and one for the counts; receiving a warp a quarter of a row.
+        # Sending takes a block a token, one the counts; receiving takes a warp a quarter of a row.
         grid = min(self._num_sms, max(num_tokens + 1, num_slots * 4 // config.num_warps))
         values = {
             "x": x.data_ptr(),
@@ -440,7 +446,7 @@ class LowLatency:
 
     def combine(
         self,
-        scope: Scope | CurrentStream,
+        scope: AnyScope,
         x: torch.Tensor,
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
@@ -466,7 +472,6 @@ class LowLatency:
         config = launch.kernel.config
         assert isinstance(config, LowLatencyCombineConfig)
         num_slots = max_tokens * num_topk
-        self._check_half("low_latency_combine", num_slots, config.slot_bytes, "tokens * top-k")
         if zero_copy:
             x = self.send_buffer(num_experts=num_experts, max_tokens=max_tokens, hidden=hidden)
         with scope.allocating():
@@ -516,22 +521,11 @@ class LowLatency:
         return receive
 
     def send_buffer(self, *, num_experts: int, max_tokens: int, hidden: int) -> torch.Tensor:
-        """The buffer that a combine with `zero_copy` reads, bf16 `[E // R, R * M, H]`.
-
-        Raises:
-            ValueError: It does not fit.
-        """
+        """The buffer that a combine with `zero_copy` reads, bf16 `[E // R, R * M, H]`."""
         num_ranks = self._group.size
         shape = (num_experts // num_ranks, num_ranks * max_tokens, hidden)
         nbytes = 2 * num_experts * max_tokens * hidden
         begin = self._arena.send_buffer
-        if begin + nbytes > self._arena.user_bytes:
-            raise ValueError(
-                f"a send buffer of {list(shape)} bfloat16 takes {nbytes} bytes, twice that is "
-                f"{2 * nbytes}, but num_rdma_bytes is {self._arena.user_bytes}; pass "
-                "Buffer.get_low_latency_rdma_size_hint(num_max_dispatch_tokens_per_rank, hidden, "
-                "num_ranks, num_experts)"
-            )
         whole = self.memory.tensor(torch.uint8)
         return whole[begin : begin + nbytes].view(torch.bfloat16).view(shape)
 

@@ -83,7 +83,7 @@ constexpr int combine_shared_bytes(LowLatencyCombineConfig cfg) {
 }
 
 constexpr int combine_slot_bytes(LowLatencyCombineConfig cfg) {
-  return align_up(cfg.logfmt ? log_row_bytes(cfg.hidden) : 2 * cfg.hidden, 128);
+  return align_up(cfg.logfmt ? log_row_bytes(cfg.hidden) : 2 * cfg.hidden, 16);
 }
 
 template <LowLatencyCombineConfig kCfg>
