@@ -189,6 +189,7 @@ class Buffer:
         self._comm: CommStream | None = None
         self._low_latency: LowLatency | CpuLowLatency | None = None
         self._unreceived: Unreceived | None = None
+        self._low_latency_stream: int | None = None  # of the last low-latency call
         if _use_gpu():
             from epjit.intranode import Intranode
             from epjit.layout import Layout
@@ -839,7 +840,7 @@ class Buffer:
             recv_stats=cumulative_local_expert_recv_stats,
             wait_cost=dispatch_wait_recv_cost_stats,
         )
-        scope = self._low_latency_scope(async_finish, return_recv_hook)
+        scope = self._low_latency_scope(async_finish)
         with self._lock:
             received, receive = mode.dispatch(
                 scope,
@@ -929,8 +930,8 @@ class Buffer:
             out=out,
             wait_cost=combine_wait_recv_cost_stats,
         )
-        src_info, layout_range, max_tokens, _, num_experts = handle
-        scope = self._low_latency_scope(async_finish, return_recv_hook)
+        src_info, _, max_tokens, _, num_experts = handle
+        scope = self._low_latency_scope(async_finish)
         with self._lock:
             combined_x, receive = mode.combine(
                 scope,
@@ -938,7 +939,6 @@ class Buffer:
                 topk_idx,
                 topk_weights,
                 src_info,
-                layout_range,
                 max_tokens=max_tokens,
                 num_experts=num_experts,
                 use_logfmt=use_logfmt,
@@ -954,7 +954,6 @@ class Buffer:
                 topk_idx,
                 topk_weights,
                 src_info,
-                layout_range,
                 combined_x,
                 combine_wait_recv_cost_stats,
             )
@@ -1004,11 +1003,8 @@ class Buffer:
         mode = self._low_latency_mode("clean_low_latency_buffer")
         self._low_latency_checks.sizes(num_max_dispatch_tokens_per_rank, num_experts)
         self._low_latency_checks.hidden(hidden)
-        stream = 0
-        if self._comm is not None:
-            stream = CurrentStream(self._comm.device).stream
         with self._lock:
-            mode.clean(stream)
+            mode.clean(self._low_latency_scope(False).stream)
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Masks a rank in the low-latency calls of this rank, or takes the mask away.
@@ -1131,12 +1127,21 @@ class Buffer:
             )
         return self._low_latency
 
-    def _low_latency_scope(self, async_finish: bool, return_recv_hook: bool) -> AnyScope:
+    def _low_latency_scope(self, async_finish: bool) -> AnyScope:
+        """Where a low-latency call runs: only an asynchronous one needs a stream of its own.
+
+        Calls follow each other on the device, whatever streams they are made from.
+        """
         if self._comm is None:
             return CpuScope(async_finish=async_finish)
-        if return_recv_hook:
-            return CurrentStream(self._comm.device)
-        return self._scope(None, async_finish, False)
+        scope: AnyScope = (
+            self._scope(None, True, False) if async_finish else CurrentStream(self._comm.device)
+        )
+        last, self._low_latency_stream = self._low_latency_stream, scope.stream
+        # What is captured runs after what was queued before, by the caller's own order.
+        if last not in (None, scope.stream) and not torch.cuda.is_current_stream_capturing():
+            self._comm.order(last, scope.stream)
+        return scope
 
     def _hook(self, op: str, receive: Hook | None) -> Hook | None:
         """What the caller gets for `receive`: it can be called once, and until reset()."""

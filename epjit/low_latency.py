@@ -143,8 +143,7 @@ class LowLatencyCombineConfig(KernelConfig):
         push, rows = 8, 1
         tma = variant == "tma" and not shape.logfmt
         if tma:
-            free = limit - 4 * (shape.num_experts + 1 + warps) - 8 * push
-            held = free // (2 * shape.hidden)
+            held = (limit - 8 * push) // (2 * shape.hidden)
             push = min(push, held)
             rows = min(max(held // push, 1), 2)
         return cls(num_ranks, *shape, tma, warps, push, rows)
@@ -156,9 +155,8 @@ class LowLatencyCombineConfig(KernelConfig):
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: rows on their way, a number for each (expert, source)."""
-        rows = self.num_push_warps * (self.rows_per_warp * 2 * self.hidden + 8) if self.tma else 0
-        return rows + 4 * (self.num_experts + 1 + self.num_warps)
+        """Dynamic shared memory: rows on their way, one mbarrier a pushing warp."""
+        return self.num_push_warps * (self.rows_per_warp * 2 * self.hidden + 8) if self.tma else 0
 
     @property
     def slot_bytes(self) -> int:
@@ -420,12 +418,13 @@ class LowLatency:
                 num_ranks=num_ranks,
                 max_tokens=max_tokens,
                 num_experts=num_experts,
+                num_topk=num_topk,
                 hidden=hidden,
                 device=self._device,
             )
         scope.start()
-        # Sending takes a block a token, one the counts; receiving takes a warp a quarter of a row.
-        grid = min(self._num_sms, max(num_tokens + 1, num_slots * 4 // config.num_warps))
+        # Sending takes a block a token, one the counts; receiving a warp an eighth of a row.
+        grid = min(self._num_sms, max(num_tokens + 1, num_slots * 8 // config.num_warps))
         values = {
             "x": x.data_ptr(),
             "topk_idx": topk_idx.data_ptr(),
@@ -433,13 +432,14 @@ class LowLatency:
             "recv_x": outputs.recv_x.data_ptr(),
             "recv_scales": _pointer(outputs.recv_scales),
             "recv_count": outputs.recv_count.data_ptr(),
+            **_route_pointers(outputs.src_info, num_ranks),
             "src_info": outputs.src_info.data_ptr(),
             "layout_range": outputs.layout_range.data_ptr(),
             "recv_stats": _pointer(recv_stats),
             "wait_cost": _pointer(wait_cost),
             "num_tokens": num_tokens,
             "max_tokens": max_tokens,
-            "num_parts": max(1, min(4, grid * config.num_warps // num_slots)),
+            "num_parts": max(1, min(8, grid * config.num_warps // num_slots)),
         }
         tensors = (x, topk_idx, global_scale, recv_stats, wait_cost, outputs)
         return outputs, self._run(launch, scope.stream, grid, values, tensors, split=split)
@@ -451,7 +451,6 @@ class LowLatency:
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
         src_info: torch.Tensor,
-        layout_range: torch.Tensor,
         *,
         max_tokens: int,
         num_experts: int,
@@ -479,21 +478,21 @@ class LowLatency:
                 out = torch.empty((num_tokens, hidden), dtype=torch.bfloat16, device=self._device)
         scope.start()
         grid = min(self._num_sms, max(num_slots // 4, 16))
-        reduce_warps = grid * (config.num_warps - config.num_push_warps)
+        # A warp adds 256 channels at a time; with few tokens that is all it does.
+        steps, warps = -(-hidden // 256), grid * config.num_warps
+        steps_a_warp = -(-num_tokens * steps // (2 * warps)) or 1
         values = {
             "x": x.data_ptr(),
             "topk_idx": topk_idx.data_ptr(),
             "topk_weights": topk_weights.data_ptr(),
-            "src_info": src_info.data_ptr(),
-            "layout_range": layout_range.data_ptr(),
+            **_route_pointers(src_info, self._group.size),
             "out": out.data_ptr(),
             "wait_cost": _pointer(wait_cost),
             "num_tokens": num_tokens,
             "max_tokens": max_tokens,
-            # With few tokens several warps share one: down to 32 pieces of 16 bytes each.
-            "num_parts": max(1, min(-(-hidden // 256), reduce_warps // max(num_tokens, 1))),
+            "num_parts": -(-steps // steps_a_warp),
         }
-        tensors = (x, topk_idx, topk_weights, src_info, layout_range, out, wait_cost)
+        tensors = (x, topk_idx, topk_weights, src_info, out, wait_cost)
         return out, self._run(launch, scope.stream, grid, values, tensors, split=split)
 
     @staticmethod
@@ -579,6 +578,12 @@ def _config(
         variant=variants.resolve("low_latency_combine", arch),
         limit=shared_limit(arch),
     )
+
+
+def _route_pointers(src_info: torch.Tensor, num_ranks: int) -> dict[str, int]:
+    """Where the kernels find the `Routes` that lie behind `src_info`."""
+    first = src_info.data_ptr() + 4 * src_info.numel()
+    return {"source_tokens": first, "source_rows": first + 4 * num_ranks}
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:

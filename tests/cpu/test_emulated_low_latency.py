@@ -260,6 +260,7 @@ class Routing:
                     recv_count=outputs.recv_count,
                     src_info=outputs.src_info,
                     layout_range=outputs.layout_range,
+                    **_routes(outputs.src_info, shape),
                     recv_stats=stats,
                     wait_cost=None,
                     num_tokens=len(own.x),
@@ -272,8 +273,9 @@ class Routing:
             for name, got, wanted in zip(outputs._fields, outputs, expected, strict=True):
                 if got is not None:
                     checks.append((f"rank {rank}: {name}", got, wanted))
-            choices = [reference.src_planes(each.src_info)[1] for each in (outputs, expected)]
-            checks.append((f"rank {rank}: choices", choices[0], choices[1]))
+            got_routes, routes = (_routes(each.src_info, shape) for each in (outputs, expected))
+            for name in routes:
+                checks.append((f"rank {rank}: {name}", got_routes[name], routes[name]))
             checks.append((f"rank {rank}: stats", stats, expected.recv_count))
             results.append(expected)
         return results
@@ -299,7 +301,7 @@ class Routing:
                 y[e, :count] = values.to(torch.bfloat16)
             outputs.append(_copy(y))
         returned = [
-            reference.collect(y, each.src_info, each.layout_range)
+            reference.collect(y, each.src_info, shape.num_ranks)
             for y, each in zip(outputs, dispatched, strict=True)
         ]
         for rank, own in enumerate(self.inputs):
@@ -321,8 +323,7 @@ class Routing:
                     x=outputs[rank],
                     topk_idx=own.topk_idx,
                     topk_weights=self.weights[rank],
-                    src_info=dispatched[rank].src_info,
-                    layout_range=dispatched[rank].layout_range,
+                    **_routes(dispatched[rank].src_info, shape),
                     out=out,
                     wait_cost=None,
                     num_tokens=len(own.x),
@@ -346,11 +347,11 @@ def _guarded_outputs(shape: Shape) -> reference.LowLatencyDispatched:
         num_ranks=shape.num_ranks,
         max_tokens=shape.max_tokens,
         num_experts=shape.num_experts,
+        num_topk=shape.num_topk,
         hidden=shape.hidden,
         device=torch.device("cpu"),
     )
-    num_rows = shape.num_ranks * shape.max_tokens
-    planes = guarded(2, shape.experts_a_rank, num_rows, dtype=torch.int32)
+    src_info = _whole_storage(plain.src_info)
     scales = plain.recv_scales
     if scales is not None and shape.row_format.column_major:
         scales = guarded(*scales.transpose(1, 2).shape, dtype=scales.dtype).transpose(1, 2)
@@ -360,9 +361,19 @@ def _guarded_outputs(shape: Shape) -> reference.LowLatencyDispatched:
         guarded(*plain.recv_x.shape, dtype=plain.recv_x.dtype),
         scales,
         guarded(*plain.recv_count.shape, dtype=torch.int32),
-        planes[0],
+        src_info,
         guarded(*plain.layout_range.shape, dtype=torch.int64),
     )
+
+
+def _whole_storage(src_info: Tensor) -> Tensor:
+    """The same with the words behind it, in memory whose bounds are watched."""
+    words = guarded(src_info.untyped_storage().nbytes() // 4, dtype=torch.int32)
+    return words[: src_info.numel()].view(src_info.shape)
+
+
+def _routes(src_info: Tensor, shape: Shape) -> dict[str, Tensor]:
+    return reference.routes(src_info, shape.num_ranks)._asdict()
 
 
 def _bytes(tensor: Tensor) -> Tensor:

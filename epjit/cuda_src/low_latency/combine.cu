@@ -11,11 +11,12 @@
 //             [max_tokens, num_topk, slot_bytes]; (t, k) of owner s is written by the rank of expert
 //             topk_idx_s[t, k]
 //   words[s]  two halves [max_tokens, num_topk] u64, by the same rank, after the slot: stamp(epoch,
-//             0), or stamp(epoch, 1 + row of x) for a row of s itself that is read where it lies
+//             0)
 //
-// Push    the first warps of a block: runs of rows in the order of layout_range; x -> slots, then
-//         the words (release)
-// Reduce  the other warps: wait for the words of a token's selections (acquire), add their rows
+// Push    the first warps of a block: draw (token, owner, group of its rows), tokens ascending; rows
+//         of x -> slots, then the words (release). Rows that stay are read where they lie.
+// Reduce  the other warps, and all when nothing is left to push: wait for the words of a token's
+//         selections (acquire), add their rows
 //
 // Progress: pushing waits for nothing and is drawn from one counter, so the blocks that run do all
 // of it; the grid need not be resident as a whole. Halves are free for the reason that dispatch.cu
@@ -42,16 +43,17 @@ struct LowLatencyCombineConfig {
 };
 
 struct LowLatencyCombineParams {
-  const char* x;                // [experts_per_rank, num_ranks * max_tokens, hidden] bf16
-  const void* topk_idx;         // [num_tokens, num_topk] int32 or int64, global experts
-  const float* topk_weights;    // [num_tokens, num_topk]
-  const int32_t* src_info;      // [2, experts_per_rank, num_ranks * max_tokens]: token, selection
-  const int64_t* layout_range;  // [experts_per_rank, num_ranks]: begin << 32 | count
-  char* out;                    // [num_tokens, hidden] bf16
-  int64_t* wait_cost;           // [num_ranks], += cycles until it had begun; or null
-  uint64_t slots[8];            // symmetric, of each rank
-  uint64_t words[8];            // symmetric, of each rank
-  uint64_t signals[8];          // symmetric, of each rank
+  const char* x;                 // [experts_per_rank, num_ranks * max_tokens, hidden] bf16
+  const void* topk_idx;          // [num_tokens, num_topk] int32 or int64, global experts
+  const float* topk_weights;     // [num_tokens, num_topk]
+  const int32_t* source_tokens;  // [num_ranks]: tokens of each owner
+  const int32_t* source_rows;    // [num_ranks, max_tokens, num_topk]: row of x of each selection of
+                                 // each owner, -1 = none here
+  char* out;                     // [num_tokens, hidden] bf16
+  int64_t* wait_cost;            // [num_ranks], += cycles until it had begun; or null
+  uint64_t slots[8];             // symmetric, of each rank
+  uint64_t words[8];             // symmetric, of each rank
+  uint64_t signals[8];           // symmetric, of each rank
   uint32_t*
       counters;     // local [3]: ticket, next pushing unit, next reducing unit; zero on entry and
                     // on exit
@@ -72,14 +74,9 @@ struct LowLatencyCombineParams {
 
 constexpr int combine_threads(LowLatencyCombineConfig cfg) { return cfg.num_warps * kWarpSize; }
 
-// Rows on their way, then the first row of each (expert, source), then a sum a warp.
-constexpr int combine_copier_bytes(LowLatencyCombineConfig cfg) {
+constexpr int combine_shared_bytes(LowLatencyCombineConfig cfg) {
   return copier_shared_bytes(cfg.tma && !cfg.logfmt, cfg.num_push_warps, cfg.rows_per_warp,
                              2 * cfg.hidden);
-}
-
-constexpr int combine_shared_bytes(LowLatencyCombineConfig cfg) {
-  return combine_copier_bytes(cfg) + 4 * (cfg.num_experts + 1 + cfg.num_warps);
 }
 
 constexpr int combine_slot_bytes(LowLatencyCombineConfig cfg) {
@@ -96,7 +93,7 @@ class LowLatencyCombine {
   static constexpr int kRowBytes = 2 * kCfg.hidden;
   static constexpr int kVecs = kRowBytes / 16;
   static constexpr int kSlotBytes = combine_slot_bytes(kCfg);
-  static constexpr int kThreads = combine_threads(kCfg);
+  static constexpr int kGroups = ceil_div(kTopk, kRows);
   static_assert(kRanks >= 1 && kRanks <= kMaxRanks && kExperts % kRanks == 0);
   static_assert(kTopk >= 1 && kTopk <= kMaxTopk);
   static_assert(kRowBytes % 16 == 0, "a row is moved in pieces of 16 bytes");
@@ -110,24 +107,19 @@ class LowLatencyCombine {
       : p(params),
         warp(threadIdx.x / kWarpSize),
         lane(threadIdx.x % kWarpSize),
-        waiter(start_operation<kRanks>(p, kWaitLowLatencyCombineStart)),
-        first_rows(reinterpret_cast<int*>(ptx::dynamic_shared() + combine_copier_bytes(kCfg))) {}
+        waiter(start_operation<kRanks>(p, kWaitLowLatencyCombineStart)) {}
 
   __device__ void run() {
-    if (__syncthreads_and(ptx::ld_relaxed_gpu(p.abort) == 0)) {
-      if (p.sends) {
-        number_rows();
-        if (warp < kCfg.num_push_warps) push();
-      }
-      if (p.receives && warp >= kCfg.num_push_warps && meet_peers()) reduce();
+    if (__all_sync(kFullMask, ptx::ld_relaxed_gpu(p.abort) == 0)) {
+      if constexpr (kRanks > 1)
+        if (p.sends && warp < kCfg.num_push_warps) push();
+      if (p.receives && meet_peers()) reduce();
     }
     if (is_last_block(p.counters, 3) && lane == 0 && p.receives) *p.epoch = waiter.epoch;
   }
 
  private:
   __device__ int half() const { return waiter.epoch & 1; }
-
-  __device__ int64_t rows_a_slab() const { return static_cast<int64_t>(kRanks) * p.max_tokens; }
 
   // Of selection token * kTopk + k of `owner`.
   __device__ char* slot(int owner, int selection) const {
@@ -153,113 +145,57 @@ class LowLatencyCombine {
 
   // ---- push -------------------------------------------------------------------------------------
 
-  // first_rows[e * kRanks + s] = rows of this rank before those of expert e and source s; called by
-  // the whole block. Each thread takes a run of neighbours.
-  __device__ void number_rows() {
-    int* const warp_sums = first_rows + kExperts + 1;
-    constexpr int kRun = ceil_div(kExperts, kThreads);
-    int counts[kRun], own = 0;
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const int pair = threadIdx.x * kRun + i;
-      counts[i] = pair < kExperts ? static_cast<int>(p.layout_range[pair] & 0xffffffff) : 0;
-      own += counts[i];
-    }
-    int inclusive = own;
-#pragma unroll
-    for (int step = 1; step < kWarpSize; step *= 2) {
-      const int left = __shfl_up_sync(kFullMask, inclusive, step);
-      if (lane >= step) inclusive += left;
-    }
-    if (lane == kWarpSize - 1) warp_sums[warp] = inclusive;
-    __syncthreads();
-    int before = inclusive - own;
-    for (int w = 0; w < warp; ++w) before += warp_sums[w];
-#pragma unroll
-    for (int i = 0; i < kRun; ++i) {
-      const int pair = threadIdx.x * kRun + i;
-      if (pair < kExperts) first_rows[pair] = before;
-      before += counts[i];
-    }
-    if (threadIdx.x == kThreads - 1) first_rows[kExperts] = before;
-    __syncthreads();
-  }
-
-  // A row on its way back.
-  struct Row {
-    const char* src;  // null: none
-    int owner;
-    int selection;  // of the owner
-    int64_t index;  // in x
-  };
-
-  // Row `number` in the order of number_rows().
-  __device__ Row find_row(int number) const {
-    int pair = 0;  // the last one that starts at or before it
-#pragma unroll
-    for (int step = power_of_two(kExperts); step > 0; step /= 2)
-      if (pair + step < kExperts && first_rows[pair + step] <= number) pair += step;
-    const int owner = pair % kRanks;
-    if (is_masked(waiter, owner)) return {};
-    const int64_t index =
-        pair / kRanks * rows_a_slab() + (p.layout_range[pair] >> 32) + (number - first_rows[pair]);
-    const int token = p.src_info[index], k = p.src_info[kLocal * rows_a_slab() + index];
-    return {p.x + index * kRowBytes, owner, token * kTopk + k, index};
-  }
-
-  static constexpr int power_of_two(int limit) {
-    int power = 1;
-    while (power * 2 < limit) power *= 2;
-    return power;
-  }
-
   __device__ void push() {
-    Copier copier(ptx::dynamic_shared(), warp, lane);
-    const int num_rows = first_rows[kExperts];
-    const int unit_rows = rows_at_a_time<kRows>(num_rows, gridDim.x * kCfg.num_push_warps, kRows);
-    const uint32_t num_units = ceil_div(num_rows, unit_rows);
     uint32_t unit = next_unit(p.counters + 1, lane);
+    Copier copier(ptx::dynamic_shared(), warp, lane);
+    const int tokens = lane < kRanks && lane != p.rank ? p.source_tokens[lane] : 0;
+    const uint32_t num_units = __reduce_max_sync(kFullMask, tokens) * (kRanks - 1) * kGroups;
     while (unit < num_units) {
       // Drawn early: its latency hides behind the copy.
       const uint32_t next = next_unit(p.counters + 1, lane);
-      const int number = unit * unit_rows + lane;
-      const Row row = lane < unit_rows && number < num_rows ? find_row(number) : Row{};
-      uint32_t value = 0;
-      if constexpr (kCfg.logfmt) {
-        for (int i = 0; i < unit_rows; ++i) encode_row(row, i);
-        __syncwarp();
-      } else {
-        // Rows of this rank are read where they lie.
-        const bool leaves = row.src != nullptr && row.owner != p.rank;
-        copier.load(0, leaves ? row.src : nullptr);
-        copier.store(0, leaves ? slot(row.owner, row.selection) : nullptr);
-        copier.flush();
-        if (row.src != nullptr && row.owner == p.rank) value = 1 + static_cast<uint32_t>(row.index);
-      }
-      // Rows are written -> flush, or __syncwarp -> release of any lane: cumulative.
-      if (row.src != nullptr)
-        ptx::st_release_sys(word(row.owner, row.selection), stamp(waiter.epoch, value));
+      const int owner = (p.rank + 1 + unit % (kRanks - 1)) % kRanks;
+      const int token = unit / (kRanks - 1) / kGroups, group = unit / (kRanks - 1) % kGroups;
+      if (token < __shfl_sync(kFullMask, tokens, owner) && !is_masked(waiter, owner))
+        push_rows(copier, owner, token, group * kRows);
       unit = next;
     }
   }
 
-  // All lanes encode the row of one of them.
-  __device__ void encode_row(const Row& row, int of_lane) const {
-    const auto src = reinterpret_cast<const char*>(
-        __shfl_sync(kFullMask, reinterpret_cast<uint64_t>(row.src), of_lane));
-    const int owner = __shfl_sync(kFullMask, row.owner, of_lane);
-    const int selection = __shfl_sync(kFullMask, row.selection, of_lane);
-    if (src == nullptr) return;
+  // Rows first .. first + kRows - 1 of those that a token has here.
+  __device__ void push_rows(Copier& copier, int owner, int token, int first) const {
+    // Lane k has the row of selection k; then lane i has row first + i.
+    int row = -1;
+    if (lane < kTopk)
+      row = p.source_rows[(static_cast<int64_t>(owner) * p.max_tokens + token) * kTopk + lane];
+    uint32_t left = __ballot_sync(kFullMask, row >= 0);
+    const int num_rows = min(__popc(left) - first, kRows);
+    if (num_rows <= 0) return;
+    for (int i = 0; i < first + lane; ++i) left &= left - 1;
+    const int k = max(__ffs(left) - 1, 0);
+    row = __shfl_sync(kFullMask, row, k);
+    const int selection = token * kTopk + k;
+    const bool has_row = lane < num_rows;
+    const char* const src = has_row ? p.x + static_cast<int64_t>(row) * kRowBytes : nullptr;
+    char* const dst = has_row ? slot(owner, selection) : nullptr;
+    if constexpr (kCfg.logfmt) {
+      for (int i = 0; i < num_rows; ++i) encode_row(of_lane(src, i), of_lane(dst, i));
+    } else {
+      copier.load(0, src);
+      copier.store(0, dst);
+    }
+    // Rows are written -> flush (each lane its own, then __syncwarp) -> release of any lane:
+    // cumulative.
+    copier.flush();
+    if (has_row) ptx::st_release_sys(word(owner, selection), stamp(waiter.epoch, 0));
+  }
+
+  // All lanes encode one row.
+  __device__ void encode_row(const char* src, char* dst) const {
     constexpr int kItems = kCfg.hidden / kCastElements;
-    uint32_t* const words = reinterpret_cast<uint32_t*>(slot(owner, selection));
+    uint32_t* const words = reinterpret_cast<uint32_t*>(dst);
     for (int first = 0; first < kItems; first += kWarpSize) {
       const int item = first + lane;
-      Vec16 pieces[2] = {};
-      if (item < kItems) {
-        pieces[0] = ptx::ld_v4(src + item * 32);
-        pieces[1] = ptx::ld_v4(src + item * 32 + 16);
-      }
-      const LogItem code = log_encode(pieces);
+      const LogItem code = load_encoded(src, item, item < kItems);
       if (item >= kItems) continue;
 #pragma unroll
       for (int j = 0; j < kLogWords; ++j) words[j * kItems + item] = code.words[j];
@@ -268,12 +204,22 @@ class LowLatencyCombine {
     }
   }
 
+  // 16 channels of a row in the log format; all lanes take part.
+  __device__ static LogItem load_encoded(const char* src, int item, bool valid) {
+    Vec16 pieces[2] = {};
+    if (valid) {
+      pieces[0] = ptx::ld_v4(src + item * 32);
+      pieces[1] = ptx::ld_v4(src + item * 32 + 16);
+    }
+    return log_encode(pieces);
+  }
+
   // ---- reduce -----------------------------------------------------------------------------------
 
   // One warp waits until all peers have begun, so that none of them is in an earlier operation when
   // this one ends.
   __device__ bool meet_peers() const {
-    if (blockIdx.x != 0 || warp != kCfg.num_push_warps) return true;
+    if (blockIdx.x != 0 || warp != kCfg.num_warps - 1) return true;
     bool ok = true;
     if (lane < kRanks && lane != p.rank && !is_masked(waiter, lane)) {
       const uint64_t start = ptx::clock64();
@@ -297,30 +243,32 @@ class LowLatencyCombine {
 
   __device__ bool reduce_token(int token, int part) const {
     // Lane k has selection k.
-    bool ok = true;
+    bool ok = true, is_own = false;
     const char* row = nullptr;
     float weight = 0.0f;
     if (lane < kTopk) {
       const int selection = token * kTopk + lane;
       const int e = expert(selection);
       const int peer = e / kLocal;
-      if (e >= 0 && !is_masked(waiter, peer)) {
-        weight = p.topk_weights[selection];
+      weight = p.topk_weights[selection];
+      is_own = e >= 0 && peer == p.rank;
+      if (is_own) {
+        const int64_t own =
+            p.source_rows[static_cast<int64_t>(p.rank) * p.max_tokens * kTopk + selection];
+        if (own >= 0) row = p.x + own * kRowBytes;
+      } else if (e >= 0 && !is_masked(waiter, peer)) {
         uint64_t seen;
         const bool here = wait_until(waiter, kWaitLowLatencyCombineRow, peer, selection,
                                      stamp(waiter.epoch, 0), word(p.rank, selection), seen,
                                      [&](uint64_t value) { return value >> 32 == waiter.epoch; });
-        const uint32_t own = static_cast<uint32_t>(seen);
-        if (here)
-          row =
-              own != 0 ? p.x + static_cast<int64_t>(own - 1) * kRowBytes : slot(p.rank, selection);
+        if (here) row = slot(p.rank, selection);
         ok = here || is_masked(waiter, peer);
       }
     }
     if (!all_lanes(ok)) return false;
     char* const out = p.out + static_cast<int64_t>(token) * kRowBytes;
     if constexpr (kCfg.logfmt)
-      sum_log(row, weight, out, part);
+      sum_log(row, __ballot_sync(kFullMask, is_own), weight, out, part);
     else
       sum(row, weight, out, part);
     return true;
@@ -364,7 +312,8 @@ class LowLatencyCombine {
     }
   }
 
-  __device__ void sum_log(const char* row, float weight, char* out, int part) const {
+  // `own`: bit k: row k is one of this rank, which nobody has encoded yet.
+  __device__ void sum_log(const char* row, uint32_t own, float weight, char* out, int part) const {
     constexpr int kItems = kCfg.hidden / kCastElements;
     const int part_items = align_up(ceil_div(kItems, p.num_parts), kWarpSize);
     const int last = min(kItems, (part + 1) * part_items);
@@ -373,16 +322,21 @@ class LowLatencyCombine {
       float total[2][8] = {};
       for (int k = 0; k < kTopk; ++k) {
         const float w = __shfl_sync(kFullMask, weight, k);
-        const auto src = reinterpret_cast<const uint32_t*>(of_lane(row, k));
-        if (src == nullptr || item >= last) continue;
-        uint32_t words[kLogWords];
+        const char* const src = of_lane(row, k);
+        if (src == nullptr) continue;
+        LogItem code{};
+        if ((own >> k & 1) != 0) {
+          code = load_encoded(src, item, item < last);
+        } else if (item < last) {
+          const auto words = reinterpret_cast<const uint32_t*>(src);
 #pragma unroll
-        for (int j = 0; j < kLogWords; ++j) words[j] = src[j * kItems + item];
-        const LogRange range =
-            log_range(src[kLogWords * kItems + item / (kLogBlock / kCastElements)]);
+          for (int j = 0; j < kLogWords; ++j) code.words[j] = words[j * kItems + item];
+          code.range = words[kLogWords * kItems + item / (kLogBlock / kCastElements)];
+        }
+        const LogRange range = log_range(code.range);
 #pragma unroll
         for (int i = 0; i < kCastElements; ++i)
-          add(total[i / 8][i % 8], w, log_decode(words, i, range));
+          add(total[i / 8][i % 8], w, log_decode(code.words, i, range));
       }
       if (item >= last) continue;
       ptx::st_v4(out + item * 32, pack(total[0]));
@@ -390,9 +344,9 @@ class LowLatencyCombine {
     }
   }
 
-  __device__ static const char* of_lane(const char* row, int lane) {
-    return reinterpret_cast<const char*>(
-        __shfl_sync(kFullMask, reinterpret_cast<uint64_t>(row), lane));
+  template <typename T>
+  __device__ static T* of_lane(T* pointer, int lane) {
+    return reinterpret_cast<T*>(__shfl_sync(kFullMask, reinterpret_cast<uint64_t>(pointer), lane));
   }
 
   __device__ static Vec16 pack(const float (&v)[8]) {
@@ -403,7 +357,6 @@ class LowLatencyCombine {
   const LowLatencyCombineParams& p;
   const int warp, lane;
   const Waiter waiter;
-  int* const first_rows;  // in shared memory
 };
 
 template <LowLatencyCombineConfig kCfg>

@@ -7,7 +7,8 @@
 //   begin[e, s]      = number of selections of e by the ranks before s
 //
 // So the order of rows is always the same: source rank, token, selection. layout_range[e, s] holds
-// begin << 32 | count, src_info the token and, in a second plane, the selection of each row.
+// begin << 32 | count, src_info the token of each row. For the combine, source_rows[s, t, k] is the
+// row that selection k of token t of rank s has become, counted over all slabs, -1 = none here.
 //
 //   slots[d]   two halves of half_bytes: operations of even and of odd epoch
 //              [num_ranks, max_tokens, slot_bytes]; (s, t) on rank d is written by s:
@@ -63,21 +64,23 @@ struct LowLatencyDispatchParams {
   // 4-byte units (one scale, or four exponents): [experts_per_rank, units, num_ranks * max_tokens];
   // kMxfp8, kNvfp4: bytes [experts_per_rank, num_ranks * max_tokens, scales]
   char* recv_scales;
-  int32_t* recv_count;    // [experts_per_rank]
-  int32_t* src_info;      // [2, experts_per_rank, num_ranks * max_tokens]: token, selection
-  int64_t* layout_range;  // [experts_per_rank, num_ranks]
-  int32_t* recv_stats;    // [experts_per_rank], += rows; or null
-  int64_t* wait_cost;     // [num_ranks], += cycles until its counts were here; or null
-  uint64_t slots[8];      // symmetric, of each rank
-  uint64_t words[8];      // symmetric, of each rank
-  uint64_t counts[8];     // symmetric, of each rank
-  uint64_t signals[8];    // symmetric, of each rank
-  uint64_t* plan;         // local
-  uint32_t* counters;     // local [3]: ticket, next unit, next row; zero on entry and on exit
-  uint32_t* epoch;        // local [1]
-  uint64_t* fault;        // host [8]
-  uint32_t* abort;        // local [1]
-  uint32_t* mask;         // local [num_ranks], or null
+  int32_t* recv_count;     // [experts_per_rank]
+  int32_t* src_info;       // [experts_per_rank, num_ranks * max_tokens]
+  int64_t* layout_range;   // [experts_per_rank, num_ranks]
+  int32_t* source_tokens;  // [num_ranks]: tokens of each source, 0 when it is masked
+  int32_t* source_rows;    // [num_ranks, max_tokens, num_topk]; undefined beyond source_tokens
+  int32_t* recv_stats;     // [experts_per_rank], += rows; or null
+  int64_t* wait_cost;      // [num_ranks], += cycles until its counts were here; or null
+  uint64_t slots[8];       // symmetric, of each rank
+  uint64_t words[8];       // symmetric, of each rank
+  uint64_t counts[8];      // symmetric, of each rank
+  uint64_t signals[8];     // symmetric, of each rank
+  uint64_t* plan;          // local
+  uint32_t* counters;      // local [3]: ticket, next unit, next row; zero on entry and on exit
+  uint32_t* epoch;         // local [1]
+  uint64_t* fault;         // host [8]
+  uint32_t* abort;         // local [1]
+  uint32_t* mask;          // local [num_ranks], or null
   uint64_t timeout_ns;
   int64_t half_bytes;
   int32_t words_stride;   // words of a half
@@ -137,6 +140,7 @@ class LowLatencyDispatch {
         shared(reinterpret_cast<uint32_t*>(ptx::dynamic_shared())) {}
 
   __device__ void run() {
+    if (threadIdx.x == 0) shared_unit() = draw();
     if (__syncthreads_and(ptx::ld_relaxed_gpu(p.abort) == 0) && block_units() && p.receives)
       receive();
     if (is_last_block(p.counters, 3) && lane == 0 && p.receives) *p.epoch = waiter.epoch;
@@ -193,9 +197,7 @@ class LowLatencyDispatch {
     const int chunk = max(1, ceil_div(p.num_tokens, max(static_cast<int>(gridDim.x) - 1, 1)));
     const uint32_t num_sends = p.sends ? 1 + ceil_div(p.num_tokens, chunk) : 0;
     for (;;) {
-      if (threadIdx.x == 0) shared_unit() = atomicAdd(p.counters + 1, 1u);
-      __syncthreads();
-      const uint32_t unit = shared_unit();
+      const uint32_t unit = shared_unit();  // the first one is drawn
       if (unit > num_sends) return true;
       if (unit == num_sends) return !p.receives || make_plan();
       if (unit == 0)
@@ -203,8 +205,12 @@ class LowLatencyDispatch {
       else
         send_chunk((unit - 1) * chunk, min(static_cast<int>(unit) * chunk, p.num_tokens));
       __syncthreads();
+      if (threadIdx.x == 0) shared_unit() = draw();
+      __syncthreads();
     }
   }
+
+  __device__ uint32_t draw() const { return atomicAdd(p.counters + 1, 1u); }
 
   // ---- send -------------------------------------------------------------------------------------
 
@@ -248,10 +254,14 @@ class LowLatencyDispatch {
   __device__ void send_chunk(int first, int last) {
     RowPart part;
     load(first, part);  // on its way while the block counts
+    int selected = lane < kTopk ? expert(first, lane) : -1;
     count_selections(first);
     for (int token = first; token < last; ++token) {
-      if (token != first) load(token, part);
-      if (warp == 0) send_selections(token);
+      if (token != first) {
+        load(token, part);
+        selected = lane < kTopk ? expert(token, lane) : -1;
+      }
+      if (warp == 0) send_selections(token, selected);
       __syncthreads();
       const uint32_t readers = shared_readers();
       store(token, readers, part);
@@ -262,9 +272,9 @@ class LowLatencyDispatch {
     }
   }
 
-  // Where each selection comes among those of its expert, to all ranks of the token.
-  __device__ void send_selections(int token) {
-    const int e = lane < kTopk ? expert(token, lane) : -1;
+  // Where each selection comes among those of its expert, to all ranks of the token; lane k has the
+  // expert of selection k.
+  __device__ void send_selections(int token, int e) {
     const uint32_t same = __match_any_sync(kFullMask, e);
     const uint32_t before = __popc(same & ((1u << lane) - 1));
     const uint32_t position = e >= 0 ? histogram()[e] + before : 0;
@@ -323,7 +333,8 @@ class LowLatencyDispatch {
     for (int i = threadIdx.x; i < kRanks * (kLocal + 1) && ok; i += kThreads) {
       const int source = i / (kLocal + 1), e = i % (kLocal + 1);
       if (shared_arrived(source) == 0) continue;
-      if (!wait_stamp(kWaitLowLatencyDispatchCounts, source, e, counts(p.rank, source) + e)) {
+      uint64_t seen;
+      if (!wait_stamp(kWaitLowLatencyDispatchCounts, source, e, counts(p.rank, source) + e, seen)) {
         shared_arrived(source) = 0;
         ok = is_masked(waiter, source);
       }
@@ -353,14 +364,15 @@ class LowLatencyDispatch {
           shared_arrived(threadIdx.x) != 0
               ? static_cast<uint32_t>(ptx::ld_acquire_sys(counts(p.rank, threadIdx.x) + kLocal))
               : 0;
+      p.source_tokens[threadIdx.x] = static_cast<int32_t>(tokens);
       ptx::st_relaxed_sys(plan(threadIdx.x) + kLocal, stamp(waiter.epoch, tokens));
     }
     return true;
   }
 
   // Waits for a word of this epoch from `peer`.
-  __device__ bool wait_stamp(WaitTag tag, int peer, int index, const uint64_t* word) const {
-    uint64_t seen;
+  __device__ bool wait_stamp(WaitTag tag, int peer, int index, const uint64_t* word,
+                             uint64_t& seen) const {
     return wait_until(waiter, tag, peer, index, stamp(waiter.epoch, 0), word, seen,
                       [&](uint64_t value) { return value >> 32 == waiter.epoch; });
   }
@@ -399,61 +411,80 @@ class LowLatencyDispatch {
 
   __device__ bool receive_token(int source, int token, int part) const {
     // All lanes look, so that each has acquired what the word publishes.
-    const uint64_t* const arrival = word(p.rank, source, token);
-    if (!all_lanes(wait_stamp(kWaitLowLatencyDispatchToken, source, token, arrival))) {
+    uint64_t seen;
+    if (!all_lanes(wait_stamp(kWaitLowLatencyDispatchToken, source, token,
+                              word(p.rank, source, token), seen))) {
       const bool masked = __all_sync(kFullMask, is_masked(waiter, source));
       if (masked) drop(source);
       return masked;
     }
-    if (static_cast<uint32_t>(ptx::ld_acquire_sys(arrival)) == 0) return true;
+    int32_t* const source_rows =
+        p.source_rows + (static_cast<int64_t>(source) * p.max_tokens + token) * kTopk;
+    if (static_cast<uint32_t>(seen) == 0) {
+      if (part == 0 && lane < kTopk) source_rows[lane] = -1;
+      return true;
+    }
+
+    // The row is on its way while the lanes find out where it goes.
+    const char* const src = slot(p.rank, source, token);
+    const int part_vecs = align_up(ceil_div(kVecs, p.num_parts), kWarpSize);
+    const int last = min(kVecs, (part + 1) * part_vecs);
+    int first = part * part_vecs;
+    Vec16 v[kBatch];
+    load_batch(src, first, last, v);
 
     // Lane k has where selection k goes, -1 = to another rank.
-    const char* const src = slot(p.rank, source, token);
-    int64_t row = -1;
-    uint32_t begin = 0;
+    int row = -1;
     bool ok = true;
     if (lane < kTopk) {
       const int32_t* const selection =
           reinterpret_cast<const int32_t*>(src + kSelections) + 2 * lane;
       const int e = selection[0] - p.rank * kLocal;
       if (selection[0] >= 0 && e >= 0 && e < kLocal) {
+        uint32_t begin;
         ok = planned(plan(source) + e, begin);
         const uint32_t position = begin + selection[1];
-        if (position < rows_a_slab()) row = static_cast<int64_t>(e) * rows_a_slab() + position;
+        if (position < rows_a_slab()) row = static_cast<int>(e * rows_a_slab() + position);
       }
     }
     if (!all_lanes(ok)) return false;
     const uint32_t here = __ballot_sync(kFullMask, row >= 0);
-    if (part == 0 && row >= 0) {
-      p.src_info[row] = token;
-      p.src_info[static_cast<int64_t>(kLocal) * rows_a_slab() + row] = lane;
+    if (part == 0) {
+      if (lane < kTopk) source_rows[lane] = row;
+      if (row >= 0) p.src_info[row] = token;
+      if constexpr (kScaleBytes > 0) copy_scales(src + kRowBytes, row, here);
     }
-    copy_row(src, row, here, part);
-    if constexpr (kScaleBytes > 0)
-      if (part == 0) copy_scales(src + kRowBytes, row, here);
-    return true;
-  }
-
-  __device__ void copy_row(const char* src, int64_t row, uint32_t here, int part) const {
-    constexpr int kVecs = kRowBytes / 16;
-    constexpr int kUnroll = 8;
-    const int part_vecs = align_up(ceil_div(kVecs, p.num_parts), kWarpSize);
-    const int last = min(kVecs, (part + 1) * part_vecs);
-    for (int first = part * part_vecs + lane; first - lane < last; first += kUnroll * kWarpSize) {
-      Vec16 v[kUnroll];
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i)
-        if (first + i * kWarpSize < last) v[i] = ptx::ld_v4(src + (first + i * kWarpSize) * 16);
+    for (;;) {
       for (uint32_t left = here; left != 0; left &= left - 1) {
-        char* const dst = p.recv_x + __shfl_sync(kFullMask, row, __ffs(left) - 1) * kRowBytes;
-#pragma unroll
-        for (int i = 0; i < kUnroll; ++i)
-          if (first + i * kWarpSize < last) ptx::st_v4(dst + (first + i * kWarpSize) * 16, v[i]);
+        const int64_t dst_row = __shfl_sync(kFullMask, row, __ffs(left) - 1);
+        store_batch(p.recv_x + dst_row * kRowBytes, first, last, v);
       }
+      first += kBatch * kWarpSize;
+      if (first >= last) return true;
+      load_batch(src, first, last, v);
     }
   }
 
-  __device__ void copy_scales(const char* src, int64_t row, uint32_t here) const {
+  static constexpr int kVecs = kRowBytes / 16;
+  static constexpr int kBatch = 8;  // pieces of 16 bytes in flight a thread
+
+  __device__ void load_batch(const char* src, int first, int last, Vec16 (&v)[kBatch]) const {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int vec = first + i * kWarpSize + lane;
+      if (vec < last) v[i] = ptx::ld_v4(src + vec * 16);
+    }
+  }
+
+  __device__ void store_batch(char* dst, int first, int last, const Vec16 (&v)[kBatch]) const {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int vec = first + i * kWarpSize + lane;
+      if (vec < last) ptx::st_v4(dst + vec * 16, v[i]);
+    }
+  }
+
+  __device__ void copy_scales(const char* src, int row, uint32_t here) const {
     for (uint32_t left = here; left != 0; left &= left - 1) {
       const int64_t dst = __shfl_sync(kFullMask, row, __ffs(left) - 1);
       if constexpr (kScalesByColumn) {
@@ -472,6 +503,7 @@ class LowLatencyDispatch {
 
   // A source that was masked after its counts came has sent nothing.
   __device__ void drop(int source) const {
+    p.source_tokens[source] = 0;
     for (int e = lane; e < kLocal; e += kWarpSize)
       reinterpret_cast<uint32_t*>(p.layout_range)[2 * (e * kRanks + source)] = 0;
   }
