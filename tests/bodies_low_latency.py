@@ -67,8 +67,9 @@ def rounds(buffer: Buffer, num_rounds: int, max_tokens: int, *, num_sms: int = 0
     """
     for seed in range(num_rounds):
         rng = random.Random(seed)
+        is_mixed = num_sms and rng.random() < 0.3
         be_late(buffer, rng)
-        if num_sms and rng.random() < 0.3:
+        if is_mixed:
             ranks = buffer.group_size
             check_round(buffer, random_round(ranks, seed, num_sms=num_sms, max_tokens=max_tokens))
         case = random_low_latency_round(buffer.group_size, 3000 + seed, max_tokens=max_tokens)
@@ -371,9 +372,9 @@ def shrink(buffer: Buffer, op: str, absent: int, limit_seconds: float, meet: Any
     for seed in range(2, 5):  # the first round loses the rank, the others are without it
         at = {"dispatch": 0, "combine": 1, "clean": 2}[op] if seed == 2 else 0
         if rank != absent:
-            _round_without(buffer, dataclasses.replace(case, seed=seed), masked, at)
+            round_without(buffer, dataclasses.replace(case, seed=seed), masked, at)
         elif seed == 2:
-            _round_up_to(buffer, dataclasses.replace(case, seed=seed), at)
+            round_up_to(buffer, dataclasses.replace(case, seed=seed), at)
     assert time.monotonic() - start < limit_seconds
     if rank != absent:
         buffer.low_latency_query_mask_buffer(status)
@@ -395,7 +396,7 @@ def shrink(buffer: Buffer, op: str, absent: int, limit_seconds: float, meet: Any
     assert_rows_equal(status, everybody, f"rank {rank}: mask at the end")
 
 
-def _round_up_to(buffer: Buffer, case: LowLatencyRound, num_ops: int) -> None:
+def round_up_to(buffer: Buffer, case: LowLatencyRound, num_ops: int) -> None:
     """The first operations of a round, of which nothing is compared."""
     ranked = RankRound(buffer, case)
     if num_ops > 0:
@@ -405,7 +406,7 @@ def _round_up_to(buffer: Buffer, case: LowLatencyRound, num_ops: int) -> None:
     bodies.synchronize(buffer)
 
 
-def _round_without(
+def round_without(
     buffer: Buffer, case: LowLatencyRound, masked: torch.Tensor, num_with: int
 ) -> None:
     """Dispatch, combine, clean; rank `masked` takes part in the first `num_with` of them."""
