@@ -1019,12 +1019,12 @@ class Buffer:
             ValueError: There is no such rank.
             RuntimeError: The buffer was made without `enable_shrink`.
         """
-        masked = self._mask("low_latency_update_mask_buffer")
+        mode = self._masking_mode("low_latency_update_mask_buffer")
         if not 0 <= rank_to_mask < self.group_size:
             raise ValueError(
                 f"rank_to_mask is {rank_to_mask}, but must be between 0 and {self.group_size - 1}"
             )
-        masked[rank_to_mask].fill_(int(mask))
+        mode.mask[rank_to_mask].fill_(int(mask))
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
         """Copies the mask of this rank, which also has the ranks that did not answer in time.
@@ -1036,7 +1036,7 @@ class Buffer:
             TypeError, ValueError: Not such a tensor.
             RuntimeError: The buffer was made without `enable_shrink`.
         """
-        masked = self._mask("low_latency_query_mask_buffer")
+        mode = self._masking_mode("low_latency_query_mask_buffer")
         check(
             "mask_status",
             mask_status,
@@ -1045,7 +1045,7 @@ class Buffer:
             device=self.device,
             why="one word for each rank",
         )
-        mask_status.copy_(masked)
+        mask_status.copy_(mode.mask)
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Takes all masks of this rank away. Local, on the current stream.
@@ -1053,7 +1053,7 @@ class Buffer:
         Raises:
             RuntimeError: The buffer was made without `enable_shrink`.
         """
-        self._mask("low_latency_clean_mask_buffer").zero_()
+        self._masking_mode("low_latency_clean_mask_buffer").mask.zero_()
 
     def low_latency_warmup(
         self,
@@ -1162,15 +1162,15 @@ class Buffer:
 
         return hook
 
-    def _mask(self, op: str) -> torch.Tensor:
-        """The words of `enable_shrink`."""
+    def _masking_mode(self, op: str) -> LowLatency | CpuLowLatency:
+        """What runs the low-latency calls, with masks."""
         self._check_alive(fault=False)
         if self._low_latency is None or not self.enable_shrink:
             raise RuntimeError(
                 f"{op} needs a Buffer that was made with low_latency_mode=True and "
                 "enable_shrink=True"
             )
-        return self._low_latency.mask
+        return self._low_latency
 
     # ---- checks ----------------------------------------------------------------------------------
 

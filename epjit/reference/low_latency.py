@@ -436,8 +436,8 @@ def logfmt_round_trip(rows: Tensor) -> Tensor:
     Returns:
         float32 `[n, H]`; each operation is one in float32, rounded.
     """
-    shape = (rows.shape[0], rows.shape[1] // _LOGFMT_BLOCK, _LOGFMT_BLOCK)
-    signed = rows.contiguous().view(torch.int16).view(shape)
+    blocks = (rows.shape[1] // _LOGFMT_BLOCK, _LOGFMT_BLOCK)
+    signed = rows.contiguous().view(torch.int16).unflatten(1, blocks)
     patterns = signed.to(torch.int32) & 0x7FFF
     highest = patterns.amax(dim=2, keepdim=True)
     lowest = patterns.masked_fill(patterns == 0, 0x7FFF).amin(dim=2, keepdim=True)

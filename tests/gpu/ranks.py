@@ -23,8 +23,9 @@ def run_ranks(
     num_buffers: int = 1,
     timeout_seconds: float = 20,
     timeout: float = 240,
+    **options: Any,
 ) -> list[Any]:
-    """Runs ``body(buffer, ..., *args)`` on every rank.
+    """Runs ``body(buffer, ..., *args)`` on every rank; `options` are those of `Buffer`.
 
     Each thread has its own stream: with a shared one, a rank would wait for what another rank has
     queued.
@@ -42,6 +43,7 @@ def run_ranks(
                     comm=comm,
                     explicitly_destroy=True,
                     timeout_seconds=timeout_seconds,
+                    **options,
                 )
                 for _ in range(num_buffers)
             ]
