@@ -1062,7 +1062,7 @@ LOW_LATENCY_DISPATCH = [
             (192, "fp8", 128, {"use_fp8": True}),
             (640, "fp8_ue8m0", 512, {"use_fp8": True, "round_scale": True, "use_ue8m0": True}),
             (48, "mxfp8", 32, {"quantization": "mxfp8"}),
-            (24, "nvfp4", 16, {"quantization": "nvfp4"}),
+            (48, "nvfp4", 32, {"quantization": "nvfp4"}),
         )
     ),
     *(
