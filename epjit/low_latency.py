@@ -97,7 +97,7 @@ class LowLatencyDispatchConfig(KernelConfig):
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: a counter for each expert, a few words of the block."""
-        return 4 * (self.num_experts + 2 + MAX_RANKS)
+        return 4 * (self.num_experts + 2 + 2 * MAX_RANKS)
 
     @property
     def slot_bytes(self) -> int:
@@ -283,12 +283,9 @@ class LowLatency:
         self.memory = SymmetricMemory(
             self._arena.total, group=group, device=device.index, fabric=use_fabric
         )
-        # Counters 0..2, epoch 32, abort 33, state of clean 40..48, mask 56..63.
-        self._local = torch.zeros(64, dtype=torch.int32, device=device)
+        # Counters 0..2, epoch 32, abort 33, state of clean 40..48, mask 56..63, decisions 64..71.
+        self._local = torch.zeros(72, dtype=torch.int32, device=device)
         self.mask = self._local[56 : 56 + group.size]
-        self._plan = torch.zeros(
-            group.size * self._arena.counts_stride, dtype=torch.int64, device=device
-        )
         self._fault = FaultRecord()
         self._launches: dict[LowLatencyDispatchShape | LowLatencyCombineShape, Launch] = {}
         self._clean = Launch(
@@ -354,7 +351,7 @@ class LowLatency:
             bound.update(
                 counts=self._everywhere(arena.counts),
                 counts_stride=arena.counts_stride,
-                plan=self._plan.data_ptr(),
+                decisions=self._local[64:].data_ptr(),
             )
         launch = Launch(Kernel(config, device=self._device.index), **bound)
         if not self._shrink:
@@ -548,7 +545,6 @@ class LowLatency:
         self._group.reset()
         self.memory.tensor(torch.uint8)[self._arena.signals :].zero_()
         self._local.zero_()
-        self._plan.zero_()
         torch.cuda.synchronize(self._device)
         self._fault.clear()
         self._group.barrier()

@@ -87,8 +87,7 @@ class Rank:
     counts: Tensor
     signals: Tensor
     meetings: Tensor
-    plan: Tensor
-    local: Tensor  # counters, epoch 32, abort 33, state of clean 40, mask 56
+    local: Tensor  # counters, epoch 32, abort 33, state of clean 40, mask 56, decisions 64
     fault: Tensor
     launches: list[Launch] = field(default_factory=list)
     checks: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
@@ -118,8 +117,7 @@ class World:
                 counts=guarded(2 * num_counts, dtype=torch.int64, fill=0),
                 signals=guarded(40, dtype=torch.int64, fill=0),
                 meetings=guarded(3 * shape.num_ranks, dtype=torch.int64, fill=0),
-                plan=guarded(num_counts, dtype=torch.int64, fill=0),
-                local=guarded(64, dtype=torch.int32, fill=0),
+                local=guarded(72, dtype=torch.int32, fill=0),
                 fault=guarded(8, dtype=torch.int64, fill=0),
             )
             for _ in range(shape.num_ranks)
@@ -136,7 +134,7 @@ class World:
             "counts": [each.counts for each in self.ranks],
             "signals": [each.signals for each in self.ranks],
             "meetings": [each.meetings for each in self.ranks],
-            "plan": mine.plan,
+            "decisions": mine.local[64:],
             "counters": mine.local,
             "epoch": mine.local[32:],
             "abort": mine.local[33:],
@@ -191,7 +189,7 @@ class World:
             rank.checks.clear()
             for memory in (rank.words, rank.counts, rank.signals, rank.meetings):
                 memory.zero_()
-            for memory in (rank.plan, rank.local, rank.fault):
+            for memory in (rank.local, rank.fault):
                 memory.zero_()
 
 

@@ -110,9 +110,14 @@ class LowLatencyCombine {
         waiter(start_operation<kRanks>(p, kWaitLowLatencyCombineStart)) {}
 
   __device__ void run() {
-    if (__all_sync(kFullMask, ptx::ld_relaxed_gpu(p.abort) == 0)) {
+    const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);
+    const bool pushes = kRanks > 1 && p.sends && warp < kCfg.num_push_warps;
+    // Loaded and drawn early: all of it is on its way at once.
+    const int tokens = pushes && lane < kRanks && lane != p.rank ? p.source_tokens[lane] : 0;
+    const uint32_t unit = pushes ? next_unit(p.counters + 1, lane) : 0;
+    if (__all_sync(kFullMask, aborted == 0)) {
       if constexpr (kRanks > 1)
-        if (p.sends && warp < kCfg.num_push_warps) push();
+        if (pushes) push(unit, tokens);
       if (p.receives && meet_peers()) reduce();
     }
     if (is_last_block(p.counters, 3) && lane == 0 && p.receives) *p.epoch = waiter.epoch;
@@ -145,10 +150,9 @@ class LowLatencyCombine {
 
   // ---- push -------------------------------------------------------------------------------------
 
-  __device__ void push() {
-    uint32_t unit = next_unit(p.counters + 1, lane);
+  // Lane s has the number of tokens of owner s.
+  __device__ void push(uint32_t unit, int tokens) {
     Copier copier(ptx::dynamic_shared(), warp, lane);
-    const int tokens = lane < kRanks && lane != p.rank ? p.source_tokens[lane] : 0;
     const uint32_t num_units = __reduce_max_sync(kFullMask, tokens) * (kRanks - 1) * kGroups;
     while (unit < num_units) {
       // Drawn early: its latency hides behind the copy.

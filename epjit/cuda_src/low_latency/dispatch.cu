@@ -17,12 +17,11 @@
 //              or stamp(epoch, 0) for a token that does not go to d
 //   counts[d]  two halves [num_ranks, counts_stride] u64; row s by s, as early as it can: stamp(epoch,
 //              selections of each of d's experts), then stamp(epoch, tokens that s holds)
-//   plan       local [num_ranks, counts_stride] u64: stamp(epoch, begin[e, s]), then stamp(epoch,
-//              tokens of s, 0 when it is masked): one block decides for all
 //
 // Units of a block, drawn in this order: the counts; chunks of tokens, cast and written to each rank
-// (through registers: a token a block at a time); the plan, which waits for the counts of all
-// ranks. Then the warps draw (token, source, part) and copy it from its slot to its experts.
+// (through registers: a token a block at a time). When none is left, every block waits for the
+// counts of all ranks and adds them up, one of them for the outputs. Then the warps draw (token,
+// source, part) and copy it from its slot to its experts.
 //
 // Progress: what is sent waits for nothing, and whoever waits has found all sending drawn by a block
 // that runs. So the grid need not be resident as a whole, and nothing is asked of what else runs on
@@ -32,13 +31,14 @@
 // after these have ended n - 1. Operation n + 1 may thus write where n - 1 was, without a wait.
 //
 // Order: rows by any thread -> __syncthreads -> st.release.sys of a word -> ld.acquire.sys by the
-// warp that copies. Counts and plan are words that hold their own epoch: no order is needed.
+// warp that copies. Counts are words that hold their own epoch: no order is needed.
 //
 // Tokens that name an expert several times can fill its slab; rows beyond it are not received, and
 // the combine that waits for them says so.
 //
-// A masked peer is neither sent to nor waited for. One that stops between its counts and its rows
-// leaves rows undefined that recv_count includes; layout_range then counts none of them.
+// A masked peer is neither sent to nor waited for; `decisions` makes all blocks agree on who is one.
+// One that stops between its counts and its rows leaves rows undefined that recv_count includes;
+// layout_range then counts none of them.
 //
 // Launch: any grid, dispatch_threads() threads. Graph-safe.
 #include "epjit/cast.cuh"
@@ -75,7 +75,7 @@ struct LowLatencyDispatchParams {
   uint64_t words[8];       // symmetric, of each rank
   uint64_t counts[8];      // symmetric, of each rank
   uint64_t signals[8];     // symmetric, of each rank
-  uint64_t* plan;          // local
+  uint32_t* decisions;     // local [num_ranks]: epoch << 1 | whether the source is received
   uint32_t* counters;      // local [3]: ticket, next unit, next row; zero on entry and on exit
   uint32_t* epoch;         // local [1]
   uint64_t* fault;         // host [8]
@@ -95,9 +95,10 @@ struct LowLatencyDispatchParams {
 
 constexpr int dispatch_threads(LowLatencyDispatchConfig cfg) { return cfg.num_warps * kWarpSize; }
 
-// Selections of each expert before a chunk, and what the block's threads tell each other.
+// Selections of each expert before a chunk, or the table of make_plan(); what threads tell each
+// other.
 constexpr int dispatch_shared_bytes(LowLatencyDispatchConfig cfg) {
-  return 4 * (cfg.num_experts + 2 + kMaxRanks);
+  return 4 * (cfg.num_experts + 2 + 2 * kMaxRanks);
 }
 
 constexpr int dispatch_slot_bytes(LowLatencyDispatchConfig cfg) {
@@ -106,6 +107,16 @@ constexpr int dispatch_slot_bytes(LowLatencyDispatchConfig cfg) {
                       8 * cfg.num_topk,
                   128);
 }
+
+template <bool kWords>
+struct ScaleUnitOf {
+  using Type = uint32_t;
+};
+
+template <>
+struct ScaleUnitOf<false> {
+  using Type = unsigned char;
+};
 
 template <LowLatencyDispatchConfig kCfg>
 class LowLatencyDispatch {
@@ -125,6 +136,10 @@ class LowLatencyDispatch {
   static constexpr int kPieces = kElements / 8;  // of 16 bytes
   static constexpr int kItems = kCfg.hidden / kElements;
   static constexpr int kItemsAThread = ceil_div(kItems, kThreads);
+  // Scales are moved in words where they can be.
+  using ScaleUnit = typename ScaleUnitOf<kScaleBytes % 4 == 0>::Type;
+  static constexpr int kScaleUnits = kScaleBytes / static_cast<int>(sizeof(ScaleUnit));
+  static constexpr int kScaleUnitsALane = ceil_div(kScaleUnits, kWarpSize);
   static_assert(kRanks >= 1 && kRanks <= kMaxRanks && kExperts % kRanks == 0);
   static_assert(kTopk >= 1 && kTopk <= kMaxTopk);
   static_assert(kRowBytes % 16 == 0, "a row is moved in pieces of 16 bytes");
@@ -140,10 +155,19 @@ class LowLatencyDispatch {
         shared(reinterpret_cast<uint32_t*>(ptx::dynamic_shared())) {}
 
   __device__ void run() {
+    const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);
     if (threadIdx.x == 0) shared_unit() = draw();
-    if (__syncthreads_and(ptx::ld_relaxed_gpu(p.abort) == 0) && block_units() && p.receives)
-      receive();
-    if (is_last_block(p.counters, 3) && lane == 0 && p.receives) *p.epoch = waiter.epoch;
+    if (__syncthreads_and(aborted == 0)) {
+      const bool tells = send();
+      if (p.receives) {
+        uint32_t unit = 0;  // drawn early: its latency hides behind the plan
+        if (lane == 0) unit = atomicAdd(p.counters + 2, 1u);
+        if (make_plan(tells)) receive(__shfl_sync(kFullMask, unit, 0));
+      }
+    }
+    if (!is_last_block(p.counters, 3) || !p.receives) return;
+    if (p.mask != nullptr) drop_masked();
+    if (lane == 0) *p.epoch = waiter.epoch;
   }
 
  private:
@@ -168,15 +192,17 @@ class LowLatencyDispatch {
            static_cast<int64_t>(half() * kRanks + source) * p.counts_stride;
   }
 
-  __device__ uint64_t* plan(int source) const {
-    return p.plan + static_cast<int64_t>(source) * p.counts_stride;
-  }
-
-  // In shared memory: selections of an expert, then the next unit, then the ranks of the token.
+  // In shared memory: selections of an expert, or the table of make_plan() [kRanks, kLocal + 1]; then
+  // the next unit, the ranks of the token, whether the counts of a source have come.
   __device__ uint32_t* histogram() const { return shared; }
-  __device__ uint32_t& shared_unit() const { return shared[kExperts]; }
-  __device__ uint32_t& shared_readers() const { return shared[kExperts + 1]; }
-  __device__ uint32_t& shared_arrived(int source) const { return shared[kExperts + 2 + source]; }
+  __device__ uint32_t& planned(int source, int e) const {
+    return shared[source * (kLocal + 1) + e];
+  }
+  __device__ uint32_t& shared_unit() const { return shared[kExperts + kMaxRanks]; }
+  __device__ uint32_t& shared_readers() const { return shared[kExperts + kMaxRanks + 1]; }
+  __device__ uint32_t& shared_arrived(int source) const {
+    return shared[kExperts + kMaxRanks + 2 + source];
+  }
 
   // Global expert of a selection, -1 for none.
   __device__ int expert(int token, int k) const {
@@ -190,16 +216,15 @@ class LowLatencyDispatch {
     }
   }
 
-  // ---- units of a block -------------------------------------------------------------------------
+  // ---- send -------------------------------------------------------------------------------------
 
-  // False: leave.
-  __device__ bool block_units() {
+  // True for one block, the first that finds nothing left.
+  __device__ bool send() {
     const int chunk = max(1, ceil_div(p.num_tokens, max(static_cast<int>(gridDim.x) - 1, 1)));
-    const uint32_t num_sends = p.sends ? 1 + ceil_div(p.num_tokens, chunk) : 0;
+    const uint32_t num_units = p.sends ? 1 + ceil_div(p.num_tokens, chunk) : 0;
     for (;;) {
       const uint32_t unit = shared_unit();  // the first one is drawn
-      if (unit > num_sends) return true;
-      if (unit == num_sends) return !p.receives || make_plan();
+      if (unit >= num_units) return unit == num_units;
       if (unit == 0)
         send_counts();
       else
@@ -211,8 +236,6 @@ class LowLatencyDispatch {
   }
 
   __device__ uint32_t draw() const { return atomicAdd(p.counters + 1, 1u); }
-
-  // ---- send -------------------------------------------------------------------------------------
 
   // Counts the selections of the first `num_tokens` tokens.
   __device__ void count_selections(int num_tokens) {
@@ -325,7 +348,9 @@ class LowLatencyDispatch {
 
   // ---- plan -------------------------------------------------------------------------------------
 
-  __device__ bool make_plan() {
+  // Where rows go: planned(s, e) = begin[e, s], planned(s, kLocal) = tokens of s, 0 when it is
+  // masked. `tells`: this block writes the outputs that follow from it. False: leave.
+  __device__ bool make_plan(bool tells) {
     if (threadIdx.x < kRanks) shared_arrived(threadIdx.x) = !is_masked(waiter, threadIdx.x);
     __syncthreads();
     const uint64_t start = ptx::clock64();
@@ -338,36 +363,57 @@ class LowLatencyDispatch {
         shared_arrived(source) = 0;
         ok = is_masked(waiter, source);
       }
-      if (e == kLocal && p.wait_cost != nullptr && source != p.rank)
+      planned(source, e) = static_cast<uint32_t>(seen);
+      if (tells && e == kLocal && p.wait_cost != nullptr && source != p.rank)
         p.wait_cost[source] += static_cast<int64_t>(ptx::clock64() - start);
     }
     if (!__syncthreads_and(ok)) return false;
+    if (p.mask != nullptr) {
+      if (threadIdx.x < kRanks) shared_arrived(threadIdx.x) = decide(threadIdx.x);
+      __syncthreads();
+    }
 
     for (int e = threadIdx.x; e < kLocal; e += kThreads) {
       uint32_t begin = 0;
       for (int source = 0; source < kRanks; ++source) {
-        const uint32_t sent =
-            shared_arrived(source) != 0
-                ? static_cast<uint32_t>(ptx::ld_acquire_sys(counts(p.rank, source) + e))
-                : 0;
+        const uint32_t sent = shared_arrived(source) != 0 ? planned(source, e) : 0;
         const uint32_t count = min(sent, rows_a_slab() - begin);
-        p.layout_range[e * kRanks + source] =
-            static_cast<int64_t>(static_cast<uint64_t>(begin) << 32 | count);
-        ptx::st_relaxed_sys(plan(source) + e, stamp(waiter.epoch, begin));
+        planned(source, e) = begin;
+        if (tells)
+          p.layout_range[e * kRanks + source] =
+              static_cast<int64_t>(static_cast<uint64_t>(begin) << 32 | count);
         begin += count;
       }
+      if (!tells) continue;
       p.recv_count[e] = static_cast<int32_t>(begin);
       if (p.recv_stats != nullptr) p.recv_stats[e] += static_cast<int32_t>(begin);
     }
     if (threadIdx.x < kRanks) {
-      const uint32_t tokens =
-          shared_arrived(threadIdx.x) != 0
-              ? static_cast<uint32_t>(ptx::ld_acquire_sys(counts(p.rank, threadIdx.x) + kLocal))
-              : 0;
-      p.source_tokens[threadIdx.x] = static_cast<int32_t>(tokens);
-      ptx::st_relaxed_sys(plan(threadIdx.x) + kLocal, stamp(waiter.epoch, tokens));
+      uint32_t& tokens = planned(threadIdx.x, kLocal);
+      if (shared_arrived(threadIdx.x) == 0) tokens = 0;
+      if (tells) p.source_tokens[threadIdx.x] = static_cast<int32_t>(tokens);
     }
+    __syncthreads();
     return true;
+  }
+
+  // Whether a source is received: what the first block has found.
+  __device__ bool decide(int source) const {
+    const uint32_t mine = waiter.epoch << 1 | shared_arrived(source);
+    const uint32_t before = ptx::ld_relaxed_gpu(p.decisions + source);
+    if (before >> 1 == mine >> 1) return before & 1;
+    const uint32_t now = atomicCAS(p.decisions + source, before, mine);
+    return (now == before ? mine : now) & 1;
+  }
+
+  // A source that was masked after its counts came has sent nothing.
+  __device__ void drop_masked() const {
+    for (int source = 0; source < kRanks; ++source) {
+      if (ptx::ld_relaxed_gpu(p.decisions + source) != waiter.epoch << 1) continue;
+      p.source_tokens[source] = 0;
+      for (int e = lane; e < kLocal; e += kWarpSize)
+        reinterpret_cast<uint32_t*>(p.layout_range)[2 * (e * kRanks + source)] = 0;
+    }
   }
 
   // Waits for a word of this epoch from `peer`.
@@ -377,25 +423,12 @@ class LowLatencyDispatch {
                       [&](uint64_t value) { return value >> 32 == waiter.epoch; });
   }
 
-  // Waits for a word of the plan; the block that makes it minds the time. False: leave.
-  __device__ bool planned(const uint64_t* word, uint32_t& value) const {
-    for (;;) {
-      const uint64_t seen = ptx::ld_acquire_sys(word);
-      value = static_cast<uint32_t>(seen);
-      if (seen >> 32 == waiter.epoch) return true;
-      if (ptx::ld_relaxed_gpu(p.abort) != 0) return false;
-    }
-  }
-
   // ---- receive ----------------------------------------------------------------------------------
 
-  __device__ void receive() {
+  __device__ void receive(uint32_t unit) {
     // Lane s has the number of tokens of source s.
-    uint32_t tokens = 0;
-    if (!all_lanes(lane >= kRanks || planned(plan(lane) + kLocal, tokens))) return;
-    const uint32_t most = __reduce_max_sync(kFullMask, tokens);
-    const uint32_t num_units = most * kRanks * p.num_parts;
-    uint32_t unit = next_unit(p.counters + 2, lane);
+    const uint32_t tokens = lane < kRanks ? planned(lane, kLocal) : 0;
+    const uint32_t num_units = __reduce_max_sync(kFullMask, tokens) * kRanks * p.num_parts;
     while (unit < num_units) {
       const uint32_t next = next_unit(p.counters + 2, lane);
       const uint32_t row = unit / p.num_parts;
@@ -415,7 +448,7 @@ class LowLatencyDispatch {
     if (!all_lanes(wait_stamp(kWaitLowLatencyDispatchToken, source, token,
                               word(p.rank, source, token), seen))) {
       const bool masked = __all_sync(kFullMask, is_masked(waiter, source));
-      if (masked) drop(source);
+      if (masked && lane == 0) atomicExch(p.decisions + source, waiter.epoch << 1);
       return masked;
     }
     int32_t* const source_rows =
@@ -425,34 +458,33 @@ class LowLatencyDispatch {
       return true;
     }
 
-    // The row is on its way while the lanes find out where it goes.
+    // All of it is on its way at once.
     const char* const src = slot(p.rank, source, token);
     const int part_vecs = align_up(ceil_div(kVecs, p.num_parts), kWarpSize);
     const int last = min(kVecs, (part + 1) * part_vecs);
     int first = part * part_vecs;
     Vec16 v[kBatch];
     load_batch(src, first, last, v);
+    [[maybe_unused]] ScaleUnit scales[kScaleUnitsALane + 1];  // there may be none
+    if (part == 0) load_scales(src + kRowBytes, scales);
 
     // Lane k has where selection k goes, -1 = to another rank.
     int row = -1;
-    bool ok = true;
     if (lane < kTopk) {
       const int32_t* const selection =
           reinterpret_cast<const int32_t*>(src + kSelections) + 2 * lane;
       const int e = selection[0] - p.rank * kLocal;
       if (selection[0] >= 0 && e >= 0 && e < kLocal) {
-        uint32_t begin;
-        ok = planned(plan(source) + e, begin);
-        const uint32_t position = begin + selection[1];
+        const uint32_t position = planned(source, e) + selection[1];
         if (position < rows_a_slab()) row = static_cast<int>(e * rows_a_slab() + position);
       }
     }
-    if (!all_lanes(ok)) return false;
     const uint32_t here = __ballot_sync(kFullMask, row >= 0);
     if (part == 0) {
       if (lane < kTopk) source_rows[lane] = row;
       if (row >= 0) p.src_info[row] = token;
-      if constexpr (kScaleBytes > 0) copy_scales(src + kRowBytes, row, here);
+      for (uint32_t left = here; left != 0; left &= left - 1)
+        store_scales(__shfl_sync(kFullMask, row, __ffs(left) - 1), scales);
     }
     for (;;) {
       for (uint32_t left = here; left != 0; left &= left - 1) {
@@ -484,28 +516,25 @@ class LowLatencyDispatch {
     }
   }
 
-  __device__ void copy_scales(const char* src, int row, uint32_t here) const {
-    for (uint32_t left = here; left != 0; left &= left - 1) {
-      const int64_t dst = __shfl_sync(kFullMask, row, __ffs(left) - 1);
-      if constexpr (kScalesByColumn) {
-        constexpr int kUnits = kScaleBytes / 4;
-        const int64_t slab = dst / rows_a_slab(), position = dst % rows_a_slab();
-        for (int i = lane; i < kUnits; i += kWarpSize)
-          reinterpret_cast<uint32_t*>(
-              p.recv_scales)[(slab * kUnits + i) * rows_a_slab() + position] =
-              reinterpret_cast<const uint32_t*>(src)[i];
-      } else {
-        for (int i = lane; i < kScaleBytes; i += kWarpSize)
-          p.recv_scales[dst * kScaleBytes + i] = src[i];
-      }
-    }
+  __device__ void load_scales(const char* src, ScaleUnit* scales) const {
+#pragma unroll
+    for (int i = 0; i < kScaleUnitsALane; ++i)
+      if (i * kWarpSize + lane < kScaleUnits)
+        scales[i] = reinterpret_cast<const ScaleUnit*>(src)[i * kWarpSize + lane];
   }
 
-  // A source that was masked after its counts came has sent nothing.
-  __device__ void drop(int source) const {
-    p.source_tokens[source] = 0;
-    for (int e = lane; e < kLocal; e += kWarpSize)
-      reinterpret_cast<uint32_t*>(p.layout_range)[2 * (e * kRanks + source)] = 0;
+  __device__ void store_scales(int row, const ScaleUnit* scales) const {
+    ScaleUnit* const dst = reinterpret_cast<ScaleUnit*>(p.recv_scales);
+    const int64_t slab = row / rows_a_slab(), position = row % rows_a_slab();
+#pragma unroll
+    for (int i = 0; i < kScaleUnitsALane; ++i) {
+      const int unit = i * kWarpSize + lane;
+      if (unit >= kScaleUnits) continue;
+      if constexpr (kScalesByColumn)
+        dst[(slab * kScaleUnits + unit) * rows_a_slab() + position] = scales[i];
+      else
+        dst[static_cast<int64_t>(row) * kScaleUnits + unit] = scales[i];
+    }
   }
 
   const LowLatencyDispatchParams& p;
