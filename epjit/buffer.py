@@ -189,6 +189,7 @@ class Buffer:
         self._comm: CommStream | None = None
         self._low_latency: LowLatency | CpuLowLatency | None = None
         self._unreceived: Unreceived | None = None
+        self._low_latency_stream: int | None = None  # of the last low-latency call
         if _use_gpu():
             from epjit.intranode import Intranode
             from epjit.layout import Layout
@@ -410,7 +411,8 @@ class Buffer:
     def reset(self) -> None:
         """Makes the buffer usable again after a `CommunicationError`; collective.
 
-        What was under way is lost; a hook that was not called must not be called any more.
+        What was under way is lost, a hook that was not called must not be called any more, and all
+        masks are taken away.
 
         Raises:
             CommunicationError: A rank does not come; names it.
@@ -788,7 +790,7 @@ class Buffer:
 
         Args:
             x: bfloat16 `[T, H]`, `T <= M`, rows a multiple of 16 bytes up to 32 KB; `H` a multiple
-                of 128 with `use_fp8`, 512 with `use_ue8m0`, 32 for mxfp8, 16 for nvfp4. Finite.
+                of 128 with `use_fp8`, 512 with `use_ue8m0`, 32 for mxfp8 and nvfp4. Finite.
             topk_idx: int64 or int32 `[T, K]`, `K <= 32`; anything outside `[0, E)` is no selection.
             num_max_dispatch_tokens_per_rank: `M`, the same on all ranks.
             num_experts: `E`, a multiple of `R`.
@@ -839,7 +841,7 @@ class Buffer:
             recv_stats=cumulative_local_expert_recv_stats,
             wait_cost=dispatch_wait_recv_cost_stats,
         )
-        scope = self._low_latency_scope(async_finish, return_recv_hook)
+        scope = self._low_latency_scope(async_finish)
         with self._lock:
             received, receive = mode.dispatch(
                 scope,
@@ -929,8 +931,8 @@ class Buffer:
             out=out,
             wait_cost=combine_wait_recv_cost_stats,
         )
-        src_info, layout_range, max_tokens, _, num_experts = handle
-        scope = self._low_latency_scope(async_finish, return_recv_hook)
+        src_info, _, max_tokens, _, num_experts = handle
+        scope = self._low_latency_scope(async_finish)
         with self._lock:
             combined_x, receive = mode.combine(
                 scope,
@@ -938,7 +940,6 @@ class Buffer:
                 topk_idx,
                 topk_weights,
                 src_info,
-                layout_range,
                 max_tokens=max_tokens,
                 num_experts=num_experts,
                 use_logfmt=use_logfmt,
@@ -954,7 +955,6 @@ class Buffer:
                 topk_idx,
                 topk_weights,
                 src_info,
-                layout_range,
                 combined_x,
                 combine_wait_recv_cost_stats,
             )
@@ -1004,11 +1004,8 @@ class Buffer:
         mode = self._low_latency_mode("clean_low_latency_buffer")
         self._low_latency_checks.sizes(num_max_dispatch_tokens_per_rank, num_experts)
         self._low_latency_checks.hidden(hidden)
-        stream = 0
-        if self._comm is not None:
-            stream = CurrentStream(self._comm.device).stream
         with self._lock:
-            mode.clean(stream)
+            mode.clean(self._low_latency_scope(False).stream)
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Masks a rank in the low-latency calls of this rank, or takes the mask away.
@@ -1107,7 +1104,6 @@ class Buffer:
         if isinstance(mode, CpuLowLatency):
             return
         mode.warmup(
-            max_tokens=num_max_dispatch_tokens_per_rank,
             hidden=hidden,
             num_experts=num_experts,
             num_topk=num_topk,
@@ -1132,12 +1128,21 @@ class Buffer:
             )
         return self._low_latency
 
-    def _low_latency_scope(self, async_finish: bool, return_recv_hook: bool) -> AnyScope:
+    def _low_latency_scope(self, async_finish: bool) -> AnyScope:
+        """Where a low-latency call runs: only an asynchronous one needs a stream of its own.
+
+        Calls follow each other on the device, whatever streams they are made from.
+        """
         if self._comm is None:
             return CpuScope(async_finish=async_finish)
-        if return_recv_hook:
-            return CurrentStream(self._comm.device)
-        return self._scope(None, async_finish, False)
+        scope: AnyScope = (
+            self._scope(None, True, False) if async_finish else CurrentStream(self._comm.device)
+        )
+        last, self._low_latency_stream = self._low_latency_stream, scope.stream
+        # What is captured runs after what was queued before, by the caller's own order.
+        if last not in (None, scope.stream) and not torch.cuda.is_current_stream_capturing():
+            self._comm.order(last, scope.stream)
+        return scope
 
     def _hook(self, op: str, receive: Hook | None) -> Hook | None:
         """What the caller gets for `receive`: it can be called once, and until reset()."""

@@ -92,12 +92,11 @@ class RowFormat:
             return x, None
         columns = self.num_scale_columns(hidden)
         if self.column_major:
-            memory = torch.empty(
-                (num_local_experts, columns, num_rows), dtype=self.scale_dtype, device=device
-            )
-            return x, memory.transpose(1, 2)
+            strides = (columns * num_rows, 1, num_rows)
+        else:
+            strides = (columns * num_rows, columns, 1)
         shape = (num_local_experts, num_rows, columns)
-        return x, torch.empty(shape, dtype=self.scale_dtype, device=device)
+        return x, torch.empty_strided(shape, strides, dtype=self.scale_dtype, device=device)
 
 
 BF16 = RowFormat("bf16", 0, granularity=8, block=0, bits=16, x_dtype=torch.bfloat16)
@@ -158,7 +157,7 @@ MXFP8 = RowFormat(
 NVFP4 = RowFormat(
     "nvfp4",
     5,
-    granularity=16,
+    granularity=32,
     block=16,
     bits=4,
     x_dtype=torch.uint8,

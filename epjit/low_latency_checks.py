@@ -15,12 +15,12 @@ from epjit.config import (
     MAX_ROW_BYTES,
 )
 from epjit.formats import BF16, NVFP4, RowFormat
-from epjit.reference.low_latency import size_hint
+from epjit.reference.low_latency import routed_topk, size_hint
 
 LowLatencyHandle: TypeAlias = tuple[torch.Tensor, torch.Tensor, int, int, int]
 """What `low_latency_dispatch` leaves for `low_latency_combine`: `src_info` int32 `[E // R, R * M]`,
 `layout_range` int64 `[E // R, R]`, `M`, `H`, `E`. The tensors must be those that the dispatch made:
-behind `src_info`, in its storage, lies which choice of its token each row answers."""
+behind `src_info`, in its storage, lie the `Routes` that the combine follows."""
 
 _LOGFMT_BLOCK = 128
 _QUARTERS = 4  # two of them take turns to receive; the other two are the send buffer
@@ -125,7 +125,7 @@ class LowLatencyChecks:
         wait_cost: torch.Tensor | None,
     ) -> None:
         """Everything that `low_latency_combine` takes."""
-        self.handle(handle)
+        dispatched_topk = self.handle(handle)
         _, _, max_tokens, hidden, num_experts = handle
         shape = (num_experts // self.num_ranks, self.num_ranks * max_tokens, hidden)
         why = "one row for each row of the dispatch, received or not"
@@ -133,6 +133,11 @@ class LowLatencyChecks:
         check_aligned("x", x)
         self._choices(topk_idx, max_tokens, "num_tokens", "")
         num_tokens, num_topk = topk_idx.shape
+        if num_topk != dispatched_topk:
+            raise ValueError(
+                f"topk_idx has {num_topk} choices a token, but the handle is of a dispatch with "
+                f"{dispatched_topk}; pass the topk_idx of that dispatch"
+            )
         check(
             "topk_weights",
             topk_weights,
@@ -174,8 +179,8 @@ class LowLatencyChecks:
         self.handle(handle)
         self._room_to_send(handle[2:])
 
-    def handle(self, handle: Any) -> None:
-        """What `low_latency_dispatch` returned."""
+    def handle(self, handle: Any) -> int:
+        """What `low_latency_dispatch` returned; gives the top-k of that call."""
         if not isinstance(handle, tuple | list) or len(handle) != 5:
             got = (
                 f"{type(handle).__name__} of {len(handle)}"
@@ -211,12 +216,7 @@ class LowLatencyChecks:
             device=self.device,
             why=why,
         )
-        end = (src_info.storage_offset() + 2 * src_info.numel()) * src_info.element_size()
-        if src_info.untyped_storage().nbytes() < end:
-            raise ValueError(
-                "handle[0] (src_info) is a copy, and lacks what low_latency_dispatch stored behind "
-                "it; pass the handle as it was returned"
-            )
+        return routed_topk(src_info, self.num_ranks)
 
     def _choices(
         self, topk_idx: torch.Tensor, max_tokens: int, num_tokens: int | str, why: str

@@ -428,7 +428,7 @@ def round_without(
         expert_outputs(each, case.hidden, seed=source) for source, each in enumerate(dispatched)
     ]
     returned = [
-        reference.collect(output, each.src_info, each.layout_range)
+        reference.collect(output, each.src_info, buffer.group_size)
         for output, each in zip(outputs, dispatched, strict=True)
     ]
     own = exchange.inputs[rank]

@@ -253,6 +253,7 @@ class CpuLowLatency:
                 num_ranks=self._group.size,
                 max_tokens=max_tokens,
                 num_experts=num_experts,
+                num_topk=topk_idx.shape[1],
                 hidden=x.shape[1],
                 device=x.device,
             )
@@ -301,7 +302,6 @@ class CpuLowLatency:
         topk_idx: Tensor,
         topk_weights: Tensor,
         src_info: Tensor,
-        layout_range: Tensor,
         *,
         max_tokens: int,
         num_experts: int,
@@ -319,7 +319,6 @@ class CpuLowLatency:
             topk_idx: `[T, K]`, as dispatched.
             topk_weights: float32 `[T, K]`.
             src_info: From the dispatch.
-            layout_range: From the dispatch.
             max_tokens: `M`.
             num_experts: `E`.
             use_logfmt: Whether rows travel in the logarithmic format.
@@ -351,7 +350,7 @@ class CpuLowLatency:
                 "num_topk": topk_idx.shape[1],
                 "use_logfmt": use_logfmt,
             },
-            tuple(low_latency.collect(x, src_info, layout_range)),
+            tuple(low_latency.collect(x, src_info, self._group.size)),
         )
 
         @torch.no_grad()
@@ -388,7 +387,8 @@ class CpuLowLatency:
         """Nothing: what goes wrong here is raised where it does."""
 
     def reset(self) -> None:
-        """Nothing: no operation is under way here."""
+        """Takes all masks away; no operation is under way here."""
+        self.mask.zero_()
 
     def close(self) -> None:
         """Nothing to free."""

@@ -56,8 +56,8 @@ class LowLatencyDispatched(NamedTuple):
         recv_x: `[E // R, R * M, columns]`, see `RowFormat.allocate`.
         recv_scales: `[E // R, R * M, S]`, or None.
         recv_count: int32 `[E // R]`, rows of each local expert.
-        src_info: int32 `[E // R, R * M]`: token of each row on its source rank. It is the first of
-            two planes of one storage; the second holds the choice `k` (see `src_planes`).
+        src_info: int32 `[E // R, R * M]`: token of each row on its source rank. Behind it, in the
+            same storage, lie the `Routes` that combine follows.
         layout_range: int64 `[E // R, R]`: `begin << 32 | count` of the rows of each source rank.
     """
 
@@ -68,8 +68,21 @@ class LowLatencyDispatched(NamedTuple):
     layout_range: Tensor
 
 
+class Routes(NamedTuple):
+    """Where the selections of every rank have gone on this one.
+
+    Attributes:
+        source_tokens: int32 `[R]`: tokens of each rank, 0 for a masked one.
+        source_rows: int32 `[R, M, K]`: row of each selection, counted over all local experts; -1
+            for what is not here. Undefined for tokens that a rank does not have.
+    """
+
+    source_tokens: Tensor
+    source_rows: Tensor
+
+
 class Returned(NamedTuple):
-    """The rows that one rank gives to `combine`: those which `layout_range` names, no others.
+    """The rows that one rank gives to `combine`: those that it received, no others.
 
     Attributes:
         rows: bfloat16 `[n, H]`.
@@ -112,27 +125,62 @@ def allocate_dispatched(
     num_ranks: int,
     max_tokens: int,
     num_experts: int,
+    num_topk: int,
     hidden: int,
     device: torch.device,
 ) -> LowLatencyDispatched:
     """New tensors for the result of a dispatch, uninitialised, on any device."""
     num_local, num_rows = experts_per_rank(num_experts, num_ranks), num_ranks * max_tokens
     recv_x, recv_scales = row_format.allocate(num_local, num_rows, hidden, device)
-    planes = torch.empty((2, num_local, num_rows), dtype=torch.int32, device=device)
+    num_words = num_local * num_rows
+    words = torch.empty(
+        num_words + num_ranks + num_rows * num_topk, dtype=torch.int32, device=device
+    )
     return LowLatencyDispatched(
         recv_x,
         recv_scales,
         torch.empty(num_local, dtype=torch.int32, device=device),
-        planes[0],
+        words.as_strided((num_local, num_rows), (num_rows, 1)),
         torch.empty((num_local, num_ranks), dtype=torch.int64, device=device),
     )
 
 
-def src_planes(src_info: Tensor) -> Tensor:
-    """Token and choice of each row: int32 `[2, E // R, R * M]`, the storage behind `src_info`."""
-    num_local, num_rows = src_info.shape
-    strides = (num_local * num_rows, num_rows, 1)
-    return src_info.as_strided((2, num_local, num_rows), strides, src_info.storage_offset())
+def routed_topk(src_info: Tensor, num_ranks: int) -> int:
+    """`K` of the dispatch that `src_info` came from, by the size of what lies behind it.
+
+    Raises:
+        ValueError: It is a copy: nothing lies behind it.
+    """
+    num_words = src_info.untyped_storage().nbytes() // 4 - src_info.storage_offset()
+    num_topk, rest = divmod(num_words - src_info.numel() - num_ranks, src_info.shape[1])
+    if num_topk < 1 or rest:
+        raise ValueError(
+            "handle[0] (src_info) is a copy, and lacks what low_latency_dispatch stored behind it; "
+            "pass the handle as it was returned"
+        )
+    return num_topk
+
+
+def routes(src_info: Tensor, num_ranks: int) -> Routes:
+    """The `Routes` behind `src_info`.
+
+    Args:
+        src_info: As `allocate_dispatched` made it.
+        num_ranks: `R`.
+
+    Raises:
+        ValueError: It is a copy: nothing lies behind it.
+    """
+    num_rows, num_topk = src_info.shape[1], routed_topk(src_info, num_ranks)
+    first = src_info.storage_offset() + src_info.numel()
+    return Routes(
+        src_info.as_strided((num_ranks,), (1,), first),
+        src_info.as_strided(
+            (num_ranks, num_rows // num_ranks, num_topk),
+            (num_rows // num_ranks * num_topk, num_topk, 1),
+            first + num_ranks,
+        ),
+    )
 
 
 def dispatch(
@@ -171,6 +219,7 @@ def dispatch(
             num_ranks=num_ranks,
             max_tokens=max_tokens,
             num_experts=num_experts,
+            num_topk=inputs[rank].topk_idx.shape[1],
             hidden=hidden,
             device=torch.device("cpu"),
         )
@@ -190,12 +239,16 @@ def dispatch(
 
     first_rows = totals.cumsum(dim=0) - totals
     positions = torch.arange(len(experts), dtype=torch.int64, device="cpu") - first_rows[experts]
-    planes = src_planes(out.src_info)
-    planes[0, experts, positions] = tokens.to(torch.int32)
-    planes[1, experts, positions] = choices.to(torch.int32)
+    out.src_info[experts, positions] = tokens.to(torch.int32)
+    num_tokens = [each.x.shape[0] for each in inputs]
+    source_tokens, source_rows = routes(out.src_info, num_ranks)
+    for source, tokens_sent in enumerate(num_tokens):
+        count = 0 if masked is not None and bool(masked[source]) else tokens_sent
+        source_tokens[source] = count
+        source_rows[source, :count] = -1
+    source_rows[sources, tokens, choices] = (experts * num_rows + positions).to(torch.int32)
 
     encoded = [encode(each.x, row_format, each.global_scale) for each in inputs]
-    num_tokens = [each.x.shape[0] for each in inputs]
     ends = torch.tensor(num_tokens, dtype=torch.int64, device="cpu").cumsum(dim=0)
     rows = tokens + ends[sources] - ends.new_tensor(num_tokens)[sources]
     # As bytes, since not every dtype has an indexing kernel.
@@ -207,23 +260,22 @@ def dispatch(
     return out
 
 
-def collect(x: Tensor, src_info: Tensor, layout_range: Tensor) -> Returned:
+def collect(x: Tensor, src_info: Tensor, num_ranks: int) -> Returned:
     """What a rank gives to `combine`.
 
     Args:
-        x: bfloat16 `[E // R, R * M, H]`; only the rows that `layout_range` names are read.
+        x: bfloat16 `[E // R, R * M, H]`; only received rows are read.
         src_info: From the dispatch.
-        layout_range: From the dispatch.
+        num_ranks: `R`.
     """
-    num_local, num_ranks = layout_range.shape
-    begins, counts = (layout_range >> 32).flatten(), (layout_range & 0xFFFFFFFF).flatten()
-    segments = torch.arange(num_local * num_ranks, dtype=torch.int64, device="cpu")
-    segment = segments.repeat_interleave(counts)  # of each row
-    within = torch.arange(len(segment), dtype=torch.int64, device="cpu")
-    positions = begins[segment] + within - (counts.cumsum(dim=0) - counts)[segment]
-    experts = segment // num_ranks
-    tokens, choices = src_planes(src_info)[:, experts, positions].to(torch.int64)
-    return Returned(x[experts, positions], segment % num_ranks, tokens, choices)
+    source_tokens, source_rows = routes(src_info, num_ranks)
+    tokens = torch.arange(source_rows.shape[1], dtype=torch.int32, device="cpu")
+    is_token = tokens[None, :] < source_tokens[:, None]
+    sources, token, choices = torch.nonzero(
+        is_token[:, :, None] & (source_rows >= 0), as_tuple=True
+    )
+    rows = source_rows[sources, token, choices].to(torch.int64)
+    return Returned(x.flatten(0, 1)[rows], sources, token, choices)
 
 
 def combine(
@@ -384,8 +436,8 @@ def logfmt_round_trip(rows: Tensor) -> Tensor:
     Returns:
         float32 `[n, H]`; each operation is one in float32, rounded.
     """
-    blocks = (rows.shape[1] // _LOGFMT_BLOCK, _LOGFMT_BLOCK)
-    signed = rows.contiguous().view(torch.int16).unflatten(1, blocks)
+    shape = (rows.shape[0], rows.shape[1] // _LOGFMT_BLOCK, _LOGFMT_BLOCK)
+    signed = rows.contiguous().view(torch.int16).view(shape)
     patterns = signed.to(torch.int32) & 0x7FFF
     highest = patterns.amax(dim=2, keepdim=True)
     lowest = patterns.masked_fill(patterns == 0, 0x7FFF).amin(dim=2, keepdim=True)
