@@ -67,6 +67,13 @@ def _positive(text: str) -> float:
     return number
 
 
+def _positive_int(text: str) -> int:
+    number = int(text)
+    if number <= 0:
+        raise ValueError
+    return number
+
+
 def _path(text: str) -> Path:
     return Path(text).expanduser()
 
@@ -145,6 +152,13 @@ dispatch_variant: Variable[str] = Variable(
 )
 combine_variant: Variable[str] = Variable(
     "EPJIT_COMBINE_VARIANT", _VARIANT, "auto", "Implementation of combine: auto, tma or ldst.", str
+)
+low_latency_num_sms: Variable[int] = Variable(
+    "EPJIT_LOW_LATENCY_NUM_SMS",
+    "a whole number greater than 0",
+    0,
+    "Most SMs (blocks) of a low-latency kernel; by default all that the GPU has.",
+    _positive_int,
 )
 disable_sm90_features: Variable[bool] = Variable(
     "DISABLE_SM90_FEATURES",

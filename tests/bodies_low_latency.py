@@ -428,7 +428,7 @@ def round_without(
         expert_outputs(each, case.hidden, seed=source) for source, each in enumerate(dispatched)
     ]
     returned = [
-        reference.collect(output, each.src_info, buffer.group_size)
+        reference.collect(output, each.src_info, each.layout_range.shape[1])
         for output, each in zip(outputs, dispatched, strict=True)
     ]
     own = exchange.inputs[rank]

@@ -82,7 +82,7 @@ class Routes(NamedTuple):
 
 
 class Returned(NamedTuple):
-    """The rows that one rank gives to `combine`: those that it received, no others.
+    """The rows that one rank gives to `combine`: those which `layout_range` names, no others.
 
     Attributes:
         rows: bfloat16 `[n, H]`.
@@ -151,7 +151,7 @@ def routed_topk(src_info: Tensor, num_ranks: int) -> int:
     Raises:
         ValueError: It is a copy: nothing lies behind it.
     """
-    num_words = src_info.untyped_storage().nbytes() // 4 - src_info.storage_offset()
+    num_words = int(src_info.untyped_storage().nbytes()) // 4 - int(src_info.storage_offset())
     num_topk, rest = divmod(num_words - src_info.numel() - num_ranks, src_info.shape[1])
     if num_topk < 1 or rest:
         raise ValueError(
@@ -436,8 +436,8 @@ def logfmt_round_trip(rows: Tensor) -> Tensor:
     Returns:
         float32 `[n, H]`; each operation is one in float32, rounded.
     """
-    shape = (rows.shape[0], rows.shape[1] // _LOGFMT_BLOCK, _LOGFMT_BLOCK)
-    signed = rows.contiguous().view(torch.int16).view(shape)
+    blocks = (rows.shape[1] // _LOGFMT_BLOCK, _LOGFMT_BLOCK)
+    signed = rows.contiguous().view(torch.int16).unflatten(1, blocks)
     patterns = signed.to(torch.int32) & 0x7FFF
     highest = patterns.amax(dim=2, keepdim=True)
     lowest = patterns.masked_fill(patterns == 0, 0x7FFF).amin(dim=2, keepdim=True)
