@@ -72,14 +72,14 @@ class LowLatencyRound:
     how: How = "sync"
 
 
-# (hidden, num_topk, index_dtype, formats): a few, since every kind is compiled; 48, 136 and 640 are
+# (hidden, num_topk, index_dtype, formats): a few, since every kind is compiled; 96, 136 and 640 are
 # no multiples of a warp's width, 32 is the largest top-k.
 _SHAPES: tuple[tuple[int, int, torch.dtype, tuple[str, ...]], ...] = (
     (512, 8, torch.int64, tuple(BY_NAME)),
     (1536, 4, torch.int32, ("fp8", "fp8_ue8m0", "mxfp8")),
     (640, 32, torch.int64, ("bf16", "fp8_round", "nvfp4")),
     (136, 1, torch.int64, ("bf16",)),
-    (48, 3, torch.int32, ("bf16", "nvfp4")),
+    (96, 3, torch.int32, ("bf16", "nvfp4")),
     (96, 2, torch.int64, ("mxfp8",)),
 )
 

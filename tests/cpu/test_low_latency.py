@@ -114,7 +114,7 @@ def test_hidden_sizes() -> None:
                 (384, "fp8"),
                 (1536, "fp8_ue8m0"),
                 (32, "mxfp8"),
-                (16, "nvfp4"),
+                (32, "nvfp4"),
                 (2880, "nvfp4"),
             )
         ):
