@@ -411,7 +411,8 @@ class Buffer:
     def reset(self) -> None:
         """Makes the buffer usable again after a `CommunicationError`; collective.
 
-        What was under way is lost; a hook that was not called must not be called any more.
+        What was under way is lost, a hook that was not called must not be called any more, and all
+        masks are taken away.
 
         Raises:
             CommunicationError: A rank does not come; names it.

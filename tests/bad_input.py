@@ -169,6 +169,18 @@ class Bench:
         """clean_low_latency_buffer."""
         return self.buffer.clean_low_latency_buffer(*sizes or (MAX_TOKENS, LL_HIDDEN, NUM_EXPERTS))
 
+    def src_info(self, max_tokens: int, num_experts: int, num_topk: int) -> torch.Tensor:
+        """Of a dispatch with other sizes, with nothing in it."""
+        return low_latency.allocate_dispatched(
+            BF16,
+            num_ranks=NUM_RANKS,
+            max_tokens=max_tokens,
+            num_experts=num_experts,
+            num_topk=num_topk,
+            hidden=8,
+            device=self.device,
+        ).src_info
+
     def ll_changed(self, index: int, value: object) -> tuple[Any, ...]:
         """The handle of a low-latency dispatch with another entry."""
         return (*self.ll_handle[:index], value, *self.ll_handle[index + 1 :])
@@ -1339,6 +1351,12 @@ LOW_LATENCY_COMBINE = [
         r"has 9 tokens, more than num_max_dispatch_tokens_per_rank=8",
     ),
     BadInput(
+        "other top-k",
+        lambda b: b.ll_combine(topk_idx=b.full(6, 2, dtype=torch.int64)),
+        ValueError,
+        r"topk_idx has 2 choices a token, but the handle is of a dispatch with 4; pass the",
+    ),
+    BadInput(
         "weights dtype",
         lambda b: b.ll_combine(topk_weights=b.weights.bfloat16()),
         TypeError,
@@ -1397,6 +1415,7 @@ LOW_LATENCY_COMBINE = [
         lambda b: b.ll_combine(
             topk_idx=b.full(6, 32, dtype=torch.int64),
             topk_weights=b.full(6, 32, dtype=torch.float32),
+            handle=b.ll_changed(0, b.src_info(MAX_TOKENS, NUM_EXPERTS, 32)),
         ),
         ValueError,
         r"low_latency_combine of top-32 of 8 tokens a rank.*num_rdma_bytes >= 1048576, but this "
@@ -1409,7 +1428,7 @@ LOW_LATENCY_MEMBERS = [
         "room to send",
         lambda b: b.buffer.get_next_low_latency_combine_buffer(
             (
-                b.full(2, 20, 32, dtype=torch.int32)[0],
+                b.src_info(16, 40, 8),
                 b.full(20, 2, dtype=torch.int64),
                 16,
                 LL_HIDDEN,

@@ -387,7 +387,8 @@ class CpuLowLatency:
         """Nothing: what goes wrong here is raised where it does."""
 
     def reset(self) -> None:
-        """Nothing: no operation is under way here."""
+        """Takes all masks away; no operation is under way here."""
+        self.mask.zero_()
 
     def close(self) -> None:
         """Nothing to free."""

@@ -368,6 +368,13 @@ def check_dispatched(
         for position, (source, token, choice) in enumerate(rows):
             assert token < tokens[source]
             assert targets[source, token, choice] == local * got.src_info.shape[1] + position
+        here = targets // got.src_info.shape[1] == local
+        for source in range(len(inputs)):
+            # Nothing else claims a row of this expert.
+            claimed = here & (targets >= 0)
+            assert int(claimed[source, : int(tokens[source])].sum()) == sum(
+                other == source for other, _, _ in rows
+            )
         sources = [source for source, _, _ in rows]
         for source in range(len(inputs)):
             word = int(got.layout_range[local, source])

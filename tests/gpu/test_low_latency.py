@@ -94,7 +94,7 @@ def test_model_shapes(num_ranks: int) -> None:
             (16384, 32, 4, "bf16"),
             (8, 8, 2, "bf16"),
             (1000, 8, 1, "bf16"),
-            (16, 8, 3, "nvfp4"),
+            (32, 8, 3, "nvfp4"),
         )
     )
 
@@ -196,6 +196,8 @@ def test_masks_by_hand() -> None:
         meet()
         if buffer.rank != 2:
             buffer.low_latency_update_mask_buffer(2, True)
+        meet()  # that is a kernel of torch's, which could not be loaded while a peer's spins
+        if buffer.rank != 2:
             bodies_low_latency.round_without(buffer, case, masked, 0)
         meet()
         buffer.low_latency_clean_mask_buffer()
@@ -313,7 +315,8 @@ def test_warmup_allows_a_capture() -> None:
     def body(buffer: Buffer) -> None:
         x = torch.zeros((4, HIDDEN), dtype=torch.bfloat16, device="cpu").to(buffer.device)
         idx = torch.zeros((4, 2), dtype=torch.int64, device="cpu").to(buffer.device)
-        with pytest.raises(RuntimeError, match="warmup"), torch.cuda.graph(torch.cuda.CUDAGraph()):
+        graph = torch.cuda.CUDAGraph()
+        with pytest.raises(RuntimeError, match="captured"), torch.cuda.graph(graph):
             buffer.low_latency_dispatch(x, idx, 8, 4)
         buffer.low_latency_warmup(8, HIDDEN, 4, num_topk=2)
         graph = torch.cuda.CUDAGraph()
