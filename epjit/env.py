@@ -147,7 +147,7 @@ dispatch_variant: Variable[str] = Variable(
     "EPJIT_DISPATCH_VARIANT",
     _VARIANT,
     "auto",
-    "Implementation of dispatch: auto, tma or ldst.",
+    "Implementation of dispatch: auto, push, tma or ldst.",
     str,
 )
 combine_variant: Variable[str] = Variable(

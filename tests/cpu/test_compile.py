@@ -118,6 +118,15 @@ def test_the_kernels_are_all_there(arch: str) -> None:
     assert {"layout", "dispatch", "combine"} <= {kernel.op for kernel in kernels}
 
 
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_block_of_dispatch_has_warps_that_stage_and_warps_that_pull(arch: str) -> None:
+    """Whatever the number of SMs: a block that only stages at first could get stuck."""
+    for config in configs(arch):
+        if isinstance(config, intranode.DispatchConfig):
+            most = config.num_warps - (config.num_ranks > 1)
+            assert all(1 <= config.stage_warps(sms) <= most for sms in (1, 2, 12, 24, 132)), config
+
+
 def test_example_configs_name_every_source() -> None:
     folder = ROOT / "epjit" / "cuda_src"
     sources = {path.relative_to(folder).as_posix() for path in folder.rglob("*.cu")}

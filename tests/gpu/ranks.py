@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from typing import Any
@@ -54,4 +55,11 @@ def run_ranks(
                 buffer.destroy()
             return result
 
-    return run_threads(worker, num_ranks, timeout=timeout)
+    # Nor may the collector run: to unload a kernel or free memory that a traceback has kept alive,
+    # it would wait for the kernels of all ranks, in the thread of one that they wait for.
+    gc.collect()
+    gc.disable()
+    try:
+        return run_threads(worker, num_ranks, timeout=timeout)
+    finally:
+        gc.enable()
