@@ -153,6 +153,13 @@ dispatch_variant: Variable[str] = Variable(
 combine_variant: Variable[str] = Variable(
     "EPJIT_COMBINE_VARIANT", _VARIANT, "auto", "Implementation of combine: auto, tma or ldst.", str
 )
+low_latency_combine_variant: Variable[str] = Variable(
+    "EPJIT_LOW_LATENCY_COMBINE_VARIANT",
+    _VARIANT,
+    "auto",
+    "Implementation of the low-latency combine: auto, tma or ldst.",
+    str,
+)
 low_latency_num_sms: Variable[int] = Variable(
     "EPJIT_LOW_LATENCY_NUM_SMS",
     "a whole number greater than 0",

@@ -20,7 +20,7 @@ from epjit.config import (
     MAX_LOW_LATENCY_TOKENS,
     MAX_RANKS,
 )
-from epjit.formats import BF16, FORMATS, RowFormat
+from epjit.formats import BF16, FORMATS, FP8, NVFP4, RowFormat
 from epjit.reference.low_latency import LowLatencyDispatched, allocate_dispatched
 from epjit.runtime import variants
 from epjit.runtime.device import arch_of, num_sms, shared_limit
@@ -205,28 +205,26 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
     limit = shared_limit(arch)
     for num_ranks in range(1, MAX_RANKS + 1):
         yield CleanConfig(num_ranks)
-    for num_ranks, num_experts, hidden, num_topk in (
-        (4, 256, 7168, 8),
-        (8, 288, 7168, 8),
-        (2, 8, 4096, 2),
-        (3, 6, 512, 32),
-        (8, 8192, 16384, 8),
+    for num_ranks, num_experts, hidden, num_topk, formats in (
+        (4, 256, 7168, 8, FORMATS),
+        (3, 6, 512, 32, (BF16, FP8)),
+        (8, 8192, 16384, 8, (BF16, NVFP4)),
+        (1, 5, 24, 3, (BF16,)),
     ):
-        for row_format in FORMATS:
-            shape = LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, True)
+        wide = num_ranks != 3
+        for row_format in formats:
+            shape = LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, wide)
             yield LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks)
         for variant in variants.names("low_latency_combine"):
-            if variants.runs_on("low_latency_combine", variant, arch):
-                for logfmt in (False, True):
-                    yield LowLatencyCombineConfig.choose(
-                        LowLatencyCombineShape(num_experts, hidden, num_topk, False, logfmt),
-                        num_ranks=num_ranks,
-                        variant=variant,
-                        limit=limit,
-                    )
-    yield LowLatencyDispatchConfig.choose(
-        LowLatencyDispatchShape(6, 24, BF16.code, 3, False), num_ranks=3
-    )
+            if not variants.runs_on("low_latency_combine", variant, arch):
+                continue
+            for logfmt in (False, True) if hidden % _LOG_BLOCK == 0 else (False,):
+                yield LowLatencyCombineConfig.choose(
+                    LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt),
+                    num_ranks=num_ranks,
+                    variant=variant,
+                    limit=limit,
+                )
 
 
 class _Arena:
@@ -336,7 +334,7 @@ class LowLatency:
             raise RuntimeError(
                 f"low_latency_{config.op} needs a kernel for {config} that is not compiled yet, "
                 "and nothing can be compiled while a CUDA graph is captured; run the call once "
-                "before the capture"
+                "before the capture, or call Buffer.low_latency_warmup()"
             )
         arena = self._arena
         bound = self._common()

@@ -275,6 +275,16 @@ class RankRound:
     def __init__(self, buffer: Buffer, case: LowLatencyRound) -> None:
         self.buffer, self.case = buffer, case
         self.made = make_low_latency(case)
+        # Virtual ranks share a process: one that loads a kernel would wait for what another runs.
+        buffer.low_latency_warmup(
+            self.made.max_tokens,
+            case.hidden,
+            case.num_experts,
+            num_topk=case.num_topk,
+            topk_idx_dtype=case.index_dtype,
+            use_logfmt=case.use_logfmt,
+            **FLAGS[case.row_format],
+        )
         self.queued: list[Queued] = []
         device, rank = buffer.device, buffer.rank
         self._given = [

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from bench import ceiling
-from epjit import intranode
+from epjit import intranode, low_latency
 from epjit.runtime import device, jit, nvrtc
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,8 @@ INTERPRETERS = {
 
 def configs(arch: str) -> list[jit.KernelConfig]:
     """One config of each kernel, variant and shape class that this architecture can run."""
-    return [*intranode.example_configs(arch), *ceiling.example_configs(arch)]
+    modes = (intranode, low_latency, ceiling)
+    return [config for mode in modes for config in mode.example_configs(arch)]
 
 
 def compile_all(

@@ -35,6 +35,9 @@ def run_ranks(
     torch.cuda._sleep(1)
     torch.cuda.synchronize()
 
+    # Low-latency kernels take all SMs that there are, and those of all ranks must run at once.
+    os.environ["EPJIT_LOW_LATENCY_NUM_SMS"] = str(SMS if SMALL else 120 // num_ranks)
+
     def worker(comm: Any) -> Any:
         with torch.cuda.stream(torch.cuda.Stream()):
             buffers = [
