@@ -139,7 +139,7 @@ class LowLatencyCombineConfig(KernelConfig):
         cls, shape: LowLatencyCombineShape, *, num_ranks: int, variant: str, limit: int
     ) -> LowLatencyCombineConfig:
         """The form of the block for `limit` bytes of shared memory."""
-        warps = 20
+        warps = 20 if shape.num_topk <= 8 else 16  # more rows in hand need more registers
         push, rows = 8, 1
         tma = variant == "tma" and not shape.logfmt
         if tma:
@@ -216,15 +216,15 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
             shape = LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, wide)
             yield LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks)
         for variant in variants.names("low_latency_combine"):
-            if not variants.runs_on("low_latency_combine", variant, arch):
-                continue
-            for logfmt in (False, True) if hidden % _LOG_BLOCK == 0 else (False,):
-                yield LowLatencyCombineConfig.choose(
-                    LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt),
-                    num_ranks=num_ranks,
-                    variant=variant,
-                    limit=limit,
-                )
+            # Encoding takes registers anyway: there the variants are one.
+            for logfmt in (False, True) if variant == "ldst" and hidden != 24 else (False,):
+                if variants.runs_on("low_latency_combine", variant, arch):
+                    yield LowLatencyCombineConfig.choose(
+                        LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt),
+                        num_ranks=num_ranks,
+                        variant=variant,
+                        limit=limit,
+                    )
 
 
 class _Arena:
