@@ -39,8 +39,10 @@ _LOG_BLOCK = 128  # channels
 _CAST_ELEMENTS = 16
 
 for _variant in (
-    variants.Variant("low_latency_combine", "tma", 90, "rows are pushed by TMA bulk copies"),
+    # First, so that auto takes it: with two H200s a pair of calls in a graph takes 52.9 us against
+    # 53.2 with 128 tokens (BF16: 54.3 against 56.5) and 23.9 against 25.0 with 8.
     variants.Variant("low_latency_combine", "ldst", 80, "rows are pushed by 16-byte stores"),
+    variants.Variant("low_latency_combine", "tma", 90, "rows are pushed by TMA bulk copies"),
 ):
     variants.register(_variant)
 

@@ -428,9 +428,14 @@ def round_without(
         )
         for each in range(buffer.group_size)
     ]
-    outputs = [
-        expert_outputs(each, case.hidden, seed=source) for source, each in enumerate(dispatched)
-    ]
+    # Where the rank takes part it combines what `round_up_to` gives it.
+    outputs = (
+        exchange.outputs
+        if num_with > 0
+        else [
+            expert_outputs(each, case.hidden, seed=source) for source, each in enumerate(dispatched)
+        ]
+    )
     returned = [
         reference.collect(output, each.src_info, each.layout_range.shape[1])
         for output, each in zip(outputs, dispatched, strict=True)
