@@ -157,7 +157,7 @@ low_latency_combine_variant: Variable[str] = Variable(
     "EPJIT_LOW_LATENCY_COMBINE_VARIANT",
     _VARIANT,
     "auto",
-    "Implementation of the low-latency combine: auto, tma or ldst.",
+    "Implementation of the low-latency combine: auto, ldst, tma or reduced.",
     str,
 )
 low_latency_num_sms: Variable[int] = Variable(

@@ -43,6 +43,12 @@ for _variant in (
     # 53.2 with 128 tokens (BF16: 54.3 against 56.5) and 23.9 against 25.0 with 8.
     variants.Variant("low_latency_combine", "ldst", 80, "rows are pushed by 16-byte stores"),
     variants.Variant("low_latency_combine", "tma", 90, "rows are pushed by TMA bulk copies"),
+    variants.Variant(
+        "low_latency_combine",
+        "reduced",
+        80,
+        "a rank's rows are summed, and rounded, before they cross",
+    ),
 ):
     variants.register(_variant)
 
@@ -174,6 +180,46 @@ class LowLatencyCombineConfig(KernelConfig):
 
 
 @dataclass(frozen=True)
+class LowLatencyReducedCombineConfig(KernelConfig):
+    """What the combine that sums before the links is compiled for; see combine_reduced.cu."""
+
+    source: ClassVar[str] = "low_latency/combine_reduced.cu"
+    op: ClassVar[str] = "combine"
+
+    num_ranks: int
+    num_experts: int
+    hidden: int
+    num_topk: int
+    topk_is_int64: bool
+    num_warps: int
+
+    @classmethod
+    def choose(
+        cls, shape: LowLatencyCombineShape, *, num_ranks: int
+    ) -> LowLatencyReducedCombineConfig:
+        """The form of the block; the rows stay in registers."""
+        return cls(num_ranks, *shape[:4], 16)
+
+    @property
+    def threads(self) -> int:
+        """Threads a block."""
+        return self.num_warps * 32
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory."""
+        return 0
+
+    @property
+    def tag(self) -> str:
+        """Namespace of the kernel."""
+        return (
+            f"low_latency_reduced_r{self.num_ranks}_e{self.num_experts}_h{self.hidden}"
+            f"_k{self.num_topk}"
+        )
+
+
+@dataclass(frozen=True)
 class CleanConfig(KernelConfig):
     """What the clean kernel is compiled for."""
 
@@ -218,10 +264,10 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
             shape = LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, wide)
             yield LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks)
         for variant in variants.names("low_latency_combine"):
-            # Encoding takes registers anyway: there the variants are one.
+            # The log format has one kernel, whatever the variant.
             for logfmt in (False, True) if variant == "ldst" and hidden != 24 else (False,):
                 if variants.runs_on("low_latency_combine", variant, arch):
-                    yield LowLatencyCombineConfig.choose(
+                    yield _combine_config(
                         LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt),
                         num_ranks=num_ranks,
                         variant=variant,
@@ -466,18 +512,22 @@ class LowLatency:
             )
         )
         config = launch.kernel.config
-        assert isinstance(config, LowLatencyCombineConfig)
-        num_slots = max_tokens * num_topk
+        assert isinstance(config, LowLatencyCombineConfig | LowLatencyReducedCombineConfig)
         if zero_copy:
             x = self.send_buffer(num_experts=num_experts, max_tokens=max_tokens, hidden=hidden)
         with scope.allocating():
             if out is None:
                 out = torch.empty((num_tokens, hidden), dtype=torch.bfloat16, device=self._device)
         scope.start()
-        grid = min(self._num_sms, max(num_slots // 4, 16))
+        grid = min(self._num_sms, max(max_tokens * num_topk // 4, 16))
         # A warp adds 256 channels at a time; with few tokens that is all it does.
-        steps, warps = -(-hidden // 256), grid * config.num_warps
-        steps_a_warp = -(-num_tokens * steps // (2 * warps)) or 1
+        steps = -(-hidden // 256)
+        if isinstance(config, LowLatencyReducedCombineConfig):
+            # The same on all ranks. Each piece is published by itself, which takes 2 us and more.
+            num_parts = max(1, min(steps, 1024 // max_tokens))
+        else:
+            steps_a_warp = -(-num_tokens * steps // (2 * grid * config.num_warps)) or 1
+            num_parts = -(-steps // steps_a_warp)
         values = {
             "x": x.data_ptr(),
             "topk_idx": topk_idx.data_ptr(),
@@ -487,7 +537,7 @@ class LowLatency:
             "wait_cost": _pointer(wait_cost),
             "num_tokens": num_tokens,
             "max_tokens": max_tokens,
-            "num_parts": -(-steps // steps_a_warp),
+            "num_parts": num_parts,
         }
         tensors = (x, topk_idx, topk_weights, src_info, out, wait_cost)
         return out, self._run(launch, scope.stream, grid, values, tensors, split=split)
@@ -564,16 +614,25 @@ class LowLatency:
 
 def _config(
     shape: LowLatencyDispatchShape | LowLatencyCombineShape, num_ranks: int, arch: str
-) -> LowLatencyDispatchConfig | LowLatencyCombineConfig:
+) -> LowLatencyDispatchConfig | LowLatencyCombineConfig | LowLatencyReducedCombineConfig:
     """The kernel of a shape for an architecture, of the variant that the environment asks for."""
     if isinstance(shape, LowLatencyDispatchShape):
         return LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks)
-    return LowLatencyCombineConfig.choose(
+    return _combine_config(
         shape,
         num_ranks=num_ranks,
         variant=variants.resolve("low_latency_combine", arch),
         limit=shared_limit(arch),
     )
+
+
+def _combine_config(
+    shape: LowLatencyCombineShape, *, num_ranks: int, variant: str, limit: int
+) -> LowLatencyCombineConfig | LowLatencyReducedCombineConfig:
+    """The log format is not added up before it travels: it would have to be encoded anew."""
+    if variant == "reduced" and not shape.logfmt:
+        return LowLatencyReducedCombineConfig.choose(shape, num_ranks=num_ranks)
+    return LowLatencyCombineConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
 
 
 def _route_pointers(src_info: torch.Tensor, num_ranks: int) -> dict[str, int]:

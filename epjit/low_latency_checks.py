@@ -169,7 +169,10 @@ class LowLatencyChecks:
         self._wait_cost("combine_wait_recv_cost_stats", wait_cost)
         sizes = (max_tokens, hidden, num_experts)
         self._room(
-            f"low_latency_combine of top-{num_topk}", max_tokens * num_topk * 2 * hidden, sizes
+            f"low_latency_combine of top-{num_topk}",
+            # One row a choice; or, in the variant `reduced`, one a rank, and the weights.
+            max_tokens * max(num_topk * 2 * hidden, self.num_ranks * (2 * hidden + 4 * num_topk)),
+            sizes,
         )
         if zero_copy:
             self._room_to_send(sizes)

@@ -35,6 +35,7 @@ from tests.rounds_low_latency import (
     expert_outputs,
     make_low_latency,
     random_low_latency_round,
+    sums_before_links,
 )
 
 OPS = ("low_latency_dispatch", "low_latency_combine")
@@ -447,6 +448,7 @@ def round_without(
         own.topk_idx,
         exchange.weights[rank],
         num_experts=case.num_experts,
+        reduced=sums_before_links(),
         masked=masked if num_with < 2 else nobody,
     )
     device = buffer.device

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from epjit import Buffer
+from epjit import Buffer, env
 from epjit.formats import BF16, FORMATS, NVFP4, RowFormat
 from epjit.reference import low_latency as reference
 from tests.data import ROUTING_KINDS, RoutingKind, assert_rows_equal, routing, topk_weights
@@ -109,6 +109,11 @@ def random_low_latency_round(num_ranks: int, seed: int, *, max_tokens: int) -> L
         spare_tokens=rng.choice((0, 0, 1, 5)),
         how=rng.choice(("sync", "async", "hook")),
     )
+
+
+def sums_before_links() -> bool:
+    """Whether the variant of combine that is asked for rounds each rank's sum."""
+    return env.low_latency_combine_variant() == "reduced"
 
 
 def rough_rows(num_rows: int, hidden: int, *, seed: int) -> Tensor:
@@ -238,6 +243,7 @@ def _make(case: LowLatencyRound) -> MadeLowLatency:
                 weights[rank],
                 num_experts=case.num_experts,
                 use_logfmt=case.use_logfmt,
+                reduced=not case.use_logfmt and sums_before_links(),
             )
             for rank in range(num_ranks)
         ]

@@ -14,6 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from epjit import env
 from epjit.reference import intranode, low_latency
 from epjit.reference.intranode import Bias, Dispatched, Handle, RankInput
 from epjit.reference.low_latency import LowLatencyDispatched
@@ -363,6 +364,7 @@ class CpuLowLatency:
                     topk_weights,
                     num_experts=num_experts,
                     use_logfmt=use_logfmt,
+                    reduced=not use_logfmt and env.low_latency_combine_variant() == "reduced",
                     masked=self._masked(),
                 )
             )

@@ -286,6 +286,7 @@ def combine(
     *,
     num_experts: int,
     use_logfmt: bool = False,
+    reduced: bool = False,
     masked: Tensor | None = None,
 ) -> Tensor:
     """What `rank` gets back: for each of its tokens, the weighted sum over its choices.
@@ -301,6 +302,8 @@ def combine(
         topk_weights: The owner's float32 `[T, K]`.
         num_experts: `E`.
         use_logfmt: Whether rows go through `logfmt_round_trip` first.
+        reduced: Whether the choices of each rank are summed first, each of these sums is rounded
+            to bfloat16, and they are added in float32 from +0.0, ranks in ascending order.
         masked: `[R]`, not 0 where nothing is taken from a rank, and where a rank may miss rows;
             None for nowhere.
 
@@ -335,11 +338,22 @@ def combine(
         selected &= (masked[owners] == 0) & (row_of >= 0)
     values = logfmt_round_trip(rows) if use_logfmt else rows.to(torch.float32)
     shape = (idx.shape[0], rows.shape[1])
+    owners = (idx // num_local).masked_fill(~selected, -1)
+
+    def sum_of(taken: Tensor) -> Tensor:
+        acc = torch.zeros(shape, dtype=torch.float32, device="cpu")
+        for choice in range(idx.shape[1]):
+            token = torch.nonzero(taken[:, choice]).flatten()
+            product = topk_weights[token, choice][:, None] * values[row_of[token, choice]]
+            acc[token] = acc[token] + product
+        return acc.to(torch.bfloat16)
+
+    if not reduced:
+        return sum_of(selected)
     acc = torch.zeros(shape, dtype=torch.float32, device="cpu")
-    for choice in range(idx.shape[1]):
-        token = torch.nonzero(selected[:, choice]).flatten()
-        product = topk_weights[token, choice][:, None] * values[row_of[token, choice]]
-        acc[token] = acc[token] + product
+    for source in range(len(returned)):
+        token = torch.nonzero((owners == source).any(dim=1)).flatten()
+        acc[token] = acc[token] + sum_of(owners == source)[token].to(torch.float32)
     return acc.to(torch.bfloat16)
 
 

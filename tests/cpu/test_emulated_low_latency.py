@@ -13,7 +13,12 @@ import torch
 from torch import Tensor
 
 from epjit.formats import BF16, FORMATS, FP8, RowFormat
-from epjit.low_latency import CleanConfig, LowLatencyCombineConfig, LowLatencyDispatchConfig
+from epjit.low_latency import (
+    CleanConfig,
+    LowLatencyCombineConfig,
+    LowLatencyDispatchConfig,
+    LowLatencyReducedCombineConfig,
+)
 from epjit.reference import low_latency as reference
 from epjit.runtime.jit import params_type
 from tests.emulation import build
@@ -23,7 +28,7 @@ pytestmark = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="ne
 
 MAX_RANKS = 8
 FOREVER = 10**15
-VARIANTS = pytest.mark.parametrize("variant", ["tma", "ldst"])
+VARIANTS = pytest.mark.parametrize("variant", ["tma", "ldst", "reduced"])
 
 
 @dataclass(frozen=True)
@@ -63,7 +68,16 @@ class Shape:
         )
 
     @property
-    def combine(self) -> LowLatencyCombineConfig:
+    def combine(self) -> LowLatencyCombineConfig | LowLatencyReducedCombineConfig:
+        if self.variant == "reduced" and not self.logfmt:
+            return LowLatencyReducedCombineConfig(
+                num_ranks=self.num_ranks,
+                num_experts=self.num_experts,
+                hidden=self.hidden,
+                num_topk=self.num_topk,
+                topk_is_int64=self.topk_is_int64,
+                num_warps=self.num_warps,
+            )
         return LowLatencyCombineConfig(
             num_ranks=self.num_ranks,
             num_experts=self.num_experts,
@@ -105,9 +119,12 @@ class World:
         self.epochs = 0
         self.half_bytes = max(
             shape.num_ranks * shape.max_tokens * shape.dispatch.slot_bytes,
-            shape.max_tokens * shape.num_topk * shape.combine.slot_bytes,
+            shape.max_tokens * shape.num_topk * 2 * shape.hidden,
+            shape.max_tokens * shape.num_ranks * (2 * shape.hidden + 4 * shape.num_topk),
         )
-        self.words_stride = shape.max_tokens * max(shape.num_ranks, shape.num_topk)
+        self.words_stride = MAX_RANKS + shape.max_tokens * max(
+            shape.num_ranks * shape.num_parts, shape.num_topk
+        )
         self.counts_stride = shape.experts_a_rank + 1
         num_counts = shape.num_ranks * self.counts_stride
         self.ranks = [
@@ -310,6 +327,7 @@ class Routing:
                 self.weights[rank],
                 num_experts=shape.num_experts,
                 use_logfmt=shape.logfmt,
+                reduced=shape.variant == "reduced" and not shape.logfmt,
                 masked=masked,
             )
             out = guarded(len(own.x), shape.hidden, dtype=torch.bfloat16)
@@ -452,6 +470,40 @@ def test_any_grid(grid: int) -> None:
     world.run(grid)
 
 
+def test_error_of_sums_before_the_links() -> None:
+    """Each part is rounded once more: by at most 2^-8 of it, beside the result's own rounding."""
+    shape = Shape(num_ranks=4, num_topk=8, experts_a_rank=8, tokens=(12, 12, 12, 12), hole=0.0)
+    world = World(shape, seed=3)
+    routing = world.route()
+    sent = routing.dispatch()
+    size = (shape.experts_a_rank, shape.num_ranks * shape.max_tokens, shape.hidden)
+    returned = [
+        reference.collect(
+            torch.randn(size, generator=world.generator).to(torch.bfloat16), each.src_info, 4
+        )
+        for each in sent
+    ]
+    for rank, own in enumerate(routing.inputs):
+        given = (returned, rank, own.topk_idx, routing.weights[rank])
+        exact, reduced, size_of_parts = (
+            reference.combine(*each, num_experts=shape.num_experts, reduced=way).double()
+            for each, way in (
+                (given, False),
+                (given, True),
+                (
+                    (
+                        [r._replace(rows=r.rows.abs()) for r in returned],
+                        *given[1:3],
+                        given[3].abs(),
+                    ),
+                    False,
+                ),
+            )
+        )
+        assert bool(((reduced - exact).abs() <= 3.1 * 2.0**-8 * size_of_parts).all())
+        assert not torch.equal(reduced, exact)
+
+
 @VARIANTS
 def test_operations_in_a_row(variant: str) -> None:
     """Several on one buffer, so that ranks are in different ones; whole and in two phases."""
@@ -468,10 +520,11 @@ def test_operations_in_a_row(variant: str) -> None:
         world.run(seed, delay={seed % 3: 20_000} if seed > 2 else {})
 
 
+@VARIANTS
 @pytest.mark.parametrize("stops_before", [0, 1])
-def test_withheld_rank_leaves_fault_records(stops_before: int) -> None:
+def test_withheld_rank_leaves_fault_records(stops_before: int, variant: str) -> None:
     missing = 2
-    world = World(Shape(tokens=(9, 9, 9)), seed=1, timeout_ns=300_000)
+    world = World(Shape(tokens=(9, 9, 9), variant=variant), seed=1, timeout_ns=300_000)
     routing = world.route()
     routing.combine(routing.dispatch())
     del world.ranks[missing].launches[stops_before:]
@@ -490,10 +543,11 @@ def test_withheld_rank_leaves_fault_records(stops_before: int) -> None:
     world.run(1)
 
 
-def test_masked_rank() -> None:
+@VARIANTS
+def test_masked_rank(variant: str) -> None:
     """A rank that does not come is masked, the others go on; after a clean it is back."""
     missing = 2
-    shape = Shape(tokens=(9, 9, 9), hidden=64)
+    shape = Shape(tokens=(9, 9, 9), hidden=64, variant=variant)
     world = World(shape, seed=1, timeout_ns=300_000, shrink=True)
     masked = torch.tensor([0, 0, 0])
     for stops_before in ("combine", "dispatch", "dispatch"):
@@ -548,7 +602,7 @@ def test_random_histories(first_seed: int) -> None:
         shape = Shape(
             num_ranks=num_ranks,
             hidden=128,
-            variant=rng.choice(["tma", "ldst"]),
+            variant=rng.choice(["tma", "ldst", "reduced"]),
             row_format=rng.choice([BF16, FP8]),
             tokens=tuple(rng.choice([0, 1, 7, rng.randrange(30)]) for _ in range(num_ranks)),
             max_tokens=30,

@@ -26,6 +26,7 @@
 // Launch: any grid, combine_threads() threads. Graph-safe.
 #include "epjit/cast.cuh"
 #include "epjit/copy.cuh"
+#include "low_latency/weighted_sum.cuh"
 
 namespace epjit {
 
@@ -118,7 +119,7 @@ class LowLatencyCombine {
     if (__all_sync(kFullMask, aborted == 0)) {
       if constexpr (kRanks > 1)
         if (pushes) push(unit, tokens);
-      if (p.receives && meet_peers()) reduce();
+      if (p.receives && (!is_herald() || meet_peers<kRanks>(waiter, p.wait_cost, lane))) reduce();
     }
     if (is_last_block(p.counters, 3) && lane == 0 && p.receives) *p.epoch = waiter.epoch;
   }
@@ -135,17 +136,6 @@ class LowLatencyCombine {
   __device__ uint64_t* word(int owner, int selection) const {
     return reinterpret_cast<uint64_t*>(p.words[owner]) +
            static_cast<int64_t>(half()) * p.words_stride + selection;
-  }
-
-  // Global expert of a selection, -1 for none.
-  __device__ int expert(int64_t selection) const {
-    if constexpr (kCfg.topk_is_int64) {
-      const int64_t e = static_cast<const int64_t*>(p.topk_idx)[selection];
-      return e >= 0 && e < kExperts ? static_cast<int>(e) : -1;
-    } else {
-      const int32_t e = static_cast<const int32_t*>(p.topk_idx)[selection];
-      return e >= 0 && e < kExperts ? e : -1;
-    }
   }
 
   // ---- push -------------------------------------------------------------------------------------
@@ -220,20 +210,8 @@ class LowLatencyCombine {
 
   // ---- reduce -----------------------------------------------------------------------------------
 
-  // One warp waits until all peers have begun, so that none of them is in an earlier operation when
-  // this one ends.
-  __device__ bool meet_peers() const {
-    if (blockIdx.x != 0 || warp != kCfg.num_warps - 1) return true;
-    bool ok = true;
-    if (lane < kRanks && lane != p.rank && !is_masked(waiter, lane)) {
-      const uint64_t start = ptx::clock64();
-      ok = wait_signal(waiter, kWaitLowLatencyCombineStart, lane,
-                       entered_signal(waiter.signals, lane), stamp(waiter.epoch, 0)) ||
-           is_masked(waiter, lane);
-      if (p.wait_cost != nullptr) p.wait_cost[lane] += static_cast<int64_t>(ptx::clock64() - start);
-    }
-    return all_lanes(ok);
-  }
+  // The warp that meets the peers.
+  __device__ bool is_herald() const { return blockIdx.x == 0 && warp == kCfg.num_warps - 1; }
 
   __device__ void reduce() {
     const uint32_t num_units = static_cast<uint32_t>(p.num_tokens) * p.num_parts;
@@ -252,7 +230,7 @@ class LowLatencyCombine {
     float weight = 0.0f;
     if (lane < kTopk) {
       const int selection = token * kTopk + lane;
-      const int e = expert(selection);
+      const int e = selected_expert<kCfg.topk_is_int64, kExperts>(p.topk_idx, selection);
       const int peer = e / kLocal;
       weight = p.topk_weights[selection];
       is_own = e >= 0 && peer == p.rank;
@@ -274,46 +252,11 @@ class LowLatencyCombine {
     if constexpr (kCfg.logfmt)
       sum_log(row, __ballot_sync(kFullMask, is_own), weight, out, part);
     else
-      sum(row, weight, out, part);
+      for_each_vec<kVecs>(part, p.num_parts, lane, [&](int vec, bool valid) {
+        const Vec16 sum = weighted_sum<kTopk>(row, weight, vec, valid);
+        if (valid) ptx::st_v4(out + vec * 16, sum);
+      });
     return true;
-  }
-
-  // Adds weight * y: the product is rounded, then the sum.
-  __device__ static void add(float& sum, float weight, float y) {
-    sum = __fadd_rn(sum, __fmul_rn(weight, y));
-  }
-
-  static constexpr int kBatch = 8;  // selections whose loads are in flight at once
-
-  __device__ void sum(const char* row, float weight, char* out, int part) const {
-    const int part_vecs = align_up(ceil_div(kVecs, p.num_parts), kWarpSize);
-    const int last = min(kVecs, (part + 1) * part_vecs);
-    for (int first = part * part_vecs; first < last; first += kWarpSize) {
-      const int vec = first + lane;
-      float total[8] = {};
-#pragma unroll
-      for (int batch = 0; batch < kTopk; batch += kBatch) {
-        Vec16 v[kBatch];
-#pragma unroll
-        for (int i = 0; i < kBatch && batch + i < kTopk; ++i) {
-          const char* const src = of_lane(row, batch + i);
-          if (src != nullptr && vec < last) v[i] = ptx::ld_v4(src + vec * 16);
-        }
-#pragma unroll
-        for (int i = 0; i < kBatch && batch + i < kTopk; ++i) {
-          const float w = __shfl_sync(kFullMask, weight, batch + i);
-          if (of_lane(row, batch + i) == nullptr) continue;
-          const uint32_t pairs[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
-#pragma unroll
-          for (int j = 0; j < 4; ++j) {
-            const Float2 y = ptx::bf16x2_to_float2(pairs[j]);
-            add(total[2 * j], w, y.x);
-            add(total[2 * j + 1], w, y.y);
-          }
-        }
-      }
-      if (vec < last) ptx::st_v4(out + vec * 16, pack(total));
-    }
   }
 
   // `own`: bit k: row k is one of this rank, which nobody has encoded yet.
@@ -340,22 +283,12 @@ class LowLatencyCombine {
         const LogRange range = log_range(code.range);
 #pragma unroll
         for (int i = 0; i < kCastElements; ++i)
-          add(total[i / 8][i % 8], w, log_decode(code.words, i, range));
+          add_weighted(total[i / 8][i % 8], w, log_decode(code.words, i, range));
       }
       if (item >= last) continue;
-      ptx::st_v4(out + item * 32, pack(total[0]));
-      ptx::st_v4(out + item * 32 + 16, pack(total[1]));
+      ptx::st_v4(out + item * 32, to_bf16(total[0]));
+      ptx::st_v4(out + item * 32 + 16, to_bf16(total[1]));
     }
-  }
-
-  template <typename T>
-  __device__ static T* of_lane(T* pointer, int lane) {
-    return reinterpret_cast<T*>(__shfl_sync(kFullMask, reinterpret_cast<uint64_t>(pointer), lane));
-  }
-
-  __device__ static Vec16 pack(const float (&v)[8]) {
-    return {ptx::float2_to_bf16x2({v[0], v[1]}), ptx::float2_to_bf16x2({v[2], v[3]}),
-            ptx::float2_to_bf16x2({v[4], v[5]}), ptx::float2_to_bf16x2({v[6], v[7]})};
   }
 
   const LowLatencyCombineParams& p;

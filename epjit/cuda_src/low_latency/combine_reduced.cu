@@ -1,0 +1,277 @@
+// Low-latency combine that adds up a rank's rows before they cross the links: one row a token and
+// rank crosses, instead of one an expert.
+//
+//   part[t, r] = bf16(sum over k with expert topk_idx[t, k] on rank r of weights[t, k] * y[t, k])
+//   out[t]     = bf16(sum over r ascending of part[t, r])
+//
+// k ascending, from +0.0, products and sums rounded to fp32. Against the combine that sums all in fp32
+// each part has one more rounding to bf16: a relative error of up to 2^-8 of a part, where the result
+// has 2^-8 of its own. Entries that are no expert, and masked ranks, are left out.
+//
+//   slots[s]    two halves of half_bytes: operations of even and of odd epoch
+//               [max_tokens, num_ranks, hidden] bf16; (t, r) of owner s is written by r; then
+//               [num_ranks, max_tokens * num_topk] f32 on rank r: row s is the weights of s, by s
+//   words[s]    two halves [max_tokens, num_ranks, num_parts] u64, by r, after its piece of the row;
+//               the last kMaxRanks words of a half: word s on rank r by s, after its weights
+//
+// Units of a warp, drawn from one counter: its weights to each rank; then (token, owner, piece of
+// the row): wait for the owner's weights, add, write. When none is left, (token, piece): wait for
+// the ranks of the token, add.
+//
+// Progress: sending weights waits for nothing and is drawn first, so whoever waits for weights waits
+// for a peer that has them on their way once it runs; adding up waits for that alone. The send
+// phase of a hook therefore waits for its peers to have started theirs. Halves are free for the
+// reason that dispatch.cu gives.
+//
+// Launch: any grid, combine_threads() threads. Graph-safe.
+#include "epjit/copy.cuh"
+#include "low_latency/weighted_sum.cuh"
+
+namespace epjit {
+
+struct LowLatencyReducedCombineConfig {
+  int32_t num_ranks;
+  int32_t num_experts;
+  int32_t hidden;
+  int32_t num_topk;
+  bool topk_is_int64;
+  int32_t num_warps;
+};
+
+struct LowLatencyReducedCombineParams {
+  const char* x;                 // [experts_per_rank, num_ranks * max_tokens, hidden] bf16
+  const void* topk_idx;          // [num_tokens, num_topk] int32 or int64, global experts
+  const float* topk_weights;     // [num_tokens, num_topk]
+  const int32_t* source_tokens;  // [num_ranks]: tokens of each owner
+  const int32_t* source_rows;    // [num_ranks, max_tokens, num_topk]: row of x of each selection of
+                                 // each owner, -1 = none here
+  char* out;                     // [num_tokens, hidden] bf16
+  int64_t* wait_cost;            // [num_ranks], += cycles until it had begun; or null
+  uint64_t slots[8];             // symmetric, of each rank
+  uint64_t words[8];             // symmetric, of each rank
+  uint64_t signals[8];           // symmetric, of each rank
+  uint32_t* counters;            // local [3]: ticket, next unit to send, next unit to add; zero on
+                                 // entry and on exit
+  uint32_t* epoch;               // local [1]
+  uint64_t* fault;               // host [8]
+  uint32_t* abort;               // local [1]
+  uint32_t* mask;                // local [num_ranks], or null
+  uint64_t timeout_ns;
+  int64_t half_bytes;
+  int32_t words_stride;  // words of a half
+  int32_t num_tokens;
+  int32_t max_tokens;  // of any rank
+  int32_t num_parts;   // pieces of a row, the same on all ranks
+  int32_t rank;
+  bool sends;     // this launch has the send phase
+  bool receives;  // this launch has the receive phase
+};
+
+constexpr int combine_threads(LowLatencyReducedCombineConfig cfg) {
+  return cfg.num_warps * kWarpSize;
+}
+
+constexpr int combine_shared_bytes(LowLatencyReducedCombineConfig) { return 0; }
+
+template <LowLatencyReducedCombineConfig kCfg>
+class LowLatencyReducedCombine {
+  static constexpr int kRanks = kCfg.num_ranks;
+  static constexpr int kExperts = kCfg.num_experts;
+  static constexpr int kLocal = kExperts / kRanks;
+  static constexpr int kTopk = kCfg.num_topk;
+  static constexpr int kRowBytes = 2 * kCfg.hidden;
+  static constexpr int kVecs = kRowBytes / 16;
+  static_assert(kRanks >= 1 && kRanks <= kMaxRanks && kExperts % kRanks == 0);
+  static_assert(kTopk >= 1 && kTopk <= kMaxTopk);
+  static_assert(kRowBytes % 16 == 0, "a row is moved in pieces of 16 bytes");
+
+ public:
+  __device__ explicit LowLatencyReducedCombine(const LowLatencyReducedCombineParams& params)
+      : p(params),
+        lane(threadIdx.x % kWarpSize),
+        waiter(start_operation<kRanks>(p, kWaitLowLatencyCombineStart)) {}
+
+  __device__ void run() {
+    const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);
+    const bool sends = kRanks > 1 && p.sends;
+    // Loaded and drawn early: all of it is on its way at once.
+    const int tokens = sends && lane < kRanks && lane != p.rank ? p.source_tokens[lane] : 0;
+    const uint32_t unit = sends ? next_unit(p.counters + 1, lane) : 0;
+    if (__all_sync(kFullMask, aborted == 0)) {
+      bool ok = true;
+      if constexpr (kRanks > 1)
+        if (sends) ok = send(unit, tokens);
+      if (ok && p.receives && (!is_herald() || meet_peers<kRanks>(waiter, p.wait_cost, lane)))
+        receive();
+    }
+    if (is_last_block(p.counters, 3) && lane == 0 && p.receives) *p.epoch = waiter.epoch;
+  }
+
+ private:
+  __device__ int half() const { return waiter.epoch & 1; }
+
+  // The row that `writer` makes of the owner's token.
+  __device__ char* slot(int owner, int writer, int token) const {
+    return reinterpret_cast<char*>(p.slots[owner]) + half() * p.half_bytes +
+           (static_cast<int64_t>(token) * kRanks + writer) * kRowBytes;
+  }
+
+  // Where `reader` finds the weights of `owner`.
+  __device__ float* weights(int reader, int owner) const {
+    return reinterpret_cast<float*>(slot(reader, 0, p.max_tokens)) +
+           static_cast<int64_t>(owner) * p.max_tokens * kTopk;
+  }
+
+  __device__ uint64_t* words(int rank) const {
+    return reinterpret_cast<uint64_t*>(p.words[rank]) +
+           static_cast<int64_t>(half()) * p.words_stride;
+  }
+
+  __device__ uint64_t* word(int owner, int writer, int token, int part) const {
+    return words(owner) + (token * kRanks + writer) * p.num_parts + part;
+  }
+
+  __device__ uint64_t* weights_word(int reader, int owner) const {
+    return words(reader) + p.words_stride - kMaxRanks + owner;
+  }
+
+  // Row of x of a selection of `owner`, -1 = none here.
+  __device__ int source_row(int owner, int token, int k) const {
+    return p.source_rows[(static_cast<int64_t>(owner) * p.max_tokens + token) * kTopk + k];
+  }
+
+  __device__ bool wait_stamp(int peer, int index, const uint64_t* word) const {
+    uint64_t seen;
+    return wait_until(waiter, kWaitLowLatencyCombineRow, peer, index, stamp(waiter.epoch, 0), word,
+                      seen, [&](uint64_t value) { return value >> 32 == waiter.epoch; });
+  }
+
+  // ---- send -------------------------------------------------------------------------------------
+
+  // Lane s has the number of tokens of owner s.
+  __device__ bool send(uint32_t unit, int tokens) const {
+    const uint32_t num_units =
+        kRanks + __reduce_max_sync(kFullMask, tokens) * (kRanks - 1) * p.num_parts;
+    uint32_t weighted = 0;  // bit s: the weights of owner s are here
+    while (unit < num_units) {
+      const uint32_t next = next_unit(p.counters + 1, lane);
+      if (unit < kRanks) {
+        send_weights(static_cast<int>(unit));
+      } else {
+        const uint32_t row = (unit - kRanks) / p.num_parts;
+        const int part = (unit - kRanks) % p.num_parts, token = row / (kRanks - 1);
+        const int owner = (p.rank + 1 + row % (kRanks - 1)) % kRanks;
+        if (token < __shfl_sync(kFullMask, tokens, owner) &&
+            !send_part(owner, token, part, weighted))
+          return false;
+      }
+      unit = next;
+    }
+    return true;
+  }
+
+  __device__ void send_weights(int reader) const {
+    if (reader == p.rank || is_masked(waiter, reader)) return;
+    float* const dst = weights(reader, p.rank);
+    for (int i = lane; i < p.num_tokens * kTopk; i += kWarpSize) dst[i] = p.topk_weights[i];
+    __syncwarp();
+    if (lane == 0) ptx::st_release_sys(weights_word(reader, p.rank), stamp(waiter.epoch, 0));
+  }
+
+  __device__ bool send_part(int owner, int token, int part, uint32_t& weighted) const {
+    const int row = lane < kTopk ? source_row(owner, token, lane) : -1;
+    if (__ballot_sync(kFullMask, row >= 0) == 0 || is_masked(waiter, owner)) return true;
+    if ((weighted >> owner & 1) == 0) {
+      // All lanes look, so that each has acquired what the word publishes.
+      if (!all_lanes(wait_stamp(owner, 0, weights_word(p.rank, owner))))
+        return __all_sync(kFullMask, is_masked(waiter, owner));
+      weighted |= 1u << owner;
+    }
+    const float weight = row >= 0 ? weights(p.rank, owner)[token * kTopk + lane] : 0.0f;
+    const char* const src = row >= 0 ? p.x + static_cast<int64_t>(row) * kRowBytes : nullptr;
+    char* const dst = slot(owner, p.rank, token);
+    for_each_vec<kVecs>(part, p.num_parts, lane, [&](int vec, bool valid) {
+      const Vec16 sum = weighted_sum<kTopk>(src, weight, vec, valid);
+      if (valid) ptx::st_v4(dst + vec * 16, sum);
+    });
+    // Pieces of all lanes -> __syncwarp -> release: cumulative.
+    __syncwarp();
+    if (lane == 0) ptx::st_release_sys(word(owner, p.rank, token, part), stamp(waiter.epoch, 0));
+    return true;
+  }
+
+  // ---- receive ----------------------------------------------------------------------------------
+
+  // The warp that meets the peers.
+  __device__ bool is_herald() const {
+    return blockIdx.x == 0 && threadIdx.x / kWarpSize == kCfg.num_warps - 1;
+  }
+
+  __device__ void receive() const {
+    const uint32_t num_units = static_cast<uint32_t>(p.num_tokens) * p.num_parts;
+    uint32_t unit = next_unit(p.counters + 2, lane);
+    while (unit < num_units) {
+      const uint32_t next = next_unit(p.counters + 2, lane);
+      if (!receive_part(unit / p.num_parts, unit % p.num_parts)) return;
+      unit = next;
+    }
+  }
+
+  __device__ bool receive_part(int token, int part) const {
+    // Lane k has selection k: of this rank its row, of others the rank.
+    const int64_t selection = static_cast<int64_t>(token) * kTopk + lane;
+    const int e =
+        lane < kTopk ? selected_expert<kCfg.topk_is_int64, kExperts>(p.topk_idx, selection) : -1;
+    const int peer = e >= 0 ? e / kLocal : -1;
+    const uint32_t ranks = __reduce_or_sync(kFullMask, peer >= 0 ? 1u << peer : 0);
+    const char* own = nullptr;
+    float weight = 0.0f;
+    if (peer == p.rank) {
+      const int row = source_row(p.rank, token, lane);
+      weight = p.topk_weights[selection];
+      if (row >= 0) own = p.x + static_cast<int64_t>(row) * kRowBytes;
+    }
+    // Lane r has what rank r has made of it.
+    bool ok = true;
+    const char* row = nullptr;
+    if (lane < kRanks && lane != p.rank && (ranks >> lane & 1) != 0 && !is_masked(waiter, lane)) {
+      if (wait_stamp(lane, token, word(p.rank, lane, token, part)))
+        row = slot(p.rank, lane, token);
+      else
+        ok = is_masked(waiter, lane);
+    }
+    if (!all_lanes(ok)) return false;
+
+    char* const out = p.out + static_cast<int64_t>(token) * kRowBytes;
+    const bool has_own = (ranks >> p.rank & 1) != 0;
+    for_each_vec<kVecs>(part, p.num_parts, lane, [&](int vec, bool valid) {
+      Vec16 v[kRanks];
+#pragma unroll
+      for (int r = 0; r < kRanks; ++r) {
+        const char* const src = of_lane(row, r);
+        if (src != nullptr && valid) v[r] = ptx::ld_v4(src + vec * 16);
+      }
+      const Vec16 mine = has_own ? weighted_sum<kTopk>(own, weight, vec, valid) : Vec16{};
+      float total[8] = {};
+#pragma unroll
+      for (int r = 0; r < kRanks; ++r) {
+        const bool is_own = r == p.rank;
+        if (is_own ? !has_own : of_lane(row, r) == nullptr) continue;
+        add_weighted(total, 1.0f, is_own ? mine : v[r]);
+      }
+      if (valid) ptx::st_v4(out + vec * 16, to_bf16(total));
+    });
+    return true;
+  }
+
+  const LowLatencyReducedCombineParams& p;
+  const int lane;
+  const Waiter waiter;
+};
+
+template <LowLatencyReducedCombineConfig kCfg>
+__device__ void combine(const LowLatencyReducedCombineParams& p) {
+  LowLatencyReducedCombine<kCfg>(p).run();
+}
+
+}  // namespace epjit

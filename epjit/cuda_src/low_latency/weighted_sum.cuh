@@ -1,0 +1,91 @@
+// What the kernels of low-latency combine share: who is chosen, sums of rows, the meeting of ranks.
+#pragma once
+#include "epjit/sync.cuh"
+
+namespace epjit {
+
+// Global expert of a selection, -1 for what is none.
+template <bool kIsInt64, int kExperts>
+__device__ __forceinline__ int selected_expert(const void* topk_idx, int64_t selection) {
+  int64_t expert;
+  if constexpr (kIsInt64)
+    expert = static_cast<const int64_t*>(topk_idx)[selection];
+  else
+    expert = static_cast<const int32_t*>(topk_idx)[selection];
+  return expert >= 0 && expert < kExperts ? static_cast<int>(expert) : -1;
+}
+
+template <typename T>
+__device__ __forceinline__ T* of_lane(T* pointer, int lane) {
+  return reinterpret_cast<T*>(__shfl_sync(kFullMask, reinterpret_cast<uint64_t>(pointer), lane));
+}
+
+// Adds weight * y: the product is rounded, then the sum.
+__device__ __forceinline__ void add_weighted(float& sum, float weight, float y) {
+  sum = __fadd_rn(sum, __fmul_rn(weight, y));
+}
+
+// The same for eight bf16.
+__device__ __forceinline__ void add_weighted(float (&sum)[8], float weight, Vec16 v) {
+  const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const Float2 y = ptx::bf16x2_to_float2(pairs[i]);
+    add_weighted(sum[2 * i], weight, y.x);
+    add_weighted(sum[2 * i + 1], weight, y.y);
+  }
+}
+
+__device__ __forceinline__ Vec16 to_bf16(const float (&v)[8]) {
+  return {ptx::float2_to_bf16x2({v[0], v[1]}), ptx::float2_to_bf16x2({v[2], v[3]}),
+          ptx::float2_to_bf16x2({v[4], v[5]}), ptx::float2_to_bf16x2({v[6], v[7]})};
+}
+
+// bf16(sum over k of weight * row), k ascending from +0.0; lane k has row and weight of selection k,
+// a null row adds nothing. Each lane gets the eight elements of its piece `vec`.
+template <int kTopk>
+__device__ __forceinline__ Vec16 weighted_sum(const char* row, float weight, int vec, bool valid) {
+  constexpr int kBatch = 8;  // rows whose loads are in flight at once
+  float sum[8] = {};
+#pragma unroll
+  for (int batch = 0; batch < kTopk; batch += kBatch) {
+    Vec16 v[kBatch];
+#pragma unroll
+    for (int i = 0; i < kBatch && batch + i < kTopk; ++i) {
+      const char* const src = of_lane(row, batch + i);
+      if (src != nullptr && valid) v[i] = ptx::ld_v4(src + vec * 16);
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch && batch + i < kTopk; ++i) {
+      const float w = __shfl_sync(kFullMask, weight, batch + i);
+      if (of_lane(row, batch + i) != nullptr) add_weighted(sum, w, v[i]);
+    }
+  }
+  return to_bf16(sum);
+}
+
+// Calls visit(piece of 16 bytes, whether it is one) for part `part` of a row, all lanes in step.
+template <int kVecs, typename Visit>
+__device__ __forceinline__ void for_each_vec(int part, int num_parts, int lane, Visit visit) {
+  const int part_vecs = align_up(ceil_div(kVecs, num_parts), kWarpSize);
+  const int last = min(kVecs, (part + 1) * part_vecs);
+  for (int first = part * part_vecs; first < last; first += kWarpSize)
+    visit(first + lane, first + lane < last);
+}
+
+// One warp waits until all peers have begun, so that none of them is in an earlier operation when
+// this one ends; it adds the cycles that it waited for each to `wait_cost`, if there is one.
+template <int kRanks>
+__device__ __forceinline__ bool meet_peers(const Waiter& waiter, int64_t* wait_cost, int lane) {
+  bool ok = true;
+  if (lane < kRanks && lane != waiter.rank && !is_masked(waiter, lane)) {
+    const uint64_t start = ptx::clock64();
+    ok = wait_signal(waiter, waiter.start_tag, lane, entered_signal(waiter.signals, lane),
+                     stamp(waiter.epoch, 0)) ||
+         is_masked(waiter, lane);
+    if (wait_cost != nullptr) wait_cost[lane] += static_cast<int64_t>(ptx::clock64() - start);
+  }
+  return all_lanes(ok);
+}
+
+}  // namespace epjit
