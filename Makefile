@@ -8,7 +8,7 @@ N ?= 4
 ARGS ?=
 CUDA ?= cu13
 TORCH ?= torch==2.13.0
-NEEDS := torch cupy cuda filelock platformdirs pytest pytest_timeout rich
+NEEDS := torch cupy cuda filelock platformdirs pytest pytest_timeout rich typer
 HAS := python3 -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))'
 ifndef PYTHON
 PYTHON := $(shell $(HAS) $(NEEDS) 2>/dev/null && echo python3 || echo .venv/bin/python)
@@ -38,7 +38,7 @@ test-dist: $(READY) ## N GPUs, one process each   (make test-dist N=4)
 	EPJIT_TEST_RANKS=$(N) $(PYTHON) -m pytest tests/dist $(ARGS)
 
 bench: $(READY) ## times of N GPUs beside the link ceiling   (ARGS="--json out.jsonl --plot out.png")
-	$(PYTHON) bench/bench.py --ranks $(N) $(ARGS)
+	$(PYTHON) -m epjit bench --ranks $(N) $(ARGS)
 
 lint: $(READY) ## ruff and clang-format
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(MAKE) -s format-cuda MODE='--dry-run -Werror'

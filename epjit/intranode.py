@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
+from epjit import env, tuned
 from epjit.config import MAX_LOCAL_EXPERTS, MAX_RANKS
 from epjit.errors import CommunicationError
 from epjit.layout import LayoutConfig
@@ -246,15 +247,44 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
 
 
 def _config(
-    shape: DispatchShape | CombineShape, num_ranks: int, arch: str
+    shape: DispatchShape | CombineShape, num_ranks: int, arch: str, *, gpu: str = ""
 ) -> DispatchConfig | CombineConfig:
-    """The kernel of a shape for an architecture, of the variant that the environment asks for."""
+    """The kernel of a shape, of the variant that the environment asks for or that was tuned."""
     limit = shared_limit(arch)
+    op = "dispatch" if isinstance(shape, DispatchShape) else "combine"
+    best = tuned.best(op, gpu=gpu, num_ranks=num_ranks, hidden_bytes=shape.hidden_bytes)
+    variant = variants.resolve(op, arch, tuned=None if best is None else best.variant)
     if isinstance(shape, DispatchShape):
-        variant = variants.resolve("dispatch", arch)
         return DispatchConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
-    variant = variants.resolve("combine", arch)
     return CombineConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
+
+
+def warmup_shapes(
+    hidden_bytes: int, *, num_topk: int, num_scales: int, topk_is_int64: bool, is_f16: bool
+) -> Iterator[DispatchShape | CombineShape]:
+    """The kernels that calls of one kind need: with top-k and scales, and without (cached).
+
+    Args:
+        hidden_bytes: Bytes of one row of `x`.
+        num_topk: Choices a token that travel with it; 0 = none.
+        num_scales: Scales a token; 0 = none. Rows with scales are not combined.
+        topk_is_int64: Width of the choices.
+        is_f16: float16 rows to combine, else bfloat16.
+    """
+    for topk in sorted({0, num_topk}):
+        for scales in sorted({0, num_scales}):
+            yield DispatchShape(hidden_bytes, scales, topk, topk == 0 or topk_is_int64)
+        if not num_scales:
+            yield CombineShape(hidden_bytes, topk, is_f16)
+
+
+def warmup_configs(
+    shapes: Iterable[DispatchShape | CombineShape], *, num_ranks: int, arch: str
+) -> list[KernelConfig]:
+    """Every kernel that a Buffer compiles for these shapes on an architecture."""
+    configs: list[KernelConfig] = [NotifyConfig(num_ranks)]
+    configs += [LayoutConfig(num_ranks, wide) for wide in (True, False)]
+    return configs + [_config(shape, num_ranks, arch) for shape in shapes]
 
 
 class _Arena:
@@ -348,7 +378,8 @@ class Intranode:
 
     def _build(self, shape: DispatchShape | CombineShape) -> Launch:
         """Compiles and loads, then meets the group: nobody may wait for a peer that compiles."""
-        config = _config(shape, self._group.size, self._arch)
+        gpu = torch.cuda.get_device_name(self._device)
+        config = _config(shape, self._group.size, self._arch, gpu=gpu)
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{config.op} needs a kernel for {config} that is not compiled yet, and nothing "
@@ -371,18 +402,21 @@ class Intranode:
             words=self._everywhere(self._arena.words),
             num_slots=num_slots,
         )
-        self._group.barrier()
+        chosen = self._group.allgather(config)
+        if any(each != config for each in chosen):
+            each = "\n  ".join(f"rank {rank}: {one}" for rank, one in enumerate(chosen))
+            raise RuntimeError(
+                f"the ranks chose different kernels for {config.op}:\n  {each}\nset "
+                f"{env.variant_name(config.op)} to the same value everywhere, or give all ranks "
+                "the same EPJIT_CACHE_DIR (tuned.json is in it)"
+            )
         self._launches[shape] = launch
         return launch
 
     def compile_ahead(self, archs: Iterable[str]) -> None:
         """Compiles the kernels of this buffer into the cache, for other architectures."""
-        num_ranks = self._group.size
         for arch in archs:
-            configs: list[KernelConfig] = [NotifyConfig(num_ranks)]
-            configs += [LayoutConfig(num_ranks, wide) for wide in (True, False)]
-            configs += [_config(shape, num_ranks, arch) for shape in self._launches]
-            for config in configs:
+            for config in warmup_configs(self._launches, num_ranks=self._group.size, arch=arch):
                 compile_kernel(config, arch=arch)
 
     # ---- operations ------------------------------------------------------------------------------

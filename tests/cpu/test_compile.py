@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import ceiling
 from epjit import intranode
+from epjit.bench import ceiling, peers
 from epjit.runtime import device, jit, nvrtc
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,7 +33,7 @@ INTERPRETERS = {
 
 def configs(arch: str) -> list[jit.KernelConfig]:
     """One config of each kernel, variant and shape class that this architecture can run."""
-    return [*intranode.example_configs(arch), *ceiling.example_configs(arch)]
+    return [*intranode.example_configs(arch), *ceiling.example_configs(arch), peers.ChaseConfig()]
 
 
 def compile_all(
