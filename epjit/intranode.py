@@ -76,7 +76,7 @@ class NotifyConfig(KernelConfig):
         return f"intranode_r{self.num_ranks}"
 
 
-def _copier_shape(tma: bool, max_warps: int, row_bytes: int, limit: int) -> tuple[int, int]:
+def copier_shape(tma: bool, max_warps: int, row_bytes: int, limit: int) -> tuple[int, int]:
     """Warps that move rows, and rows that each has in shared memory.
 
     TMA: as many rows as shared memory holds, spread over the warps, at most eight a warp.
@@ -129,7 +129,7 @@ class DispatchConfig(KernelConfig):
     ) -> DispatchConfig:
         """The form of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
-        warps, rows = _copier_shape(tma, 16, shape.hidden_bytes, limit)
+        warps, rows = copier_shape(tma, 16, shape.hidden_bytes, limit)
         stage = max(1, warps // 2) if num_ranks > 1 else warps
         return cls(num_ranks, *shape, variant == "push", tma, warps, stage, rows)
 
@@ -179,7 +179,7 @@ class CombineConfig(KernelConfig):
     ) -> CombineConfig:
         """The form of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
-        push, rows = _copier_shape(tma, 6, shape.hidden_bytes, limit)
+        push, rows = copier_shape(tma, 6, shape.hidden_bytes, limit)
         # Many warps hide the latency of a token's sum; more ranks and copies through registers need
         # more of these (28 warps leave 72 a thread, 24 leave 80, 20 leave 96, 16 leave 128; sm_120
         # spills with 72).

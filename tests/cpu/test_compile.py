@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from epjit import intranode
+from epjit import expert_major, intranode
 from epjit.bench import ceiling, peers
 from epjit.runtime import device, jit, nvrtc
 
@@ -33,7 +33,12 @@ INTERPRETERS = {
 
 def configs(arch: str) -> list[jit.KernelConfig]:
     """One config of each kernel, variant and shape class that this architecture can run."""
-    return [*intranode.example_configs(arch), *ceiling.example_configs(arch), peers.ChaseConfig()]
+    return [
+        *intranode.example_configs(arch),
+        *ceiling.example_configs(arch),
+        *expert_major.example_configs(arch),
+        peers.ChaseConfig(),
+    ]
 
 
 def compile_all(
