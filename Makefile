@@ -2,7 +2,7 @@
 # python3 where it already has torch and CuPy (a GPU machine). PYTHON=... chooses another interpreter.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help run test test-gpu test-dist bench lint type fmt sanitize dist clean
+.PHONY: help run test test-gpu test-dist bench docs lint type fmt sanitize dist clean
 
 N ?= 4
 ARGS ?=
@@ -39,6 +39,9 @@ test-dist: $(READY) ## N GPUs, one process each   (make test-dist N=4)
 
 bench: $(READY) ## times of N GPUs beside the link ceiling   (ARGS="--json out.jsonl --plot out.png")
 	$(PYTHON) -m epjit bench --ranks $(N) $(ARGS)
+
+docs: $(READY) ## the site, in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
 lint: $(READY) ## ruff and clang-format
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(MAKE) -s format-cuda MODE='--dry-run -Werror'

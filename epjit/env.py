@@ -144,11 +144,14 @@ dispatch_variant: Variable[str] = Variable(
     "EPJIT_DISPATCH_VARIANT",
     _VARIANT,
     "auto",
-    "Implementation of dispatch: auto, tma or ldst.",
+    "Implementation of dispatch: auto, tma, push or ldst.",
     str,
 )
 combine_variant: Variable[str] = Variable(
     "EPJIT_COMBINE_VARIANT", _VARIANT, "auto", "Implementation of combine: auto, tma or ldst.", str
+)
+permute_variant: Variable[str] = Variable(
+    "EPJIT_PERMUTE_VARIANT", _VARIANT, "auto", "Implementation of permute: auto, tma or ldst.", str
 )
 disable_sm90_features: Variable[bool] = Variable(
     "DISABLE_SM90_FEATURES",
