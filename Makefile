@@ -2,7 +2,7 @@
 # python3 where it already has torch and CuPy (a GPU machine). PYTHON=... chooses another interpreter.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help run test test-gpu test-dist bench docs lint type fmt sanitize dist clean
+.PHONY: help run test test-gpu test-dist test-frameworks bench docs lint type fmt sanitize dist clean
 
 N ?= 4
 ARGS ?=
@@ -36,6 +36,9 @@ test-gpu: $(READY) ## one GPU, virtual ranks
 
 test-dist: $(READY) ## N GPUs, one process each   (make test-dist N=4)
 	EPJIT_TEST_RANKS=$(N) $(PYTHON) -m pytest tests/dist $(ARGS)
+
+test-frameworks: $(READY) ## files of vLLM, SGLang, Megatron, ... fetched and run on compat/
+	$(PYTHON) tests/frameworks/fetch.py && $(PYTHON) -m pytest tests/frameworks $(ARGS)
 
 bench: $(READY) ## times of N GPUs beside the link ceiling   (ARGS="--json out.jsonl --plot out.png")
 	$(PYTHON) -m epjit bench --ranks $(N) $(ARGS)
