@@ -59,8 +59,9 @@ sanitize: $(READY) ## compute-sanitizer memcheck and racecheck over tests/gpu at
 	EPJIT_TEST_SMALL=1 compute-sanitizer --tool memcheck --report-api-errors no $(SANITIZED)
 	EPJIT_TEST_SMALL=1 compute-sanitizer --tool racecheck $(SANITIZED)
 
-dist: $(READY) ## the wheels of epjit and of compat/, in dist/
-	$(PYTHON) -m build --wheel --outdir dist . && $(PYTHON) -m build --wheel --outdir dist compat
+dist: $(READY) ## wheel and sdist of epjit and of compat/, checked, in dist/
+	$(PYTHON) -m build --outdir dist . && $(PYTHON) -m build --outdir dist compat
+	$(PYTHON) -m twine check --strict dist/*
 
 clean: ## remove environments, caches and builds
 	rm -rf .venv .venv-cu12 build dist compat/build .mypy_cache .pytest_cache .ruff_cache .hypothesis

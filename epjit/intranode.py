@@ -279,12 +279,19 @@ def warmup_shapes(
 
 
 def warmup_configs(
-    shapes: Iterable[DispatchShape | CombineShape], *, num_ranks: int, arch: str
+    shapes: Iterable[DispatchShape | CombineShape], *, num_ranks: int, arch: str, gpu: str = ""
 ) -> list[KernelConfig]:
-    """Every kernel that a Buffer compiles for these shapes on an architecture."""
+    """Every kernel that a Buffer compiles for these shapes on an architecture.
+
+    Args:
+        shapes: From `warmup_shapes`.
+        num_ranks: Size of the group.
+        arch: Such as ``"sm_90a"``.
+        gpu: Product name, for the variants that were tuned there.
+    """
     configs: list[KernelConfig] = [NotifyConfig(num_ranks)]
     configs += [LayoutConfig(num_ranks, wide) for wide in (True, False)]
-    return configs + [_config(shape, num_ranks, arch) for shape in shapes]
+    return configs + [_config(shape, num_ranks, arch, gpu=gpu) for shape in shapes]
 
 
 class _Arena:

@@ -46,12 +46,13 @@ def warmup(
 
     if topk_bits not in (32, 64):
         raise ValueError(f"--topk-bits is {topk_bits}, but must be 32 or 64")
-    archs = arch or _default_archs()
+    gpus = dict.fromkeys(arch, "") if arch else _default_archs()
+    archs = list(gpus)
     jobs = [
         (config, each)
-        for each in archs
+        for each, gpu in gpus.items()
         for config in configs(
-            each, ranks=ranks, hidden=hidden, topk=topk, dtypes=dtype, wide=topk_bits == 64
+            each, gpu, ranks=ranks, hidden=hidden, topk=topk, dtypes=dtype, wide=topk_bits == 64
         )
     ]
     version()  # NVRTC is missing: say so once, before anything starts
@@ -75,6 +76,7 @@ def warmup(
 
 def configs(
     arch: str,
+    gpu: str,
     *,
     ranks: Iterable[int],
     hidden: Iterable[int],
@@ -112,18 +114,20 @@ def configs(
                     topk_is_int64=wide,
                     is_f16=dtype is Dtype.fp16,
                 )
-                found |= dict.fromkeys(warmup_configs(shapes, num_ranks=num_ranks, arch=arch))
+                made = warmup_configs(shapes, num_ranks=num_ranks, arch=arch, gpu=gpu)
+                found |= dict.fromkeys(made)
     return list(found)
 
 
-def _default_archs() -> list[str]:
+def _default_archs() -> dict[str, str]:
+    """Architectures, with the product name where it is that of a GPU here."""
     from epjit import env
     from epjit.runtime import device
 
     if env.torch_cuda_arch_list():
-        return list(env.torch_cuda_arch_list())
+        return dict.fromkeys(env.torch_cuda_arch_list(), "")
     try:
-        archs = sorted({device.arch_of(index) for index in range(device.count())})
+        archs = {device.arch_of(index): device.name(index) for index in range(device.count())}
     except RuntimeError as error:
         raise ValueError(f"no GPU to compile for ({error}); name one: --arch sm_90a") from error
     if not archs:
