@@ -79,5 +79,5 @@ format-cuda:
 # A second, tiny environment: the compile tests run every kernel through CUDA 12's NVRTC too.
 .venv-cu12/.ready:
 	python3 -m venv .venv-cu12
-	.venv-cu12/bin/python -m pip install -qq 'cuda-bindings>=12.8,<13' 'nvidia-cuda-nvrtc-cu12==12.8.*' numpy filelock platformdirs
+	PYTHONPATH= .venv-cu12/bin/python -m pip install -qq 'cuda-bindings>=12.8,<13' 'nvidia-cuda-nvrtc-cu12==12.8.*' numpy filelock platformdirs
 	touch $@

@@ -138,6 +138,26 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
             yield UnpermuteConfig(row_bytes, num_topk, is_f16=num_topk == 1)
 
 
+def warmup_configs(
+    row_bytes: int, *, num_topk: int, num_experts: int, is_f16: bool, topk_is_int64: bool, arch: str
+) -> list[KernelConfig]:
+    """Every kernel that rows by expert of one shape need on an architecture.
+
+    Args:
+        row_bytes: Bytes of one row of bfloat16 or float16.
+        num_topk: Choices a token.
+        num_experts: `E` of one rank.
+        is_f16: float16 rows, else bfloat16.
+        topk_is_int64: Width of the choices.
+        arch: Such as ``"sm_90a"``.
+    """
+    return [
+        PlaceConfig(num_experts, topk_is_int64),
+        _permute_config(row_bytes, arch),
+        UnpermuteConfig(row_bytes, num_topk, is_f16),
+    ]
+
+
 def row_bound(num_tokens: int, num_topk: int, num_experts: int, alignment: int) -> int:
     """Rows that are always enough: every selection of every token here, and all paddings.
 
@@ -228,11 +248,8 @@ def permute(x: Tensor, source: Tensor, ends: Tensor, *, num_topk: int) -> Tensor
         return reference.permute(x, source, num_topk)
     row_bytes = _row_bytes("x", x)
     rows = torch.empty((source.shape[0], x.shape[1]), dtype=x.dtype, device=x.device)
-    arch = arch_of(x.device.index)
-    config = PermuteConfig.choose(
-        row_bytes, variant=variants.resolve("permute", arch), limit=shared_limit(arch)
-    )
     if rows.shape[0]:
+        config = _permute_config(row_bytes, arch_of(x.device.index))
         _launch(config, x.device.index)(
             _stream(x.device),
             _num_sms(x.device),
@@ -277,6 +294,12 @@ def unpermute(rows: Tensor, row_of: Tensor) -> Tensor:
             num_tokens=num_tokens,
         )
     return out
+
+
+def _permute_config(row_bytes: int, arch: str) -> PermuteConfig:
+    """The kernel of a row size, of the variant that the environment asks for."""
+    variant = variants.resolve("permute", arch)
+    return PermuteConfig.choose(row_bytes, variant=variant, limit=shared_limit(arch))
 
 
 @functools.cache

@@ -18,8 +18,9 @@ over all ranks, `L` experts of this rank, `R` ranks, `n` received tokens, `M` ro
 from __future__ import annotations
 
 import atexit
+import functools
 import itertools
-from typing import Any, NamedTuple, TypeAlias
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 import torch.distributed as dist
@@ -115,9 +116,7 @@ def get_buffer(group: dist.ProcessGroup, hidden_bytes: int) -> Buffer:
     Raises:
         RuntimeError: A Buffer would have to be made while a CUDA graph is captured.
     """
-    num_ranks = group.size()
-    configs = (Buffer.get_dispatch_config(num_ranks), Buffer.get_combine_config(num_ranks))
-    needed = max(config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks) for config in configs)
+    needed = _bytes_needed(group.size(), hidden_bytes, Buffer.num_sms)
     found = _managed.get(group.group_name)
     # A group that was destroyed and made again has the same name and needs a Buffer of its own.
     is_usable = found is not None and found.group is group and found.runtime is not None
@@ -161,6 +160,13 @@ def register_buffer(buffer: Buffer) -> str:
 def unregister_buffer(name: str) -> None:
     """Forgets a name of `register_buffer`."""
     del _registered[name]
+
+
+@functools.cache
+def _bytes_needed(num_ranks: int, hidden_bytes: int, num_sms: int) -> int:
+    """`num_nvl_bytes`; what is cached depends on `num_sms`, through the default configs."""
+    configs = (Buffer.get_dispatch_config(num_ranks), Buffer.get_combine_config(num_ranks))
+    return max(config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks) for config in configs)
 
 
 def _destroy(buffer: Buffer) -> None:
@@ -468,6 +474,30 @@ _permute_weights.register_autograd(_grad_permute_weights, setup_context=_setup_p
 # ---- what users call ----------------------------------------------------------------------------
 
 
+@overload
+def dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    *,
+    num_experts: int,
+    group: GroupLike,
+    num_worst_tokens: int = ...,
+    expert_major: Literal[False] = ...,
+) -> Dispatched: ...
+@overload
+def dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    *,
+    num_experts: int,
+    group: GroupLike,
+    num_worst_tokens: int = ...,
+    expert_major: Literal[True],
+    expert_alignment: int = ...,
+    num_expert_rows: int = ...,
+) -> ExpertRows: ...
 def dispatch(
     x: Tensor,
     topk_idx: Tensor,
@@ -479,7 +509,7 @@ def dispatch(
     expert_major: bool = False,
     expert_alignment: int = 1,
     num_expert_rows: int = 0,
-) -> Any:
+) -> Dispatched | ExpertRows:
     """Sends each token to the ranks of its experts; the gradient comes back by a combine.
 
     Collective, forward and backward. The results are ready on the current stream.

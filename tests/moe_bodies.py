@@ -221,29 +221,47 @@ def checkpointed(group: Any) -> None:
     moe.free_buffers()
 
 
+class Layer(torch.nn.Module):
+    """The layer by expert, as torch.export takes it."""
+
+    def __init__(self, case: Case, **options: Any) -> None:
+        super().__init__()
+        self.layer = by_expert(case, **options)
+
+    def forward(self, x: Tensor, idx: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        return self.layer(x, idx, weights, experts)
+
+
 def exported(group: Any) -> None:
-    """torch.export with a static size; the program runs like the layer."""
+    """torch.export, static and not; the program runs like the layer."""
     case = Case(group, 9)
+    tensors = (case.x, case.topk_idx, case.topk_weights, case.experts)
+    arguments = tuple(tensor.detach() for tensor in tensors)
+    for options in ({}, {"num_worst_tokens": 9 * case.size}):
+        program = torch.export.export(Layer(case, **options), arguments)
+        names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
+        assert {"epjit.dispatch.default", "epjit.combine.default"} <= names
+        wanted = by_expert(case, **options)(*arguments)
+        assert torch.equal(program.module()(*arguments), wanted)
+    moe.free_buffers()
 
-    class Layer(torch.nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.layer = by_expert(case, num_worst_tokens=9 * case.size)
 
-        def forward(self, x: Tensor, idx: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
-            return self.layer(x, idx, weights, experts)
+def compiled_once(group: Any) -> None:
+    """Other numbers of tokens use the graph of the second one, whose sizes are symbols."""
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    graphs = []
 
-    arguments = (
-        case.x.detach(),
-        case.topk_idx,
-        case.topk_weights.detach(),
-        case.experts.detach(),
-    )
-    program = torch.export.export(Layer(), arguments)
-    names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-    assert {"epjit.dispatch.default", "epjit.combine.default"} <= names
-    wanted = by_expert(case, num_worst_tokens=9 * case.size)(*arguments)
-    assert torch.equal(program.module()(*arguments), wanted)
+    def backend(graph: torch.fx.GraphModule, _: Any) -> torch.fx.GraphModule:
+        graphs.append(graph)
+        return graph
+
+    layer = torch.compile(Layer(Case(group, 5)), fullgraph=True, backend=backend)
+    for tokens in (5, 7, 9, 6, 8):
+        case = Case(group, tokens)
+        arguments = (case.x, case.topk_idx, case.topk_weights, case.experts)
+        with torch.no_grad():
+            assert torch.equal(layer(*arguments), Layer(case)(*arguments))
+    assert len(graphs) == 2
     moe.free_buffers()
 
 

@@ -34,6 +34,9 @@ def warmup(
     ranks: Annotated[list[int], typer.Option(help="Group sizes.")] = [8],  # noqa: B006
     hidden: Annotated[list[int], typer.Option(help="Elements a row.")] = [7168],  # noqa: B006
     topk: Annotated[int, typer.Option(help="Choices a token.")] = 8,
+    experts: Annotated[
+        int, typer.Option(help="Over all ranks: also the kernels of epjit.moe; 0 = not.")
+    ] = 0,
     dtype: Annotated[list[Dtype], typer.Option(help="Rows of dispatch.")] = [  # noqa: B006
         Dtype.bf16,
         Dtype.fp8,
@@ -52,7 +55,14 @@ def warmup(
         (config, each)
         for each, gpu in gpus.items()
         for config in configs(
-            each, gpu, ranks=ranks, hidden=hidden, topk=topk, dtypes=dtype, wide=topk_bits == 64
+            each,
+            gpu,
+            ranks=ranks,
+            hidden=hidden,
+            topk=topk,
+            experts=experts,
+            dtypes=dtype,
+            wide=topk_bits == 64,
         )
     ]
     version()  # NVRTC is missing: say so once, before anything starts
@@ -81,6 +91,7 @@ def configs(
     ranks: Iterable[int],
     hidden: Iterable[int],
     topk: int,
+    experts: int,
     dtypes: Iterable[Dtype],
     wide: bool,
 ) -> list[KernelConfig]:
@@ -89,6 +100,7 @@ def configs(
     Raises:
         ValueError: A shape that no Buffer takes.
     """
+    from epjit import expert_major
     from epjit.config import MAX_RANKS, MAX_ROW_BYTES, MAX_TOPK
     from epjit.intranode import warmup_configs, warmup_shapes
 
@@ -116,6 +128,19 @@ def configs(
                 )
                 made = warmup_configs(shapes, num_ranks=num_ranks, arch=arch, gpu=gpu)
                 found |= dict.fromkeys(made)
+                if not experts or dtype is Dtype.fp8:
+                    continue
+                if experts < 0 or experts % num_ranks:
+                    raise ValueError(f"--experts is {experts}, no multiple of {num_ranks} ranks")
+                by_expert = expert_major.warmup_configs(
+                    row_bytes,
+                    num_topk=topk,
+                    num_experts=experts // num_ranks,
+                    is_f16=dtype is Dtype.fp16,
+                    topk_is_int64=wide,
+                    arch=arch,
+                )
+                found |= dict.fromkeys(by_expert)
     return list(found)
 
 

@@ -90,6 +90,35 @@ def test_doctor_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None
     assert found["torch"].remedy == "pip install 'epjit[torch]'"
 
 
+def test_doctor_on_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines of GPUs and links, with what a driver would say."""
+    from epjit.bench import peers
+    from epjit.runtime import device, driver
+
+    links = [
+        peers.PeerLink(0, 1, accessible=True, gigabytes_per_second=388.0, latency_us=1.3),
+        peers.PeerLink(1, 0, accessible=True, gigabytes_per_second=12.0, latency_us=4.0),
+        peers.PeerLink(1, 2, accessible=False),
+    ]
+    monkeypatch.setattr(device, "count", lambda: 2)
+    monkeypatch.setattr(device, "arch_of", lambda index: ("sm_90a", "sm_75")[index])
+    monkeypatch.setattr(device, "name", lambda index: "NVIDIA H200")
+    monkeypatch.setattr(device, "num_sms", lambda index: 132)
+    monkeypatch.setattr(driver, "call", lambda name, *args: 12080)
+    monkeypatch.setattr(peers, "measure", lambda: iter(links))
+    found = {check.name: check for check in [*doctor.check_gpus(), *doctor.check_peers()]}
+    assert found["driver"].value.endswith("CUDA 12.8")
+    assert found["GPU 0"].value == "NVIDIA H200, sm_90a, 132 SMs"
+    assert found["GPU 1"].status is doctor.Status.wrong
+    assert found["torch"].status is doctor.Status.wrong, "torch sees no GPU here"
+    assert found["GPU 0 reads GPU 1"].value == "388.0 GB/s, 1.3 us a load"
+    assert found["GPU 1 reads GPU 0"].status is doctor.Status.warning
+    assert "CUDA_VISIBLE_DEVICES" in found["GPU 1 reads GPU 2"].remedy
+    fits = {check.name: check for check in doctor.check_compiler()}["fits the driver"]
+    assert fits.status is doctor.Status.wrong
+    assert "epjit[cu12]" in fits.remedy
+
+
 # ---- warmup and cache ---------------------------------------------------------------------------
 
 
@@ -115,10 +144,12 @@ def test_warmup_compiles_once_and_the_cache_travels(cache_dir: Path, tmp_path: P
     assert json.loads(invoke("cache", "size", "--json"))["entries"] == 7
 
     archive = tmp_path / "kernels.tar"
-    assert "7 kernels written" in invoke("cache", "export", archive)
-    assert "7 kernels deleted" in invoke("cache", "clear", "--yes")
+    assert "3 compiled, 7 were in the cache" in invoke("warmup", *shape, "--experts", 8)
+    assert "moe_e4.place" in CliRunner().invoke(app, ["warmup", *shape, "--experts", "8"]).output
+    assert "10 kernels written" in invoke("cache", "export", archive)
+    assert "10 kernels deleted" in invoke("cache", "clear", "--yes")
     assert "0 kernels" in invoke("cache", "size")
-    assert "7 kernels added" in invoke("cache", "import", archive)
+    assert "10 kernels added" in invoke("cache", "import", archive)
     assert "0 compiled" in invoke("warmup", *shape)
     assert (cache_dir / "cubins").stat().st_mode & 0o077 == 0
 
@@ -135,6 +166,7 @@ def test_warmup_takes_the_archs_of_the_environment(monkeypatch: pytest.MonkeyPat
         (["--ranks", "9"], "9 ranks and top-8: there are kernels for 1 to 8 ranks"),
         (["--hidden", "7"], "a row of 7 bf16 has 14 bytes, but must have a multiple of 16"),
         (["--topk-bits", "16"], "--topk-bits is 16"),
+        (["--experts", "9"], "--experts is 9, no multiple of 8 ranks"),
         (["--arch", "hopper"], "arch is 'hopper'"),
     ],
 )

@@ -28,6 +28,10 @@ def test_checkpointed() -> None:
     run(moe_bodies.checkpointed, 2)
 
 
+def test_compiled_once_for_all_numbers_of_tokens() -> None:
+    run(moe_bodies.compiled_once, 2)
+
+
 def test_exported() -> None:
     run(moe_bodies.exported, 2)
 
