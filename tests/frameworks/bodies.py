@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import enum
 import importlib
+import itertools
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -60,6 +61,20 @@ class Case:
     def check(self, out: Tensor) -> None:
         """Compares a result, all of it."""
         assert torch.equal(out, self.wanted)
+
+
+def quantised(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
+    """What the frameworks' own kernels give: FP8 and a scale for each 128 columns, exact here."""
+    blocks = x.float().view(x.shape[0], -1, 128)
+    scales = torch.exp2(torch.ceil(torch.log2(blocks.abs().amax(2).clamp(1.0) / 448)))
+    values = (blocks / scales[:, :, None]).to(torch.float8_e4m3fn)
+    return values.view(x.shape), scales
+
+
+def dequantised(values: Tensor, scales: Tensor) -> Tensor:
+    """The rows again."""
+    blocks = values.float().view(values.shape[0], -1, 128) * scales[:, :, None]
+    return blocks.view(values.shape).bfloat16()
 
 
 def megatron_fused_a2a(group: Any) -> None:
@@ -125,13 +140,16 @@ def megatron_flex_dispatcher(group: Any) -> None:
 
 
 def vllm_high_throughput(group: Any) -> None:
-    """vLLM: DeepEPHTPrepareAndFinalize, both the plain and the two-phase form."""
+    """vLLM: DeepEPHTPrepareAndFinalize, plain and in two phases, bfloat16 and block FP8."""
     case = Case(group)
     layers = "vllm.model_executor.layers.fused_moe"
     target = f"{layers}.prepare_finalize.deepep_ht"
     real = (target, f"{layers}.modular_kernel", f"{layers}.topk_weight_and_reduce")
     real += ("vllm.v1.worker.ubatching", "vllm.utils.math_utils")
-    given = {"vllm.utils.torch_utils": {"PIN_MEMORY": False}}
+    given = {
+        "vllm.utils.torch_utils": {"PIN_MEMORY": False},
+        f"{layers}.utils": {"moe_kernel_quantize_input": quantised},
+    }
     with Island(FOLDER / "vllm", "vllm", real=real, given=given):
         module = importlib.import_module(target)
         reduce = importlib.import_module(f"{layers}.topk_weight_and_reduce")
@@ -154,10 +172,15 @@ def vllm_high_throughput(group: Any) -> None:
         block_shape=None,
         is_scale_swizzled=False,
     )
-    arguments = (case.x, case.weights, case.topk_idx, case.num_experts, None, False, quant, True)
-    for is_async in (False, True):
-        received = both.prepare_async(*arguments)() if is_async else both.prepare(*arguments)
-        rows, _, meta, ids, weights = received
+    start = (case.x, case.weights, case.topk_idx, case.num_experts, None, False, quant)
+    for is_async, is_fp8 in ((False, False), (True, False), (False, True), (True, True)):
+        quant.is_block_quantized = is_fp8
+        defer = not is_fp8
+        received = both.prepare_async(*start, defer)() if is_async else both.prepare(*start, defer)
+        rows, scales, meta, ids, weights = received
+        assert rows.dtype == (torch.float8_e4m3fn if is_fp8 else torch.bfloat16)
+        if is_fp8:
+            rows = dequantised(rows, scales)
         local = torch.where((weights > 0), ids - offset, -1)
         assert int(meta.expert_num_tokens.sum()) == int((local >= 0).sum())
         y = case.experts(rows, local, weights)
@@ -173,7 +196,7 @@ def vllm_high_throughput(group: Any) -> None:
 
 
 def sglang_normal(group: Any) -> None:
-    """SGLang: the normal-mode dispatcher, dispatch_a/b and combine_a/b."""
+    """SGLang: the normal-mode dispatcher, dispatch_a/b and combine_a/b, bfloat16 and FP8."""
     case = Case(group)
     base = "sglang.srt.layers.moe.token_dispatcher"
     target = f"{base}.deepep"
@@ -193,11 +216,15 @@ def sglang_normal(group: Any) -> None:
             return self is not Mode.NORMAL
 
     buffers: dict[str, Any] = {}
+    chosen = {"dtype": output.BF16}
     given = {
+        "sglang.kernels.ops.quantization.fp8_kernel": {
+            "sglang_per_token_group_quant_fp8": quantised
+        },
         "sglang.srt.layers.moe.utils": {
             "DeepEPMode": Mode,
             "DispatcherOutputDtype": output,
-            "get_deepep_output_dtype": lambda _: output.BF16,
+            "get_deepep_output_dtype": lambda _: chosen["dtype"],
             "get_deepep_config": lambda: "",
         },
         "sglang.srt.layers.deep_gemm_wrapper": {"ENABLE_JIT_DEEPGEMM": True},
@@ -210,7 +237,8 @@ def sglang_normal(group: Any) -> None:
     with Island(FOLDER / "sglang", "sglang", real=real, given=given):
         module = importlib.import_module(target)
         assert module.use_deepep, module._deepep_import_error
-        for async_finish in (False, True):
+        for async_finish, dtype in itertools.product((False, True), (output.BF16, output.FP8)):
+            chosen["dtype"] = dtype
             dispatcher = module._DeepEPDispatcherImplNormal(
                 async_finish=async_finish,
                 group=group,
@@ -226,13 +254,16 @@ def sglang_normal(group: Any) -> None:
             got = dispatcher.dispatch_b(*dispatcher.dispatch_a(case.x, topk))
             aligned = [-(-int((got.topk_ids == e).sum()) // 128) * 128 for e in range(2)]
             assert got.num_recv_tokens_per_expert == aligned
-            y = case.experts(got.hidden_states, got.topk_ids, got.topk_weights)
+            rows, scales = got.hidden_states, got.hidden_states_scale
+            assert (scales is not None) == (dtype == output.FP8)
+            rows = rows if scales is None else dequantised(rows, scales)
+            y = case.experts(rows, got.topk_ids, got.topk_weights)
             out = dispatcher.combine_b(*dispatcher.combine_a(y, got.topk_ids, got.topk_weights))
             case.check(out)
 
 
 def lmdeploy_normal(group: Any) -> None:
-    """LMDeploy: DeepEPTokenDispatcher, dispatch to expert-major rows and combine."""
+    """LMDeploy: DeepEPTokenDispatcher, to expert-major rows and back, and its async calls."""
     case = Case(group)
     target = "lmdeploy.pytorch.backends.cuda.token_dispatcher"
     backends = "lmdeploy.pytorch.backends"
@@ -255,6 +286,15 @@ def lmdeploy_normal(group: Any) -> None:
     assert rows.shape[0] == int(counts.sum())
     out = dispatcher.combine((rows.float() * (1 + expert)[:, None]).bfloat16())
     case.check(out)
+    for event in (None, module.Buffer.capture()):
+        rows, idx, weights, _, handle, done = dispatcher.dispatch_normal_async(
+            case.x, case.topk_idx, case.weights, previous_event=event
+        )
+        done.current_stream_wait()
+        y = case.experts(rows, idx, weights)
+        out, done = dispatcher.combine_normal_async(y, handle, previous_event=event)
+        done.current_stream_wait()
+        case.check(out)
 
 
 def xtuner_op(group: Any) -> None:

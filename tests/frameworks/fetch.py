@@ -1,4 +1,4 @@
-"""Fetches the Python files of frameworks into `.frameworks/` (git-ignored), to test compat/ on.
+"""Fetches the files of frameworks that call DeepEP into `.frameworks/`, which git ignores.
 
 From the package registry by pip, without dependencies; what is not there from a git repository:
 
@@ -20,26 +20,39 @@ from pathlib import Path
 FOLDER = Path(__file__).resolve().parents[2] / ".frameworks"
 FROM_REGISTRY = ("megatron-core", "vllm", "sglang", "lmdeploy")
 MARK = "VERSION"
+# What the tests load, by the first letters of the path: a few megabytes instead of hundreds.
+KEPT = {
+    "megatron-core": ("megatron/",),
+    "vllm": (
+        "vllm/model_executor/layers/fused_moe/",
+        "vllm/utils/math_utils.py",
+        "vllm/v1/worker/ubatching.py",
+    ),
+    "sglang": ("sglang/srt/environ.py", "sglang/srt/layers/moe/"),
+    "lmdeploy": ("lmdeploy/pytorch/backends/", "lmdeploy/pytorch/envs.py"),
+    "xtuner": ("xtuner/v1/module/dispatcher/", "xtuner/v1/ops/"),
+}
 
 
 def from_registry(requirement: str) -> str:
-    """Downloads a wheel, keeps its .py files; returns the version."""
+    """Downloads a wheel, keeps what the tests load; returns the version."""
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", folder]
         subprocess.run([*command, "--only-binary", ":all:", requirement], check=True)
         (wheel,) = Path(folder).glob("*.whl")
         name, version = wheel.name.split("-")[:2]
-        target = FOLDER / name.replace("_", "-")
+        name = name.replace("_", "-")
+        target = FOLDER / name
         with zipfile.ZipFile(wheel) as archive:
             for member in archive.namelist():
-                if member.endswith(".py"):
+                if member.endswith(".py") and member.startswith(KEPT[name]):
                     archive.extract(member, target)
         (target / MARK).write_text(version)
     return f"{name} {version}"
 
 
 def from_git(name: str, source: str) -> str:
-    """Clones a repository without history, keeps its .py files; returns the commit."""
+    """Clones a repository without history, keeps what the tests load; returns the commit."""
     target = FOLDER / name
     target.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -49,7 +62,7 @@ def from_git(name: str, source: str) -> str:
             [*git, "rev-parse", "--short=10", "HEAD"], check=True, capture_output=True, text=True
         ).stdout.strip()
         archive = Path(folder) / "files.tar"
-        subprocess.run([*git, "archive", "-o", str(archive), "HEAD", "*.py"], check=True)
+        subprocess.run([*git, "archive", "-o", str(archive), "HEAD", *KEPT[name]], check=True)
         with tarfile.open(archive) as tar:
             tar.extractall(target, filter="data")
     (target / MARK).write_text(f"commit {commit}")
@@ -67,7 +80,7 @@ def main() -> None:
     for requirement in jobs:
         try:
             print(from_registry(requirement), flush=True)
-        except (subprocess.CalledProcessError, ValueError) as error:
+        except subprocess.CalledProcessError as error:
             failed.append(f"{requirement}: {error}")
     for pair in args.git:
         name, _, source = pair.partition("=")
