@@ -38,7 +38,9 @@ class Edit(NamedTuple):
 
 NO_PULL = Edit(DISPATCH, "if constexpr (kRanks > 1) pull();", ";")
 NO_LOADS = Edit(
-    DISPATCH, "const bool goes = chunk.readers", "const bool goes = false && chunk.readers"
+    DISPATCH,
+    "const bool goes = chunk.readers != 0 || chunk.own_row >= 0;",
+    "const bool goes = false;",
 )
 NO_STORES = Edit(
     DISPATCH,

@@ -5,14 +5,13 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
-from typing import TYPE_CHECKING, Any, ClassVar, TypeAlias
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 
 from epjit import env, tuned
-from epjit.check import check, check_aligned
+from epjit.check import check, check_aligned, check_experts, check_topk
 from epjit.config import (
     MAX_EXPERTS,
     MAX_LOCAL_EXPERTS,
@@ -25,98 +24,27 @@ from epjit.config import (
     default_dispatch_config,
 )
 from epjit.event import EventHandle, EventOverlap
-from epjit.reference.cpu_backend import CpuBackend
+from epjit.formats import choose_format
+from epjit.low_latency_checks import LowLatencyChecks, LowLatencyHandle, check_forms
+from epjit.reference.cpu_backend import CpuBackend, CpuLowLatency, CpuMemory
 from epjit.reference.intranode import Handle
+from epjit.reference.low_latency import size_hint
 from epjit.runtime.group import Group
+from epjit.scope import AnyScope, CpuScope, CurrentStream, Scope
 
 if TYPE_CHECKING:
     from epjit.intranode import Intranode
+    from epjit.low_latency import LowLatency
     from epjit.runtime.stream import CommStream
 
 Payload: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor]"
 Bias: TypeAlias = "torch.Tensor | tuple[torch.Tensor | None, torch.Tensor | None] | None"
+Hook: TypeAlias = Callable[[], None]
 
 _SIZE_ALIGNMENT = 128
 _DEFAULT_SMS = 20
 _CPU_SMS = 132  # the CPU backend checks a config as an H200 would
 _INDEX_DTYPES = (torch.int64, torch.int32)
-
-
-class Scope:
-    """The streams of one call: what kernels wait for, where outputs lie, what is returned.
-
-    Order of a call: allocate; `start`; queue kernels on `stream`; `finish`. Outputs are allocated
-    before the communication stream waits, so that a fill which torch launches for them
-    (deterministic mode) comes first.
-
-    Args:
-        comm: Communication stream.
-        previous_event: What the kernels wait for; everything queued on the current stream when it
-            holds no event.
-        async_finish: Whether the current stream is left alone and an event is returned.
-        allocate_on_comm_stream: Whether outputs belong to the communication stream.
-
-    Raises:
-        RuntimeError: Flags that do not go together, or the communication stream is current.
-    """
-
-    def __init__(
-        self,
-        comm: CommStream,
-        previous_event: EventOverlap | None,
-        *,
-        async_finish: bool,
-        allocate_on_comm_stream: bool,
-    ) -> None:
-        self._comm = comm
-        self._previous = previous_event.event if previous_event is not None else None
-        self._async = async_finish
-        self._allocate_on_comm = allocate_on_comm_stream
-        # The raw handle: torch.cuda.current_stream() makes a stream object, 2.5 us of a call of 25.
-        self._current = torch._C._cuda_getCurrentRawStream(comm.device)
-        self.stream = comm.handle
-        if allocate_on_comm_stream and not (self._previous is not None and async_finish):
-            raise RuntimeError(
-                "allocate_on_comm_stream=True needs a previous_event that holds an event, and "
-                "async_finish=True; got previous_event "
-                f"{'with' if self._previous is not None else 'without'} an event, {async_finish=}"
-            )
-        if self._previous is None and self._current == self.stream:
-            raise RuntimeError(
-                "the communication stream is current, and a stream cannot wait for itself; call "
-                "from another stream, or pass previous_event"
-            )
-
-    def allocating(self) -> AbstractContextManager[object]:
-        """Where outputs are allocated."""
-        return (
-            torch.cuda.stream(self._comm.torch_stream) if self._allocate_on_comm else nullcontext()
-        )
-
-    def start(self) -> None:
-        """Makes the communication stream wait for the inputs and the outputs."""
-        if self._previous is not None:
-            self._previous.stream_wait(self._comm.torch_stream)
-        if self._previous is None or (_torch_fills() and not self._allocate_on_comm):
-            self._comm.wait_for(self._current)
-
-    def finish(self, tensors: Iterable[torch.Tensor | None]) -> EventOverlap:
-        """Ends the call: an event, or the current stream waits.
-
-        Args:
-            tensors: Inputs and outputs, which the allocator must not hand out before the kernels
-                are done.
-        """
-        if not self._async:
-            self._comm.make_wait(self._current)
-            return EventOverlap()
-        event = EventHandle(self._comm.torch_stream)
-        for tensor in tensors:
-            if tensor is not None:
-                tensor.record_stream(self._comm.torch_stream)
-                if self._allocate_on_comm:
-                    tensor.record_stream(torch.cuda.current_stream(self._comm.device))
-        return EventOverlap(event)
 
 
 class BufferRuntime:
@@ -168,12 +96,18 @@ class BufferRuntime:
         )
 
 
+class Unreceived(NamedTuple):
+    """A low-latency operation whose hook has not been called; told from others by identity."""
+
+    op: str
+
+
 class Buffer:
     """Expert-parallel communication between the ranks of a group, with DeepEP V1's interface.
 
-    Words in the shapes below: `R` ranks, `T` tokens of this rank, `H` elements a row, `K` top-k
-    choices, `E` experts (expert `e` lives on rank `e // (E // R)`), `S` scales a token, `n`
-    received rows.
+    Words in the shapes below: `R` ranks, `T` tokens of this rank, `M` the most that a rank may have
+    in a low-latency call, `H` elements a row, `K` top-k choices, `E` experts (expert `e` lives on
+    rank `e // (E // R)`), `S` scales a token, `n` received rows.
 
     Construction is collective. On a machine with a GPU the buffer lives on the current device;
     without one (or with ``EPJIT_BACKEND=cpu``) the same interface works on CPU tensors with the
@@ -185,14 +119,17 @@ class Buffer:
         num_nvl_bytes: Bytes of the NVLink buffer, a multiple of 128.
             `Config.get_nvl_buffer_size_hint` gives a good value; with less (or more) everything
             works too, in more (or fewer) rounds. About 5 MB are added.
-        num_rdma_bytes: Must be 0 inside one NVLink domain.
-        low_latency_mode: Not in this version.
+        num_rdma_bytes: Bytes of the low-latency buffer, a multiple of 128, as
+            `get_low_latency_rdma_size_hint` says; must be 0 without `low_latency_mode`.
+        low_latency_mode: Whether the low-latency calls can be made. The normal mode works beside
+            it, with memory of its own.
         num_qps_per_rank: Accepted for V1's sake; there is no RDMA inside an NVLink domain.
         allow_nvlink_for_low_latency_mode: Accepted for V1's sake.
         allow_mnnvl: Accepted for V1's sake.
         use_fabric: Share memory by fabric handles instead of CUDA IPC.
         explicitly_destroy: Whether `destroy` will be called; else resources go with the object.
-        enable_shrink: Not in this version.
+        enable_shrink: Whether a rank that does not answer in a low-latency call in time is masked,
+            and the others go on without it, instead of a `CommunicationError`.
         comm: Communicator with mpi4py's `Get_rank`, `Get_size` and `allgather`, when `group` is
             None.
         timeout_seconds: How long a wait for a peer lasts; None reads ``EPJIT_TIMEOUT_SECONDS``.
@@ -211,7 +148,7 @@ class Buffer:
 
     Raises:
         ValueError: Sizes or ranks that cannot work; all reasons at once.
-        NotImplementedError: A mode that this version does not have.
+        NotImplementedError: More than eight ranks.
         RuntimeError: Two ranks' GPUs cannot reach each other; names the pair.
     """
 
@@ -246,12 +183,15 @@ class Buffer:
         self.rank, self.group_size = links.rank, links.size
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.enable_shrink = low_latency_mode, enable_shrink
-        _check_buffer(links.size, num_nvl_bytes, num_rdma_bytes, low_latency_mode, enable_shrink)
+        _check_buffer(links.size, num_nvl_bytes, num_rdma_bytes, low_latency_mode)
 
         self._links = links
         self._lock = threading.RLock()
         self._cpu: CpuBackend | None = None
         self._comm: CommStream | None = None
+        self._low_latency: LowLatency | CpuLowLatency | None = None
+        self._unreceived: Unreceived | None = None
+        self._low_latency_stream: int | None = None  # of the last low-latency call
         if _use_gpu():
             from epjit.intranode import Intranode
             from epjit.layout import Layout
@@ -271,11 +211,27 @@ class Buffer:
                 timeout_seconds=timeout_seconds,
                 use_fabric=use_fabric,
             )
+            if low_latency_mode:
+                from epjit.low_latency import LowLatency
+
+                self._low_latency = LowLatency(
+                    links,
+                    num_rdma_bytes=num_rdma_bytes,
+                    device=self.device,
+                    timeout_seconds=timeout_seconds,
+                    use_fabric=use_fabric,
+                    enable_shrink=enable_shrink,
+                )
         else:
             self.device = torch.device("cpu")
             self._available_sms = _CPU_SMS
             self._cpu = CpuBackend(links)
-            self._cpu_memory = torch.zeros(num_nvl_bytes, dtype=torch.uint8, device="cpu")
+            self._cpu_memory = CpuMemory(num_nvl_bytes)
+            if low_latency_mode:
+                self._low_latency = CpuLowLatency(
+                    links, num_rdma_bytes=num_rdma_bytes, enable_shrink=enable_shrink
+                )
+        self._low_latency_checks = LowLatencyChecks(links.size, num_rdma_bytes, self.device)
         self.runtime = BufferRuntime(self)
 
     # ---- V1's static and small members -----------------------------------------------------------
@@ -327,6 +283,38 @@ class Buffer:
         return default_combine_config(num_ranks, num_sms)
 
     @staticmethod
+    def get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
+    ) -> int:
+        """Bytes for `num_rdma_bytes` that low-latency calls of these sizes need.
+
+        Enough for every format, any top-k and `get_next_low_latency_combine_buffer`. Less than
+        V1's hint, so a size from there works too.
+
+        Args:
+            num_max_dispatch_tokens_per_rank: `M`.
+            hidden: `H`.
+            num_ranks: `R`.
+            num_experts: `E`.
+
+        Returns:
+            A multiple of 128 that grows with each argument.
+
+        Raises:
+            ValueError: An argument is not positive.
+        """
+        sizes = {
+            "num_max_dispatch_tokens_per_rank": num_max_dispatch_tokens_per_rank,
+            "hidden": hidden,
+            "num_ranks": num_ranks,
+            "num_experts": num_experts,
+        }
+        reasons = [f"{name} is {value}" for name, value in sizes.items() if value <= 0]
+        if reasons:
+            raise ValueError(f"{', '.join(reasons)}, but must be at least 1")
+        return size_hint(*sizes.values())
+
+    @staticmethod
     def _unpack_bias(bias: Bias) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if isinstance(bias, tuple):
             if len(bias) != 2:
@@ -355,22 +343,26 @@ class Buffer:
         offset: int = 0,
         use_rdma_buffer: bool = False,
     ) -> torch.Tensor:
-        """This rank's own NVLink buffer as a tensor.
+        """This rank's own NVLink or low-latency buffer as a tensor.
 
-        It may be read and written between operations; an operation uses all of it.
+        It may be read and written between operations; an operation uses all of it. Nothing that is
+        written there can break a later operation.
 
         Args:
             dtype: Element type of the view.
             size: Shape; None is one dimension of everything from `offset` on.
             offset: Bytes from the start of the buffer.
-            use_rdma_buffer: The RDMA buffer, which is empty inside one NVLink domain.
+            use_rdma_buffer: The low-latency buffer of `num_rdma_bytes`.
 
         Raises:
             ValueError: `size` does not fit.
         """
         self._check_alive()
         num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-        whole = self._cpu_memory if self._cpu is not None else self._mode.memory.tensor(torch.uint8)
+        memory = self._cpu_memory if self._cpu is not None else self._mode.memory
+        if use_rdma_buffer and self._low_latency is not None:
+            memory = self._low_latency.memory
+        whole = memory.tensor(torch.uint8)
         available = (num_bytes - offset) // dtype.itemsize
         if offset < 0 or offset % dtype.itemsize or available < 0:
             raise ValueError(
@@ -406,6 +398,8 @@ class Buffer:
 
     def _release(self) -> None:
         self.runtime = None
+        if self._low_latency is not None:
+            self._low_latency.close()
         if self._comm is not None:
             self._mode.close()
             self._comm.close()
@@ -431,14 +425,20 @@ class Buffer:
     def reset(self) -> None:
         """Makes the buffer usable again after a `CommunicationError`; collective.
 
+        What was under way is lost, a hook that was not called must not be called any more, and all
+        masks are taken away.
+
         Raises:
             CommunicationError: A rank does not come; names it.
         """
         self._check_alive(fault=False)
+        self._unreceived = None
         if self._cpu is not None:
             self._links.reset()
         else:
             self._mode.reset()
+        if self._low_latency is not None:
+            self._low_latency.reset()
 
     def check_fault(self) -> None:
         """Raises what a wait on the device left behind, as the next operation would.
@@ -460,6 +460,8 @@ class Buffer:
         combine_dtype: torch.dtype = torch.bfloat16,
     ) -> None:
         """Compiles and loads a shape's kernels ahead of the first call or a capture; collective.
+
+        For the kernels of the low-latency calls see `low_latency_warmup`.
 
         With ``TORCH_CUDA_ARCH_LIST`` the same kernels are also compiled into the cache for the
         architectures it names.
@@ -501,6 +503,8 @@ class Buffer:
             raise RuntimeError("this Buffer is destroyed")
         if fault and self._cpu is None:
             self._mode.raise_fault()
+            if self._low_latency is not None:
+                self._low_latency.raise_fault()
 
     # ---- operations ------------------------------------------------------------------------------
 
@@ -537,11 +541,11 @@ class Buffer:
             dtype=_INDEX_DTYPES,
             device=self.device,
         )
-        _check_topk(topk_idx)
-        _check_experts(num_experts, self.group_size)
+        check_topk(topk_idx)
+        self._check_experts(num_experts)
         if self._cpu is not None:
             per_rank, per_expert, in_rank = self._cpu.layout(topk_idx, num_experts)
-            event = _cpu_event(async_finish)
+            event = CpuScope(async_finish=async_finish).finish()
             return per_rank, None, per_expert, in_rank, event
         scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
         with scope.allocating():
@@ -632,7 +636,7 @@ class Buffer:
             self._check_handle(handle, num_tokens=rows.shape[0])
             if self._cpu is not None:
                 recv_x, recv_scales = self._cpu.cached_dispatch(rows, scales, handle)
-                event = _cpu_event(async_finish)
+                event = CpuScope(async_finish=async_finish).finish()
             else:
                 scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
                 with self._lock:
@@ -665,7 +669,7 @@ class Buffer:
                 expert_alignment=expert_alignment,
                 num_worst_tokens=num_worst_tokens,
             )
-            event = _cpu_event(async_finish)
+            event = CpuScope(async_finish=async_finish).finish()
         else:
             if num_worst_tokens == 0 and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
@@ -751,7 +755,7 @@ class Buffer:
                 device=self.device,
                 why="one row for each row of x",
             )
-            _check_topk(topk_weights)
+            check_topk(topk_weights)
         bias_0, bias_1 = self._unpack_bias(bias)
         for name, value in (("bias_0", bias_0), ("bias_1", bias_1)):
             if value is not None:
@@ -768,7 +772,7 @@ class Buffer:
             combined_x, combined_weights = self._cpu.combine(
                 x, handle, topk_weights, (bias_0, bias_1)
             )
-            event = _cpu_event(async_finish)
+            event = CpuScope(async_finish=async_finish).finish()
             return combined_x, combined_weights, event
         scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
         with self._lock:
@@ -777,6 +781,421 @@ class Buffer:
             )
         tensors = (x, topk_weights, bias_0, bias_1, combined_x, combined_weights, *handle)
         return combined_x, combined_weights, scope.finish(tensors)
+
+    # ---- low latency -----------------------------------------------------------------------------
+
+    def low_latency_dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        num_max_dispatch_tokens_per_rank: int,
+        num_experts: int,
+        cumulative_local_expert_recv_stats: torch.Tensor | None = None,
+        dispatch_wait_recv_cost_stats: torch.Tensor | None = None,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        *,
+        quantization: str | None = None,
+        global_scale: torch.Tensor | None = None,
+    ) -> tuple[Payload, torch.Tensor, LowLatencyHandle, EventOverlap, Hook | None]:
+        """Sends each token to each expert it chose, cast on the way; the host does not wait.
+
+        Every choice arrives as a row of its own, also a repeated one. The rows of a local expert
+        lie packed at the front of its `R * M`, by source rank, then by token, then by choice:
+        always in the same order. What lies behind them is undefined.
+
+        With `return_recv_hook` only the sending is queued, on the current stream, and no SM is
+        held afterwards; the outputs are valid once the returned hook has been called, which queues
+        the receiving on that same stream. One operation of a buffer can wait for its hook at a
+        time.
+
+        Args:
+            x: bfloat16 `[T, H]`, `T <= M`, rows a multiple of 16 bytes up to 32 KB; `H` a multiple
+                of 128 with `use_fp8`, 512 with `use_ue8m0`, 32 for mxfp8 and nvfp4. Finite.
+            topk_idx: int64 or int32 `[T, K]`, `K <= 32`; anything outside `[0, E)` is no selection.
+            num_max_dispatch_tokens_per_rank: `M`, the same on all ranks.
+            num_experts: `E`, a multiple of `R`.
+            cumulative_local_expert_recv_stats: int32 `[E // R]`, to which the received rows of each
+                expert are added.
+            dispatch_wait_recv_cost_stats: int64 `[R]`, to which the cycles are added that this rank
+                waited for each source.
+            use_fp8: Rows arrive as float8_e4m3fn with a scale for each 128 channels.
+            round_scale: With `use_fp8`: scales are powers of two.
+            use_ue8m0: With `round_scale`: scales are exponents, four in an int32.
+            async_finish: Return an event instead of making the current stream wait.
+            return_recv_hook: Return a hook that receives.
+            quantization: ``"mxfp8"`` or ``"nvfp4"`` instead of what the three flags say.
+            global_scale: float32 `[1]`, greater than 0, with nvfp4 only, the same on all ranks.
+
+        Returns:
+            `recv_x`: bfloat16 `[E // R, R * M, H]`, or a tuple with scales, whose formulas
+            `epjit.formats` has: float8_e4m3fn and float32 `[E // R, R * M, H / 128]` (int32
+            `[E // R, R * M, H / 512]` with `use_ue8m0`), a transposed view, strides
+            `(S * R * M, 1, R * M)`; mxfp8: float8_e4m3fn and float8_e8m0fnu
+            `[E // R, R * M, H / 32]`, row-major; nvfp4: uint8 `[E // R, R * M, H / 2]`, two
+            channels a byte, and float8_e4m3fn `[E // R, R * M, H / 16]`, row-major.
+            `recv_count` int32 `[E // R]`: rows of each local expert.
+            The handle: `src_info` int32 `[E // R, R * M]` (token of each row on its source rank),
+            `layout_range` int64 `[E // R, R]` (``begin << 32 | count`` of each source rank), `M`,
+            `H`, `E`. The event. The hook, or None.
+
+        Raises:
+            TypeError, ValueError: Arguments that do not fit; nothing was launched.
+            RuntimeError: Not in low-latency mode, or a hook has not been called.
+            CommunicationError: An earlier operation of this buffer failed.
+        """
+        mode = self._low_latency_mode("low_latency_dispatch")
+        check_forms(async_finish=async_finish, return_recv_hook=return_recv_hook)
+        row_format = choose_format(
+            use_fp8=use_fp8,
+            round_scale=round_scale,
+            use_ue8m0=use_ue8m0,
+            quantization=quantization,
+        )
+        self._low_latency_checks.dispatch(
+            x,
+            topk_idx,
+            num_max_dispatch_tokens_per_rank,
+            num_experts,
+            row_format,
+            global_scale=global_scale,
+            recv_stats=cumulative_local_expert_recv_stats,
+            wait_cost=dispatch_wait_recv_cost_stats,
+        )
+        scope = self._low_latency_scope(async_finish)
+        with self._lock:
+            received, receive = mode.dispatch(
+                scope,
+                x,
+                topk_idx,
+                max_tokens=num_max_dispatch_tokens_per_rank,
+                num_experts=num_experts,
+                row_format=row_format,
+                global_scale=global_scale,
+                recv_stats=cumulative_local_expert_recv_stats,
+                wait_cost=dispatch_wait_recv_cost_stats,
+                split=return_recv_hook,
+            )
+            hook = self._hook("low_latency_dispatch", receive)
+        event = scope.finish_keeping(
+            (
+                x,
+                topk_idx,
+                global_scale,
+                cumulative_local_expert_recv_stats,
+                dispatch_wait_recv_cost_stats,
+                *received,
+            )
+        )
+        handle = (
+            received.src_info,
+            received.layout_range,
+            num_max_dispatch_tokens_per_rank,
+            x.shape[1],
+            num_experts,
+        )
+        recv_x = _payload(received.recv_x, received.recv_scales)
+        return recv_x, received.recv_count, handle, event, hook
+
+    def low_latency_combine(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        handle: LowLatencyHandle,
+        use_logfmt: bool = False,
+        zero_copy: bool = False,
+        async_finish: bool = False,
+        return_recv_hook: bool = False,
+        out: torch.Tensor | None = None,
+        combine_wait_recv_cost_stats: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, EventOverlap, Hook | None]:
+        """Brings the rows of a low-latency dispatch back and sums them with weights.
+
+        `combined_x[t]` is the sum over `k`, ascending, of `topk_weights[t, k]` times the row that
+        the expert `topk_idx[t, k]` made of the token: float32 from +0.0, products and sums rounded
+        one by one, then rounded once to bfloat16. No selection and masked ranks add nothing. Only
+        the rows that the handle's `layout_range` names are read. The host does not wait.
+
+        Args:
+            x: bfloat16 `[E // R, R * M, H]`, a row for each row of the dispatch.
+            topk_idx: `[T, K]`, as dispatched. With a hook it and the weights are read until then.
+            topk_weights: float32 `[T, K]`.
+            handle: From the dispatch; it stays valid.
+            use_logfmt: Rows travel in 10 bits a channel, with less precision: see
+                `epjit.reference.low_latency.logfmt_round_trip`. `H` a multiple of 128.
+            zero_copy: The rows were written to `get_next_low_latency_combine_buffer(handle)`; of
+                `x` only the shape counts. Not with `use_logfmt`.
+            async_finish: Return an event instead of making the current stream wait.
+            return_recv_hook: Return a hook that receives; see `low_latency_dispatch`.
+            out: bfloat16 `[T, H]` to write to, or None.
+            combine_wait_recv_cost_stats: int64 `[R]`, to which the cycles are added that this rank
+                waited for each peer.
+
+        Returns:
+            `combined_x` bfloat16 `[T, H]` (`out` if given), the event, the hook or None.
+
+        Raises:
+            TypeError, ValueError: Arguments that do not fit; nothing was launched.
+            RuntimeError: Not in low-latency mode, or a hook has not been called.
+            CommunicationError: An earlier operation of this buffer failed.
+        """
+        mode = self._low_latency_mode("low_latency_combine")
+        check_forms(async_finish=async_finish, return_recv_hook=return_recv_hook)
+        self._low_latency_checks.combine(
+            x,
+            topk_idx,
+            topk_weights,
+            handle,
+            use_logfmt=use_logfmt,
+            zero_copy=zero_copy,
+            out=out,
+            wait_cost=combine_wait_recv_cost_stats,
+        )
+        src_info, _, max_tokens, _, num_experts = handle
+        scope = self._low_latency_scope(async_finish)
+        with self._lock:
+            combined_x, receive = mode.combine(
+                scope,
+                x,
+                topk_idx,
+                topk_weights,
+                src_info,
+                max_tokens=max_tokens,
+                num_experts=num_experts,
+                use_logfmt=use_logfmt,
+                zero_copy=zero_copy,
+                out=out,
+                wait_cost=combine_wait_recv_cost_stats,
+                split=return_recv_hook,
+            )
+            hook = self._hook("low_latency_combine", receive)
+        event = scope.finish_keeping(
+            (
+                x,
+                topk_idx,
+                topk_weights,
+                src_info,
+                combined_x,
+                combine_wait_recv_cost_stats,
+            )
+        )
+        return combined_x, event, hook
+
+    def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
+        """Where `low_latency_combine(zero_copy=True)` finds its rows.
+
+        Write all received rows there (``buffer[:, :, :] = y``) on the stream of that combine, with
+        no other operation of this buffer in between.
+
+        Args:
+            handle: From the dispatch that will be combined.
+
+        Returns:
+            bfloat16 `[E // R, R * M, H]`, a view of the low-latency buffer.
+
+        Raises:
+            TypeError, ValueError: Not a handle, or the buffer is too small.
+            RuntimeError: Not in low-latency mode, or destroyed.
+        """
+        mode = self._low_latency_mode("get_next_low_latency_combine_buffer", received=False)
+        self._low_latency_checks.send_buffer(handle)
+        _, _, max_tokens, hidden, num_experts = handle
+        return mode.send_buffer(num_experts=num_experts, max_tokens=max_tokens, hidden=hidden)
+
+    def clean_low_latency_buffer(
+        self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
+    ) -> None:
+        """Meets the peers on the current stream, so that low-latency calls can follow anything.
+
+        V1 needs it after anything else wrote to the low-latency buffer. Here nothing can be broken
+        there, but with `enable_shrink` it is where a rank that was masked joins again. Collective;
+        the host does not wait.
+
+        Args:
+            num_max_dispatch_tokens_per_rank: `M`.
+            hidden: `H`.
+            num_experts: `E`.
+
+        Raises:
+            ValueError: Sizes that no low-latency call can have.
+            RuntimeError: Not in low-latency mode, or a hook has not been called.
+            CommunicationError: An earlier operation of this buffer failed.
+        """
+        mode = self._low_latency_mode("clean_low_latency_buffer")
+        self._low_latency_checks.sizes(num_max_dispatch_tokens_per_rank, num_experts)
+        self._low_latency_checks.hidden(hidden)
+        with self._lock:
+            mode.clean(self._low_latency_scope(False).stream)
+
+    def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
+        """Masks a rank in the low-latency calls of this rank, or takes the mask away.
+
+        Nothing is sent to a masked rank, and it is not waited for. Local, on the current stream.
+
+        Args:
+            rank_to_mask: The rank.
+            mask: Whether it is masked from now on.
+
+        Raises:
+            ValueError: There is no such rank.
+            RuntimeError: The buffer was made without `enable_shrink`.
+        """
+        mode = self._masking_mode("low_latency_update_mask_buffer")
+        if not 0 <= rank_to_mask < self.group_size:
+            raise ValueError(
+                f"rank_to_mask is {rank_to_mask}, but must be between 0 and {self.group_size - 1}"
+            )
+        mode.mask[rank_to_mask].fill_(int(mask))
+
+    def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
+        """Copies the mask of this rank, which also has the ranks that did not answer in time.
+
+        Args:
+            mask_status: int32 `[R]` that is written to, on the current stream: 1 = masked.
+
+        Raises:
+            TypeError, ValueError: Not such a tensor.
+            RuntimeError: The buffer was made without `enable_shrink`.
+        """
+        mode = self._masking_mode("low_latency_query_mask_buffer")
+        check(
+            "mask_status",
+            mask_status,
+            shape=(self.group_size,),
+            dtype=torch.int32,
+            device=self.device,
+            why="one word for each rank",
+        )
+        mask_status.copy_(mode.mask)
+
+    def low_latency_clean_mask_buffer(self) -> None:
+        """Takes all masks of this rank away. Local, on the current stream.
+
+        Raises:
+            RuntimeError: The buffer was made without `enable_shrink`.
+        """
+        self._masking_mode("low_latency_clean_mask_buffer").mask.zero_()
+
+    def low_latency_warmup(
+        self,
+        num_max_dispatch_tokens_per_rank: int,
+        hidden: int,
+        num_experts: int,
+        *,
+        num_topk: int,
+        use_fp8: bool = True,
+        round_scale: bool = False,
+        use_ue8m0: bool = False,
+        quantization: str | None = None,
+        use_logfmt: bool = False,
+        topk_idx_dtype: torch.dtype = torch.int64,
+    ) -> None:
+        """Compiles and loads the low-latency kernels of these sizes ahead; collective.
+
+        As `warmup` does for the normal mode, ``TORCH_CUDA_ARCH_LIST`` included.
+
+        Args:
+            num_max_dispatch_tokens_per_rank: `M`.
+            hidden: `H`.
+            num_experts: `E`.
+            num_topk: `K`.
+            use_fp8: As in `low_latency_dispatch`, as are the three that follow.
+            round_scale: See there.
+            use_ue8m0: See there.
+            quantization: See there.
+            use_logfmt: As in `low_latency_combine`.
+            topk_idx_dtype: int64 or int32.
+
+        Raises:
+            ValueError: Sizes that no low-latency call can have.
+            RuntimeError: Not in low-latency mode, or a hook has not been called.
+        """
+        mode = self._low_latency_mode("low_latency_warmup")
+        row_format = choose_format(
+            use_fp8=use_fp8,
+            round_scale=round_scale,
+            use_ue8m0=use_ue8m0,
+            quantization=quantization,
+        )
+        self._low_latency_checks.sizes(num_max_dispatch_tokens_per_rank, num_experts)
+        self._low_latency_checks.hidden(hidden, row_format)
+        if not 1 <= num_topk <= MAX_TOPK:
+            raise ValueError(f"num_topk is {num_topk}, but must be between 1 and {MAX_TOPK}")
+        if isinstance(mode, CpuLowLatency):
+            return
+        mode.warmup(
+            hidden=hidden,
+            num_experts=num_experts,
+            num_topk=num_topk,
+            topk_is_int64=topk_idx_dtype == torch.int64,
+            row_format=row_format,
+            use_logfmt=use_logfmt,
+            archs=env.torch_cuda_arch_list(),
+        )
+
+    def _low_latency_mode(self, op: str, *, received: bool = True) -> LowLatency | CpuLowLatency:
+        """What runs the low-latency calls; `received`: no hook may be left to call."""
+        self._check_alive()
+        if self._low_latency is None:
+            raise RuntimeError(
+                f"{op} needs a Buffer that was made with low_latency_mode=True and num_rdma_bytes "
+                "from Buffer.get_low_latency_rdma_size_hint"
+            )
+        if received and self._unreceived is not None:
+            raise RuntimeError(
+                f"{op} cannot start: the hook that {self._unreceived.op} returned has not been "
+                "called, and one operation can be under way at a time; call that hook first"
+            )
+        return self._low_latency
+
+    def _low_latency_scope(self, async_finish: bool) -> AnyScope:
+        """Where a low-latency call runs: only an asynchronous one needs a stream of its own.
+
+        Calls follow each other on the device, whatever streams they are made from.
+        """
+        if self._comm is None:
+            return CpuScope(async_finish=async_finish)
+        scope: AnyScope = (
+            self._scope(None, True, False) if async_finish else CurrentStream(self._comm.device)
+        )
+        last, self._low_latency_stream = self._low_latency_stream, scope.stream
+        # What is captured runs after what was queued before, by the caller's own order.
+        if last not in (None, scope.stream) and not torch.cuda.is_current_stream_capturing():
+            self._comm.order(last, scope.stream)
+        return scope
+
+    def _hook(self, op: str, receive: Hook | None) -> Hook | None:
+        """What the caller gets for `receive`: it can be called once, and until reset()."""
+        if receive is None:
+            return None
+        unreceived = self._unreceived = Unreceived(op)
+
+        def hook() -> None:
+            self._check_alive()
+            with self._lock:
+                if self._unreceived is not unreceived:
+                    raise RuntimeError(
+                        f"this hook of {op} was called already, or the Buffer was reset since; "
+                        "each call returns a hook of its own, to be called once"
+                    )
+                self._unreceived = None
+                receive()
+
+        return hook
+
+    def _masking_mode(self, op: str) -> LowLatency | CpuLowLatency:
+        """What runs the low-latency calls, with masks."""
+        self._check_alive(fault=False)
+        if self._low_latency is None or not self.enable_shrink:
+            raise RuntimeError(
+                f"{op} needs a Buffer that was made with low_latency_mode=True and "
+                "enable_shrink=True"
+            )
+        return self._low_latency
 
     # ---- checks ----------------------------------------------------------------------------------
 
@@ -790,6 +1209,10 @@ class Buffer:
             async_finish=async_finish,
             allocate_on_comm_stream=allocate_on_comm_stream,
         )
+
+    def _check_experts(self, num_experts: int) -> None:
+        most = min(MAX_EXPERTS, MAX_LOCAL_EXPERTS * self.group_size)
+        check_experts(num_experts, self.group_size, most)
 
     def _check_config(self, config: Config) -> None:
         value, available = config.num_sms, self._available_sms
@@ -911,7 +1334,7 @@ class Buffer:
             dtype=torch.int32,
             device=device,
         )
-        _check_experts(experts.shape[0], ranks)
+        self._check_experts(experts.shape[0])
         if (topk_idx is None) != (topk_weights is None):
             raise ValueError("topk_idx and topk_weights go together; got only one of them")
         if topk_idx is not None:
@@ -924,7 +1347,7 @@ class Buffer:
                 device=device,
                 why=why,
             )
-            _check_topk(topk_idx)
+            check_topk(topk_idx)
             check(
                 "topk_weights",
                 topk_weights,
@@ -933,18 +1356,6 @@ class Buffer:
                 device=device,
                 why="as topk_idx",
             )
-
-
-def _cpu_event(async_finish: bool) -> EventOverlap:
-    """What a call on the CPU returns: its work is done."""
-    return EventOverlap(EventHandle() if async_finish else None)
-
-
-def _torch_fills() -> bool:
-    """Whether torch writes to new tensors, on the stream where they are allocated."""
-    if not torch.are_deterministic_algorithms_enabled():
-        return False
-    return bool(torch.utils.deterministic.fill_uninitialized_memory)  # type: ignore[attr-defined]
 
 
 def _num_sms(op: str, num_ranks: int, hidden_bytes: int, num_tokens: int) -> int:
@@ -969,7 +1380,6 @@ def _check_buffer(
     num_nvl_bytes: int,
     num_rdma_bytes: int,
     low_latency_mode: bool,
-    enable_shrink: bool,
 ) -> None:
     reasons = [
         f"{name} is {value}, but must be a multiple of {_SIZE_ALIGNMENT} and not negative"
@@ -978,33 +1388,16 @@ def _check_buffer(
     ]
     if reasons:
         raise ValueError("Buffer: " + "; ".join(reasons))
-    absent = []
-    if low_latency_mode:
-        absent.append("low_latency_mode")
-    if enable_shrink:
-        absent.append("enable_shrink")
     if num_ranks > MAX_RANKS:
-        absent.append(f"{num_ranks} ranks (up to {MAX_RANKS} of one NVLink domain)")
-    elif num_rdma_bytes > 0 and not low_latency_mode:
+        raise NotImplementedError(
+            f"this version of epjit does not have: {num_ranks} ranks (up to {MAX_RANKS} of one "
+            "NVLink domain)"
+        )
+    if num_rdma_bytes > 0 and not low_latency_mode:
         raise ValueError(
             f"num_rdma_bytes is {num_rdma_bytes}, but {num_ranks} ranks share one NVLink domain "
-            "and use none; pass 0 (Config.get_rdma_buffer_size_hint does)"
-        )
-    if absent:
-        raise NotImplementedError(f"this version of epjit does not have: {', '.join(absent)}")
-
-
-def _check_topk(tensor: torch.Tensor) -> None:
-    if not 1 <= tensor.shape[1] <= MAX_TOPK:
-        raise ValueError(f"top-k is {tensor.shape[1]}, but must be between 1 and {MAX_TOPK}")
-
-
-def _check_experts(num_experts: int, num_ranks: int) -> None:
-    most = min(MAX_EXPERTS, MAX_LOCAL_EXPERTS * num_ranks)
-    if num_experts <= 0 or num_experts % num_ranks or num_experts > most:
-        raise ValueError(
-            f"num_experts is {num_experts}, but must be a positive multiple of the "
-            f"{num_ranks} ranks, at most {most}"
+            "and use none; pass 0 (Config.get_rdma_buffer_size_hint does), or "
+            "low_latency_mode=True, which uses it"
         )
 
 

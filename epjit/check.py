@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from epjit.config import MAX_TOPK
+
 
 def check(
     name: str,
@@ -75,4 +77,27 @@ def check_aligned(name: str, tensor: torch.Tensor) -> None:
         raise ValueError(
             f"{name} starts at address {tensor.data_ptr():#x}, which is not a multiple of "
             "16 bytes (a view into another tensor?); pass .clone()"
+        )
+
+
+def check_topk(tensor: torch.Tensor) -> None:
+    """Checks the number of choices a token, the second extent of a tensor.
+
+    Raises:
+        ValueError: None, or more than a kernel has lanes for.
+    """
+    if not 1 <= tensor.shape[1] <= MAX_TOPK:
+        raise ValueError(f"top-k is {tensor.shape[1]}, but must be between 1 and {MAX_TOPK}")
+
+
+def check_experts(num_experts: int, num_ranks: int, most: int) -> None:
+    """Checks the number of experts.
+
+    Raises:
+        ValueError: The ranks do not share them evenly, or there are more than `most`.
+    """
+    if num_experts <= 0 or num_experts % num_ranks or num_experts > most:
+        raise ValueError(
+            f"num_experts is {num_experts}, but must be a positive multiple of the "
+            f"{num_ranks} ranks, at most {most}"
         )

@@ -11,6 +11,10 @@ MAX_TOPK = 32  # one lane of a warp a choice
 MAX_ROW_BYTES = 32768
 MAX_EXPERTS = 65536
 MAX_LOCAL_EXPERTS = 8192  # of one rank
+# The limits of one low-latency call.
+MAX_LOW_LATENCY_EXPERTS = 8192
+MAX_LOW_LATENCY_TOKENS = 65536  # of all ranks, at their maximum
+MAX_LOW_LATENCY_CHOICES = 131072  # of one rank, at its maximum of tokens
 
 _ALIGNMENT = 128
 # V1's hint leaves room for this much beside each row, whatever is really sent.

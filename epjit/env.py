@@ -71,6 +71,13 @@ def _positive(text: str) -> float:
     return number
 
 
+def _positive_int(text: str) -> int:
+    number = int(text)
+    if number <= 0:
+        raise ValueError
+    return number
+
+
 def _path(text: str) -> Path:
     return Path(text).expanduser()
 
@@ -144,7 +151,7 @@ dispatch_variant: Variable[str] = Variable(
     "EPJIT_DISPATCH_VARIANT",
     _VARIANT,
     "auto",
-    "Implementation of dispatch: auto, tma, push or ldst.",
+    "Implementation of dispatch: auto, push, tma or ldst.",
     str,
 )
 combine_variant: Variable[str] = Variable(
@@ -152,6 +159,20 @@ combine_variant: Variable[str] = Variable(
 )
 permute_variant: Variable[str] = Variable(
     "EPJIT_PERMUTE_VARIANT", _VARIANT, "auto", "Implementation of permute: auto, tma or ldst.", str
+)
+low_latency_combine_variant: Variable[str] = Variable(
+    "EPJIT_LOW_LATENCY_COMBINE_VARIANT",
+    _VARIANT,
+    "auto",
+    "Implementation of the low-latency combine: auto, tma or ldst.",
+    str,
+)
+low_latency_num_sms: Variable[int] = Variable(
+    "EPJIT_LOW_LATENCY_NUM_SMS",
+    "a whole number greater than 0",
+    0,
+    "Most SMs (blocks) of a low-latency kernel; by default all that the GPU has.",
+    _positive_int,
 )
 disable_sm90_features: Variable[bool] = Variable(
     "DISABLE_SM90_FEATURES",

@@ -14,7 +14,9 @@ from typing import Any, NoReturn
 import torch
 
 from epjit import Buffer, Config
+from epjit.formats import BF16
 from epjit.reference import intranode as reference
+from epjit.reference import low_latency
 from tests.rounds import Round, make_world, to_device
 
 NUM_RANKS = 2
@@ -22,6 +24,14 @@ NUM_TOKENS = 6
 HIDDEN = 64
 NUM_EXPERTS = 8
 NUM_TOPK = 4
+MAX_TOKENS = 8  # M, of the low-latency calls
+LL_HIDDEN = 512  # what every format takes
+NUM_RDMA_BYTES = 1 << 18
+BUFFER: dict[str, Any] = {  # of `Bench.buffer`
+    "num_rdma_bytes": NUM_RDMA_BYTES,
+    "low_latency_mode": True,
+    "enable_shrink": True,
+}
 
 
 class ReachedError(BaseException):
@@ -29,7 +39,10 @@ class ReachedError(BaseException):
 
 
 class Unreachable:
-    """Stands in for whatever communicates or launches."""
+    """Stands in for whatever communicates or launches, but for the members it is given."""
+
+    def __init__(self, **members: object) -> None:
+        vars(self).update(members)
 
     def __getattr__(self, name: str) -> NoReturn:
         raise ReachedError(name)
@@ -56,12 +69,14 @@ class Bench:
     """Arguments that are right, for a rank of `NUM_RANKS`; the table changes one of them.
 
     Attributes:
-        buffer: Of `NUM_RANKS` ranks.
+        buffer: Of `NUM_RANKS` ranks, made with `BUFFER`.
         destroyed: Another one, after destroy().
+        normal: Another one, without low-latency mode.
     """
 
     buffer: Buffer
     destroyed: Buffer
+    normal: Buffer
     device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
@@ -81,6 +96,23 @@ class Bench:
         self.recv_weights = to_device(dispatched.recv_topk_weights, self.device)
         other = reference.dispatch(make_world(_case(3)), 0, num_experts=2 * 3).handle
         self.handle_of_3 = tuple(to_device(each, self.device) for each in other)
+        self.ll_x = self.full(NUM_TOKENS, LL_HIDDEN)
+        self.ll_y = self.full(NUM_EXPERTS // NUM_RANKS, NUM_RANKS * MAX_TOKENS, LL_HIDDEN)
+        inputs = [low_latency.RankInput(self.ll_x.cpu(), each.topk_idx) for each in world]
+        received = low_latency.dispatch(
+            inputs,
+            self.buffer.rank,
+            max_tokens=MAX_TOKENS,
+            num_experts=NUM_EXPERTS,
+            row_format=BF16,
+        )
+        self.ll_handle = (
+            to_device(received.src_info, self.device),
+            to_device(received.layout_range, self.device),
+            MAX_TOKENS,
+            LL_HIDDEN,
+            NUM_EXPERTS,
+        )
 
     def full(self, *shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         """Zeros on the device."""
@@ -111,6 +143,47 @@ class Bench:
     def combine(self, **changes: Any) -> object:
         """Combine without anything optional."""
         return self.buffer.combine(**{"x": self.recv_x, "handle": self.handle, **changes})
+
+    def ll_dispatch(self, **changes: Any) -> object:
+        """Low-latency dispatch of bfloat16 rows."""
+        given: dict[str, Any] = {
+            "x": self.ll_x,
+            "topk_idx": self.idx,
+            "num_max_dispatch_tokens_per_rank": MAX_TOKENS,
+            "num_experts": NUM_EXPERTS,
+            "use_fp8": "quantization" in changes,
+        }
+        return self.buffer.low_latency_dispatch(**{**given, **changes})
+
+    def ll_combine(self, **changes: Any) -> object:
+        """Low-latency combine without anything optional."""
+        given: dict[str, Any] = {
+            "x": self.ll_y,
+            "topk_idx": self.idx,
+            "topk_weights": self.weights,
+            "handle": self.ll_handle,
+        }
+        return self.buffer.low_latency_combine(**{**given, **changes})
+
+    def ll_clean(self, *sizes: int) -> object:
+        """clean_low_latency_buffer."""
+        return self.buffer.clean_low_latency_buffer(*sizes or (MAX_TOKENS, LL_HIDDEN, NUM_EXPERTS))
+
+    def src_info(self, max_tokens: int, num_experts: int, num_topk: int) -> torch.Tensor:
+        """Of a dispatch with other sizes, with nothing in it."""
+        return low_latency.allocate_dispatched(
+            BF16,
+            num_ranks=NUM_RANKS,
+            max_tokens=max_tokens,
+            num_experts=num_experts,
+            num_topk=num_topk,
+            hidden=8,
+            device=self.device,
+        ).src_info
+
+    def ll_changed(self, index: int, value: object) -> tuple[Any, ...]:
+        """The handle of a low-latency dispatch with another entry."""
+        return (*self.ll_handle[:index], value, *self.ll_handle[index + 1 :])
 
 
 @dataclass(frozen=True)
@@ -200,16 +273,19 @@ CONSTRUCTION = [
         "rdma in one domain",
         lambda _: _buffer(2, 0, 128),
         ValueError,
-        r"num_rdma_bytes is 128.*pass 0",
+        r"num_rdma_bytes is 128.*pass 0.*low_latency_mode=True",
     ),
     BadInput(
-        "low latency",
-        lambda _: _buffer(2, 0, low_latency_mode=True),
+        "low latency size",
+        lambda _: _buffer(2, 0, 100, low_latency_mode=True),
+        ValueError,
+        r"num_rdma_bytes is 100.*multiple of 128",
+    ),
+    BadInput(
+        "low latency of nine ranks",
+        lambda _: _buffer(9, 0, 128, low_latency_mode=True),
         NotImplementedError,
-        r"low_latency_mode",
-    ),
-    BadInput(
-        "shrink", lambda _: _buffer(2, 0, enable_shrink=True), NotImplementedError, r"enable_shrink"
+        r"9 ranks.*up to 8",
     ),
     BadInput("nine ranks", lambda _: _buffer(9, 0), NotImplementedError, r"9 ranks.*up to 8"),
     BadInput(
@@ -262,6 +338,12 @@ CONFIG = [
         lambda _: Config().get_rdma_buffer_size_hint(14336, 16),
         NotImplementedError,
         r"16 ranks.*up to 8",
+    ),
+    BadInput(
+        "low latency hint",
+        lambda _: Buffer.get_low_latency_rdma_size_hint(0, 7168, 2, -8),
+        ValueError,
+        r"num_max_dispatch_tokens_per_rank is 0, num_experts is -8.*at least 1",
     ),
 ]
 
@@ -888,9 +970,546 @@ MEMBERS = [
     ),
     BadInput(
         "view of rdma",
-        lambda b: b.buffer.get_local_buffer_tensor(torch.int8, torch.Size((1,)), 0, True),
+        lambda b: b.normal.get_local_buffer_tensor(torch.int8, torch.Size((1,)), 0, True),
         ValueError,
         r"size \(1,\) has 1 elements.*only 0",
+    ),
+    BadInput(
+        "view behind rdma",
+        lambda b: b.buffer.get_local_buffer_tensor(
+            torch.int8, offset=NUM_RDMA_BYTES + 1, use_rdma_buffer=True
+        ),
+        ValueError,
+        r"offset is \d+ bytes.*up to 262144",
+    ),
+]
+
+LOW_LATENCY_DISPATCH = [
+    BadInput(
+        "destroyed",
+        lambda b: b.destroyed.low_latency_dispatch(b.ll_x, b.idx, MAX_TOKENS, NUM_EXPERTS),
+        RuntimeError,
+        r"destroyed",
+    ),
+    BadInput(
+        "normal buffer",
+        lambda b: b.normal.low_latency_dispatch(b.ll_x, b.idx, MAX_TOKENS, NUM_EXPERTS),
+        RuntimeError,
+        r"low_latency_dispatch needs.*low_latency_mode=True.*get_low_latency_rdma_size_hint",
+    ),
+    BadInput(
+        "event and hook",
+        lambda b: b.ll_dispatch(async_finish=True, return_recv_hook=True),
+        ValueError,
+        r"async_finish and return_recv_hook exclude",
+    ),
+    BadInput(
+        "ue8m0 alone",
+        lambda b: b.ll_dispatch(use_fp8=True, use_ue8m0=True),
+        ValueError,
+        r"use_ue8m0=True.*pass round_scale=True",
+    ),
+    BadInput(
+        "quantization",
+        lambda b: b.ll_dispatch(use_fp8=True, quantization="fp4"),
+        ValueError,
+        r"quantization is 'fp4'.*'mxfp8', 'nvfp4'",
+    ),
+    BadInput(
+        "quantization and bf16",
+        lambda b: b.ll_dispatch(use_fp8=False, quantization="mxfp8"),
+        ValueError,
+        r"quantization='mxfp8'.*use_fp8=False.*defaults",
+    ),
+    BadInput(
+        "quantization and rounding",
+        lambda b: b.ll_dispatch(quantization="mxfp8", round_scale=True),
+        ValueError,
+        r"quantization='mxfp8'.*round_scale=True.*defaults",
+    ),
+    BadInput("x no tensor", lambda b: b.ll_dispatch(x=[1]), TypeError, r"x is a list.*Tensor"),
+    BadInput(
+        "x dim",
+        lambda b: b.ll_dispatch(x=b.ll_x[0]),
+        ValueError,
+        r"x has shape \(512,\).*\(num_tokens, hidden\)",
+    ),
+    BadInput(
+        "x dtype",
+        lambda b: b.ll_dispatch(x=b.ll_x.half()),
+        TypeError,
+        r"x has dtype torch.float16.*bfloat16.*\.to\(\)",
+    ),
+    BadInput(
+        "x device",
+        lambda b: b.ll_dispatch(x=b.ll_x.to("meta")),
+        ValueError,
+        r"x is on meta.*\.to\(",
+    ),
+    BadInput(
+        "x strides",
+        lambda b: b.ll_dispatch(x=b.ll_x[:, ::2]),
+        ValueError,
+        r"x has strides \(512, 2\).*\.contiguous\(\)",
+    ),
+    BadInput(
+        "x address",
+        lambda b: b.ll_dispatch(x=_misaligned(b, NUM_TOKENS, LL_HIDDEN)),
+        ValueError,
+        r"x.*address 0x[0-9a-f]+2\b.*16.*\.clone\(\)",
+    ),
+    *(
+        BadInput(
+            f"hidden {hidden} {name}",
+            lambda b, hidden=hidden, flags=flags: b.ll_dispatch(
+                x=b.full(NUM_TOKENS, hidden), **flags
+            ),
+            ValueError,
+            rf"hidden is {hidden}\b.*{name} must have a multiple of {granularity} channels.*16384",
+        )
+        for hidden, name, granularity, flags in (
+            (0, "bf16", 8, {}),
+            (12, "bf16", 8, {}),
+            (16392, "bf16", 8, {}),
+            (192, "fp8", 128, {"use_fp8": True}),
+            (640, "fp8_ue8m0", 512, {"use_fp8": True, "round_scale": True, "use_ue8m0": True}),
+            (48, "mxfp8", 32, {"quantization": "mxfp8"}),
+            (48, "nvfp4", 32, {"quantization": "nvfp4"}),
+        )
+    ),
+    *(
+        BadInput(
+            f"max tokens {value}",
+            lambda b, value=value: b.ll_dispatch(num_max_dispatch_tokens_per_rank=value),
+            ValueError,
+            rf"num_max_dispatch_tokens_per_rank is {value}, .*between 1 and 32768 for 2 ranks",
+        )
+        for value in (0, -1, 32769)
+    ),
+    BadInput(
+        "more tokens than the maximum",
+        lambda b: b.ll_dispatch(num_max_dispatch_tokens_per_rank=5),
+        ValueError,
+        r"has 6 tokens, more than num_max_dispatch_tokens_per_rank=5; pass a larger",
+    ),
+    *(
+        BadInput(
+            f"experts {value}",
+            lambda b, value=value: b.ll_dispatch(num_experts=value),
+            ValueError,
+            rf"num_experts is {value}, .*multiple of the 2 ranks, at most 8192",
+        )
+        for value in (0, -2, 7, 8194)
+    ),
+    BadInput(
+        "topk_idx rows",
+        lambda b: b.ll_dispatch(topk_idx=b.idx[1:]),
+        ValueError,
+        r"topk_idx.*\(5, 4\).*\(6, num_topk\).*each token of x",
+    ),
+    BadInput(
+        "topk_idx dtype",
+        lambda b: b.ll_dispatch(topk_idx=b.idx.short()),
+        TypeError,
+        r"topk_idx.*int16.*int64 or torch.int32",
+    ),
+    BadInput(
+        "topk_idx device",
+        lambda b: b.ll_dispatch(topk_idx=b.idx.to("meta")),
+        ValueError,
+        r"topk_idx is on meta",
+    ),
+    BadInput(
+        "topk_idx strides",
+        lambda b: b.ll_dispatch(topk_idx=b.idx[:, ::2]),
+        ValueError,
+        r"topk_idx.*strides \(4, 2\).*\.contiguous\(\)",
+    ),
+    BadInput(
+        "top-k 0",
+        lambda b: b.ll_dispatch(topk_idx=b.idx[:, :0]),
+        ValueError,
+        r"top-k is 0.*between 1 and 32",
+    ),
+    BadInput(
+        "top-k 33",
+        lambda b: b.ll_dispatch(topk_idx=b.full(NUM_TOKENS, 33, dtype=torch.int64)),
+        ValueError,
+        r"top-k is 33.*between 1 and 32",
+    ),
+    BadInput(
+        "choices",
+        lambda b: b.ll_dispatch(
+            topk_idx=b.full(NUM_TOKENS, 32, dtype=torch.int64),
+            num_max_dispatch_tokens_per_rank=4097,
+        ),
+        ValueError,
+        r"4097 tokens with 32 choices are 131104 rows.*at most 131072; pass a smaller",
+    ),
+    BadInput(
+        "no global scale",
+        lambda b: b.ll_dispatch(quantization="nvfp4"),
+        ValueError,
+        r"nvfp4.*needs global_scale.*\(1,\)",
+    ),
+    BadInput(
+        "global scale shape",
+        lambda b: b.ll_dispatch(quantization="nvfp4", global_scale=b.full(2, dtype=torch.float32)),
+        ValueError,
+        r"global_scale has shape \(2,\), expected \(1\)",
+    ),
+    BadInput(
+        "global scale dtype",
+        lambda b: b.ll_dispatch(quantization="nvfp4", global_scale=b.full(1)),
+        TypeError,
+        r"global_scale.*bfloat16.*float32",
+    ),
+    BadInput(
+        "global scale device",
+        lambda b: b.ll_dispatch(
+            quantization="nvfp4",
+            global_scale=torch.ones(1, dtype=torch.float32, device="meta"),
+        ),
+        ValueError,
+        r"global_scale is on meta",
+    ),
+    BadInput(
+        "global scale of another format",
+        lambda b: b.ll_dispatch(global_scale=b.full(1, dtype=torch.float32)),
+        ValueError,
+        r"global_scale is given.*bf16.*'nvfp4' only",
+    ),
+    BadInput(
+        "stats shape",
+        lambda b: b.ll_dispatch(
+            cumulative_local_expert_recv_stats=b.full(NUM_EXPERTS, dtype=torch.int32)
+        ),
+        ValueError,
+        r"cumulative_local_expert_recv_stats.*\(8,\), expected \(4\).*each local expert",
+    ),
+    BadInput(
+        "stats dtype",
+        lambda b: b.ll_dispatch(cumulative_local_expert_recv_stats=b.full(4, dtype=torch.int64)),
+        TypeError,
+        r"cumulative_local_expert_recv_stats.*int64.*int32",
+    ),
+    BadInput(
+        "wait cost shape",
+        lambda b: b.ll_dispatch(dispatch_wait_recv_cost_stats=b.full(2, 2, dtype=torch.int64)),
+        ValueError,
+        r"dispatch_wait_recv_cost_stats.*\(2, 2\), expected \(2\).*each rank",
+    ),
+    BadInput(
+        "wait cost dtype",
+        lambda b: b.ll_dispatch(dispatch_wait_recv_cost_stats=b.full(2, dtype=torch.int32)),
+        TypeError,
+        r"dispatch_wait_recv_cost_stats.*int32.*int64",
+    ),
+    BadInput(
+        "room",
+        lambda b: b.ll_dispatch(num_max_dispatch_tokens_per_rank=64),
+        ValueError,
+        r"dispatch in bf16 of 64 tokens a rank, hidden 512 and 8 experts needs num_rdma_bytes >= "
+        r"720896, but this Buffer has 262144; make it with "
+        r"Buffer.get_low_latency_rdma_size_hint\(64, 512, 2, 8\), which is \d+",
+    ),
+]
+
+LOW_LATENCY_COMBINE = [
+    BadInput(
+        "destroyed",
+        lambda b: b.destroyed.low_latency_combine(b.ll_y, b.idx, b.weights, b.ll_handle),
+        RuntimeError,
+        r"destroyed",
+    ),
+    BadInput(
+        "normal buffer",
+        lambda b: b.normal.low_latency_combine(b.ll_y, b.idx, b.weights, b.ll_handle),
+        RuntimeError,
+        r"low_latency_combine needs.*low_latency_mode=True",
+    ),
+    BadInput(
+        "event and hook",
+        lambda b: b.ll_combine(async_finish=True, return_recv_hook=True),
+        ValueError,
+        r"async_finish and return_recv_hook exclude",
+    ),
+    BadInput("handle type", lambda b: b.ll_combine(handle=3), TypeError, r"is a int.*tuple of 5"),
+    BadInput(
+        "handle of the normal mode",
+        lambda b: b.ll_combine(handle=b.handle),
+        TypeError,
+        r"tuple of 6, expected the tuple of 5 that low_latency_dispatch",
+    ),
+    BadInput(
+        "handle numbers",
+        lambda b: b.ll_combine(handle=b.ll_changed(3, "512")),
+        TypeError,
+        r"handle\[2:\] is \(8, '512', 8\)",
+    ),
+    BadInput(
+        "handle tokens",
+        lambda b: b.ll_combine(handle=b.ll_changed(2, 9)),
+        ValueError,
+        r"handle\[0\].*\(4, 16\), expected \(4, 18\).*8 experts and 9 tokens on 2 ranks",
+    ),
+    BadInput(
+        "handle experts",
+        lambda b: b.ll_combine(handle=b.ll_changed(4, 9)),
+        ValueError,
+        r"num_experts is 9.*2 ranks",
+    ),
+    BadInput(
+        "handle hidden",
+        lambda b: b.ll_combine(handle=b.ll_changed(3, 4)),
+        ValueError,
+        r"hidden is 4\b.*multiple of 8",
+    ),
+    BadInput(
+        "handle of no tensors",
+        lambda b: b.ll_combine(handle=b.ll_changed(0, None)),
+        TypeError,
+        r"handle\[0\] \(src_info\) is a NoneType",
+    ),
+    BadInput(
+        "handle ranges",
+        lambda b: b.ll_combine(handle=b.ll_changed(1, b.full(4, 3, dtype=torch.int64))),
+        ValueError,
+        r"handle\[1\] \(layout_range\).*\(4, 3\), expected \(4, 2\)",
+    ),
+    BadInput(
+        "handle range dtype",
+        lambda b: b.ll_combine(handle=b.ll_changed(1, b.ll_handle[1].int())),
+        TypeError,
+        r"layout_range.*int32.*int64",
+    ),
+    BadInput(
+        "handle device",
+        lambda b: b.ll_combine(handle=b.ll_changed(0, b.ll_handle[0].to("meta"))),
+        ValueError,
+        r"src_info.* is on meta",
+    ),
+    BadInput(
+        "handle that is a copy",
+        lambda b: b.ll_combine(handle=b.ll_changed(0, b.ll_handle[0].clone())),
+        ValueError,
+        r"src_info\) is a copy.*pass the handle as it was returned",
+    ),
+    BadInput(
+        "x rows",
+        lambda b: b.ll_combine(x=b.ll_y[:, 1:].contiguous()),
+        ValueError,
+        r"x has shape \(4, 15, 512\), expected \(4, 16, 512\).*received or not",
+    ),
+    BadInput(
+        "x hidden",
+        lambda b: b.ll_combine(x=b.full(4, 16, 256)),
+        ValueError,
+        r"x has shape \(4, 16, 256\), expected \(4, 16, 512\)",
+    ),
+    BadInput(
+        "x dtype",
+        lambda b: b.ll_combine(x=b.ll_y.float()),
+        TypeError,
+        r"x has dtype torch.float32.*bfloat16",
+    ),
+    BadInput("x device", lambda b: b.ll_combine(x=b.ll_y.to("meta")), ValueError, r"x is on meta"),
+    BadInput(
+        "x strides",
+        lambda b: b.ll_combine(x=b.full(16, 4, 512).transpose(0, 1)),
+        ValueError,
+        r"x has strides.*\.contiguous\(\)",
+    ),
+    BadInput(
+        "x address",
+        lambda b: b.ll_combine(x=_misaligned(b, 64, LL_HIDDEN).view(4, 16, LL_HIDDEN)),
+        ValueError,
+        r"x.*address 0x.*\.clone\(\)",
+    ),
+    BadInput(
+        "topk_idx dtype",
+        lambda b: b.ll_combine(topk_idx=b.idx.float()),
+        TypeError,
+        r"topk_idx.*float32.*int64",
+    ),
+    BadInput(
+        "topk_idx strides",
+        lambda b: b.ll_combine(topk_idx=b.idx[:, ::2]),
+        ValueError,
+        r"topk_idx.*\.contiguous\(\)",
+    ),
+    BadInput(
+        "top-k 33",
+        lambda b: b.ll_combine(topk_idx=b.full(NUM_TOKENS, 33, dtype=torch.int64)),
+        ValueError,
+        r"top-k is 33",
+    ),
+    BadInput(
+        "tokens",
+        lambda b: b.ll_combine(topk_idx=b.full(9, 4, dtype=torch.int64)),
+        ValueError,
+        r"has 9 tokens, more than num_max_dispatch_tokens_per_rank=8",
+    ),
+    BadInput(
+        "other top-k",
+        lambda b: b.ll_combine(topk_idx=b.full(6, 2, dtype=torch.int64)),
+        ValueError,
+        r"topk_idx has 2 choices a token, but the handle is of a dispatch with 4; pass the",
+    ),
+    BadInput(
+        "weights dtype",
+        lambda b: b.ll_combine(topk_weights=b.weights.bfloat16()),
+        TypeError,
+        r"topk_weights.*bfloat16.*float32",
+    ),
+    BadInput(
+        "weights shape",
+        lambda b: b.ll_combine(topk_weights=b.weights[1:]),
+        ValueError,
+        r"topk_weights.*\(5, 4\).*\(6, 4\).*as topk_idx",
+    ),
+    BadInput(
+        "logfmt and zero copy",
+        lambda b: b.ll_combine(use_logfmt=True, zero_copy=True),
+        ValueError,
+        r"only one of use_logfmt and zero_copy",
+    ),
+    BadInput(
+        "logfmt of short blocks",
+        lambda b: b.ll_combine(x=b.full(4, 16, 192), handle=b.ll_changed(3, 192), use_logfmt=True),
+        ValueError,
+        r"hidden is 192, but use_logfmt takes blocks of 128.*use_logfmt=False",
+    ),
+    BadInput(
+        "out shape",
+        lambda b: b.ll_combine(out=b.full(5, LL_HIDDEN)),
+        ValueError,
+        r"out has shape \(5, 512\), expected \(6, 512\).*each token of topk_idx",
+    ),
+    BadInput(
+        "out dtype",
+        lambda b: b.ll_combine(out=b.full(6, LL_HIDDEN, dtype=torch.float32)),
+        TypeError,
+        r"out.*float32.*bfloat16",
+    ),
+    BadInput(
+        "out strides",
+        lambda b: b.ll_combine(out=b.full(6, 2 * LL_HIDDEN)[:, ::2]),
+        ValueError,
+        r"out has strides.*\.contiguous\(\)",
+    ),
+    BadInput(
+        "out address",
+        lambda b: b.ll_combine(out=_misaligned(b, 6, LL_HIDDEN)),
+        ValueError,
+        r"out.*address 0x.*\.clone\(\)",
+    ),
+    BadInput(
+        "wait cost shape",
+        lambda b: b.ll_combine(combine_wait_recv_cost_stats=b.full(3, dtype=torch.int64)),
+        ValueError,
+        r"combine_wait_recv_cost_stats.*\(3,\), expected \(2\)",
+    ),
+    BadInput(
+        "room",
+        lambda b: b.ll_combine(
+            topk_idx=b.full(6, 32, dtype=torch.int64),
+            topk_weights=b.full(6, 32, dtype=torch.float32),
+            handle=b.ll_changed(0, b.src_info(MAX_TOKENS, NUM_EXPERTS, 32)),
+        ),
+        ValueError,
+        r"low_latency_combine of top-32 of 8 tokens a rank.*num_rdma_bytes >= 1048576, but this "
+        r"Buffer has 262144; make it with.*\(8, 512, 2, 8\)",
+    ),
+]
+
+LOW_LATENCY_MEMBERS = [
+    BadInput(
+        "room to send",
+        lambda b: b.buffer.get_next_low_latency_combine_buffer(
+            (
+                b.src_info(16, 40, 8),
+                b.full(20, 2, dtype=torch.int64),
+                16,
+                LL_HIDDEN,
+                40,
+            )
+        ),
+        ValueError,
+        r"the send buffer of 16 tokens a rank.*num_rdma_bytes >= 1310720.*\(16, 512, 2, 40\)",
+    ),
+    BadInput(
+        "send buffer of another handle",
+        lambda b: b.buffer.get_next_low_latency_combine_buffer(b.handle),
+        TypeError,
+        r"tuple of 6, expected the tuple of 5",
+    ),
+    BadInput(
+        "send buffer of a normal buffer",
+        lambda b: b.normal.get_next_low_latency_combine_buffer(b.ll_handle),
+        RuntimeError,
+        r"get_next_low_latency_combine_buffer needs.*low_latency_mode=True",
+    ),
+    BadInput(
+        "clean of a normal buffer",
+        lambda b: b.normal.clean_low_latency_buffer(MAX_TOKENS, LL_HIDDEN, NUM_EXPERTS),
+        RuntimeError,
+        r"clean_low_latency_buffer needs.*low_latency_mode=True",
+    ),
+    BadInput(
+        "clean tokens", lambda b: b.ll_clean(0, 512, 8), ValueError, r"tokens_per_rank is 0.*1 and"
+    ),
+    BadInput(
+        "clean hidden", lambda b: b.ll_clean(8, 12, 8), ValueError, r"hidden is 12\b.*multiple of 8"
+    ),
+    BadInput(
+        "clean experts", lambda b: b.ll_clean(8, 512, 3), ValueError, r"num_experts is 3.*2 ranks"
+    ),
+    BadInput(
+        "warmup of a normal buffer",
+        lambda b: b.normal.low_latency_warmup(MAX_TOKENS, LL_HIDDEN, NUM_EXPERTS, num_topk=8),
+        RuntimeError,
+        r"low_latency_warmup needs.*low_latency_mode=True",
+    ),
+    BadInput(
+        "warmup top-k",
+        lambda b: b.buffer.low_latency_warmup(MAX_TOKENS, LL_HIDDEN, NUM_EXPERTS, num_topk=33),
+        ValueError,
+        r"num_topk is 33.*between 1 and 32",
+    ),
+    *(
+        BadInput(
+            f"mask rank {rank}",
+            lambda b, rank=rank: b.buffer.low_latency_update_mask_buffer(rank, True),
+            ValueError,
+            rf"rank_to_mask is {rank}, but must be between 0 and 1",
+        )
+        for rank in (-1, 2)
+    ),
+    BadInput(
+        "query shape",
+        lambda b: b.buffer.low_latency_query_mask_buffer(b.full(3, dtype=torch.int32)),
+        ValueError,
+        r"mask_status.*\(3,\), expected \(2\).*each rank",
+    ),
+    BadInput(
+        "query dtype",
+        lambda b: b.buffer.low_latency_query_mask_buffer(b.full(2, dtype=torch.int64)),
+        TypeError,
+        r"mask_status.*int64.*int32",
+    ),
+    *(
+        BadInput(
+            f"{name} without shrink",
+            lambda b, name=name, args=args: getattr(b.normal, name)(*args),
+            RuntimeError,
+            rf"{name} needs.*enable_shrink=True",
+        )
+        for name, args in (
+            ("low_latency_update_mask_buffer", (0, True)),
+            ("low_latency_query_mask_buffer", (None,)),
+            ("low_latency_clean_mask_buffer", ()),
+        )
     ),
 ]
 
@@ -914,4 +1533,7 @@ CASES: list[BadInput] = [
     *_named("cached dispatch", CACHED),
     *_named("combine", COMBINE),
     *_named("members", MEMBERS),
+    *_named("low latency dispatch", LOW_LATENCY_DISPATCH),
+    *_named("low latency combine", LOW_LATENCY_COMBINE),
+    *_named("low latency members", LOW_LATENCY_MEMBERS),
 ]

@@ -406,6 +406,11 @@ def replays(
     def compare(
         outputs: tuple[torch.Tensor, ...], seed: int, world: list[reference.RankInput]
     ) -> None:
+        if on_gpu:
+            # Not left to the copies below: one that waits for a kernel holds up the copies of other
+            # threads of this process, and such a thread may be the rank that the kernel waits for.
+            torch.cuda.current_stream().synchronize()
+        buffer.check_fault()
         want = [
             reference.dispatch(world, r, num_experts=experts, num_worst_tokens=worst)
             for r in range(num_ranks)
@@ -445,4 +450,3 @@ def replays(
         compare(outputs, seed, world)
         if seed % 10 == 0:
             compare(step(), seed, world)
-    buffer.check_fault()

@@ -14,18 +14,4 @@ __all__ = [
 ]
 
 is_sm90_compiled = _Buffer.is_sm90_compiled
-
-
-def get_low_latency_rdma_size_hint(
-    num_max_dispatch_tokens_per_rank: int, hidden: int, num_ranks: int, num_experts: int
-) -> int:
-    """There so that it can be imported; epjit has no low-latency mode yet.
-
-    Raises:
-        NotImplementedError: Always.
-    """
-    raise NotImplementedError(
-        "epjit has no low-latency mode yet, so there is no size for "
-        f"{num_max_dispatch_tokens_per_rank} tokens a rank, hidden {hidden}, {num_ranks} ranks, "
-        f"{num_experts} experts"
-    )
+get_low_latency_rdma_size_hint = _Buffer.get_low_latency_rdma_size_hint

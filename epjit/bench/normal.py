@@ -306,7 +306,7 @@ def measure_ceilings(
 
 def worker(rank: int, settings: Settings, port: int, queue: Any) -> None:
     """One rank: measures, and rank 0 reports."""
-    from epjit import __version__, env, intranode  # noqa: F401  (registers the variants)
+    from epjit import __version__, env, intranode  # noqa: F401  (it registers its variants)
     from epjit.runtime import variants
 
     on_cpu = settings.device == "cpu"

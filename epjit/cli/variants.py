@@ -17,7 +17,7 @@ def variants(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """List the implementations of each operation and how to choose one."""
-    from epjit import env, intranode  # noqa: F401  (registers them)
+    from epjit import env, expert_major, intranode, low_latency  # noqa: F401  (register them)
     from epjit.runtime import variants as registry
 
     arch = arch or _arch_of_gpu()

@@ -6,7 +6,7 @@ for a machine without a GPU: every rank receives the inputs of all others.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,11 +14,14 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from epjit.reference import intranode
+from epjit.reference import intranode, low_latency
 from epjit.reference.intranode import Bias, Dispatched, Handle, RankInput
+from epjit.reference.low_latency import LowLatencyDispatched
 
 if TYPE_CHECKING:
+    from epjit.formats import RowFormat
     from epjit.runtime.group import Group
+    from epjit.scope import AnyScope
 
 
 class CpuBackend:
@@ -82,7 +85,8 @@ class CpuBackend:
             ValueError: Also when `num_tokens_per_rank` contradicts `is_token_in_rank`.
         """
         sent = is_token_in_rank.sum(dim=0).tolist()
-        worlds = self._exchange(
+        worlds = _exchange(
+            self.group,
             "dispatch",
             {
                 **_payload_facts(x, scales),
@@ -122,7 +126,7 @@ class CpuBackend:
             `recv_x` `[n or N, H]` and `recv_scales` `[n or N, S]` or None.
         """
         facts = {**_payload_facts(x, scales), **_handle_facts(handle)}
-        worlds = self._exchange("cached dispatch", facts, (x, scales, *handle))
+        worlds = _exchange(self.group, "cached dispatch", facts, (x, scales, *handle))
         return intranode.cached_dispatch(
             [tensors[0] for tensors in worlds],
             None if scales is None else [tensors[1] for tensors in worlds],
@@ -154,7 +158,7 @@ class CpuBackend:
             "num_topk": None if topk_weights is None else topk_weights.shape[1],
             **_handle_facts(handle),
         }
-        worlds = self._exchange("combine", facts, (x, topk_weights, *handle))
+        worlds = _exchange(self.group, "combine", facts, (x, topk_weights, *handle))
         return intranode.combine(
             [tensors[0] for tensors in worlds],
             [tensors[2:] for tensors in worlds],
@@ -163,17 +167,247 @@ class CpuBackend:
             bias,
         )
 
-    def _exchange(
-        self, op: str, facts: Mapping[str, object], tensors: tuple[Tensor | None, ...]
-    ) -> list[tuple[Any, ...]]:
-        """Every rank's `tensors`, once all ranks are known to agree on `op` and on `facts`."""
-        messages = self.group.allgather((op, dict(facts), [_pack(each) for each in tensors]))
-        _agree(op, "operation", [message[0] for message in messages])
-        for name in facts:
-            _agree(op, name, [message[1][name] for message in messages])
-        worlds = [tuple(_unpack(each) for each in message[2]) for message in messages]
-        worlds[self.group.rank] = tensors  # the handle keeps the caller's own tensor
-        return worlds
+
+class CpuMemory:
+    """Bytes of one rank that users may look at; zeros that take no room until they are written to.
+
+    Args:
+        num_bytes: How many.
+    """
+
+    def __init__(self, num_bytes: int) -> None:
+        # torch.zeros would touch every page, and a size hint is about a gigabyte. One byte more,
+        # since torch views no empty NumPy array as another dtype.
+        self._bytes = torch.from_numpy(np.zeros(num_bytes + 1, dtype=np.uint8))[:num_bytes]
+
+    def tensor(self, dtype: torch.dtype) -> Tensor:
+        """All of it, in one dimension."""
+        return self._bytes.view(dtype)
+
+
+class CpuLowLatency:
+    """Low-latency operations of one rank, on CPU tensors, called as those of the GPU are.
+
+    All methods but `send_buffer` are collective. A split operation takes its inputs at the call
+    and writes its outputs when the returned function is called.
+
+    Args:
+        group: The ranks.
+        num_rdma_bytes: Bytes of `memory`.
+        enable_shrink: Whether `mask` counts.
+
+    Attributes:
+        memory: What users see; its second half is the send buffer.
+        mask: int32 `[R]`; 1 = masked. Rows of a masked rank are not used; the rank still takes
+            part, since nothing here runs out of time.
+
+    Raises:
+        CommunicationError: From every collective method, when a peer does not arrive in time.
+        ValueError: From every collective method, when ranks pass arguments that do not belong
+            together; the text names the ranks and their values.
+    """
+
+    def __init__(self, group: Group, *, num_rdma_bytes: int, enable_shrink: bool) -> None:
+        self._group = group
+        self._num_rdma_bytes = num_rdma_bytes
+        self._enable_shrink = enable_shrink
+        self.memory = CpuMemory(num_rdma_bytes)
+        self.mask = torch.zeros(group.size, dtype=torch.int32, device="cpu")
+
+    @torch.no_grad()
+    def dispatch(
+        self,
+        scope: AnyScope,
+        x: Tensor,
+        topk_idx: Tensor,
+        *,
+        max_tokens: int,
+        num_experts: int,
+        row_format: RowFormat,
+        global_scale: Tensor | None,
+        recv_stats: Tensor | None,
+        wait_cost: Tensor | None,
+        split: bool,
+    ) -> tuple[LowLatencyDispatched, Callable[[], None] | None]:
+        """Send each choice of each token to its expert and return what arrives here.
+
+        Args:
+            scope: Of this call.
+            x: bfloat16 `[T, H]`.
+            topk_idx: `[T, K]` int32 or int64.
+            max_tokens: `M`.
+            num_experts: `E`.
+            row_format: How rows arrive.
+            global_scale: float32 `[1]`, or None.
+            recv_stats: int32 `[E // R]`, to which the received rows are added, or None.
+            wait_cost: int64 `[R]`, to which nothing is added: nobody counts cycles here.
+            split: Whether to return before anything is received.
+
+        Returns:
+            See `LowLatencyDispatched`, and what receives, or None.
+        """
+        del wait_cost
+        with scope.allocating():
+            out = low_latency.allocate_dispatched(
+                row_format,
+                num_ranks=self._group.size,
+                max_tokens=max_tokens,
+                num_experts=num_experts,
+                num_topk=topk_idx.shape[1],
+                hidden=x.shape[1],
+                device=x.device,
+            )
+        scope.start()
+        if split:
+            x, topk_idx = x.clone(), topk_idx.clone()
+        worlds = _exchange(
+            self._group,
+            "low_latency_dispatch",
+            {
+                "hidden": x.shape[1],
+                "num_max_dispatch_tokens_per_rank": max_tokens,
+                "num_experts": num_experts,
+                "num_topk": topk_idx.shape[1],
+                "topk_idx dtype": topk_idx.dtype,
+                "format": row_format.name,
+                "global_scale": None if global_scale is None else float(global_scale),
+            },
+            (x, topk_idx, global_scale),
+        )
+
+        @torch.no_grad()
+        def receive() -> None:
+            low_latency.dispatch(
+                [low_latency.RankInput(*tensors) for tensors in worlds],
+                self._group.rank,
+                max_tokens=max_tokens,
+                num_experts=num_experts,
+                row_format=row_format,
+                masked=self._masked(),
+                out=out,
+            )
+            if recv_stats is not None:
+                recv_stats.add_(out.recv_count)
+
+        if split:
+            return out, receive
+        receive()
+        return out, None
+
+    @torch.no_grad()
+    def combine(
+        self,
+        scope: AnyScope,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
+        src_info: Tensor,
+        *,
+        max_tokens: int,
+        num_experts: int,
+        use_logfmt: bool,
+        zero_copy: bool,
+        out: Tensor | None,
+        wait_cost: Tensor | None,
+        split: bool,
+    ) -> tuple[Tensor, Callable[[], None] | None]:
+        """Bring the rows of a dispatch back to their tokens and sum them with weights.
+
+        Args:
+            scope: Of this call.
+            x: bfloat16 `[E // R, R * M, H]`.
+            topk_idx: `[T, K]`, as dispatched.
+            topk_weights: float32 `[T, K]`.
+            src_info: From the dispatch.
+            max_tokens: `M`.
+            num_experts: `E`.
+            use_logfmt: Whether rows travel in the logarithmic format.
+            zero_copy: Whether the rows are in the send buffer, and not in `x`.
+            out: bfloat16 `[T, H]` to write to, or None.
+            wait_cost: int64 `[R]`, to which nothing is added.
+            split: Whether to return before anything is received.
+
+        Returns:
+            bfloat16 `[T, H]`, and what receives, or None.
+        """
+        del wait_cost
+        hidden = x.shape[2]
+        with scope.allocating():
+            combined = out
+            if combined is None:
+                shape = (topk_idx.shape[0], hidden)
+                combined = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
+        scope.start()
+        if zero_copy:
+            x = self.send_buffer(num_experts=num_experts, max_tokens=max_tokens, hidden=hidden)
+        worlds = _exchange(
+            self._group,
+            "low_latency_combine",
+            {
+                "hidden": hidden,
+                "num_max_dispatch_tokens_per_rank": max_tokens,
+                "num_experts": num_experts,
+                "num_topk": topk_idx.shape[1],
+                "use_logfmt": use_logfmt,
+            },
+            tuple(low_latency.collect(x, src_info, self._group.size)),
+        )
+
+        @torch.no_grad()
+        def receive() -> None:
+            combined.copy_(
+                low_latency.combine(
+                    [low_latency.Returned(*tensors) for tensors in worlds],
+                    self._group.rank,
+                    topk_idx,
+                    topk_weights,
+                    num_experts=num_experts,
+                    use_logfmt=use_logfmt,
+                    masked=self._masked(),
+                )
+            )
+
+        if split:
+            return combined, receive
+        receive()
+        return combined, None
+
+    def send_buffer(self, *, num_experts: int, max_tokens: int, hidden: int) -> Tensor:
+        """Where `combine(zero_copy=True)` finds its rows: bfloat16 `[E // R, R * M, H]`."""
+        shape = (num_experts // self._group.size, self._group.size * max_tokens, hidden)
+        half = self.memory.tensor(torch.uint8)[self._num_rdma_bytes // 2 :]
+        return half[: 2 * num_experts * max_tokens * hidden].view(torch.bfloat16).view(shape)
+
+    def clean(self, stream: int) -> None:
+        """Meets the peers: the memory has no words here that a user could have overwritten."""
+        del stream
+        _exchange(self._group, "clean_low_latency_buffer", {}, ())
+
+    def raise_fault(self) -> None:
+        """Nothing: what goes wrong here is raised where it does."""
+
+    def reset(self) -> None:
+        """Takes all masks away; no operation is under way here."""
+        self.mask.zero_()
+
+    def close(self) -> None:
+        """Nothing to free."""
+
+    def _masked(self) -> Tensor | None:
+        return self.mask if self._enable_shrink else None
+
+
+def _exchange(
+    group: Group, op: str, facts: Mapping[str, object], tensors: tuple[Tensor | None, ...]
+) -> list[tuple[Any, ...]]:
+    """Every rank's `tensors`, once all ranks are known to agree on `op` and on `facts`."""
+    messages = group.allgather((op, dict(facts), [_pack(each) for each in tensors]))
+    _agree(op, "operation", [message[0] for message in messages])
+    for name in facts:
+        _agree(op, name, [message[1][name] for message in messages])
+    worlds = [tuple(_unpack(each) for each in message[2]) for message in messages]
+    worlds[group.rank] = tensors  # the handle keeps the caller's own tensor
+    return worlds
 
 
 def _pack(tensor: Tensor | None) -> tuple[torch.dtype, torch.Size, NDArray[np.uint8]] | None:

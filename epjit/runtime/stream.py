@@ -40,6 +40,10 @@ class CommStream:
         """What is queued on `stream_handle` from now on waits for all that this stream has now."""
         self._order(self._after, self.handle, stream_handle)
 
+    def order(self, first: int, then: int) -> None:
+        """What is queued on `then` from now on waits for all that `first` has now."""
+        self._order(self._before, first, then)
+
     def close(self) -> None:
         """Destroys the events; the stream must not be used any more. Idempotent."""
         events, self._before, self._after = (self._before, self._after), None, None

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
+import torch
 
 from epjit import Buffer
 from tests.bad_input import (
+    BUFFER,
     CASES,
     NUM_RANKS,
     BadInput,
@@ -26,15 +29,19 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def bench() -> Bench:
+def bench() -> Iterator[Bench]:
     """A buffer of two ranks of which nothing but the checks works."""
     destroyed = Buffer(None, 1024, comm=StubComm(NUM_RANKS), explicitly_destroy=True)
     destroyed.destroy()
-    buffer = Buffer(None, 1 << 16, comm=StubComm(NUM_RANKS, rank=1))
-    made = Bench(buffer, destroyed)
+    normal = Buffer(None, 1 << 16, comm=StubComm(NUM_RANKS, rank=1))
+    buffer = Buffer(None, 1 << 16, comm=StubComm(NUM_RANKS, rank=1), **BUFFER)
+    made = Bench(buffer, destroyed, normal)
     unreachable: Any = Unreachable()
-    buffer._cpu = unreachable
-    return made
+    # What has memory to look at is no communication; all else of the modes is.
+    mode = buffer._low_latency
+    buffer._cpu, buffer._low_latency = unreachable, Unreachable(memory=mode.memory)
+    yield made
+    buffer._low_latency = mode
 
 
 @pytest.mark.parametrize(
@@ -50,8 +57,16 @@ def test_names_are_unique() -> None:
 
 def test_right_arguments_reach_the_backend(bench: Bench) -> None:
     """Else the table would prove nothing: each call is refused for what was changed in it."""
-    for call in (bench.layout, bench.dispatch, bench.cached, bench.combine):
+    calls = (bench.layout, bench.dispatch, bench.cached, bench.combine)
+    for call in (*calls, bench.ll_dispatch, bench.ll_combine, bench.ll_clean):
         with pytest.raises(ReachedError):
             call()
     with pytest.raises(ReachedError):
         bench.combine(topk_weights=bench.recv_weights, bias=(bench.x, bench.x))
+    scale = bench.full(1, dtype=torch.float32)
+    with pytest.raises(ReachedError):
+        bench.ll_dispatch(quantization="nvfp4", global_scale=scale)
+    with pytest.raises(ReachedError):
+        bench.ll_combine(use_logfmt=True, out=bench.full(*bench.ll_x.shape))
+    with pytest.raises(ReachedError):
+        bench.buffer.get_next_low_latency_combine_buffer(bench.ll_handle)

@@ -337,6 +337,6 @@ def test_auto_takes_the_tuned_variant_where_it_runs() -> None:
     from epjit import intranode  # noqa: F401  (registers them)
     from epjit.runtime import variants
 
-    assert variants.resolve("dispatch", "sm_90a", tuned="push") == "push"
+    assert variants.resolve("dispatch", "sm_90a", tuned="tma") == "tma"
     assert variants.resolve("dispatch", "sm_80", tuned="push") == "ldst"
-    assert variants.resolve("dispatch", "sm_90a", tuned="gone") == "tma"
+    assert variants.resolve("dispatch", "sm_90a", tuned="gone") == "push"

@@ -71,6 +71,9 @@ def test_names_are_those_of_epjit() -> None:
         "assert deep_ep.Config is epjit.Config is deep_ep_cpp.Config\n"
         "assert deep_ep.EventHandle is deep_ep_cpp.EventHandle is deep_ep.utils.EventHandle\n"
         "assert deep_ep.EventOverlap is deep_ep.utils.EventOverlap\n"
+        "sizes = {'num_max_dispatch_tokens_per_rank': 128, 'hidden': 7168, 'num_ranks': 8}\n"
+        "hint = deep_ep_cpp.get_low_latency_rdma_size_hint(**sizes, num_experts=256)\n"
+        "assert hint == epjit.Buffer.get_low_latency_rdma_size_hint(128, 7168, 8, 256)\n"
     )
 
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from epjit import expert_major, intranode
+from epjit import expert_major, intranode, low_latency
 from epjit.bench import ceiling, peers
 from epjit.runtime import device, jit, nvrtc
 
@@ -33,12 +33,9 @@ INTERPRETERS = {
 
 def configs(arch: str) -> list[jit.KernelConfig]:
     """One config of each kernel, variant and shape class that this architecture can run."""
-    return [
-        *intranode.example_configs(arch),
-        *ceiling.example_configs(arch),
-        *expert_major.example_configs(arch),
-        peers.ChaseConfig(),
-    ]
+    modes = (intranode, low_latency, expert_major, ceiling)
+    configs = [config for mode in modes for config in mode.example_configs(arch)]
+    return [*configs, peers.ChaseConfig()]
 
 
 def compile_all(
@@ -121,6 +118,15 @@ def test_the_kernels_are_all_there(arch: str) -> None:
     kernels = configs(arch)
     assert len(set(kernels)) == len(kernels)
     assert {"layout", "dispatch", "combine"} <= {kernel.op for kernel in kernels}
+
+
+@pytest.mark.parametrize("arch", ARCHS)
+def test_every_block_of_dispatch_has_warps_that_stage_and_warps_that_pull(arch: str) -> None:
+    """Whatever the number of SMs: a block that only stages at first could get stuck."""
+    for config in configs(arch):
+        if isinstance(config, intranode.DispatchConfig):
+            most = config.num_warps - (config.num_ranks > 1)
+            assert all(1 <= config.stage_warps(sms) <= most for sms in (1, 2, 12, 24, 132)), config
 
 
 def test_example_configs_name_every_source() -> None:

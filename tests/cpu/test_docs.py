@@ -54,7 +54,10 @@ def prelude(group: Any) -> dict[str, Any]:
         "topk_weights": topk_weights.requires_grad_(),
         "num_experts": 8,
         "expert_matrices": torch.randn(4, 256, 256).bfloat16().requires_grad_(),
-        "my_experts": lambda rows, idx, weights: rows,
+        "my_experts": lambda rows, *_: rows.to(torch.bfloat16),
+        "max_tokens": 16,
+        "hidden": 256,
+        "num_ranks": group.size(),
     }
 
 

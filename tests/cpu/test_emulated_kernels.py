@@ -75,7 +75,6 @@ class Shape:
             push=self.variant == "push",
             tma=self.variant != "ldst",
             num_warps=4,
-            num_stage_warps=2,
             rows_per_warp=3,
         )
 
@@ -90,7 +89,6 @@ class Shape:
             push=self.variant == "push",
             tma=self.variant != "ldst",
             num_warps=3,
-            num_stage_warps=1,
             rows_per_warp=2,
         )
 
@@ -354,6 +352,7 @@ class Routing:
                 recv_topk_weights=recv_weights,
                 recv_src_idx=handle[3],
                 num_slots=shape.slots,
+                num_stage_warps=2,
                 experts_per_rank=EXPERTS_A_RANK,
             )
             world.expect(rank, "recv_src_idx", handle[3][:n], expected.handle[3][:n])
@@ -397,6 +396,7 @@ class Routing:
                 recv_topk_weights=0,
                 recv_src_idx=0,
                 num_slots=shape.slots,
+                num_stage_warps=1,
                 experts_per_rank=1,
             )
             n = self.num_recv[rank]

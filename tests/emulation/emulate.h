@@ -256,6 +256,11 @@ EMULATE_INLINE unsigned __float_as_uint(float x) {
 }
 EMULATE_INLINE int __float_as_int(float x) { return static_cast<int>(emulate::to_bits(x)); }
 
+EMULATE_INLINE float __fmul_rn(float a, float b) { return a * b; }
+EMULATE_INLINE float __fadd_rn(float a, float b) { return a + b; }
+EMULATE_INLINE float fabsf(float x) { return __builtin_fabsf(x); }
+EMULATE_INLINE float fmaxf(float a, float b) { return __builtin_fmaxf(a, b); }
+
 EMULATE_INLINE void __threadfence() {}
 EMULATE_INLINE void __threadfence_block() {}
 EMULATE_INLINE void __threadfence_system() {}

@@ -43,6 +43,7 @@ EMULATE_INLINE void fence_proxy_async() {}
 EMULATE_INLINE void fence_proxy_async_shared() {}
 EMULATE_INLINE void fence_mbarrier_init() {}
 
+EMULATE_INLINE uint64_t clock64() { return emulate::nanoseconds(); }
 EMULATE_INLINE uint64_t globaltimer() { return emulate::nanoseconds(); }
 
 // ---- 16 bytes at a time -------------------------------------------------------------------------
@@ -97,6 +98,10 @@ EMULATE_INLINE uint32_t emulated_half(float value) {
 }
 EMULATE_INLINE uint32_t float2_to_f16x2(Float2 v) {
   return emulated_half(v.x) | emulated_half(v.y) << 16;
+}
+
+EMULATE_INLINE uint32_t float2_to_e4m3x2(Float2 v) {
+  return float_to_e4m3(v.x) | float_to_e4m3(v.y) << 8;
 }
 
 // ---- shared memory and bulk copies --------------------------------------------------------------

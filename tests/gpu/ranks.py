@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Callable
 from typing import Any
@@ -23,8 +24,9 @@ def run_ranks(
     num_buffers: int = 1,
     timeout_seconds: float = 20,
     timeout: float = 240,
+    **options: Any,
 ) -> list[Any]:
-    """Runs ``body(buffer, ..., *args)`` on every rank.
+    """Runs ``body(buffer, ..., *args)`` on every rank; `options` are those of `Buffer`.
 
     Each thread has its own stream: with a shared one, a rank would wait for what another rank has
     queued.
@@ -32,6 +34,9 @@ def run_ranks(
     # Loaded now: what is first loaded while a rank's kernel spins waits for that kernel.
     torch.cuda._sleep(1)
     torch.cuda.synchronize()
+
+    # Low-latency kernels take all SMs that there are, and those of all ranks must run at once.
+    os.environ["EPJIT_LOW_LATENCY_NUM_SMS"] = str(SMS if SMALL else 120 // num_ranks)
 
     def worker(comm: Any) -> Any:
         with torch.cuda.stream(torch.cuda.Stream()):
@@ -42,6 +47,7 @@ def run_ranks(
                     comm=comm,
                     explicitly_destroy=True,
                     timeout_seconds=timeout_seconds,
+                    **options,
                 )
                 for _ in range(num_buffers)
             ]
@@ -52,4 +58,11 @@ def run_ranks(
                 buffer.destroy()
             return result
 
-    return run_threads(worker, num_ranks, timeout=timeout)
+    # Nor may the collector run: to unload a kernel or free memory that a traceback has kept alive,
+    # it would wait for the kernels of all ranks, in the thread of one that they wait for.
+    gc.collect()
+    gc.disable()
+    try:
+        return run_threads(worker, num_ranks, timeout=timeout)
+    finally:
+        gc.enable()

@@ -8,7 +8,17 @@ import pytest
 
 from epjit import Buffer
 from epjit.runtime.jit import Launch
-from tests.bad_input import CASES, NUM_RANKS, Bench, ReachedError, verify
+from tests.bad_input import (
+    BUFFER,
+    CASES,
+    LL_HIDDEN,
+    MAX_TOKENS,
+    NUM_EXPERTS,
+    NUM_RANKS,
+    Bench,
+    ReachedError,
+    verify,
+)
 from tests.gpu.ranks import run_ranks
 
 
@@ -18,20 +28,27 @@ def test_bad_input_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(self: Launch, *args: Any, **values: Any) -> NoReturn:
         raise ReachedError(str(self))
 
-    def body(buffer: Buffer, destroyed: Buffer) -> None:
+    def body(buffer: Buffer, destroyed: Buffer, normal: Buffer) -> None:
         destroyed.destroy()
-        bench = Bench(buffer, destroyed)
+        bench = Bench(buffer, destroyed, normal)
         for case in CASES:
             verify(case, bench)
         # Compiled first: a launch that is the first of its kind meets the peers.
         buffer.warmup(bench.x.shape[1] * bench.x.element_size(), num_topk=bench.idx.shape[1])
-        for call in (bench.layout, bench.dispatch, bench.cached, bench.combine):
+        buffer.low_latency_warmup(
+            MAX_TOKENS, LL_HIDDEN, NUM_EXPERTS, num_topk=bench.idx.shape[1], use_fp8=False
+        )
+        calls = (bench.layout, bench.dispatch, bench.cached, bench.combine)
+        for call in (*calls, bench.ll_dispatch, bench.ll_combine, bench.ll_clean):
             with pytest.raises(ReachedError):
                 call()
 
-    def both(first: Buffer) -> None:
-        second = Buffer(None, 1 << 16, comm=first.group, explicitly_destroy=True)
-        body(first, second)
+    def with_others(first: Buffer) -> None:
+        second, third = (
+            Buffer(None, 1 << 16, comm=first.group, explicitly_destroy=True) for _ in range(2)
+        )
+        body(first, second, third)
+        third.destroy()
 
     monkeypatch.setattr(Launch, "__call__", reached)
-    run_ranks(NUM_RANKS, both, num_nvl_bytes=1 << 20)
+    run_ranks(NUM_RANKS, with_others, num_nvl_bytes=1 << 20, **BUFFER)

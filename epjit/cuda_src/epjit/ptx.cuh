@@ -69,6 +69,13 @@ __device__ __forceinline__ uint32_t atom_cas_sys(uint32_t* ptr, uint32_t expecte
   return old;
 }
 
+// mov.u64 %clock64: cycles of the SM
+__device__ __forceinline__ uint64_t clock64() {
+  uint64_t value;
+  asm volatile("mov.u64 %0, %%clock64;" : "=l"(value)::"memory");
+  return value;
+}
+
 // mov.u64 %globaltimer: nanoseconds; ticks coarsely (about 1 us)
 __device__ __forceinline__ uint64_t globaltimer() {
   uint64_t value;
@@ -123,6 +130,18 @@ __device__ __forceinline__ uint32_t float2_to_f16x2(Float2 v) {
   uint32_t pair;
   asm("cvt.rn.f16x2.f32 %0, %1, %2;" : "=r"(pair) : "f"(v.y), "f"(v.x));
   return pair;
+}
+
+// cvt.rn.satfinite.e4m3x2.f32 (sm_89 and newer): the first source operand becomes the upper byte.
+// Before sm_89 by arithmetic, as float_to_e4m3 says.
+__device__ __forceinline__ uint32_t float2_to_e4m3x2(Float2 v) {
+#if __CUDA_ARCH__ >= 890
+  uint16_t pair;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(pair) : "f"(v.y), "f"(v.x));
+  return pair;
+#else
+  return float_to_e4m3(v.x) | float_to_e4m3(v.y) << 8;
+#endif
 }
 
 // ---- shared memory, and bulk copies -------------------------------------------------------------

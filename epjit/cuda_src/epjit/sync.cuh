@@ -22,7 +22,8 @@
 // A wait that runs out of time does not trap: it writes one fault record to host memory, raises the
 // rank's abort word, and from then on every wait of this rank fails. A failed wait makes its warp
 // leave for the end of the kernel. The record names the peer that never started the operation, if
-// there is one: ranks that wait for it make others wait in turn.
+// there is one: ranks that wait for it make others wait in turn. With a mask (the low-latency
+// mode's enable_shrink) the peer is masked instead: every wait for it fails, and nothing else.
 #pragma once
 #include "epjit/ptx.cuh"
 
@@ -31,17 +32,23 @@ namespace epjit {
 // What a fault record calls the wait.
 // Python reads these lines: "name = value,  // operation: text".
 enum WaitTag : int32_t {
-  kWaitNotifyStart = 1,     // notify: its start
-  kWaitNotifyEntry = 2,     // notify: the end of its previous operation
-  kWaitNotifyCounts = 3,    // notify: its counts
-  kWaitDispatchStart = 4,   // dispatch: its start
-  kWaitDispatchEntry = 5,   // dispatch: the end of its previous operation
-  kWaitDispatchWindow = 6,  // dispatch: slots that it still reads
-  kWaitDispatchToken = 7,   // dispatch: its token
-  kWaitCombineStart = 8,    // combine: its start
-  kWaitCombineEntry = 9,    // combine: the end of its previous operation
-  kWaitCombineWindow = 10,  // combine: slots that it still reads
-  kWaitCombineToken = 11,   // combine: the row of token
+  kWaitNotifyStart = 1,                // notify: its start
+  kWaitNotifyEntry = 2,                // notify: the end of its previous operation
+  kWaitNotifyCounts = 3,               // notify: its counts
+  kWaitDispatchStart = 4,              // dispatch: its start
+  kWaitDispatchEntry = 5,              // dispatch: the end of its previous operation
+  kWaitDispatchWindow = 6,             // dispatch: slots that it still reads
+  kWaitDispatchToken = 7,              // dispatch: its token
+  kWaitCombineStart = 8,               // combine: its start
+  kWaitCombineEntry = 9,               // combine: the end of its previous operation
+  kWaitCombineWindow = 10,             // combine: slots that it still reads
+  kWaitCombineToken = 11,              // combine: the row of token
+  kWaitLowLatencyDispatchStart = 12,   // low_latency_dispatch: its start
+  kWaitLowLatencyDispatchCounts = 13,  // low_latency_dispatch: its count
+  kWaitLowLatencyDispatchToken = 14,   // low_latency_dispatch: its token
+  kWaitLowLatencyCombineStart = 15,    // low_latency_combine: its start
+  kWaitLowLatencyCombineRow = 16,      // low_latency_combine: the row of selection
+  kWaitCleanStart = 17,                // clean_low_latency_buffer: its start
 };
 
 // ---- signals ------------------------------------------------------------------------------------
@@ -79,16 +86,23 @@ struct Waiter {
   int32_t num_ranks;
   uint32_t epoch;
   WaitTag start_tag;  // what a record calls a peer that never started
+  uint32_t* mask;     // local [num_ranks], 1 = masked; null: a late peer is a fault
 };
 
 // From the parameters of a kernel; tells the peers that this rank has started the operation.
 template <int kNumRanks, typename Params>
 __device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start_tag) {
-  const Waiter waiter{p.fault, p.abort,   p.timeout_ns, p.signals[p.rank],
-                      p.rank,  kNumRanks, *p.epoch + 1, start_tag};
+  uint32_t* mask = nullptr;
+  if constexpr (requires { p.mask; }) mask = p.mask;
+  const Waiter waiter{p.fault,      p.abort,   p.timeout_ns, p.signals[p.rank], p.rank, kNumRanks,
+                      *p.epoch + 1, start_tag, mask};
   if (blockIdx.x == 0 && threadIdx.x < kNumRanks && threadIdx.x != p.rank)
     ptx::st_relaxed_sys(entered_signal(p.signals[threadIdx.x], p.rank), stamp(waiter.epoch, 0));
   return waiter;
+}
+
+__device__ __forceinline__ bool is_masked(const Waiter& waiter, int peer) {
+  return waiter.mask != nullptr && ptx::ld_relaxed_gpu(waiter.mask + peer) != 0;
 }
 
 // Signals only grow; the signed difference survives the wrap-around of the epoch.
@@ -117,8 +131,8 @@ __device__ inline void report_fault(const Waiter& waiter, WaitTag tag, int peer,
   ptx::st_release_sys(waiter.fault, record[0]);
 }
 
-// Polls until reached(value of *word) holds. False: out of time, or another wait of this rank has
-// failed.
+// Polls until reached(value of *word) holds. False: the peer is masked, out of time, or another wait
+// of this rank has failed.
 template <typename Reached>
 __device__ __forceinline__ bool wait_until(const Waiter& waiter, WaitTag tag, int peer,
                                            uint64_t index, uint64_t expected, const uint64_t* word,
@@ -130,9 +144,12 @@ __device__ __forceinline__ bool wait_until(const Waiter& waiter, WaitTag tag, in
     seen = ptx::ld_acquire_sys(word);
     if (reached(seen)) return true;
     if (polls % 64 != 0) continue;
-    if (ptx::ld_relaxed_gpu(waiter.abort) != 0) return false;
+    if (ptx::ld_relaxed_gpu(waiter.abort) != 0 || is_masked(waiter, peer)) return false;
     if (ptx::globaltimer() - start > waiter.timeout_ns) {
-      report_fault(waiter, tag, peer, index, expected, seen);
+      if (waiter.mask != nullptr)
+        atomicExch(waiter.mask + peer, 1u);
+      else
+        report_fault(waiter, tag, peer, index, expected, seen);
       return false;
     }
   }
@@ -220,24 +237,31 @@ __device__ __forceinline__ bool wait_word(const Waiter& waiter, WaitTag tag, int
 
 // ---- the end of an operation --------------------------------------------------------------------
 
-// Called by all threads of all blocks as their last act. The last block zeroes `counters` (so that
-// they are zero on entry of every operation and no memset is launched), moves the epoch on, and
-// tells the peers. A rank with a fault stays silent: its peers must not take its rows for whole.
+// Called by all threads of all blocks as their last act. True in the first warp of the block that
+// comes last; it has zeroed `counters`, so that they are zero on entry of every kernel and no memset
+// is launched.
 //
-// Order: writes of any thread -> __syncthreads -> acq_rel ticket (gpu) -> the last block ->
-// st.release.sys: cumulative.
-template <int kNumRanks>
-__device__ __forceinline__ void finish_operation(const Waiter& waiter, const uint64_t* signals,
-                                                 uint32_t* counters, int num_counters,
-                                                 uint32_t* epoch) {
+// Order: writes of any thread -> __syncthreads -> acq_rel ticket (gpu) -> the last block.
+__device__ __forceinline__ bool is_last_block(uint32_t* counters, int num_counters) {
   __syncthreads();
-  if (threadIdx.x >= kWarpSize) return;
+  if (threadIdx.x >= kWarpSize) return false;
   const int lane = threadIdx.x;
   uint32_t ticket = 0;
   if (lane == 0) ticket = ptx::atom_add_acq_rel_gpu(counters, 1);
   ticket = __shfl_sync(kFullMask, ticket, 0);
-  if (ticket != gridDim.x - 1) return;
+  if (ticket != gridDim.x - 1) return false;
   for (int i = lane; i < num_counters; i += kWarpSize) counters[i] = 0;
+  return true;
+}
+
+// is_last_block(), which then moves the epoch on and tells the peers (st.release.sys: cumulative). A
+// rank with a fault stays silent: its peers must not take its rows for whole.
+template <int kNumRanks>
+__device__ __forceinline__ void finish_operation(const Waiter& waiter, const uint64_t* signals,
+                                                 uint32_t* counters, int num_counters,
+                                                 uint32_t* epoch) {
+  if (!is_last_block(counters, num_counters)) return;
+  const int lane = threadIdx.x;
   if (lane == 0) *epoch = waiter.epoch;
   __syncwarp();
   if (lane < kNumRanks && lane != waiter.rank && ptx::ld_relaxed_gpu(waiter.abort) == 0)

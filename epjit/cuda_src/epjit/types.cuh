@@ -9,6 +9,7 @@
 namespace epjit {
 
 #ifndef EPJIT_EMULATE
+using uint16_t = unsigned short;
 using int32_t = int;
 using uint32_t = unsigned int;
 using int64_t = long long;
@@ -27,6 +28,19 @@ struct alignas(16) Vec16 {
 struct Float2 {
   float x, y;
 };
+
+// 8 bits, to nearest even, saturating; for where no instruction does it.
+__device__ __forceinline__ uint32_t float_to_e4m3(float x) {
+  const uint32_t bits = __float_as_uint(x);
+  uint32_t magnitude = bits & 0x7fffffffu;
+  const uint32_t sign = bits >> 24 & 0x80;
+  if (magnitude > 0x7f800000u) return sign | 0x7f;  // not a number
+  magnitude = min(magnitude, 0x43e00000u);          // 448.0
+  // Below 2^-6: the last place of 2^14 is worth 2^-9, the step of these values.
+  if (magnitude < 0x3c800000u)
+    return sign | (__float_as_uint(__uint_as_float(magnitude) + 16384.0f) - 0x46800000u);
+  return sign | (magnitude - 0x3c000000u + 0x7ffffu + (magnitude >> 20 & 1)) >> 20;
+}
 
 constexpr int ceil_div(int a, int b) { return (a + b - 1) / b; }
 constexpr int align_up(int a, int b) { return ceil_div(a, b) * b; }

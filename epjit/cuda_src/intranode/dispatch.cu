@@ -47,8 +47,7 @@ struct DispatchConfig {
   bool push;  // slots lie at the receiver, else at the source
   bool tma;   // rows move by bulk copies, else through registers
   int32_t num_warps;
-  int32_t num_stage_warps;  // of num_warps
-  int32_t rows_per_warp;    // rows of a warp in shared memory, the most that it moves at a time
+  int32_t rows_per_warp;  // rows of a warp in shared memory, the most that it moves at a time
 };
 
 struct DispatchParams {
@@ -76,7 +75,8 @@ struct DispatchParams {
   uint64_t* fault;  // host [8]
   uint32_t* abort;  // local [1]
   uint64_t timeout_ns;
-  int32_t num_slots;  // even, at least 2
+  int32_t num_slots;        // even, at least 2
+  int32_t num_stage_warps;  // of a block, at least 1; fewer than all unless there are no peers
   int32_t num_tokens;
   int32_t num_recv_rows;  // rows of the outputs; those beyond what arrives get topk_idx -1
   int32_t experts_per_rank;
@@ -105,9 +105,7 @@ class Dispatch {
   static constexpr int kSlotBytes = dispatch_slot_bytes(kCfg);
   static_assert(kRanks >= 1 && kRanks <= kMaxRanks);
   static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
-  static_assert(kCfg.num_stage_warps >= 1);
-  static_assert(kRanks == 1 || kCfg.num_stage_warps < kCfg.num_warps,
-                "someone must pull from the start");
+  static_assert(kRanks == 1 || kCfg.num_warps > 1, "someone must pull from the start");
   using Copier = RowCopier<kCfg.tma, kCfg.num_warps, kRows, kCfg.hidden_bytes>;
 
  public:
@@ -122,7 +120,7 @@ class Dispatch {
     // What an operation that failed was to write (rank_prefix, send_head) is garbage.
     if (__all_sync(kFullMask, ptx::ld_relaxed_gpu(p.abort) == 0)) {
       fill_unused_rows();
-      if (warp >= kCfg.num_stage_warps || stage())
+      if (warp >= p.num_stage_warps || stage())
         if constexpr (kRanks > 1) pull();
       copier.drain();
     }
@@ -273,7 +271,7 @@ class Dispatch {
     copier.acquired();
     const int own_start = segment_start(p.rank);
     // Neighbouring chunks lie on different SMs, so that the first tokens are ready first.
-    const int num_warps = gridDim.x * kCfg.num_stage_warps;
+    const int num_warps = gridDim.x * p.num_stage_warps;
     const int rows = chunk_rows(p.num_tokens, num_warps);
     Chunk chunk = chunk_at((warp * gridDim.x + blockIdx.x) * rows, rows, own_start);
     if (chunk.num_rows > 0) load_rows(chunk, 0);

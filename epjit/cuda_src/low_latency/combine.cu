@@ -1,0 +1,371 @@
+// Low-latency combine: every expert's output goes back to the rank of its token, which weights and
+// sums them.
+//
+//   out[t] = round(sum over k of topk_weights[t, k] * y[t, k]),   k ascending, from +0.0
+//
+// y[t, k] is the row of expert topk_idx[t, k]; products and sums are rounded to fp32, one rounding
+// to bf16 at the end. Entries that are no expert, and experts of masked ranks, are left out. With
+// the log format (cast.cuh) y is what decoding gives, also for rows that do not leave the rank.
+//
+//   slots[s]  two halves of half_bytes: operations of even and of odd epoch
+//             [max_tokens, num_topk, slot_bytes]; (t, k) of owner s is written by the rank of expert
+//             topk_idx_s[t, k]
+//   words[s]  two halves [max_tokens, num_topk] u64, by the same rank, after the slot: stamp(epoch,
+//             0)
+//
+// Push    the first warps of a block: draw (token, owner, group of its rows), tokens ascending; rows
+//         of x -> slots, then the words (release). Rows that stay are read where they lie.
+// Reduce  the other warps, and all when nothing is left to push: wait for the words of a token's
+//         selections (acquire), add their rows
+//
+// Progress: pushing waits for nothing and is drawn from one counter, so the blocks that run do all
+// of it; the grid need not be resident as a whole. Halves are free for the reason that dispatch.cu
+// gives: the first reducing warp of block 0 waits until all peers have begun this operation. With a
+// hook the two phases are two launches.
+//
+// Launch: any grid, combine_threads() threads. Graph-safe.
+#include "epjit/cast.cuh"
+#include "epjit/copy.cuh"
+
+namespace epjit {
+
+struct LowLatencyCombineConfig {
+  int32_t num_ranks;
+  int32_t num_experts;
+  int32_t hidden;
+  int32_t num_topk;
+  bool topk_is_int64;
+  bool logfmt;  // rows travel in the log format
+  bool tma;     // rows are pushed by bulk copies, else through registers
+  int32_t num_warps;
+  int32_t num_push_warps;  // of num_warps
+  int32_t rows_per_warp;   // rows of a pushing warp in shared memory
+};
+
+struct LowLatencyCombineParams {
+  const char* x;                 // [experts_per_rank, num_ranks * max_tokens, hidden] bf16
+  const void* topk_idx;          // [num_tokens, num_topk] int32 or int64, global experts
+  const float* topk_weights;     // [num_tokens, num_topk]
+  const int32_t* source_tokens;  // [num_ranks]: tokens of each owner
+  const int32_t* source_rows;    // [num_ranks, max_tokens, num_topk]: row of x of each selection of
+                                 // each owner, -1 = none here
+  char* out;                     // [num_tokens, hidden] bf16
+  int64_t* wait_cost;            // [num_ranks], += cycles until it had begun; or null
+  uint64_t slots[8];             // symmetric, of each rank
+  uint64_t words[8];             // symmetric, of each rank
+  uint64_t signals[8];           // symmetric, of each rank
+  uint32_t*
+      counters;     // local [3]: ticket, next pushing unit, next reducing unit; zero on entry and
+                    // on exit
+  uint32_t* epoch;  // local [1]
+  uint64_t* fault;  // host [8]
+  uint32_t* abort;  // local [1]
+  uint32_t* mask;   // local [num_ranks], or null
+  uint64_t timeout_ns;
+  int64_t half_bytes;
+  int32_t words_stride;  // words of a half
+  int32_t num_tokens;
+  int32_t max_tokens;  // of any rank
+  int32_t num_parts;   // warps that share the sum of one token
+  int32_t rank;
+  bool sends;     // this launch has the send phase
+  bool receives;  // this launch has the receive phase
+};
+
+constexpr int combine_threads(LowLatencyCombineConfig cfg) { return cfg.num_warps * kWarpSize; }
+
+constexpr int combine_shared_bytes(LowLatencyCombineConfig cfg) {
+  return copier_shared_bytes(cfg.tma && !cfg.logfmt, cfg.num_push_warps, cfg.rows_per_warp,
+                             2 * cfg.hidden);
+}
+
+constexpr int combine_slot_bytes(LowLatencyCombineConfig cfg) {
+  return align_up(cfg.logfmt ? log_row_bytes(cfg.hidden) : 2 * cfg.hidden, 16);
+}
+
+template <LowLatencyCombineConfig kCfg>
+class LowLatencyCombine {
+  static constexpr int kRanks = kCfg.num_ranks;
+  static constexpr int kExperts = kCfg.num_experts;
+  static constexpr int kLocal = kExperts / kRanks;
+  static constexpr int kTopk = kCfg.num_topk;
+  static constexpr int kRows = kCfg.rows_per_warp;
+  static constexpr int kRowBytes = 2 * kCfg.hidden;
+  static constexpr int kVecs = kRowBytes / 16;
+  static constexpr int kSlotBytes = combine_slot_bytes(kCfg);
+  static constexpr int kGroups = ceil_div(kTopk, kRows);
+  static_assert(kRanks >= 1 && kRanks <= kMaxRanks && kExperts % kRanks == 0);
+  static_assert(kTopk >= 1 && kTopk <= kMaxTopk);
+  static_assert(kRowBytes % 16 == 0, "a row is moved in pieces of 16 bytes");
+  static_assert(!kCfg.logfmt || kCfg.hidden % kLogBlock == 0);
+  static_assert(kCfg.num_push_warps >= 1 && kCfg.num_push_warps < kCfg.num_warps,
+                "someone must reduce from the start");
+  using Copier = RowCopier<kCfg.tma && !kCfg.logfmt, kCfg.num_push_warps, kRows, kRowBytes>;
+
+ public:
+  __device__ explicit LowLatencyCombine(const LowLatencyCombineParams& params)
+      : p(params),
+        warp(threadIdx.x / kWarpSize),
+        lane(threadIdx.x % kWarpSize),
+        waiter(start_operation<kRanks>(p, kWaitLowLatencyCombineStart)) {}
+
+  __device__ void run() {
+    const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);
+    const bool pushes = kRanks > 1 && p.sends && warp < kCfg.num_push_warps;
+    // Loaded and drawn early: all of it is on its way at once.
+    const int tokens = pushes && lane < kRanks && lane != p.rank ? p.source_tokens[lane] : 0;
+    const uint32_t unit = pushes ? next_unit(p.counters + 1, lane) : 0;
+    if (__all_sync(kFullMask, aborted == 0)) {
+      if constexpr (kRanks > 1)
+        if (pushes) push(unit, tokens);
+      if (p.receives && meet_peers()) reduce();
+    }
+    if (is_last_block(p.counters, 3) && lane == 0 && p.receives) *p.epoch = waiter.epoch;
+  }
+
+ private:
+  __device__ int half() const { return waiter.epoch & 1; }
+
+  // Of selection token * kTopk + k of `owner`.
+  __device__ char* slot(int owner, int selection) const {
+    return reinterpret_cast<char*>(p.slots[owner]) + half() * p.half_bytes +
+           static_cast<int64_t>(selection) * kSlotBytes;
+  }
+
+  __device__ uint64_t* word(int owner, int selection) const {
+    return reinterpret_cast<uint64_t*>(p.words[owner]) +
+           static_cast<int64_t>(half()) * p.words_stride + selection;
+  }
+
+  // Global expert of a selection, -1 for none.
+  __device__ int expert(int64_t selection) const {
+    if constexpr (kCfg.topk_is_int64) {
+      const int64_t e = static_cast<const int64_t*>(p.topk_idx)[selection];
+      return e >= 0 && e < kExperts ? static_cast<int>(e) : -1;
+    } else {
+      const int32_t e = static_cast<const int32_t*>(p.topk_idx)[selection];
+      return e >= 0 && e < kExperts ? e : -1;
+    }
+  }
+
+  // ---- push -------------------------------------------------------------------------------------
+
+  // Lane s has the number of tokens of owner s.
+  __device__ void push(uint32_t unit, int tokens) {
+    Copier copier(ptx::dynamic_shared(), warp, lane);
+    const uint32_t num_units = __reduce_max_sync(kFullMask, tokens) * (kRanks - 1) * kGroups;
+    while (unit < num_units) {
+      // Drawn early: its latency hides behind the copy.
+      const uint32_t next = next_unit(p.counters + 1, lane);
+      const int owner = (p.rank + 1 + unit % (kRanks - 1)) % kRanks;
+      const int token = unit / (kRanks - 1) / kGroups, group = unit / (kRanks - 1) % kGroups;
+      if (token < __shfl_sync(kFullMask, tokens, owner) && !is_masked(waiter, owner))
+        push_rows(copier, owner, token, group * kRows);
+      unit = next;
+    }
+  }
+
+  // Rows first .. first + kRows - 1 of those that a token has here.
+  __device__ void push_rows(Copier& copier, int owner, int token, int first) const {
+    // Lane k has the row of selection k; then lane i has row first + i.
+    int row = -1;
+    if (lane < kTopk)
+      row = p.source_rows[(static_cast<int64_t>(owner) * p.max_tokens + token) * kTopk + lane];
+    uint32_t left = __ballot_sync(kFullMask, row >= 0);
+    const int num_rows = min(__popc(left) - first, kRows);
+    if (num_rows <= 0) return;
+    for (int i = 0; i < first + lane; ++i) left &= left - 1;
+    const int k = max(__ffs(left) - 1, 0);
+    row = __shfl_sync(kFullMask, row, k);
+    const int selection = token * kTopk + k;
+    const bool has_row = lane < num_rows;
+    const char* const src = has_row ? p.x + static_cast<int64_t>(row) * kRowBytes : nullptr;
+    char* const dst = has_row ? slot(owner, selection) : nullptr;
+    if constexpr (kCfg.logfmt) {
+      for (int i = 0; i < num_rows; ++i) encode_row(of_lane(src, i), of_lane(dst, i));
+    } else {
+      copier.load(0, src);
+      copier.store(0, dst);
+    }
+    // Rows are written -> flush (each lane its own, then __syncwarp) -> release of any lane:
+    // cumulative.
+    copier.flush();
+    if (has_row) ptx::st_release_sys(word(owner, selection), stamp(waiter.epoch, 0));
+  }
+
+  // All lanes encode one row.
+  __device__ void encode_row(const char* src, char* dst) const {
+    constexpr int kItems = kCfg.hidden / kCastElements;
+    uint32_t* const words = reinterpret_cast<uint32_t*>(dst);
+    for (int first = 0; first < kItems; first += kWarpSize) {
+      const int item = first + lane;
+      const LogItem code = load_encoded(src, item, item < kItems);
+      if (item >= kItems) continue;
+#pragma unroll
+      for (int j = 0; j < kLogWords; ++j) words[j * kItems + item] = code.words[j];
+      constexpr int kLanes = kLogBlock / kCastElements;
+      if (item % kLanes == 0) words[kLogWords * kItems + item / kLanes] = code.range;
+    }
+  }
+
+  // 16 channels of a row in the log format; all lanes take part.
+  __device__ static LogItem load_encoded(const char* src, int item, bool valid) {
+    Vec16 pieces[2] = {};
+    if (valid) {
+      pieces[0] = ptx::ld_v4(src + item * 32);
+      pieces[1] = ptx::ld_v4(src + item * 32 + 16);
+    }
+    return log_encode(pieces);
+  }
+
+  // ---- reduce -----------------------------------------------------------------------------------
+
+  // One warp waits until all peers have begun, so that none of them is in an earlier operation when
+  // this one ends.
+  __device__ bool meet_peers() const {
+    if (blockIdx.x != 0 || warp != kCfg.num_warps - 1) return true;
+    bool ok = true;
+    if (lane < kRanks && lane != p.rank && !is_masked(waiter, lane)) {
+      const uint64_t start = ptx::clock64();
+      ok = wait_signal(waiter, kWaitLowLatencyCombineStart, lane,
+                       entered_signal(waiter.signals, lane), stamp(waiter.epoch, 0)) ||
+           is_masked(waiter, lane);
+      if (p.wait_cost != nullptr) p.wait_cost[lane] += static_cast<int64_t>(ptx::clock64() - start);
+    }
+    return all_lanes(ok);
+  }
+
+  __device__ void reduce() {
+    const uint32_t num_units = static_cast<uint32_t>(p.num_tokens) * p.num_parts;
+    uint32_t unit = next_unit(p.counters + 2, lane);
+    while (unit < num_units) {
+      const uint32_t next = next_unit(p.counters + 2, lane);
+      if (!reduce_token(unit / p.num_parts, unit % p.num_parts)) return;
+      unit = next;
+    }
+  }
+
+  __device__ bool reduce_token(int token, int part) const {
+    // Lane k has selection k.
+    bool ok = true, is_own = false;
+    const char* row = nullptr;
+    float weight = 0.0f;
+    if (lane < kTopk) {
+      const int selection = token * kTopk + lane;
+      const int e = expert(selection);
+      const int peer = e / kLocal;
+      weight = p.topk_weights[selection];
+      is_own = e >= 0 && peer == p.rank;
+      if (is_own) {
+        const int64_t own =
+            p.source_rows[static_cast<int64_t>(p.rank) * p.max_tokens * kTopk + selection];
+        if (own >= 0) row = p.x + own * kRowBytes;
+      } else if (e >= 0 && !is_masked(waiter, peer)) {
+        uint64_t seen;
+        const bool here = wait_until(waiter, kWaitLowLatencyCombineRow, peer, selection,
+                                     stamp(waiter.epoch, 0), word(p.rank, selection), seen,
+                                     [&](uint64_t value) { return value >> 32 == waiter.epoch; });
+        if (here) row = slot(p.rank, selection);
+        ok = here || is_masked(waiter, peer);
+      }
+    }
+    if (!all_lanes(ok)) return false;
+    char* const out = p.out + static_cast<int64_t>(token) * kRowBytes;
+    if constexpr (kCfg.logfmt)
+      sum_log(row, __ballot_sync(kFullMask, is_own), weight, out, part);
+    else
+      sum(row, weight, out, part);
+    return true;
+  }
+
+  // Adds weight * y: the product is rounded, then the sum.
+  __device__ static void add(float& sum, float weight, float y) {
+    sum = __fadd_rn(sum, __fmul_rn(weight, y));
+  }
+
+  static constexpr int kBatch = 8;  // selections whose loads are in flight at once
+
+  __device__ void sum(const char* row, float weight, char* out, int part) const {
+    const int part_vecs = align_up(ceil_div(kVecs, p.num_parts), kWarpSize);
+    const int last = min(kVecs, (part + 1) * part_vecs);
+    for (int first = part * part_vecs; first < last; first += kWarpSize) {
+      const int vec = first + lane;
+      float total[8] = {};
+#pragma unroll
+      for (int batch = 0; batch < kTopk; batch += kBatch) {
+        Vec16 v[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch && batch + i < kTopk; ++i) {
+          const char* const src = of_lane(row, batch + i);
+          if (src != nullptr && vec < last) v[i] = ptx::ld_v4(src + vec * 16);
+        }
+#pragma unroll
+        for (int i = 0; i < kBatch && batch + i < kTopk; ++i) {
+          const float w = __shfl_sync(kFullMask, weight, batch + i);
+          if (of_lane(row, batch + i) == nullptr) continue;
+          const uint32_t pairs[4] = {v[i].x, v[i].y, v[i].z, v[i].w};
+#pragma unroll
+          for (int j = 0; j < 4; ++j) {
+            const Float2 y = ptx::bf16x2_to_float2(pairs[j]);
+            add(total[2 * j], w, y.x);
+            add(total[2 * j + 1], w, y.y);
+          }
+        }
+      }
+      if (vec < last) ptx::st_v4(out + vec * 16, pack(total));
+    }
+  }
+
+  // `own`: bit k: row k is one of this rank, which nobody has encoded yet.
+  __device__ void sum_log(const char* row, uint32_t own, float weight, char* out, int part) const {
+    constexpr int kItems = kCfg.hidden / kCastElements;
+    const int part_items = align_up(ceil_div(kItems, p.num_parts), kWarpSize);
+    const int last = min(kItems, (part + 1) * part_items);
+    for (int first = part * part_items; first < last; first += kWarpSize) {
+      const int item = first + lane;
+      float total[2][8] = {};
+      for (int k = 0; k < kTopk; ++k) {
+        const float w = __shfl_sync(kFullMask, weight, k);
+        const char* const src = of_lane(row, k);
+        if (src == nullptr) continue;
+        LogItem code{};
+        if ((own >> k & 1) != 0) {
+          code = load_encoded(src, item, item < last);
+        } else if (item < last) {
+          const auto words = reinterpret_cast<const uint32_t*>(src);
+#pragma unroll
+          for (int j = 0; j < kLogWords; ++j) code.words[j] = words[j * kItems + item];
+          code.range = words[kLogWords * kItems + item / (kLogBlock / kCastElements)];
+        }
+        const LogRange range = log_range(code.range);
+#pragma unroll
+        for (int i = 0; i < kCastElements; ++i)
+          add(total[i / 8][i % 8], w, log_decode(code.words, i, range));
+      }
+      if (item >= last) continue;
+      ptx::st_v4(out + item * 32, pack(total[0]));
+      ptx::st_v4(out + item * 32 + 16, pack(total[1]));
+    }
+  }
+
+  template <typename T>
+  __device__ static T* of_lane(T* pointer, int lane) {
+    return reinterpret_cast<T*>(__shfl_sync(kFullMask, reinterpret_cast<uint64_t>(pointer), lane));
+  }
+
+  __device__ static Vec16 pack(const float (&v)[8]) {
+    return {ptx::float2_to_bf16x2({v[0], v[1]}), ptx::float2_to_bf16x2({v[2], v[3]}),
+            ptx::float2_to_bf16x2({v[4], v[5]}), ptx::float2_to_bf16x2({v[6], v[7]})};
+  }
+
+  const LowLatencyCombineParams& p;
+  const int warp, lane;
+  const Waiter waiter;
+};
+
+template <LowLatencyCombineConfig kCfg>
+__device__ void combine(const LowLatencyCombineParams& p) {
+  LowLatencyCombine<kCfg>(p).run();
+}
+
+}  // namespace epjit

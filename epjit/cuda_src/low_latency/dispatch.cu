@@ -1,0 +1,551 @@
+// Low-latency dispatch: a token goes once to every rank that owns any of its experts, and is fanned
+// out there to a slab for each expert.
+//
+//   recv_x[e, begin[e, s] + position_s[t, k]] = cast(x_s[t])
+//                      on the rank of expert e, for every rank s and selection topk_idx_s[t, k] == e
+//   position_s[t, k] = number of selections (t', k') of s before (t, k) that are e as well
+//   begin[e, s]      = number of selections of e by the ranks before s
+//
+// So the order of rows is always the same: source rank, token, selection. layout_range[e, s] holds
+// begin << 32 | count, src_info the token of each row. For the combine, source_rows[s, t, k] is the
+// row that selection k of token t of rank s has become, counted over all slabs, -1 = none here.
+//
+//   slots[d]   two halves of half_bytes: operations of even and of odd epoch
+//              [num_ranks, max_tokens, slot_bytes]; (s, t) on rank d is written by s:
+//              { row, scales, selections [num_topk] of { expert, position } i32 }
+//   words[d]   two halves [num_ranks, max_tokens] u64; (s, t) by s, after the slot: stamp(epoch, 1),
+//              or stamp(epoch, 0) for a token that does not go to d
+//   counts[d]  two halves [num_ranks, counts_stride] u64; row s by s, as early as it can: stamp(epoch,
+//              selections of each of d's experts), then stamp(epoch, tokens that s holds)
+//
+// Units of a block, drawn in this order: the counts; chunks of tokens, cast and written to each rank
+// (through registers: a token a block at a time). When none is left, every block waits for the
+// counts of all ranks and adds them up, one of them for the outputs. Then the warps draw (token,
+// source, part) and copy it from its slot to its experts.
+//
+// Progress: what is sent waits for nothing, and whoever waits has found all sending drawn by a block
+// that runs. So the grid need not be resident as a whole, and nothing is asked of what else runs on
+// the GPU. With a hook the two phases are two launches and hold nothing in between.
+//
+// Halves: a rank ends operation n only after all peers have begun it (their counts are here), so
+// after these have ended n - 1. Operation n + 1 may thus write where n - 1 was, without a wait.
+//
+// Order: rows by any thread -> __syncthreads -> st.release.sys of a word -> ld.acquire.sys by the
+// warp that copies. Counts are words that hold their own epoch: no order is needed.
+//
+// Tokens that name an expert several times can fill its slab; rows beyond it are not received, and
+// the combine that waits for them says so.
+//
+// A masked peer is neither sent to nor waited for; `decisions` makes all blocks agree on who is one.
+// One that stops between its counts and its rows leaves rows undefined that recv_count includes;
+// layout_range then counts none of them.
+//
+// Launch: any grid, dispatch_threads() threads. Graph-safe.
+#include "epjit/cast.cuh"
+#include "epjit/copy.cuh"
+
+namespace epjit {
+
+struct LowLatencyDispatchConfig {
+  int32_t num_ranks;
+  int32_t num_experts;
+  int32_t hidden;
+  int32_t format;  // RowFormat
+  int32_t num_topk;
+  bool topk_is_int64;
+  int32_t num_warps;
+};
+
+struct LowLatencyDispatchParams {
+  const char* x;              // [num_tokens, hidden] bf16
+  const void* topk_idx;       // [num_tokens, num_topk] int32 or int64, global experts
+  const float* global_scale;  // [1]; kNvfp4 alone
+  char* recv_x;               // [experts_per_rank, num_ranks * max_tokens, row_bytes]
+  // 4-byte units (one scale, or four exponents): [experts_per_rank, units, num_ranks * max_tokens];
+  // kMxfp8, kNvfp4: bytes [experts_per_rank, num_ranks * max_tokens, scales]
+  char* recv_scales;
+  int32_t* recv_count;     // [experts_per_rank]
+  int32_t* src_info;       // [experts_per_rank, num_ranks * max_tokens]
+  int64_t* layout_range;   // [experts_per_rank, num_ranks]
+  int32_t* source_tokens;  // [num_ranks]: tokens of each source, 0 when it is masked
+  int32_t* source_rows;    // [num_ranks, max_tokens, num_topk]; undefined beyond source_tokens
+  int32_t* recv_stats;     // [experts_per_rank], += rows; or null
+  int64_t* wait_cost;      // [num_ranks], += cycles until its counts were here; or null
+  uint64_t slots[8];       // symmetric, of each rank
+  uint64_t words[8];       // symmetric, of each rank
+  uint64_t counts[8];      // symmetric, of each rank
+  uint64_t signals[8];     // symmetric, of each rank
+  uint32_t* decisions;     // local [num_ranks]: epoch << 1 | whether the source is received
+  uint32_t* counters;      // local [3]: ticket, next unit, next row; zero on entry and on exit
+  uint32_t* epoch;         // local [1]
+  uint64_t* fault;         // host [8]
+  uint32_t* abort;         // local [1]
+  uint32_t* mask;          // local [num_ranks], or null
+  uint64_t timeout_ns;
+  int64_t half_bytes;
+  int32_t words_stride;   // words of a half
+  int32_t counts_stride;  // words of a row
+  int32_t num_tokens;
+  int32_t max_tokens;  // of any rank
+  int32_t num_parts;   // warps that share the copies of one token
+  int32_t rank;
+  bool sends;     // this launch has the send phase
+  bool receives;  // this launch has the receive phase
+};
+
+constexpr int dispatch_threads(LowLatencyDispatchConfig cfg) { return cfg.num_warps * kWarpSize; }
+
+// Selections of each expert before a chunk, or the table of make_plan(); what threads tell each
+// other.
+constexpr int dispatch_shared_bytes(LowLatencyDispatchConfig cfg) {
+  return 4 * (cfg.num_experts + 2 + 2 * kMaxRanks);
+}
+
+constexpr int dispatch_slot_bytes(LowLatencyDispatchConfig cfg) {
+  return align_up(format_row_bytes(cfg.format, cfg.hidden) +
+                      align_up(format_row_scale_bytes(cfg.format, cfg.hidden), 8) +
+                      8 * cfg.num_topk,
+                  128);
+}
+
+template <bool kWords>
+struct ScaleUnitOf {
+  using Type = uint32_t;
+};
+
+template <>
+struct ScaleUnitOf<false> {
+  using Type = unsigned char;
+};
+
+template <LowLatencyDispatchConfig kCfg>
+class LowLatencyDispatch {
+  static constexpr int kRanks = kCfg.num_ranks;
+  static constexpr int kExperts = kCfg.num_experts;
+  static constexpr int kLocal = kExperts / kRanks;
+  static constexpr int kTopk = kCfg.num_topk;
+  static constexpr int kFormat = kCfg.format;
+  static constexpr int kRowBytes = format_row_bytes(kFormat, kCfg.hidden);
+  static constexpr int kScaleBytes = format_row_scale_bytes(kFormat, kCfg.hidden);
+  static constexpr int kSelections = kRowBytes + align_up(kScaleBytes, 8);  // offset in a slot
+  static constexpr int kSlotBytes = dispatch_slot_bytes(kCfg);
+  static constexpr bool kScalesByColumn = kFormat >= kFp8 && kFormat <= kFp8Ue8m0;
+  static constexpr int kThreads = dispatch_threads(kCfg);
+  // A thread's part of a row: 16 bytes of bf16, or the elements of a cast.
+  static constexpr int kElements = kFormat == kBf16 ? 8 : kCastElements;
+  static constexpr int kPieces = kElements / 8;  // of 16 bytes
+  static constexpr int kItems = kCfg.hidden / kElements;
+  static constexpr int kItemsAThread = ceil_div(kItems, kThreads);
+  // Scales are moved in words where they can be.
+  using ScaleUnit = typename ScaleUnitOf<kScaleBytes % 4 == 0>::Type;
+  static constexpr int kScaleUnits = kScaleBytes / static_cast<int>(sizeof(ScaleUnit));
+  static constexpr int kScaleUnitsALane = ceil_div(kScaleUnits, kWarpSize);
+  static_assert(kRanks >= 1 && kRanks <= kMaxRanks && kExperts % kRanks == 0);
+  static_assert(kTopk >= 1 && kTopk <= kMaxTopk);
+  static_assert(kRowBytes % 16 == 0, "a row is moved in pieces of 16 bytes");
+  static_assert(kFormat == kBf16 || kCfg.hidden % format_block(kFormat) == 0);
+  static_assert(!kScalesByColumn || kScaleBytes % 4 == 0);
+
+ public:
+  __device__ explicit LowLatencyDispatch(const LowLatencyDispatchParams& params)
+      : p(params),
+        warp(threadIdx.x / kWarpSize),
+        lane(threadIdx.x % kWarpSize),
+        waiter(start_operation<kRanks>(p, kWaitLowLatencyDispatchStart)),
+        shared(reinterpret_cast<uint32_t*>(ptx::dynamic_shared())) {}
+
+  __device__ void run() {
+    const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);
+    if (threadIdx.x == 0) shared_unit() = draw();
+    if (__syncthreads_and(aborted == 0)) {
+      const bool tells = send();
+      if (p.receives) {
+        uint32_t unit = 0;  // drawn early: its latency hides behind the plan
+        if (lane == 0) unit = atomicAdd(p.counters + 2, 1u);
+        if (make_plan(tells)) receive(__shfl_sync(kFullMask, unit, 0));
+      }
+    }
+    if (!is_last_block(p.counters, 3) || !p.receives) return;
+    if (p.mask != nullptr) drop_masked();
+    if (lane == 0) *p.epoch = waiter.epoch;
+  }
+
+ private:
+  // ---- where things lie -------------------------------------------------------------------------
+
+  __device__ int half() const { return waiter.epoch & 1; }
+
+  __device__ uint32_t rows_a_slab() const { return kRanks * p.max_tokens; }
+
+  __device__ char* slot(int reader, int source, int token) const {
+    return reinterpret_cast<char*>(p.slots[reader]) + half() * p.half_bytes +
+           (static_cast<int64_t>(source) * p.max_tokens + token) * kSlotBytes;
+  }
+
+  __device__ uint64_t* word(int reader, int source, int token) const {
+    return reinterpret_cast<uint64_t*>(p.words[reader]) +
+           static_cast<int64_t>(half()) * p.words_stride + source * p.max_tokens + token;
+  }
+
+  __device__ uint64_t* counts(int reader, int source) const {
+    return reinterpret_cast<uint64_t*>(p.counts[reader]) +
+           static_cast<int64_t>(half() * kRanks + source) * p.counts_stride;
+  }
+
+  // In shared memory: selections of an expert, or the table of make_plan() [kRanks, kLocal + 1]; then
+  // the next unit, the ranks of the token, whether the counts of a source have come.
+  __device__ uint32_t* histogram() const { return shared; }
+  __device__ uint32_t& planned(int source, int e) const {
+    return shared[source * (kLocal + 1) + e];
+  }
+  __device__ uint32_t& shared_unit() const { return shared[kExperts + kMaxRanks]; }
+  __device__ uint32_t& shared_readers() const { return shared[kExperts + kMaxRanks + 1]; }
+  __device__ uint32_t& shared_arrived(int source) const {
+    return shared[kExperts + kMaxRanks + 2 + source];
+  }
+
+  // Global expert of a selection, -1 for none.
+  __device__ int expert(int token, int k) const {
+    const int64_t i = static_cast<int64_t>(token) * kTopk + k;
+    if constexpr (kCfg.topk_is_int64) {
+      const int64_t e = static_cast<const int64_t*>(p.topk_idx)[i];
+      return e >= 0 && e < kExperts ? static_cast<int>(e) : -1;
+    } else {
+      const int32_t e = static_cast<const int32_t*>(p.topk_idx)[i];
+      return e >= 0 && e < kExperts ? e : -1;
+    }
+  }
+
+  // ---- send -------------------------------------------------------------------------------------
+
+  // True for one block, the first that finds nothing left.
+  __device__ bool send() {
+    const int chunk = max(1, ceil_div(p.num_tokens, max(static_cast<int>(gridDim.x) - 1, 1)));
+    const uint32_t num_units = p.sends ? 1 + ceil_div(p.num_tokens, chunk) : 0;
+    for (;;) {
+      const uint32_t unit = shared_unit();  // the first one is drawn
+      if (unit >= num_units) return unit == num_units;
+      if (unit == 0)
+        send_counts();
+      else
+        send_chunk((unit - 1) * chunk, min(static_cast<int>(unit) * chunk, p.num_tokens));
+      __syncthreads();
+      if (threadIdx.x == 0) shared_unit() = draw();
+      __syncthreads();
+    }
+  }
+
+  __device__ uint32_t draw() const { return atomicAdd(p.counters + 1, 1u); }
+
+  // Counts the selections of the first `num_tokens` tokens.
+  __device__ void count_selections(int num_tokens) {
+    for (int e = threadIdx.x; e < kExperts; e += kThreads) histogram()[e] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < num_tokens * kTopk; i += kThreads) {
+      const int e = expert(i / kTopk, i % kTopk);
+      if (e >= 0) atomicAdd(histogram() + e, 1u);
+    }
+    __syncthreads();
+  }
+
+  __device__ void send_counts() {
+    count_selections(p.num_tokens);
+    for (int i = threadIdx.x; i < kRanks * (kLocal + 1); i += kThreads) {
+      const int r = i / (kLocal + 1), e = i % (kLocal + 1);
+      if (is_masked(waiter, r)) continue;
+      const uint32_t value = e < kLocal ? histogram()[r * kLocal + e] : p.num_tokens;
+      ptx::st_relaxed_sys(counts(r, p.rank) + e, stamp(waiter.epoch, value));
+    }
+  }
+
+  // A thread's part of a row, in registers.
+  struct RowPart {
+    Vec16 pieces[kItemsAThread][kPieces];
+  };
+
+  __device__ void load(int token, RowPart& part) const {
+    const char* const row = p.x + static_cast<int64_t>(token) * (2 * kCfg.hidden);
+#pragma unroll
+    for (int i = 0; i < kItemsAThread; ++i) {
+      const int item = i * kThreads + threadIdx.x;
+#pragma unroll
+      for (int j = 0; j < kPieces; ++j)
+        part.pieces[i][j] = item < kItems ? ptx::ld_v4(row + (item * kPieces + j) * 16) : Vec16{};
+    }
+  }
+
+  __device__ void send_chunk(int first, int last) {
+    RowPart part;
+    load(first, part);  // on its way while the block counts
+    int selected = lane < kTopk ? expert(first, lane) : -1;
+    count_selections(first);
+    for (int token = first; token < last; ++token) {
+      if (token != first) {
+        load(token, part);
+        selected = lane < kTopk ? expert(token, lane) : -1;
+      }
+      if (warp == 0) send_selections(token, selected);
+      __syncthreads();
+      const uint32_t readers = shared_readers();
+      store(token, readers, part);
+      __syncthreads();
+      if (threadIdx.x < kRanks && !is_masked(waiter, threadIdx.x))
+        ptx::st_release_sys(word(threadIdx.x, p.rank, token),
+                            stamp(waiter.epoch, readers >> threadIdx.x & 1));
+    }
+  }
+
+  // Where each selection comes among those of its expert, to all ranks of the token; lane k has the
+  // expert of selection k.
+  __device__ void send_selections(int token, int e) {
+    const uint32_t same = __match_any_sync(kFullMask, e);
+    const uint32_t before = __popc(same & ((1u << lane) - 1));
+    const uint32_t position = e >= 0 ? histogram()[e] + before : 0;
+    __syncwarp();
+    if (e >= 0 && before == 0) histogram()[e] += __popc(same);
+    uint32_t readers = __reduce_or_sync(kFullMask, e >= 0 ? 1u << e / kLocal : 0);
+    for (int r = 0; r < kRanks; ++r) {
+      if (is_masked(waiter, r)) readers &= ~(1u << r);
+      if ((readers >> r & 1) == 0 || lane >= kTopk) continue;
+      uint32_t* const selection =
+          reinterpret_cast<uint32_t*>(slot(r, p.rank, token) + kSelections) + 2 * lane;
+      selection[0] = static_cast<uint32_t>(e);
+      selection[1] = position;
+    }
+    if (lane == 0) shared_readers() = readers;
+  }
+
+  __device__ void store(int token, uint32_t readers, const RowPart& part) const {
+    [[maybe_unused]] const float global_scale = kFormat == kNvfp4 ? *p.global_scale : 1.0f;
+#pragma unroll
+    for (int i = 0; i < kItemsAThread; ++i) {
+      const int item = i * kThreads + threadIdx.x;
+      if constexpr (kFormat == kBf16) {
+        for (uint32_t left = readers; left != 0 && item < kItems; left &= left - 1)
+          ptx::st_v4(slot(__ffs(left) - 1, p.rank, token) + item * 16, part.pieces[i][0]);
+      } else {
+        // All lanes take part: neighbours share a scale.
+        const CastItem cast = cast_item<kFormat>(part.pieces[i], global_scale);
+        constexpr int kLanes = format_block(kFormat) / kCastElements;
+        const bool has_scale = threadIdx.x % kLanes == 0;
+        for (uint32_t left = readers; left != 0 && item < kItems; left &= left - 1) {
+          char* const row = slot(__ffs(left) - 1, p.rank, token);
+          if constexpr (kFormat == kNvfp4)
+            *reinterpret_cast<uint64_t*>(row + item * 8) =
+                static_cast<uint64_t>(cast.words[1]) << 32 | cast.words[0];
+          else
+            ptx::st_v4(row + item * 16,
+                       {cast.words[0], cast.words[1], cast.words[2], cast.words[3]});
+          if (!has_scale) continue;
+          if constexpr (format_scale_bytes(kFormat) == 4)
+            reinterpret_cast<uint32_t*>(row + kRowBytes)[item / kLanes] = cast.scale;
+          else
+            row[kRowBytes + item / kLanes] = static_cast<char>(cast.scale);
+        }
+      }
+    }
+  }
+
+  // ---- plan -------------------------------------------------------------------------------------
+
+  // Where rows go: planned(s, e) = begin[e, s], planned(s, kLocal) = tokens of s, 0 when it is
+  // masked. `tells`: this block writes the outputs that follow from it. False: leave.
+  __device__ bool make_plan(bool tells) {
+    if (threadIdx.x < kRanks) shared_arrived(threadIdx.x) = !is_masked(waiter, threadIdx.x);
+    __syncthreads();
+    const uint64_t start = ptx::clock64();
+    bool ok = true;
+    for (int i = threadIdx.x; i < kRanks * (kLocal + 1) && ok; i += kThreads) {
+      const int source = i / (kLocal + 1), e = i % (kLocal + 1);
+      if (shared_arrived(source) == 0) continue;
+      uint64_t seen;
+      if (!wait_stamp(kWaitLowLatencyDispatchCounts, source, e, counts(p.rank, source) + e, seen)) {
+        shared_arrived(source) = 0;
+        ok = is_masked(waiter, source);
+      }
+      planned(source, e) = static_cast<uint32_t>(seen);
+      if (tells && e == kLocal && p.wait_cost != nullptr && source != p.rank)
+        p.wait_cost[source] += static_cast<int64_t>(ptx::clock64() - start);
+    }
+    if (!__syncthreads_and(ok)) return false;
+    if (p.mask != nullptr) {
+      if (threadIdx.x < kRanks) shared_arrived(threadIdx.x) = decide(threadIdx.x);
+      __syncthreads();
+    }
+
+    for (int e = threadIdx.x; e < kLocal; e += kThreads) {
+      uint32_t begin = 0;
+      for (int source = 0; source < kRanks; ++source) {
+        const uint32_t sent = shared_arrived(source) != 0 ? planned(source, e) : 0;
+        const uint32_t count = min(sent, rows_a_slab() - begin);
+        planned(source, e) = begin;
+        if (tells)
+          p.layout_range[e * kRanks + source] =
+              static_cast<int64_t>(static_cast<uint64_t>(begin) << 32 | count);
+        begin += count;
+      }
+      if (!tells) continue;
+      p.recv_count[e] = static_cast<int32_t>(begin);
+      if (p.recv_stats != nullptr) p.recv_stats[e] += static_cast<int32_t>(begin);
+    }
+    if (threadIdx.x < kRanks) {
+      uint32_t& tokens = planned(threadIdx.x, kLocal);
+      if (shared_arrived(threadIdx.x) == 0) tokens = 0;
+      if (tells) p.source_tokens[threadIdx.x] = static_cast<int32_t>(tokens);
+    }
+    __syncthreads();
+    return true;
+  }
+
+  // Whether a source is received: what the first block has found.
+  __device__ bool decide(int source) const {
+    const uint32_t mine = waiter.epoch << 1 | shared_arrived(source);
+    const uint32_t before = ptx::ld_relaxed_gpu(p.decisions + source);
+    if (before >> 1 == mine >> 1) return before & 1;
+    const uint32_t now = atomicCAS(p.decisions + source, before, mine);
+    return (now == before ? mine : now) & 1;
+  }
+
+  // A source that was masked after its counts came has sent nothing.
+  __device__ void drop_masked() const {
+    for (int source = 0; source < kRanks; ++source) {
+      if (ptx::ld_relaxed_gpu(p.decisions + source) != waiter.epoch << 1) continue;
+      p.source_tokens[source] = 0;
+      for (int e = lane; e < kLocal; e += kWarpSize)
+        reinterpret_cast<uint32_t*>(p.layout_range)[2 * (e * kRanks + source)] = 0;
+    }
+  }
+
+  // Waits for a word of this epoch from `peer`.
+  __device__ bool wait_stamp(WaitTag tag, int peer, int index, const uint64_t* word,
+                             uint64_t& seen) const {
+    return wait_until(waiter, tag, peer, index, stamp(waiter.epoch, 0), word, seen,
+                      [&](uint64_t value) { return value >> 32 == waiter.epoch; });
+  }
+
+  // ---- receive ----------------------------------------------------------------------------------
+
+  __device__ void receive(uint32_t unit) {
+    // Lane s has the number of tokens of source s.
+    const uint32_t tokens = lane < kRanks ? planned(lane, kLocal) : 0;
+    const uint32_t num_units = __reduce_max_sync(kFullMask, tokens) * kRanks * p.num_parts;
+    while (unit < num_units) {
+      const uint32_t next = next_unit(p.counters + 2, lane);
+      const uint32_t row = unit / p.num_parts;
+      // Each rank starts with itself, so that no source is looked at by all at once.
+      const int source = (p.rank + row % kRanks) % kRanks;
+      const uint32_t token = row / kRanks;
+      if (token < __shfl_sync(kFullMask, tokens, source) &&
+          !receive_token(source, static_cast<int>(token), unit % p.num_parts))
+        return;
+      unit = next;
+    }
+  }
+
+  __device__ bool receive_token(int source, int token, int part) const {
+    // All lanes look, so that each has acquired what the word publishes.
+    uint64_t seen;
+    if (!all_lanes(wait_stamp(kWaitLowLatencyDispatchToken, source, token,
+                              word(p.rank, source, token), seen))) {
+      const bool masked = __all_sync(kFullMask, is_masked(waiter, source));
+      if (masked && lane == 0) atomicExch(p.decisions + source, waiter.epoch << 1);
+      return masked;
+    }
+    int32_t* const source_rows =
+        p.source_rows + (static_cast<int64_t>(source) * p.max_tokens + token) * kTopk;
+    if (static_cast<uint32_t>(seen) == 0) {
+      if (part == 0 && lane < kTopk) source_rows[lane] = -1;
+      return true;
+    }
+
+    // All of it is on its way at once.
+    const char* const src = slot(p.rank, source, token);
+    const int part_vecs = align_up(ceil_div(kVecs, p.num_parts), kWarpSize);
+    const int last = min(kVecs, (part + 1) * part_vecs);
+    int first = part * part_vecs;
+    Vec16 v[kBatch];
+    load_batch(src, first, last, v);
+    [[maybe_unused]] ScaleUnit scales[kScaleUnitsALane + 1];  // there may be none
+    if (part == 0) load_scales(src + kRowBytes, scales);
+
+    // Lane k has where selection k goes, -1 = to another rank.
+    int row = -1;
+    if (lane < kTopk) {
+      const int32_t* const selection =
+          reinterpret_cast<const int32_t*>(src + kSelections) + 2 * lane;
+      const int e = selection[0] - p.rank * kLocal;
+      if (selection[0] >= 0 && e >= 0 && e < kLocal) {
+        const uint32_t position = planned(source, e) + selection[1];
+        if (position < rows_a_slab()) row = static_cast<int>(e * rows_a_slab() + position);
+      }
+    }
+    const uint32_t here = __ballot_sync(kFullMask, row >= 0);
+    if (part == 0) {
+      if (lane < kTopk) source_rows[lane] = row;
+      if (row >= 0) p.src_info[row] = token;
+      for (uint32_t left = here; left != 0; left &= left - 1)
+        store_scales(__shfl_sync(kFullMask, row, __ffs(left) - 1), scales);
+    }
+    for (;;) {
+      for (uint32_t left = here; left != 0; left &= left - 1) {
+        const int64_t dst_row = __shfl_sync(kFullMask, row, __ffs(left) - 1);
+        store_batch(p.recv_x + dst_row * kRowBytes, first, last, v);
+      }
+      first += kBatch * kWarpSize;
+      if (first >= last) return true;
+      load_batch(src, first, last, v);
+    }
+  }
+
+  static constexpr int kVecs = kRowBytes / 16;
+  static constexpr int kBatch = 8;  // pieces of 16 bytes in flight a thread
+
+  __device__ void load_batch(const char* src, int first, int last, Vec16 (&v)[kBatch]) const {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int vec = first + i * kWarpSize + lane;
+      if (vec < last) v[i] = ptx::ld_v4(src + vec * 16);
+    }
+  }
+
+  __device__ void store_batch(char* dst, int first, int last, const Vec16 (&v)[kBatch]) const {
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      const int vec = first + i * kWarpSize + lane;
+      if (vec < last) ptx::st_v4(dst + vec * 16, v[i]);
+    }
+  }
+
+  __device__ void load_scales(const char* src, ScaleUnit* scales) const {
+#pragma unroll
+    for (int i = 0; i < kScaleUnitsALane; ++i)
+      if (i * kWarpSize + lane < kScaleUnits)
+        scales[i] = reinterpret_cast<const ScaleUnit*>(src)[i * kWarpSize + lane];
+  }
+
+  __device__ void store_scales(int row, const ScaleUnit* scales) const {
+    ScaleUnit* const dst = reinterpret_cast<ScaleUnit*>(p.recv_scales);
+    const int64_t slab = row / rows_a_slab(), position = row % rows_a_slab();
+#pragma unroll
+    for (int i = 0; i < kScaleUnitsALane; ++i) {
+      const int unit = i * kWarpSize + lane;
+      if (unit >= kScaleUnits) continue;
+      if constexpr (kScalesByColumn)
+        dst[(slab * kScaleUnits + unit) * rows_a_slab() + position] = scales[i];
+      else
+        dst[static_cast<int64_t>(row) * kScaleUnits + unit] = scales[i];
+    }
+  }
+
+  const LowLatencyDispatchParams& p;
+  const int warp, lane;
+  const Waiter waiter;
+  uint32_t* const shared;
+};
+
+template <LowLatencyDispatchConfig kCfg>
+__device__ void dispatch(const LowLatencyDispatchParams& p) {
+  LowLatencyDispatch<kCfg>(p).run();
+}
+
+}  // namespace epjit

@@ -1,0 +1,209 @@
+"""Formats of the rows that low-latency dispatch delivers: names, sizes, dtypes and formulas.
+
+A row of `H` bfloat16 channels is cast by the sender. Blocks of neighbouring channels share a scale;
+`amax` is the largest magnitude of a block. Every step below is one IEEE operation in float32
+(round to nearest even, subnormals kept), so a result is defined bit for bit for finite rows:
+
+- `e4m3(v)` and `e2m1(v)` round to nearest even and saturate at 448 and 6; zeros keep their sign.
+- `up(v)` is the least power of two that is not below `v`: bits `(b + 0x7fffff) & 0x7f800000`.
+
+The formulas of `fp8`, `fp8_round` and `fp8_ue8m0` are DeepEP V1's; `mxfp8` and `nvfp4` are the
+block formats of the OCP MX specification and of Blackwell's tensor cores.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+
+_SLOT_ALIGNMENT = 128
+_SLOT_METADATA_BYTES = 384  # beside a row: its token, and up to 32 choices of 8 bytes
+
+
+@dataclass(frozen=True)
+class RowFormat:
+    """How a row of `H` channels travels and arrives.
+
+    Attributes:
+        name: As users write it.
+        code: Number of the format in the kernels.
+        granularity: `H` must be a multiple of it.
+        block: Channels that share a scale; 0 without scales.
+        bits: Of one channel.
+        x_dtype: Of `recv_x`.
+        scale_dtype: Of the scales; None without.
+        bytes_a_scale: Bytes of one block's scale.
+        column_major: Whether the scales of an expert lie channel block by channel block (memory
+            `[E // R, S, R * M]`), as DeepGEMM reads them, rather than row by row.
+    """
+
+    name: str
+    code: int
+    granularity: int
+    block: int
+    bits: int
+    x_dtype: torch.dtype
+    scale_dtype: torch.dtype | None = None
+    bytes_a_scale: int = 0
+    column_major: bool = False
+
+    def row_bytes(self, hidden: int) -> int:
+        """Bytes of the channels of one row."""
+        return hidden * self.bits // 8
+
+    def num_scale_bytes(self, hidden: int) -> int:
+        """Bytes of the scales of one row."""
+        return hidden // self.block * self.bytes_a_scale if self.block else 0
+
+    def slot_bytes(self, hidden: int) -> int:
+        """Bytes that are enough for a row, its scales and what travels with them."""
+        used = self.row_bytes(hidden) + self.num_scale_bytes(hidden) + _SLOT_METADATA_BYTES
+        return -(-used // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
+
+    def num_columns(self, hidden: int) -> int:
+        """Elements of one row of `recv_x`."""
+        return self.row_bytes(hidden) // self.x_dtype.itemsize
+
+    def num_scale_columns(self, hidden: int) -> int:
+        """Elements of one row of the scales, `S`."""
+        if self.scale_dtype is None:
+            return 0
+        return self.num_scale_bytes(hidden) // self.scale_dtype.itemsize
+
+    def allocate(
+        self, num_local_experts: int, num_rows: int, hidden: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """New `recv_x` and scales, uninitialised.
+
+        Args:
+            num_local_experts: `E // R`.
+            num_rows: Rows of an expert, `R * M`.
+            hidden: `H`.
+            device: Where.
+
+        Returns:
+            `x_dtype` `[E // R, R * M, num_columns]`; `scale_dtype` `[E // R, R * M, S]`, a
+            transposed view of contiguous memory with `column_major`, or None.
+        """
+        shape = (num_local_experts, num_rows, self.num_columns(hidden))
+        x = torch.empty(shape, dtype=self.x_dtype, device=device)
+        if self.scale_dtype is None:
+            return x, None
+        columns = self.num_scale_columns(hidden)
+        if self.column_major:
+            strides = (columns * num_rows, 1, num_rows)
+        else:
+            strides = (columns * num_rows, columns, 1)
+        shape = (num_local_experts, num_rows, columns)
+        return x, torch.empty_strided(shape, strides, dtype=self.scale_dtype, device=device)
+
+
+BF16 = RowFormat("bf16", 0, granularity=8, block=0, bits=16, x_dtype=torch.bfloat16)
+"""The rows as they are."""
+
+FP8 = RowFormat(
+    "fp8",
+    1,
+    granularity=128,
+    block=128,
+    bits=8,
+    x_dtype=torch.float8_e4m3fn,
+    scale_dtype=torch.float32,
+    bytes_a_scale=4,
+    column_major=True,
+)
+"""`a = max(amax, 1e-4)`; `scale = a / 448`; `q = e4m3(x * (448 / a))`; value `q * scale`."""
+
+FP8_ROUND = RowFormat(
+    "fp8_round",
+    2,
+    granularity=128,
+    block=128,
+    bits=8,
+    x_dtype=torch.float8_e4m3fn,
+    scale_dtype=torch.float32,
+    bytes_a_scale=4,
+    column_major=True,
+)
+"""`scale = up(max(amax, 1e-4) / 448)`; `q = e4m3(x * (1 / scale))`; value `q * scale`."""
+
+FP8_UE8M0 = RowFormat(
+    "fp8_ue8m0",
+    3,
+    granularity=512,
+    block=128,
+    bits=8,
+    x_dtype=torch.float8_e4m3fn,
+    scale_dtype=torch.int32,
+    bytes_a_scale=1,
+    column_major=True,
+)
+"""As `FP8_ROUND`, the scale stored as its exponent byte; an int32 has four, the first lowest."""
+
+MXFP8 = RowFormat(
+    "mxfp8",
+    4,
+    granularity=32,
+    block=32,
+    bits=8,
+    x_dtype=torch.float8_e4m3fn,
+    scale_dtype=torch.float8_e8m0fnu,
+    bytes_a_scale=1,
+)
+"""`scale = up(amax / 448)`, stored as its exponent byte; `q = e4m3(x * (1 / scale))`; value
+`q * scale`. A block of zeros has byte 0 and `q = e4m3(x * 0)`."""
+
+NVFP4 = RowFormat(
+    "nvfp4",
+    5,
+    granularity=32,
+    block=16,
+    bits=4,
+    x_dtype=torch.uint8,
+    scale_dtype=torch.float8_e4m3fn,
+    bytes_a_scale=1,
+)
+"""With one global scale `g > 0`: `s = e4m3(g * (amax / 6))`; `q = e2m1(x * (g / s))`, or
+`e2m1(x * 0)` where `s` is 0; value `q * s / g`. A byte has two channels, the even one lowest."""
+
+FORMATS = (BF16, FP8, FP8_ROUND, FP8_UE8M0, MXFP8, NVFP4)
+"""All formats, by code."""
+
+_QUANTIZATIONS = {each.name: each for each in (MXFP8, NVFP4)}
+
+
+def choose_format(
+    *, use_fp8: bool, round_scale: bool, use_ue8m0: bool, quantization: str | None
+) -> RowFormat:
+    """The format that the flags of `low_latency_dispatch` ask for.
+
+    Args:
+        use_fp8: V1's flag. Without it the other two mean nothing, as in V1.
+        round_scale: V1's flag: scales are powers of two.
+        use_ue8m0: V1's flag: scales are stored as exponents.
+        quantization: ``"mxfp8"``, ``"nvfp4"``, or None for what the flags say.
+
+    Raises:
+        ValueError: Flags that do not go together, or an unknown format.
+    """
+    if quantization is not None:
+        if quantization not in _QUANTIZATIONS:
+            raise ValueError(
+                f"quantization is {quantization!r}, but must be None or one of "
+                f"{', '.join(map(repr, _QUANTIZATIONS))}"
+            )
+        if (use_fp8, round_scale, use_ue8m0) != (True, False, False):
+            raise ValueError(
+                f"quantization={quantization!r} says the whole format, but came with {use_fp8=}, "
+                f"{round_scale=}, {use_ue8m0=}; leave these at their defaults"
+            )
+        return _QUANTIZATIONS[quantization]
+    if not use_fp8:
+        return BF16
+    if use_ue8m0 and not round_scale:
+        raise ValueError(
+            "use_ue8m0=True stores scales as exponents, so they must be powers of two; "
+            "pass round_scale=True too"
+        )
+    return FP8_UE8M0 if use_ue8m0 else FP8_ROUND if round_scale else FP8

@@ -1,0 +1,290 @@
+"""The preconditions of the low-latency calls, checked before anything is launched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, TypeAlias
+
+import torch
+
+from epjit.check import check, check_aligned, check_experts, check_topk
+from epjit.config import (
+    MAX_LOW_LATENCY_CHOICES,
+    MAX_LOW_LATENCY_EXPERTS,
+    MAX_LOW_LATENCY_TOKENS,
+    MAX_ROW_BYTES,
+)
+from epjit.formats import BF16, NVFP4, RowFormat
+from epjit.reference.low_latency import routed_topk, size_hint
+
+LowLatencyHandle: TypeAlias = tuple[torch.Tensor, torch.Tensor, int, int, int]
+"""What `low_latency_dispatch` leaves for `low_latency_combine`: `src_info` int32 `[E // R, R * M]`,
+`layout_range` int64 `[E // R, R]`, `M`, `H`, `E`. The tensors must be those that the dispatch made:
+behind `src_info`, in its storage, lie the `Routes` that the combine follows."""
+
+_LOGFMT_BLOCK = 128
+_QUARTERS = 4  # two of them take turns to receive; the other two are the send buffer
+
+
+@dataclass(frozen=True)
+class LowLatencyChecks:
+    """Checks for one Buffer; every method raises TypeError or ValueError, with value and remedy.
+
+    Attributes:
+        num_ranks: `R`.
+        num_rdma_bytes: Of the buffer.
+        device: Of the buffer.
+    """
+
+    num_ranks: int
+    num_rdma_bytes: int
+    device: torch.device
+
+    def sizes(self, max_tokens: int, num_experts: int) -> None:
+        """`M` and `E`."""
+        if max_tokens < 1 or max_tokens * self.num_ranks > MAX_LOW_LATENCY_TOKENS:
+            raise ValueError(
+                f"num_max_dispatch_tokens_per_rank is {max_tokens}, but must be between 1 and "
+                f"{MAX_LOW_LATENCY_TOKENS // self.num_ranks} for {self.num_ranks} ranks"
+            )
+        check_experts(num_experts, self.num_ranks, MAX_LOW_LATENCY_EXPERTS)
+
+    def hidden(self, hidden: int, row_format: RowFormat = BF16) -> None:
+        """`H`, for a format."""
+        if hidden <= 0 or hidden % row_format.granularity or 2 * hidden > MAX_ROW_BYTES:
+            raise ValueError(
+                f"hidden is {hidden}, but rows in {row_format.name} must have a multiple of "
+                f"{row_format.granularity} channels, at most {MAX_ROW_BYTES // 2}; pad them, or "
+                "use another format"
+            )
+
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        max_tokens: int,
+        num_experts: int,
+        row_format: RowFormat,
+        *,
+        global_scale: torch.Tensor | None,
+        recv_stats: torch.Tensor | None,
+        wait_cost: torch.Tensor | None,
+    ) -> None:
+        """Everything that `low_latency_dispatch` takes."""
+        self.sizes(max_tokens, num_experts)
+        shape = ("num_tokens", "hidden")
+        check("x", x, shape=shape, dtype=torch.bfloat16, device=self.device)
+        num_tokens, hidden = x.shape
+        self.hidden(hidden, row_format)
+        check_aligned("x", x)
+        self._choices(topk_idx, max_tokens, num_tokens, "one row for each token of x")
+        if row_format is NVFP4:
+            if global_scale is None:
+                raise ValueError(
+                    "quantization='nvfp4' needs global_scale, a float32 tensor of shape (1,), the "
+                    "same on all ranks; 448 * 6 / (largest magnitude) uses the whole range"
+                )
+            check(
+                "global_scale",
+                global_scale,
+                shape=(1,),
+                dtype=torch.float32,
+                device=self.device,
+            )
+        elif global_scale is not None:
+            raise ValueError(
+                f"global_scale is given, but rows in {row_format.name} have none; pass it with "
+                "quantization='nvfp4' only"
+            )
+        if recv_stats is not None:
+            check(
+                "cumulative_local_expert_recv_stats",
+                recv_stats,
+                shape=(num_experts // self.num_ranks,),
+                dtype=torch.int32,
+                device=self.device,
+                why="one count for each local expert",
+            )
+        self._wait_cost("dispatch_wait_recv_cost_stats", wait_cost)
+        self._room(
+            f"low_latency_dispatch in {row_format.name}",
+            self.num_ranks * max_tokens * row_format.slot_bytes(hidden),
+            (max_tokens, hidden, num_experts),
+        )
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        handle: LowLatencyHandle,
+        *,
+        use_logfmt: bool,
+        zero_copy: bool,
+        out: torch.Tensor | None,
+        wait_cost: torch.Tensor | None,
+    ) -> None:
+        """Everything that `low_latency_combine` takes."""
+        dispatched_topk = self.handle(handle)
+        _, _, max_tokens, hidden, num_experts = handle
+        shape = (num_experts // self.num_ranks, self.num_ranks * max_tokens, hidden)
+        why = "one row for each row of the dispatch, received or not"
+        check("x", x, shape=shape, dtype=torch.bfloat16, device=self.device, why=why)
+        check_aligned("x", x)
+        self._choices(topk_idx, max_tokens, "num_tokens", "")
+        num_tokens, num_topk = topk_idx.shape
+        if num_topk != dispatched_topk:
+            raise ValueError(
+                f"topk_idx has {num_topk} choices a token, but the handle is of a dispatch with "
+                f"{dispatched_topk}; pass the topk_idx of that dispatch"
+            )
+        check(
+            "topk_weights",
+            topk_weights,
+            shape=(num_tokens, num_topk),
+            dtype=torch.float32,
+            device=self.device,
+            why="as topk_idx",
+        )
+        if use_logfmt and zero_copy:
+            raise ValueError(
+                "use_logfmt encodes rows on their way, so they cannot be sent as they lie in the "
+                "buffer; pass only one of use_logfmt and zero_copy"
+            )
+        if use_logfmt and hidden % _LOGFMT_BLOCK:
+            raise ValueError(
+                f"hidden is {hidden}, but use_logfmt takes blocks of {_LOGFMT_BLOCK} channels; "
+                "pass use_logfmt=False"
+            )
+        if out is not None:
+            check(
+                "out",
+                out,
+                shape=(num_tokens, hidden),
+                dtype=torch.bfloat16,
+                device=self.device,
+                why="one row for each token of topk_idx",
+            )
+            check_aligned("out", out)
+        self._wait_cost("combine_wait_recv_cost_stats", wait_cost)
+        sizes = (max_tokens, hidden, num_experts)
+        self._room(
+            f"low_latency_combine of top-{num_topk}", max_tokens * num_topk * 2 * hidden, sizes
+        )
+        if zero_copy:
+            self._room_to_send(sizes)
+
+    def send_buffer(self, handle: LowLatencyHandle) -> None:
+        """What `get_next_low_latency_combine_buffer` takes."""
+        self.handle(handle)
+        self._room_to_send(handle[2:])
+
+    def handle(self, handle: Any) -> int:
+        """What `low_latency_dispatch` returned; gives the top-k of that call."""
+        if not isinstance(handle, tuple | list) or len(handle) != 5:
+            got = (
+                f"{type(handle).__name__} of {len(handle)}"
+                if isinstance(handle, tuple | list)
+                else type(handle).__name__
+            )
+            raise TypeError(
+                f"handle is a {got}, expected the tuple of 5 that low_latency_dispatch returned"
+            )
+        src_info, layout_range, max_tokens, hidden, num_experts = handle
+        if not all(isinstance(each, int) for each in (max_tokens, hidden, num_experts)):
+            raise TypeError(
+                f"handle[2:] is {tuple(handle[2:])}, expected the three numbers that "
+                "low_latency_dispatch returned"
+            )
+        self.sizes(max_tokens, num_experts)
+        self.hidden(hidden)
+        shape = (num_experts // self.num_ranks, self.num_ranks * max_tokens)
+        why = f"of {num_experts} experts and {max_tokens} tokens on {self.num_ranks} ranks"
+        check(
+            "handle[0] (src_info)",
+            src_info,
+            shape=shape,
+            dtype=torch.int32,
+            device=self.device,
+            why=why,
+        )
+        check(
+            "handle[1] (layout_range)",
+            layout_range,
+            shape=(shape[0], self.num_ranks),
+            dtype=torch.int64,
+            device=self.device,
+            why=why,
+        )
+        return routed_topk(src_info, self.num_ranks)
+
+    def _choices(
+        self, topk_idx: torch.Tensor, max_tokens: int, num_tokens: int | str, why: str
+    ) -> None:
+        check(
+            "topk_idx",
+            topk_idx,
+            shape=(num_tokens, "num_topk"),
+            dtype=(torch.int64, torch.int32),
+            device=self.device,
+            why=why,
+        )
+        check_topk(topk_idx)
+        tokens, num_topk = topk_idx.shape
+        if tokens > max_tokens:
+            raise ValueError(
+                f"this rank has {tokens} tokens, more than num_max_dispatch_tokens_per_rank="
+                f"{max_tokens}; pass a larger one, the same on all ranks"
+            )
+        if max_tokens * num_topk > MAX_LOW_LATENCY_CHOICES:
+            raise ValueError(
+                f"{max_tokens} tokens with {num_topk} choices are {max_tokens * num_topk} rows, "
+                f"but one call takes at most {MAX_LOW_LATENCY_CHOICES}; pass a smaller "
+                "num_max_dispatch_tokens_per_rank"
+            )
+
+    def _wait_cost(self, name: str, wait_cost: torch.Tensor | None) -> None:
+        if wait_cost is not None:
+            check(
+                name,
+                wait_cost,
+                shape=(self.num_ranks,),
+                dtype=torch.int64,
+                device=self.device,
+                why="one sum for each rank",
+            )
+
+    def _room(self, what: str, num_bytes: int, sizes: tuple[int, int, int]) -> None:
+        """Whether a quarter of the buffer holds what arrives; `sizes` are `M`, `H` and `E`."""
+        if num_bytes > self.num_rdma_bytes // _QUARTERS:
+            self._refuse(what, _QUARTERS * num_bytes, sizes)
+
+    def _room_to_send(self, sizes: tuple[int, int, int]) -> None:
+        """Whether half of the buffer holds a row for each row of a dispatch."""
+        max_tokens, hidden, num_experts = sizes
+        num_bytes = num_experts * max_tokens * 2 * hidden
+        if num_bytes > self.num_rdma_bytes // 2:
+            self._refuse("the send buffer", 2 * num_bytes, sizes)
+
+    def _refuse(self, what: str, needed: int, sizes: tuple[int, int, int]) -> None:
+        max_tokens, hidden, num_experts = sizes
+        hint = size_hint(max_tokens, hidden, self.num_ranks, num_experts)
+        raise ValueError(
+            f"{what} of {max_tokens} tokens a rank, hidden {hidden} and {num_experts} experts "
+            f"needs num_rdma_bytes >= {needed}, but this Buffer has {self.num_rdma_bytes}; make it "
+            f"with Buffer.get_low_latency_rdma_size_hint({max_tokens}, {hidden}, "
+            f"{self.num_ranks}, {num_experts}), which is {hint}"
+        )
+
+
+def check_forms(*, async_finish: bool, return_recv_hook: bool) -> None:
+    """The two flags that say when a low-latency call returns.
+
+    Raises:
+        ValueError: Both are set.
+    """
+    if async_finish and return_recv_hook:
+        raise ValueError(
+            "async_finish and return_recv_hook exclude each other: a call returns an event or a "
+            "hook; pass one of them"
+        )

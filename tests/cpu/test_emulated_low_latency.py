@@ -1,0 +1,575 @@
+"""The low-latency kernels, run on the CPU by the emulation, against the reference, bit for bit."""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import shutil
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from epjit.formats import BF16, FORMATS, FP8, RowFormat
+from epjit.low_latency import CleanConfig, LowLatencyCombineConfig, LowLatencyDispatchConfig
+from epjit.reference import low_latency as reference
+from epjit.runtime.jit import params_type
+from tests.emulation import build
+from tests.emulation.build import Launch, emulate, guarded
+
+pytestmark = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="needs g++")
+
+MAX_RANKS = 8
+FOREVER = 10**15
+VARIANTS = pytest.mark.parametrize("variant", ["tma", "ldst"])
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a test runs: compile-time choices first, then the run's."""
+
+    num_ranks: int = 3
+    hidden: int = 512
+    experts_a_rank: int = 3
+    num_topk: int = 4
+    row_format: RowFormat = BF16
+    topk_is_int64: bool = True
+    variant: str = "tma"
+    logfmt: bool = False
+    num_warps: int = 3
+    tokens: tuple[int, ...] = (7, 0, 11)
+    max_tokens: int = 12
+    grid: int = 3
+    num_parts: int = 2
+    hole: float = 0.2
+    kind: str = "random"  # hot: all select expert 0; twice: an expert twice in a row
+
+    @property
+    def num_experts(self) -> int:
+        return self.num_ranks * self.experts_a_rank
+
+    @property
+    def dispatch(self) -> LowLatencyDispatchConfig:
+        return LowLatencyDispatchConfig(
+            num_ranks=self.num_ranks,
+            num_experts=self.num_experts,
+            hidden=self.hidden,
+            format=self.row_format.code,
+            num_topk=self.num_topk,
+            topk_is_int64=self.topk_is_int64,
+            num_warps=self.num_warps,
+        )
+
+    @property
+    def combine(self) -> LowLatencyCombineConfig:
+        return LowLatencyCombineConfig(
+            num_ranks=self.num_ranks,
+            num_experts=self.num_experts,
+            hidden=self.hidden,
+            num_topk=self.num_topk,
+            topk_is_int64=self.topk_is_int64,
+            logfmt=self.logfmt,
+            tma=self.variant == "tma" and not self.logfmt,
+            num_warps=self.num_warps + 1,
+            num_push_warps=2,
+            rows_per_warp=2,
+        )
+
+
+@dataclass
+class Rank:
+    """One rank's memory: what peers see, then what they do not."""
+
+    slots: Tensor
+    words: Tensor
+    counts: Tensor
+    signals: Tensor
+    meetings: Tensor
+    local: Tensor  # counters, epoch 32, abort 33, state of clean 40, mask 56, decisions 64
+    fault: Tensor
+    launches: list[Launch] = field(default_factory=list)
+    checks: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+
+
+class World:
+    """All ranks of a test; methods queue one operation on every rank and what it must give."""
+
+    def __init__(
+        self, shape: Shape, *, seed: int, timeout_ns: int = FOREVER, shrink: bool = False
+    ) -> None:
+        self.shape, self.timeout_ns, self.shrink = shape, timeout_ns, shrink
+        self.generator = torch.Generator().manual_seed(seed)
+        self.keep: list[Any] = []
+        self.epochs = 0
+        self.half_bytes = max(
+            shape.num_ranks * shape.max_tokens * shape.dispatch.slot_bytes,
+            shape.max_tokens * shape.num_topk * shape.combine.slot_bytes,
+        )
+        self.words_stride = shape.max_tokens * max(shape.num_ranks, shape.num_topk)
+        self.counts_stride = shape.experts_a_rank + 1
+        num_counts = shape.num_ranks * self.counts_stride
+        self.ranks = [
+            Rank(
+                slots=guarded(2 * self.half_bytes, dtype=torch.uint8),
+                words=guarded(2 * self.words_stride, dtype=torch.int64, fill=0),
+                counts=guarded(2 * num_counts, dtype=torch.int64, fill=0),
+                signals=guarded(40, dtype=torch.int64, fill=0),
+                meetings=guarded(3 * shape.num_ranks, dtype=torch.int64, fill=0),
+                local=guarded(72, dtype=torch.int32, fill=0),
+                fault=guarded(8, dtype=torch.int64, fill=0),
+            )
+            for _ in range(shape.num_ranks)
+        ]
+
+    def queue(self, rank: int, config: Any, grid: int, **values: Any) -> None:
+        """One launch; tensors become addresses, lists of tensors an address a rank."""
+        record = params_type(config.source, type(config).__name__.replace("Config", "Params"))
+        names = {name for name, *_ in record._fields_}
+        mine = self.ranks[rank]
+        common = {
+            "slots": [each.slots for each in self.ranks],
+            "words": [each.words for each in self.ranks],
+            "counts": [each.counts for each in self.ranks],
+            "signals": [each.signals for each in self.ranks],
+            "meetings": [each.meetings for each in self.ranks],
+            "decisions": mine.local[64:],
+            "counters": mine.local,
+            "epoch": mine.local[32:],
+            "abort": mine.local[33:],
+            "state": mine.local[40:],
+            "mask": mine.local[56:] if self.shrink else None,
+            "fault": mine.fault,
+            "timeout_ns": self.timeout_ns,
+            "half_bytes": self.half_bytes,
+            "words_stride": self.words_stride,
+            "counts_stride": self.counts_stride,
+            "max_tokens": self.shape.max_tokens,
+            "rank": rank,
+        }
+        values = {name: value for name, value in common.items() if name in names} | values
+        assert set(values) == names, f"{set(values) ^ names}"
+        self.keep.append(values)
+        params = record()
+        for name, value in values.items():
+            if isinstance(value, list):
+                pointers = [each.data_ptr() for each in value]
+                pointers += [0] * (MAX_RANKS - len(pointers))
+                setattr(params, name, (ctypes.c_uint64 * MAX_RANKS)(*pointers))
+            else:
+                address = value.data_ptr() if isinstance(value, Tensor) else value
+                setattr(params, name, 0 if address is None else address)
+        mine.launches.append(Launch(config, params, grid=grid, rank=rank))
+
+    def route(self) -> Routing:
+        return Routing(self)
+
+    def clean(self) -> None:
+        for rank in range(self.shape.num_ranks):
+            self.queue(rank, CleanConfig(self.shape.num_ranks), 1)
+
+    def run(self, seed: int, *, compare: bool = True, **options: Any) -> None:
+        """Runs what was queued and compares all results."""
+        emulate([launch for rank in self.ranks for launch in rank.launches], seed=seed, **options)
+        for rank in self.ranks:
+            rank.launches.clear()
+            if compare:
+                assert rank.fault.tolist() == [0] * 8
+                assert rank.local[:32].tolist() == [0] * 32, "counters are not zero at the end"
+                assert rank.local[32:34].tolist() == [self.epochs, 0]
+                check(rank.checks)
+            rank.checks.clear()
+
+    def reset(self) -> None:
+        """What a collective reset does."""
+        self.epochs = 0
+        for rank in self.ranks:
+            rank.launches.clear()
+            rank.checks.clear()
+            for memory in (rank.words, rank.counts, rank.signals, rank.meetings):
+                memory.zero_()
+            for memory in (rank.local, rank.fault):
+                memory.zero_()
+
+
+class Routing:
+    """The tokens of all ranks and what they select."""
+
+    def __init__(self, world: World) -> None:
+        shape = world.shape
+        self.world, self.shape = world, shape
+        self.inputs = [self._input(num_tokens) for num_tokens in shape.tokens]
+        self.weights = [
+            _copy(torch.randn(each.topk_idx.shape, generator=world.generator))
+            for each in self.inputs
+        ]
+
+    def _input(self, num_tokens: int) -> reference.RankInput:
+        shape, generator = self.shape, self.world.generator
+        scores = torch.rand(num_tokens, max(shape.num_experts, shape.num_topk), generator=generator)
+        idx = scores.topk(shape.num_topk).indices % shape.num_experts
+        if shape.kind == "hot":
+            idx[:, 0] = 0
+        if shape.kind == "twice" and shape.num_topk > 1:
+            idx[:, -1] = idx[:, 0]
+        idx[torch.rand(idx.shape, generator=generator) < shape.hole] = -1
+        idx[torch.rand(idx.shape, generator=generator) < shape.hole / 4] = shape.num_experts
+        x = torch.randn(num_tokens, shape.hidden, generator=generator)
+        x *= 2.0 ** torch.randint(-12, 9, (num_tokens, shape.hidden), generator=generator)
+        x[torch.rand(x.shape, generator=generator) < 0.05] = 0
+        if num_tokens:
+            x[0, :128] = 0
+        return reference.RankInput(
+            _copy(x.to(torch.bfloat16)),
+            _copy(idx.to(torch.int64 if shape.topk_is_int64 else torch.int32)),
+            _copy(torch.tensor([37.5])),
+        )
+
+    def dispatch(
+        self, *, split: bool = False, masked: Tensor | None = None
+    ) -> list[reference.LowLatencyDispatched]:
+        """Queues a dispatch; what it will give, by the reference."""
+        shape, world = self.shape, self.world
+        world.epochs += 1
+        results = []
+        for rank, own in enumerate(self.inputs):
+            outputs = _guarded_outputs(shape)
+            expected = reference.dispatch(
+                self.inputs,
+                rank,
+                max_tokens=shape.max_tokens,
+                num_experts=shape.num_experts,
+                row_format=shape.row_format,
+                masked=masked,
+                out=_guarded_outputs(shape),
+            )
+            stats = guarded(shape.experts_a_rank, dtype=torch.int32, fill=0)
+            for phases in ((True, False), (False, True)) if split else ((True, True),):
+                world.queue(
+                    rank,
+                    shape.dispatch,
+                    shape.grid,
+                    x=own.x,
+                    topk_idx=own.topk_idx,
+                    global_scale=own.global_scale,
+                    recv_x=outputs.recv_x,
+                    recv_scales=outputs.recv_scales,
+                    recv_count=outputs.recv_count,
+                    src_info=outputs.src_info,
+                    layout_range=outputs.layout_range,
+                    **_routes(outputs.src_info, shape),
+                    recv_stats=stats,
+                    wait_cost=None,
+                    num_tokens=len(own.x),
+                    num_parts=shape.num_parts,
+                    sends=phases[0],
+                    receives=phases[1],
+                )
+            world.keep.append((outputs, expected))
+            checks = world.ranks[rank].checks
+            for name, got, wanted in zip(outputs._fields, outputs, expected, strict=True):
+                if got is not None:
+                    checks.append((f"rank {rank}: {name}", got, wanted))
+            got_routes, routes = (_routes(each.src_info, shape) for each in (outputs, expected))
+            for name in routes:
+                checks.append((f"rank {rank}: {name}", got_routes[name], routes[name]))
+            checks.append((f"rank {rank}: stats", stats, expected.recv_count))
+            results.append(expected)
+        return results
+
+    def combine(
+        self,
+        dispatched: list[reference.LowLatencyDispatched],
+        *,
+        split: bool = False,
+        masked: Tensor | None = None,
+    ) -> None:
+        """Queues a combine of what `dispatched` says lies where."""
+        shape, world = self.shape, self.world
+        world.epochs += 1
+        num_rows = shape.num_ranks * shape.max_tokens
+        size = (shape.experts_a_rank, num_rows, shape.hidden)
+        outputs = []
+        for each in dispatched:
+            y = torch.full(size, float("nan"), dtype=torch.bfloat16)
+            for e, count in enumerate(each.recv_count.tolist()):
+                values = torch.randn(count, shape.hidden, generator=world.generator)
+                values[torch.rand(values.shape, generator=world.generator) < 0.05] *= 2**-13
+                y[e, :count] = values.to(torch.bfloat16)
+            outputs.append(_copy(y))
+        returned = [
+            reference.collect(y, each.src_info, shape.num_ranks)
+            for y, each in zip(outputs, dispatched, strict=True)
+        ]
+        for rank, own in enumerate(self.inputs):
+            expected = reference.combine(
+                returned,
+                rank,
+                own.topk_idx,
+                self.weights[rank],
+                num_experts=shape.num_experts,
+                use_logfmt=shape.logfmt,
+                masked=masked,
+            )
+            out = guarded(len(own.x), shape.hidden, dtype=torch.bfloat16)
+            for phases in ((True, False), (False, True)) if split else ((True, True),):
+                world.queue(
+                    rank,
+                    shape.combine,
+                    shape.grid,
+                    x=outputs[rank],
+                    topk_idx=own.topk_idx,
+                    topk_weights=self.weights[rank],
+                    **_routes(dispatched[rank].src_info, shape),
+                    out=out,
+                    wait_cost=None,
+                    num_tokens=len(own.x),
+                    num_parts=shape.num_parts,
+                    sends=phases[0],
+                    receives=phases[1],
+                )
+            world.ranks[rank].checks.append((f"rank {rank}: combined", out, expected))
+
+
+def _copy(tensor: Tensor) -> Tensor:
+    out = guarded(*tensor.shape, dtype=tensor.dtype)
+    out.copy_(tensor)
+    return out
+
+
+def _guarded_outputs(shape: Shape) -> reference.LowLatencyDispatched:
+    """Outputs as `allocate_dispatched` makes them, in memory whose bounds are watched."""
+    plain = reference.allocate_dispatched(
+        shape.row_format,
+        num_ranks=shape.num_ranks,
+        max_tokens=shape.max_tokens,
+        num_experts=shape.num_experts,
+        num_topk=shape.num_topk,
+        hidden=shape.hidden,
+        device=torch.device("cpu"),
+    )
+    src_info = _whole_storage(plain.src_info)
+    scales = plain.recv_scales
+    if scales is not None and shape.row_format.column_major:
+        scales = guarded(*scales.transpose(1, 2).shape, dtype=scales.dtype).transpose(1, 2)
+    elif scales is not None:
+        scales = guarded(*scales.shape, dtype=scales.dtype)
+    return reference.LowLatencyDispatched(
+        guarded(*plain.recv_x.shape, dtype=plain.recv_x.dtype),
+        scales,
+        guarded(*plain.recv_count.shape, dtype=torch.int32),
+        src_info,
+        guarded(*plain.layout_range.shape, dtype=torch.int64),
+    )
+
+
+def _whole_storage(src_info: Tensor) -> Tensor:
+    """The same with the words behind it, in memory whose bounds are watched."""
+    words = guarded(src_info.untyped_storage().nbytes() // 4, dtype=torch.int32)
+    return words[: src_info.numel()].view(src_info.shape)
+
+
+def _routes(src_info: Tensor, shape: Shape) -> dict[str, Tensor]:
+    return reference.routes(src_info, shape.num_ranks)._asdict()
+
+
+def _bytes(tensor: Tensor) -> Tensor:
+    # A clone, since a tensor of one column has strides that no view as bytes takes.
+    return tensor.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
+
+
+def check(checks: list[tuple[str, Tensor, Tensor]]) -> None:
+    for what, got, expected in checks:
+        same = _bytes(got) == _bytes(expected)
+        assert bool(same.all()), f"{what}: {int((~same).sum())} of {same.numel()} bytes differ"
+
+
+# ---- tests --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("row_format", FORMATS, ids=lambda each: each.name)
+def test_dispatch_of_every_format(row_format: RowFormat) -> None:
+    for seed, num_parts in enumerate((1, 2, 4)):
+        world = World(Shape(row_format=row_format, num_parts=num_parts), seed=seed)
+        world.route().dispatch()
+        world.run(seed)
+
+
+@VARIANTS
+def test_dispatch_then_combine(variant: str) -> None:
+    for seed in range(4):
+        world = World(Shape(variant=variant, num_parts=1 + seed), seed=seed)
+        routing = world.route()
+        routing.combine(routing.dispatch())
+        world.run(seed)
+
+
+def test_log_format() -> None:
+    for seed in range(4):
+        world = World(Shape(logfmt=True, num_parts=1 + seed), seed=seed)
+        routing = world.route()
+        routing.combine(routing.dispatch())
+        world.run(seed)
+
+
+@VARIANTS
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+def test_numbers_of_ranks(num_ranks: int, variant: str) -> None:
+    tokens = (5, 9, 0, 3, 12, 1, 7, 2)[:num_ranks]
+    shape = Shape(num_ranks=num_ranks, tokens=tokens, variant=variant, hidden=24)
+    for seed in range(2):
+        world = World(shape, seed=seed)
+        routing = world.route()
+        routing.combine(routing.dispatch())
+        world.run(seed)
+
+
+@pytest.mark.parametrize("kind", ["hot", "twice"])
+@pytest.mark.parametrize("hole", [0.0, 0.9, 1.0])
+def test_kinds_of_routing(kind: str, hole: float) -> None:
+    world = World(Shape(kind=kind, hole=hole, row_format=FP8, num_topk=2, max_tokens=30), seed=1)
+    routing = world.route()
+    routing.combine(routing.dispatch())
+    world.run(1)
+
+
+def test_many_selections_and_int32() -> None:
+    shape = Shape(num_topk=32, topk_is_int64=False, experts_a_rank=20, hidden=64)
+    for seed in range(2):
+        world = World(shape, seed=seed)
+        routing = world.route()
+        routing.combine(routing.dispatch())
+        world.run(seed)
+
+
+@pytest.mark.parametrize("grid", [1, 2, 7])
+def test_any_grid(grid: int) -> None:
+    """More tokens than blocks, more blocks than tokens."""
+    world = World(Shape(grid=grid, tokens=(12, 12, 1)), seed=grid)
+    routing = world.route()
+    routing.combine(routing.dispatch())
+    world.run(grid)
+
+
+@VARIANTS
+def test_operations_in_a_row(variant: str) -> None:
+    """Several on one buffer, so that ranks are in different ones; whole and in two phases."""
+    for seed in range(6):
+        world = World(Shape(variant=variant), seed=seed)
+        first, second = world.route(), world.route()
+        split = seed % 2 == 1
+        sent = first.dispatch(split=split)
+        again = second.dispatch(split=not split)
+        second.combine(again, split=split)
+        first.combine(sent, split=split)
+        second.combine(again)
+        first.dispatch()
+        world.run(seed, delay={seed % 3: 20_000} if seed > 2 else {})
+
+
+@pytest.mark.parametrize("stops_before", [0, 1])
+def test_withheld_rank_leaves_fault_records(stops_before: int) -> None:
+    missing = 2
+    world = World(Shape(tokens=(9, 9, 9)), seed=1, timeout_ns=300_000)
+    routing = world.route()
+    routing.combine(routing.dispatch())
+    del world.ranks[missing].launches[stops_before:]
+    world.run(1, compare=False)
+    for rank, memory in enumerate(world.ranks):
+        state, tag, own, peer, _, _, _, epoch = memory.fault.tolist()
+        if rank == missing:
+            assert state == 0
+            continue
+        assert (state, own, peer, epoch) == (1, rank, missing, 1 + stops_before)
+        assert tag in ((12, 13, 14), (15, 16))[stops_before]
+    world.reset()
+    world.timeout_ns = FOREVER
+    routing = world.route()
+    routing.combine(routing.dispatch())
+    world.run(1)
+
+
+def test_masked_rank() -> None:
+    """A rank that does not come is masked, the others go on; after a clean it is back."""
+    missing = 2
+    shape = Shape(tokens=(9, 9, 9), hidden=64)
+    world = World(shape, seed=1, timeout_ns=300_000, shrink=True)
+    masked = torch.tensor([0, 0, 0])
+    for stops_before in ("combine", "dispatch", "dispatch"):
+        if stops_before == "dispatch":
+            masked[missing] = 1
+        routing = world.route()
+        sent = routing.dispatch(masked=masked)
+        masked[missing] = 1
+        routing.combine(sent, masked=masked)
+        lost = world.ranks[missing]
+        del lost.launches[["dispatch", "combine"].index(stops_before) :]
+        if stops_before == "dispatch":
+            lost.checks.clear()
+        else:
+            del lost.checks[-1]
+        emulate([each for rank in world.ranks for each in rank.launches], seed=1)
+        for rank, memory in enumerate(world.ranks):
+            assert memory.fault.tolist() == [0] * 8
+            assert memory.local[56:59].tolist() == ([0, 0, 1] if rank != missing else [0, 0, 0])
+            check(memory.checks)
+            memory.launches.clear()
+            memory.checks.clear()
+
+    for memory in world.ranks:
+        memory.local[56:64] = 0
+    world.timeout_ns = FOREVER
+    world.clean()
+    routing = world.route()
+    routing.combine(routing.dispatch())
+    world.run(1)
+
+
+def test_clean_takes_the_latest_epoch() -> None:
+    for seed in range(4):
+        world = World(Shape(), seed=seed)
+        for rank, epoch in enumerate((7, 7, 3)):
+            world.ranks[rank].local[32] = epoch
+        world.clean()
+        world.clean()
+        world.epochs = 7
+        routing = world.route()
+        routing.combine(routing.dispatch())
+        world.run(seed, delay={seed % 3: 20_000})
+
+
+@pytest.mark.parametrize("first_seed", range(0, 24, 8))
+def test_random_histories(first_seed: int) -> None:
+    """Operations in any order on one buffer, with late ranks and preempted threads."""
+    for seed in range(first_seed, first_seed + 8):
+        rng = random.Random(seed)
+        num_ranks = rng.choice([2, 3, 4])
+        shape = Shape(
+            num_ranks=num_ranks,
+            hidden=128,
+            variant=rng.choice(["tma", "ldst"]),
+            row_format=rng.choice([BF16, FP8]),
+            tokens=tuple(rng.choice([0, 1, 7, rng.randrange(30)]) for _ in range(num_ranks)),
+            max_tokens=30,
+            grid=rng.choice([1, 2, 3, 5]),
+            num_parts=rng.choice([1, 2, 3]),
+            hole=rng.choice([0, 0.2, 0.5, 0.8]),
+            kind=rng.choice(["random", "hot", "twice"]),
+        )
+        world = World(shape, seed=seed)
+        late = {rng.randrange(num_ranks): rng.randrange(30000)} if rng.random() < 0.3 else {}
+        sent = []
+        for _ in range(rng.randrange(2, 6)):
+            if not sent or rng.random() < 0.5:
+                routing = world.route()
+                sent.append((routing, routing.dispatch(split=rng.random() < 0.3)))
+            else:
+                routing, dispatched = rng.choice(sent)
+                routing.combine(dispatched, split=rng.random() < 0.3)
+        world.run(
+            seed,
+            delay=late,
+            yield_percent=rng.choice([0, 20, 60]),
+            basic_blocks=rng.choice([0, 30, 200, 1000]),
+        )

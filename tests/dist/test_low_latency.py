@@ -1,0 +1,180 @@
+"""The low-latency mode on real GPUs, one process each, against the reference.
+
+``EPJIT_BACKEND=cpu EPJIT_TEST_RANKS=2`` runs the same bodies without a GPU, to try them.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from tests import bodies_low_latency, launch
+
+ROOT = Path(__file__).parents[2]
+SHAPES = ((7168, 256), (2880, 128), (8192, 64), (16384, 32), (16, 32))
+TIMEOUT_SECONDS = 2.0
+
+pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture
+def two_or_more(num_ranks: int) -> int:
+    """A rank alone waits for nobody."""
+    if num_ranks < 2:
+        pytest.skip("needs two ranks")
+    return num_ranks
+
+
+def test_random_rounds(num_ranks: int) -> None:
+    """1000 fresh rounds, with a rank that is late now and then."""
+    done = launch.run(bodies_low_latency.random_rounds, num_ranks, {}, 1000, 64, timeout=850)
+    assert done == [1000] * num_ranks
+
+
+def test_random_rounds_beside_the_normal_mode(num_ranks: int) -> None:
+    """Rounds of both modes on one buffer."""
+    done = launch.run(bodies_low_latency.random_rounds, num_ranks, {}, 100, 64, 12, timeout=600)
+    assert done == [100] * num_ranks
+
+
+@pytest.mark.needs_gpu
+def test_random_rounds_with_a_nccl_group(num_ranks: int) -> None:
+    """The process group may be of any backend; nothing of ours goes through it later."""
+    done = launch.run(
+        bodies_low_latency.random_rounds, num_ranks, {}, 12, 64, timeout=300, backend="nccl"
+    )
+    assert done == [12] * num_ranks
+
+
+def test_model_shapes(num_ranks: int) -> None:
+    """Rows of real models, and the longest and the shortest row there is, in every format."""
+    launch.run(bodies_low_latency.model_shapes, num_ranks, {}, SHAPES, 32, timeout=800)
+
+
+@pytest.mark.parametrize("use_hooks", [False, True])
+def test_graph(num_ranks: int, use_hooks: bool) -> None:
+    """Three operations, captured once, replayed 100 times with changed inputs."""
+    done = launch.run(bodies_low_latency.graph, num_ranks, {}, 101, 32, use_hooks, timeout=400)
+    assert done == [101] * num_ranks
+
+
+def test_scratch_over_the_whole_buffer(num_ranks: int) -> None:
+    """What a user writes to the exposed memory breaks nothing."""
+    launch.run(bodies_low_latency.overwritten, num_ranks, {}, timeout=200)
+
+
+@pytest.mark.parametrize("op", bodies_low_latency.OPS)
+@pytest.mark.parametrize("which", ["first", "last"])
+def test_withheld_peer(two_or_more: int, op: str, which: str) -> None:
+    """A rank does not come: the others name it in time, live on, and work again after reset()."""
+    absent = 0 if which == "first" else two_or_more - 1
+    texts = launch.run(
+        bodies_low_latency.withheld, two_or_more, {}, op, absent, TIMEOUT_SECONDS, timeout=200
+    )
+    assert [text == "" for text in texts] == [rank == absent for rank in range(two_or_more)]
+
+
+@pytest.mark.needs_gpu
+@pytest.mark.parametrize("op", ["dispatch", "combine", "clean"])
+@pytest.mark.parametrize("which", ["first", "last"])
+def test_shrink(two_or_more: int, op: str, which: str) -> None:
+    """A rank that stops answering is masked, the others go on, and it comes back."""
+    absent = 0 if which == "first" else two_or_more - 1
+    launch.run(
+        bodies_low_latency.shrunk, two_or_more, {}, op, absent, TIMEOUT_SECONDS, timeout=200
+    )
+
+
+# ---- DeepEP's own test -----------------------------------------------------------------
+
+_SEED = "Testing with seed"
+
+
+@pytest.fixture
+def script() -> Path:
+    """DeepEP's `test_low_latency.py` at 567632d."""
+    folder = os.environ.get("EPJIT_DEEPEP_TESTS")
+    if not folder:
+        pytest.skip("EPJIT_DEEPEP_TESTS names no folder that holds DeepEP's test_low_latency.py")
+    path = Path(folder).resolve() / "test_low_latency.py"
+    assert path.is_file(), f"EPJIT_DEEPEP_TESTS={folder} holds no test_low_latency.py"
+    return path
+
+
+@pytest.mark.needs_gpu
+@pytest.mark.parametrize("options", [(), ("--use-logfmt",)], ids=["plain", "logfmt"])
+def test_deepeps_own_test(two_or_more: int, script: Path, options: tuple[str, ...]) -> None:
+    """Unmodified, through the package `deep_ep` of compat/, its profiler lines included."""
+    text, code = _run_script(script, two_or_more, options, seconds=800)
+    assert code == 0, f"exit code {code}:\n{text[-6000:]}"
+
+
+@pytest.mark.needs_gpu
+def test_deepeps_pressure_test(two_or_more: int, script: Path) -> None:
+    """It never ends by itself, only by an error: stopped after 20 seeds of 20 repeats each.
+
+    Or after ten minutes, and then it must have finished one seed at least.
+    """
+    options = ("--pressure-test",)
+    text, code = _run_script(script, two_or_more, options, seconds=600, until=(_SEED, 21))
+    assert code is None, f"ended by itself with exit code {code}:\n{text[-6000:]}"
+    assert "Traceback" not in text, text[-6000:]
+    assert text.count(_SEED) >= 2, text[-6000:]
+
+
+def _run_script(
+    script: Path,
+    num_ranks: int,
+    options: tuple[str, ...],
+    *,
+    seconds: float,
+    until: tuple[str, int] | None = None,
+) -> tuple[str, int | None]:
+    """Runs a script of DeepEP to its end, or until its output has a text so many times.
+
+    Returns:
+        What it said, and its exit code; None when it was stopped: at `until`, or with that, late.
+    """
+    paths = [str(ROOT), str(ROOT / "compat"), os.environ.get("PYTHONPATH", "")]
+    environ = {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "PYTHONUNBUFFERED": "1",
+    }
+    process = subprocess.Popen(
+        [sys.executable, str(script), "--num-processes", str(num_ranks), *options],
+        cwd=script.parent,
+        env=environ,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,  # so that its ranks can be stopped with it
+    )
+    assert process.stdout is not None
+    lines: list[str] = []
+    reader = threading.Thread(target=lambda out: lines.extend(out), args=(process.stdout,))
+    reader.start()
+    deadline = time.monotonic() + seconds
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            if until is not None and sum(until[0] in line for line in list(lines)) >= until[1]:
+                break
+            time.sleep(0.2)
+        code = process.poll()
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+        reader.join(timeout=10)
+    text = "".join(lines)
+    assert code is not None or until is not None, (
+        f"did not finish within {seconds} s:\n{text[-6000:]}"
+    )
+    return text, code
