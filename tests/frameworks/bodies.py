@@ -18,18 +18,11 @@ import torch
 from torch import Tensor
 
 from tests.frameworks.fetch import FOLDER
-from tests.frameworks.island import Island, StandIn
+from tests.frameworks.island import Island
 from tests.moe_bodies import device_of
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, EXPERTS_A_RANK, TOPK, TOKENS = 256, 2, 2, 12
-
-
-def has_low_latency() -> bool:
-    """Whether this epjit has the low-latency mode, which some frameworks ask for at once."""
-    from epjit import Buffer
-
-    return hasattr(Buffer, "low_latency_dispatch")
 
 
 class Case:
@@ -272,10 +265,6 @@ def lmdeploy_normal(group: Any) -> None:
     with Island(FOLDER / "lmdeploy", "lmdeploy", real=real):
         module = importlib.import_module(target)
     assert module.use_deepep
-    if not has_low_latency():
-        module.get_buffer_common = lambda group, *_, hidden_bytes: module.get_buffer_normal(
-            group, hidden_bytes
-        )
     dispatcher = module.DeepEPTokenDispatcher(
         group, case.num_experts, EXPERTS_A_RANK, HIDDEN, torch.bfloat16
     )
@@ -303,10 +292,6 @@ def xtuner_op(group: Any) -> None:
     target = "xtuner.v1.ops.comm.deepep_op"
     with Island(FOLDER / "xtuner", "xtuner", real=(target,)):
         module = importlib.import_module(target)
-    if not has_low_latency():
-        module.get_low_latency_buffer = lambda group, hidden, num_experts: module.get_deepep_buffer(
-            group, 2 * hidden
-        )
     x = case.x.clone().requires_grad_()
     rows, idx, weights, counts, handle, event = module.DeepEPDispatch.apply(
         x, case.topk_idx, case.weights, case.num_experts, group, module.buffer_capture()
@@ -325,10 +310,74 @@ def xtuner_op(group: Any) -> None:
     assert torch.equal(x.grad, factor.expand_as(case.x).bfloat16())
 
 
-def vllm_low_latency_imports(group: Any) -> None:
-    """vLLM: the file of the low-latency mode finds all names that it imports."""
-    Case(group)
-    target = "vllm.model_executor.layers.fused_moe.prepare_finalize.deepep_ll"
-    with Island(FOLDER / "vllm", "vllm", real=(target,)):
+def vllm_low_latency(group: Any) -> None:
+    """vLLM: DeepEPLLPrepareAndFinalize with hooks, bfloat16 and FP8 of the dispatch kernel."""
+    case = Case(group)
+    layers = "vllm.model_executor.layers.fused_moe"
+    target = f"{layers}.prepare_finalize.deepep_ll"
+    real = (target, f"{layers}.modular_kernel", f"{layers}.topk_weight_and_reduce")
+    real += ("vllm.v1.worker.ubatching", "vllm.utils.math_utils")
+    given = {
+        "vllm.utils.torch_utils": {"PIN_MEMORY": False},
+        f"{layers}.utils": {"moe_kernel_quantize_input": lambda x, *_: (x, None)},
+    }
+    with Island(FOLDER / "vllm", "vllm", real=real, given=given):
         module = importlib.import_module(target)
-    assert module.DeepEPLLPrepareAndFinalize is not StandIn
+        reduce = importlib.import_module(f"{layers}.topk_weight_and_reduce")
+    import deep_ep
+
+    # Powers of two: FP8 with a scale of amax / 448 holds them exactly.
+    signs = case.x.sign()
+    case.x = (signs * 2 ** (case.x.abs() // 2)).repeat(1, 8)
+    max_tokens, hidden = 16, case.x.shape[1]
+    size = deep_ep.Buffer.get_low_latency_rdma_size_hint(
+        num_max_dispatch_tokens_per_rank=max_tokens,
+        hidden=hidden,
+        num_ranks=case.size,
+        num_experts=case.num_experts,
+    )
+    buffer = deep_ep.Buffer(
+        group,
+        num_rdma_bytes=size,
+        low_latency_mode=True,
+        num_qps_per_rank=EXPERTS_A_RANK,
+        allow_nvlink_for_low_latency_mode=True,
+        allow_mnnvl=False,
+        explicitly_destroy=True,
+    )
+    quant = SimpleNamespace(
+        quant_dtype=None,
+        a1_scale=None,
+        a2_scale=None,
+        a1_gscale=None,
+        per_act_token_quant=False,
+        block_shape=[128, 128],
+    )
+    factor = 1 + case.rank * EXPERTS_A_RANK + torch.arange(EXPERTS_A_RANK)
+    for is_async, is_fp8 in itertools.product((False, True), (False, True)):
+        both = module.DeepEPLLPrepareAndFinalize(
+            buffer, max_tokens, case.size, use_fp8_dispatch=is_fp8
+        )
+        start = (case.x, case.weights, case.topk_idx, case.num_experts, None, False, quant)
+        if is_async:
+            hook, receiver = both.prepare_async(*start)
+            hook()
+            rows, scales, meta, _, _ = receiver()
+        else:
+            rows, scales, meta, _, _ = both.prepare(*start)
+        assert meta.expert_num_tokens.shape == (EXPERTS_A_RANK,)
+        values = rows.float()
+        if is_fp8:
+            blocks = values.view(*values.shape[:2], -1, 128) * scales[..., None]
+            values = blocks.view(values.shape)
+        y = (values * factor[:, None, None]).bfloat16()
+        out = torch.empty_like(case.x)
+        end = (out, y, case.weights, case.topk_idx, False, reduce.TopKWeightAndReduceDelegate())
+        if is_async:
+            hook, receiver = both.finalize_async(*end)
+            hook()
+            receiver()
+        else:
+            both.finalize(*end)
+        case.check(out)
+    buffer.destroy()

@@ -26,6 +26,7 @@ def needs(framework: str) -> None:
         ("megatron-core", bodies.megatron_fused_a2a),
         ("megatron-core", bodies.megatron_flex_dispatcher),
         ("vllm", bodies.vllm_high_throughput),
+        ("vllm", bodies.vllm_low_latency),
         ("sglang", bodies.sglang_normal),
         ("lmdeploy", bodies.lmdeploy_normal),
         ("xtuner", bodies.xtuner_op),
@@ -34,8 +35,3 @@ def needs(framework: str) -> None:
 def test_calls(framework: str, body: Callable[..., None]) -> None:
     needs(framework)
     run(body, NUM_RANKS)
-
-
-def test_vllm_low_latency_imports() -> None:
-    needs("vllm")
-    run(bodies.vllm_low_latency_imports, 1)
