@@ -2,13 +2,13 @@
 # python3 where it already has torch and CuPy (a GPU machine). PYTHON=... chooses another interpreter.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help run test test-gpu test-dist bench lint type fmt sanitize dist clean
+.PHONY: help run test test-gpu test-dist test-frameworks bench docs lint type fmt sanitize dist clean
 
 N ?= 4
 ARGS ?=
 CUDA ?= cu13
 TORCH ?= torch==2.13.0
-NEEDS := torch cupy cuda filelock platformdirs pytest pytest_timeout rich
+NEEDS := torch cupy cuda filelock platformdirs pytest pytest_timeout rich typer
 HAS := python3 -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))'
 ifndef PYTHON
 PYTHON := $(shell $(HAS) $(NEEDS) 2>/dev/null && echo python3 || echo .venv/bin/python)
@@ -37,8 +37,14 @@ test-gpu: $(READY) ## one GPU, virtual ranks
 test-dist: $(READY) ## N GPUs, one process each   (make test-dist N=4)
 	EPJIT_TEST_RANKS=$(N) $(PYTHON) -m pytest tests/dist $(ARGS)
 
+test-frameworks: $(READY) ## files of vLLM, SGLang, Megatron, ... fetched and run on compat/
+	$(PYTHON) tests/frameworks/fetch.py && $(PYTHON) -m pytest tests/frameworks $(ARGS)
+
 bench: $(READY) ## times of N GPUs beside the link ceiling   (ARGS="--json out.jsonl --plot out.png")
-	$(PYTHON) bench/bench.py --ranks $(N) $(ARGS)
+	$(PYTHON) -m epjit bench --ranks $(N) $(ARGS)
+
+docs: $(READY) ## the site, in build/site; a warning is an error
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict --quiet
 
 lint: $(READY) ## ruff and clang-format
 	$(PYTHON) -m ruff check . && $(PYTHON) -m ruff format --check . && $(MAKE) -s format-cuda MODE='--dry-run -Werror'
@@ -53,8 +59,9 @@ sanitize: $(READY) ## compute-sanitizer memcheck and racecheck over tests/gpu at
 	EPJIT_TEST_SMALL=1 compute-sanitizer --tool memcheck --report-api-errors no $(SANITIZED)
 	EPJIT_TEST_SMALL=1 compute-sanitizer --tool racecheck $(SANITIZED)
 
-dist: $(READY) ## the wheels of epjit and of compat/, in dist/
-	$(PYTHON) -m build --wheel --outdir dist . && $(PYTHON) -m build --wheel --outdir dist compat
+dist: $(READY) ## wheel and sdist of epjit and of compat/, checked, in dist/
+	$(PYTHON) -m build --outdir dist . && $(PYTHON) -m build --outdir dist compat
+	$(PYTHON) -m twine check --strict dist/*
 
 clean: ## remove environments, caches and builds
 	rm -rf .venv .venv-cu12 build dist compat/build .mypy_cache .pytest_cache .ruff_cache .hypothesis
@@ -72,5 +79,5 @@ format-cuda:
 # A second, tiny environment: the compile tests run every kernel through CUDA 12's NVRTC too.
 .venv-cu12/.ready:
 	python3 -m venv .venv-cu12
-	.venv-cu12/bin/python -m pip install -qq 'cuda-bindings>=12.8,<13' 'nvidia-cuda-nvrtc-cu12==12.8.*' numpy filelock platformdirs
+	PYTHONPATH= .venv-cu12/bin/python -m pip install -qq 'cuda-bindings>=12.8,<13' 'nvidia-cuda-nvrtc-cu12==12.8.*' numpy filelock platformdirs
 	touch $@

@@ -1,8 +1,8 @@
 """What holds a kernel: its time with a stage left out, on all GPUs of this machine.
 
-Each case is the kernel's source with an edit, compiled and timed as `bench.py` does. Results of an
-edited kernel are wrong by design and are not looked at; those of the whole one are what the tests
-and `bench.py` check.
+Each case is the kernel's source with an edit, compiled and timed as `python -m epjit bench` does.
+Results of an edited kernel are wrong by design and are not looked at; those of the whole one are
+what the tests and the bench check.
 
     python bench/stages.py --sms 24 12
     EPJIT_DISPATCH_VARIANT=push python bench/stages.py --only dispatch
@@ -23,7 +23,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
-import bench
+from epjit.bench import timing
 
 DISPATCH, COMBINE = "intranode/dispatch.cu", "intranode/combine.cu"
 
@@ -94,7 +94,7 @@ def worker(rank: int, args: argparse.Namespace, port: int) -> None:
     """One rank: times the cases, and rank 0 prints."""
     from epjit import Buffer, Config
 
-    group = bench.join(rank, args.ranks, port)
+    group = timing.join(rank, args.ranks, port)
     torch.manual_seed(rank)
     x = torch.randn(args.tokens, args.hidden, device="cuda", dtype=torch.bfloat16)
     scores = torch.randn(args.tokens, args.experts, device="cuda")
@@ -116,12 +116,12 @@ def worker(rank: int, args: argparse.Namespace, port: int) -> None:
                 for sms in args.sms:
                     config = Config(sms)
                     if op == "dispatch":
-                        us, _ = bench.timed(
+                        us, _ = timing.timed(
                             lambda: buffer.dispatch(x, handle=handle, config=config),  # noqa: B023
                             group,
                         )
                     else:
-                        us, _ = bench.timed(
+                        us, _ = timing.timed(
                             lambda: buffer.combine(rows, handle, config=config),  # noqa: B023
                             group,
                         )
@@ -148,7 +148,7 @@ def main() -> None:
     args = parser.parse_args()
     if args.ranks < 2:
         sys.exit(f"{args.ranks} GPUs: a stage between ranks needs two")
-    mp.spawn(worker, (args, bench.free_port()), args.ranks)
+    mp.spawn(worker, (args, timing.free_port()), args.ranks)
 
 
 if __name__ == "__main__":

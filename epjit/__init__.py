@@ -54,6 +54,8 @@ def __getattr__(name: str) -> Any:
     try:
         if name == "topk_idx_t":
             value: Any = _topk_idx_t()
+        elif name == "moe":
+            value = importlib.import_module("epjit.moe")
         elif name in _MODULES:
             value = getattr(importlib.import_module(_MODULES[name]), name)
         else:

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 
-from epjit import env
+from epjit import env, tuned
 from epjit.check import check, check_aligned, check_experts, check_topk
 from epjit.config import (
     MAX_EXPERTS,
@@ -42,6 +42,7 @@ Bias: TypeAlias = "torch.Tensor | tuple[torch.Tensor | None, torch.Tensor | None
 Hook: TypeAlias = Callable[[], None]
 
 _SIZE_ALIGNMENT = 128
+_DEFAULT_SMS = 20
 _CPU_SMS = 132  # the CPU backend checks a config as an H200 would
 _INDEX_DTYPES = (torch.int64, torch.int32)
 
@@ -151,7 +152,8 @@ class Buffer:
         RuntimeError: Two ranks' GPUs cannot reach each other; names the pair.
     """
 
-    num_sms: ClassVar[int] = 20
+    num_sms: ClassVar[int] = _DEFAULT_SMS
+    _sms_are_set: ClassVar[bool] = False
 
     def __init__(
         self,
@@ -241,7 +243,7 @@ class Buffer:
 
     @classmethod
     def set_num_sms(cls, new_num_sms: int) -> None:
-        """Sets the SMs of the default configs.
+        """Sets the SMs of the default configs, also of those that were tuned.
 
         Args:
             new_num_sms: Even number of SMs.
@@ -251,7 +253,7 @@ class Buffer:
         """
         if new_num_sms % 2:
             raise AssertionError(f"num_sms must be even, got {new_num_sms}")
-        Buffer.num_sms = new_num_sms
+        Buffer.num_sms, Buffer._sms_are_set = new_num_sms, True
 
     @staticmethod
     def capture() -> EventOverlap:
@@ -259,14 +261,26 @@ class Buffer:
         return EventOverlap(EventHandle())
 
     @staticmethod
-    def get_dispatch_config(num_ranks: int) -> Config:
-        """The default config of dispatch for 1 to 8 ranks; `AssertionError` for others."""
-        return default_dispatch_config(num_ranks, Buffer.num_sms)
+    def get_dispatch_config(
+        num_ranks: int, *, hidden_bytes: int = 0, num_tokens: int = 0
+    ) -> Config:
+        """The config of dispatch for 1 to 8 ranks; `AssertionError` for others.
+
+        `num_sms` is what `set_num_sms` said, else what ``python -m epjit tune`` found for this GPU
+        and the shape nearest to the given one (0 = any), else V1's 20.
+        """
+        num_sms = _num_sms("dispatch", num_ranks, hidden_bytes, num_tokens)
+        return default_dispatch_config(num_ranks, num_sms)
 
     @staticmethod
-    def get_combine_config(num_ranks: int) -> Config:
-        """The default config of combine for 1 to 8 ranks; `AssertionError` for others."""
-        return default_combine_config(num_ranks, Buffer.num_sms)
+    def get_combine_config(num_ranks: int, *, hidden_bytes: int = 0, num_tokens: int = 0) -> Config:
+        """The config of combine for 1 to 8 ranks; `AssertionError` for others.
+
+        `num_sms` is what `set_num_sms` said, else what ``python -m epjit tune`` found for this GPU
+        and the shape nearest to the given one (0 = any), else V1's 20.
+        """
+        num_sms = _num_sms("combine", num_ranks, hidden_bytes, num_tokens)
+        return default_combine_config(num_ranks, num_sms)
 
     @staticmethod
     def get_low_latency_rdma_size_hint(
@@ -472,15 +486,16 @@ class Buffer:
             )
         if self._cpu is not None:
             return
-        from epjit.intranode import CombineShape, DispatchShape
+        from epjit.intranode import warmup_shapes
 
-        wide = topk_idx_dtype == torch.int64
-        for topk in sorted({0, num_topk}):
-            for scales in sorted({0, num_scales}):
-                self._mode.launch(DispatchShape(hidden_bytes, scales, topk, topk == 0 or wide))
-            if not num_scales:
-                is_f16 = combine_dtype == torch.float16
-                self._mode.launch(CombineShape(hidden_bytes, topk, is_f16))
+        for shape in warmup_shapes(
+            hidden_bytes,
+            num_topk=num_topk,
+            num_scales=num_scales,
+            topk_is_int64=topk_idx_dtype == torch.int64,
+            is_f16=combine_dtype == torch.float16,
+        ):
+            self._mode.launch(shape)
         self._mode.compile_ahead(env.torch_cuda_arch_list())
 
     def _check_alive(self, *, fault: bool = True) -> None:
@@ -607,7 +622,11 @@ class Buffer:
         self._check_alive()
         del num_tokens_per_rdma_rank
         rows, scales = self._check_payload(x)
-        config = self.get_dispatch_config(self.group_size) if config is None else config
+        if config is None:
+            row_bytes = rows.shape[1] * rows.element_size()
+            config = self.get_dispatch_config(
+                self.group_size, hidden_bytes=row_bytes, num_tokens=rows.shape[0]
+            )
         self._check_config(config)
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
@@ -742,7 +761,12 @@ class Buffer:
             if value is not None:
                 why = "one row for each token of this rank"
                 self._check_rows(name, value, num_tokens, (x.dtype,), why, x.shape[1])
-        config = self.get_combine_config(self.group_size) if config is None else config
+        if config is None:
+            config = self.get_combine_config(
+                self.group_size,
+                hidden_bytes=x.shape[1] * x.element_size(),
+                num_tokens=num_tokens,
+            )
         self._check_config(config)
         if self._cpu is not None:
             combined_x, combined_weights = self._cpu.combine(
@@ -1332,6 +1356,16 @@ class Buffer:
                 device=device,
                 why="as topk_idx",
             )
+
+
+def _num_sms(op: str, num_ranks: int, hidden_bytes: int, num_tokens: int) -> int:
+    if Buffer._sms_are_set or Buffer.num_sms != _DEFAULT_SMS or not tuned.load():
+        return Buffer.num_sms
+    gpu = torch.cuda.get_device_name() if _use_gpu() else tuned.CPU
+    found = tuned.best(
+        op, gpu=gpu, num_ranks=num_ranks, hidden_bytes=hidden_bytes, num_tokens=num_tokens
+    )
+    return Buffer.num_sms if found is None else found.num_sms
 
 
 def _use_gpu() -> bool:

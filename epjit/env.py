@@ -43,13 +43,17 @@ class Variable(Generic[T]):
         Raises:
             ValueError: The text is malformed; names the variable, its value and what is allowed.
         """
-        text = os.environ.get(self.name, "").strip()
+        text = self.text()
         if not text:
             return self.default
         try:
             return self.parse(text)
         except ValueError:
             raise ValueError(f"{self.name}={text!r} is not {self.kind}") from None
+
+    def text(self) -> str:
+        """What the environment has, unchecked; empty when it is unset."""
+        return os.environ.get(self.name, "").strip()
 
 
 def _flag(text: str) -> bool:
@@ -152,6 +156,9 @@ dispatch_variant: Variable[str] = Variable(
 )
 combine_variant: Variable[str] = Variable(
     "EPJIT_COMBINE_VARIANT", _VARIANT, "auto", "Implementation of combine: auto, tma or ldst.", str
+)
+permute_variant: Variable[str] = Variable(
+    "EPJIT_PERMUTE_VARIANT", _VARIANT, "auto", "Implementation of permute: auto, tma or ldst.", str
 )
 low_latency_combine_variant: Variable[str] = Variable(
     "EPJIT_LOW_LATENCY_COMBINE_VARIANT",

@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
+from epjit import env, tuned
 from epjit.config import MAX_LOCAL_EXPERTS, MAX_RANKS
 from epjit.errors import CommunicationError
 from epjit.layout import LayoutConfig
@@ -77,7 +78,7 @@ class NotifyConfig(KernelConfig):
         return f"intranode_r{self.num_ranks}"
 
 
-def _copier_shape(tma: bool, max_warps: int, row_bytes: int, limit: int) -> tuple[int, int]:
+def copier_shape(tma: bool, max_warps: int, row_bytes: int, limit: int) -> tuple[int, int]:
     """Warps that move rows, and rows that each has in shared memory.
 
     TMA: as many rows as shared memory holds, spread over the warps, at most eight a warp.
@@ -129,7 +130,7 @@ class DispatchConfig(KernelConfig):
     ) -> DispatchConfig:
         """The form of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
-        warps, rows = _copier_shape(tma, 16, shape.hidden_bytes, limit)
+        warps, rows = copier_shape(tma, 16, shape.hidden_bytes, limit)
         return cls(num_ranks, *shape, variant == "push", tma, warps, rows)
 
     def stage_warps(self, num_sms: int) -> int:
@@ -192,7 +193,7 @@ class CombineConfig(KernelConfig):
     ) -> CombineConfig:
         """The form of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
-        push, rows = _copier_shape(tma, 6, shape.hidden_bytes, limit)
+        push, rows = copier_shape(tma, 6, shape.hidden_bytes, limit)
         # Many warps hide the latency of a token's sum; more ranks and copies through registers need
         # more of these (28 warps leave 72 a thread, 24 leave 80, 20 leave 96, 16 leave 128; sm_120
         # spills with 72).
@@ -260,15 +261,51 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
 
 
 def _config(
-    shape: DispatchShape | CombineShape, num_ranks: int, arch: str
+    shape: DispatchShape | CombineShape, num_ranks: int, arch: str, *, gpu: str = ""
 ) -> DispatchConfig | CombineConfig:
-    """The kernel of a shape for an architecture, of the variant that the environment asks for."""
+    """The kernel of a shape, of the variant that the environment asks for or that was tuned."""
     limit = shared_limit(arch)
+    op = "dispatch" if isinstance(shape, DispatchShape) else "combine"
+    best = tuned.best(op, gpu=gpu, num_ranks=num_ranks, hidden_bytes=shape.hidden_bytes)
+    variant = variants.resolve(op, arch, tuned=None if best is None else best.variant)
     if isinstance(shape, DispatchShape):
-        variant = variants.resolve("dispatch", arch)
         return DispatchConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
-    variant = variants.resolve("combine", arch)
     return CombineConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
+
+
+def warmup_shapes(
+    hidden_bytes: int, *, num_topk: int, num_scales: int, topk_is_int64: bool, is_f16: bool
+) -> Iterator[DispatchShape | CombineShape]:
+    """The kernels that calls of one kind need: with top-k and scales, and without (cached).
+
+    Args:
+        hidden_bytes: Bytes of one row of `x`.
+        num_topk: Choices a token that travel with it; 0 = none.
+        num_scales: Scales a token; 0 = none. Rows with scales are not combined.
+        topk_is_int64: Width of the choices.
+        is_f16: float16 rows to combine, else bfloat16.
+    """
+    for topk in sorted({0, num_topk}):
+        for scales in sorted({0, num_scales}):
+            yield DispatchShape(hidden_bytes, scales, topk, topk == 0 or topk_is_int64)
+        if not num_scales:
+            yield CombineShape(hidden_bytes, topk, is_f16)
+
+
+def warmup_configs(
+    shapes: Iterable[DispatchShape | CombineShape], *, num_ranks: int, arch: str, gpu: str = ""
+) -> list[KernelConfig]:
+    """Every kernel that a Buffer compiles for these shapes on an architecture.
+
+    Args:
+        shapes: From `warmup_shapes`.
+        num_ranks: Size of the group.
+        arch: Such as ``"sm_90a"``.
+        gpu: Product name, for the variants that were tuned there.
+    """
+    configs: list[KernelConfig] = [NotifyConfig(num_ranks)]
+    configs += [LayoutConfig(num_ranks, wide) for wide in (True, False)]
+    return configs + [_config(shape, num_ranks, arch, gpu=gpu) for shape in shapes]
 
 
 class _Arena:
@@ -362,7 +399,8 @@ class Intranode:
 
     def _build(self, shape: DispatchShape | CombineShape) -> Launch:
         """Compiles and loads, then meets the group: nobody may wait for a peer that compiles."""
-        config = _config(shape, self._group.size, self._arch)
+        gpu = torch.cuda.get_device_name(self._device)
+        config = _config(shape, self._group.size, self._arch, gpu=gpu)
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"{config.op} needs a kernel for {config} that is not compiled yet, and nothing "
@@ -385,18 +423,21 @@ class Intranode:
             words=self._everywhere(self._arena.words),
             num_slots=num_slots,
         )
-        self._group.barrier()
+        chosen = self._group.allgather(config)
+        if any(each != config for each in chosen):
+            each = "\n  ".join(f"rank {rank}: {one}" for rank, one in enumerate(chosen))
+            raise RuntimeError(
+                f"the ranks chose different kernels for {config.op}:\n  {each}\nset "
+                f"{env.variant_name(config.op)} to the same value everywhere, or give all ranks "
+                "the same EPJIT_CACHE_DIR (tuned.json is in it)"
+            )
         self._launches[shape] = launch
         return launch
 
     def compile_ahead(self, archs: Iterable[str]) -> None:
         """Compiles the kernels of this buffer into the cache, for other architectures."""
-        num_ranks = self._group.size
         for arch in archs:
-            configs: list[KernelConfig] = [NotifyConfig(num_ranks)]
-            configs += [LayoutConfig(num_ranks, wide) for wide in (True, False)]
-            configs += [_config(shape, num_ranks, arch) for shape in self._launches]
-            for config in configs:
+            for config in warmup_configs(self._launches, num_ranks=self._group.size, arch=arch):
                 compile_kernel(config, arch=arch)
 
     # ---- operations ------------------------------------------------------------------------------

@@ -7,10 +7,14 @@ user's alone.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import io
 import os
+import re
 import stat
 import struct
+import tarfile
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -22,6 +26,9 @@ from epjit.errors import CompileError, require
 _FORMAT = b"epjit cubin 1"
 _LENGTHS = struct.Struct("<III")
 _DIGEST_BYTES = 32
+_SUFFIX = ".cubin"
+_KEY = re.compile("[0-9a-f]{64}")
+_MAX_ENTRY_BYTES = 256 << 20
 
 
 class Entry(NamedTuple):
@@ -32,22 +39,35 @@ class Entry(NamedTuple):
     cubin: bytes
 
 
+class StoredEntry(NamedTuple):
+    """An entry as it lies in the folder."""
+
+    key: str
+    num_bytes: int
+    modified: float
+    """Seconds since the epoch."""
+    entry: Entry | None
+    """None when the file is damaged."""
+
+
+def cache_folder() -> Path:
+    """Folder of everything epjit keeps: ``EPJIT_CACHE_DIR``, or `epjit` in the user's cache."""
+    chosen = env.cache_dir()
+    if chosen is not None:
+        return chosen
+    platformdirs = require("platformdirs", package="platformdirs")
+    return Path(platformdirs.user_cache_dir("epjit", appauthor=False))
+
+
 class CubinCache:
     """Compiled kernels of one folder.
 
     Args:
-        directory: Where; by default ``EPJIT_CACHE_DIR``, or `epjit` in the user's cache folder.
+        directory: Where; by default `cache_folder()`.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
-        chosen = directory or env.cache_dir()
-        if chosen is None:
-            chosen = Path(
-                require("platformdirs", package="platformdirs").user_cache_dir(
-                    "epjit", appauthor=False
-                )
-            )
-        self.directory = chosen / "cubins"
+        self.directory = (directory or cache_folder()) / "cubins"
 
     @staticmethod
     def key(*parts: bytes) -> str:
@@ -76,6 +96,82 @@ class CubinCache:
             Path(temporary).unlink(missing_ok=True)
             raise
 
+    def stored(self) -> list[StoredEntry]:
+        """All entries, damaged ones too, the newest first."""
+        found = []
+        for path in self.directory.glob(f"*{_SUFFIX}") if self.directory.is_dir() else ():
+            with contextlib.suppress(FileNotFoundError):  # another process may clear the folder
+                data, modified = path.read_bytes(), path.stat().st_mtime
+                found.append(StoredEntry(path.stem, len(data), modified, _decode(data)))
+        return sorted(found, key=lambda each: -each.modified)
+
+    def clear(self) -> int:
+        """Deletes all entries, and locks and temporary files that a crash left.
+
+        A process that compiles right now publishes its entry all the same.
+
+        Returns:
+            How many entries there were.
+        """
+        removed = 0
+        for path in list(self.directory.iterdir()) if self.directory.is_dir() else ():
+            path.unlink(missing_ok=True)
+            removed += path.suffix == _SUFFIX
+        return removed
+
+    def export(self, archive: Path) -> int:
+        """Writes all sound entries to a tar file.
+
+        Returns:
+            How many there are.
+        """
+        count = 0
+        with tarfile.open(archive, "w") as tar:
+            for each in self.stored():
+                if each.entry is not None:
+                    data = _encode(each.entry)
+                    member = tarfile.TarInfo(each.key + _SUFFIX)
+                    member.size, member.mtime, member.mode = len(data), int(each.modified), 0o600
+                    tar.addfile(member, io.BytesIO(data))
+                    count += 1
+        return count
+
+    def import_archive(self, archive: Path) -> int:
+        """Adds the entries of a tar file that `export` wrote; all of them, or none.
+
+        The digests show damage, not who made the archive: it holds code that the GPU will run, so
+        import only what you trust.
+
+        Returns:
+            How many entries the archive holds.
+
+        Raises:
+            ValueError: A member is no entry, or is damaged; names it. Nothing was added.
+            PermissionError: The folder is not this user's alone.
+        """
+        found: dict[str, Entry] = {}
+        with tarfile.open(archive, "r:") as tar:
+            for member in tar:
+                key = member.name.removesuffix(_SUFFIX)
+                file = tar.extractfile(member) if member.isreg() else None
+                if file is None or not _KEY.fullmatch(key) or member.name != key + _SUFFIX:
+                    raise ValueError(
+                        f"{archive} holds {member.name!r}, which is no entry of this cache; was it "
+                        "made by `python -m epjit cache export`?"
+                    )
+                if member.size > _MAX_ENTRY_BYTES:
+                    raise ValueError(
+                        f"{archive}: {member.name} has {member.size} bytes, more than any entry"
+                    )
+                entry = _decode(file.read())
+                if entry is None:
+                    raise ValueError(f"{archive}: {member.name} is damaged; export it again")
+                found[key] = entry
+        self.prepare()
+        for key, entry in found.items():
+            self.put(key, entry)
+        return len(found)
+
     def get_or_compile(
         self, key: str, compile_entry: Callable[[], Entry], *, what: str
     ) -> tuple[Entry, bool]:
@@ -93,7 +189,7 @@ class CubinCache:
             CompileError: It has none and ``EPJIT_ASSERT_COMPILE`` is set, or the compiler refuses.
             PermissionError: The folder is not this user's alone.
         """
-        self._prepare()
+        self.prepare()
         if (entry := self.get(key)) is not None:
             return entry, True
         if env.assert_compile():
@@ -120,10 +216,14 @@ class CubinCache:
         return entry
 
     def _path(self, key: str) -> Path:
-        return self.directory / f"{key}.cubin"
+        return self.directory / (key + _SUFFIX)
 
-    def _prepare(self) -> None:
-        """Creates the folder; refuses one where others could leave code for this user to run."""
+    def prepare(self) -> None:
+        """Creates the folder; refuses one where others could leave code for this user to run.
+
+        Raises:
+            PermissionError: The folder is not this user's alone; the text has the remedy.
+        """
         self.directory.mkdir(mode=0o700, parents=True, exist_ok=True)
         found = self.directory.lstat()
         if not stat.S_ISDIR(found.st_mode):

@@ -47,6 +47,11 @@ def registered() -> tuple[Variant, ...]:
     return tuple(_registry.values())
 
 
+def operations() -> tuple[str, ...]:
+    """Operations that have variants, in the order of registration."""
+    return tuple(dict.fromkeys(variant.op for variant in _registry.values()))
+
+
 def names(op: str) -> tuple[str, ...]:
     """Names of an operation's variants, in the order of preference."""
     return tuple(variant.name for variant in _registry.values() if variant.op == op)
@@ -63,12 +68,13 @@ def runs_on(op: str, name: str, arch: str) -> bool:
     return arch_number(arch) >= _registry[op, name].min_arch
 
 
-def resolve(op: str, arch: str) -> str:
+def resolve(op: str, arch: str, *, tuned: str | None = None) -> str:
     """The variant to use: what ``EPJIT_<OP>_VARIANT`` says, else the best that can run.
 
     Args:
         op: Operation.
         arch: Architecture of the device, such as ``"sm_90a"``.
+        tuned: What ``auto`` takes before all others, where it can run.
 
     Returns:
         Name of the variant.
@@ -95,7 +101,7 @@ def resolve(op: str, arch: str) -> str:
                 "DISABLE_SM90_FEATURES=1 excludes; unset one of the two"
             )
         return wanted
-    for name in names(op):
+    for name in sorted(names(op), key=lambda name: name != tuned):
         if runs_on(op, name, arch) and not (without_sm90 and _registry[op, name].min_arch >= _SM90):
             return name
     raise ValueError(f"{op} has no variant that {arch} can run; it has {names(op) or 'none'}")

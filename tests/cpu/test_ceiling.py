@@ -7,7 +7,8 @@ import shutil
 import pytest
 import torch
 
-from bench.ceiling import CopyConfig
+from epjit.bench.ceiling import CopyConfig
+from epjit.bench.peers import ChaseConfig
 from epjit.runtime.jit import params_type
 from tests.emulation import build
 from tests.emulation.build import Launch, emulate, guarded
@@ -46,3 +47,15 @@ def test_every_row_arrives_and_nothing_else_changes(
                 assert bool((memory[1, peer] == 0xEE).all())
             else:
                 assert torch.equal(memory[1, peer], sent[peer][rank])
+
+
+def test_the_chain_is_followed_to_its_end() -> None:
+    """The latency kernel reads every word once, and stops where it should."""
+    config = ChaseConfig(num_steps=5)
+    chain = guarded(8, dtype=torch.int64)
+    for index in range(8):
+        chain[index] = chain.data_ptr() + (index + 3) % 8 * 8
+    out = guarded(1, dtype=torch.int64)
+    params = params_type(config.source, "ChaseParams")(chain.data_ptr(), out.data_ptr())
+    emulate([Launch(config, params, grid=1)])
+    assert int(out[0]) == chain.data_ptr() + 5 * 3 % 8 * 8

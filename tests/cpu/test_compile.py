@@ -16,8 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from bench import ceiling
-from epjit import intranode, low_latency
+from epjit import expert_major, intranode, low_latency
+from epjit.bench import ceiling, peers
 from epjit.runtime import device, jit, nvrtc
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -33,8 +33,9 @@ INTERPRETERS = {
 
 def configs(arch: str) -> list[jit.KernelConfig]:
     """One config of each kernel, variant and shape class that this architecture can run."""
-    modes = (intranode, low_latency, ceiling)
-    return [config for mode in modes for config in mode.example_configs(arch)]
+    modes = (intranode, low_latency, expert_major, ceiling)
+    configs = [config for mode in modes for config in mode.example_configs(arch)]
+    return [*configs, peers.ChaseConfig()]
 
 
 def compile_all(

@@ -1,0 +1,135 @@
+"""What rows by expert cost: dispatch(expert_major=True) beside dispatch and torch's own permute.
+
+All GPUs of this machine (or two ranks of the CPU backend, to try it). Results of both ways are
+compared before a time is taken.
+
+    python bench/expert_major.py --tokens 4096 --hidden 7168
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from epjit.bench import timing
+
+
+def torch_permute(
+    x: Tensor, idx: Tensor, weights: Tensor, num_experts: int, alignment: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows, their weights and the ends of the experts, by sorting; the host waits for the sizes."""
+    token, column = torch.nonzero(idx >= 0, as_tuple=True)
+    order = torch.argsort(idx[token, column], stable=True)
+    token, column = token[order], column[order]
+    counts = torch.bincount(idx[token, column], minlength=num_experts)
+    padded = (counts + alignment - 1) // alignment * alignment
+    ends = padded.cumsum(0)
+    first = torch.repeat_interleave((ends - padded) - (counts.cumsum(0) - counts), counts)
+    at = first + torch.arange(token.shape[0], device=x.device)
+    rows = x.new_zeros((int(ends[-1]), x.shape[1]))
+    rows[at] = x[token]
+    row_weights = weights.new_zeros(rows.shape[0])
+    row_weights[at] = weights[token, column]
+    return rows, row_weights, ends.to(torch.int32)
+
+
+def worker(rank: int, args: argparse.Namespace, device: str, port: int, queue: Any) -> None:
+    """One rank: compares both ways and times their parts."""
+    if device == "cpu":
+        os.environ["EPJIT_BACKEND"] = "cpu"  # there may be GPUs, though fewer than ranks
+    from epjit import moe
+
+    group = timing.join(rank, args.ranks, port, device=device)
+    torch.manual_seed(rank)
+    x = torch.randn(args.tokens, args.hidden, device=device, dtype=torch.bfloat16)
+    scores = torch.rand(args.tokens, args.experts, device=device)
+    weights, idx = scores.topk(args.topk, dim=1)
+    local = args.experts // args.ranks
+    matrices = torch.randn(
+        local, args.hidden, args.intermediate, device=device, dtype=torch.bfloat16
+    )
+    matrices *= args.hidden**-0.5
+    common = {"num_experts": args.experts, "group": group}
+    worst = {"num_worst_tokens": args.ranks * args.tokens}
+    by_expert = {"expert_major": True, "expert_alignment": args.alignment}
+
+    def fused(**options: Any) -> Any:
+        return moe.dispatch(x, idx, weights, **common, **by_expert, **options)
+
+    def separate() -> tuple[Tensor, Tensor, Tensor]:
+        got = moe.dispatch(x, idx, weights, **common)
+        return torch_permute(got.x, got.topk_idx, got.topk_weights, local, args.alignment)
+
+    got, wanted = fused(), separate()
+    for name, mine, theirs in zip(("rows", "weights", "ends"), got[:3], wanted, strict=True):
+        if not torch.equal(mine[: len(theirs)], theirs):
+            raise RuntimeError(f"{name} differ on rank {rank}: nothing was timed")
+
+    received = moe.dispatch(x, idx, weights, **common)
+
+    def layer() -> Tensor:
+        got = fused()
+        inner = moe.grouped_mm(got.x, matrices, got.ends)
+        outer = moe.grouped_mm(inner, matrices.transpose(1, 2), got.ends)
+        return moe.combine(outer, got.handle, group=group)
+
+    parts: dict[str, Callable[[], Any]] = {
+        "dispatch": lambda: moe.dispatch(x, idx, weights, **common),
+        "dispatch, expert_major": fused,
+        "dispatch, expert_major, static": lambda: fused(**worst),
+        "dispatch + torch permute": separate,
+        "permute": lambda: moe.permute(
+            received.x,
+            received.topk_idx,
+            received.topk_weights,
+            num_experts=local,
+            alignment=args.alignment,
+        ),
+        "torch permute": lambda: torch_permute(
+            received.x, received.topk_idx, received.topk_weights, local, args.alignment
+        ),
+        "grouped product": lambda: moe.grouped_mm(got.x, matrices, got.ends),
+        "unpermute": lambda: moe.unpermute(got.x, got.handle.placement),
+        "combine, expert_major": lambda: moe.combine(got.x, got.handle, group=group),
+        "dispatch, two products, combine": layer,
+    }
+    for name, part in parts.items():
+        us = timing.eager(part, group, device=device)
+        if rank == 0:
+            queue.put({"op": name, "us": round(us, 1)})
+    moe.free_buffers()
+    torch.distributed.destroy_process_group()
+
+
+def main() -> None:
+    """Command line."""
+    gpus = torch.cuda.device_count()
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
+    parser.add_argument("--ranks", type=int, default=gpus or 2)
+    parser.add_argument("--tokens", type=int, default=4096, help="a rank")
+    parser.add_argument("--hidden", type=int, default=7168)
+    parser.add_argument("--intermediate", type=int, default=2048)
+    parser.add_argument("--topk", type=int, default=8)
+    parser.add_argument("--experts", type=int, default=256)
+    parser.add_argument("--alignment", type=int, default=128)
+    args = parser.parse_args()
+    device = "cuda" if gpus >= args.ranks else "cpu"
+    where = torch.cuda.get_device_name() if device == "cuda" else "CPU backend"
+    print(f"{args.ranks} x {where}, {args.tokens} tokens, eager, the slowest rank")
+    timing.run_ranks(
+        worker,
+        args.ranks,
+        args,
+        device,
+        timing.free_port(),
+        on_row=lambda row: print(f"{row['us']:10.1f} us  {row['op']}", flush=True),
+    )
+
+
+if __name__ == "__main__":
+    main()

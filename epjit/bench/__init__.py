@@ -1,0 +1,1 @@
+"""Times of the operations beside the link ceiling; `python -m epjit bench` and `tune` run it."""

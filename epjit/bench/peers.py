@@ -1,0 +1,183 @@
+"""What each GPU of this process reaches of each other one: bandwidth of a copy, latency of a load.
+
+One process, one thread a GPU: this is what `doctor` runs, before any group exists.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from epjit.runtime import device as gpu
+from epjit.runtime import driver, jit
+from epjit.runtime.group import Group, ThreadGroup
+from epjit.runtime.symmetric import SymmetricMemory
+
+_COPY_BYTES = 256 << 20
+_COPIES = 4
+_CHAIN_WORDS = 64
+_WORD_STRIDE = 256  # bytes: each word in a sector of its own
+
+
+class PeerLink(NamedTuple):
+    """What one GPU reaches of another one's memory.
+
+    Attributes:
+        reader: GPU that loads.
+        owner: GPU whose memory it is.
+        accessible: Whether loads and stores go there at all.
+        gigabytes_per_second: Of one large copy from the owner; 0 without access.
+        latency_us: Of one load, the one before it done; 0 without access.
+    """
+
+    reader: int
+    owner: int
+    accessible: bool
+    gigabytes_per_second: float = 0.0
+    latency_us: float = 0.0
+
+
+@dataclass(frozen=True)
+class ChaseConfig(jit.KernelConfig):
+    """Compile-time values of `bench/chase.cu`."""
+
+    source: ClassVar[str] = "bench/chase.cu"
+    op: ClassVar[str] = "chase"
+
+    num_steps: int = 2048
+
+    @property
+    def threads(self) -> int:
+        """Threads of the block."""
+        return 32
+
+    @property
+    def shared_bytes(self) -> int:
+        """None."""
+        return 0
+
+    @property
+    def tag(self) -> str:
+        """Namespace of the kernel."""
+        return "bench"
+
+
+def measure() -> Iterator[PeerLink]:
+    """Measures every pair of GPUs, one after the other.
+
+    Raises:
+        RuntimeError: Memory that should be accessible cannot be mapped.
+    """
+    count = gpu.count()
+    for reader in range(count):
+        for owner in range(count):
+            if reader == owner:
+                continue
+            if not gpu.can_access_peer(reader, owner):
+                yield PeerLink(reader, owner, accessible=False)
+            else:
+                yield _measure_pair(reader, owner)
+
+
+def _measure_pair(reader: int, owner: int) -> PeerLink:
+    with _SharedPair(reader, owner) as (own, remote):
+        return PeerLink(
+            reader,
+            owner,
+            accessible=True,
+            gigabytes_per_second=_bandwidth(reader, own, remote),
+            latency_us=_latency(reader, own, remote),
+        )
+
+
+class _SharedPair:
+    """Memory of two GPUs, mapped for each other; gives the addresses as the reader sees them."""
+
+    def __init__(self, reader: int, owner: int) -> None:
+        self._memories: list[SymmetricMemory | None] = [None, None]
+        errors: list[BaseException] = []
+        comms = ThreadGroup.create(2)
+
+        def allocate(rank: int, device: int) -> None:
+            try:
+                group = Group.from_comm(comms[rank])
+                self._memories[rank] = SymmetricMemory(_COPY_BYTES, group=group, device=device)
+            except BaseException as error:  # raised below, in the thread that asked
+                errors.append(error)
+
+        threads = [
+            threading.Thread(target=allocate, args=pair) for pair in ((0, reader), (1, owner))
+        ]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            self._close()
+            raise errors[0]
+
+    def __enter__(self) -> tuple[int, int]:
+        memory = self._memories[0]
+        assert memory is not None
+        return memory.ptr, memory.peer_ptrs[1]
+
+    def __exit__(self, *_: object) -> None:
+        self._close()
+
+    def _close(self) -> None:
+        for memory in self._memories:
+            if memory is not None:
+                memory.close()
+
+
+def _bandwidth(reader: int, own: int, remote: int) -> float:
+    """GB/s of copies by the copy engine."""
+    with driver.using(reader):
+        flags = driver.load().CUstream_flags.CU_STREAM_NON_BLOCKING
+        stream = driver.call("cuStreamCreate", flags)
+        driver.call("cuMemcpyDtoDAsync", own, remote, _COPY_BYTES, stream)  # the first maps
+        ms = _elapsed_ms(
+            stream,
+            lambda: [
+                driver.call("cuMemcpyDtoDAsync", own, remote, _COPY_BYTES, stream)
+                for _ in range(_COPIES)
+            ],
+        )
+        driver.call("cuStreamDestroy", stream)
+    return round(_COPIES * _COPY_BYTES / ms / 1e6, 1)
+
+
+def _latency(reader: int, own: int, remote: int) -> float:
+    """Microseconds of one load from the owner's memory."""
+    import numpy as np
+
+    config = ChaseConfig()
+    words = np.zeros(_CHAIN_WORDS * _WORD_STRIDE // 8, np.uint64)
+    step = _WORD_STRIDE // 8
+    for index in range(_CHAIN_WORDS):
+        words[index * step] = remote + (index + 1) % _CHAIN_WORDS * _WORD_STRIDE
+    with driver.using(reader):
+        driver.call("cuMemcpyHtoD", own, words.ctypes.data, words.nbytes)
+        driver.call("cuMemcpyDtoD", remote, own, words.nbytes)
+    launch = jit.Launch(jit.Kernel(config, device=reader), chain=remote, out=own)
+    with driver.using(reader):
+        flags = driver.load().CUstream_flags.CU_STREAM_NON_BLOCKING
+        stream = driver.call("cuStreamCreate", flags)
+        launch(int(stream), 1)
+        ms = _elapsed_ms(stream, lambda: launch(int(stream), 1))
+        driver.call("cuStreamDestroy", stream)
+    return round(ms * 1e3 / config.num_steps, 2)
+
+
+def _elapsed_ms(stream: object, work: Callable[[], object]) -> float:
+    events = [driver.call("cuEventCreate", 0) for _ in range(2)]
+    driver.call("cuEventRecord", events[0], stream)
+    work()
+    driver.call("cuEventRecord", events[1], stream)
+    driver.call("cuStreamSynchronize", stream)
+    ms = float(driver.call("cuEventElapsedTime", *events))
+    for event in events:
+        driver.call("cuEventDestroy", event)
+    return ms

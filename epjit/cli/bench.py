@@ -1,0 +1,166 @@
+"""`bench`: every operation is checked, then timed beside the link ceiling of the same run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from epjit.cli import show
+
+_COLUMNS = {
+    "module": "module",
+    "op": "operation",
+    "dtype": "dtype",
+    "tokens": "tokens",
+    "sms": "SMs",
+    "us": "us",
+    "host_us": "host us",
+    "remote_GBps": "NVLink GB/s",
+    "ratio": "of ceiling",
+    "speedup": "epjit faster",
+}
+
+
+def bench(
+    ranks: Annotated[int, typer.Option(help="Processes; 0 = all GPUs, or 2 without any.")] = 0,
+    hidden: Annotated[int, typer.Option(help="Elements a row.")] = 7168,
+    topk: Annotated[int, typer.Option(help="Choices a token.")] = 8,
+    experts: Annotated[int, typer.Option(help="Over all ranks.")] = 256,
+    tokens: Annotated[list[int], typer.Option(help="A rank; once for each.")] = [4096, 128],  # noqa: B006
+    sms: Annotated[list[int], typer.Option(help="Even; once for each.")] = [24, 12],  # noqa: B006
+    sweep: Annotated[bool, typer.Option(help="4 to 32 SMs at the most tokens.")] = False,
+    nvl_bytes: Annotated[int, typer.Option(help="num_nvl_bytes of Buffer; 0 = enough.")] = 0,
+    ceiling_mb: Annotated[int, typer.Option(help="MiB that the ceiling copies to a peer.")] = 52,
+    seed: Annotated[int, typer.Option(help="Of the tokens.")] = 0,
+    compare: Annotated[
+        list[str] | None, typer.Option(help="Module with the V1 interface, timed as well.")
+    ] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", help="File that gets one JSON line a result.")
+    ] = None,
+    plot: Annotated[
+        Path | None, typer.Option(help="PNG of GB/s against SMs; implies --sweep.")
+    ] = None,
+) -> None:
+    """Time every operation; on the CPU backend where there is no GPU."""
+    from epjit.bench import normal
+
+    ranks, device = ranks_and_device(ranks)
+    if device == "cpu":
+        typer.echo("no GPU for each rank: the CPU backend, whose times say nothing", err=True)
+    settings = normal.Settings(
+        ranks=ranks,
+        hidden=hidden,
+        topk=topk,
+        experts=experts,
+        tokens=tuple(tokens),
+        sms=tuple(sms),
+        sweep=normal.SWEEP if sweep or plot else (),
+        nvl_bytes=nvl_bytes or default_nvl_bytes(device),
+        ceiling_mb=ceiling_mb,
+        seed=seed,
+        compare=tuple(compare or ()),
+        device=device,
+    )
+    if json_file is not None:
+        json_file.write_text("")
+    with show.steps(None) as steps:
+
+        def on_row(row: dict[str, Any]) -> None:
+            steps.next("  ".join(f"{k}={v}" for k, v in row.items() if v is not None))
+            if json_file is not None:
+                with json_file.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+        rows = normal.run(settings, on_row=on_row)
+    print_table(rows)
+    if plot is not None:
+        draw(rows, plot)
+        typer.echo(f"plot in {plot}")
+
+
+def ranks_and_device(ranks: int) -> tuple[int, str]:
+    """How many ranks, and "cuda" or "cpu": what was asked for, or what there is.
+
+    Args:
+        ranks: 0 = all GPUs, or two ranks without any.
+    """
+    import torch
+
+    from epjit import env
+
+    gpus = torch.cuda.device_count() if env.backend() != "cpu" else 0
+    wanted = ranks or gpus or 2
+    return wanted, "cuda" if gpus >= wanted else "cpu"
+
+
+def default_nvl_bytes(device: str) -> int:
+    """Enough for every shape; the CPU backend only allocates it."""
+    return 2_000_000_000 if device == "cuda" else 1 << 20
+
+
+def print_table(rows: list[dict[str, Any]]) -> None:
+    """All results; with `--compare` also how they relate."""
+    run, *results = rows
+    ours = {_case(row): row["us"] for row in results if row.get("module") == "epjit"}
+    for row in results:
+        if row.get("module", "epjit") != "epjit" and _case(row) in ours:
+            row["speedup"] = f"{row['us'] / ours[_case(row)]:.2f} x"
+    shown = [key for key in _COLUMNS if any(row.get(key) is not None for row in results)]
+    if not run["compare"]:
+        shown.remove("module")
+    show.table(
+        f"{run['ranks']} x {run['device']}, {run['module']}, hidden {run['hidden']}, "
+        f"top-{run['topk']} of {run['experts']}",
+        [_COLUMNS[key] for key in shown],
+        [[row.get(key) for key in shown] for row in results],
+        text_columns=sum(key in ("module", "op", "dtype") for key in shown),
+    )
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Writes a picture: NVLink GB/s against SMs, for the largest number of tokens.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    from epjit.errors import require
+
+    require("matplotlib", package="matplotlib").use("Agg")
+    pyplot = require("matplotlib.pyplot", package="matplotlib")
+    run, *results = rows
+    tokens = max(row.get("tokens", 0) for row in results)
+    lines: dict[str, dict[int, float]] = {}
+    for row in results:
+        if "remote_GBps" in row and row.get("tokens", tokens) == tokens:
+            names = [row["op"], row.get("dtype", "")]
+            names += [row["module"]] if run["compare"] and "module" in row else []
+            lines.setdefault(" ".join(filter(None, names)), {})[row["sms"]] = row["remote_GBps"]
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    for name, points in lines.items():
+        is_ceiling = name.startswith("ceiling")
+        axes.plot(
+            *zip(*sorted(points.items()), strict=True),
+            marker=None if is_ceiling else "o",
+            linestyle="--" if is_ceiling else "-",
+            color={"ceiling push": "0.35", "ceiling pull": "0.65"}.get(name),
+            label=name.replace("ceiling push", "link ceiling, writes").replace(
+                "ceiling pull", "link ceiling, reads"
+            ),
+        )
+    axes.set_xlabel("SMs")
+    axes.set_ylabel("GB/s sent over NVLink by each GPU")
+    axes.set_ylim(bottom=0)
+    axes.set_title(f"{run['ranks']} x {run['device']}, {tokens} tokens x {run['hidden']}")
+    axes.grid(alpha=0.3)
+    axes.legend(loc="lower right")
+    figure.savefig(path, dpi=150)
+    pyplot.close(figure)
+
+
+def _case(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What two modules are compared by."""
+    return tuple(row.get(key) for key in ("op", "dtype", "tokens", "sms"))

@@ -1,0 +1,66 @@
+"""`variants`: the implementations there are, and which one this machine would take."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated
+
+import typer
+
+from epjit.cli import show
+
+
+def variants(
+    arch: Annotated[
+        str | None, typer.Option(help="Such as sm_90a; default: the first GPU, if there is one.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+) -> None:
+    """List the implementations of each operation and how to choose one."""
+    from epjit import env, expert_major, intranode, low_latency  # noqa: F401  (register them)
+    from epjit.runtime import variants as registry
+
+    arch = arch or _arch_of_gpu()
+    rows = []
+    for each in registry.registered():
+        chosen = arch is not None and registry.resolve(each.op, arch) == each.name
+        rows.append(
+            {
+                "op": each.op,
+                "variant": each.name,
+                "from": f"sm_{each.min_arch}",
+                "chosen": chosen,
+                "set": f"{env.variant_name(each.op)}={each.name}",
+                "description": each.description,
+            }
+        )
+    if as_json:
+        typer.echo(json.dumps({"arch": arch, "variants": rows}))
+        return
+    title = f"on {arch}" if arch else "no GPU here: --arch sm_90a shows what one would take"
+    heads = ("operation", "variant", "from", "taken", "chosen by", "what it does")
+    show.table(
+        title,
+        heads,
+        [
+            (
+                r["op"],
+                r["variant"],
+                r["from"],
+                "yes" if r["chosen"] else "",
+                r["set"],
+                r["description"],
+            )
+            for r in rows
+        ],
+        text_columns=len(heads),
+    )
+
+
+def _arch_of_gpu() -> str | None:
+    from epjit.runtime import device
+
+    try:
+        return device.arch_of(0) if device.count() else None
+    except (ImportError, RuntimeError):  # no cuda-bindings, or no driver
+        return None

@@ -1,0 +1,333 @@
+"""Received rows in the order of the experts: kernels on the GPU, the reference on the CPU.
+
+`place` numbers the selections, `permute` copies rows, `unpermute` sums them; the two are each
+other's gradient. The host waits for nothing. `epjit.moe` has them with autograd.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import ClassVar
+
+import torch
+from torch import Tensor
+
+from epjit.check import check, check_aligned
+from epjit.config import MAX_LOCAL_EXPERTS, MAX_ROW_BYTES, MAX_TOPK
+from epjit.intranode import copier_shape
+from epjit.reference import expert_major as reference
+from epjit.reference.expert_major import Placement
+from epjit.runtime import variants
+from epjit.runtime.device import arch_of, shared_limit
+from epjit.runtime.jit import Kernel, KernelConfig, Launch
+
+_INT32_MAX = (1 << 31) - 1
+_INDEX_DTYPES = (torch.int64, torch.int32)
+_SUM_DTYPES = (torch.bfloat16, torch.float16)  # that the unpermute kernel adds
+
+for _variant in (
+    variants.Variant("permute", "tma", 90, "rows are copied by TMA bulk copies"),
+    variants.Variant("permute", "ldst", 80, "rows are copied by 16-byte loads and stores"),
+):
+    variants.register(_variant)
+
+
+@dataclass(frozen=True)
+class PlaceConfig(KernelConfig):
+    """What the place kernel is compiled for."""
+
+    source: ClassVar[str] = "moe/place.cu"
+    op: ClassVar[str] = "place"
+
+    num_experts: int
+    topk_is_int64: bool
+
+    @property
+    def threads(self) -> int:
+        """Threads a block."""
+        return 512
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: a counter an expert and one a warp."""
+        return 4 * (self.num_experts + self.threads // 32)
+
+    @property
+    def tag(self) -> str:
+        """Namespace of the kernel."""
+        return f"moe_e{self.num_experts}"
+
+
+@dataclass(frozen=True)
+class PermuteConfig(KernelConfig):
+    """What the permute kernel is compiled for; the fields are explained in permute.cu."""
+
+    source: ClassVar[str] = "moe/permute.cu"
+    op: ClassVar[str] = "permute"
+
+    row_bytes: int
+    tma: bool
+    num_warps: int
+    rows_per_warp: int
+
+    @classmethod
+    def choose(cls, row_bytes: int, *, variant: str, limit: int) -> PermuteConfig:
+        """The form of the block for `limit` bytes of shared memory."""
+        tma = variant == "tma"
+        return cls(row_bytes, tma, *copier_shape(tma, 16, row_bytes, limit))
+
+    @property
+    def threads(self) -> int:
+        """Threads a block."""
+        return self.num_warps * 32
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: rows on their way, one mbarrier a warp."""
+        return self.num_warps * (self.rows_per_warp * self.row_bytes + 8) if self.tma else 0
+
+    @property
+    def tag(self) -> str:
+        """Namespace of the kernel."""
+        return f"moe_h{self.row_bytes}"
+
+
+@dataclass(frozen=True)
+class UnpermuteConfig(KernelConfig):
+    """What the unpermute kernel is compiled for."""
+
+    source: ClassVar[str] = "moe/unpermute.cu"
+    op: ClassVar[str] = "unpermute"
+
+    row_bytes: int
+    num_topk: int
+    is_f16: bool
+
+    @property
+    def threads(self) -> int:
+        """Threads a block."""
+        return 512
+
+    @property
+    def shared_bytes(self) -> int:
+        """None."""
+        return 0
+
+    @property
+    def tag(self) -> str:
+        """Namespace of the kernel."""
+        return f"moe_h{self.row_bytes}_k{self.num_topk}"
+
+
+def example_configs(arch: str) -> Iterator[KernelConfig]:
+    """Kernels of every variant that an architecture can run, over shapes that differ in kind.
+
+    Args:
+        arch: Such as ``"sm_90a"``.
+    """
+    limit = shared_limit(arch)
+    for num_experts, wide in ((1, True), (32, True), (32, False), (MAX_LOCAL_EXPERTS, True)):
+        yield PlaceConfig(num_experts, wide)
+    for row_bytes in (16, 7168, 14336, MAX_ROW_BYTES):
+        for variant in variants.names("permute"):
+            if variants.runs_on("permute", variant, arch):
+                yield PermuteConfig.choose(row_bytes, variant=variant, limit=limit)
+        for num_topk in (1, 8, MAX_TOPK):
+            yield UnpermuteConfig(row_bytes, num_topk, is_f16=num_topk == 1)
+
+
+def warmup_configs(
+    row_bytes: int, *, num_topk: int, num_experts: int, is_f16: bool, topk_is_int64: bool, arch: str
+) -> list[KernelConfig]:
+    """Every kernel that rows by expert of one shape need on an architecture.
+
+    Args:
+        row_bytes: Bytes of one row of bfloat16 or float16.
+        num_topk: Choices a token.
+        num_experts: `E` of one rank.
+        is_f16: float16 rows, else bfloat16.
+        topk_is_int64: Width of the choices.
+        arch: Such as ``"sm_90a"``.
+    """
+    return [
+        PlaceConfig(num_experts, topk_is_int64),
+        _permute_config(row_bytes, arch),
+        UnpermuteConfig(row_bytes, num_topk, is_f16),
+    ]
+
+
+def row_bound(num_tokens: int, num_topk: int, num_experts: int, alignment: int) -> int:
+    """Rows that are always enough: every selection of every token here, and all paddings.
+
+    Args:
+        num_tokens: `n`; may be symbolic.
+        num_topk: `K`.
+        num_experts: `E` of this rank.
+        alignment: Of each expert's rows.
+    """
+    rows = num_tokens * min(num_topk, num_experts) + num_experts * (alignment - 1)
+    return (rows + alignment - 1) // alignment * alignment
+
+
+def place(topk_idx: Tensor, num_experts: int, *, alignment: int, num_rows: int) -> Placement:
+    """Numbers the selections by expert, then by token, then by `k`; the host does not wait.
+
+    Args:
+        topk_idx: int32 or int64 `[n, K]`, local experts; outside `[0, num_experts)` is nothing.
+        num_experts: `E` of this rank.
+        alignment: Each expert's rows are padded to a multiple of it.
+        num_rows: `M`; selections that do not fit are dropped.
+
+    Returns:
+        See `Placement`.
+
+    Raises:
+        TypeError, ValueError: Arguments that do not fit; nothing was launched.
+    """
+    check("topk_idx", topk_idx, shape=("num_tokens", "num_topk"), dtype=_INDEX_DTYPES)
+    num_tokens, num_topk = topk_idx.shape
+    if not 1 <= num_experts <= MAX_LOCAL_EXPERTS:
+        raise ValueError(f"num_experts is {num_experts}, but must be 1 to {MAX_LOCAL_EXPERTS}")
+    if not 1 <= num_topk <= MAX_TOPK:
+        raise ValueError(f"top-k is {num_topk}, but must be between 1 and {MAX_TOPK}")
+    if alignment < 1 or num_rows < 0:
+        raise ValueError(
+            f"alignment is {alignment} (at least 1) and num_rows {num_rows} (not negative)"
+        )
+    most = max(num_rows, topk_idx.numel() + num_experts * alignment)
+    if most > _INT32_MAX:
+        raise ValueError(
+            f"{num_tokens} tokens of top-{num_topk} for {num_experts} experts, each padded to "
+            f"{alignment}, may need {most} rows; the kernels count to {_INT32_MAX}"
+        )
+    if topk_idx.device.type != "cuda":
+        return reference.place(topk_idx, num_experts, alignment=alignment, num_rows=num_rows)
+    device = topk_idx.device
+    placed = Placement(
+        torch.empty((num_tokens, num_topk), dtype=torch.int32, device=device),
+        torch.empty(num_rows, dtype=torch.int32, device=device),
+        torch.empty(num_experts, dtype=torch.int32, device=device),
+        torch.empty(num_experts, dtype=torch.int32, device=device),
+    )
+    _launch(PlaceConfig(num_experts, topk_idx.dtype == torch.int64), device.index)(
+        _stream(device),
+        num_experts,
+        topk_idx=topk_idx.data_ptr(),
+        row_of=placed.row_of.data_ptr(),
+        source=placed.source.data_ptr(),
+        end=placed.ends.data_ptr(),
+        count=placed.counts.data_ptr(),
+        num_selections=topk_idx.numel(),
+        num_rows=num_rows,
+        alignment=alignment,
+    )
+    return placed
+
+
+def permute(x: Tensor, source: Tensor, ends: Tensor, *, num_topk: int) -> Tensor:
+    """Copies each row's token; padding between experts becomes zeros.
+
+    Args:
+        x: `[n, H]` of any dtype, rows a multiple of 16 bytes.
+        source: int32 `[M]`, from `place`.
+        ends: int32 `[E]`, from `place`.
+        num_topk: `K`.
+
+    Returns:
+        `[M, H]` of x's dtype; undefined behind the last expert's rows.
+
+    Raises:
+        TypeError, ValueError: Arguments that do not fit; nothing was launched.
+    """
+    check("x", x, shape=("num_tokens", "hidden"))
+    check("source", source, shape=("num_rows",), dtype=torch.int32, device=x.device)
+    check("ends", ends, shape=("num_experts",), dtype=torch.int32, device=x.device)
+    if x.device.type != "cuda":
+        return reference.permute(x, source, num_topk)
+    row_bytes = _row_bytes("x", x)
+    rows = torch.empty((source.shape[0], x.shape[1]), dtype=x.dtype, device=x.device)
+    if rows.shape[0]:
+        config = _permute_config(row_bytes, arch_of(x.device.index))
+        _launch(config, x.device.index)(
+            _stream(x.device),
+            _num_sms(x.device),
+            x=x.data_ptr(),
+            source=source.data_ptr(),
+            end=ends[-1:].data_ptr(),
+            rows=rows.data_ptr(),
+            num_topk=num_topk,
+        )
+    return rows
+
+
+def unpermute(rows: Tensor, row_of: Tensor) -> Tensor:
+    """Sums the rows of each token in fp32, in the order of `k`, and rounds once.
+
+    Args:
+        rows: bfloat16 or float16 `[M, H]` (on the CPU any floating-point dtype).
+        row_of: int32 `[n, K]`, from `place`.
+
+    Returns:
+        `[n, H]` of the rows' dtype.
+
+    Raises:
+        TypeError, ValueError: Arguments that do not fit; nothing was launched.
+    """
+    on_gpu = rows.device.type == "cuda"
+    dtypes = _SUM_DTYPES if on_gpu else (*_SUM_DTYPES, torch.float32, torch.float64)
+    check("rows", rows, shape=("num_rows", "hidden"), dtype=dtypes)
+    check("row_of", row_of, shape=("num_tokens", "num_topk"), dtype=torch.int32, device=rows.device)
+    if not on_gpu:
+        return reference.unpermute(rows, row_of)
+    num_tokens, num_topk = row_of.shape
+    config = UnpermuteConfig(_row_bytes("rows", rows), num_topk, rows.dtype == torch.float16)
+    out = torch.empty((num_tokens, rows.shape[1]), dtype=rows.dtype, device=rows.device)
+    if num_tokens:
+        _launch(config, rows.device.index)(
+            _stream(rows.device),
+            4 * _num_sms(rows.device),
+            rows=rows.data_ptr(),
+            row_of=row_of.data_ptr(),
+            out=out.data_ptr(),
+            num_tokens=num_tokens,
+        )
+    return out
+
+
+def _permute_config(row_bytes: int, arch: str) -> PermuteConfig:
+    """The kernel of a row size, of the variant that the environment asks for."""
+    variant = variants.resolve("permute", arch)
+    return PermuteConfig.choose(row_bytes, variant=variant, limit=shared_limit(arch))
+
+
+@functools.cache
+def _launch(config: KernelConfig, device: int) -> Launch:
+    """Compiled and loaded at the first call of a shape; no peer waits for these kernels."""
+    if torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"{config.op} needs a kernel for {config} that is not compiled yet, and nothing can be "
+            "compiled while a CUDA graph is captured; run the call once before the capture"
+        )
+    return Launch(Kernel(config, device=device))
+
+
+@functools.cache
+def _num_sms(device: torch.device) -> int:
+    return int(torch.cuda.get_device_properties(device).multi_processor_count)
+
+
+def _stream(device: torch.device) -> int:
+    return int(torch._C._cuda_getCurrentRawStream(device.index))
+
+
+def _row_bytes(name: str, x: Tensor) -> int:
+    row_bytes = x.shape[1] * x.element_size()
+    if row_bytes == 0 or row_bytes % 16 or row_bytes > MAX_ROW_BYTES:
+        raise ValueError(
+            f"{name} has rows of {row_bytes} bytes ({x.shape[1]} x {x.dtype}); they must be a "
+            f"multiple of 16 bytes, at most {MAX_ROW_BYTES}"
+        )
+    check_aligned(name, x)
+    return row_bytes

@@ -1,0 +1,711 @@
+"""Dispatch and combine with gradients, for eager torch, `torch.compile` and `torch.export`.
+
+`dispatch` sends tokens to the ranks of their experts, `combine` brings the results back and sums
+them; each is the other's gradient. They are `torch.library` operators with fake kernels: sizes are
+static with `num_worst_tokens`, and symbols that only the run knows without it. What a dispatch
+leaves for its combine is tensors, so autograd, activation checkpointing and graphs carry it like
+any other value. `expert_major=True` orders the rows by expert, padded, with the counts on the
+device, as grouped matrix products take them.
+
+A group travels by its name: `group` is a torch process group, its name, or the name that
+`register_buffer` gave. The `Buffer` behind it is made at the first call, grows with the rows, and
+is freed at exit or by `free_buffers`.
+
+Words in the shapes: `T` tokens of this rank, `H` elements a row, `K` choices a token, `E` experts
+over all ranks, `L` experts of this rank, `R` ranks, `n` received tokens, `M` rows by expert.
+"""
+
+from __future__ import annotations
+
+import atexit
+import functools
+import itertools
+from typing import Any, Literal, NamedTuple, TypeAlias, overload
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from epjit import expert_major as by_expert
+from epjit.buffer import Buffer
+from epjit.reference.expert_major import Placement
+from epjit.reference.intranode import Handle
+
+__all__ = [
+    "Dispatched",
+    "ExpertHandle",
+    "ExpertRows",
+    "combine",
+    "dispatch",
+    "free_buffers",
+    "fused_combine",
+    "fused_dispatch",
+    "get_buffer",
+    "grouped_mm",
+    "permute",
+    "register_buffer",
+    "unpermute",
+    "unregister_buffer",
+]
+
+GroupLike: TypeAlias = "dist.ProcessGroup | str"
+
+
+class Dispatched(NamedTuple):
+    """What `dispatch` returns.
+
+    Attributes:
+        x: `[n, H]`, by source rank, then by token.
+        topk_idx: `[n, K]`, local experts, -1 for those of other ranks.
+        topk_weights: float32 `[n, K]`, 0 where the index is -1.
+        tokens_per_expert: int32 `[L]` on the device, not padded.
+        handle: For `combine`.
+    """
+
+    x: Tensor
+    topk_idx: Tensor
+    topk_weights: Tensor
+    tokens_per_expert: Tensor
+    handle: Handle
+
+
+class ExpertHandle(NamedTuple):
+    """What an expert-major dispatch leaves for `combine`."""
+
+    routing: Handle
+    placement: Placement
+
+
+class ExpertRows(NamedTuple):
+    """Rows in the order of the experts.
+
+    Attributes:
+        x: `[M, H]`: expert 0's rows, zeros up to a multiple of the alignment, expert 1's rows, ...
+            Undefined behind `ends[-1]`.
+        weights: float32 `[M]`, 0 for padding.
+        ends: int32 `[L]`: where each expert's rows end, padding included; `offs` of a grouped
+            matrix product.
+        tokens_per_expert: int32 `[L]`, without padding.
+        handle: For `combine` (of `dispatch`) or `unpermute` (of `permute`).
+    """
+
+    x: Tensor
+    weights: Tensor
+    ends: Tensor
+    tokens_per_expert: Tensor
+    handle: Any
+
+
+# ---- buffers ------------------------------------------------------------------------------------
+
+_managed: dict[str, Buffer] = {}
+_registered: dict[str, Buffer] = {}
+_numbers = itertools.count()
+
+
+def get_buffer(group: dist.ProcessGroup, hidden_bytes: int) -> Buffer:
+    """The Buffer of a group, made or grown so that rows of `hidden_bytes` travel well.
+
+    Collective when it is the first for this group, or when rows are longer than all before.
+
+    Args:
+        group: The ranks, up to 8 of one NVLink domain.
+        hidden_bytes: Bytes of one row.
+
+    Raises:
+        RuntimeError: A Buffer would have to be made while a CUDA graph is captured.
+    """
+    needed = _bytes_needed(group.size(), hidden_bytes, Buffer.num_sms)
+    found = _managed.get(group.group_name)
+    # A group that was destroyed and made again has the same name and needs a Buffer of its own.
+    is_usable = found is not None and found.group is group and found.runtime is not None
+    if found is not None and is_usable and found.num_nvl_bytes >= needed:
+        return found
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"the group {group.group_name!r} needs a Buffer of {needed} bytes, which cannot be "
+            "made while a CUDA graph is captured; call epjit.moe.get_buffer(group, hidden_bytes) "
+            "before"
+        )
+    if not _managed:
+        atexit.register(free_buffers)
+    if found is not None:
+        del _managed[group.group_name]
+        _destroy(found)
+    _managed[group.group_name] = Buffer(group, needed, explicitly_destroy=True)
+    return _managed[group.group_name]
+
+
+def free_buffers() -> None:
+    """Frees the Buffers of `get_buffer`; also done at exit.
+
+    Before or after `destroy_process_group`; a rank that has gone is not waited for long.
+    """
+    atexit.unregister(free_buffers)
+    while _managed:
+        _destroy(_managed.popitem()[1])
+
+
+def register_buffer(buffer: Buffer) -> str:
+    """Gives a Buffer of your own a name that the functions of this module take as `group`.
+
+    The Buffer stays yours to destroy, and is kept alive until `unregister_buffer`.
+    """
+    name = f"epjit-buffer-{next(_numbers)}"
+    _registered[name] = buffer
+    return name
+
+
+def unregister_buffer(name: str) -> None:
+    """Forgets a name of `register_buffer`."""
+    del _registered[name]
+
+
+@functools.cache
+def _bytes_needed(num_ranks: int, hidden_bytes: int, num_sms: int) -> int:
+    """`num_nvl_bytes`; what is cached depends on `num_sms`, through the default configs."""
+    configs = (Buffer.get_dispatch_config(num_ranks), Buffer.get_combine_config(num_ranks))
+    return max(config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks) for config in configs)
+
+
+def _destroy(buffer: Buffer) -> None:
+    if buffer.runtime is not None:
+        buffer.destroy()
+
+
+def _name(group: GroupLike) -> str:
+    return group if isinstance(group, str) else group.group_name
+
+
+def _resolve(name: str) -> dist.ProcessGroup:
+    # What torch's own functional collectives do; there is no public way from a name to a group.
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def _buffer(name: str, x: Tensor) -> Buffer:
+    found = _registered.get(name)
+    return found or get_buffer(_resolve(name), x.shape[1] * x.element_size())
+
+
+def _num_ranks(name: str) -> int:
+    found = _registered.get(name)
+    return _resolve(name).size() if found is None else found.group_size
+
+
+# ---- operators: communication -------------------------------------------------------------------
+
+_HANDLE = "Tensor h0, Tensor h1, Tensor h2, Tensor h3, Tensor h4, Tensor h5"
+_NUM_HANDLE = 6
+_TENSORS = ", ".join(["Tensor"] * 12)
+
+
+@torch.library.custom_op(
+    "epjit::dispatch",
+    mutates_args=(),
+    schema="(Tensor x, Tensor topk_idx, Tensor topk_weights, int num_experts, "
+    "int num_worst_tokens, int expert_alignment, int num_expert_rows, str group) "
+    f"-> ({_TENSORS})",
+)
+def _dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    num_experts: int,
+    num_worst_tokens: int,
+    expert_alignment: int,
+    num_expert_rows: int,
+    group: str,
+) -> tuple[Tensor, ...]:
+    """Received rows, their choices and weights; a placement (or three empty tensors); a handle."""
+    buffer = _buffer(group, x)
+    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, num_experts)
+    recv_x, recv_idx, recv_weights, counts, handle, _ = buffer.dispatch(
+        x,
+        num_tokens_per_rank=per_rank,
+        is_token_in_rank=in_rank,
+        num_tokens_per_expert=per_expert,
+        topk_idx=topk_idx,
+        topk_weights=topk_weights,
+        expert_alignment=max(expert_alignment, 1),
+        num_worst_tokens=num_worst_tokens,
+    )
+    assert isinstance(recv_x, Tensor)
+    assert recv_idx is not None
+    assert recv_weights is not None
+    assert handle is not None
+    placement = [torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(3)]
+    if expert_alignment:
+        local = num_experts // buffer.group_size
+        if num_worst_tokens:
+            n, num_topk = recv_idx.shape
+            bound = by_expert.row_bound(n, num_topk, local, expert_alignment)
+            num_rows = num_expert_rows or bound
+        else:
+            num_rows = sum(counts or ())
+        placed = by_expert.place(recv_idx, local, alignment=expert_alignment, num_rows=num_rows)
+        placement = [placed.row_of, placed.source, placed.ends]
+    return (recv_x, recv_idx, recv_weights, *placement, *handle)
+
+
+@_dispatch.register_fake
+def _(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    num_experts: int,
+    num_worst_tokens: int,
+    expert_alignment: int,
+    num_expert_rows: int,
+    group: str,
+) -> tuple[Tensor, ...]:
+    num_tokens, num_topk = topk_idx.shape
+    ranks = _num_ranks(group)
+    local = num_experts // ranks
+    n: Any = num_worst_tokens or torch.library.get_ctx().new_dynamic_size()
+    placement = [x.new_empty(0, dtype=torch.int32) for _ in range(3)]
+    if expert_alignment:
+        num_rows: Any = num_expert_rows or by_expert.row_bound(n, num_topk, local, expert_alignment)
+        if not num_worst_tokens:
+            num_rows = torch.library.get_ctx().new_dynamic_size()
+        placement = [
+            x.new_empty(shape, dtype=torch.int32) for shape in ((n, num_topk), num_rows, local)
+        ]
+    handle_shapes = ((ranks, ranks), (ranks,), (local,), (n,), (num_tokens, ranks))
+    handle = [x.new_empty(shape, dtype=torch.int32) for shape in handle_shapes]
+    handle[4] = x.new_empty(handle_shapes[4], dtype=torch.bool)
+    return (
+        x.new_empty((n, x.shape[1])),
+        topk_idx.new_empty((n, num_topk)),
+        topk_weights.new_empty((n, num_topk)),
+        *placement,
+        *handle,
+        x.new_empty((num_tokens, ranks), dtype=torch.int32),
+    )
+
+
+@torch.library.custom_op(
+    "epjit::combine", mutates_args=(), schema=f"(Tensor x, {_HANDLE}, str group) -> Tensor"
+)
+def _combine(x: Tensor, *handle_and_group: Any) -> Tensor:
+    """Rows back to their ranks, summed: `[T, H]`."""
+    *handle, group = handle_and_group
+    combined, _, _ = _buffer(group, x).combine(x, _as_handle(handle))
+    return combined
+
+
+@_combine.register_fake
+def _(x: Tensor, *handle_and_group: Any) -> Tensor:
+    return x.new_empty((handle_and_group[5].shape[0], x.shape[1]))
+
+
+@torch.library.custom_op(
+    "epjit::dispatch_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_x, Tensor grad_weights, {_HANDLE}, str group) -> (Tensor, Tensor)",
+)
+def _dispatch_backward(
+    grad_x: Tensor, grad_weights: Tensor, *handle_and_group: Any
+) -> tuple[Tensor, Tensor]:
+    """A token that went to several ranks gets the sum of the gradients of its copies."""
+    *handle, group = handle_and_group
+    x, weights, _ = _buffer(group, grad_x).combine(
+        grad_x, _as_handle(handle), topk_weights=grad_weights
+    )
+    assert weights is not None
+    return x, weights
+
+
+@_dispatch_backward.register_fake
+def _(grad_x: Tensor, grad_weights: Tensor, *handle_and_group: Any) -> tuple[Tensor, Tensor]:
+    num_tokens = handle_and_group[5].shape[0]
+    return (
+        grad_x.new_empty((num_tokens, grad_x.shape[1])),
+        grad_weights.new_empty((num_tokens, grad_weights.shape[1])),
+    )
+
+
+@torch.library.custom_op(
+    "epjit::combine_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_HANDLE}, str group) -> Tensor",
+)
+def _combine_backward(grad: Tensor, *handle_and_group: Any) -> Tensor:
+    """Every row that was added gets the gradient of the sum."""
+    *handle, group = handle_and_group
+    rows, *_ = _buffer(group, grad).dispatch(grad, handle=_as_handle(handle))
+    assert isinstance(rows, Tensor)
+    return rows
+
+
+@_combine_backward.register_fake
+def _(grad: Tensor, *handle_and_group: Any) -> Tensor:
+    return grad.new_empty((handle_and_group[3].shape[0], grad.shape[1]))
+
+
+def _as_handle(tensors: Any) -> Handle:
+    h0, h1, h2, h3, h4, h5 = tensors
+    return h0, h1, h2, h3, h4, h5
+
+
+def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.group = inputs[-1]
+    ctx.save_for_backward(output[1], *output[-_NUM_HANDLE:])
+
+
+def _grad_dispatch(ctx: Any, grad_x: Tensor, _: Any, grad_weights: Tensor, *others: Any) -> Any:
+    recv_topk_idx, *handle = ctx.saved_tensors
+    # The zeros that stand for choices of other ranks depend on no weight.
+    grad_weights = grad_weights.float().masked_fill(recv_topk_idx < 0, 0.0)
+    x, weights = torch.ops.epjit.dispatch_backward(
+        grad_x.contiguous(), grad_weights.contiguous(), *handle, ctx.group
+    )
+    return x, None, weights, None, None, None, None, None
+
+
+def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.group = inputs[-1]
+    ctx.save_for_backward(*inputs[1 : 1 + _NUM_HANDLE])
+
+
+def _grad_combine(ctx: Any, grad: Tensor) -> Any:
+    rows = torch.ops.epjit.combine_backward(grad.contiguous(), *ctx.saved_tensors, ctx.group)
+    return rows, *[None] * _NUM_HANDLE, None
+
+
+_dispatch.register_autograd(_grad_dispatch, setup_context=_setup_dispatch)
+_combine.register_autograd(_grad_combine, setup_context=_setup_combine)
+
+
+# ---- operators: the order of the experts --------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "epjit::place",
+    mutates_args=(),
+    schema="(Tensor topk_idx, int num_experts, int alignment, int num_rows) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _place(topk_idx: Tensor, num_experts: int, alignment: int, num_rows: int) -> tuple[Tensor, ...]:
+    """See `expert_major.place`."""
+    return tuple(by_expert.place(topk_idx, num_experts, alignment=alignment, num_rows=num_rows))
+
+
+@_place.register_fake
+def _(topk_idx: Tensor, num_experts: int, alignment: int, num_rows: int) -> tuple[Tensor, ...]:
+    shapes: tuple[Any, ...] = (topk_idx.shape, num_rows, num_experts, num_experts)
+    return tuple(topk_idx.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
+@torch.library.custom_op(
+    "epjit::permute",
+    mutates_args=(),
+    schema="(Tensor x, Tensor row_of, Tensor source, Tensor ends) -> Tensor",
+)
+def _permute(x: Tensor, row_of: Tensor, source: Tensor, ends: Tensor) -> Tensor:
+    """See `expert_major.permute`."""
+    return by_expert.permute(x, source, ends, num_topk=row_of.shape[1])
+
+
+@_permute.register_fake
+def _(x: Tensor, row_of: Tensor, source: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty((source.shape[0], x.shape[1]))
+
+
+@torch.library.custom_op(
+    "epjit::unpermute",
+    mutates_args=(),
+    schema="(Tensor rows, Tensor row_of, Tensor source, Tensor ends) -> Tensor",
+)
+def _unpermute(rows: Tensor, row_of: Tensor, source: Tensor, ends: Tensor) -> Tensor:
+    """See `expert_major.unpermute`."""
+    return by_expert.unpermute(rows, row_of)
+
+
+@_unpermute.register_fake
+def _(rows: Tensor, row_of: Tensor, source: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty((row_of.shape[0], rows.shape[1]))
+
+
+@torch.library.custom_op(
+    "epjit::permute_weights",
+    mutates_args=(),
+    schema="(Tensor weights, Tensor row_of, Tensor source) -> Tensor",
+)
+def _permute_weights(weights: Tensor, row_of: Tensor, source: Tensor) -> Tensor:
+    """The weight of each row, 0 for padding: `[M]`."""
+    return _take(weights.flatten(), source)
+
+
+@_permute_weights.register_fake
+def _(weights: Tensor, row_of: Tensor, source: Tensor) -> Tensor:
+    return weights.new_empty(source.shape)
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """Values by index; -1 is the zero that stands behind them."""
+    return F.pad(values, (0, 1))[index]
+
+
+def _setup_placed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[1:])
+
+
+def _grad_permute(ctx: Any, grad: Tensor) -> Any:
+    grad_x = torch.ops.epjit.unpermute(grad.contiguous(), *ctx.saved_tensors)
+    return grad_x, None, None, None
+
+
+def _grad_unpermute(ctx: Any, grad: Tensor) -> Any:
+    grad_rows = torch.ops.epjit.permute(grad.contiguous(), *ctx.saved_tensors)
+    return grad_rows, None, None, None
+
+
+def _grad_permute_weights(ctx: Any, grad: Tensor) -> Any:
+    row_of, _ = ctx.saved_tensors
+    return _take(grad, row_of), None, None
+
+
+_permute.register_autograd(_grad_permute, setup_context=_setup_placed)
+_unpermute.register_autograd(_grad_unpermute, setup_context=_setup_placed)
+_permute_weights.register_autograd(_grad_permute_weights, setup_context=_setup_placed)
+
+
+# ---- what users call ----------------------------------------------------------------------------
+
+
+@overload
+def dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    *,
+    num_experts: int,
+    group: GroupLike,
+    num_worst_tokens: int = ...,
+    expert_major: Literal[False] = ...,
+) -> Dispatched: ...
+@overload
+def dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    *,
+    num_experts: int,
+    group: GroupLike,
+    num_worst_tokens: int = ...,
+    expert_major: Literal[True],
+    expert_alignment: int = ...,
+    num_expert_rows: int = ...,
+) -> ExpertRows: ...
+def dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    *,
+    num_experts: int,
+    group: GroupLike,
+    num_worst_tokens: int = 0,
+    expert_major: bool = False,
+    expert_alignment: int = 1,
+    num_expert_rows: int = 0,
+) -> Dispatched | ExpertRows:
+    """Sends each token to the ranks of its experts; the gradient comes back by a combine.
+
+    Collective, forward and backward. The results are ready on the current stream.
+
+    Args:
+        x: bfloat16 or float16 `[T, H]`, rows a multiple of 16 bytes.
+        topk_idx: int64 or int32 `[T, K]`; anything outside `[0, E)` is no choice.
+        topk_weights: float32 `[T, K]`; gets a gradient too.
+        num_experts: `E`, a multiple of `R`.
+        group: Process group, its name, or a name of `register_buffer`.
+        num_worst_tokens: 0, or the number of rows of every output (at least what can arrive,
+            `R * max(T)`): the host waits for nothing and sizes are static. Rows that nothing
+            arrived for have `topk_idx` -1 and are undefined, in gradients too.
+        expert_major: Order the rows by expert instead of by source.
+        expert_alignment: With `expert_major`: each expert's rows are padded to a multiple of it.
+        num_expert_rows: With `expert_major` and `num_worst_tokens`: `M`; choices that do not fit
+            are dropped. 0 = always enough.
+
+    Returns:
+        `Dispatched`, or `ExpertRows` with `expert_major`.
+
+    Raises:
+        TypeError, ValueError: Arguments that do not fit; nothing was sent.
+        CommunicationError: A peer did not come.
+    """
+    if expert_alignment < 1:
+        raise ValueError(f"expert_alignment is {expert_alignment}, but must be at least 1")
+    if num_expert_rows and not (expert_major and num_worst_tokens):
+        raise ValueError(
+            f"num_expert_rows is {num_expert_rows}, which needs expert_major=True and "
+            "num_worst_tokens: without them the number of rows is what arrives"
+        )
+    recv_x, recv_idx, recv_weights, row_of, source, ends, *handle = torch.ops.epjit.dispatch(
+        x,
+        topk_idx,
+        topk_weights,
+        num_experts,
+        num_worst_tokens,
+        expert_alignment if expert_major else 0,
+        num_expert_rows,
+        _name(group),
+    )
+    routing = _as_handle(handle)
+    counts = routing[2]
+    if not expert_major:
+        return Dispatched(recv_x, recv_idx, recv_weights, counts, routing)
+    placement = Placement(row_of, source, ends, counts)
+    return ExpertRows(
+        torch.ops.epjit.permute(recv_x, row_of, source, ends),
+        torch.ops.epjit.permute_weights(recv_weights, row_of, source),
+        ends,
+        counts,
+        ExpertHandle(routing, placement),
+    )
+
+
+def combine(x: Tensor, handle: Handle | ExpertHandle, *, group: GroupLike) -> Tensor:
+    """Brings rows back to the ranks of their tokens and sums them; nothing is weighted.
+
+    Collective, forward and backward: the gradient travels by a cached dispatch.
+
+    Args:
+        x: bfloat16 or float16, one row for each row of the dispatch: `[n, H]`, or `[M, H]` by
+            expert.
+        handle: From the dispatch.
+        group: As in the dispatch.
+
+    Returns:
+        `[T, H]`, the sum in fp32 over the ranks of each token, rounded once. By expert the rows of
+        a rank are summed first, and rounded.
+
+    Raises:
+        TypeError, ValueError: Arguments that do not fit; nothing was sent.
+        CommunicationError: A peer did not come.
+    """
+    if isinstance(handle, ExpertHandle):
+        x = unpermute(x, handle.placement)
+        handle = handle.routing
+    result: Tensor = torch.ops.epjit.combine(x, *handle, _name(group))
+    return result
+
+
+def permute(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    *,
+    num_experts: int,
+    alignment: int = 1,
+    num_rows: int = 0,
+) -> ExpertRows:
+    """Orders tokens by expert, a row for each choice; local, and the host does not wait.
+
+    Args:
+        x: `[n, H]`; with gradients bfloat16 or float16 on the GPU.
+        topk_idx: int32 or int64 `[n, K]`, local experts; outside `[0, num_experts)` is no choice.
+        topk_weights: float32 `[n, K]`.
+        num_experts: `L`.
+        alignment: Each expert's rows are padded to a multiple of it.
+        num_rows: `M`; choices that do not fit are dropped. 0 = always enough.
+
+    Returns:
+        `ExpertRows`; its handle is for `unpermute`.
+    """
+    n, num_topk = topk_idx.shape
+    num_rows = num_rows or by_expert.row_bound(n, num_topk, num_experts, alignment)
+    placement = Placement(*torch.ops.epjit.place(topk_idx, num_experts, alignment, num_rows))
+    row_of, source, ends, counts = placement
+    return ExpertRows(
+        torch.ops.epjit.permute(x, row_of, source, ends),
+        torch.ops.epjit.permute_weights(topk_weights, row_of, source),
+        ends,
+        counts,
+        placement,
+    )
+
+
+def unpermute(x: Tensor, handle: Placement) -> Tensor:
+    """Sums the rows of each token: the transpose of `permute`, so weigh the rows before.
+
+    Args:
+        x: `[M, H]`, bfloat16 or float16 on the GPU.
+        handle: From `permute`.
+
+    Returns:
+        `[n, H]`, the sum in fp32, rounded once; zeros for a token with no choice here.
+    """
+    row_of, source, ends, _ = handle
+    result: Tensor = torch.ops.epjit.unpermute(x, row_of, source, ends)
+    return result
+
+
+def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Multiplies each expert's rows with its matrix.
+
+    torch's grouped product where there is one for this dtype, without a host wait; else a loop
+    that reads `ends` on the host.
+
+    Args:
+        x: `[M, H]`, as `dispatch(expert_major=True)` orders it.
+        weights: `[L, H, F]`.
+        ends: int32 `[L]`.
+
+    Returns:
+        `[M, F]`; undefined (in the loop: zeros) behind `ends[-1]`.
+    """
+    if hasattr(F, "grouped_mm") and x.dtype == weights.dtype == torch.bfloat16:
+        return F.grouped_mm(x, weights, offs=ends)
+    starts = [0, *ends.tolist()]
+    parts = [
+        x[start:end] @ weight
+        for start, end, weight in zip(starts, starts[1:], weights, strict=False)
+    ]
+    return torch.cat([*parts, x.new_zeros((x.shape[0] - starts[-1], weights.shape[2]))])
+
+
+def fused_dispatch(
+    x: Tensor,
+    token_indices: Tensor,
+    token_probs: Tensor,
+    num_experts: int,
+    group: GroupLike,
+    async_finish: bool = False,
+    allocate_on_comm_stream: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Handle]:
+    """`dispatch` with the signature of Megatron's `fused_dispatch`.
+
+    Args:
+        x: `[T, H]`.
+        token_indices: int64 `[T, K]`.
+        token_probs: float32 `[T, K]`.
+        num_experts: `E`.
+        group: Process group or name.
+        async_finish: No difference: the result is always ready on the current stream.
+        allocate_on_comm_stream: No difference.
+
+    Returns:
+        Received rows, choices, weights, `tokens_per_expert` (int32 `[L]`, on the device, where
+        Megatron's is on the host), the handle.
+    """
+    del async_finish, allocate_on_comm_stream
+    out = dispatch(x, token_indices, token_probs, num_experts=num_experts, group=group)
+    return out.x, out.topk_idx, out.topk_weights, out.tokens_per_expert, out.handle
+
+
+def fused_combine(
+    x: Tensor,
+    group: GroupLike,
+    handle: Handle,
+    async_finish: bool = False,
+    allocate_on_comm_stream: bool = False,
+) -> tuple[Tensor, None]:
+    """`combine` with the signature of Megatron's `fused_combine`.
+
+    Returns:
+        `[T, H]` and None (Megatron's event).
+    """
+    del async_finish, allocate_on_comm_stream
+    return combine(x, handle, group=group), None

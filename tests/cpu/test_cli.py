@@ -1,0 +1,342 @@
+"""`python -m epjit`: every command, on a machine without a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tarfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+from typer.testing import CliRunner
+
+from epjit import tuned
+from epjit.cli import app, doctor
+from epjit.cli.cache import readable
+from epjit.runtime.cache import CubinCache, Entry
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = ["--hidden", "256", "--experts", "8", "--topk", "2", "--tokens", "16", "--sms", "4"]
+
+
+@pytest.fixture(autouse=True)
+def cache_dir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache of its own for each test."""
+    monkeypatch.setenv("EPJIT_CACHE_DIR", str(tmp_path / "cache"))
+    tuned.load.cache_clear()
+    tuned.best.cache_clear()
+    return tmp_path / "cache"
+
+
+def invoke(*arguments: object, code: int = 0) -> str:
+    """Runs a command in this process; returns what it wrote to stdout."""
+    result = CliRunner().invoke(app, [str(each) for each in arguments])
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    assert result.exit_code == code, result.output
+    return result.stdout
+
+
+def run(*arguments: object, code: int = 0, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Runs a command as a user does."""
+    path = f"{ROOT}{os.pathsep}{ROOT / 'compat'}"
+    done = subprocess.run(
+        [sys.executable, "-m", "epjit", *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == code, done.stdout + done.stderr
+    return done
+
+
+# ---- doctor -------------------------------------------------------------------------------------
+
+
+def test_doctor_says_what_is_there() -> None:
+    checks = json.loads(invoke("doctor", "--json", "--no-peers"))["checks"]
+    assert {"platform", "packages", "compiler", "GPUs", "cache"} <= {c["section"] for c in checks}
+    assert all(check["remedy"] for check in checks if check["status"] == "wrong")
+    found = {check["name"]: check for check in checks}
+    assert found["torch"]["status"] == "ok"
+    assert "torch/__init__.py" in found["torch"]["value"]
+    assert re.search(r"libnvrtc\.so", found["NVRTC"]["value"])
+
+
+def test_doctor_fails_when_something_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPJIT_TIMEOUT_SECONDS", "soon")
+    text = invoke("doctor", "--no-peers", code=1)
+    assert "EPJIT_TIMEOUT_SECONDS='soon' is not a number greater than 0" in text
+    assert "-> unset EPJIT_TIMEOUT_SECONDS" in text
+
+
+def test_doctor_names_a_cache_that_others_can_write(cache_dir: Path) -> None:
+    (cache_dir / "cubins").mkdir(parents=True, mode=0o777)
+    (cache_dir / "cubins").chmod(0o777)
+    text = invoke("doctor", "--no-peers", code=1)
+    assert "is open to others (mode 777); run: chmod 700" in text
+
+
+def test_doctor_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "torch", None)
+    found = {check.name: check for check in doctor.check_packages()}
+    assert found["torch"].status is doctor.Status.wrong
+    assert found["torch"].remedy == "pip install 'epjit[torch]'"
+
+
+def test_doctor_on_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The lines of GPUs and links, with what a driver would say."""
+    from epjit.bench import peers
+    from epjit.runtime import device, driver
+
+    links = [
+        peers.PeerLink(0, 1, accessible=True, gigabytes_per_second=388.0, latency_us=1.3),
+        peers.PeerLink(1, 0, accessible=True, gigabytes_per_second=12.0, latency_us=4.0),
+        peers.PeerLink(1, 2, accessible=False),
+    ]
+    monkeypatch.setattr(device, "count", lambda: 2)
+    monkeypatch.setattr(device, "arch_of", lambda index: ("sm_90a", "sm_75")[index])
+    monkeypatch.setattr(device, "name", lambda index: "NVIDIA H200")
+    monkeypatch.setattr(device, "num_sms", lambda index: 132)
+    monkeypatch.setattr(driver, "call", lambda name, *args: 12080)
+    monkeypatch.setattr(peers, "measure", lambda: iter(links))
+    found = {check.name: check for check in [*doctor.check_gpus(), *doctor.check_peers()]}
+    assert found["driver"].value.endswith("CUDA 12.8")
+    assert found["GPU 0"].value == "NVIDIA H200, sm_90a, 132 SMs"
+    assert found["GPU 1"].status is doctor.Status.wrong
+    assert found["torch"].status is doctor.Status.wrong, "torch sees no GPU here"
+    assert found["GPU 0 reads GPU 1"].value == "388.0 GB/s, 1.3 us a load"
+    assert found["GPU 1 reads GPU 0"].status is doctor.Status.warning
+    assert "CUDA_VISIBLE_DEVICES" in found["GPU 1 reads GPU 2"].remedy
+    fits = {check.name: check for check in doctor.check_compiler()}["fits the driver"]
+    assert fits.status is doctor.Status.wrong
+    assert "epjit[cu12]" in fits.remedy
+
+
+# ---- warmup and cache ---------------------------------------------------------------------------
+
+
+def test_warmup_compiles_once_and_the_cache_travels(cache_dir: Path, tmp_path: Path) -> None:
+    shape = [
+        "--arch",
+        "sm_90a",
+        "--ranks",
+        "2",
+        "--hidden",
+        "256",
+        "--topk",
+        "2",
+        "--dtype",
+        "bf16",
+    ]
+    assert "7 compiled, 0 were in the cache" in invoke("warmup", *shape)
+    assert "0 compiled, 7 were in the cache" in invoke("warmup", *shape)
+    entries = json.loads(invoke("cache", "list", "--json"))["entries"]
+    kernels = {entry["kernel"] for entry in entries}
+    assert "epjit::intranode_r2_h512_s0_k2::dispatch" in kernels
+    assert {entry["arch"] for entry in entries} == {"sm_90a"}
+    assert json.loads(invoke("cache", "size", "--json"))["entries"] == 7
+
+    archive = tmp_path / "kernels.tar"
+    assert "3 compiled, 7 were in the cache" in invoke("warmup", *shape, "--experts", 8)
+    assert "moe_e4.place" in CliRunner().invoke(app, ["warmup", *shape, "--experts", "8"]).output
+    assert "10 kernels written" in invoke("cache", "export", archive)
+    assert "10 kernels deleted" in invoke("cache", "clear", "--yes")
+    assert "0 kernels" in invoke("cache", "size")
+    assert "10 kernels added" in invoke("cache", "import", archive)
+    assert "0 compiled" in invoke("warmup", *shape)
+    assert (cache_dir / "cubins").stat().st_mode & 0o077 == 0
+
+
+def test_warmup_takes_the_archs_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
+    text = invoke("warmup", "--ranks", 1, "--hidden", 64, "--topk", 0, "--dtype", "fp16")
+    assert "for sm_80, sm_90a" in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--ranks", "9"], "9 ranks and top-8: there are kernels for 1 to 8 ranks"),
+        (["--hidden", "7"], "a row of 7 bf16 has 14 bytes, but must have a multiple of 16"),
+        (["--topk-bits", "16"], "--topk-bits is 16"),
+        (["--experts", "9"], "--experts is 9, no multiple of 8 ranks"),
+        (["--arch", "hopper"], "arch is 'hopper'"),
+    ],
+)
+def test_warmup_refuses(arguments: list[str], said: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        invoke("warmup", "--arch", "sm_90a", *arguments)
+
+
+def test_import_refuses_what_is_no_entry(tmp_path: Path, cache_dir: Path) -> None:
+    cache = CubinCache()
+    cache.prepare()
+    cache.put("a" * 64, Entry("symbol", "log", b"cubin"))
+    sound = tmp_path / "sound.tar"
+    assert cache.export(sound) == 1
+    with tarfile.open(sound) as tar:
+        member = tar.getmembers()[0]
+        data = bytearray(tar.extractfile(member).read())  # type: ignore[union-attr]
+    data[-1] ^= 1
+    cases: dict[str, tuple[str, bytes, str]] = {
+        "damaged": (member.name, bytes(data), "is damaged"),
+        "outside": ("../" + member.name, bytes(data), "which is no entry of this cache"),
+        "other": ("notes.txt", b"hello", "which is no entry of this cache"),
+    }
+    cache.clear()
+    for name, (inside, content, said) in cases.items():
+        (tmp_path / "content").write_bytes(content)
+        archive = tmp_path / f"{name}.tar"
+        with tarfile.open(sound) as tar, tarfile.open(archive, "w") as out:
+            good = tar.getmembers()[0]
+            good.name = "b" * 64 + ".cubin"
+            out.addfile(good, tar.extractfile(good))
+            out.add(tmp_path / "content", inside)
+        with pytest.raises(ValueError, match=said):
+            cache.import_archive(archive)
+        assert cache.stored() == [], "an archive that is refused must leave nothing"
+
+
+def test_a_damaged_entry_is_listed_and_not_exported(tmp_path: Path) -> None:
+    cache = CubinCache()
+    cache.prepare()
+    cache.put("a" * 64, Entry("symbol", "log", b"cubin"))
+    (cache.directory / ("b" * 64 + ".cubin")).write_bytes(b"half of it")
+    assert sorted(each.entry is None for each in cache.stored()) == [False, True]
+    assert "damaged" in invoke("cache", "list")
+    assert cache.export(tmp_path / "x.tar") == 1
+
+
+def test_readable() -> None:
+    assert readable("_ZN5epjit12intranode_r86layoutENS_12LayoutParamsE") == (
+        "epjit::intranode_r8::layout"
+    )
+    assert readable("probe") == "probe"
+
+
+def test_variants_names_every_one() -> None:
+    found = json.loads(invoke("variants", "--arch", "sm_80", "--json"))["variants"]
+    taken = {each["op"]: each["variant"] for each in found if each["chosen"]}
+    assert taken["dispatch"] == taken["combine"] == "ldst"
+    assert {each["set"] for each in found} >= {"EPJIT_DISPATCH_VARIANT=push"}
+
+
+# ---- bench and tune -----------------------------------------------------------------------------
+
+
+def test_bench_on_the_cpu_backend(tmp_path: Path) -> None:
+    out, plot = tmp_path / "out.jsonl", tmp_path / "out.png"
+    done = run("bench", *SMALL, "--compare", "deep_ep", "--json", out, EPJIT_BACKEND="cpu")
+    assert "the CPU backend, whose times say nothing" in done.stderr
+    assert "epjit faster" in done.stdout
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    assert rows[0]["op"] == "run"
+    assert rows[0]["ranks"] == 2
+    results = {(row["module"], row["op"], row.get("dtype")) for row in rows[1:]}
+    for module in ("epjit", "deep_ep"):
+        assert (module, "dispatch cached", "fp8") in results
+        assert (module, "combine", "bf16") in results
+    from epjit.cli.bench import draw
+
+    draw(rows, plot)
+    assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_bench_refuses_before_it_starts() -> None:
+    with pytest.raises(ValueError, match=r"3 ranks do not divide 8 experts.*must be even"):
+        invoke("bench", "--ranks", 3, "--experts", 8, "--topk", 2, "--sms", 5)
+
+
+def test_tune_keeps_what_buffer_then_uses(cache_dir: Path) -> None:
+    done = run("tune", *SMALL, "--sms", "6", "--json", EPJIT_BACKEND="cpu")
+    winners = json.loads(done.stdout)["winners"]
+    assert [each["op"] for each in winners] == ["dispatch", "combine"]
+    code = (
+        "from epjit import Buffer\n"
+        "print(Buffer.get_dispatch_config(2).num_sms, Buffer.get_combine_config(2).num_sms,\n"
+        "      Buffer.get_dispatch_config(4).num_sms)\n"
+        "Buffer.set_num_sms(20)\n"
+        "print(Buffer.get_dispatch_config(2).num_sms)\n"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT), "EPJIT_BACKEND": "cpu"}
+    said = subprocess.run(
+        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
+    ).stdout
+    sms = [each["num_sms"] for each in winners]
+    assert said.split() == [str(sms[0]), str(sms[1]), "20", "20"]
+
+
+def test_an_error_is_one_line() -> None:
+    done = run("warmup", "--arch", "sm_90a", "--hidden", "7", code=2)
+    assert done.stderr.startswith("error: a row of 7 bf16 has 14 bytes")
+    assert "Traceback" not in done.stderr
+
+
+def winner(**values: Any) -> tuned.Tuned:
+    """A winner whose other values do not matter."""
+    given = {
+        "gpu": "G",
+        "op": "dispatch",
+        "num_ranks": 2,
+        "hidden_bytes": 14336,
+        "num_tokens": 4096,
+        "num_sms": 24,
+        "variant": "push",
+        "us": 1.0,
+        "version": "0",
+    }
+    return tuned.Tuned(**{**given, **values})
+
+
+def test_winners_prefers_fewer_sms_within_the_slack() -> None:
+    from epjit.bench.tune import winners
+
+    rows: list[dict[str, Any]] = [{"op": "run", "device": "G", "ranks": 2, "hidden": 64}]
+    times = {("tma", 4): 300.0, ("tma", 12): 101.0, ("push", 12): 100.5, ("tma", 24): 100.0}
+    for op in ("dispatch", "combine"):
+        for (variant, sms), us in times.items():
+            rows.append({"op": op, "variant": variant, "tokens": 8, "sms": sms, "us": us})
+    best = winners(rows, slack=0.02)[0]
+    assert (best.num_sms, best.variant, best.hidden_bytes) == (12, "push", 128)
+    assert winners(rows, slack=0.0)[0].num_sms == 24
+
+
+def test_tuned_finds_the_nearest_shape() -> None:
+    few = winner(num_tokens=128, num_sms=8)
+    narrow = winner(hidden_bytes=4096, num_sms=12)
+    many = winner()
+    tuned.store([few, narrow])
+    tuned.store([many, winner(gpu="H", num_sms=2)])
+    assert len(tuned.load()) == 4
+    best = tuned.best
+    assert best("dispatch", gpu="G", num_ranks=2) in (many, narrow)
+    assert best("dispatch", gpu="G", num_ranks=2, hidden_bytes=16384, num_tokens=200) == few
+    assert best("dispatch", gpu="G", num_ranks=2, hidden_bytes=16384, num_tokens=9999) == many
+    assert best("dispatch", gpu="G", num_ranks=2, hidden_bytes=4000, num_tokens=1) == narrow
+    assert best("combine", gpu="G", num_ranks=2) is None
+    tuned.store([winner(num_sms=16)])
+    assert len(tuned.load()) == 4, "the winner of a shape is replaced"
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2}', '{"format": 1, "winners": [{}]}'])
+def test_a_damaged_tuned_file_is_a_warning(cache_dir: Path, text: str) -> None:
+    cache_dir.mkdir()
+    (cache_dir / "tuned.json").write_text(text)
+    with pytest.warns(UserWarning, match=r"tuned\.json cannot be used"):
+        assert tuned.load() == ()
+
+
+def test_auto_takes_the_tuned_variant_where_it_runs() -> None:
+    from epjit import intranode  # noqa: F401  (registers them)
+    from epjit.runtime import variants
+
+    assert variants.resolve("dispatch", "sm_90a", tuned="tma") == "tma"
+    assert variants.resolve("dispatch", "sm_80", tuned="push") == "ldst"
+    assert variants.resolve("dispatch", "sm_90a", tuned="gone") == "push"

@@ -1,0 +1,195 @@
+"""README and docs: every block runs, every message that is explained exists, the site builds."""
+
+from __future__ import annotations
+
+import ast
+import importlib.util
+import os
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.launch import run
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "compat/README.md"]
+BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
+RUN = {"python": "python", "bash": "bash"}
+
+
+def blocks(page: Path, language: str) -> list[str]:
+    """The fenced blocks of a language."""
+    return [code for found, code in BLOCK.findall(page.read_text()) if found == language]
+
+
+def ids(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_every_block_is_of_a_language_that_is_run(page: Path) -> None:
+    languages = {language for language, _ in BLOCK.findall(page.read_text())}
+    assert languages <= set(RUN) | {"text"}, "```text is for what is not code"
+
+
+# ---- Python -------------------------------------------------------------------------------------
+
+
+def prelude(group: Any) -> dict[str, Any]:
+    """What the pages take for granted: a group of two ranks, tokens, experts."""
+    import torch
+
+    torch.manual_seed(group.rank())
+    probabilities = torch.rand(16, 8)
+    topk_weights, topk_idx = probabilities.topk(2, dim=1)
+    return {
+        "group": group,
+        "x": torch.randn(16, 256).bfloat16().requires_grad_(),
+        "topk_idx": topk_idx,
+        "topk_weights": topk_weights.requires_grad_(),
+        "num_experts": 8,
+        "expert_matrices": torch.randn(4, 256, 256).bfloat16().requires_grad_(),
+        "my_experts": lambda rows, *_: rows.to(torch.bfloat16),
+        "max_tokens": 16,
+        "hidden": 256,
+        "num_ranks": group.size(),
+    }
+
+
+def run_page(group: Any, name: str) -> None:
+    """All blocks of a page, one after the other, in one namespace."""
+    page = ROOT / name
+    sys.path.insert(0, str(ROOT / "compat"))
+    names = prelude(group)
+    for number, code in enumerate(blocks(page, "python")):
+        exec(compile(code, f"{page.name}, block {number}", "exec"), names)
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=ids)
+def test_python_blocks_run(page: Path) -> None:
+    run(run_page, 2, page.relative_to(ROOT).as_posix())
+
+
+# ---- commands -----------------------------------------------------------------------------------
+
+
+def check_by_reading(command: list[str]) -> str:
+    """What is wrong with a command that a test cannot run; empty when nothing is."""
+    project = (ROOT / "pyproject.toml").read_text()
+    match command:
+        case ["pip", "install", *requirements]:
+            section = project.partition("[project.optional-dependencies]")[2].partition("\n[")[0]
+            extras = set(re.findall(r"^(\w+) = \[", section, re.MULTILINE))
+            for requirement in requirements:
+                asked = re.fullmatch(r"(?:epjit|\.)\[([\w,]+)\]", requirement)
+                if asked and not set(asked[1].split(",")) <= extras:
+                    return f"{requirement}: the extras are {sorted(extras)}"
+                if requirement.startswith("./") and not (ROOT / requirement).is_dir():
+                    return f"there is no {requirement}"
+            return ""
+        case ["make", target, *_]:
+            targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+            return "" if target in targets else f"the Makefile has no {target}"
+        case ["git", "clone", *_] | ["cd", _]:
+            return ""
+    return "nothing runs or checks this command"
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")], ids=ids)
+def test_commands_run(page: Path, tmp_path: Path) -> None:
+    environment = {
+        **os.environ,
+        "EPJIT_CACHE_DIR": str(tmp_path / "cache"),
+        "EPJIT_BACKEND": "cpu",
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'compat'}",
+    }
+    for line in "".join(blocks(page, "bash")).splitlines():
+        for part in line.partition("#")[0].split("&&"):
+            command = shlex.split(part)
+            if command[:3] != ["python", "-m", "epjit"]:
+                assert not command or not check_by_reading(command), (
+                    line,
+                    check_by_reading(command),
+                )
+                continue
+            done = subprocess.run(
+                [sys.executable, *command[1:]],
+                env=environment,
+                cwd=tmp_path,
+                capture_output=True,
+                text=True,
+                timeout=200,
+                check=False,
+            )
+            assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+
+
+# ---- messages -----------------------------------------------------------------------------------
+
+
+def texts_of(source: Path) -> list[str]:
+    """Every string of a module; what is filled in is ``{}``."""
+    found = []
+    for node in ast.walk(ast.parse(source.read_text())):
+        if isinstance(node, ast.Constant) and isinstance(node.value, str):
+            found.append(node.value)
+        elif isinstance(node, ast.JoinedStr):
+            parts = [p.value if isinstance(p, ast.Constant) else "{}" for p in node.values]
+            found.append("".join(map(str, parts)))
+    return found
+
+
+def test_every_message_that_is_explained_exists() -> None:
+    texts = "\n".join(t for file in (ROOT / "epjit").rglob("*.py") for t in texts_of(file))
+    headings = re.findall(r"^### (.*)$", (ROOT / "docs/troubleshooting.md").read_text(), re.M)
+    assert len(headings) > 15
+    for heading in headings:
+        pattern = re.sub(r"\\\{\w+\\\}", r"\\{\\}", re.escape(heading))
+        assert re.search(pattern, texts), f"no message says {heading!r}"
+
+
+# ---- generated parts ----------------------------------------------------------------------------
+
+
+def hooks() -> Any:
+    spec = importlib.util.spec_from_file_location("docs_hooks", ROOT / "docs" / "hooks.py")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_table_of_variables_is_that_of_the_code() -> None:
+    from epjit import env
+
+    page = hooks().on_page_markdown((ROOT / "docs" / "environment.md").read_text())
+    assert "<!--" not in page
+    for variable in env.VARIABLES:
+        assert f"| `{variable.name}` |" in page
+    readme = (ROOT / "README.md").read_text()
+    known = {variable.name for variable in env.VARIABLES}
+    assert set(re.findall(r"`(EPJIT_\w+)`", readme)) <= known
+
+
+def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
+    pytest.importorskip("material")
+    pytest.importorskip("mkdocstrings_handlers.python")
+    done = subprocess.run(
+        [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", tmp_path / "site"],
+        cwd=ROOT,
+        env={**os.environ, "NO_MKDOCS_2_WARNING": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    api = (tmp_path / "site" / "api" / "index.html").read_text()
+    for name in ("get_dispatch_layout", "CommunicationError", "fused_dispatch", "ExpertRows"):
+        assert name in api

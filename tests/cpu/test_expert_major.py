@@ -1,0 +1,201 @@
+"""Rows in the order of the experts: the reference against brute force, the kernels emulated."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from epjit import expert_major
+from epjit.expert_major import PermuteConfig, PlaceConfig, UnpermuteConfig, row_bound
+from epjit.reference import expert_major as reference
+from epjit.runtime.jit import KernelConfig, params_type
+from tests.emulation import build
+from tests.emulation.build import Launch, emulate, guarded
+
+needs_gxx = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="needs g++")
+
+# tokens, top-k, experts, alignment, rows (0 = always enough)
+SHAPES = [
+    (0, 2, 3, 4, 0),
+    (1, 1, 1, 1, 0),
+    (13, 3, 5, 8, 0),
+    (70, 4, 3, 16, 0),
+    (200, 8, 7, 1, 0),
+    (60, 2, 4, 8, 40),  # too few rows: the rest is dropped
+]
+
+
+def selections(num_tokens: int, num_topk: int, num_experts: int, *, seed: int = 0) -> Tensor:
+    """Random experts; some choices select nothing, and some experts get nothing."""
+    generator = torch.Generator().manual_seed(seed)
+    shape = (num_tokens, num_topk)
+    idx = torch.randint(-2, num_experts + 2, shape, generator=generator)
+    return idx.masked_fill(idx == 1, 0)
+
+
+def brute_force(
+    idx: Tensor, num_experts: int, alignment: int, num_rows: int
+) -> tuple[list[int], list[int], list[int], list[int]]:
+    """Place, one selection after the other."""
+    flat = idx.flatten().tolist()
+    row_of, source = [-1] * len(flat), [-1] * num_rows
+    row, end, count = 0, [], []
+    for expert in range(num_experts):
+        mine = [i for i, chosen in enumerate(flat) if chosen == expert]
+        for at, selection in enumerate(mine):
+            if row + at < num_rows:
+                row_of[selection], source[row + at] = row + at, selection
+        row += -(-len(mine) // alignment) * alignment
+        end.append(min(row, num_rows))
+        count.append(len(mine))
+    return row_of, source, end, count
+
+
+@pytest.mark.parametrize(("tokens", "topk", "experts", "alignment", "rows"), SHAPES)
+@pytest.mark.parametrize("dtype", [torch.int64, torch.int32])
+def test_place_against_brute_force(
+    tokens: int, topk: int, experts: int, alignment: int, rows: int, dtype: torch.dtype
+) -> None:
+    idx = selections(tokens, topk, experts).to(dtype)
+    num_rows = rows or row_bound(tokens, topk, experts, alignment)
+    placed = expert_major.place(idx, experts, alignment=alignment, num_rows=num_rows)
+    wanted = brute_force(idx, experts, alignment, num_rows)
+    assert tuple(each.flatten().tolist() for each in placed) == wanted
+    if not rows:
+        assert int((placed.row_of >= 0).sum()) == sum(wanted[3]), "the bound is always enough"
+
+
+def test_permute_and_unpermute_are_each_others_transpose() -> None:
+    idx = selections(37, 4, 5)
+    placed = expert_major.place(idx, 5, alignment=8, num_rows=row_bound(37, 4, 5, 8))
+    x = torch.randn(37, 6, dtype=torch.float64)
+    y = torch.randn(placed.source.shape[0], 6, dtype=torch.float64)
+    rows = expert_major.permute(x, placed.source, placed.ends, num_topk=4)
+    back = expert_major.unpermute(y, placed.row_of)
+    assert torch.allclose((rows * y).sum(), (x * back).sum())
+    assert torch.equal(rows[placed.source < 0], torch.zeros_like(rows[placed.source < 0]))
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"num_experts": 0}, "num_experts is 0"),
+        ({"alignment": 0}, "alignment is 0"),
+        ({"num_rows": -1}, "num_rows -1"),
+        ({"alignment": 1 << 30}, "the kernels count to"),
+        ({"topk_idx": torch.zeros(4, 40, dtype=torch.int64)}, "top-k is 40"),
+        ({"topk_idx": torch.zeros(4, dtype=torch.int64)}, "topk_idx has shape"),
+    ],
+)
+def test_place_refuses(change: dict[str, Any], said: str) -> None:
+    given = {
+        "topk_idx": torch.zeros(4, 2, dtype=torch.int64),
+        "num_experts": 3,
+        "alignment": 8,
+        "num_rows": 64,
+    }
+    with pytest.raises(ValueError, match=said):
+        expert_major.place(**{**given, **change})
+
+
+# ---- the kernels --------------------------------------------------------------------------------
+
+
+def run(config: KernelConfig, grid: int, seed: int, **values: Any) -> None:
+    """One launch; tensors become addresses."""
+    params = params_type(config.source, type(config).__name__.replace("Config", "Params"))()
+    assert {name for name, *_ in params._fields_} == set(values)
+    for name, value in values.items():
+        setattr(params, name, value.data_ptr() if isinstance(value, Tensor) else value)
+    emulate([Launch(config, params, grid=grid)], seed=seed)
+
+
+def copied(tensor: Tensor) -> Tensor:
+    """The same where an access beyond the end is seen."""
+    memory = guarded(*tensor.shape, dtype=tensor.dtype)
+    return memory.copy_(tensor) if tensor.numel() else memory
+
+
+@needs_gxx
+@pytest.mark.parametrize(("tokens", "topk", "experts", "alignment", "rows"), SHAPES)
+@pytest.mark.parametrize("wide", [True, False])
+def test_place_kernel(
+    tokens: int, topk: int, experts: int, alignment: int, rows: int, wide: bool
+) -> None:
+    idx = selections(tokens, topk, experts, seed=3).to(torch.int64 if wide else torch.int32)
+    num_rows = rows or row_bound(tokens, topk, experts, alignment)
+    wanted = reference.place(idx, experts, alignment=alignment, num_rows=num_rows)
+    got = [guarded(*each.shape, dtype=torch.int32) for each in wanted]
+    row_of, source, end, count = got
+    run(
+        PlaceConfig(experts, wide),
+        experts,
+        tokens,
+        topk_idx=copied(idx),
+        row_of=row_of,
+        source=source,
+        end=end,
+        count=count,
+        num_selections=idx.numel(),
+        num_rows=num_rows,
+        alignment=alignment,
+    )
+    for name, mine, theirs in zip(wanted._fields, got, wanted, strict=True):
+        assert torch.equal(mine, theirs), name
+
+
+@needs_gxx
+@pytest.mark.parametrize("tma", [True, False])
+@pytest.mark.parametrize(("tokens", "topk", "experts", "alignment", "rows"), SHAPES)
+@pytest.mark.parametrize("row_bytes", [16, 1040])
+def test_permute_kernel(
+    tma: bool, tokens: int, topk: int, experts: int, alignment: int, rows: int, row_bytes: int
+) -> None:
+    num_rows = rows or row_bound(tokens, topk, experts, alignment)
+    placed = reference.place(
+        selections(tokens, topk, experts, seed=4), experts, alignment=alignment, num_rows=num_rows
+    )
+    x = copied(torch.randint(1, 256, (tokens, row_bytes), dtype=torch.uint8))
+    got = guarded(num_rows, row_bytes, dtype=torch.uint8)
+    run(
+        PermuteConfig(row_bytes, tma, num_warps=3, rows_per_warp=2),
+        2,
+        tokens + 1,
+        x=x,
+        source=copied(placed.source),
+        end=copied(placed.ends)[-1:],
+        rows=got,
+        num_topk=topk,
+    )
+    last = int(placed.ends[-1])
+    assert torch.equal(got[:last], reference.permute(x, placed.source, topk)[:last])
+    assert bool((got[last:] == 0xEE).all()), "rows behind the last expert are left alone"
+
+
+@needs_gxx
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("tokens", "topk", "experts", "alignment", "rows"), SHAPES)
+@pytest.mark.parametrize("hidden", [8, 1032])
+def test_unpermute_kernel(
+    dtype: torch.dtype, tokens: int, topk: int, experts: int, alignment: int, rows: int, hidden: int
+) -> None:
+    num_rows = rows or row_bound(tokens, topk, experts, alignment)
+    placed = reference.place(
+        selections(tokens, topk, experts, seed=5), experts, alignment=alignment, num_rows=num_rows
+    )
+    values = torch.randn(num_rows, hidden).to(dtype)
+    got = guarded(tokens, hidden, dtype=dtype)
+    run(
+        UnpermuteConfig(2 * hidden, topk, dtype == torch.float16),
+        2,
+        tokens + 2,
+        rows=copied(values),
+        row_of=copied(placed.row_of),
+        out=got,
+        num_tokens=tokens,
+    )
+    assert torch.equal(got, reference.unpermute(values, placed.row_of))

@@ -1,0 +1,79 @@
+"""`epjit.moe` on one GPU: the kernels that order rows against the reference, a layer of a rank."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from epjit import expert_major
+from epjit.expert_major import row_bound
+from epjit.reference import expert_major as reference
+from tests import moe_bodies
+from tests.gpu.ranks import SMALL
+from tests.launch import run
+
+SHAPES = ((333, 8, 32, 128), (1, 1, 1, 1), (0, 4, 7, 16), (5000, 8, 3, 1), (64, 32, 256, 8))
+
+
+@pytest.mark.parametrize(("tokens", "topk", "experts", "alignment"), SHAPES)
+@pytest.mark.parametrize("wide", [True, False])
+def test_place(tokens: int, topk: int, experts: int, alignment: int, wide: bool) -> None:
+    idx = torch.randint(-2, experts + 2, (tokens, topk), dtype=torch.int64 if wide else torch.int32)
+    for num_rows in (row_bound(tokens, topk, experts, alignment), tokens * topk // 3):
+        wanted = reference.place(idx, experts, alignment=alignment, num_rows=num_rows)
+        got = expert_major.place(idx.cuda(), experts, alignment=alignment, num_rows=num_rows)
+        for name, mine, theirs in zip(wanted._fields, got, wanted, strict=True):
+            assert torch.equal(mine.cpu(), theirs), name
+
+
+@pytest.mark.parametrize("variant", ["tma", "ldst"])
+@pytest.mark.parametrize("hidden", [64] if SMALL else [7168, 2880, 16384, 8])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_permute_and_unpermute(
+    variant: str, hidden: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EPJIT_PERMUTE_VARIANT", variant)
+    for tokens, topk, experts, alignment in SHAPES[: 2 if SMALL else None]:
+        idx = torch.randint(-2, experts + 2, (tokens, topk))
+        placed = reference.place(
+            idx,
+            experts,
+            alignment=alignment,
+            num_rows=row_bound(tokens, topk, experts, alignment),
+        )
+        x = torch.randn(tokens, hidden).to(dtype)
+        rows = reference.permute(x, placed.source, topk)
+        on_gpu = [each.cuda() for each in placed]
+        got = expert_major.permute(x.cuda(), on_gpu[1], on_gpu[2], num_topk=topk)
+        last = int(placed.ends[-1])
+        assert torch.equal(got[:last].cpu(), rows[:last])
+        y = torch.randn(rows.shape).to(dtype)
+        wanted = reference.unpermute(y, placed.row_of)
+        assert torch.equal(expert_major.unpermute(y.cuda(), on_gpu[0]).cpu(), wanted)
+
+
+def test_place_and_permute_in_a_graph() -> None:
+    idx = torch.randint(0, 8, (100, 4), device="cuda")
+    x = torch.randn(100, 256, device="cuda", dtype=torch.bfloat16)
+
+    def step() -> torch.Tensor:
+        placed = expert_major.place(idx, 8, alignment=16, num_rows=row_bound(100, 4, 8, 16))
+        rows = expert_major.permute(x, placed.source, placed.ends, num_topk=4)
+        return expert_major.unpermute(rows, placed.row_of)
+
+    step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = step()
+    x.copy_(torch.randn_like(x))
+    graph.replay()
+    assert torch.equal(out, (4 * x.float()).bfloat16())
+
+
+@pytest.mark.parametrize("body", ["eager", "checkpointed", "exported"])
+def test_a_layer_of_one_rank(body: str) -> None:
+    run(getattr(moe_bodies, body), 1, timeout=240)
+
+
+def test_compiled_layer_of_one_rank() -> None:
+    run(moe_bodies.compiled, 1, "inductor", timeout=400)
