@@ -275,6 +275,31 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
                     )
 
 
+def warmup_shapes(
+    *,
+    hidden: int,
+    num_experts: int,
+    num_topk: int,
+    topk_is_int64: bool,
+    row_format: RowFormat,
+    use_logfmt: bool = False,
+) -> tuple[LowLatencyDispatchShape, LowLatencyCombineShape]:
+    """What a Buffer launches for calls of these sizes."""
+    return (
+        LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, topk_is_int64),
+        LowLatencyCombineShape(num_experts, hidden, num_topk, topk_is_int64, use_logfmt),
+    )
+
+
+def warmup_configs(
+    shapes: Iterable[LowLatencyDispatchShape | LowLatencyCombineShape], *, num_ranks: int, arch: str
+) -> Iterator[KernelConfig]:
+    """What a Buffer in low-latency mode compiles for these shapes on an architecture."""
+    yield CleanConfig(num_ranks)
+    for shape in shapes:
+        yield _config(shape, num_ranks, arch)
+
+
 class _Arena:
     """Where the parts of a rank's symmetric memory lie, in bytes from its start."""
 
@@ -417,16 +442,19 @@ class LowLatency:
         archs: Iterable[str],
     ) -> None:
         """Compiles and loads the kernels of these sizes; compiles them for `archs` as well."""
-        shapes = (
-            LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, topk_is_int64),
-            LowLatencyCombineShape(num_experts, hidden, num_topk, topk_is_int64, use_logfmt),
+        shapes = warmup_shapes(
+            hidden=hidden,
+            num_experts=num_experts,
+            num_topk=num_topk,
+            topk_is_int64=topk_is_int64,
+            row_format=row_format,
+            use_logfmt=use_logfmt,
         )
         for shape in shapes:
             self.launch(shape)
         for arch in archs:
-            compile_kernel(CleanConfig(self._group.size), arch=arch)
-            for shape in shapes:
-                compile_kernel(_config(shape, self._group.size, arch), arch=arch)
+            for config in warmup_configs(shapes, num_ranks=self._group.size, arch=arch):
+                compile_kernel(config, arch=arch)
 
     # ---- operations ------------------------------------------------------------------------------
 

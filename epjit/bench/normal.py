@@ -304,9 +304,9 @@ def measure_ceilings(
     return found
 
 
-def worker(rank: int, settings: Settings, port: int, queue: Any) -> None:
-    """One rank: measures, and rank 0 reports."""
-    from epjit import __version__, env, intranode  # noqa: F401  (it registers its variants)
+def start(rank: int, settings: Settings, port: int, queue: Any) -> tuple[dist.ProcessGroup, Say]:
+    """Meets the other ranks; returns the group, and what reports a row (of rank 0)."""
+    from epjit import __version__, env, intranode, low_latency  # noqa: F401  (they have variants)
     from epjit.runtime import variants
 
     on_cpu = settings.device == "cpu"
@@ -331,6 +331,12 @@ def worker(rank: int, settings: Settings, port: int, queue: Any) -> None:
         torch=torch.__version__,
         variants={op: env.variant(op) for op in variants.operations()},
     )
+    return group, say
+
+
+def worker(rank: int, settings: Settings, port: int, queue: Any) -> None:
+    """One rank: measures, and rank 0 reports."""
+    group, say = start(rank, settings, port, queue)
     all_sms = sorted({*settings.sms, *settings.sweep})
     ceilings = measure_ceilings(group, settings, all_sms, say)
     for name in settings.modules:

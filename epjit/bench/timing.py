@@ -129,7 +129,7 @@ def run_ranks(
     try:
         while not context.join(timeout=0.1):
             drain()
-    except mp.ProcessException as error:  # type: ignore[attr-defined]
+    except (mp.ProcessRaisedException, mp.ProcessExitedException) as error:
         raise RuntimeError(f"rank {error.error_index} failed: {error}") from None
     drain()
     return rows

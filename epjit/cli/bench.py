@@ -29,7 +29,13 @@ def bench(
     hidden: Annotated[int, typer.Option(help="Elements a row.")] = 7168,
     topk: Annotated[int, typer.Option(help="Choices a token.")] = 8,
     experts: Annotated[int, typer.Option(help="Over all ranks.")] = 256,
-    tokens: Annotated[list[int], typer.Option(help="A rank; once for each.")] = [4096, 128],  # noqa: B006
+    tokens: Annotated[
+        list[int] | None,
+        typer.Option(help="A rank; once for each. 4096 and 128, or 128 and 8 (low latency)."),
+    ] = None,
+    low_latency: Annotated[
+        bool, typer.Option("--low-latency", help="The low-latency calls instead.")
+    ] = False,
     sms: Annotated[list[int], typer.Option(help="Even; once for each.")] = [24, 12],  # noqa: B006
     sweep: Annotated[bool, typer.Option(help="4 to 32 SMs at the most tokens.")] = False,
     nvl_bytes: Annotated[int, typer.Option(help="num_nvl_bytes of Buffer; 0 = enough.")] = 0,
@@ -46,6 +52,7 @@ def bench(
     ] = None,
 ) -> None:
     """Time every operation; on the CPU backend where there is no GPU."""
+    from epjit.bench import low_latency as low_latency_bench
     from epjit.bench import normal
 
     ranks, device = ranks_and_device(ranks)
@@ -56,7 +63,7 @@ def bench(
         hidden=hidden,
         topk=topk,
         experts=experts,
-        tokens=tuple(tokens),
+        tokens=tuple(tokens or ((128, 8) if low_latency else (4096, 128))),
         sms=tuple(sms),
         sweep=normal.SWEEP if sweep or plot else (),
         nvl_bytes=nvl_bytes or default_nvl_bytes(device),
@@ -75,7 +82,8 @@ def bench(
                 with json_file.open("a") as file:
                     file.write(json.dumps(row) + "\n")
 
-        rows = normal.run(settings, on_row=on_row)
+        run = low_latency_bench.run if low_latency else normal.run
+        rows = run(settings, on_row=on_row)
     print_table(rows)
     if plot is not None:
         draw(rows, plot)

@@ -41,6 +41,9 @@ def warmup(
         Dtype.bf16,
         Dtype.fp8,
     ],
+    low_latency: Annotated[
+        bool, typer.Option("--low-latency", help="The low-latency kernels instead; see --experts.")
+    ] = False,
     topk_bits: Annotated[int, typer.Option(help="64 or 32: width of a choice.")] = 64,
 ) -> None:
     """Compile the kernels of given shapes into the cache; needs no GPU."""
@@ -63,6 +66,7 @@ def warmup(
             experts=experts,
             dtypes=dtype,
             wide=topk_bits == 64,
+            low_latency=low_latency,
         )
     ]
     version()  # NVRTC is missing: say so once, before anything starts
@@ -94,6 +98,7 @@ def configs(
     experts: int,
     dtypes: Iterable[Dtype],
     wide: bool,
+    low_latency: bool = False,
 ) -> list[KernelConfig]:
     """What Buffers of these shapes compile on an architecture, each kernel once.
 
@@ -105,6 +110,8 @@ def configs(
     from epjit.intranode import warmup_configs, warmup_shapes
 
     found: dict[KernelConfig, None] = {}
+    if low_latency and not experts:
+        raise ValueError("--low-latency needs --experts: its kernels are compiled for their number")
     for num_ranks in ranks:
         for elements in hidden:
             for dtype in dtypes:
@@ -119,6 +126,15 @@ def configs(
                         f"a row of {elements} {dtype.value} has {row_bytes} bytes, but must have a "
                         f"multiple of 16, at most {MAX_ROW_BYTES}"
                     )
+                if experts < 0 or experts % num_ranks:
+                    raise ValueError(f"--experts is {experts}, no multiple of {num_ranks} ranks")
+                if low_latency:
+                    found |= dict.fromkeys(
+                        _low_latency(
+                            num_ranks, arch, elements, experts, topk, dtype=dtype, wide=wide
+                        )
+                    )
+                    continue
                 shapes = warmup_shapes(
                     row_bytes,
                     num_topk=topk,
@@ -130,8 +146,6 @@ def configs(
                 found |= dict.fromkeys(made)
                 if not experts or dtype is Dtype.fp8:
                     continue
-                if experts < 0 or experts % num_ranks:
-                    raise ValueError(f"--experts is {experts}, no multiple of {num_ranks} ranks")
                 by_expert = expert_major.warmup_configs(
                     row_bytes,
                     num_topk=topk,
@@ -142,6 +156,30 @@ def configs(
                 )
                 found |= dict.fromkeys(by_expert)
     return list(found)
+
+
+def _low_latency(
+    num_ranks: int, arch: str, hidden: int, experts: int, topk: int, *, dtype: Dtype, wide: bool
+) -> list[KernelConfig]:
+    """What low-latency calls compile; their rows arrive as bf16 or FP8."""
+    from epjit import low_latency
+    from epjit.formats import BF16, FP8
+
+    row_format = FP8 if dtype is Dtype.fp8 else BF16
+    if dtype is Dtype.fp16 or topk < 1 or hidden % row_format.granularity:
+        raise ValueError(
+            f"low-latency rows of {hidden} {dtype.value} with top-{topk}: they are bf16 with a "
+            f"multiple of {BF16.granularity} channels or fp8 with one of {FP8.granularity}, and "
+            "top-k is at least 1"
+        )
+    shapes = low_latency.warmup_shapes(
+        hidden=hidden,
+        num_experts=experts,
+        num_topk=topk,
+        topk_is_int64=wide,
+        row_format=row_format,
+    )
+    return list(low_latency.warmup_configs(shapes, num_ranks=num_ranks, arch=arch))
 
 
 def _default_archs() -> dict[str, str]:

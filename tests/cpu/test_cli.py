@@ -15,6 +15,8 @@ import pytest
 from typer.testing import CliRunner
 
 from epjit import tuned
+from epjit.bench import low_latency
+from epjit.bench.normal import Settings
 from epjit.cli import app, doctor
 from epjit.cli.cache import readable
 from epjit.runtime.cache import CubinCache, Entry
@@ -154,6 +156,15 @@ def test_warmup_compiles_once_and_the_cache_travels(cache_dir: Path, tmp_path: P
     assert (cache_dir / "cubins").stat().st_mode & 0o077 == 0
 
 
+def test_low_latency_warmup() -> None:
+    shape = ("--low-latency", "--arch", "sm_80", "--ranks", 2, "--hidden", 128, "--topk", 2)
+    with pytest.raises(ValueError, match="--low-latency needs --experts"):
+        invoke("warmup", *shape)
+    with pytest.raises(ValueError, match=r"64 fp8 with top-2.*bf16.*fp8"):
+        invoke("warmup", *shape, "--experts", 8, "--hidden", 64)
+    assert "4 compiled" in invoke("warmup", *shape, "--experts", 8)
+
+
 def test_warmup_takes_the_archs_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
     text = invoke("warmup", "--ranks", 1, "--hidden", 64, "--topk", 0, "--dtype", "fp16")
@@ -247,6 +258,33 @@ def test_bench_on_the_cpu_backend(tmp_path: Path) -> None:
 
     draw(rows, plot)
     assert plot.read_bytes().startswith(b"\x89PNG")
+
+
+def test_low_latency_bench_on_the_cpu_backend(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    arguments = [*SMALL, "--low-latency", "--tokens", 4, "--compare", "deep_ep", "--json", out]
+    run("bench", *arguments, EPJIT_BACKEND="cpu")
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    results = {(row["module"], row["op"], row["dtype"]) for row in rows[1:]}
+    for module in ("epjit", "deep_ep"):
+        for dtype in ("fp8", "bf16"):
+            assert (module, "low-latency dispatch", dtype) in results
+            assert (module, "low-latency combine", dtype) in results
+            assert (module, "low-latency pair, eager", dtype) in results
+
+
+def test_bench_says_what_a_rank_died_of() -> None:
+    settings = Settings(
+        ranks=1,
+        hidden=128,
+        experts=1,
+        topk=1,
+        tokens=(1,),
+        compare=("no_such_module",),
+        device="cpu",
+    )
+    with pytest.raises(RuntimeError, match=r"rank 0 failed(?s:.*)no_such_module"):
+        low_latency.run(settings, on_row=len)
 
 
 def test_bench_refuses_before_it_starts() -> None:
