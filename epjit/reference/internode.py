@@ -92,7 +92,7 @@ def layout(
     """
     num_ranks = sum(len(domain) for domain in domains)
     per_rank, per_expert, in_rank = intranode.layout(topk_idx, num_experts, num_ranks)
-    per_domain = _in_domain(in_rank, domains).sum(dim=0, dtype=torch.int32)
+    per_domain = in_domain(in_rank, domains).sum(dim=0, dtype=torch.int32)
     return per_rank, per_domain, per_expert, in_rank
 
 
@@ -118,13 +118,13 @@ def notify(
     """
     domain, local = place_of(rank, domains)
     in_rank = inputs[rank].is_token_in_rank
-    in_domain = _in_domain(in_rank, domains)
+    to_domain = in_domain(in_rank, domains)
     send_tokens = torch.zeros((len(domains), in_rank.shape[0]), dtype=torch.int32, device="cpu")
     for number in range(len(domains)):
-        tokens = torch.nonzero(in_domain[:, number]).flatten()
+        tokens = torch.nonzero(to_domain[:, number]).flatten()
         send_tokens[number, : len(tokens)] = tokens
 
-    channels = [_in_domain(each.is_token_in_rank, domains)[:, domain] for each in inputs]
+    channels = [in_domain(each.is_token_in_rank, domains)[:, domain] for each in inputs]
     lengths = torch.stack([channel.sum(dtype=torch.int32) for channel in channels])
     channel_tokens = lengths[torch.tensor(domains, device="cpu")]
 
@@ -160,7 +160,7 @@ def notify(
         expert_counts,
         rows_from.cumsum(dim=0).to(torch.int32),
         pad_rows(recv_src_meta, num_rows),
-        positions(in_domain),
+        positions(to_domain),
         pad_rows(send_nvl_head, num_passing),
     )
 
@@ -282,7 +282,7 @@ def _flat(handles: Sequence[Handle]) -> list[intranode.Handle]:
     ]
 
 
-def _in_domain(is_token_in_rank: Tensor, domains: Domains) -> Tensor:
+def in_domain(is_token_in_rank: Tensor, domains: Domains) -> Tensor:
     """Whether a token goes to any rank of a domain: bool `[T, D]`."""
     return is_token_in_rank[:, torch.tensor(domains, device="cpu")].any(dim=2)
 
