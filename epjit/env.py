@@ -195,6 +195,13 @@ topk_idx_bits: Variable[int] = Variable(
     "Width of an expert index; decides what `epjit.topk_idx_t` is.",
     _index_bits,
 )
+nvlink_domain: Variable[int] = Variable(
+    "EPJIT_NVLINK_DOMAIN",
+    "a whole number greater than 0",
+    0,
+    "Cuts each NVLink domain that is found into pieces of so many ranks.",
+    _positive_int,
+)
 nvshmem_dir: Variable[Path | None] = Variable(
     "NVSHMEM_DIR",
     "a path",
