@@ -78,6 +78,13 @@ def _positive_int(text: str) -> int:
     return number
 
 
+def _natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
+
+
 def _path(text: str) -> Path:
     return Path(text).expanduser()
 
@@ -195,6 +202,14 @@ topk_idx_bits: Variable[int] = Variable(
     "Width of an expert index; decides what `epjit.topk_idx_t` is.",
     _index_bits,
 )
+transport: Variable[str] = Variable(
+    "EPJIT_TRANSPORT",
+    "'auto', 'nvshmem' or 'loopback'",
+    "auto",
+    "What carries bytes between NVLink domains; auto takes loopback (loads and stores, for tests) "
+    "when all ranks are threads of one process, else NVSHMEM.",
+    _choice("auto", "nvshmem", "loopback"),
+)
 nvlink_domain: Variable[int] = Variable(
     "EPJIT_NVLINK_DOMAIN",
     "a whole number greater than 0",
@@ -202,12 +217,27 @@ nvlink_domain: Variable[int] = Variable(
     "Cuts each NVLink domain that is found into pieces of so many ranks.",
     _positive_int,
 )
+loopback_seed: Variable[int] = Variable(
+    "EPJIT_LOOPBACK_SEED",
+    "a whole number, 0 or more",
+    0,
+    "Draws the delays and the order of the loopback transport; 0 means no delays.",
+    _natural,
+)
 nvshmem_dir: Variable[Path | None] = Variable(
     "NVSHMEM_DIR",
     "a path",
     None,
     "Root of an NVSHMEM installation; by default that of the installed package.",
     _path,
+)
+nvshmem_ib_enable_ibgda: Variable[bool] = Variable(
+    "NVSHMEM_IB_ENABLE_IBGDA",
+    _FLAG,
+    False,
+    "NVSHMEM's own: the GPU drives the NIC itself; kernels are then linked with NVSHMEM's device "
+    "library.",
+    _flag,
 )
 torch_cuda_arch_list: Variable[tuple[str, ...]] = Variable(
     "TORCH_CUDA_ARCH_LIST",

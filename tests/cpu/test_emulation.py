@@ -30,9 +30,11 @@ class SelftestParams(ctypes.Structure):
         ("own", ctypes.c_uint64),
         ("next", ctypes.c_uint64),
         ("timeout_ns", ctypes.c_uint64),
+        ("transport", ctypes.c_uint64),
         ("num_rows", ctypes.c_int32),
         ("kind", ctypes.c_int32),
         ("rank", ctypes.c_int32),
+        ("pe", ctypes.c_int32),
     )
 
 
@@ -171,6 +173,64 @@ def test_misuse_of_bulk_copies_is_named(kind: str, message: str) -> None:
     with pytest.raises(EmulationError, match=message) as caught:
         run_copy(kind, 0)
     assert "rank 0, selftest, block" in str(caught.value)
+
+
+def run_put(kind: str, seed: int, **options: Any) -> int:
+    """Bytes that the second rank saw wrong when their signals were there; pes are 1 and 0."""
+    num_rows, out = 17, words(1)
+    rows = [guarded(num_rows, ROW_BYTES, dtype=torch.uint8) for _ in range(2)]
+    sources = [guarded(NUM_WARPS, ROW_BYTES, dtype=torch.uint8) for _ in range(2)]
+    signals = [guarded(num_rows, dtype=torch.int64, fill=0) for _ in range(2)]
+    records = build.transport([rows, sources, signals], pes=[1, 0])
+    launches = [
+        selftest(
+            kind,
+            rank=rank,
+            src=sources[rank],
+            dst=rows[rank],
+            own=signals[rank],
+            out=out,
+            num_rows=num_rows,
+            transport=records[rank],
+            pe=rank,
+        )
+        for rank in range(2)
+    ]
+    emulate(launches, seed=seed, **options)
+    assert signals[1].tolist() == [1] * num_rows
+    return int(out[0])
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_put_and_what_it_promises(seed: int) -> None:
+    assert run_put("kPut", seed) == 0
+    assert run_put("kPutFence", seed) == 0
+    assert run_put("kPut", seed, latest_message=0) == 0
+
+
+@pytest.mark.parametrize("kind", ["kPutNoQuiet", "kPutFillsLate", "kPutNoFence", "kPutOtherThread"])
+def test_put_without_what_it_needs_is_seen(kind: str) -> None:
+    """A source that changes too early or is filled too late, a signal that no fence holds back."""
+    wrong = [run_put(kind, seed) for seed in range(6)]
+    assert max(wrong) > 0
+    assert wrong == [run_put(kind, seed) for seed in range(6)]  # the seed decides all of it
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("kPutUnequal", "lane 7 does not call it with the arguments of lane"),
+        ("kPutOutside", "does not lie in symmetric memory of this rank"),
+        ("kPutMisaligned", "all must be multiples of 16"),
+    ],
+)
+def test_misuse_of_put_is_named(kind: str, message: str) -> None:
+    with pytest.raises(EmulationError, match=message) as caught:
+        run_put(kind, 0)
+    assert "rank 0, selftest, block 0, thread" in str(caught.value)
+    assert "epjit_put_signal" in str(caught.value)
+    if shutil.which("addr2line"):
+        assert re.search(r"selftest\.cu:\d+", str(caught.value))
 
 
 def ring(size: int, present: list[int], *, timeout_ns: int, **options: Any) -> list[int]:

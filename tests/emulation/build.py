@@ -94,6 +94,7 @@ class _Options(ctypes.Structure):
         ("basic_blocks", ctypes.c_uint64),
         ("max_passes", ctypes.c_uint64),
         ("nanoseconds_per_pass", ctypes.c_uint64),
+        ("latest_message", ctypes.c_uint64),
     )
 
 
@@ -118,18 +119,20 @@ def emulate(
     nanoseconds_per_pass: int = 10,
     yield_percent: int = 20,
     basic_blocks: int = 200,
+    latest_message: int = 20_000,
 ) -> Report:
     """Runs launches until all have ended.
 
     Args:
         launches: Kernels; those of one rank follow each other, those of different ranks overlap.
-        seed: Decides the order of threads and when bulk copies complete.
+        seed: Decides the order of threads and when bulk copies and messages complete.
         order: How threads take turns; "auto" lets the seed choose.
         delay: Rank to passes before its first launch starts. To withhold a rank, do not launch it.
         max_passes: More is an error (a wait that never ends).
         nanoseconds_per_pass: Emulated time of one turn of one warp.
         yield_percent: Chance to yield at an atomic or a release.
         basic_blocks: Mean number of basic blocks between preemptions; 0 = none.
+        latest_message: Passes that a piece of what goes to another rank takes at most.
 
     Returns:
         What the run took.
@@ -140,7 +143,15 @@ def emulate(
     core = _core()
     entries = [_entry(launch) for launch in launches]
     chosen = ORDERS[order] if order != "auto" else seed % len(ORDERS)
-    options = _Options(seed, chosen, yield_percent, basic_blocks, max_passes, nanoseconds_per_pass)
+    options = _Options(
+        seed,
+        chosen,
+        yield_percent,
+        basic_blocks,
+        max_passes,
+        nanoseconds_per_pass,
+        latest_message,
+    )
     report = _Report()
     with _LOCK:
         for launch, entry in zip(launches, entries, strict=True):
@@ -188,6 +199,36 @@ def guarded(*shape: int, dtype: torch.dtype, fill: int = 0xEE) -> torch.Tensor:
     weakref.finalize(array, core.emulate_free, address, nbytes)
     flat = torch.frombuffer(array, dtype=torch.uint8).fill_(fill)
     return flat[: count * dtype.itemsize].view(dtype).view(shape)
+
+
+def transport(
+    memories: Sequence[Sequence[torch.Tensor]], *, pes: Sequence[int] | None = None
+) -> list[torch.Tensor]:
+    """What kernels of each rank get as `transport`, by the address of its first element.
+
+    Args:
+        memories: Each a region of symmetric memory, one tensor a rank, of equal sizes. The records
+            hold their addresses: keep them.
+        pes: The transport's number of each rank; by default the rank.
+
+    Returns:
+        int64, one record a rank.
+    """
+    num_ranks = len(memories[0])
+    pes = range(num_ranks) if pes is None else pes
+    regions: list[int] = []
+    for region in memories:
+        sizes = {each.nbytes for each in region}
+        if len(sizes) != 1 or len(region) != num_ranks:
+            raise ValueError(f"a region of {len(region)} ranks has sizes {sorted(sizes)}")
+        addresses = [0] * num_ranks
+        for rank, each in enumerate(region):
+            addresses[pes[rank]] = each.data_ptr()
+        regions += [*sizes, *addresses]
+    return [
+        torch.tensor([num_ranks, pes[rank], len(memories), *regions], dtype=torch.int64)
+        for rank in range(num_ranks)
+    ]
 
 
 def render(config: Config, params_type: type[ctypes.Structure]) -> str:

@@ -1,5 +1,5 @@
-// The scheduler of emulated kernels: fibers, collectives, bulk copies, and what is said when a
-// kernel is wrong.
+// The scheduler of emulated kernels: fibers, collectives, bulk copies, messages between ranks, and
+// what is said when a kernel is wrong.
 //
 // A pass lets the runnable lanes of one warp run once each, up to their next yield; which warp and
 // which lanes first is drawn from the seed. A pass is also the unit of emulated time. Launches of
@@ -31,6 +31,9 @@ namespace emulate {
 
 Thread* current = nullptr;
 bool is_preemptible = true;
+
+// meet(), called at `place`.
+const uint64_t* meet_at(int kind, unsigned mask, uint64_t value, int line, void* place);
 
 namespace {
 
@@ -125,6 +128,8 @@ struct Fiber : Thread {
   // bulk stores of this thread
   std::vector<int> stores;  // copies that have not landed
   unsigned committed = 0;   // groups
+  unsigned fences = 0;      // of this thread
+  unsigned puts = 0;        // that its warp has made with it
 };
 
 struct Warp {
@@ -133,6 +138,8 @@ struct Warp {
   unsigned runnable = 0, done = 0;
   int ready = -1;  // place in the list of warps that can run
   uint64_t id;
+  uint64_t number;    // no other warp of the run has it
+  unsigned puts = 0;  // that are sent
 };
 
 struct Kernel;
@@ -178,7 +185,32 @@ struct Copy {
   std::vector<char> data;
 };
 
-enum class EventType { kStart, kBlock, kCopy, kFinish };
+// What a warp or a thread has sent to another rank; order is kept between messages of one thread.
+struct Message {
+  std::string sender;   // to be named if this fails
+  uint64_t warp;        // that sent it, a number of its own
+  unsigned lanes;       // that sent it
+  unsigned fences[32];  // of each lane, before
+  int pe;
+  char* dst;
+  const char* src;
+  unsigned bytes;
+  uint64_t* signal;  // or null
+  uint64_t value;
+  int pieces_left = 0;
+  bool is_urgent = false;  // a quiet() waits for it
+};
+
+// One step of a message: bytes, or its signal.
+struct Step {
+  std::shared_ptr<Message> message;
+  unsigned begin, bytes;  // 0 bytes: the signal
+  bool is_early;          // `data` was read when it was sent
+  std::vector<char> data;
+  uint64_t due;
+};
+
+enum class EventType { kStart, kBlock, kCopy, kMessage, kFinish };
 struct Event {
   uint64_t due, order;
   EventType type;
@@ -195,6 +227,7 @@ struct Options {
   uint64_t basic_blocks;  // mean number between two preemptions; 0 = none
   uint64_t max_passes;
   uint64_t nanoseconds_per_pass;
+  uint64_t latest_message;  // passes that a message takes at most
 };
 
 struct Report {
@@ -205,6 +238,11 @@ std::map<int, Stream> streams;
 std::vector<Warp*> ready;
 std::vector<Copy> copies;
 std::vector<int> free_copies;
+std::vector<Step> steps;
+std::vector<int> free_steps;
+std::vector<std::shared_ptr<Message>> messages;  // that are not over
+uint64_t num_warps;
+const char* landing = nullptr;  // sender of the message that is being moved
 std::priority_queue<Event, std::vector<Event>, std::greater<Event>> events;
 uint64_t pass, switches, event_order;
 uint64_t blocks_left;  // basic blocks until the next preemption
@@ -249,7 +287,7 @@ void say_fiber(const Fiber& fiber) {
 
 const char* kind_name(int kind) {
   static const char* const names[] = {"__syncwarp", "a shuffle", "__ballot_sync", "__any_sync",
-                                      "__all_sync", "__reduce",  "__match"};
+                                      "__all_sync", "__reduce",  "__match",       "epjit_put"};
   return names[kind];
 }
 
@@ -329,7 +367,7 @@ void on_signal(int number, siginfo_t* info, void* data) {
   if (running) {
     say_fiber(*running);
   } else {
-    say("a bulk copy");
+    say("%s", landing ? landing : "a bulk copy");
   }
   const char* address = static_cast<const char*>(info->si_addr);
   if (number == SIGILL || number == SIGTRAP) {
@@ -634,6 +672,147 @@ void advance_copy(int index) {
   running = nullptr;
 }
 
+// ---- messages between ranks ---------------------------------------------------------------------
+
+// Whether a fence of a thread that sent both lies between them.
+bool must_wait(const Message& message) {
+  for (auto& other : messages) {
+    if (other.get() == &message) return false;  // those that follow were sent later
+    if (other->warp != message.warp || other->pe != message.pe) continue;
+    const unsigned common = other->lanes & message.lanes;
+    for (int lane = 0; lane < 32; ++lane)
+      if (common >> lane & 1 && other->fences[lane] < message.fences[lane]) return true;
+  }
+  return false;
+}
+
+uint64_t draw_delay(const Message& message) {
+  if (message.is_urgent) return random_below(40);
+  const uint64_t dice = random_below(8);
+  const uint64_t latest = std::max<uint64_t>(options.latest_message, 1);
+  if (dice < 4) return random_below(std::min<uint64_t>(latest, 100));
+  return random_below(dice < 7 ? (latest + 9) / 10 : latest);
+}
+
+void schedule_step(Step step) {
+  int index = static_cast<int>(steps.size());
+  if (free_steps.empty()) {
+    steps.emplace_back();
+  } else {
+    index = free_steps.back();
+    free_steps.pop_back();
+  }
+  step.due = pass + 1 + draw_delay(*step.message);
+  schedule(step.due, EventType::kMessage, 0, index);
+  steps[static_cast<size_t>(index)] = std::move(step);
+}
+
+void advance_step(int index) {
+  Step& step = steps[static_cast<size_t>(index)];
+  if (step.due > pass) return;  // was given another time, or is over
+  const std::shared_ptr<Message> message = step.message;
+  if (must_wait(*message)) {
+    step.due = pass + 1 + random_below(40);
+    schedule(step.due, EventType::kMessage, 0, index);
+    return;
+  }
+  landing = message->sender.c_str();
+  if (step.bytes != 0)
+    memcpy(message->dst + step.begin, step.is_early ? step.data.data() : message->src + step.begin,
+           step.bytes);
+  else
+    *message->signal = message->value;
+  landing = nullptr;
+  if (step.bytes != 0) --message->pieces_left;
+  const bool is_over = step.bytes == 0 || (message->pieces_left == 0 && !message->signal);
+  step = {};
+  step.due = kNever;
+  free_steps.push_back(index);
+  if (is_over)
+    messages.erase(std::find(messages.begin(), messages.end(), message));
+  else if (message->pieces_left == 0)
+    schedule_step({message, 0, 0, false, {}, 0});
+}
+
+// Where the same place lies in the memory of another pe.
+char* translate(uint64_t transport, const void* pointer, uint64_t bytes, int pe, const char* what) {
+  const auto* record = reinterpret_cast<const uint64_t*>(transport);
+  const uint64_t num_ranks = record[0], own = record[1], num_regions = record[2];
+  if (pe < 0 || static_cast<uint64_t>(pe) >= num_ranks)
+    fail("%s: pe %d of %d", what, pe, static_cast<int>(num_ranks));
+  const auto address = reinterpret_cast<uint64_t>(pointer);
+  for (uint64_t i = 0; i < num_regions; ++i) {
+    const uint64_t* region = record + 3 + i * (1 + num_ranks);
+    const uint64_t offset = address - region[1 + own];
+    if (offset < region[0] && bytes <= region[0] - offset)
+      return reinterpret_cast<char*>(region[1 + pe] + offset);
+  }
+  fail("%s: [%p, +%zu) does not lie in symmetric memory of this rank", what, pointer,
+       static_cast<size_t>(bytes));
+}
+
+// By one thread or, with bytes, by a warp.
+void send(uint64_t transport, void* dst, const void* src, uint64_t bytes, uint64_t* signal,
+          uint64_t value, int pe, const char* what) {
+  Fiber& fiber = *running;
+  const Warp& warp = *fiber.block->warps[static_cast<size_t>(fiber.warp)];
+  auto message = std::make_shared<Message>();
+  message->warp = warp.number;
+  message->lanes = bytes != 0 ? ~0u : 1u << fiber.lane;
+  for (const Fiber* lane : warp.lanes) message->fences[lane->lane] = lane->fences;
+  message->pe = pe;
+  message->sender = std::string(what) + " of rank " + std::to_string(fiber.rank) + ", " +
+                    fiber.block->kernel->name;
+  if (signal) {
+    if (reinterpret_cast<uintptr_t>(signal) % 8)
+      fail("%s: signal %p is not 8-byte aligned", what, static_cast<void*>(signal));
+    message->signal = reinterpret_cast<uint64_t*>(translate(transport, signal, 8, pe, what));
+  }
+  message->value = value;
+  if (bytes != 0) {
+    message->dst = translate(transport, dst, bytes, pe, what);
+    message->src = static_cast<const char*>(src);
+    const auto own = static_cast<int>(reinterpret_cast<const uint64_t*>(transport)[1]);
+    translate(transport, src, bytes, own, what);  // where RDMA can read
+  }
+  messages.push_back(message);
+  if (bytes == 0) {
+    schedule_step({message, 0, 0, false, {}, 0});
+    return;
+  }
+  std::vector<Step> pieces;
+  in_pieces(static_cast<unsigned>(bytes), [&](unsigned begin, unsigned size) {
+    Step step{message, begin, size, random_below(4) == 0, {}, 0};
+    if (step.is_early) step.data.assign(message->src + begin, message->src + begin + size);
+    pieces.push_back(std::move(step));
+  });
+  message->pieces_left = static_cast<int>(pieces.size());
+  for (Step& piece : pieces) schedule_step(std::move(piece));
+}
+
+void put(uint64_t transport, void* dst, const void* src, uint64_t bytes, uint64_t* signal,
+         uint64_t value, int pe, const char* what, void* place) {
+  running->place = place;
+  if (bytes == 0 || bytes % 16 || bytes >> 32 || reinterpret_cast<uintptr_t>(dst) % 16 ||
+      reinterpret_cast<uintptr_t>(src) % 16)
+    fail("%s: %zu bytes from %p to %p; all must be multiples of 16", what,
+         static_cast<size_t>(bytes), src, dst);
+  uint64_t hash = 1;
+  for (uint64_t argument :
+       {transport, reinterpret_cast<uint64_t>(dst), reinterpret_cast<uint64_t>(src), bytes,
+        reinterpret_cast<uint64_t>(signal), value, static_cast<uint64_t>(pe)})
+    hash = mix(hash + argument);
+  const uint64_t* values = meet_at(kPut, ~0u, hash, 0, place);
+  for (int lane = 0; lane < 32; ++lane)
+    if (values[lane] != hash)
+      fail("%s: lane %d does not call it with the arguments of lane %d", what, lane, running->lane);
+  // Whichever lane goes on first sends it.
+  Warp& warp = *running->block->warps[static_cast<size_t>(running->warp)];
+  if (running->puts++ != warp.puts) return;
+  ++warp.puts;
+  send(transport, dst, src, bytes, signal, value, pe, what);
+}
+
 // ---- launches -----------------------------------------------------------------------------------
 
 void free_block(Block& block) {
@@ -664,6 +843,7 @@ void start_kernel(int rank, Stream& stream) {
         block->warps.push_back(std::make_unique<Warp>());
         block->warps.back()->block = block.get();
         block->warps.back()->id = (static_cast<uint64_t>(rank) << 40) + (b << 8) + t / 32;
+        block->warps.back()->number = num_warps++;
       }
       auto fiber = std::make_unique<Fiber>();
       fiber->thread_index = {t, 0, 0};
@@ -705,6 +885,10 @@ void handle_events() {
     events.pop();
     if (event.type == EventType::kCopy) {
       advance_copy(event.index);
+      continue;
+    }
+    if (event.type == EventType::kMessage) {
+      advance_step(event.index);
       continue;
     }
     Stream& stream = streams[event.rank];
@@ -777,8 +961,8 @@ void run_all() {
     if (!stream.queue.empty()) schedule(stream.delay, EventType::kStart, rank, 0);
   for (;; ++pass) {
     if (ready.empty()) {
-      if (std::all_of(streams.begin(), streams.end(),
-                      [](auto& each) { return each.second.queue.empty(); }))
+      if (messages.empty() && std::all_of(streams.begin(), streams.end(),
+                                          [](auto& each) { return each.second.queue.empty(); }))
         return;
       if (events.empty()) {
         message_size = 0;
@@ -808,6 +992,10 @@ void forget_everything() {
   ready.clear();
   copies.clear();
   free_copies.clear();
+  steps.clear();
+  free_steps.clear();
+  messages.clear();
+  landing = nullptr;
   events = {};
   running = nullptr;
   current = nullptr;
@@ -858,9 +1046,12 @@ void perhaps_yield() {
 uint64_t nanoseconds() { return kStart + pass * options.nanoseconds_per_pass; }
 
 const uint64_t* meet(int kind, unsigned mask, uint64_t value, int line) {
+  return meet_at(kind, mask, value, line, __builtin_return_address(0));
+}
+
+const uint64_t* meet_at(int kind, unsigned mask, uint64_t value, int line, void* place) {
   Fiber& fiber = *running;
   Warp& warp = *fiber.block->warps[static_cast<size_t>(fiber.warp)];
-  void* place = __builtin_return_address(0);
   if (warp.lanes.size() < 32) mask &= (1u << warp.lanes.size()) - 1;
   fiber.place = place;
   if (!(mask >> fiber.lane & 1))
@@ -1036,6 +1227,57 @@ void bulk_wait(int pending_groups, bool read_only) {
 
 }  // namespace emulate
 
+// ---- epjit/transport.cuh ------------------------------------------------------------------------
+
+extern "C" {
+
+void epjit_put(uint64_t transport, void* dst, const void* src, uint64_t bytes, int32_t pe) {
+  using namespace emulate;
+  put(transport, dst, src, bytes, nullptr, 0, pe, "epjit_put", __builtin_return_address(0));
+}
+
+void epjit_put_signal(uint64_t transport, void* dst, const void* src, uint64_t bytes,
+                      uint64_t* signal, uint64_t value, int32_t pe) {
+  using namespace emulate;
+  put(transport, dst, src, bytes, signal, value, pe, "epjit_put_signal",
+      __builtin_return_address(0));
+}
+
+void epjit_signal(uint64_t transport, uint64_t* signal, uint64_t value, int32_t pe) {
+  using namespace emulate;
+  perhaps_yield();
+  running->place = __builtin_return_address(0);
+  send(transport, nullptr, nullptr, 0, signal, value, pe, "epjit_signal");
+  perhaps_yield();
+}
+
+void epjit_fence(uint64_t) { ++emulate::running->fences; }
+
+void epjit_quiet(uint64_t) {
+  using namespace emulate;
+  Fiber& fiber = *running;
+  fiber.place = __builtin_return_address(0);
+  const uint64_t warp = fiber.block->warps[static_cast<size_t>(fiber.warp)]->number;
+  for (;;) {
+    bool is_over = true;
+    for (auto& message : messages) {
+      if (message->warp != warp || !(message->lanes >> fiber.lane & 1)) continue;
+      message->is_urgent = true;
+      is_over = false;
+    }
+    if (is_over) return;
+    for (size_t i = 0; i < steps.size(); ++i) {
+      Step& step = steps[i];
+      if (!step.message || !step.message->is_urgent || step.due <= pass + 50) continue;
+      step.due = pass + 1 + random_below(40);
+      schedule(step.due, EventType::kMessage, 0, static_cast<int>(i));
+    }
+    yield();
+  }
+}
+
+}  // extern "C"
+
 // ---- what build.py calls ------------------------------------------------------------------------
 
 extern "C" {
@@ -1075,7 +1317,7 @@ int emulate_run(const emulate::Options* options, emulate::Report* report) {
   using namespace emulate;
   emulate::options = *options;
   random_state = mix(options->seed + 1);
-  pass = switches = event_order = 0;
+  pass = switches = event_order = num_warps = 0;
   blocks_left = options->basic_blocks;
   is_preemptible = true;
   message_size = 0;

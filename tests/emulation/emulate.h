@@ -68,9 +68,21 @@ void bulk_store(void* global_dst, const void* shared_src, unsigned bytes);
 void bulk_commit();
 void bulk_wait(int pending_groups, bool read_only);
 
+// ---- epjit/transport.cuh (emulate.cpp) -----------------------------------------------------------
+//
+// `transport` is the address of a record of u64, made by transport() of build.py:
+//   number of ranks, own pe, number of regions; then for each region its bytes and the address of
+//   each pe's
+// Addresses may lie in any region of the own pe; a copy may not leave its region. A put goes in up to
+// three pieces, each at a time drawn from the seed. It reads its source when it lands or, less often,
+// at once, so that a source that changes too early or is filled too late is seen. Only what the
+// header promises holds back a message: a signal its own bytes; a fence what its thread sends to the
+// same pe (a warp's put is sent by each of its threads). quiet() waits for what its thread has sent.
+// The end of a kernel waits for nothing, the end of the run for everything.
+
 // ---- helpers of the built-ins -------------------------------------------------------------------
 
-enum Kind : int { kSync, kShuffle, kBallot, kAny, kAll, kReduce, kMatch };
+enum Kind : int { kSync, kShuffle, kBallot, kAny, kAll, kReduce, kMatch, kPut };
 
 template <typename T>
 EMULATE_INLINE uint64_t to_bits(T value) {

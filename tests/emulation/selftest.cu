@@ -1,5 +1,6 @@
 // Kernels that test the emulation itself, right ones and wrong ones.
 #include "epjit/ptx.cuh"
+#include "epjit/transport.cuh"
 
 namespace epjit {
 
@@ -32,6 +33,15 @@ enum Case : int32_t {
   kBadShift,
   kMisalignedVector,
   kNoBarrierInit,
+  kPut,
+  kPutNoQuiet,
+  kPutFillsLate,
+  kPutFence,
+  kPutNoFence,
+  kPutOtherThread,
+  kPutUnequal,
+  kPutOutside,
+  kPutMisaligned,
 };
 
 struct SelftestParams {
@@ -41,9 +51,11 @@ struct SelftestParams {
   uint64_t* own;    // signal of this rank
   uint64_t* next;   // signal of the next rank
   uint64_t timeout_ns;
+  uint64_t transport;
   int32_t num_rows;
   int32_t kind;
   int32_t rank;
+  int32_t pe;  // of the next rank
 };
 
 constexpr int selftest_threads(SelftestConfig cfg) { return cfg.num_warps * kWarpSize; }
@@ -140,6 +152,49 @@ __device__ inline void ring(const SelftestParams& p) {
   p.out[0] = 0;
 }
 
+// One warp a row at a time, from one place to all rows of the next rank.
+template <SelftestConfig kCfg>
+__device__ void put_rows(const SelftestParams& p, int warp, int lane) {
+  char* const src = const_cast<char*>(p.src) + warp * kCfg.row_bytes;
+  uint64_t bytes = kCfg.row_bytes;
+  if (p.kind == kPutMisaligned) bytes -= 8;
+  for (int i = warp; i < p.num_rows; i += kCfg.num_warps) {
+    char* dst = p.dst + i * kCfg.row_bytes;
+    if (p.kind == kPutOutside) dst += (p.num_rows - i) * kCfg.row_bytes - 16;
+    if (p.kind == kPutUnequal && lane == 7) dst += 16;
+    const auto fill = [&] {
+      for (int j = lane; j < kCfg.row_bytes; j += kWarpSize) src[j] = static_cast<char>(i * 7 + j);
+      __syncwarp();
+    };
+    if (p.kind != kPutFillsLate) fill();
+    const bool signals_itself =
+        p.kind == kPutFence || p.kind == kPutNoFence || p.kind == kPutOtherThread;
+    if (signals_itself) {
+      epjit_put(p.transport, dst, src, bytes, p.pe);
+      if (lane == 0 && p.kind != kPutNoFence) epjit_fence(p.transport);
+      if (lane == (p.kind == kPutOtherThread)) epjit_signal(p.transport, p.own + i, 1, p.pe);
+    } else {
+      epjit_put_signal(p.transport, dst, src, bytes, p.own + i, 1, p.pe);
+    }
+    if (p.kind == kPutFillsLate) fill();
+    if (lane == 0 && p.kind != kPutNoQuiet) epjit_quiet(p.transport);
+    __syncwarp();
+  }
+}
+
+// Counts the bytes that are wrong when the signal of their row is there.
+template <SelftestConfig kCfg>
+__device__ void take_rows(const SelftestParams& p, int warp, int lane) {
+  uint32_t wrong = 0;
+  for (int i = warp; i < p.num_rows; i += kCfg.num_warps) {
+    while (ptx::ld_acquire_sys(p.own + i) == 0) {
+    }
+    for (int j = lane; j < kCfg.row_bytes; j += kWarpSize)
+      wrong += p.dst[i * kCfg.row_bytes + j] != static_cast<char>(i * 7 + j);
+  }
+  atomicAdd(p.out, wrong);
+}
+
 template <SelftestConfig kCfg>
 __device__ void selftest(const SelftestParams& p) {
   const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
@@ -181,6 +236,20 @@ __device__ void selftest(const SelftestParams& p) {
         copy<kCfg>(p, warp, lane);
       else
         consume<kCfg>(p);
+      break;
+    case kPut:
+    case kPutNoQuiet:
+    case kPutFillsLate:
+    case kPutFence:
+    case kPutNoFence:
+    case kPutOtherThread:
+    case kPutUnequal:
+    case kPutOutside:
+    case kPutMisaligned:
+      if (p.rank == 0)
+        put_rows<kCfg>(p, warp, lane);
+      else
+        take_rows<kCfg>(p, warp, lane);
       break;
     case kRing:
       ring(p);

@@ -14,6 +14,8 @@ using int32_t = int;
 using uint32_t = unsigned int;
 using int64_t = long long;
 using uint64_t = unsigned long long;
+#else
+using ::uint16_t, ::int32_t, ::uint32_t, ::int64_t, ::uint64_t;
 #endif
 
 constexpr int kWarpSize = 32;
