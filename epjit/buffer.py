@@ -16,6 +16,7 @@ from epjit.config import (
     MAX_EXPERTS,
     MAX_GROUP,
     MAX_LOCAL_EXPERTS,
+    MAX_RANKS,
     MAX_ROW_BYTES,
     MAX_TOKENS,
     MAX_TOPK,
@@ -30,7 +31,7 @@ from epjit.reference.cpu_backend import CpuBackend, CpuLowLatency, CpuMemory
 from epjit.reference.intranode import Handle
 from epjit.reference.low_latency import size_hint
 from epjit.runtime.group import Group
-from epjit.runtime.topology import find_topology
+from epjit.runtime.topology import Topology, find_topology
 from epjit.scope import AnyScope, CpuScope, CurrentStream, Scope
 
 if TYPE_CHECKING:
@@ -159,8 +160,8 @@ class Buffer:
         comm: Communicator with mpi4py's `Get_rank`, `Get_size` and `allgather`, when `group` is
             None.
         timeout_seconds: How long a wait for a peer lasts; None reads ``EPJIT_TIMEOUT_SECONDS``.
-        nvlink_domain: Cuts each NVLink domain that is found into domains of this many ranks; None
-            reads ``EPJIT_NVLINK_DOMAIN``. Meant for tests.
+        nvlink_domain: Cuts each NVLink domain that is found into domains of this many ranks; 0
+            cuts none, None reads ``EPJIT_NVLINK_DOMAIN``. Meant for tests.
 
     Attributes:
         group: As passed (`comm` when there is no group).
@@ -223,10 +224,10 @@ class Buffer:
         on_gpu = _use_gpu()
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else _CPU
         self._topology = find_topology(
-            links, device=self.device, domain_size=nvlink_domain, use_fabric=use_fabric
+            links, device=self.device.index, domain_size=nvlink_domain, use_fabric=use_fabric
         )
         self._num_domains = self._topology.num_domains
-        _check_rdma(self._num_domains, num_rdma_bytes, num_qps_per_rank, low_latency_mode)
+        _check_topology(self._topology, num_rdma_bytes, num_qps_per_rank, low_latency_mode)
         if on_gpu:
             from epjit.layout import Layout
             from epjit.runtime.stream import CommStream
@@ -1488,29 +1489,35 @@ def _check_buffer(
     ]
     if num_ranks > MAX_GROUP:
         reasons.append(f"the group has {num_ranks} ranks, but may have up to {MAX_GROUP}")
-    if nvlink_domain is not None and nvlink_domain < 1:
-        reasons.append(
-            f"nvlink_domain is {nvlink_domain}, but must be a number of ranks (or None, which is "
-            "what shares NVLink)"
-        )
+    if nvlink_domain is not None and nvlink_domain < 0:
+        reasons.append(f"nvlink_domain is {nvlink_domain}, but must be a number of ranks, or 0")
     if reasons:
         raise ValueError("Buffer: " + "; ".join(reasons))
 
 
-def _check_rdma(
-    num_domains: int, num_rdma_bytes: int, num_qps_per_rank: int, low_latency_mode: bool
+def _check_topology(
+    topology: Topology, num_rdma_bytes: int, num_qps_per_rank: int, low_latency_mode: bool
 ) -> None:
-    if num_domains == 1 and num_rdma_bytes > 0 and not low_latency_mode:
-        raise ValueError(
-            f"num_rdma_bytes is {num_rdma_bytes}, but all ranks share one NVLink domain and use "
-            "none; pass 0 (Config.get_rdma_buffer_size_hint does, up to 8 ranks), or "
+    several = topology.num_domains > 1
+    reasons = []
+    if topology.num_local > MAX_RANKS:
+        reasons.append(
+            f"all {topology.num_local} ranks are in one NVLink domain, which may have up to "
+            f"{MAX_RANKS}; cut it with nvlink_domain (EPJIT_NVLINK_DOMAIN), a number of ranks"
+        )
+    if not several and num_rdma_bytes > 0 and not low_latency_mode:
+        reasons.append(
+            f"num_rdma_bytes is {num_rdma_bytes}, but {topology.num_local} ranks share one NVLink "
+            "domain and use none; pass 0 (Config.get_rdma_buffer_size_hint does), or "
             "low_latency_mode=True, which uses it"
         )
-    if num_qps_per_rank < 1 and (num_domains > 1 or low_latency_mode):
-        raise ValueError(
-            f"num_qps_per_rank is {num_qps_per_rank}, but RDMA needs at least 1 (V1 takes the "
-            "number of SMs, or of local experts in low-latency mode)"
+    if num_qps_per_rank < 1 and (several or low_latency_mode):
+        reasons.append(
+            f"num_qps_per_rank is {num_qps_per_rank}, but must be at least 1 (V1 takes the number "
+            "of SMs, in low-latency mode that of local experts)"
         )
+    if reasons:
+        raise ValueError("Buffer: " + "; ".join(reasons))
 
 
 def _check_counts(
