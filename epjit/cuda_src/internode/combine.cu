@@ -194,6 +194,7 @@ class InternodeCombine {
       const int unit_rows =
           rows_at_a_time<kRows>(p.rank_prefix[kRanks - 1], num_warps, kRows);
       const int first = (blockIdx.x * kCfg.num_push_warps + warp) % kPushed;
+#pragma unroll 1
       for (int i = 0; i < kPushed; ++i)
         if (!push_channel(copier, (first + i) % kPushed, unit_rows)) return false;
     }
@@ -301,9 +302,6 @@ class InternodeCombine {
     return sum;
   }
 
-  // Pieces of 16 bytes of each row in flight a thread.
-  static constexpr int unroll(int num_rows) { return num_rows >= 8 ? 1 : 8 / num_rows; }
-
   // This warp has used the slots of an index of ring n here, one of `units` for each index. Whoever
   // completes a window tells all local ranks, which may then write window + 2; the counter is zero
   // again before it can.
@@ -334,6 +332,7 @@ class InternodeCombine {
 
   __device__ bool sum() {
     const int first = (warp - kCfg.num_push_warps) * gridDim.x + blockIdx.x;
+#pragma unroll 1
     for (int i = 0; i < kDomains - 1; ++i) {
       const int n = (p.domain + 1 + (first + i) % (kDomains - 1)) % kDomains;
       const int num_tokens = p.channel_tokens[n * kLocal + p.local];
@@ -369,7 +368,7 @@ class InternodeCombine {
   }
 
   __device__ void sum_rows(const Rows& rows, char* out) const {
-    constexpr int kUnroll = unroll(kLocal);
+    constexpr int kUnroll = 8 / kLocal;  // so that eight pieces of 16 bytes are in flight a thread
     const char* row[kLocal];
 #pragma unroll
     for (int j = 0; j < kLocal; ++j) row[j] = of_lane(rows.row, j);
@@ -448,7 +447,7 @@ class InternodeCombine {
   __device__ void add_domains(int token, int part, const Rows& rows, const char* sums,
                               bool has_own) const {
     constexpr int kBatch = kDomains < 4 ? kDomains : 4;  // sums whose loads are in flight at once
-    constexpr int kUnroll = unroll(kLocal + kBatch);
+    constexpr int kUnroll = kLocal + kBatch <= 4 ? 2 : 1;
     const char* row[kLocal];
 #pragma unroll
     for (int j = 0; j < kLocal; ++j) row[j] = of_lane(rows.row, j);
@@ -458,38 +457,39 @@ class InternodeCombine {
 #pragma unroll 1
     for (int base = part * part_vecs; base < last; base += kUnroll * kWarpSize) {
       const int first = base + lane;
-      Vec16 v[kUnroll][kLocal];
-      load_rows(row, first, last, v);
-      Sum total[kUnroll];
       Vec16 own[kUnroll];
+      {
+        Vec16 v[kUnroll][kLocal];
+        load_rows(row, first, last, v);
+#pragma unroll
+        for (int i = 0; i < kUnroll; ++i) own[i] = sum_loaded(row, v[i]);
+      }
+      Sum total[kUnroll];
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
-        const int offset = (first + i * kWarpSize) * 16;
+        const int64_t offset = out + (first + i * kWarpSize) * 16;
         if (first + i * kWarpSize >= last) continue;
-        if (p.bias_0 != nullptr) total[i].start(ptx::ld_v4(p.bias_0 + out + offset));
-        if (p.bias_1 != nullptr) total[i].add(ptx::ld_v4(p.bias_1 + out + offset));
+        if (p.bias_0 != nullptr) total[i].start(ptx::ld_v4(p.bias_0 + offset));
+        if (p.bias_1 != nullptr) total[i].add(ptx::ld_v4(p.bias_1 + offset));
       }
-#pragma unroll
+#pragma unroll 1
       for (int batch = 0; batch < kDomains; batch += kBatch) {
-        Vec16 sum[kUnroll][kBatch];
+        Vec16 v[kUnroll][kBatch];
         const char* src[kBatch];
 #pragma unroll
-        for (int b = 0; b < kBatch && batch + b < kDomains; ++b) {
-          src[b] = of_lane(sums, batch + b);
+        for (int b = 0; b < kBatch; ++b) {
+          src[b] = of_lane(sums, batch + b);  // null beyond the last domain
 #pragma unroll
           for (int i = 0; i < kUnroll; ++i)
             if (src[b] != nullptr && first + i * kWarpSize < last)
-              sum[i][b] = ptx::ld_v4(src[b] + (first + i * kWarpSize) * 16);
+              v[i][b] = ptx::ld_v4(src[b] + (first + i * kWarpSize) * 16);
         }
-        if (batch == 0 && has_own)
 #pragma unroll
-          for (int i = 0; i < kUnroll; ++i) own[i] = sum_loaded(row, v[i]);
-#pragma unroll
-        for (int b = 0; b < kBatch && batch + b < kDomains; ++b)
+        for (int b = 0; b < kBatch; ++b)
 #pragma unroll
           for (int i = 0; i < kUnroll; ++i) {
             if (batch + b == p.domain && has_own) total[i].add(own[i]);
-            if (src[b] != nullptr) total[i].add(sum[i][b]);
+            if (src[b] != nullptr) total[i].add(v[i][b]);
           }
       }
 #pragma unroll
@@ -502,6 +502,7 @@ class InternodeCombine {
   __device__ void add_weights(int token, const Rows& rows, char* sums, bool has_own) const {
     const float own = sum_weights(rows);
     float total = 0.0f;
+#pragma unroll 1
     for (int n = 0; n < kDomains; ++n) {
       char* const src = of_lane(sums, n);
       if (n == p.domain && has_own) total += own;
