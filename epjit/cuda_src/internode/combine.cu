@@ -82,9 +82,9 @@ struct InternodeCombineParams {
   const int32_t* ranks;            // [num_domains, num_local]: numbers in the group
   const int32_t* pes;              // [ranks]: numbers for the transport
   uint64_t transport;
-  // local [2 + ranks + 3 * num_domains]: ticket, next token to reduce, next unit to push of each
-  // channel, next chunk to sum of each domain, what is used of (ring, window & 1); zero on entry and
-  // on exit
+  // local [2 + ranks + 5 * num_domains]: ticket, next token to reduce, next unit to push of each
+  // channel, next chunk to sum of each domain, what is used of (slots, window & 1) and of (inbox,
+  // window & 1) of each domain; zero on entry and on exit
   uint32_t* counters;
   uint32_t* epoch;  // local [1]
   uint64_t* fault;  // host [8]
@@ -119,7 +119,7 @@ class InternodeCombine {
   static constexpr int kSlotBytes = combine_slot_bytes(kCfg);
   static constexpr int kVecs = kCfg.hidden_bytes / 16;
   static constexpr int kPushed = kDomains * (kLocal - 1);  // channels
-  static constexpr int kCounters = 2 + kRanks + 3 * kDomains;
+  static constexpr int kCounters = 2 + kRanks + 5 * kDomains;
   static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
   static_assert(kCfg.num_push_warps >= 1 && kCfg.num_sum_warps >= 1);
   static_assert(kCfg.num_push_warps + kCfg.num_sum_warps + 2 <= kCfg.num_warps,
@@ -179,8 +179,11 @@ class InternodeCombine {
 
   __device__ uint32_t* push_counter(int channel) const { return p.counters + 2 + channel; }
   __device__ uint32_t* sum_counter(int n) const { return p.counters + 2 + kRanks + n; }
-  __device__ uint32_t* used_counter(int n, int window) const {
+  __device__ uint32_t* slots_counter(int n, int window) const {
     return p.counters + 2 + kRanks + kDomains + 2 * n + (window & 1);
+  }
+  __device__ uint32_t* inbox_counter(int n, int window) const {
+    return slots_counter(kDomains + n, window);
   }
 
   // ---- push -------------------------------------------------------------------------------------
@@ -314,8 +317,8 @@ class InternodeCombine {
       return false;
     const uint32_t all = min(window_tokens, num_tokens - window * window_tokens) * units;
     uint32_t complete = 0;
-    if (lane == 0 && ptx::atom_add_acq_rel_gpu(used_counter(n, window), 1) + 1 == all) {
-      *used_counter(n, window) = 0;
+    if (lane == 0 && ptx::atom_add_acq_rel_gpu(slots_counter(n, window), 1) + 1 == all) {
+      *slots_counter(n, window) = 0;
       complete = 1;
     }
     complete = __shfl_sync(kFullMask, complete, 0);
@@ -524,8 +527,8 @@ class InternodeCombine {
       const int window = rail.ring_window(index);
       const uint32_t all =
           min(window_tokens, num_tokens - window * window_tokens) * p.num_parts;
-      if (ptx::atom_add_acq_rel_gpu(used_counter(lane, window), 1) + 1 == all) {
-        *used_counter(lane, window) = 0;
+      if (ptx::atom_add_acq_rel_gpu(inbox_counter(lane, window), 1) + 1 == all) {
+        *inbox_counter(lane, window) = 0;
         rail.signal_credit(lane, window, num_tokens);
       }
     }
