@@ -71,7 +71,9 @@ class Shape:
     def domains(self) -> list[list[int]]:
         step = self.num_domains if self.shuffled else 1
         first = 1 if self.shuffled else self.num_local
-        return [[n * first + j * step for j in range(self.num_local)] for n in range(self.num_domains)]
+        return [
+            [n * first + j * step for j in range(self.num_local)] for n in range(self.num_domains)
+        ]
 
     @property
     def notify(self) -> InternodeNotifyConfig:
@@ -157,8 +159,12 @@ class World:
         self.ring_bytes = num_domains * shape.ring_slots * slot_bytes
         self.ranks = [
             Rank(
-                slots=guarded(num_ranks * shape.slots * shape.combine.slot_bytes, dtype=torch.uint8),
-                words=guarded(num_ranks * max(shape.slots, shape.ring_slots), dtype=torch.int64, fill=0),
+                slots=guarded(
+                    num_ranks * shape.slots * shape.combine.slot_bytes, dtype=torch.uint8
+                ),
+                words=guarded(
+                    num_ranks * max(shape.slots, shape.ring_slots), dtype=torch.int64, fill=0
+                ),
                 signals=guarded(40, dtype=torch.int64, fill=0),
                 done=guarded(num_ranks * 2, dtype=torch.int64, fill=0),
                 rings=guarded(2 * self.ring_bytes, dtype=torch.uint8),
@@ -263,7 +269,14 @@ class World:
         for rank in self.ranks:
             rank.launches.clear()
             rank.checks.clear()
-            for memory in (rank.signals, rank.done, rank.words, rank.control, rank.local, rank.fault):
+            for memory in (
+                rank.signals,
+                rank.done,
+                rank.words,
+                rank.control,
+                rank.local,
+                rank.fault,
+            ):
                 memory.zero_()
 
 
@@ -374,9 +387,7 @@ class Routing:
             world.expect(rank, f"handle {i}", handle[i], expected[i])
         world.expect(rank, "tokens to domains", send_tokens[:, num_tokens], per_domain)
         for n, length in enumerate(per_domain.tolist()):
-            world.expect(
-                rank, f"channel to {n}", send_tokens[n, :length], expected[1][n, :length]
-            )
+            world.expect(rank, f"channel to {n}", send_tokens[n, :length], expected[1][n, :length])
         return handle
 
     def dispatch(self) -> None:
@@ -676,7 +687,7 @@ def test_withheld_rank_leaves_fault_records(stops_before: str, missing: tuple[in
         del launches[[launch.config.op for launch in launches].index(stops_before) :]
     world.run(1, compare=False)
     for rank, memory in enumerate(world.ranks):
-        state, tag, own, peer, _, expected, seen, epoch = memory.fault.tolist()
+        state, _tag, own, peer, _, expected, seen, epoch = memory.fault.tolist()
         if rank in missing:
             assert state == 0
             continue
