@@ -550,10 +550,7 @@ class Buffer:
             )
         if self._cpu is not None:
             return
-        if self._num_domains > 1:
-            from epjit.internode import warmup_shapes
-        else:
-            from epjit.intranode import warmup_shapes
+        from epjit.normal_mode import warmup_shapes
 
         for shape in warmup_shapes(
             hidden_bytes,

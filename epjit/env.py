@@ -239,6 +239,14 @@ nvshmem_ib_enable_ibgda: Variable[bool] = Variable(
     "library.",
     _flag,
 )
+nvshmem_qp_depth: Variable[int] = Variable(
+    "NVSHMEM_QP_DEPTH",
+    "a whole number greater than 0",
+    1024,
+    "NVSHMEM's own: work requests that a queue pair of IBGDA holds; without it, the first Buffer "
+    "sets what its low-latency calls need.",
+    _positive_int,
+)
 torch_cuda_arch_list: Variable[tuple[str, ...]] = Variable(
     "TORCH_CUDA_ARCH_LIST",
     "a list such as '9.0;8.0+PTX', separated by ';' or spaces",
@@ -267,3 +275,8 @@ def variant(op: str) -> str:
 def variant_name(op: str) -> str:
     """Name of the environment variable that chooses the variant of `op`."""
     return f"EPJIT_{op.upper()}_VARIANT"
+
+
+def set_default(name: str, value: str) -> None:
+    """Sets a variable of another library for this process, unless the user has set it."""
+    os.environ.setdefault(name, value)

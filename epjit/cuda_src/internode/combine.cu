@@ -82,9 +82,9 @@ struct InternodeCombineParams {
   const int32_t* ranks;            // [num_domains, num_local]: numbers in the group
   const int32_t* pes;              // [ranks]: numbers for the transport
   uint64_t transport;
-  // local [2 + ranks + 3 * num_domains]: ticket, next token to reduce, next unit to push of each
-  // channel, next chunk to sum of each domain, what is used of (ring, window & 1); zero on entry and
-  // on exit
+  // local [2 + ranks + 5 * num_domains]: ticket, next token to reduce, next unit to push of each
+  // channel, next chunk to sum of each domain, what is used of (slots, window & 1) and of (inbox,
+  // window & 1) of each domain; zero on entry and on exit
   uint32_t* counters;
   uint32_t* epoch;  // local [1]
   uint64_t* fault;  // host [8]
@@ -119,7 +119,7 @@ class InternodeCombine {
   static constexpr int kSlotBytes = combine_slot_bytes(kCfg);
   static constexpr int kVecs = kCfg.hidden_bytes / 16;
   static constexpr int kPushed = kDomains * (kLocal - 1);  // channels
-  static constexpr int kCounters = 2 + kRanks + 3 * kDomains;
+  static constexpr int kCounters = 2 + kRanks + 5 * kDomains;
   static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
   static_assert(kCfg.num_push_warps >= 1 && kCfg.num_sum_warps >= 1);
   static_assert(kCfg.num_push_warps + kCfg.num_sum_warps + 2 <= kCfg.num_warps,
@@ -179,8 +179,11 @@ class InternodeCombine {
 
   __device__ uint32_t* push_counter(int channel) const { return p.counters + 2 + channel; }
   __device__ uint32_t* sum_counter(int n) const { return p.counters + 2 + kRanks + n; }
-  __device__ uint32_t* used_counter(int n, int window) const {
+  __device__ uint32_t* slots_counter(int n, int window) const {
     return p.counters + 2 + kRanks + kDomains + 2 * n + (window & 1);
+  }
+  __device__ uint32_t* inbox_counter(int n, int window) const {
+    return slots_counter(kDomains + n, window);
   }
 
   // ---- push -------------------------------------------------------------------------------------
@@ -194,6 +197,7 @@ class InternodeCombine {
       const int unit_rows =
           rows_at_a_time<kRows>(p.rank_prefix[kRanks - 1], num_warps, kRows);
       const int first = (blockIdx.x * kCfg.num_push_warps + warp) % kPushed;
+#pragma unroll 1
       for (int i = 0; i < kPushed; ++i)
         if (!push_channel(copier, (first + i) % kPushed, unit_rows)) return false;
     }
@@ -301,9 +305,6 @@ class InternodeCombine {
     return sum;
   }
 
-  // Pieces of 16 bytes of each row in flight a thread.
-  static constexpr int unroll(int num_rows) { return num_rows >= 8 ? 1 : 8 / num_rows; }
-
   // This warp has used the slots of an index of ring n here, one of `units` for each index. Whoever
   // completes a window tells all local ranks, which may then write window + 2; the counter is zero
   // again before it can.
@@ -316,8 +317,8 @@ class InternodeCombine {
       return false;
     const uint32_t all = min(window_tokens, num_tokens - window * window_tokens) * units;
     uint32_t complete = 0;
-    if (lane == 0 && ptx::atom_add_acq_rel_gpu(used_counter(n, window), 1) + 1 == all) {
-      *used_counter(n, window) = 0;
+    if (lane == 0 && ptx::atom_add_acq_rel_gpu(slots_counter(n, window), 1) + 1 == all) {
+      *slots_counter(n, window) = 0;
       complete = 1;
     }
     complete = __shfl_sync(kFullMask, complete, 0);
@@ -334,6 +335,7 @@ class InternodeCombine {
 
   __device__ bool sum() {
     const int first = (warp - kCfg.num_push_warps) * gridDim.x + blockIdx.x;
+#pragma unroll 1
     for (int i = 0; i < kDomains - 1; ++i) {
       const int n = (p.domain + 1 + (first + i) % (kDomains - 1)) % kDomains;
       const int num_tokens = p.channel_tokens[n * kLocal + p.local];
@@ -369,7 +371,7 @@ class InternodeCombine {
   }
 
   __device__ void sum_rows(const Rows& rows, char* out) const {
-    constexpr int kUnroll = unroll(kLocal);
+    constexpr int kUnroll = 8 / kLocal;  // so that eight pieces of 16 bytes are in flight a thread
     const char* row[kLocal];
 #pragma unroll
     for (int j = 0; j < kLocal; ++j) row[j] = of_lane(rows.row, j);
@@ -448,7 +450,7 @@ class InternodeCombine {
   __device__ void add_domains(int token, int part, const Rows& rows, const char* sums,
                               bool has_own) const {
     constexpr int kBatch = kDomains < 4 ? kDomains : 4;  // sums whose loads are in flight at once
-    constexpr int kUnroll = unroll(kLocal + kBatch);
+    constexpr int kUnroll = kLocal + kBatch <= 4 ? 2 : 1;
     const char* row[kLocal];
 #pragma unroll
     for (int j = 0; j < kLocal; ++j) row[j] = of_lane(rows.row, j);
@@ -458,38 +460,39 @@ class InternodeCombine {
 #pragma unroll 1
     for (int base = part * part_vecs; base < last; base += kUnroll * kWarpSize) {
       const int first = base + lane;
-      Vec16 v[kUnroll][kLocal];
-      load_rows(row, first, last, v);
-      Sum total[kUnroll];
       Vec16 own[kUnroll];
+      {
+        Vec16 v[kUnroll][kLocal];
+        load_rows(row, first, last, v);
+#pragma unroll
+        for (int i = 0; i < kUnroll; ++i) own[i] = sum_loaded(row, v[i]);
+      }
+      Sum total[kUnroll];
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
-        const int offset = (first + i * kWarpSize) * 16;
+        const int64_t offset = out + (first + i * kWarpSize) * 16;
         if (first + i * kWarpSize >= last) continue;
-        if (p.bias_0 != nullptr) total[i].start(ptx::ld_v4(p.bias_0 + out + offset));
-        if (p.bias_1 != nullptr) total[i].add(ptx::ld_v4(p.bias_1 + out + offset));
+        if (p.bias_0 != nullptr) total[i].start(ptx::ld_v4(p.bias_0 + offset));
+        if (p.bias_1 != nullptr) total[i].add(ptx::ld_v4(p.bias_1 + offset));
       }
-#pragma unroll
+#pragma unroll 1
       for (int batch = 0; batch < kDomains; batch += kBatch) {
-        Vec16 sum[kUnroll][kBatch];
+        Vec16 v[kUnroll][kBatch];
         const char* src[kBatch];
 #pragma unroll
-        for (int b = 0; b < kBatch && batch + b < kDomains; ++b) {
-          src[b] = of_lane(sums, batch + b);
+        for (int b = 0; b < kBatch; ++b) {
+          src[b] = of_lane(sums, batch + b);  // null beyond the last domain
 #pragma unroll
           for (int i = 0; i < kUnroll; ++i)
             if (src[b] != nullptr && first + i * kWarpSize < last)
-              sum[i][b] = ptx::ld_v4(src[b] + (first + i * kWarpSize) * 16);
+              v[i][b] = ptx::ld_v4(src[b] + (first + i * kWarpSize) * 16);
         }
-        if (batch == 0 && has_own)
 #pragma unroll
-          for (int i = 0; i < kUnroll; ++i) own[i] = sum_loaded(row, v[i]);
-#pragma unroll
-        for (int b = 0; b < kBatch && batch + b < kDomains; ++b)
+        for (int b = 0; b < kBatch; ++b)
 #pragma unroll
           for (int i = 0; i < kUnroll; ++i) {
             if (batch + b == p.domain && has_own) total[i].add(own[i]);
-            if (src[b] != nullptr) total[i].add(sum[i][b]);
+            if (src[b] != nullptr) total[i].add(v[i][b]);
           }
       }
 #pragma unroll
@@ -502,6 +505,7 @@ class InternodeCombine {
   __device__ void add_weights(int token, const Rows& rows, char* sums, bool has_own) const {
     const float own = sum_weights(rows);
     float total = 0.0f;
+#pragma unroll 1
     for (int n = 0; n < kDomains; ++n) {
       char* const src = of_lane(sums, n);
       if (n == p.domain && has_own) total += own;
@@ -523,8 +527,8 @@ class InternodeCombine {
       const int window = rail.ring_window(index);
       const uint32_t all =
           min(window_tokens, num_tokens - window * window_tokens) * p.num_parts;
-      if (ptx::atom_add_acq_rel_gpu(used_counter(lane, window), 1) + 1 == all) {
-        *used_counter(lane, window) = 0;
+      if (ptx::atom_add_acq_rel_gpu(inbox_counter(lane, window), 1) + 1 == all) {
+        *inbox_counter(lane, window) = 0;
         rail.signal_credit(lane, window, num_tokens);
       }
     }

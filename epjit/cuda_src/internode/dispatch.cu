@@ -352,6 +352,7 @@ class InternodeDispatch {
   __device__ void forward() {
     const int num_warps = gridDim.x * kForwardWarps;
     int most_tokens = 0;
+#pragma unroll 1
     for (int n = 0; n < kDomains; ++n)
       if (n != p.domain) most_tokens = max(most_tokens, passing_tokens(n));
     const int num_units = ceil_div(most_tokens, kChunk) * (kDomains - 1);
@@ -403,6 +404,7 @@ class InternodeDispatch {
   // All channels into this domain but the own one, whose rows send() has copied.
   __device__ void pull(Copier& copier) {
     int most_tokens = 0;
+#pragma unroll 1
     for (int i = 0; i < kRanks; ++i) most_tokens = max(most_tokens, p.channel_tokens[i]);
     const int num_warps = gridDim.x * kCopyWarps;
     const int rows = min(

@@ -235,6 +235,7 @@ class InternodeNotify {
     }
     for (int e = thread; e < p.experts_per_rank; e += blockDim.x) {
       int sum = 0;
+#pragma unroll 1
       for (int i = 0; i < kRanks; ++i) sum += for_me(i / kLocal, i % kLocal)[1 + e];
       p.expert_counts[e] = sum;
       const int64_t aligned = (static_cast<int64_t>(sum) + p.expert_alignment - 1) /
@@ -244,10 +245,12 @@ class InternodeNotify {
     __syncthreads();
     if (thread != 0) return;
     int passing = 0, total = 0;
+#pragma unroll 1
     for (int n = 0; n < kDomains; ++n) {
       passing += p.channel_tokens[n * kLocal + p.local];
       p.passing_prefix[n] = passing;
     }
+#pragma unroll 1
     for (int s = 0; s < kRanks; ++s) p.rank_prefix[s] = total += rows[s];
     ptx::st_relaxed_sys(p.host_counts + 1, static_cast<uint64_t>(passing));
     ptx::st_release_sys(p.host_counts, static_cast<uint64_t>(total));
