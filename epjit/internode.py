@@ -107,7 +107,7 @@ class InternodeDispatchConfig(KernelConfig):
     ) -> InternodeDispatchConfig:
         """The form of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
-        warps, rows = copier_shape(tma, 13 if tma else 9, shape.hidden_bytes, limit)
+        warps, rows = copier_shape(tma, 13 if tma else 5, shape.hidden_bytes, limit)
         return cls(num_domains, num_local, *shape, tma, warps, rows, _TOKENS_PER_CHUNK)
 
     @property
@@ -166,8 +166,11 @@ class InternodeCombineConfig(KernelConfig):
     ) -> InternodeCombineConfig:
         """The form of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
-        push, rows = copier_shape(tma, 6, shape.hidden_bytes, limit) if num_local > 1 else (1, 1)
-        warps = 16 if tma else 12  # copies through registers need more of them
+        push, rows = copier_shape(tma, 6 if tma else 3, shape.hidden_bytes, limit)
+        if num_local == 1:
+            push, rows = 1, 1  # nothing is pushed
+        # Copies through registers, and many rows in hand, need more registers.
+        warps = 8 if not tma else 16 if num_local <= 4 else 12
         sums = (warps - push) // 2
         return cls(num_domains, num_local, *shape, tma, warps, push, sums, rows, _TOKENS_PER_CHUNK)
 

@@ -93,8 +93,7 @@ class Rail {
 
   // Local rank j has used up what window `window` of the ring of domain n here overwrites.
   __device__ bool wait_done(WaitTag tag, int n, int j, int window) const {
-    return window < 2 || wait_signal(waiter, tag, rank_of(p.domain, j),
-                                     done(p.local, n, j, window),
+    return window < 2 || wait_signal(waiter, tag, rank_of(p.domain, j), done(p.local, n, j, window),
                                      stamp(waiter.epoch, window - 1));
   }
 
