@@ -16,6 +16,7 @@ from epjit.config import (
     MAX_EXPERTS,
     MAX_GROUP,
     MAX_LOCAL_EXPERTS,
+    MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS,
     MAX_RANKS,
     MAX_ROW_BYTES,
     MAX_TOKENS,
@@ -1292,7 +1293,9 @@ class Buffer:
         )
 
     def _check_experts(self, num_experts: int) -> None:
-        most = min(MAX_EXPERTS, MAX_LOCAL_EXPERTS * self.group_size)
+        several = self._num_domains > 1
+        of_a_rank = MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS if several else MAX_LOCAL_EXPERTS
+        most = min(MAX_EXPERTS, of_a_rank * self.group_size)
         check_experts(num_experts, self.group_size, most)
 
     def _check_config(self, config: Config) -> None:

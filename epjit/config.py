@@ -15,6 +15,7 @@ MAX_TOPK = 32  # one lane of a warp a choice
 MAX_ROW_BYTES = 32768
 MAX_EXPERTS = 65536
 MAX_LOCAL_EXPERTS = 8192  # of one rank
+MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS = 1024  # bounds what the ranks tell each other before a dispatch
 # The limits of one low-latency call.
 MAX_LOW_LATENCY_EXPERTS = 8192
 MAX_LOW_LATENCY_TOKENS = 65536  # of all ranks, at their maximum

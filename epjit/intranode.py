@@ -217,9 +217,6 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         yield NotifyConfig(num_ranks)
         for wide in (True, False):
             yield LayoutConfig(num_ranks, wide)
-    for num_ranks, num_domains in ((4, 2), (15, 3), (16, 2), (256, 32)):
-        for wide in (True, False):
-            yield LayoutConfig(num_ranks, wide, num_domains)
     rows = (
         (1, 4096, 0, 0),
         (2, 14336, 0, 8),

@@ -459,6 +459,12 @@ BETWEEN_DOMAINS = [
         r"num_tokens_per_rdma_rank is on meta",
     ),
     BadInput(
+        "too many experts",
+        lambda b: b.between.get_dispatch_layout(b.idx, 2 * 1025),
+        ValueError,
+        r"num_experts is 2050.*at most 2048",
+    ),
+    BadInput(
         "handle of one domain",
         lambda b: b.cached_between(handle=b.handle),
         TypeError,

@@ -8,7 +8,9 @@ spinning kernel of another.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import random
+import re
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -25,8 +27,8 @@ from deep_ep.utils.math import (
 )
 from epjit import Buffer, Config
 from tests import bodies
-from tests.data import assert_rows_equal
-from tests.rounds import to_device
+from tests.data import ROUTING_KINDS, assert_rows_equal
+from tests.rounds import Round, check_round, to_device
 
 # What bfloat16 (8 bits) and FP8 (4 bits) lose, as `calc_diff` measures it. V1's script means to ask
 # for 5e-6 of bfloat16, but by the precedence of its `if` asks for nothing.
@@ -254,6 +256,70 @@ def check_as_v1(buffer: Buffer, inputs: Inputs, *, num_sms: int) -> int:
                     assert calc_diff(mean, own_weights) < 1e-9
                 total += hash_tensor(rows) + hash_tensor(combined)
     return total
+
+
+def smallest_sizes(
+    make: Callable[..., Buffer], row_bytes: int, num_topk: int, num_scales: int = 0
+) -> dict[str, int]:
+    """The least num_nvl_bytes and num_rdma_bytes for these rows, as the refusals name them.
+
+    Args:
+        make: Called on all ranks with the two sizes.
+        row_bytes: Of one row.
+        num_topk: Choices a token.
+        num_scales: Scales a token.
+    """
+    sizes = {"num_nvl_bytes": 128, "num_rdma_bytes": 128}
+    while True:
+        buffer, refusal = make(**sizes), ""
+        try:
+            buffer.warmup(row_bytes, num_topk=num_topk, num_scales=num_scales)
+        except ValueError as error:
+            refusal = str(error)
+        finally:
+            buffer.destroy()
+        if not refusal:
+            return sizes
+        found = re.findall(r"(num_(?:nvl|rdma)_bytes) >= (\d+)", refusal)
+        needed = {name: -(-int(value) // 128) * 128 for name, value in found}
+        assert any(value > sizes[name] for name, value in needed.items()), refusal
+        sizes |= {name: max(value, sizes[name]) for name, value in needed.items()}
+
+
+def check_small(buffer: Buffer, *, tokens: int, num_rounds: int) -> None:
+    """Rounds of 512-byte rows with two choices a token: hundreds of windows, nothing gets stuck."""
+    for seed in range(num_rounds):
+        rng = random.Random(seed)
+        case = Round(
+            num_tokens=tuple(rng.choice((0, 3, tokens)) for _ in range(buffer.group_size)),
+            hidden=256,
+            num_experts=2 * buffer.group_size,
+            num_topk=2,
+            seed=seed,
+            kind=rng.choice(ROUTING_KINDS),
+            num_sms=2 * (1 + seed % 2),
+        )
+        check_round(buffer, case)
+
+
+def small_buffers(
+    group: dist.ProcessGroup, environ: Mapping[str, str], tokens: int, num_rounds: int
+) -> dict[str, int]:
+    """The smallest legal buffers.
+
+    Returns:
+        Their sizes.
+    """
+    bodies.set_up(group, environ)
+
+    def make(**sizes: int) -> Buffer:
+        return Buffer(group, explicitly_destroy=True, **sizes)
+
+    sizes = smallest_sizes(make, 512, 2)
+    buffer = make(**sizes)
+    check_small(buffer, tokens=tokens, num_rounds=num_rounds)
+    buffer.destroy()
+    return sizes
 
 
 def as_v1(
