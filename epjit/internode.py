@@ -282,7 +282,8 @@ class _Rings:
         self.control = _align(num_rdma_bytes)  # from here on nothing is the user's
         self.ready = self.control
         self.credits = self.ready + num_domains * 2 * 8
-        self.notify_arrived = self.credits + num_domains * 2 * 8
+        self.entered = self.credits + num_domains * 2 * 8
+        self.notify_arrived = self.entered + num_domains * 2 * 8
         self.arrived = self.notify_arrived + num_domains * 8
         self.notify_inbox = _align(self.arrived + num_domains * self.max_slots * 8)
         self.notify_stride = _align(1 + num_local * (1 + MAX_LOCAL_EXPERTS), 4)
@@ -376,6 +377,7 @@ class Internode(NormalMode):
             **super()._common(),
             "signals": self._everywhere(self._arena.signals),
             "done": self._everywhere(self._arena.done),
+            "entered": self._inboxes(self._rings.entered),
             "ready": own + self._rings.ready,
             "credits": own + self._rings.credits,
             "ranks": self._ranks.data_ptr(),
