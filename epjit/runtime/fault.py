@@ -30,8 +30,9 @@ class FaultRecord:
     def __init__(self, words: np.ndarray[Any, np.dtype[np.int64]] | None = None) -> None:
         self._memory = PinnedArray(NUM_WORDS) if words is None else None
         self._words = words if self._memory is None else self._memory.array
-        # Looked at in every call: a memoryview gives an int in a third of numpy's time.
-        self._state = None if self._words is None else self._words.data
+        # Looked at in every call: a memoryview gives an int in a third of numpy's time. It cannot
+        # read the format that ctypes gives to page-locked memory, hence the casts.
+        self._state = None if self._words is None else self._words.data.cast("B").cast("q")
         self.device_ptr = 0 if self._memory is None else self._memory.device_ptr
 
     @property
