@@ -39,6 +39,7 @@ EMULATE_INLINE uint32_t atom_cas_sys(uint32_t* ptr, uint32_t expected, uint32_t 
   return atomicCAS(ptr, expected, desired);
 }
 
+EMULATE_INLINE void fence_acq_rel_sys() {}
 EMULATE_INLINE void fence_proxy_async() {}
 EMULATE_INLINE void fence_proxy_async_shared() {}
 EMULATE_INLINE void fence_mbarrier_init() {}

@@ -69,6 +69,11 @@ __device__ __forceinline__ uint32_t atom_cas_sys(uint32_t* ptr, uint32_t expecte
   return old;
 }
 
+// fence.acq_rel.sys
+__device__ __forceinline__ void fence_acq_rel_sys() {
+  asm volatile("fence.acq_rel.sys;" ::: "memory");
+}
+
 // mov.u64 %clock64: cycles of the SM
 __device__ __forceinline__ uint64_t clock64() {
   uint64_t value;
