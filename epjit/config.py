@@ -6,6 +6,7 @@ from dataclasses import dataclass
 
 # The limits of one call.
 MAX_RANKS = 8  # of one NVLink domain
+MAX_DOMAINS = 32
 MAX_TOKENS = (1 << 24) - 2  # a word of the protocol has 24 bits for a position (sync.cuh)
 MAX_TOPK = 32  # one lane of a warp a choice
 MAX_ROW_BYTES = 32768

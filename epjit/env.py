@@ -78,6 +78,13 @@ def _positive_int(text: str) -> int:
     return number
 
 
+def _natural(text: str) -> int:
+    number = int(text)
+    if number < 0:
+        raise ValueError
+    return number
+
+
 def _path(text: str) -> Path:
     return Path(text).expanduser()
 
@@ -195,12 +202,50 @@ topk_idx_bits: Variable[int] = Variable(
     "Width of an expert index; decides what `epjit.topk_idx_t` is.",
     _index_bits,
 )
+transport: Variable[str] = Variable(
+    "EPJIT_TRANSPORT",
+    "'auto', 'nvshmem' or 'loopback'",
+    "auto",
+    "What carries bytes between NVLink domains; auto takes loopback (loads and stores, for tests) "
+    "when all ranks are threads of one process, else NVSHMEM.",
+    _choice("auto", "nvshmem", "loopback"),
+)
+nvlink_domain: Variable[int] = Variable(
+    "EPJIT_NVLINK_DOMAIN",
+    "a whole number greater than 0",
+    0,
+    "Cuts each NVLink domain that is found into pieces of so many ranks.",
+    _positive_int,
+)
+loopback_seed: Variable[int] = Variable(
+    "EPJIT_LOOPBACK_SEED",
+    "a whole number, 0 or more",
+    0,
+    "Draws the delays and the order of the loopback transport; 0 means no delays.",
+    _natural,
+)
 nvshmem_dir: Variable[Path | None] = Variable(
     "NVSHMEM_DIR",
     "a path",
     None,
     "Root of an NVSHMEM installation; by default that of the installed package.",
     _path,
+)
+nvshmem_ib_enable_ibgda: Variable[bool] = Variable(
+    "NVSHMEM_IB_ENABLE_IBGDA",
+    _FLAG,
+    False,
+    "NVSHMEM's own: the GPU drives the NIC itself; kernels are then linked with NVSHMEM's device "
+    "library.",
+    _flag,
+)
+nvshmem_qp_depth: Variable[int] = Variable(
+    "NVSHMEM_QP_DEPTH",
+    "a whole number greater than 0",
+    1024,
+    "NVSHMEM's own: work requests that a queue pair of IBGDA holds; without it, the first Buffer "
+    "sets what its low-latency calls need.",
+    _positive_int,
 )
 torch_cuda_arch_list: Variable[tuple[str, ...]] = Variable(
     "TORCH_CUDA_ARCH_LIST",
@@ -230,3 +275,8 @@ def variant(op: str) -> str:
 def variant_name(op: str) -> str:
     """Name of the environment variable that chooses the variant of `op`."""
     return f"EPJIT_{op.upper()}_VARIANT"
+
+
+def set_default(name: str, value: str) -> None:
+    """Sets a variable of another library for this process, unless the user has set it."""
+    os.environ.setdefault(name, value)

@@ -57,12 +57,13 @@ class CompileError(RuntimeError):
         self.log = log
 
 
-def missing_package(package: str, *, reason: str = "") -> ImportError:
+def missing_package(package: str, *, reason: str = "", extra: str = "") -> ImportError:
     """Builds the error for a package that is not installed.
 
     Args:
         package: Name of the distribution, such as ``"cuda-bindings"``.
         reason: What the import system said.
+        extra: End of the extra's name, after ``cu12`` or ``cu13``.
 
     Returns:
         An ImportError that names the package and the command that installs it.
@@ -70,7 +71,8 @@ def missing_package(package: str, *, reason: str = "") -> ImportError:
     detail = f" ({reason})" if reason else ""
     return ImportError(
         f"epjit needs the package {package}, which cannot be imported{detail}: "
-        "pip install 'epjit[cu13]' (with a CUDA 12 driver: pip install 'epjit[cu12]')"
+        f"pip install 'epjit[cu13{extra}]' (with a CUDA 12 driver: pip install "
+        f"'epjit[cu12{extra}]')"
     )
 
 

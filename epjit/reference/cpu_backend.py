@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from epjit import env
-from epjit.reference import intranode, low_latency
+from epjit.reference import internode, intranode, low_latency
+from epjit.reference.internode import Domains
 from epjit.reference.intranode import Bias, Dispatched, Handle, RankInput
 from epjit.reference.low_latency import LowLatencyDispatched
 
@@ -30,16 +31,24 @@ class CpuBackend:
 
     All methods but `layout` are collective: every rank of the group calls them in the same order.
 
+    Args:
+        group: The ranks.
+        domains: Ranks of each NVLink domain, when there are several: handles and sums are then
+            those between domains (`epjit.reference.internode`).
+
     Raises:
         CommunicationError: From every collective method, when a peer does not arrive in time.
         ValueError: From every collective method, when ranks pass arguments that do not belong
             together; the text names the ranks and their values.
     """
 
-    def __init__(self, group: Group) -> None:
+    def __init__(self, group: Group, domains: Domains | None = None) -> None:
         self.group = group
+        self.domains = domains
 
-    def layout(self, topk_idx: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
+    def layout(
+        self, topk_idx: Tensor, num_experts: int
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
         """Where the tokens of this rank go; not collective.
 
         Args:
@@ -47,10 +56,13 @@ class CpuBackend:
             num_experts: `E`.
 
         Returns:
-            `num_tokens_per_rank` int32 `[R]`, `num_tokens_per_expert` int32 `[E]`,
-            `is_token_in_rank` bool `[T, R]`.
+            `num_tokens_per_rank` int32 `[R]`, `num_tokens_per_rdma_rank` int32 `[D]` (None in one
+            domain), `num_tokens_per_expert` int32 `[E]`, `is_token_in_rank` bool `[T, R]`.
         """
-        return intranode.layout(topk_idx, num_experts, self.group.size)
+        if self.domains is not None:
+            return internode.layout(topk_idx, num_experts, self.domains)
+        per_rank, per_expert, in_rank = intranode.layout(topk_idx, num_experts, self.group.size)
+        return per_rank, None, per_expert, in_rank
 
     @torch.no_grad()
     def dispatch(
@@ -63,6 +75,7 @@ class CpuBackend:
         is_token_in_rank: Tensor,
         num_tokens_per_expert: Tensor,
         *,
+        num_tokens_per_rdma_rank: Tensor | None = None,
         expert_alignment: int = 1,
         num_worst_tokens: int = 0,
     ) -> Dispatched:
@@ -76,6 +89,7 @@ class CpuBackend:
             num_tokens_per_rank: int32 `[R]`, the column sums of `is_token_in_rank`.
             is_token_in_rank: bool `[T, R]`.
             num_tokens_per_expert: int32 `[E]`.
+            num_tokens_per_rdma_rank: int32 `[D]` when there are several domains.
             expert_alignment: Counts of the returned list are rounded up to a multiple of it.
             num_worst_tokens: 0, or the number of rows of every output.
 
@@ -83,9 +97,8 @@ class CpuBackend:
             See `Dispatched`.
 
         Raises:
-            ValueError: Also when `num_tokens_per_rank` contradicts `is_token_in_rank`.
+            ValueError: Also when the counts contradict `is_token_in_rank`.
         """
-        sent = is_token_in_rank.sum(dim=0).tolist()
         worlds = _exchange(
             self.group,
             "dispatch",
@@ -98,19 +111,27 @@ class CpuBackend:
             (x, scales, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert),
         )
         # After the exchange: a rank that raises before it would leave its peers waiting.
-        if num_tokens_per_rank.tolist() != sent:
-            raise ValueError(
-                f"num_tokens_per_rank={num_tokens_per_rank.tolist()} contradicts is_token_in_rank, "
-                f"whose columns sum to {sent}; pass both from one get_dispatch_layout call"
-            )
+        counts = {"num_tokens_per_rank": (num_tokens_per_rank, is_token_in_rank)}
+        if self.domains is not None:
+            given = num_tokens_per_rdma_rank
+            assert given is not None
+            in_domain = internode.in_domain(is_token_in_rank, self.domains)
+            counts["num_tokens_per_rdma_rank"] = (given, in_domain)
+        for name, (count, sent) in counts.items():
+            if count.tolist() != sent.sum(dim=0).tolist():
+                raise ValueError(
+                    f"{name}={count.tolist()} contradicts is_token_in_rank, which says "
+                    f"{sent.sum(dim=0).tolist()}; pass both from one get_dispatch_layout call"
+                )
         inputs = [RankInput(*tensors) for tensors in worlds]
-        return intranode.dispatch(
-            inputs,
-            self.group.rank,
-            num_experts=num_tokens_per_expert.shape[0],
-            expert_alignment=expert_alignment,
-            num_worst_tokens=num_worst_tokens,
-        )
+        options = {
+            "num_experts": num_tokens_per_expert.shape[0],
+            "expert_alignment": expert_alignment,
+            "num_worst_tokens": num_worst_tokens,
+        }
+        if self.domains is None:
+            return intranode.dispatch(inputs, self.group.rank, **options)
+        return internode.dispatch(inputs, self.group.rank, self.domains, **options)
 
     @torch.no_grad()
     def cached_dispatch(
@@ -126,12 +147,15 @@ class CpuBackend:
         Returns:
             `recv_x` `[n or N, H]` and `recv_scales` `[n or N, S]` or None.
         """
-        facts = {**_payload_facts(x, scales), **_handle_facts(handle)}
-        worlds = _exchange(self.group, "cached dispatch", facts, (x, scales, *handle))
-        return intranode.cached_dispatch(
+        op = "cached dispatch"
+        facts = {**_payload_facts(x, scales), **self._handle_facts(handle)}
+        worlds = _exchange(self.group, op, facts, (x, scales, *handle))
+        handles = self._handles_of_one_dispatch(op, worlds)
+        mode = intranode if self.domains is None else internode
+        return mode.cached_dispatch(
             [tensors[0] for tensors in worlds],
             None if scales is None else [tensors[1] for tensors in worlds],
-            [tensors[2:] for tensors in worlds],
+            handles,
             self.group.rank,
         )
 
@@ -157,16 +181,41 @@ class CpuBackend:
         facts = {
             **_payload_facts(x, None),
             "num_topk": None if topk_weights is None else topk_weights.shape[1],
-            **_handle_facts(handle),
+            **self._handle_facts(handle),
         }
         worlds = _exchange(self.group, "combine", facts, (x, topk_weights, *handle))
-        return intranode.combine(
-            [tensors[0] for tensors in worlds],
-            [tensors[2:] for tensors in worlds],
-            self.group.rank,
-            None if topk_weights is None else [tensors[1] for tensors in worlds],
-            bias,
-        )
+        handles = self._handles_of_one_dispatch("combine", worlds)
+        xs = [tensors[0] for tensors in worlds]
+        weights = None if topk_weights is None else [tensors[1] for tensors in worlds]
+        rank = self.group.rank
+        if self.domains is None:
+            return intranode.combine(xs, handles, rank, weights, bias)
+        return internode.combine(xs, handles, rank, self.domains, weights, bias)
+
+    def _handle_facts(self, handle: Handle) -> dict[str, object]:
+        """What the handles of one dispatch have in common on all ranks."""
+        if self.domains is not None:
+            return {}  # each has only what concerns its rank
+        return {
+            "the handle's rank_prefix_matrix": handle[0].tolist(),
+            "the handle's source_tokens": handle[1].tolist(),
+        }
+
+    def _handles_of_one_dispatch(self, op: str, worlds: list[tuple[Any, ...]]) -> list[Handle]:
+        """The handles of all ranks, once they are known to belong together."""
+        handles: list[Handle] = [tensors[2:] for tensors in worlds]
+        if self.domains is None:
+            return handles
+        sent = torch.stack([handle[0].sum(dim=0) for handle in handles])  # [source, receiver]
+        for receiver, handle in enumerate(handles):
+            received = handle[6].diff(prepend=handle[6].new_zeros(1))
+            for source in torch.nonzero(received != sent[:, receiver]).flatten().tolist():
+                raise ValueError(
+                    f"{op}: by the handle of rank {source} it sends {int(sent[source, receiver])} "
+                    f"rows to rank {receiver}, by the handle of rank {receiver} "
+                    f"{int(received[source])}; all ranks must pass their handles of one dispatch"
+                )
+        return handles
 
 
 class CpuMemory:
@@ -443,14 +492,6 @@ def _payload_facts(x: Tensor, scales: Tensor | None) -> dict[str, object]:
         "dtype": x.dtype,
         "number of scales": None if scales is None else scales.shape[1],
         "dtype of scales": None if scales is None else scales.dtype,
-    }
-
-
-def _handle_facts(handle: Handle) -> dict[str, object]:
-    """What the handles of one dispatch have in common on all ranks."""
-    return {
-        "the handle's rank_prefix_matrix": handle[0].tolist(),
-        "the handle's source_tokens": handle[1].tolist(),
     }
 
 

@@ -19,8 +19,10 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
-Handle: TypeAlias = tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]
+Handle: TypeAlias = tuple[Tensor, ...]
 """What `dispatch` leaves for `combine` and for a cached dispatch; six tensors of one rank.
+
+(Between NVLink domains there are ten: see `epjit.reference.internode.Handle`.)
 
 0. `rank_prefix_matrix` int32 `[R, R]`: entry `[i, j]` = rows that ranks `0..i` send to rank `j`.
 1. `source_tokens` int32 `[R]`: `T` of each rank.
@@ -163,8 +165,8 @@ def dispatch(
         weights = _gather([_given("topk_weights", each.topk_weights) for each in inputs], tokens)
         is_local = (idx >= first_expert) & (idx < first_expert + num_local)
         local_idx = (idx - first_expert).masked_fill(~is_local, -1)
-        recv_topk_idx = _pad_rows(local_idx, num_rows, value=-1)
-        recv_topk_weights = _pad_rows(weights.masked_fill(~is_local, 0.0), num_rows)
+        recv_topk_idx = pad_rows(local_idx, num_rows, value=-1)
+        recv_topk_weights = pad_rows(weights.masked_fill(~is_local, 0.0), num_rows)
 
     recv_expert_counts = torch.stack([each.num_tokens_per_expert for each in inputs])[
         :, first_expert : first_expert + num_local
@@ -173,20 +175,19 @@ def dispatch(
         -(-count // expert_alignment) * expert_alignment for count in recv_expert_counts.tolist()
     ]
 
-    send_head = (own.is_token_in_rank.cumsum(dim=0) - 1).masked_fill(~own.is_token_in_rank, -1)
     handle = (
         rank_prefix_matrix,
         torch.tensor([each.x.shape[0] for each in inputs], dtype=torch.int32, device="cpu"),
         recv_expert_counts,
-        _pad_rows(torch.cat(tokens).to(torch.int32), num_rows),
+        pad_rows(torch.cat(tokens).to(torch.int32), num_rows),
         own.is_token_in_rank,
-        send_head.to(torch.int32),
+        positions(own.is_token_in_rank),
     )
     return Dispatched(
-        recv_x=_pad_rows(_gather([each.x for each in inputs], tokens), num_rows),
+        recv_x=pad_rows(_gather([each.x for each in inputs], tokens), num_rows),
         recv_scales=None
         if own.scales is None
-        else _pad_rows(
+        else pad_rows(
             _gather([_given("scales", each.scales) for each in inputs], tokens), num_rows
         ),
         recv_topk_idx=recv_topk_idx,
@@ -223,8 +224,8 @@ def cached_dispatch(
             )
     tokens = [handles[rank][3][rows].to(torch.int64) for rows in _segments(handles[rank], rank)]
     num_rows = handles[rank][3].shape[0]
-    recv_x = _pad_rows(_gather(xs, tokens), num_rows)
-    return recv_x, None if scales is None else _pad_rows(_gather(scales, tokens), num_rows)
+    recv_x = pad_rows(_gather(xs, tokens), num_rows)
+    return recv_x, None if scales is None else pad_rows(_gather(scales, tokens), num_rows)
 
 
 def combine(
@@ -254,36 +255,52 @@ def combine(
     Raises:
         ValueError: A rank passes another number of rows than its handle has.
     """
+    where, tokens = returned_rows(xs, handles, rank)
+
+    def total(rows_of_ranks: Sequence[Tensor], bias: Bias) -> Tensor:
+        acc = start_sum(bias, (handles[rank][4].shape[0], rows_of_ranks[rank].shape[1]))
+        for rows, own, token in zip(rows_of_ranks, where, tokens, strict=True):
+            acc[token] += rows[own].to(torch.float32)  # a token is once among a rank's rows
+        return acc
+
+    combined_x = total(xs, bias).to(xs[rank].dtype)
+    return combined_x, None if topk_weights is None else total(topk_weights, None)
+
+
+def returned_rows(
+    xs: Sequence[Tensor], handles: Sequence[Handle], rank: int
+) -> tuple[list[slice], list[Tensor]]:
+    """Which rows of each rank's `x` go back to `rank`, and the tokens that they belong to.
+
+    Raises:
+        ValueError: A rank passes another number of rows than its handle has.
+    """
     for peer, (x, handle) in enumerate(zip(xs, handles, strict=True)):
         if x.shape[0] != handle[3].shape[0]:
             raise ValueError(
                 f"rank {peer} passes x with {x.shape[0]} rows, but its handle has "
                 f"{handle[3].shape[0]}; combine takes one row for each received row"
             )
-    num_tokens = handles[rank][4].shape[0]
-    own_segments = [_segments(handle, peer)[rank] for peer, handle in enumerate(handles)]
-    tokens = [
-        handle[3][rows].to(torch.int64) for handle, rows in zip(handles, own_segments, strict=True)
+    where = [_segments(handle, peer)[rank] for peer, handle in enumerate(handles)]
+    return where, [
+        handle[3][rows].to(torch.int64) for handle, rows in zip(handles, where, strict=True)
     ]
 
-    def total(rows_of_ranks: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
-        first, *others = biases or (None,)
-        shape = (num_tokens, rows_of_ranks[rank].shape[1])
-        acc = (
-            torch.zeros(shape, dtype=torch.float32, device="cpu")
-            if first is None
-            else first.to(torch.float32, copy=True)
-        )
-        for each in others:
-            if each is not None:
-                acc += each.to(torch.float32)
-        for peer_rows, where, token in zip(rows_of_ranks, own_segments, tokens, strict=True):
-            acc[token] += peer_rows[where].to(torch.float32)  # a token is once in a segment
-        return acc
 
-    biases = bias if isinstance(bias, tuple) else (bias, None)
-    combined_x = total(xs, biases).to(xs[rank].dtype)
-    return combined_x, None if topk_weights is None else total(topk_weights, ())
+def start_sum(bias: Bias, shape: tuple[int, int]) -> Tensor:
+    """`bias_0 + bias_1` in float32, or +0.0 where there is none."""
+    bias_0, bias_1 = bias if isinstance(bias, tuple) else (bias, None)
+    acc = (
+        torch.zeros(shape, dtype=torch.float32, device="cpu")
+        if bias_0 is None
+        else bias_0.to(torch.float32, copy=True)
+    )
+    return acc if bias_1 is None else acc + bias_1.to(torch.float32)
+
+
+def positions(chosen: Tensor) -> Tensor:
+    """int32 `[T, ...]`: how many tokens before `t` are chosen, or -1 if `t` is not."""
+    return (chosen.cumsum(dim=0) - 1).masked_fill(~chosen, -1).to(torch.int32)
 
 
 def _segments(handle: Handle, rank: int) -> list[slice]:
@@ -307,7 +324,7 @@ def _gather(sources: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor:
     return received.view(-1).view(dtype).view(received.shape[0], width)
 
 
-def _pad_rows(rows: Tensor, num_rows: int, *, value: int = 0) -> Tensor:
+def pad_rows(rows: Tensor, num_rows: int, *, value: int = 0) -> Tensor:
     """`rows` followed by rows of `value`, `num_rows` in all."""
     missing = num_rows - rows.shape[0]
     if not missing:

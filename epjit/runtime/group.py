@@ -6,6 +6,7 @@ Everything here runs on the CPU and is used while something is set up, never on 
 from __future__ import annotations
 
 import hmac
+import os
 import pickle
 import secrets
 import socket
@@ -102,6 +103,23 @@ def host_id() -> str:
         return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
     except OSError:
         return socket.gethostname()
+
+
+_process_ids: dict[int, str] = {}
+_process_ids_lock = threading.Lock()
+
+
+def process_id() -> str:
+    """Names this process: containers of one host may have equal process numbers.
+
+    Locked: ranks that are threads ask at once and must get the same name, or each would take the
+    other for another process.
+    """
+    pid = os.getpid()
+    with _process_ids_lock:
+        if pid not in _process_ids:
+            _process_ids[pid] = f"{host_id()}/{pid}/{secrets.token_hex(8)}"
+        return _process_ids[pid]
 
 
 class _CommGroup(Group):

@@ -1,22 +1,30 @@
-"""NVRTC: CUDA C++ text to a cubin, in this process and without a GPU."""
+"""NVRTC: CUDA C++ text to a cubin or to LTO-IR, in this process and without a GPU."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from epjit.errors import CompileError, missing_package, require
 
 
-def options(arch: str) -> list[str]:
-    """Compiler options for one architecture, such as ``"sm_90a"``."""
+def options(arch: str, *, linked: bool = False) -> list[str]:
+    """Compiler options.
+
+    Args:
+        arch: Architecture, such as ``"sm_90a"``.
+        linked: For LTO-IR, which nvJitLink makes a cubin of, instead of a cubin.
+    """
     return [
         "-std=c++20",
-        f"-arch={arch}",
         "-default-device",
-        "--ptxas-options=-v",
         "-lineinfo",
+        *(
+            [f"-arch={arch.replace('sm_', 'compute_')}", "-dlto", "-rdc=true"]
+            if linked
+            else [f"-arch={arch}", "--ptxas-options=-v"]
+        ),
     ]
 
 
@@ -55,8 +63,49 @@ def compile_cubin(
         CompileError: The compiler refused; the message holds its log.
         ImportError: cuda-bindings or the NVRTC library is not installed.
     """
+    return _compile(source_text, name, arch, options(arch), headers, name_expression, "CUBIN")
+
+
+def compile_ltoir(
+    source_text: str,
+    name: str,
+    *,
+    arch: str,
+    headers: Mapping[str, str],
+    name_expression: str = "",
+    more_options: Sequence[str] = (),
+) -> tuple[bytes, str, str]:
+    """Compiles one unit to LTO-IR, for `nvjitlink.link`.
+
+    Args:
+        source_text: The unit.
+        name: File name of the unit in messages and line information.
+        arch: Architecture, such as ``"sm_90a"``.
+        headers: What `#include` finds before any include path: name to text.
+        name_expression: The kernel, as C++ names it; empty when there is none.
+        more_options: Beside `options`, such as include paths.
+
+    Returns:
+        The LTO-IR, the kernel's symbol, and the compiler's log.
+
+    Raises:
+        CompileError: The compiler refused; the message holds its log.
+        ImportError: cuda-bindings or the NVRTC library is not installed.
+    """
+    arguments = [*options(arch, linked=True), *more_options]
+    return _compile(source_text, name, arch, arguments, headers, name_expression, "LTOIR")
+
+
+def _compile(
+    source_text: str,
+    name: str,
+    arch: str,
+    arguments: Sequence[str],
+    headers: Mapping[str, str],
+    name_expression: str,
+    kind: str,
+) -> tuple[bytes, str, str]:
     nvrtc = _nvrtc()
-    arguments = [option.encode() for option in options(arch)]
     program = _check(
         nvrtc.nvrtcCreateProgram(
             source_text.encode(),
@@ -66,9 +115,12 @@ def compile_cubin(
             [header.encode() for header in headers],
         )
     )
+    symbol = ""
     try:
-        _check(nvrtc.nvrtcAddNameExpression(program, name_expression.encode()))
-        (status,) = nvrtc.nvrtcCompileProgram(program, len(arguments), arguments)
+        if name_expression:
+            _check(nvrtc.nvrtcAddNameExpression(program, name_expression.encode()))
+        encoded = [argument.encode() for argument in arguments]
+        (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
         buffer = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
         _check(nvrtc.nvrtcGetProgramLog(program, buffer))
         log = buffer.rstrip(b"\0 \n").decode(errors="replace")
@@ -78,12 +130,13 @@ def compile_cubin(
                 f"({status.name}):\n{log}",
                 log=log,
             )
-        cubin = b" " * _check(nvrtc.nvrtcGetCUBINSize(program))
-        _check(nvrtc.nvrtcGetCUBIN(program, cubin))
-        symbol = _check(nvrtc.nvrtcGetLoweredName(program, name_expression.encode())).decode()
+        code = b" " * _check(getattr(nvrtc, f"nvrtcGet{kind}Size")(program))
+        _check(getattr(nvrtc, f"nvrtcGet{kind}")(program, code))
+        if name_expression:
+            symbol = _check(nvrtc.nvrtcGetLoweredName(program, name_expression.encode())).decode()
     finally:
         nvrtc.nvrtcDestroyProgram(program)
-    return cubin, symbol, log
+    return code, symbol, log
 
 
 def usage(log: str) -> tuple[int, int]:

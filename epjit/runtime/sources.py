@@ -43,21 +43,21 @@ def read(path: str) -> str:
     return file.read_bytes().decode("utf-8")
 
 
-def closure(path: str) -> dict[str, str]:
-    """One source and everything that it includes, directly or not.
+def closure(*paths: str) -> dict[str, str]:
+    """Sources and everything that they include, directly or not.
 
     Args:
-        path: Path below the root.
+        *paths: Paths below the root.
 
     Returns:
-        Path to text, `path` first. An include that the root does not hold is left out: either it
+        Path to text, `paths` first. An include that the root does not hold is left out: either it
         stands behind an `#ifdef` (the emulation's header), or the compiler will name it.
 
     Raises:
-        CompileError: There is no file `path`.
+        CompileError: One of `paths` is no file.
     """
-    texts = {path: read(path)}
-    pending = _INCLUDE.findall(texts[path])
+    texts = {path: read(path) for path in paths}
+    pending = [name for text in texts.values() for name in _INCLUDE.findall(text)]
     while pending:
         name = pending.pop(0)
         if name not in texts and root().joinpath(name).is_file():
@@ -66,10 +66,10 @@ def closure(path: str) -> dict[str, str]:
     return texts
 
 
-def digest(path: str) -> str:
-    """SHA-256 (hexadecimal) over the names and bytes of a source and all it includes."""
+def digest(*paths: str) -> str:
+    """SHA-256 (hexadecimal) over the names and bytes of sources and all they include."""
     whole = hashlib.sha256()
-    for name, text in sorted(closure(path).items()):
+    for name, text in sorted(closure(*paths).items()):
         for part in (name.encode(), text.encode()):
             whole.update(len(part).to_bytes(8, "little"))
             whole.update(part)

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import ctypes
-import os
-import secrets
-import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from epjit.errors import require
 from epjit.runtime import device as gpu
 from epjit.runtime import driver
-from epjit.runtime.group import Group, host_id
+from epjit.runtime.group import Group, host_id, process_id
 
 if TYPE_CHECKING:
     import torch
@@ -32,6 +31,43 @@ class _Region(NamedTuple):
     uuid: bytes = b""
     ptr: int = 0
     handle: bytes = b""
+
+
+@contextmanager
+def own_stream() -> Iterator[Any]:
+    """A stream for one copy or fill, synchronised at the end.
+
+    Not the default stream: that would wait for kernels of other ranks on this device.
+    """
+    flag = driver.load().CUstream_flags.CU_STREAM_NON_BLOCKING
+    stream = driver.call("cuStreamCreate", flag)
+    try:
+        yield stream
+        driver.call("cuStreamSynchronize", stream)
+    finally:
+        driver.call("cuStreamDestroy", stream)
+
+
+def fill_zero(ptr: int, nbytes: int) -> None:
+    """Fills device memory with zeros, which have landed on return; its context is current."""
+    with own_stream() as stream:
+        driver.call("cuMemsetD8Async", ptr, 0, nbytes, stream)
+
+
+def tensor_over(ptr: int, nbytes: int, *, owner: object, device: int) -> torch.Tensor:
+    """Device memory as a tensor of bytes, which keeps `owner` alive.
+
+    Raises:
+        ImportError: torch or CuPy is not installed.
+    """
+    require("torch", package="torch")
+    import torch
+
+    cupy = require("cupy", package="cupy-cuda13x (cupy-cuda12x)")
+    with driver.using(device):
+        memory = cupy.cuda.UnownedMemory(ptr, nbytes, owner, device)
+        array = cupy.ndarray((nbytes,), cupy.uint8, memptr=cupy.cuda.MemoryPointer(memory, 0))
+        return torch.from_dlpack(array)
 
 
 class SymmetricMemory:
@@ -86,16 +122,7 @@ class SymmetricMemory:
         """
         if self._closed:
             raise RuntimeError("this symmetric memory is closed")
-        require("torch", package="torch")
-        import torch
-
-        cupy = require("cupy", package="cupy-cuda13x (cupy-cuda12x)")
-        with driver.using(self._device):
-            memory = cupy.cuda.UnownedMemory(self.ptr, self.nbytes, self, self._device)
-            array = cupy.ndarray(
-                (self.nbytes,), cupy.uint8, memptr=cupy.cuda.MemoryPointer(memory, 0)
-            )
-            return torch.from_dlpack(array).view(dtype)
+        return tensor_over(self.ptr, self.nbytes, owner=self, device=self._device).view(dtype)
 
     def close(self) -> None:
         """Unmaps the peers' memory and frees the own. Not collective, and idempotent.
@@ -134,14 +161,14 @@ class SymmetricMemory:
         try:
             with driver.using(self._device):
                 handle = self._allocate_fabric() if self._fabric else self._allocate()
-                self._fill_zero()
+                fill_zero(self.ptr, self.nbytes)
         except RuntimeError as error:
             return _Region(error=f"rank {self._rank} (device {self._device}): {error}")
         return _Region(
             nbytes=self.nbytes,
             fabric=self._fabric,
             host=host_id(),
-            process=_process_id(os.getpid()),
+            process=process_id(),
             device=self._device,
             uuid=gpu.uuid(self._device),
             ptr=self.ptr,
@@ -206,16 +233,6 @@ class SymmetricMemory:
         driver.call("cuMemSetAccess", address, size, [access], 1)
         return int(address)
 
-    def _fill_zero(self) -> None:
-        """On a stream of its own: must not wait for kernels of other ranks on this device."""
-        flag = driver.load().CUstream_flags.CU_STREAM_NON_BLOCKING
-        stream = driver.call("cuStreamCreate", flag)
-        try:
-            driver.call("cuMemsetD8Async", self.ptr, 0, self.nbytes, stream)
-            driver.call("cuStreamSynchronize", stream)
-        finally:
-            driver.call("cuStreamDestroy", stream)
-
     def _disagreements(self, regions: list[_Region]) -> list[str]:
         return [
             f"rank {self._rank} asks for nbytes={self.nbytes} and fabric={self._fabric}, rank "
@@ -276,22 +293,6 @@ class SymmetricMemory:
                     "the two GPUs cannot access each other's memory (cuDeviceCanAccessPeer is 0): "
                     "they share neither NVLink nor a PCIe path that allows it"
                 )
-
-
-_process_ids: dict[int, str] = {}
-_process_ids_lock = threading.Lock()
-
-
-def _process_id(pid: int) -> str:
-    """Names this process: containers of one host may have equal process numbers.
-
-    Locked: ranks that are threads ask at once and must get the same name, or each would take the
-    other for another process.
-    """
-    with _process_ids_lock:
-        if pid not in _process_ids:
-            _process_ids[pid] = f"{host_id()}/{pid}/{secrets.token_hex(8)}"
-        return _process_ids[pid]
 
 
 def _enable_peer_access(device: int) -> None:

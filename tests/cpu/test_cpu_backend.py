@@ -108,7 +108,8 @@ def check_one_rank(group: Group, kind: data.RoutingKind, payload: str, with_topk
     own = world[group.rank]
 
     if own.topk_idx is not None:
-        per_rank, per_expert, in_rank = backend.layout(own.topk_idx, num_experts)
+        per_rank, none, per_expert, in_rank = backend.layout(own.topk_idx, num_experts)
+        assert none is None
         assert_same(per_rank, own.is_token_in_rank.sum(dim=0, dtype=torch.int32), "per rank")
         assert_same(per_expert, own.num_tokens_per_expert, "per expert")
         assert_same(in_rank, own.is_token_in_rank, "is_token_in_rank")

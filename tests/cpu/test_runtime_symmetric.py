@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from epjit.runtime import group as groups
 from epjit.runtime import symmetric
 from epjit.runtime.symmetric import SymmetricMemory
 from tests.cpu.test_runtime_group import run_threads
@@ -96,8 +97,9 @@ def test_threads_that_ask_at_once_get_one_process_id(monkeypatch: pytest.MonkeyP
         time.sleep(0.05)  # long enough for every thread to find no name yet
         return str(next(tokens))
 
-    monkeypatch.setattr(symmetric.secrets, "token_hex", slow_token)
-    names = run_threads(8, lambda group: symmetric._process_id(-1))
+    monkeypatch.setattr(groups.secrets, "token_hex", slow_token)
+    monkeypatch.setattr(groups, "_process_ids", {})
+    names = run_threads(8, lambda group: groups.process_id())
     assert len(set(names)) == 1
 
 

@@ -49,6 +49,14 @@ enum WaitTag : int32_t {
   kWaitLowLatencyCombineStart = 15,    // low_latency_combine: its start
   kWaitLowLatencyCombineRow = 16,      // low_latency_combine: the row of selection
   kWaitCleanStart = 17,                // clean_low_latency_buffer: its start
+  kWaitNotifyReady = 18,               // notify: the start of its NVLink domain
+  kWaitNotifyArrival = 19,             // notify: its counts from another NVLink domain
+  kWaitDispatchReady = 20,             // dispatch: the start of its NVLink domain
+  kWaitDispatchCredit = 21,            // dispatch: slots that its NVLink domain still reads
+  kWaitDispatchArrival = 22,           // dispatch: its chunk from another NVLink domain, at token
+  kWaitCombineReady = 23,              // combine: the start of its NVLink domain
+  kWaitCombineCredit = 24,             // combine: slots that it still reads, between NVLink domains
+  kWaitCombineArrival = 25,            // combine: the sum of its NVLink domain for token
 };
 
 // ---- signals ------------------------------------------------------------------------------------
@@ -87,18 +95,32 @@ struct Waiter {
   uint32_t epoch;
   WaitTag start_tag;  // what a record calls a peer that never started
   uint32_t* mask;     // local [num_ranks], 1 = masked; null: a late peer is a fault
+  // [num_ranks]: numbers in the group of the ranks that share the signals; null: they are the group
+  const int32_t* ranks;
+
+  // What a fault record calls a rank that shares the signals.
+  __device__ __forceinline__ int name(int peer) const {
+    return ranks == nullptr ? peer : ranks[peer];
+  }
 };
 
-// From the parameters of a kernel; tells the peers that this rank has started the operation.
+// From the parameters of a kernel; tells the peers that this rank has started the operation. `rank`
+// and the peers are counted among those that share the signals.
 template <int kNumRanks, typename Params>
-__device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start_tag) {
+__device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start_tag, int rank,
+                                                  const int32_t* ranks) {
   uint32_t* mask = nullptr;
   if constexpr (requires { p.mask; }) mask = p.mask;
-  const Waiter waiter{p.fault,      p.abort,   p.timeout_ns, p.signals[p.rank], p.rank, kNumRanks,
-                      *p.epoch + 1, start_tag, mask};
-  if (blockIdx.x == 0 && threadIdx.x < kNumRanks && threadIdx.x != p.rank)
-    ptx::st_relaxed_sys(entered_signal(p.signals[threadIdx.x], p.rank), stamp(waiter.epoch, 0));
+  const Waiter waiter{p.fault,      p.abort,   p.timeout_ns, p.signals[rank], rank, kNumRanks,
+                      *p.epoch + 1, start_tag, mask,         ranks};
+  if (blockIdx.x == 0 && threadIdx.x < kNumRanks && threadIdx.x != rank)
+    ptx::st_relaxed_sys(entered_signal(p.signals[threadIdx.x], rank), stamp(waiter.epoch, 0));
   return waiter;
+}
+
+template <int kNumRanks, typename Params>
+__device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start_tag) {
+  return start_operation<kNumRanks>(p, start_tag, p.rank, nullptr);
 }
 
 __device__ __forceinline__ bool is_masked(const Waiter& waiter, int peer) {
@@ -116,12 +138,13 @@ __device__ inline void report_fault(const Waiter& waiter, WaitTag tag, int peer,
   for (int r = 0; r < waiter.num_ranks; ++r) {
     const uint64_t entered = ptx::ld_acquire_sys(entered_signal(waiter.signals, r));
     if (r == waiter.rank || has_reached(entered, stamp(waiter.epoch, 0))) continue;
-    tag = waiter.start_tag, peer = r, index = 0, expected = stamp(waiter.epoch, 0), seen = entered;
+    tag = waiter.start_tag, peer = waiter.name(r), index = 0;
+    expected = stamp(waiter.epoch, 0), seen = entered;
     break;
   }
   const uint64_t record[8] = {1,
                               static_cast<uint64_t>(tag),
-                              static_cast<uint64_t>(waiter.rank),
+                              static_cast<uint64_t>(waiter.name(waiter.rank)),
                               static_cast<uint64_t>(peer),
                               index,
                               expected,
@@ -184,7 +207,7 @@ template <int kNumRanks>
 __device__ __forceinline__ bool enter(const Waiter& waiter, WaitTag tag, int lane) {
   bool ok = true;
   if (lane < kNumRanks && lane != waiter.rank)
-    ok = wait_signal(waiter, tag, lane, finish_signal(waiter.signals, lane),
+    ok = wait_signal(waiter, tag, waiter.name(lane), finish_signal(waiter.signals, lane),
                      stamp(waiter.epoch - 1, 0));
   return all_lanes(ok);
 }

@@ -1,0 +1,154 @@
+// What the three kernels between NVLink domains share: who is who, the rings between rail peers, and
+// what these tell each other.
+//
+// A rank is (domain, local). Its rail peers are the ranks of the same `local` in the other domains;
+// only these exchange anything over RDMA, and the ranks of a domain reach each other by NVLink.
+//
+// The *channel* (n, j) of a rank of domain m is the sequence of tokens that go from ranks[n, j] to
+// domain m, in the order of tokens. Rank (m, j) is where it enters or leaves the domain. Index i of
+// a channel lies in slot i % ring_slots of a ring, and belongs to window i / (ring_slots / 2). Window
+// w overwrites the slots of w - 2, so its writer waits until those are used up: by `done` of each
+// reader inside a domain, by `credits` between rail peers.
+//
+// In symmetric memory of the transport, of each rank, outside what users may write:
+//   ready    [num_domains] u64              written by the rail peer in domain n: epoch of the last
+//            operation that all ranks of n may write to: they have finished the one before
+//   credits  [num_domains, 2] u64           by the rail peer in n: (epoch, window + 1), window & 1:
+//            n has used up what this rank sent to it in that window
+//   arrived  [num_domains, ring chunks] u64 by the rail peer in n, with the chunk: a word (sync.cuh)
+// In symmetric memory of the NVLink domain:
+//   signals  see sync.cuh
+//   done     [num_domains, num_local, 2] u64  column j by local rank j: (epoch, window + 1),
+//            window & 1: j has used up the slots of that window of the ring of domain n
+//
+// A put or signal of an operation has come before its sender can begin the one after the next: the
+// sender's peers wait for all of it, or (a credit) it is sent only if it will be waited for. So
+// nothing is on its way to memory that a Buffer has given back.
+#pragma once
+#include "epjit/sync.cuh"
+#include "epjit/transport.cuh"
+
+namespace epjit {
+
+constexpr int kMaxDomains = 32;  // one lane a domain
+
+// kDomains x kLocal ranks; Params has the fields that the kernels below all have.
+template <int kDomains, int kLocal, int kChunk, typename Params>
+class Rail {
+  static_assert(kDomains >= 2 && kDomains <= kMaxDomains);
+  static_assert(kLocal >= 1 && kLocal <= kMaxRanks);
+  static_assert(kChunk >= 1 && kChunk <= kWarpSize, "one lane a token");
+
+ public:
+  // What a fault record calls the waits.
+  struct Tags {
+    WaitTag start, entry, ready;
+  };
+
+  __device__ Rail(const Params& params, Tags tags)
+      : p(params),
+        tags_(tags),
+        lane_(threadIdx.x % kWarpSize),
+        waiter(start_operation<kLocal>(p, tags.start, p.local, p.ranks + p.domain * kLocal)) {}
+
+  // ---- who is who -------------------------------------------------------------------------------
+
+  __device__ int rank_of(int domain, int local) const { return p.ranks[domain * kLocal + local]; }
+  __device__ int rail_peer(int domain) const { return rank_of(domain, p.local); }
+  __device__ int rail_pe(int domain) const { return p.pes[rail_peer(domain)]; }
+
+  // ---- the beginning ----------------------------------------------------------------------------
+
+  // The ranks of this domain have finished the operation before. Called by a whole warp.
+  __device__ bool enter() const { return epjit::enter<kLocal>(waiter, tags_.entry, lane_); }
+
+  // One warp of one block: tells the rail peers that this domain may be written to.
+  __device__ bool announce() const {
+    if (!enter()) return false;
+    if (lane_ < kDomains && lane_ != p.domain)
+      epjit_signal(p.transport, p.ready + p.domain, stamp(waiter.epoch, 0), rail_pe(lane_));
+    __syncwarp();
+    return true;
+  }
+
+  // Domain n may be written to.
+  __device__ bool is_ready(int n) const {
+    return wait_signal(waiter, tags_.ready, rail_peer(n), p.ready + n, stamp(waiter.epoch, 0));
+  }
+
+  // All domains may be: nobody ends an operation that a rail peer has not begun. By a whole warp.
+  __device__ bool all_ready() const {
+    bool ok = true;
+    if (lane_ < kDomains && lane_ != p.domain) ok = is_ready(lane_);
+    return all_lanes(ok);
+  }
+
+  // ---- windows ----------------------------------------------------------------------------------
+
+  __device__ uint64_t* done(int owner, int n, int j, int window) const {
+    return reinterpret_cast<uint64_t*>(p.done[owner]) + (n * kLocal + j) * 2 + (window & 1);
+  }
+
+  // Local rank j has used up what window `window` of the ring of domain n here overwrites.
+  __device__ bool wait_done(WaitTag tag, int n, int j, int window) const {
+    return window < 2 || wait_signal(waiter, tag, rank_of(p.domain, j),
+                                     done(p.local, n, j, window),
+                                     stamp(waiter.epoch, window - 1));
+  }
+
+  // Tells local rank `owner` that this rank has used up a window of its ring of domain n.
+  __device__ void signal_done(int owner, int n, int window) const {
+    ptx::st_release_sys(done(owner, n, p.local, window), stamp(waiter.epoch, window + 1));
+  }
+
+  // Domain n has used up what window `window` of the ring there overwrites.
+  __device__ bool wait_credit(WaitTag tag, int n, int window) const {
+    return window < 2 || wait_signal(waiter, tag, rail_peer(n), p.credits + 2 * n + (window & 1),
+                                     stamp(waiter.epoch, window - 1));
+  }
+
+  // Tells the rail peer in n that this domain has used up a window; not when it will not ask.
+  __device__ void signal_credit(int n, int window, int num_tokens) const {
+    if ((window + 2) * (p.ring_slots / 2) < num_tokens)
+      epjit_signal(p.transport, p.credits + 2 * p.domain + (window & 1),
+                   stamp(waiter.epoch, window + 1), rail_pe(n));
+  }
+
+  // ---- chunks between rail peers ----------------------------------------------------------------
+
+  __device__ int ring_window(int index) const { return index / (p.ring_slots / 2); }
+
+  __device__ uint64_t* arrival(int n, int index) const {
+    return p.arrived + n * (p.ring_slots / kChunk) + index % p.ring_slots / kChunk;
+  }
+
+  // The chunk of domain n that holds `index` is here.
+  __device__ bool wait_arrival(WaitTag tag, int n, int index) const {
+    uint64_t found;
+    return wait_word_at(tag, rail_peer(n), index, ring_window(index), arrival(n, index), found);
+  }
+
+  // Sends a chunk of slots, which this warp has written: each lane's writes -> fence (sys) ->
+  // __syncwarp -> the put.
+  __device__ void put_chunk(int n, char* dst, const char* src, int num_bytes, int index) const {
+    ptx::fence_acq_rel_sys();
+    __syncwarp();
+    epjit_put_signal(p.transport, dst, src, num_bytes, arrival(p.domain, index),
+                     make_word(waiter.epoch, ring_window(index), 0), rail_pe(n));
+  }
+
+  __device__ bool wait_word_at(WaitTag tag, int peer, int index, int window,
+                               const uint64_t* address, uint64_t& found) const {
+    return wait_word(waiter, tag, peer, index, window, address, found);
+  }
+
+ private:
+  const Params& p;
+  const Tags tags_;
+  const int lane_;
+
+ public:
+  const Waiter waiter;
+};
+
+}  // namespace epjit

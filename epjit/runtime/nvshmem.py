@@ -1,0 +1,551 @@
+"""NVSHMEM's host library: found, initialised or joined, and its heap shared by all Buffers.
+
+A thin layer of ctypes over about a dozen functions; why not nvshmem4py: it takes seconds to import
+and its own way with tensors. NVSHMEM is one a process and binds it to one GPU. What goes wrong
+inside it often ends the process (it calls exit()), so everything that can be checked is checked
+before.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import functools
+import importlib.util
+import re
+import threading
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from epjit import env
+from epjit.errors import missing_package
+from epjit.runtime import driver
+from epjit.runtime.group import Group, host_id, process_id
+
+MIN_VERSION = (3, 4, 5)
+MAX_MAJOR = 3
+
+_PACKAGE = "nvidia-nvshmem-cu13 (CUDA 12: nvidia-nvshmem-cu12)"
+_LIBRARY = "libnvshmem_host.so"
+_SOCKET = "NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME"
+
+# ---- which library ------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Installation:
+    """One NVSHMEM on disk.
+
+    Attributes:
+        library: The host library.
+        include: Folder of the headers.
+        device_library: Archive of device code.
+        version: Of the headers: major, minor, patch.
+    """
+
+    library: Path
+    include: Path
+    device_library: Path
+    version: tuple[int, int, int]
+
+
+def find_library() -> Path:
+    """The host library to use: the one in this process, else ``NVSHMEM_DIR``, else the package's.
+
+    Raises:
+        ImportError: There is none.
+        RuntimeError: The process has two, or another than ``NVSHMEM_DIR`` says.
+    """
+    loaded = _loaded_libraries()
+    folder = env.nvshmem_dir()
+    if len(loaded) > 1:
+        raise RuntimeError(
+            "this process has two copies of NVSHMEM loaded, which do not know of each other: "
+            f"{' and '.join(map(str, loaded))}; remove one, or set NVSHMEM_DIR to the one that the "
+            "other packages load"
+        )
+    chosen = None
+    if folder is not None:
+        found = sorted(folder.glob(f"lib*/{_LIBRARY}*"))
+        if not found:
+            raise missing_package(
+                _PACKAGE,
+                reason=f"NVSHMEM_DIR={folder} has no lib/{_LIBRARY}; unset it, or correct it",
+                extra="-rdma",
+            )
+        chosen = found[0].resolve()
+    if loaded:
+        if chosen is not None and chosen != loaded[0]:
+            raise RuntimeError(
+                f"NVSHMEM_DIR={folder} names another NVSHMEM than the one that is loaded, "
+                f"{loaded[0]} (by torch?), and a process can have only one; unset NVSHMEM_DIR"
+            )
+        return loaded[0]
+    if chosen is not None:
+        return chosen
+    for root in package_folders("nvshmem"):
+        for library in sorted(root.glob(f"lib/{_LIBRARY}*")):
+            return library.resolve()
+    raise missing_package(_PACKAGE, extra="-rdma")
+
+
+def find_installation() -> Installation:
+    """The library that `find_library` finds, with what kernels are compiled against.
+
+    Raises:
+        ImportError: There is none, or it has no headers.
+        RuntimeError: See `find_library`; or its version is not supported.
+    """
+    library = find_library()
+    include = library.parent.parent / "include"
+    header = include / "non_abi" / "nvshmem_version.h"
+    if not header.is_file():
+        raise missing_package(
+            _PACKAGE,
+            reason=f"{library} comes without {header}: some packages bring a bare copy",
+            extra="-rdma",
+        )
+    text = header.read_text()
+    numbers = re.findall(r"define NVSHMEM_VENDOR_(?:MAJOR|MINOR|PATCH)_VERSION (\d+)", text)
+    major, minor, patch = map(int, numbers[:3])
+    _check_version((major, minor, patch), library)
+    return Installation(
+        library, include, library.parent / "libnvshmem_device.a", (major, minor, patch)
+    )
+
+
+def package_folders(name: str) -> list[Path]:
+    """Folders of NVIDIA's packages called `name` in this environment, such as ``"nvshmem"``.
+
+    Never those of a toolkit of the system, which may be of another CUDA.
+    """
+    spec = importlib.util.find_spec("nvidia")
+    roots = (spec.submodule_search_locations or []) if spec is not None else []
+    return [folder for root in roots if (folder := Path(root) / name).is_dir()]
+
+
+def _loaded_libraries() -> list[Path]:
+    """Files of NVSHMEM's host library that this process has mapped."""
+    try:
+        maps = Path("/proc/self/maps").read_text()
+    except OSError:
+        return []
+    files = re.findall(rf"\s(/\S*/{re.escape(_LIBRARY)}\S*)$", maps, re.MULTILINE)
+    return sorted({Path(file).resolve() for file in files})
+
+
+def _check_version(version: tuple[int, int, int], library: Path) -> None:
+    if version < MIN_VERSION or version[0] > MAX_MAJOR:
+        raise RuntimeError(
+            f"NVSHMEM {'.'.join(map(str, version))} ({library}) is not supported: epjit takes "
+            f"{'.'.join(map(str, MIN_VERSION))} and newer, below {MAX_MAJOR + 1}; "
+            "pip install 'epjit[cu13-rdma]' (CUDA 12: 'epjit[cu12-rdma]')"
+        )
+
+
+# ---- the library --------------------------------------------------------------------------------
+
+
+class _UniqueId(ctypes.Structure):
+    """nvshmemx_uniqueid_t, version 1; the others follow."""
+
+    _fields_ = (("version", ctypes.c_int), ("internal", ctypes.c_char * 124))
+
+
+class _UniqueIdArgs(ctypes.Structure):
+    _fields_ = (
+        ("version", ctypes.c_int),
+        ("id", ctypes.c_void_p),
+        ("rank", ctypes.c_int),
+        ("size", ctypes.c_int),
+    )
+
+
+class _InitArgs(ctypes.Structure):
+    _fields_ = (
+        ("version", ctypes.c_int),
+        ("uid_args", _UniqueIdArgs),
+        ("content", ctypes.c_char * 96),
+    )
+
+
+class _InitAttributes(ctypes.Structure):
+    _fields_ = (
+        ("version", ctypes.c_int),
+        ("mpi_comm", ctypes.c_void_p),
+        ("args", _InitArgs),
+    )
+
+
+_INITIALIZED = 2  # nvshmemx_init_status: from here on it works
+_WITH_UNIQUE_ID = 1 << 3  # NVSHMEMX_INIT_WITH_UNIQUEID
+_SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
+    "nvshmemx_get_uniqueid": (ctypes.c_int, (ctypes.c_void_p,)),
+    "nvshmemx_set_attr_uniqueid_args": (
+        ctypes.c_int,
+        (ctypes.c_int, ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p),
+    ),
+    "nvshmemx_hostlib_init_attr": (ctypes.c_int, (ctypes.c_uint, ctypes.c_void_p)),
+    "nvshmemx_hostlib_finalize": (None, ()),
+    "nvshmemx_init_status": (ctypes.c_int, ()),
+    "nvshmem_my_pe": (ctypes.c_int, ()),
+    "nvshmem_n_pes": (ctypes.c_int, ()),
+    "nvshmem_malloc": (ctypes.c_void_p, (ctypes.c_size_t,)),
+    "nvshmem_free": (None, (ctypes.c_void_p,)),
+    "nvshmem_ptr": (ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_int)),
+    "nvshmemx_cumodule_init": (ctypes.c_int, (ctypes.c_void_p,)),
+    "nvshmemx_cumodule_finalize": (ctypes.c_int, (ctypes.c_void_p,)),
+    "nvshmemx_vendor_get_version_info": (None, (ctypes.c_void_p,) * 3),
+}
+
+
+def _struct_version(struct: type[ctypes.Structure]) -> int:
+    """What NVSHMEM wants in the field `version`: version 1 of the struct, and its size."""
+    return (1 << 16) + ctypes.sizeof(struct)
+
+
+@functools.cache
+def load() -> Any:
+    """The host library, with types of arguments and results.
+
+    Raises:
+        ImportError: There is none, or it cannot be loaded.
+        RuntimeError: See `find_library`; or its version is not supported.
+    """
+    path = find_library()
+    try:
+        library = ctypes.CDLL(str(path), mode=ctypes.RTLD_GLOBAL)
+        for name, (result, arguments) in _SIGNATURES.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise missing_package(_PACKAGE, reason=f"{path}: {error}", extra="-rdma") from error
+    _check_version(_version_of(library), path)
+    return library
+
+
+def _version_of(library: Any) -> tuple[int, int, int]:
+    numbers = [ctypes.c_int() for _ in range(3)]
+    library.nvshmemx_vendor_get_version_info(*(ctypes.byref(number) for number in numbers))
+    major, minor, patch = (number.value for number in numbers)
+    return major, minor, patch
+
+
+def is_initialized() -> bool:
+    """Whether NVSHMEM works in this process, whoever began it."""
+    return bool(load().nvshmemx_init_status() >= _INITIALIZED)
+
+
+# ---- beginning and end --------------------------------------------------------------------------
+
+_lock = threading.Lock()
+_begun_here = False  # whether `initialize` began NVSHMEM, not torch or the user
+
+
+class _Member(NamedTuple):
+    """What a rank tells the others before NVSHMEM begins; `error` says why it cannot."""
+
+    error: str = ""
+    version: tuple[int, int, int] = (0, 0, 0)
+    initialized: bool = False
+    pe: int = -1
+    num_pes: int = 0
+    host: str = ""
+    process: str = ""
+
+
+def initialize(group: Group, *, device: int | None, settings: Mapping[str, str]) -> list[int]:
+    """Makes NVSHMEM work between the ranks of a group, or joins it when it does. Collective.
+
+    Args:
+        group: The ranks; each must be a process of its own.
+        device: GPU of this rank; None only bootstraps, which tests do without a GPU.
+        settings: Environment variables that NVSHMEM reads when it begins; those that the user has
+            set stay. Without effect when it works already.
+
+    Returns:
+        NVSHMEM's number (PE) of each rank.
+
+    Raises:
+        ImportError: A rank has no NVSHMEM.
+        ValueError: Ranks share a process.
+        RuntimeError: The ranks' libraries do not go together, or NVSHMEM works already with other
+            members, or does not begin. The same reasons on all ranks.
+    """
+    members: list[_Member] = group.allgather(_introduce())
+    _check_members(members)
+    if members[0].initialized:
+        return [member.pe for member in members]
+    pes = number_ranks([member.host for member in members])
+    for name, value in settings.items():
+        env.set_default(name, value)
+    if len({member.host for member in members}) == 1:
+        env.set_default(_SOCKET, "lo")  # else it takes an interface that may not loop back
+    with contextlib.nullcontext() if device is None else driver.using(device):
+        problem = _bootstrap(group, pes)
+    problems = [text for text in group.allgather(problem) if text]
+    if problems:
+        raise RuntimeError("NVSHMEM does not begin:\n  " + "\n  ".join(problems))
+    return pes
+
+
+def number_ranks(hosts: Sequence[str]) -> list[int]:
+    """PE of each rank: the ranks of a host follow one another, as NVSHMEM wants it."""
+    order = sorted(range(len(hosts)), key=lambda rank: (hosts.index(hosts[rank]), rank))
+    return [order.index(rank) for rank in range(len(hosts))]
+
+
+def _introduce() -> _Member:
+    try:
+        library = load()
+    except (ImportError, RuntimeError) as error:
+        return _Member(error=str(error))
+    begun = is_initialized()
+    return _Member(
+        version=_version_of(library),
+        initialized=begun,
+        pe=library.nvshmem_my_pe() if begun else -1,
+        num_pes=library.nvshmem_n_pes() if begun else 0,
+        host=host_id(),
+        process=process_id(),
+    )
+
+
+def _check_members(members: Sequence[_Member]) -> None:
+    """Refuses ranks that cannot form one NVSHMEM; all ranks see the same and raise the same."""
+    errors = [f"rank {rank}: {each.error}" for rank, each in enumerate(members) if each.error]
+    if errors:
+        raise ImportError("NVSHMEM cannot be used:\n  " + "\n  ".join(errors))
+    if len({member.process for member in members}) < len(members):
+        raise ValueError(
+            "some ranks are threads of one process, and NVSHMEM wants a process for each; "
+            "EPJIT_TRANSPORT=loopback serves ranks of one host"
+        )
+    versions = {member.version for member in members}
+    if len(versions) > 1:
+        raise RuntimeError(
+            "the ranks have different versions of NVSHMEM, by rank: "
+            + ", ".join(".".join(map(str, member.version)) for member in members)
+        )
+    begun = [rank for rank, member in enumerate(members) if member.initialized]
+    if not begun:
+        return
+    if len(begun) < len(members):
+        raise RuntimeError(
+            f"NVSHMEM works already on ranks {begun}, but not on the other ones of this group of "
+            f"{len(members)}; begin it on all of them, or on none"
+        )
+    pes = [member.pe for member in members]
+    if any(member.num_pes != len(members) for member in members) or len(set(pes)) < len(pes):
+        raise RuntimeError(
+            f"NVSHMEM works already between {members[0].num_pes} processes, and this group has "
+            f"{len(members)} ranks (PEs {pes}); it can only serve a group of all its processes, so "
+            "make the Buffer with that group first"
+        )
+
+
+def _bootstrap(group: Group, pes: Sequence[int]) -> str:
+    """Begins NVSHMEM; returns what went wrong, in words."""
+    global _begun_here
+    library = load()
+    unique_id = _UniqueId(version=_struct_version(_UniqueId))
+    root = pes.index(0)
+    status = 0
+    if group.rank == root:
+        status = library.nvshmemx_get_uniqueid(ctypes.byref(unique_id))
+    status, data = group.allgather((status, bytes(unique_id)))[root]
+    if status:
+        return f"rank {root}: nvshmemx_get_uniqueid failed with {status}" * (group.rank == root)
+    ctypes.memmove(ctypes.byref(unique_id), data, ctypes.sizeof(_UniqueId))
+    attributes = _InitAttributes(version=_struct_version(_InitAttributes))
+    attributes.args.version = _struct_version(_InitArgs)
+    attributes.args.uid_args.version = _struct_version(_UniqueIdArgs)
+    library.nvshmemx_set_attr_uniqueid_args(
+        pes[group.rank], group.size, ctypes.byref(unique_id), ctypes.byref(attributes)
+    )
+    status = library.nvshmemx_hostlib_init_attr(_WITH_UNIQUE_ID, ctypes.byref(attributes))
+    if not is_initialized():
+        return (
+            f"rank {group.rank}: nvshmemx_hostlib_init_attr returns {status}, and the state is "
+            f"{library.nvshmemx_init_status()} (1: the processes have met, but there is no GPU to "
+            "use); NVSHMEM_DEBUG=INFO says more, and so does python -m epjit doctor"
+        )
+    with _lock:
+        _begun_here = True
+    return ""
+
+
+def finalize() -> None:
+    """Ends NVSHMEM, if epjit began it. Collective over all its processes.
+
+    Nothing calls this by itself: as with any collective, a rank that is gone would make the others
+    wait for ever, and a process may end without it.
+
+    Raises:
+        RuntimeError: Memory is still in use, or kernels are still attached.
+    """
+    global _begun_here
+    with _lock:
+        if not _begun_here:
+            return
+        if len(_free) < len(_blocks) or _attached:
+            raise RuntimeError(
+                f"NVSHMEM cannot end: {len(_blocks) - len(_free)} allocations and "
+                f"{len(_attached)} kernels are still in use; destroy the Buffers first"
+            )
+        _begun_here = False
+        for number in sorted(_blocks):
+            load().nvshmem_free(_blocks[number].ptr)
+        _blocks.clear()
+        _free.clear()
+    load().nvshmemx_hostlib_finalize()
+
+
+# ---- kernels ------------------------------------------------------------------------------------
+
+_attached: set[int] = set()
+
+
+def attach(module: int) -> None:
+    """Gives a module (CUmodule) that is linked with NVSHMEM's device code what that needs.
+
+    The context of its device must be current, and NVSHMEM must work.
+
+    Raises:
+        RuntimeError: NVSHMEM refuses, for one because its library is older than the headers.
+    """
+    status = load().nvshmemx_cumodule_init(module)
+    if status:
+        raise RuntimeError(
+            f"NVSHMEM refuses a kernel: nvshmemx_cumodule_init returns {status}; is its library "
+            f"({find_library()}) older than its headers, or is it not initialised?"
+        )
+    with _lock:
+        _attached.add(module)
+
+
+def detach(module: int, device: int) -> None:
+    """Undoes `attach`. To be called before the module is unloaded: NVSHMEM writes to it."""
+    with _lock:
+        if module not in _attached:
+            return
+        _attached.discard(module)
+    if is_initialized():
+        with driver.using(device):
+            load().nvshmemx_cumodule_finalize(module)
+
+
+# ---- the heap -----------------------------------------------------------------------------------
+
+
+class _Block(NamedTuple):
+    ptr: int
+    nbytes: int
+
+
+# Allocations by number: all ranks make the same ones in the same order, so a number means the same
+# memory on each. A block that is free here may still be in use elsewhere.
+_blocks: dict[int, _Block] = {}
+_free: set[int] = set()
+_num_blocks = 0
+
+
+class HeapMemory:
+    """A piece of the symmetric heap that is this process's until `close`.
+
+    Attributes:
+        ptr: Address.
+        nbytes: Size in bytes, as asked for.
+    """
+
+    def __init__(self, number: int, nbytes: int) -> None:
+        self._number = number
+        self.ptr = _blocks[number].ptr
+        self.nbytes = nbytes
+
+    def address_at(self, pe: int) -> int:
+        """Address here of the same memory of another PE; 0 when it is not mapped."""
+        return load().nvshmem_ptr(self.ptr, pe) or 0
+
+    def close(self) -> None:
+        """Hands the memory back. Not collective, and idempotent.
+
+        It stays allocated: to free it, all ranks would have to be here.
+        """
+        with _lock:
+            if self.ptr:
+                self.ptr = 0
+                _free.add(self._number)
+
+
+def allocate(group: Group, nbytes: int, *, device: int) -> HeapMemory:
+    """Takes symmetric memory: a block that was handed back everywhere, else a new one. Collective.
+
+    Its contents are undefined.
+
+    Args:
+        group: All processes of NVSHMEM.
+        nbytes: Size, the same on all ranks.
+        device: GPU of this rank.
+
+    Raises:
+        ValueError: The ranks disagree on `nbytes`.
+        RuntimeError: There is not enough memory. Both the same on all ranks.
+    """
+    with _lock:
+        free = {number: _blocks[number].nbytes for number in _free}
+    offers: list[tuple[int, dict[int, int]]] = group.allgather((nbytes, free))
+    sizes = [size for size, _ in offers]
+    if len(set(sizes)) > 1:
+        raise ValueError(f"the ranks ask for different sizes of symmetric memory: {sizes} by rank")
+    number, useless = choose_block([offer for _, offer in offers], nbytes)
+    if number is not None:
+        with _lock:
+            _free.discard(number)
+        return HeapMemory(number, nbytes)
+    library = load()
+    with driver.using(device):
+        for each in useless:  # what is too small gives way, so that sizes that grow do not add up
+            with _lock:
+                block = _blocks.pop(each)
+                _free.discard(each)
+            library.nvshmem_free(block.ptr)
+        ptr = library.nvshmem_malloc(nbytes) or 0
+    without = [rank for rank, ok in enumerate(group.allgather(bool(ptr))) if not ok]
+    if without:
+        if ptr:
+            _keep(ptr, nbytes, free=True)
+        raise RuntimeError(
+            f"NVSHMEM has no {nbytes} bytes of symmetric memory for ranks "
+            f"{', '.join(map(str, without))}; is the GPU full? (NVSHMEM_SYMMETRIC_SIZE bounds the "
+            "heap only with NVSHMEM_DISABLE_CUDA_VMM=1)"
+        )
+    return HeapMemory(_keep(ptr, nbytes), nbytes)
+
+
+def choose_block(offers: Sequence[Mapping[int, int]], nbytes: int) -> tuple[int | None, list[int]]:
+    """Which free block all ranks take: the smallest that is large enough, of those free on all.
+
+    Args:
+        offers: Free blocks of each rank: number to size.
+        nbytes: What is asked for.
+
+    Returns:
+        Its number, or None; and the blocks that are free on all ranks, in order.
+    """
+    common = sorted(set(offers[0]).intersection(*offers))
+    fitting = [(offers[0][number], number) for number in common if offers[0][number] >= nbytes]
+    return (min(fitting)[1] if fitting else None), common
+
+
+def _keep(ptr: int, nbytes: int, *, free: bool = False) -> int:
+    """Numbers a new block."""
+    global _num_blocks
+    with _lock:
+        number, _num_blocks = _num_blocks, _num_blocks + 1
+        _blocks[number] = _Block(ptr, nbytes)
+        if free:
+            _free.add(number)
+        return number

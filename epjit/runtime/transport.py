@@ -1,0 +1,346 @@
+"""What carries bytes between NVLink domains: memory of all ranks, and how kernels reach it.
+
+A kernel whose config says ``transport = True`` calls the functions of transport.cuh. It is built by
+``Kernel(config, device=..., transport=transport.name)`` and gets `Transport.context` and the
+numbers of `Transport.pes` among its parameters.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import threading
+from abc import ABC, abstractmethod
+from typing import TYPE_CHECKING
+
+from epjit import env
+from epjit.runtime import driver, nvshmem
+from epjit.runtime.group import Group, process_id
+from epjit.runtime.symmetric import SymmetricMemory, fill_zero, own_stream, tensor_over
+from epjit.runtime.topology import Topology
+
+if TYPE_CHECKING:
+    import torch
+
+DEFAULT_QPS = 24
+"""V1's default of `num_qps_per_rank`."""
+
+
+class RemoteMemory(ABC):
+    """Zero-filled symmetric memory of all ranks of a group.
+
+    Attributes:
+        ptr: Address of this rank's memory.
+        nbytes: Size in bytes.
+        peer_ptrs: Address of each rank's memory for loads and stores; 0 for ranks of other NVLink
+            domains, which only the transport reaches.
+    """
+
+    ptr: int
+    nbytes: int
+    peer_ptrs: list[int]
+
+    @abstractmethod
+    def tensor(self, dtype: torch.dtype) -> torch.Tensor:
+        """This rank's memory as a one-dimensional tensor; not to be used after `close`."""
+
+    @abstractmethod
+    def close(self) -> None:
+        """Hands the memory back. Not collective, and idempotent.
+
+        No kernel of this rank may still use a peer's memory, and no peer this rank's.
+        """
+
+
+class Transport(ABC):
+    """How one rank reaches the others.
+
+    Attributes:
+        name: Body of transport.cuh: ``"nvshmem"`` or ``"loopback"``.
+        context: What kernels pass to the functions of transport.cuh.
+        pes: The transport's number of each rank.
+    """
+
+    name: str
+    context: int
+    pes: list[int]
+
+    @abstractmethod
+    def allocate(self, nbytes: int) -> RemoteMemory:
+        """Makes symmetric memory. Collective.
+
+        Raises:
+            RuntimeError: Some rank cannot; the same reasons on all ranks.
+            ValueError: The ranks disagree on `nbytes`.
+        """
+
+    def check_queues(self, max_tokens: int) -> None:  # noqa: B027 - most have no queues
+        """Refuses low-latency calls that the queues of this transport are too short for.
+
+        Args:
+            max_tokens: Most tokens of a rank in a call.
+
+        Raises:
+            ValueError: The queues are too short; has the numbers.
+        """
+
+    def close(self) -> None:  # noqa: B027 - NVSHMEM has nothing to free
+        """Frees what kernels used. Not collective, and idempotent; memory has its own `close`."""
+
+
+def make_transport(
+    group: Group,
+    topology: Topology,
+    *,
+    device: int,
+    num_qps_per_rank: int = DEFAULT_QPS,
+    max_tokens: int = 0,
+    use_fabric: bool = False,
+) -> Transport:
+    """Makes what ``EPJIT_TRANSPORT`` says. Collective.
+
+    Args:
+        group: The ranks.
+        topology: Their NVLink domains.
+        device: GPU of this rank.
+        num_qps_per_rank: Queue pairs to each rank, for IBGDA.
+        max_tokens: Most tokens of a rank in a low-latency call, or 0; the first Buffer of a process
+            gives the queues a depth that serves it.
+        use_fabric: Whether memory of an NVLink domain is shared by fabric handles.
+
+    Raises:
+        ImportError: NVSHMEM is wanted and not installed.
+        RuntimeError: NVSHMEM cannot be used; in words.
+        ValueError: The ranks disagree on the transport.
+    """
+    found = group.allgather((env.transport(), process_id()))
+    wanted = {each for each, _ in found}
+    if len(wanted) > 1:
+        raise ValueError(f"the ranks disagree on EPJIT_TRANSPORT: {[each for each, _ in found]}")
+    name = wanted.pop()
+    if name == "auto":
+        one_process = len({process for _, process in found}) == 1
+        name = "loopback" if one_process else "nvshmem"
+    if name == "loopback":
+        return LoopbackTransport(group, topology, device=device, use_fabric=use_fabric)
+    return NvshmemTransport(
+        group,
+        topology,
+        device=device,
+        num_qps_per_rank=num_qps_per_rank,
+        max_tokens=max_tokens,
+        use_fabric=use_fabric,
+    )
+
+
+# ---- NVSHMEM ------------------------------------------------------------------------------------
+
+
+def queue_depth(max_tokens: int) -> int:
+    """Work requests that a queue pair must hold for low-latency calls, as in V1.
+
+    A put and a signal for each token, and for the count.
+    """
+    return 2 * (max_tokens + 1)
+
+
+class NvshmemTransport(Transport):
+    """Puts of NVSHMEM. The arguments are those of `make_transport`; collective to make."""
+
+    name = "nvshmem"
+    context = 0
+
+    def __init__(
+        self,
+        group: Group,
+        topology: Topology,
+        *,
+        device: int,
+        num_qps_per_rank: int,
+        max_tokens: int,
+        use_fabric: bool,
+    ) -> None:
+        self._group, self._topology, self._device = group, topology, device
+        # What V1 sets, too. NVLS (multicast) serves collectives that nothing here calls.
+        settings = {
+            "NVSHMEM_DISABLE_NVLS": "1",
+            "NVSHMEM_MAX_TEAMS": "7",
+            "NVSHMEM_CUMEM_GRANULARITY": str(1 << 29),
+            "NVSHMEM_IBGDA_NUM_RC_PER_PE": str(num_qps_per_rank),
+            env.nvshmem_qp_depth.name: str(max(env.nvshmem_qp_depth(), queue_depth(max_tokens))),
+        }
+        if not use_fabric:
+            settings["NVSHMEM_DISABLE_MNNVL"] = "1"
+        self.pes = nvshmem.initialize(group, device=device, settings=settings)
+        if max_tokens:
+            self.check_queues(max_tokens)
+
+    def allocate(self, nbytes: int) -> RemoteMemory:
+        """See `Transport.allocate`."""
+        memory = _NvshmemMemory(
+            nvshmem.allocate(self._group, nbytes, device=self._device), self, self._topology
+        )
+        with driver.using(self._device):
+            fill_zero(memory.ptr, nbytes)
+        problems = self._group.allgather(memory.problem)  # and nobody writes before all are zero
+        lines = [line for line in problems if line]
+        if lines:
+            memory.close()
+            raise RuntimeError("symmetric memory cannot be made:\n  " + "\n  ".join(lines))
+        return memory
+
+    def check_queues(self, max_tokens: int) -> None:
+        """See `Transport.check_queues`."""
+        needed, depth = queue_depth(max_tokens), env.nvshmem_qp_depth()
+        if env.nvshmem_ib_enable_ibgda() and depth < needed:
+            raise ValueError(
+                f"low-latency calls with {max_tokens} tokens a rank need queue pairs of {needed} "
+                f"work requests, and NVSHMEM began with {depth}; set {env.nvshmem_qp_depth.name}="
+                f"{needed} or more before the first Buffer"
+            )
+
+
+class _NvshmemMemory(RemoteMemory):
+    def __init__(
+        self, memory: nvshmem.HeapMemory, transport: NvshmemTransport, topology: Topology
+    ) -> None:
+        self._memory, self._device = memory, transport._device
+        self.ptr, self.nbytes = memory.ptr, memory.nbytes
+        peers = topology.domains[topology.domain]
+        self.peer_ptrs = [
+            memory.address_at(pe) if rank in peers else 0 for rank, pe in enumerate(transport.pes)
+        ]
+        missing = [rank for rank in peers if not self.peer_ptrs[rank]]
+        self.problem = ""
+        if missing:
+            self.problem = (
+                f"rank {topology.rank} (device {self._device}) cannot map the memory of ranks "
+                f"{missing} of its NVLink domain; is NVSHMEM_DISABLE_P2P set, or do the GPUs lack "
+                "peer access? (nvlink_domain or EPJIT_NVLINK_DOMAIN cuts the domains)"
+            )
+
+    def tensor(self, dtype: torch.dtype) -> torch.Tensor:
+        if not self.ptr:
+            raise RuntimeError("this symmetric memory is closed")
+        return tensor_over(self.ptr, self.nbytes, owner=self, device=self._device).view(dtype)
+
+    def close(self) -> None:
+        self._memory.close()
+        self.ptr, self.peer_ptrs = 0, []
+
+
+# ---- loopback -----------------------------------------------------------------------------------
+
+_MAX_REGIONS = 16
+_MAX_PES = 256
+
+
+class _Region(ctypes.Structure):
+    """`loopback::Region` of transport/loopback.cuh."""
+
+    _fields_ = (
+        ("base", ctypes.c_uint64),
+        ("bytes", ctypes.c_uint64),
+        ("bases", ctypes.c_uint64 * _MAX_PES),
+    )
+
+
+class _Record(ctypes.Structure):
+    """`loopback::Record`."""
+
+    _fields_ = (
+        ("seed", ctypes.c_uint64),
+        ("draws", ctypes.c_uint64),
+        ("regions", _Region * _MAX_REGIONS),
+    )
+
+
+class LoopbackTransport(Transport):
+    """Loads and stores between ranks that share a host or a process, with delays for tests.
+
+    The arguments are those of `make_transport`; collective to make.
+    """
+
+    name = "loopback"
+
+    def __init__(
+        self, group: Group, topology: Topology, *, device: int, use_fabric: bool = False
+    ) -> None:
+        if group.size > _MAX_PES:
+            raise ValueError(f"loopback serves up to {_MAX_PES} ranks, this group has {group.size}")
+        self._group, self._topology, self._device = group, topology, device
+        self._use_fabric = use_fabric
+        self._lock = threading.Lock()
+        self._record = _Record()
+        seed = env.loopback_seed()
+        self._record.seed = seed and (seed << 8 | group.rank)  # ranks draw different delays
+        with driver.using(device):
+            self.context = int(driver.call("cuMemAlloc", ctypes.sizeof(_Record)))
+        self._write(0, ctypes.sizeof(_Record))
+        self.pes = list(range(group.size))
+
+    def allocate(self, nbytes: int) -> RemoteMemory:
+        """See `Transport.allocate`."""
+        memory = SymmetricMemory(
+            nbytes, group=self._group, device=self._device, fabric=self._use_fabric
+        )
+        return _LoopbackMemory(memory, self, self._topology)
+
+    def add(self, memory: SymmetricMemory) -> int:
+        """Lets kernels reach a region; returns its place."""
+        with self._lock:
+            places = [i for i, region in enumerate(self._record.regions) if not region.bytes]
+            if not places:
+                raise RuntimeError(f"loopback serves up to {_MAX_REGIONS} allocations at a time")
+            region = self._record.regions[places[0]]
+            region.base, region.bytes = memory.ptr, memory.nbytes
+            region.bases[: self._group.size] = memory.peer_ptrs
+            self._write_region(places[0])
+            return places[0]
+
+    def remove(self, place: int) -> None:
+        """Undoes `add`: the addresses may be another allocation's later."""
+        with self._lock:
+            self._record.regions[place].bytes = 0
+            if self.context:
+                self._write_region(place)
+
+    def close(self) -> None:
+        """See `Transport.close`."""
+        with self._lock:
+            context, self.context = self.context, 0
+        if context:
+            with driver.using(self._device):
+                driver.call("cuMemFree", context)
+
+    def _write_region(self, place: int) -> None:
+        self._write(_Record.regions.offset + place * ctypes.sizeof(_Region), ctypes.sizeof(_Region))
+
+    def _write(self, offset: int, nbytes: int) -> None:
+        source = ctypes.addressof(self._record) + offset
+        with driver.using(self._device), own_stream() as stream:
+            driver.call("cuMemcpyHtoDAsync", self.context + offset, source, nbytes, stream)
+
+
+class _LoopbackMemory(RemoteMemory):
+    def __init__(
+        self, memory: SymmetricMemory, transport: LoopbackTransport, topology: Topology
+    ) -> None:
+        self._memory, self._transport = memory, transport
+        self.ptr, self.nbytes = memory.ptr, memory.nbytes
+        peers = topology.domains[topology.domain]
+        self.peer_ptrs = [ptr if rank in peers else 0 for rank, ptr in enumerate(memory.peer_ptrs)]
+        try:
+            self._place: int | None = transport.add(memory)
+        except RuntimeError:
+            memory.close()
+            raise
+
+    def tensor(self, dtype: torch.dtype) -> torch.Tensor:
+        return self._memory.tensor(dtype)
+
+    def close(self) -> None:
+        place, self._place = self._place, None
+        if place is not None:
+            self._transport.remove(place)
+        self._memory.close()
+        self.ptr, self.peer_ptrs = 0, []
