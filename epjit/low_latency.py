@@ -115,7 +115,7 @@ class LowLatencyDispatchConfig(KernelConfig):
     def shared_bytes(self) -> int:
         """Dynamic shared memory: a counter for each expert, a few words of the block."""
         a_rank = self.num_ranks if self.remote else MAX_RANKS
-        return 4 * (self.num_experts + 2 + 2 * a_rank + (self.num_topk if self.remote else 0))
+        return 4 * (self.num_experts + 2 + 2 * a_rank)
 
     @property
     def slot_bytes(self) -> int:
@@ -310,7 +310,8 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
     for num_ranks, num_experts, hidden, num_topk, formats in (
         (4, 256, 7168, 8, FORMATS),
         (15, 60, 512, 32, (BF16, FP8)),
-        (256, 8192, 16384, 8, (BF16, NVFP4)),
+        (256, 8192, 16384, 8, (BF16,)),
+        (40, 8160, 8192, 8, (NVFP4,)),
     ):
         wide = num_ranks != 15
         for row_format in formats:
@@ -424,6 +425,8 @@ class LowLatency:
     ) -> None:
         self._group = group
         self._transport = transport
+        self._body = "nvshmem" if transport is None else transport.name
+        self._most_tokens = 0  # of a rank, that the transport is known to serve
         self._remote = topology is not None and topology.num_domains > 1
         if topology is None or not self._remote:
             self._domain, self._local = tuple(range(group.size)), group.rank
@@ -472,10 +475,7 @@ class LowLatency:
 
     def _kernel(self, config: KernelConfig) -> Kernel:
         """Compiled and loaded, and linked with the transport when it needs one."""
-        if not config.transport:
-            return Kernel(config, device=self._device.index)
-        assert self._transport is not None
-        return Kernel(config, device=self._device.index, transport=self._transport.name)
+        return Kernel(config, device=self._device.index, transport=self._body)
 
     def _everywhere(self, offset: int) -> list[int]:
         """The address of the same part on every rank of this domain."""
@@ -581,11 +581,7 @@ class LowLatency:
             for config in warmup_configs(
                 shapes, num_ranks=self._group.size, arch=arch, remote=self._remote
             ):
-                if config.transport:
-                    assert self._transport is not None
-                    compile_kernel(config, arch=arch, transport=self._transport.name)
-                else:
-                    compile_kernel(config, arch=arch)
+                compile_kernel(config, arch=arch, transport=self._body)
 
     # ---- operations ------------------------------------------------------------------------------
 
@@ -604,6 +600,9 @@ class LowLatency:
         split: bool,
     ) -> tuple[LowLatencyDispatched, Callable[[], None] | None]:
         """Casts and sends, and receives; `split` puts the second half into the callable."""
+        if self._transport is not None and max_tokens > self._most_tokens:
+            self._transport.check_queues(max_tokens)
+            self._most_tokens = max_tokens
         num_tokens, hidden = x.shape
         num_ranks, num_topk = self._group.size, topk_idx.shape[1]
         launch = self.launch(

@@ -258,7 +258,7 @@ class LowLatencyCombine {
     }
     for (int i = 0; i < num_rows; ++i) {
       const int each = __shfl_sync(kFullMask, selection, i);
-      put_with_word(p, slot(own(), each), of_lane(dst, i), kSlotBytes, word(own(), each),
+      put_with_word(p.transport, slot(own(), each), of_lane(dst, i), kSlotBytes, word(own(), each),
                     stamp(waiter.epoch, 0), index);
     }
   }

@@ -118,7 +118,7 @@ constexpr int dispatch_rank_words(LowLatencyDispatchConfig cfg) {
 // Selections of each expert before a chunk, or the table of make_plan(); what threads tell each
 // other.
 constexpr int dispatch_shared_bytes(LowLatencyDispatchConfig cfg) {
-  return 4 * (cfg.num_experts + 2 + 2 * dispatch_rank_words(cfg) + (cfg.remote ? cfg.num_topk : 0));
+  return 4 * (cfg.num_experts + 2 + 2 * dispatch_rank_words(cfg));
 }
 
 constexpr int dispatch_slot_bytes(LowLatencyDispatchConfig cfg) {
@@ -231,8 +231,7 @@ class LowLatencyDispatch {
 
   // In shared memory: selections of an expert, or the table of make_plan() [kRanks, kLocal + 1]; then
   // the next unit, the ranks of the token, whether the counts of a source have come. Between domains
-  // the ranks are a bit for each index and one more when the own slot is only to be sent from; then
-  // index of the remote rank that selection k is the first to name, else 0.
+  // the ranks are a bit for each index, and one more for those that are remote.
   __device__ uint32_t* histogram() const { return shared; }
   __device__ uint32_t& planned(int source, int e) const {
     return shared[source * (kLocal + 1) + e];
@@ -242,10 +241,6 @@ class LowLatencyDispatch {
   __device__ uint32_t& shared_arrived(int source) const {
     return shared[kExperts + kRankWords + 2 + source];
   }
-  __device__ uint32_t& shared_remote(int k) const {
-    return shared[kExperts + 2 * kRankWords + 2 + k];
-  }
-
   // Global expert of a selection, -1 for none.
   __device__ int expert(int token, int k) const {
     const int64_t i = static_cast<int64_t>(token) * kTopk + k;
@@ -320,7 +315,7 @@ class LowLatencyDispatch {
     for (int r = warp; r < kRanks; r += kCfg.num_warps) {
       const int index = p.peers[r];
       if (index >= 0 || __any_sync(kFullMask, is_masked(waiter, r))) continue;
-      put_with_word(p, theirs + kSelectionsWord, staged_counts(r) + kSelectionsWord,
+      put_with_word(p.transport, theirs + kSelectionsWord, staged_counts(r) + kSelectionsWord,
                     num_words * sizeof(uint64_t), theirs + kTokensWord,
                     stamp(waiter.epoch, p.num_tokens), index);
     }
@@ -359,7 +354,6 @@ class LowLatencyDispatch {
       if (warp == 0) send_selections(token, selected);
       __syncthreads();
       const uint32_t readers = shared_readers();
-      const uint32_t remote = kRemote && lane < kTopk ? shared_remote(lane) : 0;
       store(token, kRemote ? slots_of(readers) : readers, part);
       __syncthreads();
       if (threadIdx.x < kRanks && !is_masked(waiter, threadIdx.x)) {
@@ -368,8 +362,8 @@ class LowLatencyDispatch {
           ptx::st_release_sys(word(index, p.rank, token),
                               stamp(waiter.epoch, readers >> index & 1));
       }
-      if constexpr (kRemote) put_token(token, static_cast<int>(remote));
     }
+    if constexpr (kRemote) put_chunk(first, last);
   }
 
   // Bit for each index in `slots` that a token is written to.
@@ -377,15 +371,26 @@ class LowLatencyDispatch {
     return readers >> kMaxRanks != 0 ? (readers & 0xff) | 1u << own() : readers;
   }
 
-  // Lane k has the index of the remote rank that selection k stands for, else 0.
-  __device__ void put_token(int token, int remote) const {
-    char* const src = slot(own(), p.rank, token);
-    for (int k = warp; k < kTopk; k += kCfg.num_warps) {
-      const int index = __shfl_sync(kFullMask, remote, k);
-      if (index < 0)
-        put_with_word(p, src, src, kSlotBytes, word(own(), p.rank, token), stamp(waiter.epoch, 1),
-                      index);
+  // Sends tokens that are written to their remote ranks.
+  __device__ void put_chunk(int first, int last) const {
+    for (int token = first; token < last; ++token) {
+      // Lane k has the index of the remote rank that selection k is the first to name, else 0.
+      const int rank = selected_rank(lane < kTopk ? expert(token, lane) : -1);
+      const bool is_first = (__match_any_sync(kFullMask, rank) & ((1u << lane) - 1)) == 0;
+      const int index = rank >= 0 && is_first ? p.peers[rank] : 0;
+      char* const src = slot(own(), p.rank, token);
+      for (int k = warp; k < kTopk; k += kCfg.num_warps) {
+        const int to = __shfl_sync(kFullMask, index, k);
+        if (to < 0)
+          put_with_word(p.transport, src, src, kSlotBytes, word(own(), p.rank, token),
+                        stamp(waiter.epoch, 1), to);
+      }
     }
+  }
+
+  // Of an expert, or of none (-1): its rank, unless that is masked.
+  __device__ int selected_rank(int e) const {
+    return e >= 0 && !is_masked(waiter, e / kLocal) ? e / kLocal : -1;
   }
 
   // Where each selection comes among those of its expert, to all ranks of the token; lane k has the
@@ -398,11 +403,8 @@ class LowLatencyDispatch {
     if (e >= 0 && before == 0) histogram()[e] += __popc(same);
     uint32_t readers;
     if constexpr (kRemote) {
-      // A masked rank is as if it were not selected.
-      const int rank = e >= 0 && !is_masked(waiter, e / kLocal) ? e / kLocal : -1;
-      const bool is_first = (__match_any_sync(kFullMask, rank) & ((1u << lane) - 1)) == 0;
+      const int rank = selected_rank(e);
       const int index = rank >= 0 ? p.peers[rank] : 0;
-      if (lane < kTopk) shared_remote(lane) = is_first && index < 0 ? index : 0;
       readers = __reduce_or_sync(kFullMask, rank < 0    ? 0
                                             : index < 0 ? 1u << kMaxRanks
                                                         : 1u << index);

@@ -73,12 +73,11 @@ __device__ __forceinline__ Waiter start_low_latency(const Params& p, WaitTag sta
 
 // The whole warp sends bytes, then a word, to the same places of a remote rank's memory. What other
 // threads have written of the bytes, this warp has seen (a barrier of the block or of the warp).
-template <typename Params>
-__device__ __forceinline__ void put_with_word(const Params& p, void* dst, const void* src,
+__device__ __forceinline__ void put_with_word(uint64_t transport, void* dst, const void* src,
                                               uint64_t bytes, uint64_t* word, uint64_t value,
                                               int index) {
   ptx::fence_acq_rel_sys();
-  epjit_put_signal(p.transport, dst, src, bytes, word, value, pe_of(index));
+  epjit_put_signal(transport, dst, src, bytes, word, value, pe_of(index));
 }
 
 }  // namespace epjit
