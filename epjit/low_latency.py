@@ -28,11 +28,11 @@ from epjit.runtime.device import arch_of, num_sms, shared_limit
 from epjit.runtime.fault import FaultRecord
 from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
 from epjit.runtime.symmetric import SymmetricMemory
+from epjit.runtime.transport import RemoteMemory, Transport, make_transport
 
 if TYPE_CHECKING:
     from epjit.runtime.group import Group
     from epjit.runtime.topology import Topology
-    from epjit.runtime.transport import RemoteMemory, Transport
     from epjit.scope import AnyScope
 
 _ALIGNMENT = 128
@@ -394,45 +394,44 @@ class LowLatency:
 
     Args:
         group: The ranks.
-        topology: Their NVLink domains; None is one.
-        transport: What reaches the ranks of other domains; None when there are none.
+        topology: Their NVLink domains.
         num_rdma_bytes: Bytes of slots and send buffer.
         device: The GPU of this rank.
         timeout_seconds: Of one wait for a peer.
         use_fabric: Whether peers map the memory by fabric handles.
         enable_shrink: Whether a peer that is late is masked.
+        num_qps_per_rank: Queue pairs to each rank of another domain.
 
     Attributes:
         memory: The symmetric memory; its first `num_rdma_bytes` are the user's.
         mask: int32 `[R]`, 1 = masked.
-
-    Raises:
-        ValueError: The variant of combine that the environment asks for does not work between
-            domains.
     """
 
     def __init__(
         self,
         group: Group,
+        topology: Topology,
         *,
         num_rdma_bytes: int,
         device: torch.device,
         timeout_seconds: float,
         use_fabric: bool,
         enable_shrink: bool,
-        topology: Topology | None = None,
-        transport: Transport | None = None,
+        num_qps_per_rank: int,
     ) -> None:
-        self._group = group
-        self._transport = transport
-        self._body = "nvshmem" if transport is None else transport.name
+        self._group, self._topology = group, topology
+        self._remote = topology.num_domains > 1
+        self._transport: Transport | None = None
+        if self._remote:
+            self._transport = make_transport(
+                group,
+                topology,
+                device=device.index,
+                num_qps_per_rank=num_qps_per_rank,
+                use_fabric=use_fabric,
+            )
+        self._body = "nvshmem" if self._transport is None else self._transport.name
         self._most_tokens = 0  # of a rank, that the transport is known to serve
-        self._remote = topology is not None and topology.num_domains > 1
-        if topology is None or not self._remote:
-            self._domain, self._local = tuple(range(group.size)), group.rank
-        else:
-            self._domain, self._local = topology.domains[topology.domain], topology.local
-            _check_variant(topology.num_domains)
         self._device = device
         self._timeout_seconds = timeout_seconds
         self._shrink = enable_shrink
@@ -441,9 +440,8 @@ class LowLatency:
         self._arena = _Arena(group.size, num_rdma_bytes, remote=self._remote)
         clean_kernel = self._kernel(CleanConfig(group.size, self._remote))
         self.memory: SymmetricMemory | RemoteMemory
-        if self._remote:
-            assert transport is not None
-            self.memory = transport.allocate(self._arena.total)
+        if self._transport is not None:
+            self.memory = self._transport.allocate(self._arena.total)
         else:
             self.memory = SymmetricMemory(
                 self._arena.total, group=group, device=device.index, fabric=use_fabric
@@ -453,13 +451,13 @@ class LowLatency:
         self._words = torch.zeros(48 + 5 * ranks, dtype=torch.int32, device=device)
         self._mask_at, self._decisions_at, self._peers_at = (48 + i * ranks for i in (2, 3, 4))
         self.mask = self._words[self._mask_at :][: group.size]
-        if self._remote:
-            assert transport is not None
+        self._peers = self._words[self._peers_at :][: group.size]
+        if self._transport is not None:
+            domain = topology.domains[topology.domain]
             peers = [
-                self._domain.index(rank) if rank in self._domain else -1 - transport.pes[rank]
-                for rank in range(group.size)
+                domain.index(rank) if rank in domain else -1 - pe
+                for rank, pe in enumerate(self._transport.pes)
             ]
-            self._peers = self._words[self._peers_at :][: group.size]
             self._peers.copy_(torch.tensor(peers, dtype=torch.int32, device="cpu"))
         self._fault = FaultRecord()
         self._launches: dict[LowLatencyDispatchShape | LowLatencyCombineShape, Launch] = {}
@@ -479,18 +477,17 @@ class LowLatency:
 
     def _everywhere(self, offset: int) -> list[int]:
         """The address of the same part on every rank of this domain."""
-        pointers = [self.memory.peer_ptrs[rank] + offset for rank in self._domain]
+        domain = self._topology.domains[self._topology.domain]
+        pointers = [self.memory.peer_ptrs[rank] + offset for rank in domain]
         return pointers + [0] * (MAX_RANKS - len(pointers))
 
     def _reach(self) -> dict[str, object]:
         """Parameters of the kernels that reach other domains."""
-        if not self._remote:
-            return {"peers": 0, "transport": 0, "local": self._group.rank}
-        assert self._transport is not None
+        transport = self._transport
         return {
-            "peers": self._peers.data_ptr(),
-            "transport": self._transport.context,
-            "local": self._local,
+            "peers": 0 if transport is None else self._peers.data_ptr(),
+            "transport": 0 if transport is None else transport.context,
+            "local": self._topology.local,
         }
 
     def _common(self) -> dict[str, object]:
@@ -786,6 +783,8 @@ class LowLatency:
         self._launches.clear()
         del self._clean
         self.memory.close()
+        if self._transport is not None:
+            self._transport.close()
         self._fault.close()
 
 
@@ -805,15 +804,6 @@ def _config(
             shape, num_ranks=num_ranks, variant=variant, limit=limit, remote=True
         )
     return _combine_config(shape, num_ranks=num_ranks, variant=variant, limit=limit)
-
-
-def _check_variant(num_domains: int) -> None:
-    """Sums before the links are made in one NVLink domain only."""
-    if env.low_latency_combine_variant() == "reduced":
-        raise ValueError(
-            f"{env.low_latency_combine_variant.name}=reduced works within one NVLink domain, but "
-            f"this group spans {num_domains}; unset it, or take ldst or tma"
-        )
 
 
 def _combine_config(

@@ -7,6 +7,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from epjit import env
 from epjit.check import check, check_aligned, check_experts, check_topk
 from epjit.config import (
     MAX_LOW_LATENCY_CHOICES,
@@ -34,11 +35,13 @@ class LowLatencyChecks:
         num_ranks: `R`.
         num_rdma_bytes: Of the buffer.
         device: Of the buffer.
+        num_domains: NVLink domains that the ranks span.
     """
 
     num_ranks: int
     num_rdma_bytes: int
     device: torch.device
+    num_domains: int = 1
 
     def sizes(self, max_tokens: int, num_experts: int) -> None:
         """`M` and `E`."""
@@ -174,7 +177,7 @@ class LowLatencyChecks:
             max_tokens * max(num_topk * 2 * hidden, self.num_ranks * (2 * hidden + 4 * num_topk)),
             sizes,
         )
-        if zero_copy:
+        if zero_copy or self.num_domains > 1:  # to other domains rows are sent from there
             self._room_to_send(sizes)
 
     def send_buffer(self, handle: LowLatencyHandle) -> None:
@@ -277,6 +280,19 @@ class LowLatencyChecks:
             f"needs num_rdma_bytes >= {needed}, but this Buffer has {self.num_rdma_bytes}; make it "
             f"with Buffer.get_low_latency_rdma_size_hint({max_tokens}, {hidden}, "
             f"{self.num_ranks}, {num_experts}), which is {hint}"
+        )
+
+
+def check_variant(num_domains: int) -> None:
+    """The variant of combine that the environment asks for.
+
+    Raises:
+        ValueError: It does not work between NVLink domains.
+    """
+    if num_domains > 1 and env.low_latency_combine_variant() == "reduced":
+        raise ValueError(
+            f"{env.low_latency_combine_variant.name}=reduced works in one NVLink domain only, and "
+            f"these ranks span {num_domains}; unset it, or take ldst or tma"
         )
 
 

@@ -629,7 +629,8 @@ class LowLatencyDispatch {
   }
 
   static constexpr int kVecs = kRowBytes / 16;
-  static constexpr int kBatch = 8;  // pieces of 16 bytes in flight a thread
+  // Pieces of 16 bytes in flight a thread; a body of transport.cuh wants registers, too.
+  static constexpr int kBatch = kRemote ? 4 : 8;
 
   __device__ void load_batch(const char* src, int first, int last, Vec16 (&v)[kBatch]) const {
 #pragma unroll
