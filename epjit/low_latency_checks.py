@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 
 import torch
 
+from epjit import env
 from epjit.check import check, check_aligned, check_experts, check_topk, signature
 from epjit.config import (
     MAX_LOW_LATENCY_CHOICES,
@@ -39,11 +40,13 @@ class LowLatencyChecks:
         num_ranks: `R`.
         num_rdma_bytes: Of the buffer.
         device: Of the buffer.
+        num_domains: NVLink domains that the ranks span.
     """
 
     num_ranks: int
     num_rdma_bytes: int
     device: torch.device
+    num_domains: int = 1
     _passed: set[Hashable] = field(default_factory=set, compare=False, repr=False)
 
     def _remember(self, call: Hashable) -> None:
@@ -218,7 +221,7 @@ class LowLatencyChecks:
             max_tokens * max(num_topk * 2 * hidden, self.num_ranks * (2 * hidden + 4 * num_topk)),
             sizes,
         )
-        if zero_copy:
+        if zero_copy or self.num_domains > 1:  # to other domains rows are sent from there
             self._room_to_send(sizes)
         self._remember(call)
 
@@ -326,6 +329,19 @@ class LowLatencyChecks:
             f"needs num_rdma_bytes >= {needed}, but this Buffer has {self.num_rdma_bytes}; make it "
             f"with Buffer.get_low_latency_rdma_size_hint({max_tokens}, {hidden}, "
             f"{self.num_ranks}, {num_experts}), which is {hint}"
+        )
+
+
+def check_variant(num_domains: int) -> None:
+    """The variant of combine that the environment asks for.
+
+    Raises:
+        ValueError: It does not work between NVLink domains.
+    """
+    if num_domains > 1 and env.low_latency_combine_variant() == "reduced":
+        raise ValueError(
+            f"{env.low_latency_combine_variant.name}=reduced works in one NVLink domain only, and "
+            f"these ranks span {num_domains}; unset it, or take ldst or tma"
         )
 
 
