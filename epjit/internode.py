@@ -238,7 +238,12 @@ def _choose(
     limit: int,
 ) -> InternodeDispatchConfig | InternodeCombineConfig:
     """The kernel of a shape. ``push`` is not told from ``tma``: tokens are pulled here."""
-    cut: Any = {"num_domains": num_domains, "num_local": num_local, "variant": variant, "limit": limit}
+    cut: Any = {
+        "num_domains": num_domains,
+        "num_local": num_local,
+        "variant": variant,
+        "limit": limit,
+    }
     if isinstance(shape, DispatchShape):
         return InternodeDispatchConfig.choose(shape, **cut)
     return InternodeCombineConfig.choose(shape, **cut)
