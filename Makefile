@@ -6,7 +6,7 @@ SHELL := /bin/bash
 
 N ?= 4
 ARGS ?=
-CUDA ?= cu13
+CUDA ?= cu13-rdma
 TORCH ?= torch==2.13.0
 NEEDS := torch cupy cuda filelock platformdirs pytest pytest_timeout rich typer
 HAS := python3 -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))'
@@ -76,8 +76,13 @@ format-cuda:
 	.venv/bin/python -m pip install -qq '$(TORCH)' -e '.[$(CUDA),torch,dev]'
 	touch $@
 
-# A second, tiny environment: the compile tests run every kernel through CUDA 12's NVRTC too.
+# A second, tiny environment: the compile tests run every kernel through CUDA 12's NVRTC too. Beside it, the
+# versions of NVSHMEM that the tests link with.
+NVSHMEM_COPIES := $(foreach version,3.4.5 3.8.0,$(version)-cu12 $(version)-cu13)
 .venv-cu12/.ready:
 	python3 -m venv .venv-cu12
-	PYTHONPATH= .venv-cu12/bin/python -m pip install -qq 'cuda-bindings>=12.8,<13' 'nvidia-cuda-nvrtc-cu12==12.8.*' numpy filelock platformdirs
+	PYTHONPATH= .venv-cu12/bin/python -m pip install -qq 'cuda-bindings>=12.8,<13' 'nvidia-cuda-nvrtc-cu12==12.8.*' 'nvidia-nvjitlink-cu12==12.8.*' 'nvidia-cuda-runtime-cu12==12.8.*' nvidia-cuda-cccl-cu12 numpy filelock platformdirs
+	for copy in $(NVSHMEM_COPIES); do \
+	  .venv-cu12/bin/python -m pip install -qq --no-deps --upgrade --target .venv-cu12/nvshmem/$$copy nvidia-nvshmem-$${copy#*-}==$${copy%-*} || exit 1; \
+	done
 	touch $@

@@ -27,7 +27,7 @@ from epjit.config import (
 )
 from epjit.event import EventHandle, EventOverlap
 from epjit.formats import choose_format
-from epjit.low_latency_checks import LowLatencyChecks, LowLatencyHandle, check_forms
+from epjit.low_latency_checks import LowLatencyChecks, LowLatencyHandle, check_forms, check_variant
 from epjit.reference.cpu_backend import CpuBackend, CpuLowLatency, CpuMemory
 from epjit.reference.intranode import Handle
 from epjit.reference.low_latency import size_hint
@@ -229,6 +229,8 @@ class Buffer:
         )
         self._num_domains = self._topology.num_domains
         _check_topology(self._topology, num_rdma_bytes, num_qps_per_rank, low_latency_mode)
+        if low_latency_mode:
+            check_variant(self._num_domains)
         if on_gpu:
             from epjit.layout import Layout
             from epjit.runtime.stream import CommStream
@@ -271,11 +273,13 @@ class Buffer:
 
                 self._low_latency = LowLatency(
                     links,
+                    self._topology,
                     num_rdma_bytes=num_rdma_bytes,
                     device=self.device,
                     timeout_seconds=timeout_seconds,
                     use_fabric=use_fabric,
                     enable_shrink=enable_shrink,
+                    num_qps_per_rank=num_qps_per_rank,
                 )
         else:
             self._available_sms = _CPU_SMS
@@ -288,7 +292,9 @@ class Buffer:
                     links, num_rdma_bytes=num_rdma_bytes, enable_shrink=enable_shrink
                 )
         self._slots = _SLOTS if self._num_domains == 1 else _SLOTS_BETWEEN_DOMAINS
-        self._low_latency_checks = LowLatencyChecks(links.size, num_rdma_bytes, self.device)
+        self._low_latency_checks = LowLatencyChecks(
+            links.size, num_rdma_bytes, self.device, self._num_domains
+        )
         self.runtime = BufferRuntime(self)
 
     # ---- V1's static and small members -----------------------------------------------------------

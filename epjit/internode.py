@@ -107,7 +107,7 @@ class InternodeDispatchConfig(KernelConfig):
     ) -> InternodeDispatchConfig:
         """The form of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
-        warps, rows = copier_shape(tma, 13 if tma else 9, shape.hidden_bytes, limit)
+        warps, rows = copier_shape(tma, 13 if tma else 5, shape.hidden_bytes, limit)
         return cls(num_domains, num_local, *shape, tma, warps, rows, _TOKENS_PER_CHUNK)
 
     @property
@@ -166,8 +166,11 @@ class InternodeCombineConfig(KernelConfig):
     ) -> InternodeCombineConfig:
         """The form of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
-        push, rows = copier_shape(tma, 6, shape.hidden_bytes, limit) if num_local > 1 else (1, 1)
-        warps = 16 if tma else 12  # copies through registers need more of them
+        push, rows = copier_shape(tma, 6 if tma else 3, shape.hidden_bytes, limit)
+        if num_local == 1:
+            push, rows = 1, 1  # nothing is pushed
+        # Copies through registers, and many rows in hand, need more registers.
+        warps = 8 if not tma else 16 if num_local <= 4 else 12
         sums = (warps - push) // 2
         return cls(num_domains, num_local, *shape, tma, warps, push, sums, rows, _TOKENS_PER_CHUNK)
 
@@ -235,7 +238,12 @@ def _choose(
     limit: int,
 ) -> InternodeDispatchConfig | InternodeCombineConfig:
     """The kernel of a shape. ``push`` is not told from ``tma``: tokens are pulled here."""
-    cut: Any = {"num_domains": num_domains, "num_local": num_local, "variant": variant, "limit": limit}
+    cut: Any = {
+        "num_domains": num_domains,
+        "num_local": num_local,
+        "variant": variant,
+        "limit": limit,
+    }
     if isinstance(shape, DispatchShape):
         return InternodeDispatchConfig.choose(shape, **cut)
     return InternodeCombineConfig.choose(shape, **cut)
@@ -279,7 +287,8 @@ class _Rings:
         self.control = _align(num_rdma_bytes)  # from here on nothing is the user's
         self.ready = self.control
         self.credits = self.ready + num_domains * 2 * 8
-        self.notify_arrived = self.credits + num_domains * 2 * 8
+        self.entered = self.credits + num_domains * 2 * 8
+        self.notify_arrived = self.entered + num_domains * 2 * 8
         self.arrived = self.notify_arrived + num_domains * 8
         self.notify_inbox = _align(self.arrived + num_domains * self.max_slots * 8)
         self.notify_stride = _align(1 + num_local * (1 + MAX_LOCAL_EXPERTS), 4)
@@ -373,6 +382,7 @@ class Internode(NormalMode):
             **super()._common(),
             "signals": self._everywhere(self._arena.signals),
             "done": self._everywhere(self._arena.done),
+            "entered": self._inboxes(self._rings.entered),
             "ready": own + self._rings.ready,
             "credits": own + self._rings.credits,
             "ranks": self._ranks.data_ptr(),

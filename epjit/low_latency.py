@@ -2,12 +2,13 @@
 
 Memory of one rank, in one symmetric allocation (`_Arena`): first `num_rdma_bytes` that users may
 look at and write to between operations; then signals and words, which they may not. The kernels'
-headers (`cuda_src/low_latency/*.cu`) say who writes what.
+headers (`cuda_src/low_latency/*.cu`) say who writes what. Ranks of other NVLink domains are reached
+by RDMA (`peers.cuh`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -27,16 +28,17 @@ from epjit.runtime.device import arch_of, num_sms, shared_limit
 from epjit.runtime.fault import FaultRecord
 from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
 from epjit.runtime.symmetric import SymmetricMemory
+from epjit.runtime.transport import RemoteMemory, Transport, make_transport
 
 if TYPE_CHECKING:
     from epjit.runtime.group import Group
+    from epjit.runtime.topology import Topology
     from epjit.scope import AnyScope
 
 _ALIGNMENT = 128
-_SIGNALS_BYTES = 512
-_MEETINGS_BYTES = 3 * MAX_RANKS * 8
 _LOG_BLOCK = 128  # channels
 _CAST_ELEMENTS = 16
+_MOST_PLANS = 4096
 
 for _variant in (
     # First, so that auto takes it: with two H200s a pair of calls in a graph takes 52.9 us against
@@ -91,11 +93,19 @@ class LowLatencyDispatchConfig(KernelConfig):
     num_topk: int
     topk_is_int64: bool
     num_warps: int
+    remote: bool = False
 
     @classmethod
-    def choose(cls, shape: LowLatencyDispatchShape, *, num_ranks: int) -> LowLatencyDispatchConfig:
+    def choose(
+        cls, shape: LowLatencyDispatchShape, *, num_ranks: int, remote: bool = False
+    ) -> LowLatencyDispatchConfig:
         """The form of the block: a thread for each 16 channels of a usual row."""
-        return cls(num_ranks, *shape, 16)
+        return cls(num_ranks, *shape, 16, remote)
+
+    @property
+    def transport(self) -> bool:  # type: ignore[override]
+        """Whether the kernel is linked with a transport."""
+        return self.remote
 
     @property
     def threads(self) -> int:
@@ -105,7 +115,8 @@ class LowLatencyDispatchConfig(KernelConfig):
     @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory: a counter for each expert, a few words of the block."""
-        return 4 * (self.num_experts + 2 + 2 * MAX_RANKS)
+        a_rank = self.num_ranks if self.remote else MAX_RANKS
+        return 4 * (self.num_experts + 2 + 2 * a_rank)
 
     @property
     def slot_bytes(self) -> int:
@@ -119,8 +130,7 @@ class LowLatencyDispatchConfig(KernelConfig):
         """Namespace of the kernel."""
         name = FORMATS[self.format].name
         return (
-            f"low_latency_r{self.num_ranks}_e{self.num_experts}_h{self.hidden}_k{self.num_topk}"
-            f"_{name}"
+            f"low_latency_{_ranks(self)}_e{self.num_experts}_h{self.hidden}_k{self.num_topk}_{name}"
         )
 
 
@@ -141,10 +151,17 @@ class LowLatencyCombineConfig(KernelConfig):
     num_warps: int
     num_push_warps: int
     rows_per_warp: int
+    remote: bool = False
 
     @classmethod
     def choose(
-        cls, shape: LowLatencyCombineShape, *, num_ranks: int, variant: str, limit: int
+        cls,
+        shape: LowLatencyCombineShape,
+        *,
+        num_ranks: int,
+        variant: str,
+        limit: int,
+        remote: bool = False,
     ) -> LowLatencyCombineConfig:
         """The form of the block for `limit` bytes of shared memory."""
         warps = 20 if shape.num_topk <= 8 else 16  # more rows in hand need more registers
@@ -154,7 +171,12 @@ class LowLatencyCombineConfig(KernelConfig):
             held = (limit - 8 * push) // (2 * shape.hidden)
             push = min(push, held)
             rows = min(max(held // push, 1), 2)
-        return cls(num_ranks, *shape, tma, warps, push, rows)
+        return cls(num_ranks, *shape, tma, warps, push, rows, remote)
+
+    @property
+    def transport(self) -> bool:  # type: ignore[override]
+        """Whether the kernel is linked with a transport."""
+        return self.remote
 
     @property
     def threads(self) -> int:
@@ -176,7 +198,7 @@ class LowLatencyCombineConfig(KernelConfig):
     @property
     def tag(self) -> str:
         """Namespace of the kernel."""
-        return f"low_latency_r{self.num_ranks}_e{self.num_experts}_h{self.hidden}_k{self.num_topk}"
+        return f"low_latency_{_ranks(self)}_e{self.num_experts}_h{self.hidden}_k{self.num_topk}"
 
 
 @dataclass(frozen=True)
@@ -227,21 +249,32 @@ class CleanConfig(KernelConfig):
     op: ClassVar[str] = "clean"
 
     num_ranks: int
+    remote: bool = False
+
+    @property
+    def transport(self) -> bool:  # type: ignore[override]
+        """Whether the kernel is linked with a transport."""
+        return self.remote
 
     @property
     def threads(self) -> int:
-        """Threads a block: one warp."""
-        return 32
+        """Threads a block: one a rank, in whole warps."""
+        return _align(self.num_ranks, 32)
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory."""
-        return 0
+        """Dynamic shared memory: a word for each warp, when there are several."""
+        return self.threads // 8 if self.threads > 32 else 0
 
     @property
     def tag(self) -> str:
         """Namespace of the kernel."""
-        return f"low_latency_r{self.num_ranks}"
+        return f"low_latency_{_ranks(self)}"
+
+
+def _ranks(config: LowLatencyDispatchConfig | LowLatencyCombineConfig | CleanConfig) -> str:
+    """Names the ranks of a config."""
+    return f"r{config.num_ranks}{'_rdma' if config.remote else ''}"
 
 
 def example_configs(arch: str) -> Iterator[KernelConfig]:
@@ -273,6 +306,28 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
                         variant=variant,
                         limit=limit,
                     )
+    for num_ranks in (2, 16, 40, 256):
+        yield CleanConfig(num_ranks, remote=True)
+    for num_ranks, num_experts, hidden, num_topk, formats in (
+        (4, 256, 7168, 8, FORMATS),
+        (15, 60, 512, 32, (BF16, FP8)),
+        (256, 8192, 16384, 8, (BF16,)),
+        (40, 8160, 8192, 8, (NVFP4,)),
+    ):
+        wide = num_ranks != 15
+        for row_format in formats:
+            shape = LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, wide)
+            yield LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks, remote=True)
+        for variant in ("ldst", "tma"):
+            for logfmt in (False, True) if variant == "ldst" else (False,):
+                if variants.runs_on("low_latency_combine", variant, arch):
+                    yield LowLatencyCombineConfig.choose(
+                        LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt),
+                        num_ranks=num_ranks,
+                        variant=variant,
+                        limit=limit,
+                        remote=True,
+                    )
 
 
 def warmup_shapes(
@@ -292,41 +347,69 @@ def warmup_shapes(
 
 
 def warmup_configs(
-    shapes: Iterable[LowLatencyDispatchShape | LowLatencyCombineShape], *, num_ranks: int, arch: str
+    shapes: Iterable[LowLatencyDispatchShape | LowLatencyCombineShape],
+    *,
+    num_ranks: int,
+    arch: str,
+    remote: bool = False,
 ) -> Iterator[KernelConfig]:
-    """What a Buffer in low-latency mode compiles for these shapes on an architecture."""
-    yield CleanConfig(num_ranks)
+    """What a Buffer in low-latency mode compiles for these shapes on an architecture.
+
+    Args:
+        shapes: Of `warmup_shapes`.
+        num_ranks: Of the group.
+        arch: Such as ``"sm_90a"``.
+        remote: Whether the group spans several NVLink domains.
+    """
+    yield CleanConfig(num_ranks, remote)
     for shape in shapes:
-        yield _config(shape, num_ranks, arch)
+        yield _config(shape, num_ranks, arch, remote=remote)
 
 
 class _Arena:
     """Where the parts of a rank's symmetric memory lie, in bytes from its start."""
 
-    def __init__(self, num_ranks: int, num_rdma_bytes: int) -> None:
+    def __init__(self, num_ranks: int, num_rdma_bytes: int, *, remote: bool = False) -> None:
         self.half_bytes = num_rdma_bytes // 4  # 32-byte aligned, as num_rdma_bytes is 128-byte
         self.send_buffer = num_rdma_bytes // 2
         self.signals = _align(num_rdma_bytes)  # from here on nothing is the user's
-        self.meetings = self.signals + _SIGNALS_BYTES
-        self.counts = _align(self.meetings + _MEETINGS_BYTES)
+        # Up to `entered`, of which there are two for each rank when some are remote.
+        num_signals = 4 * MAX_RANKS + max(2 * num_ranks, MAX_RANKS)
+        self.meetings = self.signals + _align(8 * num_signals)
+        self.counts = _align(self.meetings + 3 * max(num_ranks, MAX_RANKS) * 8)
         self.counts_stride = MAX_LOW_LATENCY_EXPERTS // num_ranks + 1
-        self.words = _align(self.counts + 2 * num_ranks * self.counts_stride * 8)
+        if remote:  # two words before, a bit a token behind
+            bits = -(-(MAX_LOW_LATENCY_TOKENS // num_ranks) // 64)
+            self.counts_stride = _align(2 + self.counts_stride + bits, 16)
+        counts_bytes = 2 * num_ranks * self.counts_stride * 8
+        self.staged_counts = _align(self.counts + counts_bytes)
+        self.words = _align(self.staged_counts + (counts_bytes if remote else 0))
         self.words_stride = max(MAX_LOW_LATENCY_TOKENS, MAX_LOW_LATENCY_CHOICES)
         self.total = self.words + 2 * self.words_stride * 8
 
 
+class _Plan(NamedTuple):
+    """How calls of one size are launched; made once for each, as they come by the thousand."""
+
+    launch: Launch
+    grid: int
+    num_parts: int
+
+
 class LowLatency:
-    """Everything one rank needs for the low-latency operations of one NVLink domain.
+    """Everything one rank needs for the low-latency operations of a group.
 
     Collective: all ranks construct it together.
 
     Args:
         group: The ranks.
+        topology: Their NVLink domains.
         num_rdma_bytes: Bytes of slots and send buffer.
         device: The GPU of this rank.
         timeout_seconds: Of one wait for a peer.
         use_fabric: Whether peers map the memory by fabric handles.
         enable_shrink: Whether a peer that is late is masked.
+        num_qps_per_rank: Queue pairs to each rank of another domain.
 
     Attributes:
         memory: The symmetric memory; its first `num_rdma_bytes` are the user's.
@@ -336,49 +419,93 @@ class LowLatency:
     def __init__(
         self,
         group: Group,
+        topology: Topology,
         *,
         num_rdma_bytes: int,
         device: torch.device,
         timeout_seconds: float,
         use_fabric: bool,
         enable_shrink: bool,
+        num_qps_per_rank: int,
     ) -> None:
-        self._group = group
+        self._group, self._topology = group, topology
+        self._remote = topology.num_domains > 1
+        self._transport: Transport | None = None
+        if self._remote:
+            self._transport = make_transport(
+                group,
+                topology,
+                device=device.index,
+                num_qps_per_rank=num_qps_per_rank,
+                use_fabric=use_fabric,
+            )
+        self._body = "nvshmem" if self._transport is None else self._transport.name
+        self._most_tokens = 0  # of a rank, that the transport is known to serve
         self._device = device
         self._timeout_seconds = timeout_seconds
         self._shrink = enable_shrink
         self._arch = arch_of(device.index)
         self._num_sms = min(env.low_latency_num_sms() or MAX_RANKS << 10, num_sms(device.index))
-        self._arena = _Arena(group.size, num_rdma_bytes)
-        clean_kernel = Kernel(CleanConfig(group.size), device=device.index)
-        self.memory = SymmetricMemory(
-            self._arena.total, group=group, device=device.index, fabric=use_fabric
-        )
-        # Counters 0..2, epoch 32, abort 33, state of clean 40..48, mask 56..63, decisions 64..71.
-        self._local = torch.zeros(72, dtype=torch.int32, device=device)
-        self.mask = self._local[56 : 56 + group.size]
+        self._arena = _Arena(group.size, num_rdma_bytes, remote=self._remote)
+        clean_kernel = self._kernel(CleanConfig(group.size, self._remote))
+        self.memory: SymmetricMemory | RemoteMemory
+        if self._transport is not None:
+            self.memory = self._transport.allocate(self._arena.total)
+        else:
+            self.memory = SymmetricMemory(
+                self._arena.total, group=group, device=device.index, fabric=use_fabric
+            )
+        # Counters 0..2, epoch 32, abort 33, state of clean from 40; then parts of a word each rank.
+        ranks = max(group.size, MAX_RANKS)
+        self._words = torch.zeros(48 + 5 * ranks, dtype=torch.int32, device=device)
+        self._mask_at, self._decisions_at, self._peers_at = (48 + i * ranks for i in (2, 3, 4))
+        self.mask = self._words[self._mask_at :][: group.size]
+        self._peers = self._words[self._peers_at :][: group.size]
+        if self._transport is not None:
+            domain = topology.domains[topology.domain]
+            peers = [
+                domain.index(rank) if rank in domain else -1 - pe
+                for rank, pe in enumerate(self._transport.pes)
+            ]
+            self._peers.copy_(torch.tensor(peers, dtype=torch.int32, device="cpu"))
         self._fault = FaultRecord()
         self._launches: dict[LowLatencyDispatchShape | LowLatencyCombineShape, Launch] = {}
+        self._plans: dict[Hashable, _Plan] = {}
         self._clean = Launch(
             clean_kernel,
             **self._common(),
+            **self._reach(),
             meetings=self._everywhere(self._arena.meetings),
-            state=self._local[40:].data_ptr(),
+            state=self._words[40:].data_ptr(),
         )
         torch.cuda.synchronize(device)
         group.barrier()
 
+    def _kernel(self, config: KernelConfig) -> Kernel:
+        """Compiled and loaded, and linked with the transport when it needs one."""
+        return Kernel(config, device=self._device.index, transport=self._body)
+
     def _everywhere(self, offset: int) -> list[int]:
-        """The address of the same part on every rank."""
-        pointers = [pointer + offset for pointer in self.memory.peer_ptrs]
+        """The address of the same part on every rank of this domain."""
+        domain = self._topology.domains[self._topology.domain]
+        pointers = [self.memory.peer_ptrs[rank] + offset for rank in domain]
         return pointers + [0] * (MAX_RANKS - len(pointers))
+
+    def _reach(self) -> dict[str, object]:
+        """Parameters of the kernels that reach other domains."""
+        transport = self._transport
+        return {
+            "peers": 0 if transport is None else self._peers.data_ptr(),
+            "transport": 0 if transport is None else transport.context,
+            "local": self._topology.local,
+        }
 
     def _common(self) -> dict[str, object]:
         """Parameters that all kernels have."""
         return {
             "signals": self._everywhere(self._arena.signals),
-            "epoch": self._local[32:].data_ptr(),
-            "abort": self._local[33:].data_ptr(),
+            "epoch": self._words[32:].data_ptr(),
+            "abort": self._words[33:].data_ptr(),
             "mask": self.mask.data_ptr() if self._shrink else 0,
             "fault": self._fault.device_ptr,
             "timeout_ns": int(self._timeout_seconds * 1e9),
@@ -402,7 +529,7 @@ class LowLatency:
 
         With `enable_shrink` a rank may be gone for good, so ranks do not meet.
         """
-        config = _config(shape, self._group.size, self._arch)
+        config = _config(shape, self._group.size, self._arch, remote=self._remote)
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"low_latency_{config.op} needs a kernel for {config} that is not compiled yet, "
@@ -414,17 +541,22 @@ class LowLatency:
         bound.update(
             slots=self._everywhere(0),
             words=self._everywhere(arena.words),
-            counters=self._local.data_ptr(),
+            counters=self._words.data_ptr(),
             half_bytes=arena.half_bytes,
             words_stride=arena.words_stride,
         )
+        own = self.memory.ptr if self._remote else 0
         if isinstance(config, LowLatencyDispatchConfig):
             bound.update(
+                **self._reach(),
                 counts=self._everywhere(arena.counts),
                 counts_stride=arena.counts_stride,
-                decisions=self._local[64:].data_ptr(),
+                staged_counts=own and own + arena.staged_counts,
+                decisions=self._words[self._decisions_at :].data_ptr(),
             )
-        launch = Launch(Kernel(config, device=self._device.index), **bound)
+        elif isinstance(config, LowLatencyCombineConfig):
+            bound.update(**self._reach(), send_buffer=own and own + arena.send_buffer)
+        launch = Launch(self._kernel(config), **bound)
         if not self._shrink:
             self._group.barrier()
         self._launches[shape] = launch
@@ -453,8 +585,10 @@ class LowLatency:
         for shape in shapes:
             self.launch(shape)
         for arch in archs:
-            for config in warmup_configs(shapes, num_ranks=self._group.size, arch=arch):
-                compile_kernel(config, arch=arch)
+            for config in warmup_configs(
+                shapes, num_ranks=self._group.size, arch=arch, remote=self._remote
+            ):
+                compile_kernel(config, arch=arch, transport=self._body)
 
     # ---- operations ------------------------------------------------------------------------------
 
@@ -473,16 +607,18 @@ class LowLatency:
         split: bool,
     ) -> tuple[LowLatencyDispatched, Callable[[], None] | None]:
         """Casts and sends, and receives; `split` puts the second half into the callable."""
+        if self._transport is not None and max_tokens > self._most_tokens:
+            self._transport.check_queues(max_tokens)
+            self._most_tokens = max_tokens
         num_tokens, hidden = x.shape
         num_ranks, num_topk = self._group.size, topk_idx.shape[1]
-        launch = self.launch(
-            LowLatencyDispatchShape(
+        key = (x.shape, num_topk, topk_idx.dtype, max_tokens, num_experts, row_format.code)
+        plan = self._plans.get(key)
+        if plan is None:
+            shape = LowLatencyDispatchShape(
                 num_experts, hidden, row_format.code, num_topk, topk_idx.dtype == torch.int64
             )
-        )
-        config = launch.kernel.config
-        assert isinstance(config, LowLatencyDispatchConfig)
-        num_slots = num_ranks * max_tokens
+            plan = self._keep(key, self._plan_dispatch(shape, num_tokens, max_tokens))
         with scope.allocating():
             outputs = allocate_dispatched(
                 row_format,
@@ -494,8 +630,7 @@ class LowLatency:
                 device=self._device,
             )
         scope.start()
-        # Sending takes a block a token, one the counts; receiving a warp an eighth of a row.
-        grid = min(self._num_sms, max(num_tokens + 1, num_slots * 8 // config.num_warps))
+        routes = _address_of_routes(outputs.src_info)
         values = {
             "x": x.data_ptr(),
             "topk_idx": topk_idx.data_ptr(),
@@ -503,17 +638,54 @@ class LowLatency:
             "recv_x": outputs.recv_x.data_ptr(),
             "recv_scales": _pointer(outputs.recv_scales),
             "recv_count": outputs.recv_count.data_ptr(),
-            **_route_pointers(outputs.src_info, num_ranks),
+            "source_tokens": routes,
+            "source_rows": routes + 4 * num_ranks,
             "src_info": outputs.src_info.data_ptr(),
             "layout_range": outputs.layout_range.data_ptr(),
             "recv_stats": _pointer(recv_stats),
             "wait_cost": _pointer(wait_cost),
             "num_tokens": num_tokens,
             "max_tokens": max_tokens,
-            "num_parts": max(1, min(8, grid * config.num_warps // num_slots)),
+            "num_parts": plan.num_parts,
         }
         tensors = (x, topk_idx, global_scale, recv_stats, wait_cost, outputs)
-        return outputs, self._run(launch, scope.stream, grid, values, tensors, split=split)
+        return outputs, self._run(plan, scope.stream, values, tensors, split=split)
+
+    def _plan_dispatch(
+        self, shape: LowLatencyDispatchShape, num_tokens: int, max_tokens: int
+    ) -> _Plan:
+        """Sending takes a block a token, one the counts; receiving a warp an eighth of a row."""
+        launch = self.launch(shape)
+        config = launch.kernel.config
+        assert isinstance(config, LowLatencyDispatchConfig)
+        num_slots = self._group.size * max_tokens
+        grid = min(self._num_sms, max(num_tokens + 1, num_slots * 8 // config.num_warps))
+        num_parts = max(1, min(8, grid * config.num_warps // num_slots))
+        return _Plan(launch, grid, num_parts)
+
+    def _plan_combine(
+        self, shape: LowLatencyCombineShape, num_tokens: int, max_tokens: int
+    ) -> _Plan:
+        """A warp adds 256 channels at a time; with few tokens that is all it does."""
+        launch = self.launch(shape)
+        config = launch.kernel.config
+        assert isinstance(config, LowLatencyCombineConfig | LowLatencyReducedCombineConfig)
+        grid = min(self._num_sms, max(max_tokens * shape.num_topk // 4, 16))
+        steps = -(-shape.hidden // 256)
+        if isinstance(config, LowLatencyReducedCombineConfig):
+            # The same on all ranks. Each piece is published by itself, which takes 2 us and more.
+            num_parts = max(1, min(steps, 1024 // max_tokens))
+        else:
+            steps_a_warp = -(-num_tokens * steps // (2 * grid * config.num_warps)) or 1
+            num_parts = -(-steps // steps_a_warp)
+        return _Plan(launch, grid, num_parts)
+
+    def _keep(self, key: Hashable, plan: _Plan) -> _Plan:
+        """Remembers a plan; sizes that come and go do not pile up."""
+        if len(self._plans) >= _MOST_PLANS:
+            self._plans.clear()
+        self._plans[key] = plan
+        return plan
 
     def combine(
         self,
@@ -534,47 +706,57 @@ class LowLatency:
         """Pushes rows back and sums them; `split` puts the second half into the callable."""
         num_tokens, num_topk = topk_idx.shape
         hidden = x.shape[2]
-        launch = self.launch(
-            LowLatencyCombineShape(
+        key = (x.shape, topk_idx.shape, topk_idx.dtype, max_tokens, num_experts, use_logfmt)
+        plan = self._plans.get(key)
+        if plan is None:
+            shape = LowLatencyCombineShape(
                 num_experts, hidden, num_topk, topk_idx.dtype == torch.int64, use_logfmt
             )
-        )
-        config = launch.kernel.config
-        assert isinstance(config, LowLatencyCombineConfig | LowLatencyReducedCombineConfig)
+            plan = self._keep(key, self._plan_combine(shape, num_tokens, max_tokens))
         if zero_copy:
             x = self.send_buffer(num_experts=num_experts, max_tokens=max_tokens, hidden=hidden)
+        elif self._remote:
+            self._check_source(x, use_logfmt=use_logfmt)
         with scope.allocating():
             if out is None:
                 out = torch.empty((num_tokens, hidden), dtype=torch.bfloat16, device=self._device)
         scope.start()
-        grid = min(self._num_sms, max(max_tokens * num_topk // 4, 16))
-        # A warp adds 256 channels at a time; with few tokens that is all it does.
-        steps = -(-hidden // 256)
-        if isinstance(config, LowLatencyReducedCombineConfig):
-            # The same on all ranks. Each piece is published by itself, which takes 2 us and more.
-            num_parts = max(1, min(steps, 1024 // max_tokens))
-        else:
-            steps_a_warp = -(-num_tokens * steps // (2 * grid * config.num_warps)) or 1
-            num_parts = -(-steps // steps_a_warp)
+        routes = _address_of_routes(src_info)
         values = {
             "x": x.data_ptr(),
             "topk_idx": topk_idx.data_ptr(),
             "topk_weights": topk_weights.data_ptr(),
-            **_route_pointers(src_info, self._group.size),
+            "source_tokens": routes,
+            "source_rows": routes + 4 * self._group.size,
             "out": out.data_ptr(),
             "wait_cost": _pointer(wait_cost),
             "num_tokens": num_tokens,
             "max_tokens": max_tokens,
-            "num_parts": num_parts,
+            "num_parts": plan.num_parts,
         }
         tensors = (x, topk_idx, topk_weights, src_info, out, wait_cost)
-        return out, self._run(launch, scope.stream, grid, values, tensors, split=split)
+        return out, self._run(plan, scope.stream, values, tensors, split=split)
+
+    def _check_source(self, x: torch.Tensor, *, use_logfmt: bool) -> None:
+        """Between domains rows are staged in the send buffer, and must not lie there already.
+
+        Unless each lies where it would be staged.
+        """
+        begin = self.memory.ptr + self._arena.send_buffer
+        end = self.memory.ptr + self._arena.signals
+        first = x.data_ptr()
+        if first >= end or first + x.nbytes <= begin or (first == begin and not use_logfmt):
+            return
+        raise ValueError(
+            "x overlaps the buffer of get_next_low_latency_combine_buffer, which between NVLink "
+            "domains the rows are sent from; pass another tensor, or that buffer with "
+            "zero_copy=True and without use_logfmt"
+        )
 
     @staticmethod
     def _run(
-        launch: Launch,
+        plan: _Plan,
         stream: int,
-        grid: int,
         values: dict[str, int],
         tensors: object,
         *,
@@ -584,13 +766,13 @@ class LowLatency:
 
         The callable holds on to `tensors`.
         """
-        launch(stream, grid, **values, sends=True, receives=not split)
+        plan.launch.start(stream, plan.grid, values | {"sends": True, "receives": not split})
         if not split:
             return None
 
         def receive(kept: object = tensors) -> None:
             del kept
-            launch(stream, grid, **values, sends=False, receives=True)
+            plan.launch.start(stream, plan.grid, values | {"sends": False, "receives": True})
 
         return receive
 
@@ -622,7 +804,7 @@ class LowLatency:
         torch.cuda.synchronize(self._device)
         self._group.reset()
         self.memory.tensor(torch.uint8)[self._arena.signals :].zero_()
-        self._local.zero_()
+        self._words[: self._peers_at].zero_()
         torch.cuda.synchronize(self._device)
         self._fault.clear()
         self._group.barrier()
@@ -631,27 +813,35 @@ class LowLatency:
         """Frees the memory; not collective.
 
         What peers write here in an operation, this rank waits for in the same one, so nothing is
-        on its way when its own streams are done.
+        on its way to it when its own streams are done. What it has sent to other domains may be:
+        the memory of a transport is not given away before that has left.
         """
         torch.cuda.synchronize(self._device)
+        self._plans.clear()
         self._launches.clear()
         del self._clean
         self.memory.close()
+        if self._transport is not None:
+            self._transport.close()
         self._fault.close()
 
 
 def _config(
-    shape: LowLatencyDispatchShape | LowLatencyCombineShape, num_ranks: int, arch: str
+    shape: LowLatencyDispatchShape | LowLatencyCombineShape,
+    num_ranks: int,
+    arch: str,
+    *,
+    remote: bool,
 ) -> LowLatencyDispatchConfig | LowLatencyCombineConfig | LowLatencyReducedCombineConfig:
     """The kernel of a shape for an architecture, of the variant that the environment asks for."""
     if isinstance(shape, LowLatencyDispatchShape):
-        return LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks)
-    return _combine_config(
-        shape,
-        num_ranks=num_ranks,
-        variant=variants.resolve("low_latency_combine", arch),
-        limit=shared_limit(arch),
-    )
+        return LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks, remote=remote)
+    variant, limit = variants.resolve("low_latency_combine", arch), shared_limit(arch)
+    if remote:
+        return LowLatencyCombineConfig.choose(
+            shape, num_ranks=num_ranks, variant=variant, limit=limit, remote=True
+        )
+    return _combine_config(shape, num_ranks=num_ranks, variant=variant, limit=limit)
 
 
 def _combine_config(
@@ -663,10 +853,9 @@ def _combine_config(
     return LowLatencyCombineConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
 
 
-def _route_pointers(src_info: torch.Tensor, num_ranks: int) -> dict[str, int]:
-    """Where the kernels find the `Routes` that lie behind `src_info`."""
-    first = src_info.data_ptr() + 4 * src_info.numel()
-    return {"source_tokens": first, "source_rows": first + 4 * num_ranks}
+def _address_of_routes(src_info: torch.Tensor) -> int:
+    """Where the `Routes` lie behind `src_info`: tokens of each rank, then rows."""
+    return src_info.data_ptr() + 4 * src_info.numel()
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:

@@ -351,10 +351,12 @@ def _(grad_x: Tensor, grad_weights: Tensor, *handle_and_group: Any) -> tuple[Ten
     schema=f"(Tensor grad, {_HANDLE}, str group) -> Tensor",
 )
 def _combine_backward(grad: Tensor, *handle_and_group: Any) -> Tensor:
-    """Every row that was added gets the gradient of the sum."""
+    """Every row that was added gets the gradient of the sum, the others zeros."""
     *handle, group = handle_and_group
-    rows, *_ = _buffer(group, grad).dispatch(grad, handle=_as_handle(handle))
+    buffer, routing = _buffer(group, grad), _as_handle(handle)
+    rows, *_ = buffer.dispatch(grad, handle=routing)
     assert isinstance(rows, Tensor)
+    by_expert.blank(rows, routing[0].view(-1)[buffer.rank - buffer.group_size :][:1])
     return rows
 
 
@@ -542,7 +544,8 @@ def dispatch(
         group: Process group, its name, or a name of `register_buffer`.
         num_worst_tokens: 0, or the number of rows of every output (at least what can arrive,
             `R * max(T)`): the host waits for nothing and sizes are static. Rows that nothing
-            arrived for have `topk_idx` -1 and are undefined, in gradients too.
+            arrived for have `topk_idx` -1 and are undefined; `combine` gives them a gradient of
+            zeros.
         expert_major: Order the rows by expert instead of by source.
         expert_alignment: With `expert_major`: each expert's rows are padded to a multiple of it.
         num_expert_rows: With `expert_major` and `num_worst_tokens`: `M`; choices that do not fit

@@ -121,22 +121,31 @@ def _compile(
             _check(nvrtc.nvrtcAddNameExpression(program, name_expression.encode()))
         encoded = [argument.encode() for argument in arguments]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
-        buffer = b" " * _check(nvrtc.nvrtcGetProgramLogSize(program))
+        buffer = _buffer(_check(nvrtc.nvrtcGetProgramLogSize(program)))
         _check(nvrtc.nvrtcGetProgramLog(program, buffer))
         log = buffer.rstrip(b"\0 \n").decode(errors="replace")
         if int(status):
+            hint = "; a newer one may know this architecture" * ("--gpu-architecture" in log)
             raise CompileError(
                 f"NVRTC {'.'.join(map(str, version()))} cannot compile {name} for {arch} "
-                f"({status.name}):\n{log}",
+                f"({status.name}{hint}):\n{log}",
                 log=log,
             )
-        code = b" " * _check(getattr(nvrtc, f"nvrtcGet{kind}Size")(program))
+        code = _buffer(_check(getattr(nvrtc, f"nvrtcGet{kind}Size")(program)))
         _check(getattr(nvrtc, f"nvrtcGet{kind}")(program, code))
         if name_expression:
             symbol = _check(nvrtc.nvrtcGetLoweredName(program, name_expression.encode())).decode()
     finally:
         nvrtc.nvrtcDestroyProgram(program)
     return code, symbol, log
+
+
+def _buffer(size: int) -> bytes:
+    """Bytes for NVRTC to write to.
+
+    Never a single one: Python shares those with all code of the process, and an empty log has one.
+    """
+    return bytes(max(size, 2))
 
 
 def usage(log: str) -> tuple[int, int]:

@@ -1,6 +1,6 @@
 """Compiles units with the NVRTC of the interpreter that runs this file (no torch needed).
 
-Reads a JSON list of {text, source, arch, name_expression} from stdin and writes the list of
+Reads a JSON list of {text, sources, arch, name_expression} from stdin and writes the list of
 {nvrtc, log, error} to stdout; `log` is ptxas's report.
 """
 
@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import json
 import sys
+from typing import Any
 
 from epjit.errors import CompileError
 from epjit.runtime import nvrtc, sources
 
 
-def compile_unit(unit: dict[str, str]) -> dict[str, str]:
+def compile_unit(unit: dict[str, Any]) -> dict[str, str]:
     """Compiles one unit; a refusal is a result, not an exception."""
     log = error = ""
     try:
@@ -21,7 +22,7 @@ def compile_unit(unit: dict[str, str]) -> dict[str, str]:
             unit["text"],
             unit["name_expression"],
             arch=unit["arch"],
-            headers=sources.closure(unit["source"]),
+            headers=sources.closure(*unit["sources"]),
             name_expression=unit["name_expression"],
         )
     except CompileError as refused:

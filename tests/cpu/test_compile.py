@@ -16,9 +16,9 @@ from pathlib import Path
 
 import pytest
 
-from epjit import expert_major, intranode, low_latency
+from epjit import expert_major, internode, intranode, low_latency
 from epjit.bench import ceiling, peers
-from epjit.runtime import device, jit, nvrtc
+from epjit.runtime import device, jit, nvrtc, nvshmem_device
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ["sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a"]
@@ -33,7 +33,7 @@ INTERPRETERS = {
 
 def configs(arch: str) -> list[jit.KernelConfig]:
     """One config of each kernel, variant and shape class that this architecture can run."""
-    modes = (intranode, low_latency, expert_major, ceiling)
+    modes = (intranode, internode, low_latency, expert_major, ceiling)
     configs = [config for mode in modes for config in mode.example_configs(arch)]
     return [*configs, peers.ChaseConfig()]
 
@@ -44,8 +44,9 @@ def compile_all(
     """Compiles in as many processes as there are cores; results in the order of the kernels."""
     units = [
         {
-            "text": jit.render(kernel),
-            "source": kernel.source,
+            # The other body needs NVSHMEM, and a linker: test_runtime_nvshmem.py.
+            "text": jit.render(kernel, "loopback"),
+            "sources": jit.unit_sources(kernel, "loopback"),
             "arch": arch,
             "name_expression": f"epjit::{kernel.tag}::{kernel.op}",
         }
@@ -132,4 +133,5 @@ def test_every_block_of_dispatch_has_warps_that_stage_and_warps_that_pull(arch: 
 def test_example_configs_name_every_source() -> None:
     folder = ROOT / "epjit" / "cuda_src"
     sources = {path.relative_to(folder).as_posix() for path in folder.rglob("*.cu")}
+    sources.remove(nvshmem_device.SOURCE)
     assert sources == {kernel.source for arch in ARCHS for kernel in configs(arch)}

@@ -28,7 +28,13 @@ pytestmark = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="ne
 
 MAX_RANKS = 8
 FOREVER = 10**15
-VARIANTS = pytest.mark.parametrize("variant", ["tma", "ldst", "reduced"])
+# Of three ranks; sums are made before the links in one NVLink domain only.
+VARIANTS = pytest.mark.parametrize(
+    ("variant", "per_domain"),
+    [("tma", 0), ("ldst", 0), ("reduced", 0), ("tma", 1), ("ldst", 1)],
+    ids=["tma", "ldst", "reduced", "tma-3x1", "ldst-3x1"],
+)
+DOMAINS = pytest.mark.parametrize("per_domain", [0, 1], ids=["1x3", "3x1"])
 
 
 @dataclass(frozen=True)
@@ -50,6 +56,21 @@ class Shape:
     num_parts: int = 2
     hole: float = 0.2
     kind: str = "random"  # hot: all select expert 0; twice: an expert twice in a row
+    per_domain: int = 0  # ranks of an NVLink domain; 0: all of them
+    neighbours: bool = True  # the ranks of a domain follow each other; else they take turns
+    zero_copy: bool = False
+
+    @property
+    def remote(self) -> bool:
+        return self.per_domain not in (0, self.num_ranks)
+
+    def domain(self, rank: int) -> list[int]:
+        """The ranks that share NVLink with a rank."""
+        if not self.remote:
+            return list(range(self.num_ranks))
+        step = 1 if self.neighbours else self.num_ranks // self.per_domain
+        first = rank // self.per_domain * self.per_domain if self.neighbours else rank % step
+        return [first + i * step for i in range(self.per_domain)]
 
     @property
     def num_experts(self) -> int:
@@ -65,6 +86,7 @@ class Shape:
             num_topk=self.num_topk,
             topk_is_int64=self.topk_is_int64,
             num_warps=self.num_warps,
+            remote=self.remote,
         )
 
     @property
@@ -89,6 +111,7 @@ class Shape:
             num_warps=self.num_warps + 1,
             num_push_warps=2,
             rows_per_warp=2,
+            remote=self.remote,
         )
 
 
@@ -101,7 +124,9 @@ class Rank:
     counts: Tensor
     signals: Tensor
     meetings: Tensor
-    local: Tensor  # counters, epoch 32, abort 33, state of clean 40, mask 56, decisions 64
+    staged_counts: Tensor
+    send_buffer: Tensor
+    local: Tensor  # counters, epoch 32, abort 33, state of clean 64, mask 192, decisions 256
     fault: Tensor
     launches: list[Launch] = field(default_factory=list)
     checks: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
@@ -126,37 +151,68 @@ class World:
             shape.num_ranks * shape.num_parts, shape.num_topk
         )
         self.counts_stride = shape.experts_a_rank + 1
+        if shape.remote:
+            bits = -(-shape.max_tokens // 64)
+            self.counts_stride = 2 + (shape.experts_a_rank + bits + 1) // 2 * 2
         num_counts = shape.num_ranks * self.counts_stride
         self.ranks = [
             Rank(
                 slots=guarded(2 * self.half_bytes, dtype=torch.uint8),
                 words=guarded(2 * self.words_stride, dtype=torch.int64, fill=0),
                 counts=guarded(2 * num_counts, dtype=torch.int64, fill=0),
-                signals=guarded(40, dtype=torch.int64, fill=0),
+                signals=guarded(32 + max(8, 2 * shape.num_ranks), dtype=torch.int64, fill=0),
                 meetings=guarded(3 * shape.num_ranks, dtype=torch.int64, fill=0),
-                local=guarded(72, dtype=torch.int32, fill=0),
+                staged_counts=guarded(2 * num_counts, dtype=torch.int64, fill=0),
+                send_buffer=guarded(
+                    shape.experts_a_rank,
+                    shape.num_ranks * shape.max_tokens,
+                    shape.hidden,
+                    dtype=torch.bfloat16,
+                ),
+                local=guarded(256 + shape.num_ranks, dtype=torch.int32, fill=0),
                 fault=guarded(8, dtype=torch.int64, fill=0),
             )
             for _ in range(shape.num_ranks)
+        ]
+        pes = torch.randperm(shape.num_ranks, generator=self.generator).tolist()
+        names = ("slots", "words", "counts", "signals", "meetings", "staged_counts", "send_buffer")
+        memories = [[getattr(rank, name) for rank in self.ranks] for name in names]
+        self.transports = build.transport(memories, pes=pes)
+        self.peers = [
+            torch.tensor(
+                [
+                    shape.domain(rank).index(peer) if peer in shape.domain(rank) else -1 - pes[peer]
+                    for peer in range(shape.num_ranks)
+                ],
+                dtype=torch.int32,
+            )
+            for rank in range(shape.num_ranks)
         ]
 
     def queue(self, rank: int, config: Any, grid: int, **values: Any) -> None:
         """One launch; tensors become addresses, lists of tensors an address a rank."""
         record = params_type(config.source, type(config).__name__.replace("Config", "Params"))
         names = {name for name, *_ in record._fields_}
-        mine = self.ranks[rank]
+        mine, domain = self.ranks[rank], self.shape.domain(rank)
+        near = [self.ranks[each] for each in domain]
+        remote = self.shape.remote
         common = {
-            "slots": [each.slots for each in self.ranks],
-            "words": [each.words for each in self.ranks],
-            "counts": [each.counts for each in self.ranks],
-            "signals": [each.signals for each in self.ranks],
-            "meetings": [each.meetings for each in self.ranks],
-            "decisions": mine.local[64:],
+            "slots": [each.slots for each in near],
+            "words": [each.words for each in near],
+            "counts": [each.counts for each in near],
+            "signals": [each.signals for each in near],
+            "meetings": [each.meetings for each in near],
+            "staged_counts": mine.staged_counts if remote else None,
+            "send_buffer": mine.send_buffer if remote else None,
+            "peers": self.peers[rank] if remote else None,
+            "transport": self.transports[rank] if remote else None,
+            "local": domain.index(rank),
+            "decisions": mine.local[256:],
             "counters": mine.local,
             "epoch": mine.local[32:],
             "abort": mine.local[33:],
-            "state": mine.local[40:],
-            "mask": mine.local[56:] if self.shrink else None,
+            "state": mine.local[64:],
+            "mask": mine.local[192:] if self.shrink else None,
             "fault": mine.fault,
             "timeout_ns": self.timeout_ns,
             "half_bytes": self.half_bytes,
@@ -184,7 +240,7 @@ class World:
 
     def clean(self) -> None:
         for rank in range(self.shape.num_ranks):
-            self.queue(rank, CleanConfig(self.shape.num_ranks), 1)
+            self.queue(rank, CleanConfig(self.shape.num_ranks, self.shape.remote), 1)
 
     def run(self, seed: int, *, compare: bool = True, **options: Any) -> None:
         """Runs what was queued and compares all results."""
@@ -314,7 +370,14 @@ class Routing:
                 values = torch.randn(count, shape.hidden, generator=world.generator)
                 values[torch.rand(values.shape, generator=world.generator) < 0.05] *= 2**-13
                 y[e, :count] = values.to(torch.bfloat16)
-            outputs.append(_copy(y))
+            outputs.append(y)
+        for memory, y in zip(world.ranks, outputs, strict=True):
+            if shape.zero_copy:
+                memory.send_buffer.copy_(y)
+        given = [
+            memory.send_buffer if shape.zero_copy else _copy(y)
+            for memory, y in zip(world.ranks, outputs, strict=True)
+        ]
         returned = [
             reference.collect(y, each.src_info, shape.num_ranks)
             for y, each in zip(outputs, dispatched, strict=True)
@@ -336,7 +399,7 @@ class Routing:
                     rank,
                     shape.combine,
                     shape.grid,
-                    x=outputs[rank],
+                    x=given[rank],
                     topk_idx=own.topk_idx,
                     topk_weights=self.weights[rank],
                     **_routes(dispatched[rank].src_info, shape),
@@ -406,36 +469,115 @@ def check(checks: list[tuple[str, Tensor, Tensor]]) -> None:
 # ---- tests --------------------------------------------------------------------------------------
 
 
+@DOMAINS
 @pytest.mark.parametrize("row_format", FORMATS, ids=lambda each: each.name)
-def test_dispatch_of_every_format(row_format: RowFormat) -> None:
+def test_dispatch_of_every_format(row_format: RowFormat, per_domain: int) -> None:
     for seed, num_parts in enumerate((1, 2, 4)):
-        world = World(Shape(row_format=row_format, num_parts=num_parts), seed=seed)
+        shape = Shape(row_format=row_format, num_parts=num_parts, per_domain=per_domain)
+        world = World(shape, seed=seed)
         world.route().dispatch()
         world.run(seed)
 
 
 @VARIANTS
-def test_dispatch_then_combine(variant: str) -> None:
+def test_dispatch_then_combine(variant: str, per_domain: int) -> None:
     for seed in range(4):
-        world = World(Shape(variant=variant, num_parts=1 + seed), seed=seed)
+        shape = Shape(variant=variant, num_parts=1 + seed, per_domain=per_domain)
+        world = World(shape, seed=seed)
         routing = world.route()
         routing.combine(routing.dispatch())
         world.run(seed)
 
 
-def test_log_format() -> None:
+@DOMAINS
+def test_log_format(per_domain: int) -> None:
     for seed in range(4):
-        world = World(Shape(logfmt=True, num_parts=1 + seed), seed=seed)
+        world = World(Shape(logfmt=True, num_parts=1 + seed, per_domain=per_domain), seed=seed)
         routing = world.route()
         routing.combine(routing.dispatch())
         world.run(seed)
 
 
-@VARIANTS
+@pytest.mark.parametrize("variant", ["tma", "ldst", "reduced"])
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 def test_numbers_of_ranks(num_ranks: int, variant: str) -> None:
     tokens = (5, 9, 0, 3, 12, 1, 7, 2)[:num_ranks]
     shape = Shape(num_ranks=num_ranks, tokens=tokens, variant=variant, hidden=24)
+    for seed in range(2):
+        world = World(shape, seed=seed)
+        routing = world.route()
+        routing.combine(routing.dispatch())
+        world.run(seed)
+
+
+@pytest.mark.parametrize(
+    ("num_domains", "per_domain"), [(2, 1), (2, 2), (4, 2), (2, 8), (3, 5)], ids=lambda x: str(x)
+)
+@pytest.mark.parametrize("row_format", [BF16, FP8], ids=lambda each: each.name)
+def test_between_domains(num_domains: int, per_domain: int, row_format: RowFormat) -> None:
+    """Whole and in two phases, on one buffer; the ranks of a domain follow each other or do not."""
+    num_ranks = num_domains * per_domain
+    tokens = (5, 9, 0, 3, 12, 1, 7, 2, 4, 0, 6, 8, 1, 10, 3, 5)[:num_ranks]
+    shape = Shape(
+        num_ranks=num_ranks,
+        per_domain=per_domain,
+        row_format=row_format,
+        neighbours=row_format is BF16,
+        variant="ldst" if row_format is FP8 else "tma",
+        tokens=tokens,
+        hidden=128,
+        experts_a_rank=2,
+        num_warps=2,
+        grid=2,
+        max_tokens=40 if num_ranks <= 4 else 12,
+    )
+    for seed in range(2 if num_ranks > 8 else 4):
+        world = World(shape, seed=seed)
+        routing = world.route()
+        sent = routing.dispatch(split=seed % 2 == 1)
+        routing.combine(sent, split=seed % 2 == 0)
+        routing.combine(routing.dispatch())
+        world.run(seed, delay={seed: 20_000} if seed > 1 else {})
+
+
+def test_more_ranks_than_lanes() -> None:
+    shape = Shape(
+        num_ranks=36,
+        per_domain=4,
+        tokens=tuple(rank * 7 % 5 for rank in range(36)),
+        max_tokens=4,
+        hidden=32,
+        experts_a_rank=1,
+        num_warps=2,
+        grid=1,
+    )
+    world = World(shape, seed=1)
+    world.clean()
+    routing = world.route()
+    routing.combine(routing.dispatch())
+    world.run(1)
+
+
+@pytest.mark.parametrize("per_domain", [0, 1, 2])
+def test_rows_in_the_send_buffer(per_domain: int) -> None:
+    shape = Shape(num_ranks=4, tokens=(7, 0, 11, 2), per_domain=per_domain, zero_copy=True)
+    for seed in range(3):
+        world = World(shape, seed=seed)
+        routing = world.route()
+        routing.combine(routing.dispatch())
+        world.run(seed)
+
+
+def test_bits_of_many_tokens() -> None:
+    """More tokens than a word of the counts has bits."""
+    shape = Shape(
+        num_ranks=4,
+        per_domain=2,
+        tokens=(130, 64, 63, 65),
+        max_tokens=130,
+        hidden=16,
+        hole=0.6,
+    )
     for seed in range(2):
         world = World(shape, seed=seed)
         routing = world.route()
@@ -505,10 +647,10 @@ def test_error_of_sums_before_the_links() -> None:
 
 
 @VARIANTS
-def test_operations_in_a_row(variant: str) -> None:
+def test_operations_in_a_row(variant: str, per_domain: int) -> None:
     """Several on one buffer, so that ranks are in different ones; whole and in two phases."""
     for seed in range(6):
-        world = World(Shape(variant=variant), seed=seed)
+        world = World(Shape(variant=variant, per_domain=per_domain), seed=seed)
         first, second = world.route(), world.route()
         split = seed % 2 == 1
         sent = first.dispatch(split=split)
@@ -522,13 +664,16 @@ def test_operations_in_a_row(variant: str) -> None:
 
 @VARIANTS
 @pytest.mark.parametrize("stops_before", [0, 1])
-def test_withheld_rank_leaves_fault_records(stops_before: int, variant: str) -> None:
+def test_withheld_rank_leaves_fault_records(
+    stops_before: int, variant: str, per_domain: int
+) -> None:
     missing = 2
-    world = World(Shape(tokens=(9, 9, 9), variant=variant), seed=1, timeout_ns=300_000)
+    shape = Shape(tokens=(9, 9, 9), variant=variant, per_domain=per_domain)
+    world = World(shape, seed=1, timeout_ns=300_000)
     routing = world.route()
     routing.combine(routing.dispatch())
     del world.ranks[missing].launches[stops_before:]
-    world.run(1, compare=False)
+    world.run(1, compare=False, latest_message=1000)
     for rank, memory in enumerate(world.ranks):
         state, tag, own, peer, _, _, _, epoch = memory.fault.tolist()
         if rank == missing:
@@ -544,10 +689,10 @@ def test_withheld_rank_leaves_fault_records(stops_before: int, variant: str) -> 
 
 
 @VARIANTS
-def test_masked_rank(variant: str) -> None:
+def test_masked_rank(variant: str, per_domain: int) -> None:
     """A rank that does not come is masked, the others go on; after a clean it is back."""
     missing = 2
-    shape = Shape(tokens=(9, 9, 9), hidden=64, variant=variant)
+    shape = Shape(tokens=(9, 9, 9), hidden=64, variant=variant, per_domain=per_domain)
     world = World(shape, seed=1, timeout_ns=300_000, shrink=True)
     masked = torch.tensor([0, 0, 0])
     for stops_before in ("combine", "dispatch", "dispatch"):
@@ -563,16 +708,17 @@ def test_masked_rank(variant: str) -> None:
             lost.checks.clear()
         else:
             del lost.checks[-1]
-        emulate([each for rank in world.ranks for each in rank.launches], seed=1)
+        launches = [each for rank in world.ranks for each in rank.launches]
+        emulate(launches, seed=1, latest_message=1000)
         for rank, memory in enumerate(world.ranks):
             assert memory.fault.tolist() == [0] * 8
-            assert memory.local[56:59].tolist() == ([0, 0, 1] if rank != missing else [0, 0, 0])
+            assert memory.local[192:195].tolist() == ([0, 0, 1] if rank != missing else [0, 0, 0])
             check(memory.checks)
             memory.launches.clear()
             memory.checks.clear()
 
     for memory in world.ranks:
-        memory.local[56:64] = 0
+        memory.local[192:256] = 0
     world.timeout_ns = FOREVER
     world.clean()
     routing = world.route()
@@ -580,9 +726,10 @@ def test_masked_rank(variant: str) -> None:
     world.run(1)
 
 
-def test_clean_takes_the_latest_epoch() -> None:
+@DOMAINS
+def test_clean_takes_the_latest_epoch(per_domain: int) -> None:
     for seed in range(4):
-        world = World(Shape(), seed=seed)
+        world = World(Shape(per_domain=per_domain), seed=seed)
         for rank, epoch in enumerate((7, 7, 3)):
             world.ranks[rank].local[32] = epoch
         world.clean()
@@ -593,16 +740,21 @@ def test_clean_takes_the_latest_epoch() -> None:
         world.run(seed, delay={seed % 3: 20_000})
 
 
+@pytest.mark.parametrize("several", [False, True], ids=["one-domain", "domains"])
 @pytest.mark.parametrize("first_seed", range(0, 24, 8))
-def test_random_histories(first_seed: int) -> None:
+def test_random_histories(first_seed: int, several: bool) -> None:
     """Operations in any order on one buffer, with late ranks and preempted threads."""
     for seed in range(first_seed, first_seed + 8):
         rng = random.Random(seed)
         num_ranks = rng.choice([2, 3, 4])
+        per_domain = rng.choice([1, 2]) if several and num_ranks == 4 else int(several)
         shape = Shape(
             num_ranks=num_ranks,
+            per_domain=per_domain,
+            neighbours=rng.random() < 0.5,
             hidden=128,
-            variant=rng.choice(["tma", "ldst", "reduced"]),
+            variant=rng.choice(["tma", "ldst"] if several else ["tma", "ldst", "reduced"]),
+            logfmt=several and rng.random() < 0.2,
             row_format=rng.choice([BF16, FP8]),
             tokens=tuple(rng.choice([0, 1, 7, rng.randrange(30)]) for _ in range(num_ranks)),
             max_tokens=30,

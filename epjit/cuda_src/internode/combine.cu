@@ -55,32 +55,33 @@ struct InternodeCombineConfig {
 };
 
 struct InternodeCombineParams {
-  const char* x;                   // [rank_prefix[ranks - 1] or more, hidden]
-  const float* topk_weights;       // [as x, num_topk]
-  const char* bias_0;              // [num_tokens, hidden] or null
-  const char* bias_1;              // [num_tokens, hidden] or null
-  const int32_t* recv_src_meta;    // [as x, 2]: index in its channel, token
-  const int32_t* send_head;        // [num_tokens, ranks]: position in r's segment, -1 = none
-  const int32_t* send_domain_head; // [num_tokens, num_domains]: index in the channel, -1 = none
-  const int32_t* send_tokens;      // [num_domains, num_tokens + 1]: of interest is the last column
-  const int32_t* channel_tokens;   // [num_domains, num_local]: length of each incoming channel
-  const int32_t* passing_prefix;   // [num_domains]: inclusive, of the channels (n, local)
-  const int32_t* passing;          // [passing_prefix[num_domains - 1]]: local ranks that have a row
-                                   // of the token (8 bits) | its position here << 8
-  const int32_t* rank_prefix;      // [ranks]: inclusive over sources (rows of this rank)
-  char* combined_x;                // [num_tokens, hidden]
-  float* combined_topk_weights;    // [num_tokens, num_topk]
-  uint64_t slots[8];               // symmetric, of each local rank
-  uint64_t words[8];               // symmetric, of each local rank
-  uint64_t signals[8];             // symmetric, of each local rank
-  uint64_t done[8];                // symmetric, of each local rank
-  char* inbox;                     // this rank's
-  char* stage;                     // this rank's
-  uint64_t* ready;                 // this rank's, as the two that follow: see rail.cuh
-  uint64_t* credits;               // [num_domains, 2]
-  uint64_t* arrived;               // [num_domains, ring_slots / tokens_per_chunk]
-  const int32_t* ranks;            // [num_domains, num_local]: numbers in the group
-  const int32_t* pes;              // [ranks]: numbers for the transport
+  const char* x;                    // [rank_prefix[ranks - 1] or more, hidden]
+  const float* topk_weights;        // [as x, num_topk]
+  const char* bias_0;               // [num_tokens, hidden] or null
+  const char* bias_1;               // [num_tokens, hidden] or null
+  const int32_t* recv_src_meta;     // [as x, 2]: index in its channel, token
+  const int32_t* send_head;         // [num_tokens, ranks]: position in r's segment, -1 = none
+  const int32_t* send_domain_head;  // [num_tokens, num_domains]: index in the channel, -1 = none
+  const int32_t* send_tokens;       // [num_domains, num_tokens + 1]: of interest is the last column
+  const int32_t* channel_tokens;    // [num_domains, num_local]: length of each incoming channel
+  const int32_t* passing_prefix;    // [num_domains]: inclusive, of the channels (n, local)
+  const int32_t* passing;        // [passing_prefix[num_domains - 1]]: local ranks that have a row
+                                 // of the token (8 bits) | its position here << 8
+  const int32_t* rank_prefix;    // [ranks]: inclusive over sources (rows of this rank)
+  char* combined_x;              // [num_tokens, hidden]
+  float* combined_topk_weights;  // [num_tokens, num_topk]
+  uint64_t slots[8];             // symmetric, of each local rank
+  uint64_t words[8];             // symmetric, of each local rank
+  uint64_t signals[8];           // symmetric, of each local rank
+  uint64_t done[8];              // symmetric, of each local rank
+  char* inbox;                   // this rank's
+  char* stage;                   // this rank's
+  uint64_t entered[8];           // symmetric, of each local rank, as mapped here: see rail.cuh
+  uint64_t* ready;               // this rank's, as the two that follow: see rail.cuh
+  uint64_t* credits;             // [num_domains, 2]
+  uint64_t* arrived;             // [num_domains, ring_slots / tokens_per_chunk]
+  const int32_t* ranks;          // [num_domains, num_local]: numbers in the group
+  const int32_t* pes;            // [ranks]: numbers for the transport
   uint64_t transport;
   // local [2 + ranks + 5 * num_domains]: ticket, next token to reduce, next unit to push of each
   // channel, next chunk to sum of each domain, what is used of (slots, window & 1) and of (inbox,
@@ -90,10 +91,10 @@ struct InternodeCombineParams {
   uint64_t* fault;  // host [8]
   uint32_t* abort;  // local [1]
   uint64_t timeout_ns;
-  int32_t num_slots;   // even, at least 2
+  int32_t num_slots;  // even, at least 2
   int32_t ring_slots;
   int32_t num_tokens;
-  int32_t num_parts;   // warps that share the reduction of one token
+  int32_t num_parts;  // warps that share the reduction of one token
   int32_t rank;
   int32_t domain;
   int32_t local;
@@ -153,8 +154,7 @@ class InternodeCombine {
 
   // The row of local rank `writer`, of index `index` of the channel (n, owner).
   __device__ char* slot(int owner, int n, int writer, int index) const {
-    const int64_t i =
-        static_cast<int64_t>(n * kLocal + writer) * p.num_slots + index % p.num_slots;
+    const int64_t i = static_cast<int64_t>(n * kLocal + writer) * p.num_slots + index % p.num_slots;
     return reinterpret_cast<char*>(p.slots[owner]) + i * kSlotBytes;
   }
 
@@ -194,8 +194,7 @@ class InternodeCombine {
       Copier copier(ptx::dynamic_shared(), warp, lane);
       copier.acquired();
       const int num_warps = gridDim.x * kCfg.num_push_warps;
-      const int unit_rows =
-          rows_at_a_time<kRows>(p.rank_prefix[kRanks - 1], num_warps, kRows);
+      const int unit_rows = rows_at_a_time<kRows>(p.rank_prefix[kRanks - 1], num_warps, kRows);
       const int first = (blockIdx.x * kCfg.num_push_warps + warp) % kPushed;
 #pragma unroll 1
       for (int i = 0; i < kPushed; ++i)
@@ -352,8 +351,8 @@ class InternodeCombine {
 
   __device__ bool sum_chunk(int n, int first, int num_tokens) const {
     const int num_rows = min(kChunk, num_tokens - first);
-    if (!all_lanes(lane != 0 || (rail.is_ready(n) && rail.wait_credit(kWaitCombineCredit, n,
-                                                                      rail.ring_window(first)))))
+    if (!all_lanes(lane != 0 || (rail.is_ready(n) &&
+                                 rail.wait_credit(kWaitCombineCredit, n, rail.ring_window(first)))))
       return false;
     const int32_t* const passing = p.passing + (n == 0 ? 0 : p.passing_prefix[n - 1]) + first;
     for (int i = 0; i < num_rows; ++i) {
@@ -430,9 +429,9 @@ class InternodeCombine {
     Rows rows{nullptr, nullptr};
     if (own_index >= 0) {
       const int position =
-          lane < kLocal ? p.send_head[static_cast<int64_t>(token) * kRanks +
-                                      rail.rank_of(p.domain, lane)]
-                        : -1;
+          lane < kLocal
+              ? p.send_head[static_cast<int64_t>(token) * kRanks + rail.rank_of(p.domain, lane)]
+              : -1;
       if (!find_rows(p.domain, own_index, position >= 0, position, rows)) return false;
     }
     bool ok = true;
@@ -525,8 +524,7 @@ class InternodeCombine {
     if (index >= 0 && lane != p.domain && sent_tokens(lane) > p.ring_slots) {
       const int num_tokens = sent_tokens(lane), window_tokens = p.ring_slots / 2;
       const int window = rail.ring_window(index);
-      const uint32_t all =
-          min(window_tokens, num_tokens - window * window_tokens) * p.num_parts;
+      const uint32_t all = min(window_tokens, num_tokens - window * window_tokens) * p.num_parts;
       if (ptx::atom_add_acq_rel_gpu(inbox_counter(lane, window), 1) + 1 == all) {
         *inbox_counter(lane, window) = 0;
         rail.signal_credit(lane, window, num_tokens);

@@ -15,6 +15,11 @@
 //
 // Push    the first warps of a block: draw (token, owner, group of its rows), tokens ascending; rows
 //         of x -> slots, then the words (release). Rows that stay are read where they lie.
+//         Between NVLink domains (peers.cuh) they draw (selections in a row, owner): with many ranks
+//         few selections of an owner are here. Rows for another domain go to the send buffer, to the
+//         place that they have in x (unless x is the send buffer), and are put from there, each
+//         with its word. A warp that has put ends with a quiet: what follows on the stream may write
+//         to the send buffer.
 // Reduce  the other warps, and all when nothing is left to push: wait for the words of a token's
 //         selections (acquire), add their rows
 //
@@ -26,6 +31,7 @@
 // Launch: any grid, combine_threads() threads. Graph-safe.
 #include "epjit/cast.cuh"
 #include "epjit/copy.cuh"
+#include "low_latency/peers.cuh"
 #include "low_latency/weighted_sum.cuh"
 
 namespace epjit {
@@ -41,6 +47,7 @@ struct LowLatencyCombineConfig {
   int32_t num_warps;
   int32_t num_push_warps;  // of num_warps
   int32_t rows_per_warp;   // rows of a pushing warp in shared memory
+  bool remote;             // the group spans several NVLink domains
 };
 
 struct LowLatencyCombineParams {
@@ -52,9 +59,12 @@ struct LowLatencyCombineParams {
                                  // each owner, -1 = none here
   char* out;                     // [num_tokens, hidden] bf16
   int64_t* wait_cost;            // [num_ranks], += cycles until it had begun; or null
-  uint64_t slots[8];             // symmetric, of each rank
-  uint64_t words[8];             // symmetric, of each rank
-  uint64_t signals[8];           // symmetric, of each rank
+  uint64_t slots[8];             // symmetric, of each rank of the domain
+  uint64_t words[8];             // symmetric, of each rank of the domain
+  uint64_t signals[8];           // symmetric, of each rank of the domain
+  char* send_buffer;             // symmetric, own, as x; null in one domain
+  const int32_t* peers;          // local [num_ranks], see peers.cuh; null in one domain
+  uint64_t transport;
   uint32_t*
       counters;     // local [3]: ticket, next pushing unit, next reducing unit; zero on entry and
                     // on exit
@@ -69,6 +79,7 @@ struct LowLatencyCombineParams {
   int32_t max_tokens;  // of any rank
   int32_t num_parts;   // warps that share the sum of one token
   int32_t rank;
+  int32_t local;  // index of this rank in slots, words and signals
   bool sends;     // this launch has the send phase
   bool receives;  // this launch has the receive phase
 };
@@ -95,7 +106,10 @@ class LowLatencyCombine {
   static constexpr int kVecs = kRowBytes / 16;
   static constexpr int kSlotBytes = combine_slot_bytes(kCfg);
   static constexpr int kGroups = ceil_div(kTopk, kRows);
-  static_assert(kRanks >= 1 && kRanks <= kMaxRanks && kExperts % kRanks == 0);
+  static constexpr bool kRemote = kCfg.remote;
+  // Selections that are looked at together between domains: one of them is here, on average.
+  static constexpr int kChunk = kRanks < kWarpSize ? kRanks : kWarpSize;
+  static_assert(kRanks >= 1 && (kRemote || kRanks <= kMaxRanks) && kExperts % kRanks == 0);
   static_assert(kTopk >= 1 && kTopk <= kMaxTopk);
   static_assert(kRowBytes % 16 == 0, "a row is moved in pieces of 16 bytes");
   static_assert(!kCfg.logfmt || kCfg.hidden % kLogBlock == 0);
@@ -108,17 +122,22 @@ class LowLatencyCombine {
       : p(params),
         warp(threadIdx.x / kWarpSize),
         lane(threadIdx.x % kWarpSize),
-        waiter(start_operation<kRanks>(p, kWaitLowLatencyCombineStart)) {}
+        waiter(start_low_latency<kRanks, kRemote, true>(p, kWaitLowLatencyCombineStart)) {}
 
   __device__ void run() {
     const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);
     const bool pushes = kRanks > 1 && p.sends && warp < kCfg.num_push_warps;
     // Loaded and drawn early: all of it is on its way at once.
-    const int tokens = pushes && lane < kRanks && lane != p.rank ? p.source_tokens[lane] : 0;
+    int tokens = pushes && lane < kRanks && lane != p.rank ? p.source_tokens[lane] : 0;
     const uint32_t unit = pushes ? next_unit(p.counters + 1, lane) : 0;
     if (__all_sync(kFullMask, aborted == 0)) {
-      if constexpr (kRanks > 1)
+      if constexpr (kRemote) {
+        for (int owner = lane + kWarpSize; pushes && owner < kRanks; owner += kWarpSize)
+          if (owner != p.rank) tokens = max(tokens, p.source_tokens[owner]);
+        if (pushes) push_between(unit, __reduce_max_sync(kFullMask, tokens));
+      } else if constexpr (kRanks > 1) {
         if (pushes) push(unit, tokens);
+      }
       if (p.receives && (!is_herald() || meet_peers<kRanks>(waiter, p.wait_cost, lane))) reduce();
     }
     if (is_last_block(p.counters, 3) && lane == 0 && p.receives) *p.epoch = waiter.epoch;
@@ -127,7 +146,9 @@ class LowLatencyCombine {
  private:
   __device__ int half() const { return waiter.epoch & 1; }
 
-  // Of selection token * kTopk + k of `owner`.
+  __device__ int own() const { return own_index<kRemote>(p); }
+
+  // Of selection token * kTopk + k of an owner of this domain, by its index in `slots`.
   __device__ char* slot(int owner, int selection) const {
     return reinterpret_cast<char*>(p.slots[owner]) + half() * p.half_bytes +
            static_cast<int64_t>(selection) * kSlotBytes;
@@ -171,17 +192,78 @@ class LowLatencyCombine {
     const bool has_row = lane < num_rows;
     const char* const src = has_row ? p.x + static_cast<int64_t>(row) * kRowBytes : nullptr;
     char* const dst = has_row ? slot(owner, selection) : nullptr;
+    copy_rows(copier, src, dst, num_rows);
+    // Rows are written -> copy_rows -> release of any lane: cumulative.
+    if (has_row) ptx::st_release_sys(word(owner, selection), stamp(waiter.epoch, 0));
+  }
+
+  // Lane i has row i; all lanes may publish what is written.
+  __device__ void copy_rows(Copier& copier, const char* src, char* dst, int num_rows) const {
     if constexpr (kCfg.logfmt) {
       for (int i = 0; i < num_rows; ++i) encode_row(of_lane(src, i), of_lane(dst, i));
     } else {
       copier.load(0, src);
       copier.store(0, dst);
     }
-    // Rows are written -> flush (each lane its own, then __syncwarp) -> release of any lane:
-    // cumulative.
+    // Each lane its own, then __syncwarp.
     copier.flush();
-    if (has_row) ptx::st_release_sys(word(owner, selection), stamp(waiter.epoch, 0));
   }
+
+  // ---- push between domains ---------------------------------------------------------------------
+
+  // `tokens`: the most that any owner has.
+  __device__ void push_between(uint32_t unit, int tokens) {
+    Copier copier(ptx::dynamic_shared(), warp, lane);
+    const uint32_t num_units = ceil_div(tokens * kTopk, kChunk) * (kRanks - 1);
+    bool has_put = false;
+    while (unit < num_units) {
+      const uint32_t next = next_unit(p.counters + 1, lane);
+      const int owner = (p.rank + 1 + unit % (kRanks - 1)) % kRanks;
+      const int first = unit / (kRanks - 1) * kChunk;
+      // Lane i has the row of selection first + i.
+      int row = -1;
+      if (lane < kChunk && first + lane < p.source_tokens[owner] * kTopk)
+        row = p.source_rows[static_cast<int64_t>(owner) * p.max_tokens * kTopk + first + lane];
+      if (__any_sync(kFullMask, is_masked(waiter, owner))) row = -1;
+      const int index = p.peers[owner];
+      for (uint32_t left = __ballot_sync(kFullMask, row >= 0); left != 0;) {
+        // Now lane i has the i-th of them.
+        const int num_rows = min(__popc(left), kRows);
+        uint32_t mine = left;
+        for (int i = 0; i < lane && i < num_rows; ++i) mine &= mine - 1;
+        for (int i = 0; i < num_rows; ++i) left &= left - 1;
+        const int i = max(__ffs(mine) - 1, 0);
+        push_rows_between(copier, index, first + i, __shfl_sync(kFullMask, row, i), num_rows);
+        has_put |= index < 0;
+      }
+      unit = next;
+    }
+    if (has_put && lane == 0) epjit_quiet(p.transport);
+    __syncwarp();
+  }
+
+  // Lane i < num_rows has a selection of an owner and its row.
+  __device__ void push_rows_between(Copier& copier, int index, int selection, int row,
+                                    int num_rows) const {
+    const bool has_row = lane < num_rows;
+    const char* const src = has_row ? p.x + static_cast<int64_t>(row) * kRowBytes : nullptr;
+    char* dst = nullptr;
+    if (has_row)
+      dst = index >= 0 ? slot(index, selection)
+                       : p.send_buffer + static_cast<int64_t>(row) * kSlotBytes;
+    if (index >= 0 || p.x != p.send_buffer) copy_rows(copier, src, dst, num_rows);
+    if (index >= 0) {
+      if (has_row) ptx::st_release_sys(word(index, selection), stamp(waiter.epoch, 0));
+      return;
+    }
+    for (int i = 0; i < num_rows; ++i) {
+      const int each = __shfl_sync(kFullMask, selection, i);
+      put_with_word(p.transport, slot(own(), each), of_lane(dst, i), kSlotBytes, word(own(), each),
+                    stamp(waiter.epoch, 0), index);
+    }
+  }
+
+  // ---- the log format ---------------------------------------------------------------------------
 
   // All lanes encode one row.
   __device__ void encode_row(const char* src, char* dst) const {
@@ -241,9 +323,9 @@ class LowLatencyCombine {
       } else if (e >= 0 && !is_masked(waiter, peer)) {
         uint64_t seen;
         const bool here = wait_until(waiter, kWaitLowLatencyCombineRow, peer, selection,
-                                     stamp(waiter.epoch, 0), word(p.rank, selection), seen,
+                                     stamp(waiter.epoch, 0), word(own(), selection), seen,
                                      [&](uint64_t value) { return value >> 32 == waiter.epoch; });
-        if (here) row = slot(p.rank, selection);
+        if (here) row = slot(own(), selection);
         ok = here || is_masked(waiter, peer);
       }
     }

@@ -18,6 +18,14 @@
 //   counts[d]  two halves [num_ranks, counts_stride] u64; row s by s, as early as it can: stamp(epoch,
 //              selections of each of d's experts), then stamp(epoch, tokens that s holds)
 //
+// Between NVLink domains (peers.cuh) a rank d of another domain gets
+//   slots      from the slot of the same token in the memory of s, where it is written as if s were
+//              one of its readers: a token's slot is the same for all of them
+//   words      only for tokens that go to d. Which these are, the counts say: a word less for each
+//              token and rank, of which with many ranks most would only say no.
+//   counts     in one put, from staged_counts: tokens first, then selections, then a bit for each
+//              token, set when it goes to d. The word of the tokens comes last, as the put's signal.
+//
 // Units of a block, drawn in this order: the counts; chunks of tokens, cast and written to each rank
 // (through registers: a token a block at a time). When none is left, every block waits for the
 // counts of all ranks and adds them up, one of them for the outputs. Then the warps draw (token,
@@ -31,7 +39,9 @@
 // after these have ended n - 1. Operation n + 1 may thus write where n - 1 was, without a wait.
 //
 // Order: rows by any thread -> __syncthreads -> st.release.sys of a word -> ld.acquire.sys by the
-// warp that copies. Counts are words that hold their own epoch: no order is needed.
+// warp that copies. Counts are words that hold their own epoch: no order is needed. To other domains:
+// rows, counts -> __syncthreads -> fence.acq_rel.sys, put, its signal -> ld.acquire.sys of the word;
+// counts are then handed on by a __syncthreads.
 //
 // Tokens that name an expert several times can fill its slab; rows beyond it are not received, and
 // the combine that waits for them says so.
@@ -43,6 +53,7 @@
 // Launch: any grid, dispatch_threads() threads. Graph-safe.
 #include "epjit/cast.cuh"
 #include "epjit/copy.cuh"
+#include "low_latency/peers.cuh"
 
 namespace epjit {
 
@@ -54,6 +65,7 @@ struct LowLatencyDispatchConfig {
   int32_t num_topk;
   bool topk_is_int64;
   int32_t num_warps;
+  bool remote;  // the group spans several NVLink domains
 };
 
 struct LowLatencyDispatchParams {
@@ -64,23 +76,26 @@ struct LowLatencyDispatchParams {
   // 4-byte units (one scale, or four exponents): [experts_per_rank, units, num_ranks * max_tokens];
   // kMxfp8, kNvfp4: bytes [experts_per_rank, num_ranks * max_tokens, scales]
   char* recv_scales;
-  int32_t* recv_count;     // [experts_per_rank]
-  int32_t* src_info;       // [experts_per_rank, num_ranks * max_tokens]
-  int64_t* layout_range;   // [experts_per_rank, num_ranks]
-  int32_t* source_tokens;  // [num_ranks]: tokens of each source, 0 when it is masked
-  int32_t* source_rows;    // [num_ranks, max_tokens, num_topk]; undefined beyond source_tokens
-  int32_t* recv_stats;     // [experts_per_rank], += rows; or null
-  int64_t* wait_cost;      // [num_ranks], += cycles until its counts were here; or null
-  uint64_t slots[8];       // symmetric, of each rank
-  uint64_t words[8];       // symmetric, of each rank
-  uint64_t counts[8];      // symmetric, of each rank
-  uint64_t signals[8];     // symmetric, of each rank
-  uint32_t* decisions;     // local [num_ranks]: epoch << 1 | whether the source is received
-  uint32_t* counters;      // local [3]: ticket, next unit, next row; zero on entry and on exit
-  uint32_t* epoch;         // local [1]
-  uint64_t* fault;         // host [8]
-  uint32_t* abort;         // local [1]
-  uint32_t* mask;          // local [num_ranks], or null
+  int32_t* recv_count;      // [experts_per_rank]
+  int32_t* src_info;        // [experts_per_rank, num_ranks * max_tokens]
+  int64_t* layout_range;    // [experts_per_rank, num_ranks]
+  int32_t* source_tokens;   // [num_ranks]: tokens of each source, 0 when it is masked
+  int32_t* source_rows;     // [num_ranks, max_tokens, num_topk]; undefined beyond source_tokens
+  int32_t* recv_stats;      // [experts_per_rank], += rows; or null
+  int64_t* wait_cost;       // [num_ranks], += cycles until its counts were here; or null
+  uint64_t slots[8];        // symmetric, of each rank of the domain
+  uint64_t words[8];        // symmetric, of each rank of the domain
+  uint64_t counts[8];       // symmetric, of each rank of the domain
+  uint64_t signals[8];      // symmetric, of each rank of the domain
+  uint64_t* staged_counts;  // symmetric, own, as counts; null in one domain
+  const int32_t* peers;     // local [num_ranks], see peers.cuh; null in one domain
+  uint64_t transport;
+  uint32_t* decisions;  // local [num_ranks]: epoch << 1 | whether the source is received
+  uint32_t* counters;   // local [3]: ticket, next unit, next row; zero on entry and on exit
+  uint32_t* epoch;      // local [1]
+  uint64_t* fault;      // host [8]
+  uint32_t* abort;      // local [1]
+  uint32_t* mask;       // local [num_ranks], or null
   uint64_t timeout_ns;
   int64_t half_bytes;
   int32_t words_stride;   // words of a half
@@ -89,16 +104,21 @@ struct LowLatencyDispatchParams {
   int32_t max_tokens;  // of any rank
   int32_t num_parts;   // warps that share the copies of one token
   int32_t rank;
+  int32_t local;  // index of this rank in slots, words, counts and signals
   bool sends;     // this launch has the send phase
   bool receives;  // this launch has the receive phase
 };
 
 constexpr int dispatch_threads(LowLatencyDispatchConfig cfg) { return cfg.num_warps * kWarpSize; }
 
+constexpr int dispatch_rank_words(LowLatencyDispatchConfig cfg) {
+  return cfg.remote ? cfg.num_ranks : kMaxRanks;
+}
+
 // Selections of each expert before a chunk, or the table of make_plan(); what threads tell each
 // other.
 constexpr int dispatch_shared_bytes(LowLatencyDispatchConfig cfg) {
-  return 4 * (cfg.num_experts + 2 + 2 * kMaxRanks);
+  return 4 * (cfg.num_experts + 2 + 2 * dispatch_rank_words(cfg));
 }
 
 constexpr int dispatch_slot_bytes(LowLatencyDispatchConfig cfg) {
@@ -131,6 +151,12 @@ class LowLatencyDispatch {
   static constexpr int kSlotBytes = dispatch_slot_bytes(kCfg);
   static constexpr bool kScalesByColumn = kFormat >= kFp8 && kFormat <= kFp8Ue8m0;
   static constexpr int kThreads = dispatch_threads(kCfg);
+  static constexpr bool kRemote = kCfg.remote;
+  static constexpr int kRankWords = dispatch_rank_words(kCfg);
+  // In a row of counts; what is put begins at a multiple of 16 bytes.
+  static constexpr int kTokensWord = kRemote ? 0 : kLocal;
+  static constexpr int kSelectionsWord = kRemote ? 2 : 0;
+  static constexpr int kBitsWord = kSelectionsWord + kLocal;  // between domains alone
   // A thread's part of a row: 16 bytes of bf16, or the elements of a cast.
   static constexpr int kElements = kFormat == kBf16 ? 8 : kCastElements;
   static constexpr int kPieces = kElements / 8;  // of 16 bytes
@@ -140,7 +166,8 @@ class LowLatencyDispatch {
   using ScaleUnit = typename ScaleUnitOf<kScaleBytes % 4 == 0>::Type;
   static constexpr int kScaleUnits = kScaleBytes / static_cast<int>(sizeof(ScaleUnit));
   static constexpr int kScaleUnitsALane = ceil_div(kScaleUnits, kWarpSize);
-  static_assert(kRanks >= 1 && kRanks <= kMaxRanks && kExperts % kRanks == 0);
+  static_assert(kRanks >= 1 && kRanks <= (kRemote ? kThreads : kMaxRanks));
+  static_assert(kExperts % kRanks == 0);
   static_assert(kTopk >= 1 && kTopk <= kMaxTopk);
   static_assert(kRowBytes % 16 == 0, "a row is moved in pieces of 16 bytes");
   static_assert(kFormat == kBf16 || kCfg.hidden % format_block(kFormat) == 0);
@@ -151,7 +178,7 @@ class LowLatencyDispatch {
       : p(params),
         warp(threadIdx.x / kWarpSize),
         lane(threadIdx.x % kWarpSize),
-        waiter(start_operation<kRanks>(p, kWaitLowLatencyDispatchStart)),
+        waiter(start_low_latency<kRanks, kRemote, false>(p, kWaitLowLatencyDispatchStart)),
         shared(reinterpret_cast<uint32_t*>(ptx::dynamic_shared())) {}
 
   __device__ void run() {
@@ -177,6 +204,9 @@ class LowLatencyDispatch {
 
   __device__ uint32_t rows_a_slab() const { return kRanks * p.max_tokens; }
 
+  __device__ int own() const { return own_index<kRemote>(p); }
+
+  // Of a reader of this domain, by its index in `slots`.
   __device__ char* slot(int reader, int source, int token) const {
     return reinterpret_cast<char*>(p.slots[reader]) + half() * p.half_bytes +
            (static_cast<int64_t>(source) * p.max_tokens + token) * kSlotBytes;
@@ -192,18 +222,25 @@ class LowLatencyDispatch {
            static_cast<int64_t>(half() * kRanks + source) * p.counts_stride;
   }
 
+  // In such a row: selections of local expert e; e = kLocal: tokens.
+  static __device__ int count_word(int e) { return e < kLocal ? kSelectionsWord + e : kTokensWord; }
+
+  __device__ uint64_t* staged_counts(int reader) const {
+    return p.staged_counts + static_cast<int64_t>(half() * kRanks + reader) * p.counts_stride;
+  }
+
   // In shared memory: selections of an expert, or the table of make_plan() [kRanks, kLocal + 1]; then
-  // the next unit, the ranks of the token, whether the counts of a source have come.
+  // the next unit, the ranks of the token, whether the counts of a source have come. Between domains
+  // the ranks are a bit for each index, and one more for those that are remote.
   __device__ uint32_t* histogram() const { return shared; }
   __device__ uint32_t& planned(int source, int e) const {
     return shared[source * (kLocal + 1) + e];
   }
-  __device__ uint32_t& shared_unit() const { return shared[kExperts + kMaxRanks]; }
-  __device__ uint32_t& shared_readers() const { return shared[kExperts + kMaxRanks + 1]; }
+  __device__ uint32_t& shared_unit() const { return shared[kExperts + kRankWords]; }
+  __device__ uint32_t& shared_readers() const { return shared[kExperts + kRankWords + 1]; }
   __device__ uint32_t& shared_arrived(int source) const {
-    return shared[kExperts + kMaxRanks + 2 + source];
+    return shared[kExperts + kRankWords + 2 + source];
   }
-
   // Global expert of a selection, -1 for none.
   __device__ int expert(int token, int k) const {
     const int64_t i = static_cast<int64_t>(token) * kTopk + k;
@@ -254,8 +291,38 @@ class LowLatencyDispatch {
       const int r = i / (kLocal + 1), e = i % (kLocal + 1);
       if (is_masked(waiter, r)) continue;
       const uint32_t value = e < kLocal ? histogram()[r * kLocal + e] : p.num_tokens;
-      ptx::st_relaxed_sys(counts(r, p.rank) + e, stamp(waiter.epoch, value));
+      const int index = index_of<kRemote>(p, r);
+      if (!kRemote || index >= 0)
+        ptx::st_relaxed_sys(counts(index, p.rank) + count_word(e), stamp(waiter.epoch, value));
+      else
+        staged_counts(r)[count_word(e)] = stamp(waiter.epoch, value);
     }
+    if constexpr (kRemote) send_staged_counts();
+  }
+
+  __device__ void send_staged_counts() const {
+    const int num_bit_words = ceil_div(p.num_tokens, 64);
+    for (int i = threadIdx.x; i < kRanks * num_bit_words; i += kThreads)
+      staged_counts(i / num_bit_words)[kBitsWord + i % num_bit_words] = 0;
+    __syncthreads();
+    for (int i = threadIdx.x; i < p.num_tokens * kTopk; i += kThreads) {
+      const int token = i / kTopk, e = expert(token, i % kTopk);
+      if (e >= 0) atomicOr(token_bits(staged_counts(e / kLocal)) + token / 32, 1u << token % 32);
+    }
+    __syncthreads();
+    const int num_words = align_up(kLocal + num_bit_words, 2);
+    uint64_t* const theirs = counts(own(), p.rank);
+    for (int r = warp; r < kRanks; r += kCfg.num_warps) {
+      const int index = p.peers[r];
+      if (index >= 0 || __any_sync(kFullMask, is_masked(waiter, r))) continue;
+      put_with_word(p.transport, theirs + kSelectionsWord, staged_counts(r) + kSelectionsWord,
+                    num_words * sizeof(uint64_t), theirs + kTokensWord,
+                    stamp(waiter.epoch, p.num_tokens), index);
+    }
+  }
+
+  static __device__ uint32_t* token_bits(uint64_t* row) {
+    return reinterpret_cast<uint32_t*>(row + kBitsWord);
   }
 
   // A thread's part of a row, in registers.
@@ -287,12 +354,43 @@ class LowLatencyDispatch {
       if (warp == 0) send_selections(token, selected);
       __syncthreads();
       const uint32_t readers = shared_readers();
-      store(token, readers, part);
+      store(token, kRemote ? slots_of(readers) : readers, part);
       __syncthreads();
-      if (threadIdx.x < kRanks && !is_masked(waiter, threadIdx.x))
-        ptx::st_release_sys(word(threadIdx.x, p.rank, token),
-                            stamp(waiter.epoch, readers >> threadIdx.x & 1));
+      if (threadIdx.x < kRanks && !is_masked(waiter, threadIdx.x)) {
+        const int index = index_of<kRemote>(p, threadIdx.x);
+        if (!kRemote || index >= 0)
+          ptx::st_release_sys(word(index, p.rank, token),
+                              stamp(waiter.epoch, readers >> index & 1));
+      }
     }
+    if constexpr (kRemote) put_chunk(first, last);
+  }
+
+  // Bit for each index in `slots` that a token is written to.
+  __device__ uint32_t slots_of(uint32_t readers) const {
+    return readers >> kMaxRanks != 0 ? (readers & 0xff) | 1u << own() : readers;
+  }
+
+  // Sends tokens that are written to their remote ranks.
+  __device__ void put_chunk(int first, int last) const {
+    for (int token = first; token < last; ++token) {
+      // Lane k has the index of the remote rank that selection k is the first to name, else 0.
+      const int rank = selected_rank(lane < kTopk ? expert(token, lane) : -1);
+      const bool is_first = (__match_any_sync(kFullMask, rank) & ((1u << lane) - 1)) == 0;
+      const int index = rank >= 0 && is_first ? p.peers[rank] : 0;
+      char* const src = slot(own(), p.rank, token);
+      for (int k = warp; k < kTopk; k += kCfg.num_warps) {
+        const int to = __shfl_sync(kFullMask, index, k);
+        if (to < 0)
+          put_with_word(p.transport, src, src, kSlotBytes, word(own(), p.rank, token),
+                        stamp(waiter.epoch, 1), to);
+      }
+    }
+  }
+
+  // Of an expert, or of none (-1): its rank, unless that is masked.
+  __device__ int selected_rank(int e) const {
+    return e >= 0 && !is_masked(waiter, e / kLocal) ? e / kLocal : -1;
   }
 
   // Where each selection comes among those of its expert, to all ranks of the token; lane k has the
@@ -303,16 +401,30 @@ class LowLatencyDispatch {
     const uint32_t position = e >= 0 ? histogram()[e] + before : 0;
     __syncwarp();
     if (e >= 0 && before == 0) histogram()[e] += __popc(same);
-    uint32_t readers = __reduce_or_sync(kFullMask, e >= 0 ? 1u << e / kLocal : 0);
-    for (int r = 0; r < kRanks; ++r) {
-      if (is_masked(waiter, r)) readers &= ~(1u << r);
-      if ((readers >> r & 1) == 0 || lane >= kTopk) continue;
-      uint32_t* const selection =
-          reinterpret_cast<uint32_t*>(slot(r, p.rank, token) + kSelections) + 2 * lane;
-      selection[0] = static_cast<uint32_t>(e);
-      selection[1] = position;
+    uint32_t readers;
+    if constexpr (kRemote) {
+      const int rank = selected_rank(e);
+      const int index = rank >= 0 ? p.peers[rank] : 0;
+      readers = __reduce_or_sync(kFullMask, rank < 0    ? 0
+                                            : index < 0 ? 1u << kMaxRanks
+                                                        : 1u << index);
+      for (uint32_t left = slots_of(readers); left != 0; left &= left - 1)
+        if (lane < kTopk) write_selection(__ffs(left) - 1, token, e, position);
+    } else {
+      readers = __reduce_or_sync(kFullMask, e >= 0 ? 1u << e / kLocal : 0);
+      for (int r = 0; r < kRanks; ++r) {
+        if (is_masked(waiter, r)) readers &= ~(1u << r);
+        if ((readers >> r & 1) != 0 && lane < kTopk) write_selection(r, token, e, position);
+      }
     }
     if (lane == 0) shared_readers() = readers;
+  }
+
+  __device__ void write_selection(int reader, int token, int e, uint32_t position) const {
+    uint32_t* const selection =
+        reinterpret_cast<uint32_t*>(slot(reader, p.rank, token) + kSelections) + 2 * lane;
+    selection[0] = static_cast<uint32_t>(e);
+    selection[1] = position;
   }
 
   __device__ void store(int token, uint32_t readers, const RowPart& part) const {
@@ -358,10 +470,18 @@ class LowLatencyDispatch {
     for (int i = threadIdx.x; i < kRanks * (kLocal + 1) && ok; i += kThreads) {
       const int source = i / (kLocal + 1), e = i % (kLocal + 1);
       if (shared_arrived(source) == 0) continue;
+      // Between domains all of a row has come when the word of the tokens has.
+      const uint64_t* const row = counts(own(), source);
+      const bool is_remote = kRemote && index_of<kRemote>(p, source) < 0;
+      const int word = is_remote ? kTokensWord : count_word(e);
       uint64_t seen;
-      if (!wait_stamp(kWaitLowLatencyDispatchCounts, source, e, counts(p.rank, source) + e, seen)) {
+      if (!wait_stamp(kWaitLowLatencyDispatchCounts, source, e, row + word, seen)) {
         shared_arrived(source) = 0;
         ok = is_masked(waiter, source);
+      } else if (is_remote) {
+        seen = row[count_word(e)];
+        if (e == kLocal)
+          ptx::st_relaxed_sys(entered_signal(waiter.signals, source), stamp(waiter.epoch, 0));
       }
       planned(source, e) = static_cast<uint32_t>(seen);
       if (tells && e == kLocal && p.wait_cost != nullptr && source != p.rank)
@@ -426,8 +546,10 @@ class LowLatencyDispatch {
   // ---- receive ----------------------------------------------------------------------------------
 
   __device__ void receive(uint32_t unit) {
-    // Lane s has the number of tokens of source s.
-    const uint32_t tokens = lane < kRanks ? planned(lane, kLocal) : 0;
+    // Lane s has the number of tokens of source s; with more ranks than lanes only the most matter.
+    uint32_t tokens = lane < kRanks ? planned(lane, kLocal) : 0;
+    for (int source = lane + kWarpSize; source < kRanks; source += kWarpSize)
+      tokens = max(tokens, planned(source, kLocal));
     const uint32_t num_units = __reduce_max_sync(kFullMask, tokens) * kRanks * p.num_parts;
     while (unit < num_units) {
       const uint32_t next = next_unit(p.counters + 2, lane);
@@ -435,31 +557,32 @@ class LowLatencyDispatch {
       // Each rank starts with itself, so that no source is looked at by all at once.
       const int source = (p.rank + row % kRanks) % kRanks;
       const uint32_t token = row / kRanks;
-      if (token < __shfl_sync(kFullMask, tokens, source) &&
-          !receive_token(source, static_cast<int>(token), unit % p.num_parts))
+      const uint32_t num_tokens =
+          kRanks <= kWarpSize ? __shfl_sync(kFullMask, tokens, source) : planned(source, kLocal);
+      if (token < num_tokens && !receive_token(source, static_cast<int>(token), unit % p.num_parts))
         return;
       unit = next;
     }
   }
 
   __device__ bool receive_token(int source, int token, int part) const {
+    int32_t* const source_rows =
+        p.source_rows + (static_cast<int64_t>(source) * p.max_tokens + token) * kTopk;
+    uint64_t seen = 0;
     // All lanes look, so that each has acquired what the word publishes.
-    uint64_t seen;
-    if (!all_lanes(wait_stamp(kWaitLowLatencyDispatchToken, source, token,
-                              word(p.rank, source, token), seen))) {
+    if (comes(source, token) && !all_lanes(wait_stamp(kWaitLowLatencyDispatchToken, source, token,
+                                                      word(own(), source, token), seen))) {
       const bool masked = __all_sync(kFullMask, is_masked(waiter, source));
       if (masked && lane == 0) atomicExch(p.decisions + source, waiter.epoch << 1);
       return masked;
     }
-    int32_t* const source_rows =
-        p.source_rows + (static_cast<int64_t>(source) * p.max_tokens + token) * kTopk;
     if (static_cast<uint32_t>(seen) == 0) {
       if (part == 0 && lane < kTopk) source_rows[lane] = -1;
       return true;
     }
 
     // All of it is on its way at once.
-    const char* const src = slot(p.rank, source, token);
+    const char* const src = slot(own(), source, token);
     const int part_vecs = align_up(ceil_div(kVecs, p.num_parts), kWarpSize);
     const int last = min(kVecs, (part + 1) * part_vecs);
     int first = part * part_vecs;
@@ -497,8 +620,17 @@ class LowLatencyDispatch {
     }
   }
 
+  // Whether a token has a word here: of remote sources those alone that go to this rank.
+  __device__ bool comes(int source, int token) const {
+    if constexpr (kRemote)
+      if (p.peers[source] < 0)
+        return (token_bits(counts(own(), source))[token / 32] >> token % 32 & 1) != 0;
+    return true;
+  }
+
   static constexpr int kVecs = kRowBytes / 16;
-  static constexpr int kBatch = 8;  // pieces of 16 bytes in flight a thread
+  // Pieces of 16 bytes in flight a thread; a body of transport.cuh wants registers, too.
+  static constexpr int kBatch = kRemote ? 4 : 8;
 
   __device__ void load_batch(const char* src, int first, int last, Vec16 (&v)[kBatch]) const {
 #pragma unroll

@@ -78,12 +78,13 @@ __device__ __forceinline__ void for_each_vec(int part, int num_parts, int lane, 
 template <int kRanks>
 __device__ __forceinline__ bool meet_peers(const Waiter& waiter, int64_t* wait_cost, int lane) {
   bool ok = true;
-  if (lane < kRanks && lane != waiter.rank && !is_masked(waiter, lane)) {
+  for (int peer = lane; peer < kRanks && ok; peer += kWarpSize) {
+    if (peer == waiter.rank || is_masked(waiter, peer)) continue;
     const uint64_t start = ptx::clock64();
-    ok = wait_signal(waiter, waiter.start_tag, lane, entered_signal(waiter.signals, lane),
+    ok = wait_signal(waiter, waiter.start_tag, peer, entered_signal(waiter.signals, peer),
                      stamp(waiter.epoch, 0)) ||
-         is_masked(waiter, lane);
-    if (wait_cost != nullptr) wait_cost[lane] += static_cast<int64_t>(ptx::clock64() - start);
+         is_masked(waiter, peer);
+    if (wait_cost != nullptr) wait_cost[peer] += static_cast<int64_t>(ptx::clock64() - start);
   }
   return all_lanes(ok);
 }

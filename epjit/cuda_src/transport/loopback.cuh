@@ -4,6 +4,8 @@
 // neither. It completes each put before it returns; late reads of src and puts that pass one another
 // in one thread are the emulation's to try (tests/emulation).
 //
+// Not inlined: a kernel that puts in several places must keep its registers.
+//
 // Order: the lanes' stores -> __syncwarp -> st.release.sys or fence.acq_rel.sys of one lane, which is
 // cumulative. A signal by itself orders nothing, as in NVSHMEM.
 #pragma once
@@ -14,7 +16,7 @@ namespace epjit::loopback {
 
 constexpr int kMaxRegions = 16;
 constexpr int kMaxPes = 256;
-constexpr int kUnroll = 8;  // 16-byte loads in flight a lane
+constexpr int kUnroll = 4;  // 16-byte loads in flight a lane
 constexpr int kPieceBytes = kUnroll * kWarpSize * 16;
 constexpr uint32_t kMaxDelay = 16384;      // ns, before the bytes or the signal: one call in four
 constexpr uint32_t kMaxPieceDelay = 2048;  // ns, between pieces: one piece in eight
@@ -73,7 +75,7 @@ class Delays {
 
 // Number of this call, for Delays.
 __device__ inline uint64_t take_ticket(Record* record) {
-  return record->seed == 0 ? 0 : atomicAdd(&record->draws, 1ull);
+  return record->seed == 0 ? 0 : atomicAdd(&record->draws, uint64_t{1});
 }
 
 __device__ inline Delays warp_delays(Record* record, int lane) {
@@ -118,8 +120,8 @@ __device__ inline void put(const Record* record, Delays& delays, void* dst, cons
 
 extern "C" {
 
-__device__ __forceinline__ void epjit_put(epjit::uint64_t transport, void* dst, const void* src,
-                                          epjit::uint64_t bytes, epjit::int32_t pe) {
+__device__ __noinline__ void epjit_put(epjit::uint64_t transport, void* dst, const void* src,
+                                       epjit::uint64_t bytes, epjit::int32_t pe) {
   using namespace epjit;
   auto* const record = reinterpret_cast<loopback::Record*>(transport);
   const int lane = threadIdx.x % kWarpSize;
@@ -127,10 +129,9 @@ __device__ __forceinline__ void epjit_put(epjit::uint64_t transport, void* dst, 
   loopback::put(record, delays, dst, src, bytes, pe, lane);
 }
 
-__device__ __forceinline__ void epjit_put_signal(epjit::uint64_t transport, void* dst,
-                                                 const void* src, epjit::uint64_t bytes,
-                                                 epjit::uint64_t* signal, epjit::uint64_t value,
-                                                 epjit::int32_t pe) {
+__device__ __noinline__ void epjit_put_signal(epjit::uint64_t transport, void* dst, const void* src,
+                                              epjit::uint64_t bytes, epjit::uint64_t* signal,
+                                              epjit::uint64_t value, epjit::int32_t pe) {
   using namespace epjit;
   auto* const record = reinterpret_cast<loopback::Record*>(transport);
   const int lane = threadIdx.x % kWarpSize;
