@@ -154,6 +154,7 @@ class Oracle:
             elif name == "send_tokens":
                 lengths = (want[8] >= 0).sum(dim=0).tolist()
                 parts = [(n, slice(0, length)) for n, length in enumerate(lengths)]
+                parts.append((slice(None), -1))
             elif name == "send_nvl_head":
                 parts = [slice(0, int(want[4][-1]))]
             for part in parts:
