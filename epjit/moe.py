@@ -115,6 +115,7 @@ def get_buffer(group: dist.ProcessGroup, hidden_bytes: int) -> Buffer:
 
     Raises:
         RuntimeError: A Buffer would have to be made while a CUDA graph is captured.
+        NotImplementedError: The group has several NVLink domains.
     """
     needed = _bytes_needed(group.size(), hidden_bytes, Buffer.num_sms)
     found = _managed.get(group.group_name)
@@ -133,8 +134,14 @@ def get_buffer(group: dist.ProcessGroup, hidden_bytes: int) -> Buffer:
     if found is not None:
         del _managed[group.group_name]
         _destroy(found)
-    _managed[group.group_name] = Buffer(group, needed, explicitly_destroy=True)
-    return _managed[group.group_name]
+    made = Buffer(group, needed, explicitly_destroy=True)
+    try:
+        _check_domains(made)
+    except NotImplementedError:
+        _destroy(made)
+        raise
+    _managed[group.group_name] = made
+    return made
 
 
 def free_buffers() -> None:
@@ -151,7 +158,11 @@ def register_buffer(buffer: Buffer) -> str:
     """Gives a Buffer of your own a name that the functions of this module take as `group`.
 
     The Buffer stays yours to destroy, and is kept alive until `unregister_buffer`.
+
+    Raises:
+        NotImplementedError: It has several NVLink domains.
     """
+    _check_domains(buffer)
     name = f"epjit-buffer-{next(_numbers)}"
     _registered[name] = buffer
     return name
@@ -167,6 +178,15 @@ def _bytes_needed(num_ranks: int, hidden_bytes: int, num_sms: int) -> int:
     """`num_nvl_bytes`; what is cached depends on `num_sms`, through the default configs."""
     configs = (Buffer.get_dispatch_config(num_ranks), Buffer.get_combine_config(num_ranks))
     return max(config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks) for config in configs)
+
+
+def _check_domains(buffer: Buffer) -> None:
+    number = 1 if buffer.runtime is None else buffer.runtime.get_num_rdma_ranks()
+    if number > 1:
+        raise NotImplementedError(
+            f"epjit.moe works inside one NVLink domain, and this group has {number}; call "
+            "Buffer.dispatch and Buffer.combine yourself, which work between them"
+        )
 
 
 def _destroy(buffer: Buffer) -> None:

@@ -87,9 +87,7 @@ def test_withheld_peer(two_or_more: int, op: str, which: str) -> None:
 def test_shrink(two_or_more: int, op: str, which: str) -> None:
     """A rank that stops answering is masked, the others go on, and it comes back."""
     absent = 0 if which == "first" else two_or_more - 1
-    launch.run(
-        bodies_low_latency.shrunk, two_or_more, {}, op, absent, TIMEOUT_SECONDS, timeout=200
-    )
+    launch.run(bodies_low_latency.shrunk, two_or_more, {}, op, absent, TIMEOUT_SECONDS, timeout=200)
 
 
 # ---- DeepEP's own test -----------------------------------------------------------------
