@@ -94,6 +94,7 @@ def test_a_kernel_is_linked(cuda: int, version: str, ibgda: int, tmp_path: Path)
         assert 16 < result["registers"] <= 128
         assert result["spill_bytes"] == 0 or ibgda  # functions of the library save registers
         assert wanted <= set(result["symbols"]), arch
+        assert len(set(result["symbols"])) == len(result["symbols"])
 
 
 def test_body_and_kernel_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
