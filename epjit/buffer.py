@@ -14,7 +14,9 @@ from epjit import env, tuned
 from epjit.check import check, check_aligned, check_experts, check_topk
 from epjit.config import (
     MAX_EXPERTS,
+    MAX_GROUP,
     MAX_LOCAL_EXPERTS,
+    MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS,
     MAX_RANKS,
     MAX_ROW_BYTES,
     MAX_TOKENS,
@@ -30,9 +32,11 @@ from epjit.reference.cpu_backend import CpuBackend, CpuLowLatency, CpuMemory
 from epjit.reference.intranode import Handle
 from epjit.reference.low_latency import size_hint
 from epjit.runtime.group import Group
+from epjit.runtime.topology import Topology, find_topology
 from epjit.scope import AnyScope, CpuScope, CurrentStream, Scope
 
 if TYPE_CHECKING:
+    from epjit.internode import Internode
     from epjit.intranode import Intranode
     from epjit.low_latency import LowLatency
     from epjit.runtime.stream import CommStream
@@ -43,6 +47,7 @@ Hook: TypeAlias = Callable[[], None]
 
 _SIZE_ALIGNMENT = 128
 _DEFAULT_SMS = 20
+_CPU = torch.device("cpu")
 _CPU_SMS = 132  # the CPU backend checks a config as an H200 would
 _INDEX_DTYPES = (torch.int64, torch.int32)
 
@@ -68,16 +73,20 @@ class BufferRuntime:
 
     def get_num_rdma_ranks(self) -> int:
         """Number of NVLink domains."""
-        return 1
+        return self._buffer._topology.num_domains
 
     def get_rdma_rank(self) -> int:
         """This rank's NVLink domain."""
-        return 0
+        return self._buffer._topology.domain
 
     def get_root_rdma_rank(self, is_global: bool) -> int:
-        """Rank that starts the RDMA bootstrap in V1."""
-        del is_global
-        return 0
+        """The rank that makes the RDMA unique id in V1: the first of the group or of a rail.
+
+        Args:
+            is_global: Its number in the group; else its NVLink domain, which is 0.
+        """
+        topology = self._buffer._topology
+        return topology.domains[0][topology.local] if is_global else 0
 
     def get_local_device_id(self) -> int:
         """Index of the GPU; -1 without one."""
@@ -96,6 +105,19 @@ class BufferRuntime:
         )
 
 
+class Slots(NamedTuple):
+    """Where a handle of the normal mode has what its checks need: indices of its tensors."""
+
+    number: int  # of tensors
+    ranks: int  # has an entry a rank
+    rows: int  # has an entry a received row
+    tokens: int  # has an entry a token that was sent
+
+
+_SLOTS = Slots(number=6, ranks=0, rows=3, tokens=5)
+_SLOTS_BETWEEN_DOMAINS = Slots(number=10, ranks=6, rows=7, tokens=8)
+
+
 class Unreceived(NamedTuple):
     """A low-latency operation whose hook has not been called; told from others by identity."""
 
@@ -107,11 +129,15 @@ class Buffer:
 
     Words in the shapes below: `R` ranks, `T` tokens of this rank, `M` the most that a rank may have
     in a low-latency call, `H` elements a row, `K` top-k choices, `E` experts (expert `e` lives on
-    rank `e // (E // R)`), `S` scales a token, `n` received rows.
+    rank `e // (E // R)`), `S` scales a token, `n` received rows, `D` NVLink domains.
 
     Construction is collective. On a machine with a GPU the buffer lives on the current device;
     without one (or with ``EPJIT_BACKEND=cpu``) the same interface works on CPU tensors with the
     same results.
+
+    Ranks that reach each other over NVLink are a domain. With several domains (several hosts, or
+    `nvlink_domain`) rows travel between them by RDMA, and the normal mode's handles have ten
+    tensors instead of six.
 
     Args:
         group: `torch.distributed` process group of any backend. Only its rank, its size and one
@@ -119,11 +145,13 @@ class Buffer:
         num_nvl_bytes: Bytes of the NVLink buffer, a multiple of 128.
             `Config.get_nvl_buffer_size_hint` gives a good value; with less (or more) everything
             works too, in more (or fewer) rounds. About 5 MB are added.
-        num_rdma_bytes: Bytes of the low-latency buffer, a multiple of 128, as
-            `get_low_latency_rdma_size_hint` says; must be 0 without `low_latency_mode`.
+        num_rdma_bytes: Bytes of the RDMA buffer, a multiple of 128. With several domains the normal
+            mode needs what `Config.get_rdma_buffer_size_hint` says; the low-latency calls need what
+            `get_low_latency_rdma_size_hint` says, the larger of both with both. Must be 0 when
+            nothing uses it.
         low_latency_mode: Whether the low-latency calls can be made. The normal mode works beside
             it, with memory of its own.
-        num_qps_per_rank: Accepted for V1's sake; there is no RDMA inside an NVLink domain.
+        num_qps_per_rank: Queue pairs to each rank of another domain.
         allow_nvlink_for_low_latency_mode: Accepted for V1's sake.
         allow_mnnvl: Accepted for V1's sake.
         use_fabric: Share memory by fabric handles instead of CUDA IPC.
@@ -133,6 +161,8 @@ class Buffer:
         comm: Communicator with mpi4py's `Get_rank`, `Get_size` and `allgather`, when `group` is
             None.
         timeout_seconds: How long a wait for a peer lasts; None reads ``EPJIT_TIMEOUT_SECONDS``.
+        nvlink_domain: Cuts each NVLink domain that is found into domains of this many ranks; 0
+            cuts none, None reads ``EPJIT_NVLINK_DOMAIN``. Meant for tests.
 
     Attributes:
         group: As passed (`comm` when there is no group).
@@ -148,7 +178,6 @@ class Buffer:
 
     Raises:
         ValueError: Sizes or ranks that cannot work; all reasons at once.
-        NotImplementedError: More than eight ranks.
         RuntimeError: Two ranks' GPUs cannot reach each other; names the pair.
     """
 
@@ -170,8 +199,9 @@ class Buffer:
         comm: Any = None,
         *,
         timeout_seconds: float | None = None,
+        nvlink_domain: int | None = None,
     ) -> None:
-        del num_qps_per_rank, allow_nvlink_for_low_latency_mode, allow_mnnvl
+        del allow_nvlink_for_low_latency_mode, allow_mnnvl
         self.runtime: BufferRuntime | None = None
         self.explicitly_destroy = explicitly_destroy
         if group is None and comm is None:
@@ -183,7 +213,7 @@ class Buffer:
         self.rank, self.group_size = links.rank, links.size
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.enable_shrink = low_latency_mode, enable_shrink
-        _check_buffer(links.size, num_nvl_bytes, num_rdma_bytes, low_latency_mode)
+        _check_buffer(links.size, num_nvl_bytes, num_rdma_bytes, nvlink_domain)
 
         self._links = links
         self._lock = threading.RLock()
@@ -192,25 +222,50 @@ class Buffer:
         self._low_latency: LowLatency | CpuLowLatency | None = None
         self._unreceived: Unreceived | None = None
         self._low_latency_stream: int | None = None  # of the last low-latency call
-        if _use_gpu():
-            from epjit.intranode import Intranode
+        on_gpu = _use_gpu()
+        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else _CPU
+        self._topology = find_topology(
+            links, device=self.device.index, domain_size=nvlink_domain, use_fabric=use_fabric
+        )
+        self._num_domains = self._topology.num_domains
+        _check_topology(self._topology, num_rdma_bytes, num_qps_per_rank, low_latency_mode)
+        if on_gpu:
             from epjit.layout import Layout
             from epjit.runtime.stream import CommStream
 
-            self.device = torch.device("cuda", torch.cuda.current_device())
             properties = torch.cuda.get_device_properties(self.device)
             self._available_sms = properties.multi_processor_count
             self._comm = CommStream(self.device.index)
-            self._layout = Layout(links.size, self.device)
+            several = self._num_domains > 1
+            self._layout = Layout(
+                links.size, self.device, self._topology.domains if several else None
+            )
             if timeout_seconds is None:
                 timeout_seconds = env.timeout_seconds()
-            self._mode: Intranode = Intranode(
-                links,
-                num_nvl_bytes=num_nvl_bytes,
-                device=self.device,
-                timeout_seconds=timeout_seconds,
-                use_fabric=use_fabric,
-            )
+            self._mode: Intranode | Internode
+            if several:
+                from epjit.internode import Internode
+
+                self._mode = Internode(
+                    links,
+                    self._topology,
+                    num_nvl_bytes=num_nvl_bytes,
+                    num_rdma_bytes=num_rdma_bytes,
+                    device=self.device,
+                    timeout_seconds=timeout_seconds,
+                    use_fabric=use_fabric,
+                    num_qps_per_rank=num_qps_per_rank,
+                )
+            else:
+                from epjit.intranode import Intranode
+
+                self._mode = Intranode(
+                    links,
+                    num_nvl_bytes=num_nvl_bytes,
+                    device=self.device,
+                    timeout_seconds=timeout_seconds,
+                    use_fabric=use_fabric,
+                )
             if low_latency_mode:
                 from epjit.low_latency import LowLatency
 
@@ -223,14 +278,16 @@ class Buffer:
                     enable_shrink=enable_shrink,
                 )
         else:
-            self.device = torch.device("cpu")
             self._available_sms = _CPU_SMS
-            self._cpu = CpuBackend(links)
+            domains = self._topology.domains
+            self._cpu = CpuBackend(links, domains if len(domains) > 1 else None)
             self._cpu_memory = CpuMemory(num_nvl_bytes)
+            self._cpu_rdma_memory = CpuMemory(num_rdma_bytes)
             if low_latency_mode:
                 self._low_latency = CpuLowLatency(
                     links, num_rdma_bytes=num_rdma_bytes, enable_shrink=enable_shrink
                 )
+        self._slots = _SLOTS if self._num_domains == 1 else _SLOTS_BETWEEN_DOMAINS
         self._low_latency_checks = LowLatencyChecks(links.size, num_rdma_bytes, self.device)
         self.runtime = BufferRuntime(self)
 
@@ -264,7 +321,7 @@ class Buffer:
     def get_dispatch_config(
         num_ranks: int, *, hidden_bytes: int = 0, num_tokens: int = 0
     ) -> Config:
-        """The config of dispatch for 1 to 8 ranks; `AssertionError` for others.
+        """The config of dispatch for 1 to 256 ranks; `AssertionError` for others.
 
         `num_sms` is what `set_num_sms` said, else what ``python -m epjit tune`` found for this GPU
         and the shape nearest to the given one (0 = any), else V1's 20.
@@ -274,7 +331,7 @@ class Buffer:
 
     @staticmethod
     def get_combine_config(num_ranks: int, *, hidden_bytes: int = 0, num_tokens: int = 0) -> Config:
-        """The config of combine for 1 to 8 ranks; `AssertionError` for others.
+        """The config of combine for 1 to 256 ranks; `AssertionError` for others.
 
         `num_sms` is what `set_num_sms` said, else what ``python -m epjit tune`` found for this GPU
         and the shape nearest to the given one (0 = any), else V1's 20.
@@ -343,7 +400,7 @@ class Buffer:
         offset: int = 0,
         use_rdma_buffer: bool = False,
     ) -> torch.Tensor:
-        """This rank's own NVLink or low-latency buffer as a tensor.
+        """This rank's own NVLink or RDMA buffer as a tensor.
 
         It may be read and written between operations; an operation uses all of it. Nothing that is
         written there can break a later operation.
@@ -352,17 +409,14 @@ class Buffer:
             dtype: Element type of the view.
             size: Shape; None is one dimension of everything from `offset` on.
             offset: Bytes from the start of the buffer.
-            use_rdma_buffer: The low-latency buffer of `num_rdma_bytes`.
+            use_rdma_buffer: That of `num_rdma_bytes`; in low-latency mode, the one of its calls.
 
         Raises:
             ValueError: `size` does not fit.
         """
         self._check_alive()
         num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-        memory = self._cpu_memory if self._cpu is not None else self._mode.memory
-        if use_rdma_buffer and self._low_latency is not None:
-            memory = self._low_latency.memory
-        whole = memory.tensor(torch.uint8)
+        whole = self._memory(use_rdma_buffer).tensor(torch.uint8)
         available = (num_bytes - offset) // dtype.itemsize
         if offset < 0 or offset % dtype.itemsize or available < 0:
             raise ValueError(
@@ -378,6 +432,16 @@ class Buffer:
                 f"but only {available} are there"
             )
         return view[: size.numel()].view(size)
+
+    def _memory(self, use_rdma_buffer: bool) -> Any:
+        """What a user may look at; nothing but `num_nvl_bytes` or `num_rdma_bytes` of it."""
+        if use_rdma_buffer and self._low_latency is not None:
+            return self._low_latency.memory
+        if self._cpu is not None:
+            return self._cpu_rdma_memory if use_rdma_buffer else self._cpu_memory
+        mode: Any = self._mode
+        # In one domain num_rdma_bytes is 0, and nothing of the memory is seen.
+        return mode.rdma_memory if use_rdma_buffer and self._num_domains > 1 else mode.memory
 
     # ---- life ------------------------------------------------------------------------------------
 
@@ -486,7 +550,7 @@ class Buffer:
             )
         if self._cpu is not None:
             return
-        from epjit.intranode import warmup_shapes
+        from epjit.normal_mode import warmup_shapes
 
         for shape in warmup_shapes(
             hidden_bytes,
@@ -526,8 +590,9 @@ class Buffer:
             allocate_on_comm_stream: Outputs belong to the communication stream.
 
         Returns:
-            `num_tokens_per_rank` int32 `[R]`, `num_tokens_per_rdma_rank` (None),
-            `num_tokens_per_expert` int32 `[E]`, `is_token_in_rank` bool `[T, R]`, the event.
+            `num_tokens_per_rank` int32 `[R]`, `num_tokens_per_rdma_rank` int32 `[D]` (None in one
+            NVLink domain), `num_tokens_per_expert` int32 `[E]`, `is_token_in_rank` bool `[T, R]`,
+            the event.
 
         Raises:
             TypeError, ValueError: Arguments that do not fit; nothing was launched.
@@ -544,20 +609,24 @@ class Buffer:
         check_topk(topk_idx)
         self._check_experts(num_experts)
         if self._cpu is not None:
-            per_rank, per_expert, in_rank = self._cpu.layout(topk_idx, num_experts)
-            event = CpuScope(async_finish=async_finish).finish()
-            return per_rank, None, per_expert, in_rank, event
+            counts = self._cpu.layout(topk_idx, num_experts)
+            return *counts, CpuScope(async_finish=async_finish).finish()
         scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
         with scope.allocating():
             per_rank = torch.empty(self.group_size, dtype=torch.int32, device=self.device)
+            per_rdma_rank = None
+            if self._num_domains > 1:
+                per_rdma_rank = torch.empty(
+                    self._num_domains, dtype=torch.int32, device=self.device
+                )
             per_expert = torch.empty(num_experts, dtype=torch.int32, device=self.device)
             in_rank = torch.empty(
                 (topk_idx.shape[0], self.group_size), dtype=torch.bool, device=self.device
             )
         scope.start()
-        self._layout(scope.stream, topk_idx, per_rank, per_expert, in_rank)
-        event = scope.finish((topk_idx, per_rank, per_expert, in_rank))
-        return per_rank, None, per_expert, in_rank, event
+        self._layout(scope.stream, topk_idx, per_rank, per_rdma_rank, per_expert, in_rank)
+        event = scope.finish((topk_idx, per_rank, per_rdma_rank, per_expert, in_rank))
+        return per_rank, per_rdma_rank, per_expert, in_rank, event
 
     def dispatch(
         self,
@@ -594,7 +663,7 @@ class Buffer:
                 with one byte an element and scales `[T, S]`, float32 or int32, of any strides.
             handle: From an earlier dispatch.
             num_tokens_per_rank: int32 `[R]` from `get_dispatch_layout`.
-            num_tokens_per_rdma_rank: Not used inside one NVLink domain.
+            num_tokens_per_rdma_rank: int32 `[D]`; not used in one NVLink domain.
             is_token_in_rank: bool `[T, R]`.
             num_tokens_per_expert: int32 `[E]`.
             topk_idx: int64 or int32 `[T, K]`, `K <= 32`, with `topk_weights` or not at all.
@@ -620,7 +689,6 @@ class Buffer:
             CommunicationError: A peer did not come, now or in an earlier operation.
         """
         self._check_alive()
-        del num_tokens_per_rdma_rank
         rows, scales = self._check_payload(x)
         if config is None:
             row_bytes = rows.shape[1] * rows.element_size()
@@ -649,6 +717,7 @@ class Buffer:
         self._check_routing(
             rows.shape[0],
             num_tokens_per_rank,
+            num_tokens_per_rdma_rank,
             is_token_in_rank,
             num_tokens_per_expert,
             topk_idx,
@@ -659,6 +728,7 @@ class Buffer:
         assert num_tokens_per_expert is not None
         _check_counts(expert_alignment, num_worst_tokens, topk_idx)
         layout = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
+        per_rdma_rank = num_tokens_per_rdma_rank if self._num_domains > 1 else None
         if self._cpu is not None:
             result = self._cpu.dispatch(
                 rows,
@@ -666,6 +736,7 @@ class Buffer:
                 topk_idx,
                 topk_weights,
                 *layout,
+                num_tokens_per_rdma_rank=per_rdma_rank,
                 expert_alignment=expert_alignment,
                 num_worst_tokens=num_worst_tokens,
             )
@@ -678,6 +749,9 @@ class Buffer:
                     "handle"
                 )
             scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
+            counts = [num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert]
+            if per_rdma_rank is not None:
+                counts.insert(1, per_rdma_rank)
             with self._lock:
                 result = self._mode.dispatch(
                     scope,
@@ -685,7 +759,7 @@ class Buffer:
                     scales,
                     topk_idx,
                     topk_weights,
-                    *layout,
+                    *counts,
                     expert_alignment=expert_alignment,
                     num_worst_tokens=num_worst_tokens,
                     num_sms=config.num_sms,
@@ -697,7 +771,7 @@ class Buffer:
                 result.recv_topk_weights,
             )
             event = scope.finish(
-                (rows, scales, topk_idx, topk_weights, *layout, *outputs, *result.handle)
+                (rows, scales, topk_idx, topk_weights, *counts, *outputs, *result.handle)
             )
         return (
             _payload(result.recv_x, result.recv_scales),
@@ -722,7 +796,8 @@ class Buffer:
         """Brings the rows of a dispatch back to the ranks of their tokens and sums them.
 
         The sum is in fp32, biases first, then source ranks in ascending order, rounded once;
-        nothing is weighted. The host does not wait.
+        nothing is weighted. With several NVLink domains the rows of each are summed and rounded
+        first, and these sums are added. The host does not wait.
 
         Args:
             x: bfloat16 or float16 `[n, H]`, one row for each received row.
@@ -743,7 +818,10 @@ class Buffer:
         """
         self._check_alive()
         self._check_handle(handle, num_tokens=None)
-        num_rows, num_tokens = handle[3].shape[0], handle[5].shape[0]
+        num_rows, num_tokens = (
+            handle[self._slots.rows].shape[0],
+            handle[self._slots.tokens].shape[0],
+        )
         floats = (torch.bfloat16, torch.float16)
         self._check_rows("x", x, num_rows, floats, "one row for each row of the dispatch")
         if topk_weights is not None:
@@ -781,6 +859,10 @@ class Buffer:
             )
         tensors = (x, topk_weights, bias_0, bias_1, combined_x, combined_weights, *handle)
         return combined_x, combined_weights, scope.finish(tensors)
+
+    # V1's names for a group that spans nodes; there `dispatch` and `combine` lead to them.
+    internode_dispatch = dispatch
+    internode_combine = combine
 
     # ---- low latency -----------------------------------------------------------------------------
 
@@ -1211,7 +1293,9 @@ class Buffer:
         )
 
     def _check_experts(self, num_experts: int) -> None:
-        most = min(MAX_EXPERTS, MAX_LOCAL_EXPERTS * self.group_size)
+        several = self._num_domains > 1
+        of_a_rank = MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS if several else MAX_LOCAL_EXPERTS
+        most = min(MAX_EXPERTS, of_a_rank * self.group_size)
         check_experts(num_experts, self.group_size, most)
 
     def _check_config(self, config: Config) -> None:
@@ -1266,13 +1350,16 @@ class Buffer:
         return rows, scales
 
     def _check_handle(self, handle: Handle, *, num_tokens: int | None) -> None:
-        if not isinstance(handle, tuple | list) or len(handle) != 6:
+        slots = self._slots
+        if not isinstance(handle, tuple | list) or len(handle) != slots.number:
             got = (
                 f"{type(handle).__name__} of {len(handle)}"
                 if isinstance(handle, tuple | list)
                 else type(handle).__name__
             )
-            raise TypeError(f"handle is a {got}, expected the tuple of 6 that dispatch returned")
+            raise TypeError(
+                f"handle is a {got}, expected the tuple of {slots.number} that dispatch returned"
+            )
         for index, tensor in enumerate(handle):
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(
@@ -1283,12 +1370,17 @@ class Buffer:
                     f"handle[{index}] is on {tensor.device}, but this Buffer is on {self.device}; "
                     f"move it with .to({str(self.device)!r})"
                 )
-        ranks = handle[0].shape[0]
+        ranks, routed = handle[slots.ranks].shape[0], handle[slots.tokens]
         if ranks != self.group_size:
             raise ValueError(f"handle is of {ranks} ranks, but this Buffer has {self.group_size}")
-        if num_tokens is not None and handle[5].shape[0] != num_tokens:
+        if self._num_domains > 1 and routed.shape[1] != self._num_domains:
             raise ValueError(
-                f"x has {num_tokens} tokens, but the handle routes {handle[5].shape[0]}: "
+                f"handle is of {routed.shape[1]} NVLink domains, but this Buffer has "
+                f"{self._num_domains}; use it with the Buffer that made it"
+            )
+        if num_tokens is not None and routed.shape[0] != num_tokens:
+            raise ValueError(
+                f"x has {num_tokens} tokens, but the handle routes {routed.shape[0]}: "
                 "a cached dispatch sends a row for each token of the first one"
             )
 
@@ -1296,6 +1388,7 @@ class Buffer:
         self,
         num_tokens: int,
         num_tokens_per_rank: torch.Tensor | None,
+        num_tokens_per_rdma_rank: torch.Tensor | None,
         is_token_in_rank: torch.Tensor | None,
         num_tokens_per_expert: torch.Tensor | None,
         topk_idx: torch.Tensor | None,
@@ -1306,6 +1399,8 @@ class Buffer:
             "is_token_in_rank": is_token_in_rank,
             "num_tokens_per_expert": num_tokens_per_expert,
         }
+        if self._num_domains > 1:
+            given["num_tokens_per_rdma_rank"] = num_tokens_per_rdma_rank
         missing = [name for name, value in given.items() if value is None]
         if missing:
             raise AssertionError(
@@ -1319,6 +1414,15 @@ class Buffer:
             dtype=torch.int32,
             device=device,
         )
+        if self._num_domains > 1:
+            check(
+                "num_tokens_per_rdma_rank",
+                num_tokens_per_rdma_rank,
+                shape=(self._num_domains,),
+                dtype=torch.int32,
+                device=device,
+                why="one count for each NVLink domain",
+            )
         check(
             "is_token_in_rank",
             is_token_in_rank,
@@ -1376,29 +1480,44 @@ def _use_gpu() -> bool:
 
 
 def _check_buffer(
-    num_ranks: int,
-    num_nvl_bytes: int,
-    num_rdma_bytes: int,
-    low_latency_mode: bool,
+    num_ranks: int, num_nvl_bytes: int, num_rdma_bytes: int, nvlink_domain: int | None
 ) -> None:
     reasons = [
         f"{name} is {value}, but must be a multiple of {_SIZE_ALIGNMENT} and not negative"
         for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes))
         if value < 0 or value % _SIZE_ALIGNMENT
     ]
+    if num_ranks > MAX_GROUP:
+        reasons.append(f"the group has {num_ranks} ranks, but may have up to {MAX_GROUP}")
+    if nvlink_domain is not None and nvlink_domain < 0:
+        reasons.append(f"nvlink_domain is {nvlink_domain}, but must be a number of ranks, or 0")
     if reasons:
         raise ValueError("Buffer: " + "; ".join(reasons))
-    if num_ranks > MAX_RANKS:
-        raise NotImplementedError(
-            f"this version of epjit does not have: {num_ranks} ranks (up to {MAX_RANKS} of one "
-            "NVLink domain)"
+
+
+def _check_topology(
+    topology: Topology, num_rdma_bytes: int, num_qps_per_rank: int, low_latency_mode: bool
+) -> None:
+    several = topology.num_domains > 1
+    reasons = []
+    if topology.num_local > MAX_RANKS:
+        reasons.append(
+            f"all {topology.num_local} ranks are in one NVLink domain, which may have up to "
+            f"{MAX_RANKS}; cut it with nvlink_domain (EPJIT_NVLINK_DOMAIN), a number of ranks"
         )
-    if num_rdma_bytes > 0 and not low_latency_mode:
-        raise ValueError(
-            f"num_rdma_bytes is {num_rdma_bytes}, but {num_ranks} ranks share one NVLink domain "
-            "and use none; pass 0 (Config.get_rdma_buffer_size_hint does), or "
+    if not several and num_rdma_bytes > 0 and not low_latency_mode:
+        reasons.append(
+            f"num_rdma_bytes is {num_rdma_bytes}, but {topology.num_local} ranks share one NVLink "
+            "domain and use none; pass 0 (Config.get_rdma_buffer_size_hint does), or "
             "low_latency_mode=True, which uses it"
         )
+    if num_qps_per_rank < 1 and (several or low_latency_mode):
+        reasons.append(
+            f"num_qps_per_rank is {num_qps_per_rank}, but must be at least 1 (V1 takes the number "
+            "of SMs, in low-latency mode that of local experts)"
+        )
+    if reasons:
+        raise ValueError("Buffer: " + "; ".join(reasons))
 
 
 def _check_counts(

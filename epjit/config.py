@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from epjit import env
+
 # The limits of one call.
 MAX_RANKS = 8  # of one NVLink domain
 MAX_DOMAINS = 32
+MAX_GROUP = MAX_RANKS * MAX_DOMAINS
 MAX_TOKENS = (1 << 24) - 2  # a word of the protocol has 24 bits for a position (sync.cuh)
 MAX_TOPK = 32  # one lane of a warp a choice
 MAX_ROW_BYTES = 32768
 MAX_EXPERTS = 65536
 MAX_LOCAL_EXPERTS = 8192  # of one rank
+MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS = 1024  # bounds what the ranks tell each other before a dispatch
 # The limits of one low-latency call.
 MAX_LOW_LATENCY_EXPERTS = 8192
 MAX_LOW_LATENCY_TOKENS = 65536  # of all ranks, at their maximum
@@ -22,6 +26,7 @@ _ALIGNMENT = 128
 _MAX_TOPK = 128
 _MAX_SCALES = 128
 _ROW_METADATA_BYTES = 8 + _MAX_TOPK * 8 + _MAX_TOPK * 4 + _MAX_SCALES * 4
+_RDMA_METADATA_BYTES = 16
 # The least that the kernels work with: two windows of eight rows for each rank.
 _MIN_ROWS_A_RANK = 16
 
@@ -30,8 +35,8 @@ _MIN_ROWS_A_RANK = 16
 class Config:
     """Settings of dispatch and combine, as DeepEP V1 has them.
 
-    epjit has no queues with chunks inside an NVLink domain: of these only `num_sms` changes what
-    runs there. The chunk sizes are checked, and set the size hints as they do in V1.
+    epjit has no queues with chunks: of these only `num_sms` changes what runs. The chunk sizes are
+    checked, and set the size hints as they do in V1.
 
     Args:
         num_sms: SMs (blocks) that a kernel takes; even when used.
@@ -79,57 +84,99 @@ class Config:
         rounded = -(-rdma_recv // rdma_send) * rdma_send
         object.__setattr__(self, "num_max_rdma_chunked_recv_tokens", rounded)
 
-    def get_nvl_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
+    def get_nvl_buffer_size_hint(
+        self, hidden_bytes: int, num_ranks: int, *, ranks_per_domain: int | None = None
+    ) -> int:
         """Bytes for `num_nvl_bytes` that any dispatch or combine with this config can work with.
 
-        The value is V1's: channels x ranks x receive chunk x (row and what travels with it). Any
-        smaller or larger multiple of 128 is accepted too; a larger one saves waits.
+        The value is V1's: channels x ranks of a domain x receive chunk x (row and what travels with
+        it). Any smaller or larger multiple of 128 is accepted too; a larger one saves waits.
 
         Args:
             hidden_bytes: Bytes of one row.
             num_ranks: Ranks of the group.
+            ranks_per_domain: Ranks that share NVLink; None is ``EPJIT_NVLINK_DOMAIN``, else 8.
 
         Returns:
             A multiple of 128.
         """
         num_channels = max(self.num_sms // 2, 1)
-        num_nvl_ranks = min(num_ranks, MAX_RANKS)
+        num_nvl_ranks = min(num_ranks, _ranks_per_domain(ranks_per_domain))
         rows = max(num_channels * self.num_max_nvl_chunked_recv_tokens, _MIN_ROWS_A_RANK)
         size = num_nvl_ranks * rows * (hidden_bytes + _ROW_METADATA_BYTES)
         return -(-size // _ALIGNMENT) * _ALIGNMENT
 
-    def get_rdma_buffer_size_hint(self, hidden_bytes: int, num_ranks: int) -> int:
-        """Bytes for `num_rdma_bytes`: 0 for up to eight ranks, which share one NVLink domain.
+    def get_rdma_buffer_size_hint(
+        self, hidden_bytes: int, num_ranks: int, *, ranks_per_domain: int | None = None
+    ) -> int:
+        """Bytes for `num_rdma_bytes`: 0 for ranks that share one NVLink domain.
+
+        Else the value is V1's: twice (rows that leave and rows that come) channels x domains x
+        receive chunk x (row and what travels with it). Other multiples of 128 are accepted too.
 
         Args:
             hidden_bytes: Bytes of one row.
             num_ranks: Ranks of the group.
+            ranks_per_domain: Ranks that share NVLink; None is ``EPJIT_NVLINK_DOMAIN``, else 8.
 
-        Raises:
-            NotImplementedError: More than eight ranks: there is no mode between nodes yet.
+        Returns:
+            A multiple of 128.
         """
-        if num_ranks <= MAX_RANKS:
+        a_domain = _ranks_per_domain(ranks_per_domain)
+        if num_ranks <= a_domain:
             return 0
-        raise NotImplementedError(
-            f"{num_ranks} ranks of {hidden_bytes}-byte rows need the mode between nodes, which "
-            "this version of epjit does not have; use up to 8 ranks of one NVLink domain"
-        )
+        num_domains = -(-num_ranks // a_domain)
+        rows = max(self.num_sms // 2, 1) * num_domains * self.num_max_rdma_chunked_recv_tokens
+        size = 2 * rows * (hidden_bytes + _ROW_METADATA_BYTES + _RDMA_METADATA_BYTES)
+        return -(-size // _ALIGNMENT) * _ALIGNMENT
+
+
+# V1's defaults, (NVLink send, NVLink receive, RDMA send, RDMA receive) by ranks: of a number that
+# is not here, those of the next smaller one.
+_DISPATCH_CHUNKS = {
+    1: (24, 256, 6, 128),
+    3: (6, 256, 6, 128),
+    16: (36, 288, 20, 128),
+    24: (32, 288, 8, 128),
+    96: (20, 480, 12, 128),
+    128: (20, 560, 12, 128),
+    144: (32, 720, 12, 128),
+    160: (28, 720, 12, 128),
+}
+_COMBINE_CHUNKS = {
+    1: (10, 256, 6, 128),
+    3: (9, 256, 6, 128),
+    5: (4, 256, 6, 128),
+    16: (4, 288, 12, 128),
+    24: (1, 288, 8, 128),
+    96: (1, 480, 8, 128),
+    128: (1, 560, 8, 128),
+    144: (2, 720, 8, 128),
+}
 
 
 def default_dispatch_config(num_ranks: int, num_sms: int) -> Config:
-    """V1's default settings for dispatch, for any number of ranks up to eight."""
-    _check_num_ranks(num_ranks)
-    return Config(num_sms, 24 if num_ranks <= 2 else 6, 256, 6, 128)
+    """V1's default settings for dispatch, for any number of ranks up to 256."""
+    return Config(num_sms, *_chunks(_DISPATCH_CHUNKS, num_ranks))
 
 
 def default_combine_config(num_ranks: int, num_sms: int) -> Config:
-    """V1's default settings for combine, for any number of ranks up to eight."""
-    _check_num_ranks(num_ranks)
-    return Config(num_sms, 10 if num_ranks <= 2 else 9 if num_ranks <= 4 else 4, 256, 6, 128)
+    """V1's default settings for combine, for any number of ranks up to 256."""
+    return Config(num_sms, *_chunks(_COMBINE_CHUNKS, num_ranks))
 
 
-def _check_num_ranks(num_ranks: int) -> None:
-    if not 1 <= num_ranks <= MAX_RANKS:
+def _chunks(table: dict[int, tuple[int, int, int, int]], num_ranks: int) -> tuple[int, ...]:
+    if not 1 <= num_ranks <= MAX_GROUP:
         raise AssertionError(
-            f"there is no config for {num_ranks} ranks; this version of epjit has 1 to 8"
+            f"there is no config for {num_ranks} ranks; epjit has 1 to {MAX_GROUP}"
         )
+    return table[max(ranks for ranks in table if ranks <= num_ranks)]
+
+
+def _ranks_per_domain(given: int | None) -> int:
+    value = min(env.nvlink_domain() or MAX_RANKS, MAX_RANKS) if given is None else given
+    if not 1 <= value <= MAX_RANKS:
+        raise ValueError(
+            f"ranks_per_domain is {value}, but an NVLink domain has 1 to {MAX_RANKS} ranks"
+        )
+    return value

@@ -7,23 +7,29 @@ not. The kernels' headers (`cuda_src/intranode/*.cu`) say who writes what.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from epjit import env, tuned
+from epjit import tuned
 from epjit.config import MAX_LOCAL_EXPERTS, MAX_RANKS
-from epjit.errors import CommunicationError
 from epjit.layout import LayoutConfig
+from epjit.normal_mode import (
+    SIGNALS_BYTES,
+    CombineShape,
+    DispatchShape,
+    NormalMode,
+    Received,
+    combine_shape,
+    dispatch_shape,
+    pointer,
+)
 from epjit.reference.intranode import Dispatched, Handle
 from epjit.runtime import variants
-from epjit.runtime.device import arch_of, shared_limit
-from epjit.runtime.fault import FaultRecord
-from epjit.runtime.host import PinnedArray
-from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
+from epjit.runtime.device import shared_limit
+from epjit.runtime.jit import KernelConfig, Launch
 from epjit.runtime.symmetric import SymmetricMemory
 
 if TYPE_CHECKING:
@@ -31,10 +37,6 @@ if TYPE_CHECKING:
     from epjit.scope import Scope
 
 _MAX_SLOTS = 65536  # of one source rank: bounds the words to 4 MiB
-_SIGNALS_BYTES = 512
-# The counts usually come within 50 us. A longer poll without sleep starves other threads: giving
-# the GIL away and taking it back at once leaves them it only every 5 ms.
-_SPIN_SECONDS = 200e-6
 _SLOT_ALIGNMENT = 128
 # SMs x bytes of a row from which pushing is held by the links: measured with two H200s.
 _LINK_BOUND_BYTES = 300_000
@@ -88,23 +90,6 @@ def copier_shape(tma: bool, max_warps: int, row_bytes: int, limit: int) -> tuple
     rows = (limit - 8 * max_warps) // row_bytes
     warps = min(max_warps, rows)
     return warps, min(max(rows // warps, 1), 8)
-
-
-class DispatchShape(NamedTuple):
-    """What tells one dispatch kernel of a Buffer from another; the same on all ranks."""
-
-    hidden_bytes: int
-    num_scales: int
-    num_topk: int
-    topk_is_int64: bool
-
-
-class CombineShape(NamedTuple):
-    """What tells one combine kernel of a Buffer from another; the same on all ranks."""
-
-    hidden_bytes: int
-    num_topk: int
-    is_f16: bool
 
 
 @dataclass(frozen=True)
@@ -273,25 +258,6 @@ def _config(
     return CombineConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
 
 
-def warmup_shapes(
-    hidden_bytes: int, *, num_topk: int, num_scales: int, topk_is_int64: bool, is_f16: bool
-) -> Iterator[DispatchShape | CombineShape]:
-    """The kernels that calls of one kind need: with top-k and scales, and without (cached).
-
-    Args:
-        hidden_bytes: Bytes of one row of `x`.
-        num_topk: Choices a token that travel with it; 0 = none.
-        num_scales: Scales a token; 0 = none. Rows with scales are not combined.
-        topk_is_int64: Width of the choices.
-        is_f16: float16 rows to combine, else bfloat16.
-    """
-    for topk in sorted({0, num_topk}):
-        for scales in sorted({0, num_scales}):
-            yield DispatchShape(hidden_bytes, scales, topk, topk == 0 or topk_is_int64)
-        if not num_scales:
-            yield CombineShape(hidden_bytes, topk, is_f16)
-
-
 def warmup_configs(
     shapes: Iterable[DispatchShape | CombineShape], *, num_ranks: int, arch: str, gpu: str = ""
 ) -> list[KernelConfig]:
@@ -315,13 +281,13 @@ class _Arena:
         self.slots = 0
         self.slots_bytes = num_nvl_bytes
         self.signals = _align(num_nvl_bytes)  # from here on nothing is the user's
-        self.words = self.signals + _SIGNALS_BYTES
+        self.words = self.signals + SIGNALS_BYTES
         self.notify = self.words + num_ranks * _MAX_SLOTS * 8
         self.notify_stride = num_ranks + 1 + MAX_LOCAL_EXPERTS
         self.total = _align(self.notify + num_ranks * self.notify_stride * 4)
 
 
-class Intranode:
+class Intranode(NormalMode):
     """Everything one rank needs for the operations of one NVLink domain.
 
     Collective: all ranks construct it together.
@@ -343,21 +309,18 @@ class Intranode:
         timeout_seconds: float,
         use_fabric: bool,
     ) -> None:
-        self._group = group
-        self._device = device
-        self._timeout_seconds = timeout_seconds
-        self._arch = arch_of(device.index)
+        super().__init__(
+            group,
+            device=device,
+            timeout_seconds=timeout_seconds,
+            num_counters=32,
+            num_counts=1 + MAX_LOCAL_EXPERTS,
+        )
         self._arena = _Arena(group.size, num_nvl_bytes)
-        notify_kernel = Kernel(NotifyConfig(group.size), device=device.index)
+        notify_kernel = self._kernel(NotifyConfig(group.size))
         self.memory = SymmetricMemory(
             self._arena.total, group=group, device=device.index, fabric=use_fabric
         )
-        # Counters 0..31, epoch 32, abort 33.
-        self._local = torch.zeros(64, dtype=torch.int32, device=device)
-        self._fault = FaultRecord()
-        # Row 0 is read by a host that waits for counts; row 1 takes those that nobody waits for.
-        self._host_counts = PinnedArray(2 * (1 + MAX_LOCAL_EXPERTS), device=device.index)
-        self._launches: dict[DispatchShape | CombineShape, Launch] = {}
         self._notify = Launch(
             notify_kernel,
             **self._common(),
@@ -367,46 +330,16 @@ class Intranode:
         torch.cuda.synchronize(device)
         group.barrier()
 
-    def _everywhere(self, offset: int) -> list[int]:
-        """The address of the same part on every rank."""
-        pointers = [pointer + offset for pointer in self.memory.peer_ptrs]
-        return pointers + [0] * (MAX_RANKS - len(pointers))
-
     def _common(self) -> dict[str, object]:
-        """Parameters that all kernels which meet a peer have."""
-        return {
-            "signals": self._everywhere(self._arena.signals),
-            "counters": self._local.data_ptr(),
-            "epoch": self._local[32:].data_ptr(),
-            "abort": self._local[33:].data_ptr(),
-            "fault": self._fault.device_ptr,
-            "timeout_ns": int(self._timeout_seconds * 1e9),
-            "rank": self._group.rank,
-        }
+        return {**super()._common(), "signals": self._everywhere(self._arena.signals)}
 
     # ---- launches --------------------------------------------------------------------------------
 
-    def launch(self, shape: DispatchShape | CombineShape) -> Launch:
-        """The launch of a shape; collective when it is the first of its kind.
-
-        Raises:
-            RuntimeError: It would have to be compiled while a CUDA graph is captured.
-            ValueError: The buffer cannot hold two tokens.
-            CommunicationError: A rank does not come; names it.
-        """
-        found = self._launches.get(shape)
-        return found if found is not None else self._build(shape)
-
-    def _build(self, shape: DispatchShape | CombineShape) -> Launch:
-        """Compiles and loads, then meets the group: nobody may wait for a peer that compiles."""
+    def _config(self, shape: DispatchShape | CombineShape) -> KernelConfig:
         gpu = torch.cuda.get_device_name(self._device)
-        config = _config(shape, self._group.size, self._arch, gpu=gpu)
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{config.op} needs a kernel for {config} that is not compiled yet, and nothing "
-                "can be compiled while a CUDA graph is captured; run the call once before the "
-                "capture, or call Buffer.warmup()"
-            )
+        return _config(shape, self._group.size, self._arch, gpu=gpu)
+
+    def _bind(self, shape: DispatchShape | CombineShape, config: Any) -> Launch:
         num_slots = min(self._arena.slots_bytes // config.bytes_a_token, _MAX_SLOTS) // 2 * 2
         if self._group.size == 1:
             num_slots = _MAX_SLOTS  # nothing is staged
@@ -416,29 +349,17 @@ class Intranode:
                 f"{2 * config.bytes_a_token}, but this Buffer has {self._arena.slots_bytes}; "
                 "pass Config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks)"
             )
-        launch = Launch(
-            Kernel(config, device=self._device.index),
+        return Launch(
+            self._kernel(config),
             **self._common(),
             slots=self._everywhere(self._arena.slots),
             words=self._everywhere(self._arena.words),
             num_slots=num_slots,
         )
-        chosen = self._group.allgather(config)
-        if any(each != config for each in chosen):
-            each = "\n  ".join(f"rank {rank}: {one}" for rank, one in enumerate(chosen))
-            raise RuntimeError(
-                f"the ranks chose different kernels for {config.op}:\n  {each}\nset "
-                f"{env.variant_name(config.op)} to the same value everywhere, or give all ranks "
-                "the same EPJIT_CACHE_DIR (tuned.json is in it)"
-            )
-        self._launches[shape] = launch
-        return launch
 
-    def compile_ahead(self, archs: Iterable[str]) -> None:
-        """Compiles the kernels of this buffer into the cache, for other architectures."""
-        for arch in archs:
-            for config in warmup_configs(self._launches, num_ranks=self._group.size, arch=arch):
-                compile_kernel(config, arch=arch)
+    def _ahead(self, arch: str) -> Iterator[tuple[KernelConfig, str]]:
+        for config in warmup_configs(self._launches, num_ranks=self._group.size, arch=arch):
+            yield config, "nvshmem"  # none of them needs a transport
 
     # ---- operations ------------------------------------------------------------------------------
 
@@ -459,9 +380,7 @@ class Intranode:
     ) -> Dispatched:
         """Notify, then dispatch; the host waits for the counts unless there is a worst case."""
         num_ranks = self._group.size
-        num_topk = 0 if topk_idx is None else topk_idx.shape[1]
-        wide = topk_idx is None or topk_idx.dtype == torch.int64
-        launch = self.launch(DispatchShape(_row_bytes(x), _num_scales(scales), num_topk, wide))
+        launch = self.launch(dispatch_shape(x, scales, topk_idx))
         experts_per_rank = num_tokens_per_expert.shape[0] // num_ranks
         with scope.allocating():
             ints: dict[str, Any] = {"dtype": torch.int32, "device": self._device}
@@ -470,10 +389,7 @@ class Intranode:
             expert_counts = torch.empty(experts_per_rank, **ints)
             send_head = torch.empty((x.shape[0], num_ranks), **ints)
         scope.start()
-        counts = self._host_counts.array
         waits = num_worst_tokens == 0
-        if waits:
-            counts[0] = -1
         self._notify(
             scope.stream,
             1 + num_ranks,
@@ -484,8 +400,7 @@ class Intranode:
             source_tokens=source_tokens.data_ptr(),
             expert_counts=expert_counts.data_ptr(),
             send_head=send_head.data_ptr(),
-            host_counts=self._host_counts.device_ptr
-            + (0 if waits else 8 * (1 + MAX_LOCAL_EXPERTS)),
+            host_counts=self._ask_for_counts(waits),
             num_tokens=x.shape[0],
             experts_per_rank=experts_per_rank,
             expert_alignment=expert_alignment,
@@ -493,8 +408,7 @@ class Intranode:
         num_rows = num_worst_tokens
         per_expert: list[int] = []
         if waits:
-            num_rows = self._wait_for_counts()
-            per_expert = counts[1 : 1 + experts_per_rank].tolist()
+            num_rows, *per_expert = self._wait_for_counts(1 + experts_per_rank)
         with scope.allocating():
             recv_src_idx = torch.empty(num_rows, **ints)
         handle = (
@@ -529,12 +443,9 @@ class Intranode:
         num_sms: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Dispatches another payload along the routing of a handle."""
-        launch = self.launch(
-            DispatchShape(_row_bytes(x), _num_scales(scales), num_topk=0, topk_is_int64=True)
-        )
-        recv_x, recv_scales, _, _ = self._dispatch_rows(
+        received = self._dispatch_rows(
             scope,
-            launch,
+            self.launch(dispatch_shape(x, scales, None)),
             x,
             scales,
             None,
@@ -544,7 +455,7 @@ class Intranode:
             num_sms=num_sms,
             fill_src_idx=False,
         )
-        return recv_x, recv_scales
+        return received.recv_x, received.recv_scales
 
     def _dispatch_rows(
         self,
@@ -559,47 +470,25 @@ class Intranode:
         experts_per_rank: int,
         num_sms: int,
         fill_src_idx: bool,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+    ) -> Received:
         """Allocates the received rows and queues the dispatch kernel."""
         rank_prefix, source_tokens, _, recv_src_idx, _, send_head = handle
-        num_rows = recv_src_idx.shape[0]
         dispatch_config = launch.kernel.config
         assert isinstance(dispatch_config, DispatchConfig)
-        recv_scales = recv_topk_idx = recv_topk_weights = None
-        with scope.allocating():
-            recv_x = torch.empty((num_rows, x.shape[1]), dtype=x.dtype, device=self._device)
-            if scales is not None:
-                recv_scales = torch.empty(
-                    (num_rows, scales.shape[1]), dtype=scales.dtype, device=self._device
-                )
-            if topk_idx is not None:
-                shape = (num_rows, topk_idx.shape[1])
-                recv_topk_idx = torch.empty(shape, dtype=topk_idx.dtype, device=self._device)
-                recv_topk_weights = torch.empty(shape, dtype=torch.float32, device=self._device)
+        received = self._allocate(scope, recv_src_idx.shape[0], x, scales, topk_idx)
         scope.start()
         launch(
             scope.stream,
             num_sms,
-            x=x.data_ptr(),
-            scales=_pointer(scales),
-            scale_token_stride=0 if scales is None else scales.stride(0),
-            scale_stride=0 if scales is None else scales.stride(1),
-            topk_idx=_pointer(topk_idx),
-            topk_weights=_pointer(topk_weights),
+            **self._payload(x, scales, topk_idx, topk_weights, received),
             send_head=send_head.data_ptr(),
             rank_prefix=rank_prefix.data_ptr(),
             source_tokens=source_tokens.data_ptr(),
-            recv_x=recv_x.data_ptr(),
-            recv_scales=_pointer(recv_scales),
-            recv_topk_idx=_pointer(recv_topk_idx),
-            recv_topk_weights=_pointer(recv_topk_weights),
             recv_src_idx=recv_src_idx.data_ptr() if fill_src_idx else 0,
             num_stage_warps=dispatch_config.stage_warps(num_sms),
-            num_tokens=x.shape[0],
-            num_recv_rows=num_rows,
             experts_per_rank=experts_per_rank,
         )
-        return recv_x, recv_scales, recv_topk_idx, recv_topk_weights
+        return received
 
     def combine(
         self,
@@ -613,38 +502,31 @@ class Intranode:
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Pushes rows back to the ranks of their tokens and sums them there."""
         rank_prefix, _, _, recv_src_idx, _, send_head = handle
-        num_tokens, hidden = send_head.shape[0], x.shape[1]
-        num_topk = 0 if topk_weights is None else topk_weights.shape[1]
-        launch = self.launch(CombineShape(_row_bytes(x), num_topk, is_f16=x.dtype == torch.float16))
+        num_tokens = send_head.shape[0]
+        launch = self.launch(combine_shape(x, topk_weights))
         combine_config = launch.kernel.config
         assert isinstance(combine_config, CombineConfig)
         push_warps = combine_config.num_push_warps * num_sms
         if push_warps < self._group.size - 1:
             raise ValueError(
                 f"config.num_sms is {num_sms}, which gives combine {push_warps} warps that push "
-                f"rows of {hidden * x.element_size()} bytes, but it needs one for each of the "
+                f"rows of {combine_config.hidden_bytes} bytes, but it needs one for each of the "
                 f"{self._group.size - 1} peers; use more SMs"
             )
-        combined_weights = None
-        with scope.allocating():
-            combined_x = torch.empty((num_tokens, hidden), dtype=x.dtype, device=self._device)
-            if topk_weights is not None:
-                combined_weights = torch.empty(
-                    (num_tokens, num_topk), dtype=torch.float32, device=self._device
-                )
+        combined_x, combined_weights = self._allocate_combined(scope, x, num_tokens, topk_weights)
         scope.start()
         launch(
             scope.stream,
             num_sms,
             x=x.data_ptr(),
-            topk_weights=_pointer(topk_weights),
-            bias_0=_pointer(bias[0]),
-            bias_1=_pointer(bias[1]),
+            topk_weights=pointer(topk_weights),
+            bias_0=pointer(bias[0]),
+            bias_1=pointer(bias[1]),
             recv_src_idx=recv_src_idx.data_ptr(),
             send_head=send_head.data_ptr(),
             rank_prefix=rank_prefix.data_ptr(),
             combined_x=combined_x.data_ptr(),
-            combined_topk_weights=_pointer(combined_weights),
+            combined_topk_weights=pointer(combined_weights),
             num_tokens=num_tokens,
             # Several warps share a token's sum unless there are many tokens a warp: shorter units
             # end closer together (4 parts instead of 1: 128 tokens on 12 SMs 26.7 us, not 31.4,
@@ -653,77 +535,11 @@ class Intranode:
         )
         return combined_x, combined_weights
 
-    # ---- the host's waits, faults, the end -------------------------------------------------------
+    # ---- the end ---------------------------------------------------------------------------------
 
-    def _wait_for_counts(self) -> int:
-        """Polls host memory for this rank's number of rows; other threads run meanwhile."""
-        counts = self._host_counts.array
-        start = time.monotonic()
-        deadline = start + 2 * self._timeout_seconds + 10
-        while counts[0] < 0:
-            self.raise_fault()
-            now = time.monotonic()
-            if now > deadline:
-                raise CommunicationError(
-                    f"dispatch: the counts did not reach the host of rank {self._group.rank} "
-                    f"within {2 * self._timeout_seconds + 10:g} s: its communication stream does "
-                    "not get to run",
-                    op="dispatch",
-                    rank=self._group.rank,
-                )
-            if now > start + _SPIN_SECONDS:
-                time.sleep(50e-6)
-        return int(counts[0])
+    def _control(self) -> list[torch.Tensor]:
+        return [self.memory.tensor(torch.uint8)[self._arena.signals :]]
 
-    def raise_fault(self) -> None:
-        """Raises what a wait on the device left behind.
-
-        Raises:
-            CommunicationError: Names operation, rank and peer.
-        """
-        self._fault.raise_if_set()
-
-    def reset(self) -> None:
-        """Forgets everything that was under way; collective."""
-        torch.cuda.synchronize(self._device)
-        self._group.reset()
-        self.memory.tensor(torch.uint8)[self._arena.signals :].zero_()
-        self._local.zero_()
-        torch.cuda.synchronize(self._device)
-        self._fault.clear()
-        self._group.barrier()
-
-    def close(self) -> None:
-        """Frees the memory once the peers have finished the last operation; not collective.
-
-        A peer may still read this rank's slots when this rank is done. Its `finish` signal says
-        when it is not; a peer that never sends it is not waited for longer than the timeout.
-        """
-        torch.cuda.synchronize(self._device)
-        signals = self.memory.tensor(torch.int64)[self._arena.signals // 8 :][: self._group.size]
-        epoch = int(self._local[32]) & 0xFFFFFFFF
-        deadline = time.monotonic() + self._timeout_seconds
-        while not self._fault.is_set and time.monotonic() < deadline:
-            finished = [value >> 32 & 0xFFFFFFFF for value in signals.tolist()]
-            if all(
-                value == epoch for rank, value in enumerate(finished) if rank != self._group.rank
-            ):
-                break
-            time.sleep(0.001)
-        self._launches.clear()
-        del self._notify, signals
+    def _close_memory(self) -> None:
+        del self._notify
         self.memory.close()
-        self._host_counts.close()
-        self._fault.close()
-
-
-def _pointer(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()
-
-
-def _row_bytes(rows: torch.Tensor) -> int:
-    return rows.shape[1] * rows.element_size()
-
-
-def _num_scales(scales: torch.Tensor | None) -> int:
-    return 0 if scales is None else scales.shape[1]

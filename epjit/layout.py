@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
 
-from epjit.config import MAX_EXPERTS
+from epjit.config import MAX_DOMAINS, MAX_EXPERTS
 from epjit.runtime.jit import Kernel, KernelConfig, Launch
 
 _MAX_BLOCKS = 1024
@@ -22,6 +23,7 @@ class LayoutConfig(KernelConfig):
 
     num_ranks: int
     topk_is_int64: bool
+    num_domains: int = 1
 
     @property
     def threads(self) -> int:
@@ -36,6 +38,8 @@ class LayoutConfig(KernelConfig):
     @property
     def tag(self) -> str:
         """Namespace of the kernel."""
+        if self.num_domains > 1:
+            return f"internode_d{self.num_domains}_r{self.num_ranks}"
         return f"intranode_r{self.num_ranks}"
 
 
@@ -45,14 +49,28 @@ class Layout:
     Args:
         num_ranks: Ranks of the group.
         device: The GPU.
+        domains: Ranks of each NVLink domain, when there are several.
     """
 
-    def __init__(self, num_ranks: int, device: torch.device) -> None:
-        self._counters = torch.zeros(1 + num_ranks + MAX_EXPERTS, dtype=torch.int32, device=device)
+    def __init__(
+        self, num_ranks: int, device: torch.device, domains: Sequence[Sequence[int]] | None = None
+    ) -> None:
+        num_domains, self._domain_of = 1, None
+        num_counters = 1 + num_ranks + MAX_DOMAINS + MAX_EXPERTS
+        self._counters = torch.zeros(num_counters, dtype=torch.int32, device=device)
+        if domains is not None:
+            num_domains = len(domains)
+            of = {rank: number for number, domain in enumerate(domains) for rank in domain}
+            self._domain_of = torch.tensor(
+                [of[rank] for rank in range(num_ranks)], dtype=torch.int32, device=device
+            )
         self._launches = {
             dtype: Launch(
-                Kernel(LayoutConfig(num_ranks, dtype == torch.int64), device=device.index),
+                Kernel(
+                    LayoutConfig(num_ranks, dtype == torch.int64, num_domains), device=device.index
+                ),
                 counters=self._counters.data_ptr(),
+                domain_of=0 if self._domain_of is None else self._domain_of.data_ptr(),
             )
             for dtype in (torch.int32, torch.int64)
         }
@@ -62,6 +80,7 @@ class Layout:
         stream: int,
         topk_idx: torch.Tensor,
         num_tokens_per_rank: torch.Tensor,
+        num_tokens_per_rdma_rank: torch.Tensor | None,
         num_tokens_per_expert: torch.Tensor,
         is_token_in_rank: torch.Tensor,
     ) -> None:
@@ -71,6 +90,7 @@ class Layout:
             stream: Handle of the CUDA stream.
             topk_idx: int32 or int64 `[T, K]`.
             num_tokens_per_rank: Output, int32 `[R]`.
+            num_tokens_per_rdma_rank: Output, int32 `[D]`, or None with one domain.
             num_tokens_per_expert: Output, int32 `[E]`.
             is_token_in_rank: Output, bool `[T, R]`.
         """
@@ -80,6 +100,9 @@ class Layout:
             max(1, min(-(-num_tokens // 64), _MAX_BLOCKS)),
             topk_idx=topk_idx.data_ptr(),
             num_tokens_per_rank=num_tokens_per_rank.data_ptr(),
+            num_tokens_per_rdma_rank=0
+            if num_tokens_per_rdma_rank is None
+            else num_tokens_per_rdma_rank.data_ptr(),
             num_tokens_per_expert=num_tokens_per_expert.data_ptr(),
             is_token_in_rank=is_token_in_rank.data_ptr(),
             num_tokens=num_tokens,

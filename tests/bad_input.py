@@ -15,8 +15,8 @@ import torch
 
 from epjit import Buffer, Config
 from epjit.formats import BF16
+from epjit.reference import internode, low_latency
 from epjit.reference import intranode as reference
-from epjit.reference import low_latency
 from tests.rounds import Round, make_world, to_device
 
 NUM_RANKS = 2
@@ -32,6 +32,7 @@ BUFFER: dict[str, Any] = {  # of `Bench.buffer`
     "low_latency_mode": True,
     "enable_shrink": True,
 }
+BETWEEN: dict[str, Any] = {"num_rdma_bytes": 1 << 16, "nvlink_domain": 1}  # of `Bench.between`
 
 
 class ReachedError(BaseException):
@@ -49,10 +50,14 @@ class Unreachable:
 
 
 class StubComm:
-    """A communicator that knows who takes part and refuses to communicate."""
+    """A communicator that knows who takes part and refuses to communicate.
 
-    def __init__(self, size: int, rank: int = 0) -> None:
-        self.size, self.rank = size, rank
+    The first `answers` gathers succeed, as if all ranks had said the same: that is how the ranks
+    find out which of them share NVLink.
+    """
+
+    def __init__(self, size: int, rank: int = 0, *, answers: int = 0) -> None:
+        self.size, self.rank, self.answers = size, rank, answers
 
     def Get_rank(self) -> int:
         return self.rank
@@ -60,8 +65,11 @@ class StubComm:
     def Get_size(self) -> int:
         return self.size
 
-    def allgather(self, obj: Any) -> NoReturn:
-        raise ReachedError("allgather")
+    def allgather(self, obj: Any) -> list[Any]:
+        self.answers -= 1
+        if self.answers < 0:
+            raise ReachedError("allgather")
+        return [obj] * self.size
 
 
 @dataclass
@@ -72,11 +80,13 @@ class Bench:
         buffer: Of `NUM_RANKS` ranks, made with `BUFFER`.
         destroyed: Another one, after destroy().
         normal: Another one, without low-latency mode.
+        between: Another one, with each rank an NVLink domain of its own (`BETWEEN`).
     """
 
     buffer: Buffer
     destroyed: Buffer
     normal: Buffer
+    between: Buffer
     device: torch.device = field(init=False)
 
     def __post_init__(self) -> None:
@@ -96,6 +106,10 @@ class Bench:
         self.recv_weights = to_device(dispatched.recv_topk_weights, self.device)
         other = reference.dispatch(make_world(_case(3)), 0, num_experts=2 * 3).handle
         self.handle_of_3 = tuple(to_device(each, self.device) for each in other)
+        domains = [(rank,) for rank in range(NUM_RANKS)]
+        self.per_rdma_rank = self.per_rank.clone()
+        passed = internode.dispatch(world, self.buffer.rank, domains, num_experts=NUM_EXPERTS)
+        self.between_handle = tuple(to_device(each, self.device) for each in passed.handle)
         self.ll_x = self.full(NUM_TOKENS, LL_HIDDEN)
         self.ll_y = self.full(NUM_EXPERTS // NUM_RANKS, NUM_RANKS * MAX_TOKENS, LL_HIDDEN)
         inputs = [low_latency.RankInput(self.ll_x.cpu(), each.topk_idx) for each in world]
@@ -143,6 +157,30 @@ class Bench:
     def combine(self, **changes: Any) -> object:
         """Combine without anything optional."""
         return self.buffer.combine(**{"x": self.recv_x, "handle": self.handle, **changes})
+
+    def dispatch_between(self, **changes: Any) -> object:
+        """Dispatch between NVLink domains."""
+        given: dict[str, Any] = {
+            "x": self.x,
+            "num_tokens_per_rank": self.per_rank,
+            "num_tokens_per_rdma_rank": self.per_rdma_rank,
+            "is_token_in_rank": self.in_rank,
+            "num_tokens_per_expert": self.per_expert,
+        }
+        return self.between.dispatch(**{**given, **changes})
+
+    def cached_between(self, **changes: Any) -> object:
+        """Dispatch between NVLink domains, with a handle."""
+        return self.between.dispatch(**{"x": self.x, "handle": self.between_handle, **changes})
+
+    def combine_between(self, **changes: Any) -> object:
+        """Combine between NVLink domains."""
+        given = {"x": self.recv_x, "handle": self.between_handle}
+        return self.between.combine(**{**given, **changes})
+
+    def between_changed(self, index: int, value: object) -> tuple[Any, ...]:
+        """The handle of a dispatch between NVLink domains with another entry."""
+        return (*self.between_handle[:index], value, *self.between_handle[index + 1 :])
 
     def ll_dispatch(self, **changes: Any) -> object:
         """Low-latency dispatch of bfloat16 rows."""
@@ -237,7 +275,13 @@ def _misaligned(bench: Bench, rows: int, hidden: int = HIDDEN) -> torch.Tensor:
 
 
 def _buffer(size: int = NUM_RANKS, *args: Any, **kwargs: Any) -> Buffer:
+    """Refused for what every rank knows by itself."""
     return Buffer(None, *args, comm=StubComm(size), **kwargs)
+
+
+def _placed(size: int = NUM_RANKS, *args: Any, **kwargs: Any) -> Buffer:
+    """Refused once it is known that all ranks are on one host."""
+    return Buffer(None, *args, comm=StubComm(size, answers=1), **kwargs)
 
 
 CONSTRUCTION = [
@@ -271,9 +315,9 @@ CONSTRUCTION = [
     ),
     BadInput(
         "rdma in one domain",
-        lambda _: _buffer(2, 0, 128),
+        lambda _: _placed(2, 0, 128),
         ValueError,
-        r"num_rdma_bytes is 128.*pass 0.*low_latency_mode=True",
+        r"num_rdma_bytes is 128, but 2 ranks share.*pass 0.*low_latency_mode=True",
     ),
     BadInput(
         "low latency size",
@@ -283,16 +327,49 @@ CONSTRUCTION = [
     ),
     BadInput(
         "low latency of nine ranks",
-        lambda _: _buffer(9, 0, 128, low_latency_mode=True),
-        NotImplementedError,
-        r"9 ranks.*up to 8",
+        lambda _: _placed(9, 0, 128, low_latency_mode=True),
+        ValueError,
+        r"9 ranks are in one NVLink domain.*up to 8.*EPJIT_NVLINK_DOMAIN",
     ),
-    BadInput("nine ranks", lambda _: _buffer(9, 0), NotImplementedError, r"9 ranks.*up to 8"),
+    BadInput(
+        "nine ranks", lambda _: _placed(9, 0), ValueError, r"9 ranks are in one.*nvlink_domain"
+    ),
     BadInput(
         "sixteen ranks and rdma",
-        lambda _: _buffer(16, 0, 128),
-        NotImplementedError,
-        r"16 ranks.*up to 8",
+        lambda _: _placed(16, 0, 128),
+        ValueError,
+        r"16 ranks are in one.*num_rdma_bytes is 128",
+    ),
+    BadInput("257 ranks", lambda _: _buffer(257, 0), ValueError, r"257 ranks.*up to 256"),
+    BadInput(
+        "negative domain",
+        lambda _: _buffer(2, 0, nvlink_domain=-1),
+        ValueError,
+        r"nvlink_domain is -1.*number of ranks",
+    ),
+    BadInput(
+        "uneven domains",
+        lambda _: _placed(5, 0, nvlink_domain=2),
+        ValueError,
+        r"different sizes.*divides.*domain 2: ranks 4",
+    ),
+    BadInput(
+        "33 domains",
+        lambda _: _placed(33, 0, nvlink_domain=1),
+        ValueError,
+        r"are 33, but 32 is the most",
+    ),
+    BadInput(
+        "no queue pair between domains",
+        lambda _: _placed(2, 0, nvlink_domain=1, num_qps_per_rank=0),
+        ValueError,
+        r"num_qps_per_rank is 0.*at least 1",
+    ),
+    BadInput(
+        "no queue pair in low latency",
+        lambda _: _placed(2, 0, 128, low_latency_mode=True, num_qps_per_rank=-3),
+        ValueError,
+        r"num_qps_per_rank is -3.*at least 1",
     ),
 ]
 
@@ -326,24 +403,114 @@ CONFIG = [
     BadInput("odd sms", lambda _: Buffer.set_num_sms(7), AssertionError, r"even, got 7"),
     BadInput(
         "dispatch config",
-        lambda _: Buffer.get_dispatch_config(16),
+        lambda _: Buffer.get_dispatch_config(257),
         AssertionError,
-        r"16 ranks.*1 to 8",
+        r"257 ranks.*1 to 256",
     ),
     BadInput(
-        "combine config", lambda _: Buffer.get_combine_config(0), AssertionError, r"0 ranks.*1 to 8"
+        "combine config",
+        lambda _: Buffer.get_combine_config(0),
+        AssertionError,
+        r"0 ranks.*1 to 256",
     ),
     BadInput(
         "rdma hint",
-        lambda _: Config().get_rdma_buffer_size_hint(14336, 16),
-        NotImplementedError,
-        r"16 ranks.*up to 8",
+        lambda _: Config().get_rdma_buffer_size_hint(14336, 16, ranks_per_domain=9),
+        ValueError,
+        r"ranks_per_domain is 9.*1 to 8",
+    ),
+    BadInput(
+        "nvl hint",
+        lambda _: Config().get_nvl_buffer_size_hint(14336, 16, ranks_per_domain=0),
+        ValueError,
+        r"ranks_per_domain is 0.*1 to 8",
     ),
     BadInput(
         "low latency hint",
         lambda _: Buffer.get_low_latency_rdma_size_hint(0, 7168, 2, -8),
         ValueError,
         r"num_max_dispatch_tokens_per_rank is 0, num_experts is -8.*at least 1",
+    ),
+]
+
+BETWEEN_DOMAINS = [
+    BadInput(
+        "no counts of domains",
+        lambda b: b.dispatch_between(num_tokens_per_rdma_rank=None),
+        AssertionError,
+        r"needs num_tokens_per_rdma_rank from get_dispatch_layout",
+    ),
+    BadInput(
+        "counts of three domains",
+        lambda b: b.dispatch_between(num_tokens_per_rdma_rank=b.full(3, dtype=torch.int32)),
+        ValueError,
+        r"num_tokens_per_rdma_rank.*\(3,\).*\(2\).*each NVLink domain",
+    ),
+    BadInput(
+        "counts of domains dtype",
+        lambda b: b.dispatch_between(num_tokens_per_rdma_rank=b.per_rdma_rank.long()),
+        TypeError,
+        r"num_tokens_per_rdma_rank.*int64.*int32",
+    ),
+    BadInput(
+        "counts of domains device",
+        lambda b: b.dispatch_between(num_tokens_per_rdma_rank=b.per_rdma_rank.to("meta")),
+        ValueError,
+        r"num_tokens_per_rdma_rank is on meta",
+    ),
+    BadInput(
+        "too many experts",
+        lambda b: b.between.get_dispatch_layout(b.idx, 2 * 1025),
+        ValueError,
+        r"num_experts is 2050.*at most 2048",
+    ),
+    BadInput(
+        "handle of one domain",
+        lambda b: b.cached_between(handle=b.handle),
+        TypeError,
+        r"tuple of 6.*tuple of 10",
+    ),
+    BadInput(
+        "handle of several in one",
+        lambda b: b.cached(handle=b.between_handle),
+        TypeError,
+        r"tuple of 10.*tuple of 6",
+    ),
+    BadInput(
+        "handle ranks",
+        lambda b: b.combine_between(handle=b.between_changed(6, b.full(4, dtype=torch.int32))),
+        ValueError,
+        r"4 ranks.*this Buffer has 2",
+    ),
+    BadInput(
+        "handle domains",
+        lambda b: b.combine_between(handle=b.between_changed(8, b.full(6, 1, dtype=torch.int32))),
+        ValueError,
+        r"of 1 NVLink domains.*this Buffer has 2.*that made it",
+    ),
+    BadInput(
+        "handle tokens",
+        lambda b: b.cached_between(x=b.full(4, HIDDEN)),
+        ValueError,
+        r"x has 4 tokens, but the handle routes 6",
+    ),
+    BadInput(
+        "handle no tensor",
+        lambda b: b.cached_between(handle=b.between_changed(9, None)),
+        TypeError,
+        r"handle\[9\] is a NoneType",
+    ),
+    BadInput(
+        "combine rows",
+        lambda b: b.combine_between(x=b.full(3, HIDDEN)),
+        ValueError,
+        r"x has shape \(3, 64\).*one row for each row of the dispatch",
+    ),
+    BadInput(
+        "combine bias rows",
+        lambda b: b.combine_between(bias=b.full(3, HIDDEN)),
+        ValueError,
+        r"bias_0 has shape \(3, 64\), expected \(6, 64\)",
     ),
 ]
 
@@ -1532,6 +1699,7 @@ CASES: list[BadInput] = [
     *_named("dispatch", DISPATCH),
     *_named("cached dispatch", CACHED),
     *_named("combine", COMBINE),
+    *_named("between domains", BETWEEN_DOMAINS),
     *_named("members", MEMBERS),
     *_named("low latency dispatch", LOW_LATENCY_DISPATCH),
     *_named("low latency combine", LOW_LATENCY_COMBINE),

@@ -1,5 +1,7 @@
 """What the ranks of a test do, one process each: on the CPU (tests/cpu) and on GPUs (tests/dist).
 
+With EPJIT_NVLINK_DOMAIN in the environment that is passed, they do the same between NVLink domains.
+
 Every body is called as ``body(group, environ, ...)`` by `tests.launch.run`. The environment goes as
 an argument: the processes come from a fork server, which has that of the time when it started.
 """
@@ -10,6 +12,7 @@ import contextlib
 import dataclasses
 import os
 import random
+import re
 import signal
 import time
 from collections.abc import Callable, Mapping
@@ -22,7 +25,7 @@ import torch.distributed as dist
 from epjit import Buffer, CommunicationError, Config
 from epjit.reference import intranode as reference
 from tests.data import ROUTING_KINDS, assert_rows_equal
-from tests.rounds import Round, check_round, make_world, random_round, to_device
+from tests.rounds import Oracle, Round, check_round, make_world, random_round, to_device
 
 MB = 1 << 20
 
@@ -41,9 +44,18 @@ def set_up(group: dist.ProcessGroup, environ: Mapping[str, str]) -> bool:
     return True
 
 
-def make_buffer(group: dist.ProcessGroup, num_nvl_bytes: int = 16 * MB, **options: Any) -> Buffer:
-    """A buffer that will be destroyed."""
-    return Buffer(group, num_nvl_bytes, explicitly_destroy=True, **options)
+def make_buffer(
+    group: dist.ProcessGroup,
+    num_nvl_bytes: int = 16 * MB,
+    *,
+    explicitly_destroy: bool = True,
+    **options: Any,
+) -> Buffer:
+    """A buffer that will be destroyed; between NVLink domains as many bytes for RDMA."""
+    size = int(os.environ.get("EPJIT_NVLINK_DOMAIN") or group.size())
+    if size < group.size():
+        options.setdefault("num_rdma_bytes", num_nvl_bytes)
+    return Buffer(group, num_nvl_bytes, explicitly_destroy=explicitly_destroy, **options)
 
 
 def synchronize(buffer: Buffer) -> None:
@@ -153,12 +165,11 @@ def replaced(group: dist.ProcessGroup, environ: Mapping[str, str]) -> None:
     """A bigger buffer is made while the old one lives; that goes with its last reference."""
     set_up(group, environ)
     ranks = group.size()
-    buffer = Buffer(group, MB)
+    buffer = make_buffer(group, MB, explicitly_destroy=False)
     check_round(buffer, Round(num_tokens=(40,) * ranks, num_experts=2 * ranks, seed=3))
     for seed in range(4, 8):
-        buffer = Buffer(
-            group, 2 * buffer.num_nvl_bytes
-        )  # the old one dies after the new one is there
+        # The old one dies after the new one is there.
+        buffer = make_buffer(group, 2 * buffer.num_nvl_bytes, explicitly_destroy=False)
         check_round(buffer, Round(num_tokens=(50,) * ranks, num_experts=2 * ranks, seed=seed))
 
 
@@ -192,7 +203,7 @@ def outlives_group(group: dist.ProcessGroup, environ: Mapping[str, str]) -> None
     """Operations, and the end of the buffer, after `destroy_process_group`."""
     set_up(group, environ)
     ranks = group.size()
-    first, second = make_buffer(group, MB), Buffer(group, MB)
+    first, second = make_buffer(group, MB), make_buffer(group, MB, explicitly_destroy=False)
     check_round(first, Round(num_tokens=(9,) * ranks, num_experts=2 * ranks))
     dist.destroy_process_group()
     check_round(first, Round(num_tokens=(7,) * ranks, num_experts=2 * ranks, seed=1))
@@ -219,11 +230,12 @@ class Prepared:
         self.config = Config(4)
         self.x = to_device(own.x, self.buffer.device)
         idx = to_device(own.topk_idx, self.buffer.device)
-        per_rank, _, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(
+        per_rank, per_rdma_rank, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(
             idx, self.case.num_experts
         )
         self.layout = {
             "num_tokens_per_rank": per_rank,
+            "num_tokens_per_rdma_rank": per_rdma_rank,
             "is_token_in_rank": in_rank,
             "num_tokens_per_expert": per_expert,
         }
@@ -248,9 +260,13 @@ class Prepared:
 
 
 def expect_error(
-    prepared: Prepared, op: str, absent: int, limit_seconds: float
+    prepared: Prepared,
+    op: str,
+    absent: int,
+    limit_seconds: float,
+    also_absent: tuple[int, ...] = (),
 ) -> CommunicationError:
-    """Calls `op` without rank `absent`: the error names it, in time, and the device computes."""
+    """Calls `op` without the absent: the error names one, in time, and the device computes."""
     buffer = prepared.buffer
     on_gpu = buffer.device.type == "cuda"
     start = time.monotonic()
@@ -259,8 +275,14 @@ def expect_error(
     elapsed = time.monotonic() - start
     error = caught.value
     assert error.rank == buffer.rank, str(error)
-    assert error.peer == absent, str(error)
-    assert f"rank {absent}" in str(error), str(error)
+    # Between domains a rank meets those of its own and its peers of the same index in the others.
+    topology, missing = buffer._topology, (absent, *also_absent)
+    met = {*topology.domains[topology.domain], *(each[topology.local] for each in topology.domains)}
+    if met.intersection(missing) or not on_gpu:
+        named = set(error.missing)
+        assert named, str(error)
+        assert named <= set(missing), str(error)
+        assert all(re.search(rf"ranks? (\d, )*{each}\b", str(error)) for each in named), str(error)
     if on_gpu:
         assert error.op == op, str(error)
     assert elapsed < limit_seconds, elapsed
@@ -301,18 +323,23 @@ def withheld(
 
 
 def killed(
-    group: dist.ProcessGroup, environ: Mapping[str, str], op: str, victim: int, seconds: float
+    group: dist.ProcessGroup,
+    environ: Mapping[str, str],
+    op: str,
+    victim: int,
+    seconds: float,
+    more_victims: tuple[int, ...] = (),
 ) -> None:
-    """A rank dies: the others name it, compute on, free the buffer and end."""
+    """A rank dies, or several: the others name one, compute on, free the buffer and end."""
     on_gpu = set_up(group, environ)
     prepared = Prepared(group, seconds)
     dist.barrier(group)
-    if group.rank() == victim:
+    if group.rank() in (victim, *more_victims):
         time.sleep(0.5)  # the others have surely left the barrier
         os.kill(os.getpid(), signal.SIGKILL)
     if not on_gpu:
         os.environ["EPJIT_TIMEOUT_SECONDS"] = str(seconds)
-    expect_error(prepared, op, victim, seconds + 10)
+    expect_error(prepared, op, victim, seconds + 10, more_victims)
     if not on_gpu:
         time.sleep(1.0)  # without rank 0, which keeps the store, the others could not say who came
     start = time.monotonic()
@@ -362,7 +389,7 @@ def replays(
         meet: Called before and after the capture, for ranks that share a GPU.
     """
     on_gpu = buffer.device.type == "cuda"
-    num_ranks, rank = buffer.group_size, buffer.rank
+    num_ranks, rank, oracle = buffer.group_size, buffer.rank, Oracle.of(buffer)
     hidden, experts, topk, worst = 512, 4 * num_ranks, 4, num_ranks * tokens
     device, config = buffer.device, Config(num_sms)
     x = torch.empty((tokens, hidden), dtype=torch.bfloat16, device=device)
@@ -370,10 +397,11 @@ def replays(
     weights = torch.empty((tokens, topk), dtype=torch.float32, device=device)
 
     def step() -> tuple[torch.Tensor, ...]:
-        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, experts)
+        per_rank, per_rdma_rank, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, experts)
         recv_x, recv_idx, recv_weights, _, handle, _ = buffer.dispatch(
             x,
             num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_rdma_rank,
             is_token_in_rank=in_rank,
             num_tokens_per_expert=per_expert,
             topk_idx=idx,
@@ -412,16 +440,16 @@ def replays(
             torch.cuda.current_stream().synchronize()
         buffer.check_fault()
         want = [
-            reference.dispatch(world, r, num_experts=experts, num_worst_tokens=worst)
+            oracle.dispatch(world, r, num_experts=experts, num_worst_tokens=worst)
             for r in range(num_ranks)
         ]
-        rows = int(want[rank].handle[0][-1, rank])
+        rows = oracle.num_recv(want[rank].handle, rank)
         recv_x, recv_idx, cached, combined, combined_weights = outputs
         prefix = f"rank {rank}, replay {seed}"
         assert_rows_equal(recv_x[:rows], want[rank].recv_x[:rows], f"{prefix}: recv_x")
         assert_rows_equal(recv_idx, want[rank].recv_topk_idx, f"{prefix}: recv_topk_idx")
         assert_rows_equal(cached[:rows], want[rank].recv_x[:rows], f"{prefix}: cached recv_x")
-        want_x, want_weights = reference.combine(
+        want_x, want_weights = oracle.combine(
             [each.recv_x for each in want],
             [each.handle for each in want],
             rank,

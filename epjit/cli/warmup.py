@@ -107,7 +107,8 @@ def configs(
     """
     from epjit import expert_major
     from epjit.config import MAX_RANKS, MAX_ROW_BYTES, MAX_TOPK
-    from epjit.intranode import warmup_configs, warmup_shapes
+    from epjit.intranode import warmup_configs
+    from epjit.normal_mode import warmup_shapes
 
     found: dict[KernelConfig, None] = {}
     if low_latency and not experts:

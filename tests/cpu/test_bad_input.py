@@ -10,6 +10,7 @@ import torch
 
 from epjit import Buffer
 from tests.bad_input import (
+    BETWEEN,
     BUFFER,
     CASES,
     NUM_RANKS,
@@ -31,12 +32,16 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.fixture
 def bench() -> Iterator[Bench]:
     """A buffer of two ranks of which nothing but the checks works."""
-    destroyed = Buffer(None, 1024, comm=StubComm(NUM_RANKS), explicitly_destroy=True)
+
+    def make(**options: Any) -> Buffer:
+        return Buffer(None, 1 << 16, comm=StubComm(NUM_RANKS, rank=1, answers=1), **options)
+
+    destroyed = make(explicitly_destroy=True)
     destroyed.destroy()
-    normal = Buffer(None, 1 << 16, comm=StubComm(NUM_RANKS, rank=1))
-    buffer = Buffer(None, 1 << 16, comm=StubComm(NUM_RANKS, rank=1), **BUFFER)
-    made = Bench(buffer, destroyed, normal)
+    normal, between, buffer = make(), make(**BETWEEN), make(**BUFFER)
+    made = Bench(buffer, destroyed, normal, between)
     unreachable: Any = Unreachable()
+    between._cpu = unreachable
     # What has memory to look at is no communication; all else of the modes is.
     mode = buffer._low_latency
     buffer._cpu, buffer._low_latency = unreachable, Unreachable(memory=mode.memory)
@@ -58,6 +63,7 @@ def test_names_are_unique() -> None:
 def test_right_arguments_reach_the_backend(bench: Bench) -> None:
     """Else the table would prove nothing: each call is refused for what was changed in it."""
     calls = (bench.layout, bench.dispatch, bench.cached, bench.combine)
+    calls += (bench.dispatch_between, bench.cached_between, bench.combine_between)
     for call in (*calls, bench.ll_dispatch, bench.ll_combine, bench.ll_clean):
         with pytest.raises(ReachedError):
             call()

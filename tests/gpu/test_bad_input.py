@@ -9,6 +9,7 @@ import pytest
 from epjit import Buffer
 from epjit.runtime.jit import Launch
 from tests.bad_input import (
+    BETWEEN,
     BUFFER,
     CASES,
     LL_HIDDEN,
@@ -28,27 +29,32 @@ def test_bad_input_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def reached(self: Launch, *args: Any, **values: Any) -> NoReturn:
         raise ReachedError(str(self))
 
-    def body(buffer: Buffer, destroyed: Buffer, normal: Buffer) -> None:
+    def body(buffer: Buffer, destroyed: Buffer, normal: Buffer, between: Buffer) -> None:
         destroyed.destroy()
-        bench = Bench(buffer, destroyed, normal)
+        bench = Bench(buffer, destroyed, normal, between)
         for case in CASES:
             verify(case, bench)
         # Compiled first: a launch that is the first of its kind meets the peers.
-        buffer.warmup(bench.x.shape[1] * bench.x.element_size(), num_topk=bench.idx.shape[1])
+        row_bytes = bench.x.shape[1] * bench.x.element_size()
+        buffer.warmup(row_bytes, num_topk=bench.idx.shape[1])
+        between.warmup(row_bytes)
         buffer.low_latency_warmup(
             MAX_TOKENS, LL_HIDDEN, NUM_EXPERTS, num_topk=bench.idx.shape[1], use_fp8=False
         )
         calls = (bench.layout, bench.dispatch, bench.cached, bench.combine)
+        calls += (bench.dispatch_between, bench.cached_between, bench.combine_between)
         for call in (*calls, bench.ll_dispatch, bench.ll_combine, bench.ll_clean):
             with pytest.raises(ReachedError):
                 call()
 
     def with_others(first: Buffer) -> None:
-        second, third = (
-            Buffer(None, 1 << 16, comm=first.group, explicitly_destroy=True) for _ in range(2)
+        second, third, fourth = (
+            Buffer(None, 1 << 16, comm=first.group, explicitly_destroy=True, **options)
+            for options in ({}, {}, BETWEEN)
         )
-        body(first, second, third)
+        body(first, second, third, fourth)
         third.destroy()
+        fourth.destroy()
 
     monkeypatch.setattr(Launch, "__call__", reached)
     run_ranks(NUM_RANKS, with_others, num_nvl_bytes=1 << 20, **BUFFER)

@@ -7,9 +7,14 @@ namespace epjit {
 template <bool kIsF16>
 class Sum8 {
  public:
-  __device__ __forceinline__ void start(Vec16 v) { each(v, [](float&, float y) { return y; }); }
+  // bias_0 keeps its sign of zero: the sum starts from it, not from +0.0.
+  __device__ __forceinline__ void start(Vec16 v) {
+    each(v, [](float&, float y) { return y; });
+  }
 
-  __device__ __forceinline__ void add(Vec16 v) { each(v, [](float& x, float y) { return x + y; }); }
+  __device__ __forceinline__ void add(Vec16 v) {
+    each(v, [](float& x, float y) { return x + y; });
+  }
 
   // To nearest even.
   __device__ __forceinline__ Vec16 rounded() const {

@@ -111,8 +111,9 @@ __device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start
                                                   const int32_t* ranks) {
   uint32_t* mask = nullptr;
   if constexpr (requires { p.mask; }) mask = p.mask;
-  const Waiter waiter{p.fault,      p.abort,   p.timeout_ns, p.signals[rank], rank, kNumRanks,
-                      *p.epoch + 1, start_tag, mask,         ranks};
+  const Waiter waiter{p.fault, p.abort,   p.timeout_ns, p.signals[rank],
+                      rank,    kNumRanks, *p.epoch + 1, start_tag,
+                      mask,    ranks};
   if (blockIdx.x == 0 && threadIdx.x < kNumRanks && threadIdx.x != rank)
     ptx::st_relaxed_sys(entered_signal(p.signals[threadIdx.x], rank), stamp(waiter.epoch, 0));
   return waiter;

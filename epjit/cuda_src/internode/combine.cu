@@ -55,45 +55,45 @@ struct InternodeCombineConfig {
 };
 
 struct InternodeCombineParams {
-  const char* x;                   // [rank_prefix[ranks - 1] or more, hidden]
-  const float* topk_weights;       // [as x, num_topk]
-  const char* bias_0;              // [num_tokens, hidden] or null
-  const char* bias_1;              // [num_tokens, hidden] or null
-  const int32_t* recv_src_meta;    // [as x, 2]: index in its channel, token
-  const int32_t* send_head;        // [num_tokens, ranks]: position in r's segment, -1 = none
-  const int32_t* send_domain_head; // [num_tokens, num_domains]: index in the channel, -1 = none
-  const int32_t* send_tokens;      // [num_domains, num_tokens + 1]: of interest is the last column
-  const int32_t* channel_tokens;   // [num_domains, num_local]: length of each incoming channel
-  const int32_t* passing_prefix;   // [num_domains]: inclusive, of the channels (n, local)
-  const int32_t* passing;          // [passing_prefix[num_domains - 1]]: local ranks that have a row
-                                   // of the token (8 bits) | its position here << 8
-  const int32_t* rank_prefix;      // [ranks]: inclusive over sources (rows of this rank)
-  char* combined_x;                // [num_tokens, hidden]
-  float* combined_topk_weights;    // [num_tokens, num_topk]
-  uint64_t slots[8];               // symmetric, of each local rank
-  uint64_t words[8];               // symmetric, of each local rank
-  uint64_t signals[8];             // symmetric, of each local rank
-  uint64_t done[8];                // symmetric, of each local rank
-  char* inbox;                     // this rank's
-  char* stage;                     // this rank's
-  uint64_t* ready;                 // this rank's, as the two that follow: see rail.cuh
-  uint64_t* credits;               // [num_domains, 2]
-  uint64_t* arrived;               // [num_domains, ring_slots / tokens_per_chunk]
-  const int32_t* ranks;            // [num_domains, num_local]: numbers in the group
-  const int32_t* pes;              // [ranks]: numbers for the transport
+  const char* x;                    // [rank_prefix[ranks - 1] or more, hidden]
+  const float* topk_weights;        // [as x, num_topk]
+  const char* bias_0;               // [num_tokens, hidden] or null
+  const char* bias_1;               // [num_tokens, hidden] or null
+  const int32_t* recv_src_meta;     // [as x, 2]: index in its channel, token
+  const int32_t* send_head;         // [num_tokens, ranks]: position in r's segment, -1 = none
+  const int32_t* send_domain_head;  // [num_tokens, num_domains]: index in the channel, -1 = none
+  const int32_t* send_tokens;       // [num_domains, num_tokens + 1]: of interest is the last column
+  const int32_t* channel_tokens;    // [num_domains, num_local]: length of each incoming channel
+  const int32_t* passing_prefix;    // [num_domains]: inclusive, of the channels (n, local)
+  const int32_t* passing;        // [passing_prefix[num_domains - 1]]: local ranks that have a row
+                                 // of the token (8 bits) | its position here << 8
+  const int32_t* rank_prefix;    // [ranks]: inclusive over sources (rows of this rank)
+  char* combined_x;              // [num_tokens, hidden]
+  float* combined_topk_weights;  // [num_tokens, num_topk]
+  uint64_t slots[8];             // symmetric, of each local rank
+  uint64_t words[8];             // symmetric, of each local rank
+  uint64_t signals[8];           // symmetric, of each local rank
+  uint64_t done[8];              // symmetric, of each local rank
+  char* inbox;                   // this rank's
+  char* stage;                   // this rank's
+  uint64_t* ready;               // this rank's, as the two that follow: see rail.cuh
+  uint64_t* credits;             // [num_domains, 2]
+  uint64_t* arrived;             // [num_domains, ring_slots / tokens_per_chunk]
+  const int32_t* ranks;          // [num_domains, num_local]: numbers in the group
+  const int32_t* pes;            // [ranks]: numbers for the transport
   uint64_t transport;
-  // local [2 + ranks + 3 * num_domains]: ticket, next token to reduce, next unit to push of each
-  // channel, next chunk to sum of each domain, what is used of (ring, window & 1); zero on entry and
-  // on exit
+  // local [2 + ranks + 5 * num_domains]: ticket, next token to reduce, next unit to push of each
+  // channel, next chunk to sum of each domain, what is used of (slots, window & 1) and of (inbox,
+  // window & 1) of each domain; zero on entry and on exit
   uint32_t* counters;
   uint32_t* epoch;  // local [1]
   uint64_t* fault;  // host [8]
   uint32_t* abort;  // local [1]
   uint64_t timeout_ns;
-  int32_t num_slots;   // even, at least 2
+  int32_t num_slots;  // even, at least 2
   int32_t ring_slots;
   int32_t num_tokens;
-  int32_t num_parts;   // warps that share the reduction of one token
+  int32_t num_parts;  // warps that share the reduction of one token
   int32_t rank;
   int32_t domain;
   int32_t local;
@@ -119,7 +119,7 @@ class InternodeCombine {
   static constexpr int kSlotBytes = combine_slot_bytes(kCfg);
   static constexpr int kVecs = kCfg.hidden_bytes / 16;
   static constexpr int kPushed = kDomains * (kLocal - 1);  // channels
-  static constexpr int kCounters = 2 + kRanks + 3 * kDomains;
+  static constexpr int kCounters = 2 + kRanks + 5 * kDomains;
   static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
   static_assert(kCfg.num_push_warps >= 1 && kCfg.num_sum_warps >= 1);
   static_assert(kCfg.num_push_warps + kCfg.num_sum_warps + 2 <= kCfg.num_warps,
@@ -153,8 +153,7 @@ class InternodeCombine {
 
   // The row of local rank `writer`, of index `index` of the channel (n, owner).
   __device__ char* slot(int owner, int n, int writer, int index) const {
-    const int64_t i =
-        static_cast<int64_t>(n * kLocal + writer) * p.num_slots + index % p.num_slots;
+    const int64_t i = static_cast<int64_t>(n * kLocal + writer) * p.num_slots + index % p.num_slots;
     return reinterpret_cast<char*>(p.slots[owner]) + i * kSlotBytes;
   }
 
@@ -179,8 +178,11 @@ class InternodeCombine {
 
   __device__ uint32_t* push_counter(int channel) const { return p.counters + 2 + channel; }
   __device__ uint32_t* sum_counter(int n) const { return p.counters + 2 + kRanks + n; }
-  __device__ uint32_t* used_counter(int n, int window) const {
+  __device__ uint32_t* slots_counter(int n, int window) const {
     return p.counters + 2 + kRanks + kDomains + 2 * n + (window & 1);
+  }
+  __device__ uint32_t* inbox_counter(int n, int window) const {
+    return slots_counter(kDomains + n, window);
   }
 
   // ---- push -------------------------------------------------------------------------------------
@@ -191,9 +193,9 @@ class InternodeCombine {
       Copier copier(ptx::dynamic_shared(), warp, lane);
       copier.acquired();
       const int num_warps = gridDim.x * kCfg.num_push_warps;
-      const int unit_rows =
-          rows_at_a_time<kRows>(p.rank_prefix[kRanks - 1], num_warps, kRows);
+      const int unit_rows = rows_at_a_time<kRows>(p.rank_prefix[kRanks - 1], num_warps, kRows);
       const int first = (blockIdx.x * kCfg.num_push_warps + warp) % kPushed;
+#pragma unroll 1
       for (int i = 0; i < kPushed; ++i)
         if (!push_channel(copier, (first + i) % kPushed, unit_rows)) return false;
     }
@@ -301,9 +303,6 @@ class InternodeCombine {
     return sum;
   }
 
-  // Pieces of 16 bytes of each row in flight a thread.
-  static constexpr int unroll(int num_rows) { return num_rows >= 8 ? 1 : 8 / num_rows; }
-
   // This warp has used the slots of an index of ring n here, one of `units` for each index. Whoever
   // completes a window tells all local ranks, which may then write window + 2; the counter is zero
   // again before it can.
@@ -316,8 +315,8 @@ class InternodeCombine {
       return false;
     const uint32_t all = min(window_tokens, num_tokens - window * window_tokens) * units;
     uint32_t complete = 0;
-    if (lane == 0 && ptx::atom_add_acq_rel_gpu(used_counter(n, window), 1) + 1 == all) {
-      *used_counter(n, window) = 0;
+    if (lane == 0 && ptx::atom_add_acq_rel_gpu(slots_counter(n, window), 1) + 1 == all) {
+      *slots_counter(n, window) = 0;
       complete = 1;
     }
     complete = __shfl_sync(kFullMask, complete, 0);
@@ -334,6 +333,7 @@ class InternodeCombine {
 
   __device__ bool sum() {
     const int first = (warp - kCfg.num_push_warps) * gridDim.x + blockIdx.x;
+#pragma unroll 1
     for (int i = 0; i < kDomains - 1; ++i) {
       const int n = (p.domain + 1 + (first + i) % (kDomains - 1)) % kDomains;
       const int num_tokens = p.channel_tokens[n * kLocal + p.local];
@@ -350,8 +350,8 @@ class InternodeCombine {
 
   __device__ bool sum_chunk(int n, int first, int num_tokens) const {
     const int num_rows = min(kChunk, num_tokens - first);
-    if (!all_lanes(lane != 0 || (rail.is_ready(n) && rail.wait_credit(kWaitCombineCredit, n,
-                                                                      rail.ring_window(first)))))
+    if (!all_lanes(lane != 0 || (rail.is_ready(n) &&
+                                 rail.wait_credit(kWaitCombineCredit, n, rail.ring_window(first)))))
       return false;
     const int32_t* const passing = p.passing + (n == 0 ? 0 : p.passing_prefix[n - 1]) + first;
     for (int i = 0; i < num_rows; ++i) {
@@ -369,7 +369,7 @@ class InternodeCombine {
   }
 
   __device__ void sum_rows(const Rows& rows, char* out) const {
-    constexpr int kUnroll = unroll(kLocal);
+    constexpr int kUnroll = 8 / kLocal;  // so that eight pieces of 16 bytes are in flight a thread
     const char* row[kLocal];
 #pragma unroll
     for (int j = 0; j < kLocal; ++j) row[j] = of_lane(rows.row, j);
@@ -428,9 +428,9 @@ class InternodeCombine {
     Rows rows{nullptr, nullptr};
     if (own_index >= 0) {
       const int position =
-          lane < kLocal ? p.send_head[static_cast<int64_t>(token) * kRanks +
-                                      rail.rank_of(p.domain, lane)]
-                        : -1;
+          lane < kLocal
+              ? p.send_head[static_cast<int64_t>(token) * kRanks + rail.rank_of(p.domain, lane)]
+              : -1;
       if (!find_rows(p.domain, own_index, position >= 0, position, rows)) return false;
     }
     bool ok = true;
@@ -448,7 +448,7 @@ class InternodeCombine {
   __device__ void add_domains(int token, int part, const Rows& rows, const char* sums,
                               bool has_own) const {
     constexpr int kBatch = kDomains < 4 ? kDomains : 4;  // sums whose loads are in flight at once
-    constexpr int kUnroll = unroll(kLocal + kBatch);
+    constexpr int kUnroll = kLocal + kBatch <= 4 ? 2 : 1;
     const char* row[kLocal];
 #pragma unroll
     for (int j = 0; j < kLocal; ++j) row[j] = of_lane(rows.row, j);
@@ -458,38 +458,39 @@ class InternodeCombine {
 #pragma unroll 1
     for (int base = part * part_vecs; base < last; base += kUnroll * kWarpSize) {
       const int first = base + lane;
-      Vec16 v[kUnroll][kLocal];
-      load_rows(row, first, last, v);
-      Sum total[kUnroll];
       Vec16 own[kUnroll];
+      {
+        Vec16 v[kUnroll][kLocal];
+        load_rows(row, first, last, v);
+#pragma unroll
+        for (int i = 0; i < kUnroll; ++i) own[i] = sum_loaded(row, v[i]);
+      }
+      Sum total[kUnroll];
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
-        const int offset = (first + i * kWarpSize) * 16;
+        const int64_t offset = out + (first + i * kWarpSize) * 16;
         if (first + i * kWarpSize >= last) continue;
-        if (p.bias_0 != nullptr) total[i].start(ptx::ld_v4(p.bias_0 + out + offset));
-        if (p.bias_1 != nullptr) total[i].add(ptx::ld_v4(p.bias_1 + out + offset));
+        if (p.bias_0 != nullptr) total[i].start(ptx::ld_v4(p.bias_0 + offset));
+        if (p.bias_1 != nullptr) total[i].add(ptx::ld_v4(p.bias_1 + offset));
       }
-#pragma unroll
+#pragma unroll 1
       for (int batch = 0; batch < kDomains; batch += kBatch) {
-        Vec16 sum[kUnroll][kBatch];
+        Vec16 v[kUnroll][kBatch];
         const char* src[kBatch];
 #pragma unroll
-        for (int b = 0; b < kBatch && batch + b < kDomains; ++b) {
-          src[b] = of_lane(sums, batch + b);
+        for (int b = 0; b < kBatch; ++b) {
+          src[b] = of_lane(sums, batch + b);  // null beyond the last domain
 #pragma unroll
           for (int i = 0; i < kUnroll; ++i)
             if (src[b] != nullptr && first + i * kWarpSize < last)
-              sum[i][b] = ptx::ld_v4(src[b] + (first + i * kWarpSize) * 16);
+              v[i][b] = ptx::ld_v4(src[b] + (first + i * kWarpSize) * 16);
         }
-        if (batch == 0 && has_own)
 #pragma unroll
-          for (int i = 0; i < kUnroll; ++i) own[i] = sum_loaded(row, v[i]);
-#pragma unroll
-        for (int b = 0; b < kBatch && batch + b < kDomains; ++b)
+        for (int b = 0; b < kBatch; ++b)
 #pragma unroll
           for (int i = 0; i < kUnroll; ++i) {
             if (batch + b == p.domain && has_own) total[i].add(own[i]);
-            if (src[b] != nullptr) total[i].add(sum[i][b]);
+            if (src[b] != nullptr) total[i].add(v[i][b]);
           }
       }
 #pragma unroll
@@ -502,6 +503,7 @@ class InternodeCombine {
   __device__ void add_weights(int token, const Rows& rows, char* sums, bool has_own) const {
     const float own = sum_weights(rows);
     float total = 0.0f;
+#pragma unroll 1
     for (int n = 0; n < kDomains; ++n) {
       char* const src = of_lane(sums, n);
       if (n == p.domain && has_own) total += own;
@@ -521,10 +523,9 @@ class InternodeCombine {
     if (index >= 0 && lane != p.domain && sent_tokens(lane) > p.ring_slots) {
       const int num_tokens = sent_tokens(lane), window_tokens = p.ring_slots / 2;
       const int window = rail.ring_window(index);
-      const uint32_t all =
-          min(window_tokens, num_tokens - window * window_tokens) * p.num_parts;
-      if (ptx::atom_add_acq_rel_gpu(used_counter(lane, window), 1) + 1 == all) {
-        *used_counter(lane, window) = 0;
+      const uint32_t all = min(window_tokens, num_tokens - window * window_tokens) * p.num_parts;
+      if (ptx::atom_add_acq_rel_gpu(inbox_counter(lane, window), 1) + 1 == all) {
+        *inbox_counter(lane, window) = 0;
         rail.signal_credit(lane, window, num_tokens);
       }
     }

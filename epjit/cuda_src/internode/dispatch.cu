@@ -76,16 +76,16 @@ struct InternodeDispatchParams {
                                   // handle has it already
   int32_t* passing;  // [passing_prefix[num_domains - 1]]: local ranks that get the token (8 bits) |
                      // its position here << 8; null when the handle has it already
-  uint64_t inbox[8];        // symmetric, of each local rank, as mapped here
-  uint64_t words[8];        // symmetric, of each local rank
-  uint64_t signals[8];      // symmetric, of each local rank
-  uint64_t done[8];         // symmetric, of each local rank
-  char* stage;              // this rank's
-  uint64_t* ready;          // this rank's, as the two that follow: see rail.cuh
-  uint64_t* credits;        // [num_domains, 2]
-  uint64_t* arrived;        // [num_domains, ring_slots / tokens_per_chunk]
-  const int32_t* ranks;     // [num_domains, num_local]: numbers in the group
-  const int32_t* pes;       // [ranks]: numbers for the transport
+  uint64_t inbox[8];     // symmetric, of each local rank, as mapped here
+  uint64_t words[8];     // symmetric, of each local rank
+  uint64_t signals[8];   // symmetric, of each local rank
+  uint64_t done[8];      // symmetric, of each local rank
+  char* stage;           // this rank's
+  uint64_t* ready;       // this rank's, as the two that follow: see rail.cuh
+  uint64_t* credits;     // [num_domains, 2]
+  uint64_t* arrived;     // [num_domains, ring_slots / tokens_per_chunk]
+  const int32_t* ranks;  // [num_domains, num_local]: numbers in the group
+  const int32_t* pes;    // [ranks]: numbers for the transport
   uint64_t transport;
   // local [2 + 2 * ranks]: ticket, next chunk, tokens pulled of (channel, window & 1); zero on entry
   // and on exit
@@ -115,8 +115,8 @@ constexpr int dispatch_shared_bytes(InternodeDispatchConfig cfg) {
 }
 
 constexpr int dispatch_slot_bytes(InternodeDispatchConfig cfg) {
-  return align_up(
-      cfg.hidden_bytes + 4 * (cfg.num_scales + 2 * cfg.num_topk + cfg.num_local + 1), 128);
+  return align_up(cfg.hidden_bytes + 4 * (cfg.num_scales + 2 * cfg.num_topk + cfg.num_local + 1),
+                  128);
 }
 
 template <InternodeDispatchConfig kCfg>
@@ -287,9 +287,12 @@ class InternodeDispatch {
       for_each_item<kToken + 1>(chunk.num_rows, lane, [&](int row, int item, bool valid) {
         const int token = __shfl_sync(kFullMask, chunk.token, row % kWarpSize);
         const int own_row = __shfl_sync(kFullMask, chunk.own_row, row % kWarpSize);
-        if (valid)
-          send_item(token, own_row, item, chunk.domain,
-                    items(send_slot(chunk.domain, chunk.first + row)));
+        const bool has_slot = __shfl_sync(kFullMask, chunk.has_slot, row % kWarpSize);
+        if (!valid) return;
+        if (own_row >= 0) store_own_item(token, own_row, item);
+        if (has_slot)
+          items(send_slot(chunk.domain, chunk.first + row))[item] =
+              load_item(token, item, chunk.domain);
       });
       if (chunk.own_row >= 0) store_meta(chunk.own_row, chunk.first + lane, chunk.token);
 
@@ -309,25 +312,23 @@ class InternodeDispatch {
     return true;
   }
 
-  // Item of a token: to its slot, and to its own row, if it has one.
-  __device__ void send_item(int token, int own_row, int item, int domain, int32_t* slot) const {
-    if (item < kExperts) {
-      const uint32_t scale = payload.load_scale(token, item);
-      if (own_row >= 0) payload.store_scale(own_row, item, scale);
-      slot[item] = static_cast<int32_t>(scale);
-    } else if (item < kWeights) {
-      const int k = item - kExperts;
-      const int expert = payload.load_expert(token, k);
-      if (own_row >= 0)
-        payload.store_selection(own_row, k, expert, payload.load_weight(token, k));
-      slot[item] = expert;
-    } else if (item < kPositions) {
-      reinterpret_cast<float*>(slot)[item] = payload.load_weight(token, item - kWeights);
-    } else if (item < kToken) {
-      slot[item] = send_position(token, rail.rank_of(domain, item - kPositions));
-    } else {
-      slot[item] = token;
-    }
+  // Item of a slot.
+  __device__ int32_t load_item(int token, int item, int domain) const {
+    if (item < kExperts) return static_cast<int32_t>(payload.load_scale(token, item));
+    if (item < kWeights) return payload.load_expert(token, item - kExperts);
+    if (item < kPositions)
+      return static_cast<int32_t>(__float_as_uint(payload.load_weight(token, item - kWeights)));
+    if (item < kToken) return send_position(token, rail.rank_of(domain, item - kPositions));
+    return token;
+  }
+
+  // The same of a token of this rank's own, which needs no slot.
+  __device__ void store_own_item(int token, int row, int item) const {
+    if (item < kExperts)
+      payload.store_scale(row, item, payload.load_scale(token, item));
+    else if (item < kWeights)
+      payload.store_selection(row, item - kExperts, payload.load_expert(token, item - kExperts),
+                              payload.load_weight(token, item - kExperts));
   }
 
   // Tokens that stay in the domain: the words of the local peers. Rows and items are written ->
@@ -335,7 +336,7 @@ class InternodeDispatch {
   __device__ void publish_own(const Chunk& chunk) const {
     if (p.passing != nullptr && lane < chunk.num_rows)
       store_passing(p.domain, chunk.first + lane,
-                    items(send_slot(p.domain, chunk.first + lane)) + kPositions);
+                    [&](int j) { return send_position(chunk.token, rail.rank_of(p.domain, j)); });
     for (int first = 0; first < chunk.num_rows * kLocal; first += kWarpSize) {
       const int i = first + lane, row = i / kLocal, reader = i % kLocal;
       const int token = __shfl_sync(kFullMask, chunk.token, row % kWarpSize);
@@ -352,6 +353,7 @@ class InternodeDispatch {
   __device__ void forward() {
     const int num_warps = gridDim.x * kForwardWarps;
     int most_tokens = 0;
+#pragma unroll 1
     for (int n = 0; n < kDomains; ++n)
       if (n != p.domain) most_tokens = max(most_tokens, passing_tokens(n));
     const int num_units = ceil_div(most_tokens, kChunk) * (kDomains - 1);
@@ -373,14 +375,18 @@ class InternodeDispatch {
       const int position = items(inbox(p.local, n, index))[kPositions + reader];
       publish_word(reader, n, index, position);
     }
-    if (p.passing != nullptr && lane < num_rows)
-      store_passing(n, first + lane, items(inbox(p.local, n, first + lane)) + kPositions);
+    if (p.passing != nullptr && lane < num_rows) {
+      const int32_t* const positions = items(inbox(p.local, n, first + lane)) + kPositions;
+      store_passing(n, first + lane, [&](int j) { return positions[j]; });
+    }
     return true;
   }
 
-  __device__ void store_passing(int n, int index, const int32_t* positions) const {
-    uint32_t value = positions[p.local] >= 0 ? static_cast<uint32_t>(positions[p.local]) << 8 : 0;
-    for (int j = 0; j < kLocal; ++j) value |= static_cast<uint32_t>(positions[j] >= 0) << j;
+  // position(j): of the token among those that go to local rank j, or -1.
+  template <typename Position>
+  __device__ void store_passing(int n, int index, Position position) const {
+    uint32_t value = static_cast<uint32_t>(max(position(p.local), 0)) << 8;
+    for (int j = 0; j < kLocal; ++j) value |= static_cast<uint32_t>(position(j) >= 0) << j;
     p.passing[(n == 0 ? 0 : p.passing_prefix[n - 1]) + index] = static_cast<int32_t>(value);
   }
 
@@ -403,11 +409,12 @@ class InternodeDispatch {
   // All channels into this domain but the own one, whose rows send() has copied.
   __device__ void pull(Copier& copier) {
     int most_tokens = 0;
+#pragma unroll 1
     for (int i = 0; i < kRanks; ++i) most_tokens = max(most_tokens, p.channel_tokens[i]);
     const int num_warps = gridDim.x * kCopyWarps;
-    const int rows = min(
-        rows_at_a_time<kRows>(most_tokens * (kRanks - 1), num_warps, align_up(4, kRows)),
-        min(window_tokens(), kWarpSize));
+    const int rows =
+        min(rows_at_a_time<kRows>(most_tokens * (kRanks - 1), num_warps, align_up(4, kRows)),
+            min(window_tokens(), kWarpSize));
     const uint32_t num_chunks = static_cast<uint32_t>(ceil_div(most_tokens, rows)) * (kRanks - 1);
     const int own = p.domain * kLocal + p.local;
     uint32_t chunk = next_unit(p.counters + 1, lane);
@@ -442,8 +449,7 @@ class InternodeDispatch {
     copier.acquired();
 
     const char* const src = row >= 0 ? inbox(l, n, index) : nullptr;
-    char* const out =
-        row >= 0 ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr;
+    char* const out = row >= 0 ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr;
     copier.load(0, src);
     for_each_item<kScales + kTopk>(num_rows, lane, [&](int row_lane, int item, bool valid) {
       const int64_t dst = __shfl_sync(kFullMask, row, row_lane % kWarpSize);

@@ -44,15 +44,15 @@ struct InternodeNotifyParams {
   int32_t* send_domain_head;             // [num_tokens, num_domains]
   int32_t* send_tokens;                  // [num_domains, num_tokens + 1]
   uint64_t* host_counts;                 // host [2 + experts_per_rank]
-  uint64_t inbox[8];         // symmetric [num_domains, notify_stride] i32, of each local rank
-  uint64_t signals[8];       // symmetric, of each local rank
-  uint64_t done[8];          // symmetric, of each local rank
-  int32_t* stage;            // this rank's [num_domains, notify_stride]: messages to be put
-  uint64_t* ready;           // this rank's, as the two that follow: see rail.cuh
-  uint64_t* credits;         // not used here
-  uint64_t* arrived;         // [num_domains]
-  const int32_t* ranks;      // [num_domains, num_local]: numbers in the group
-  const int32_t* pes;        // [ranks]: numbers for the transport
+  uint64_t inbox[8];     // symmetric [num_domains, notify_stride] i32, of each local rank
+  uint64_t signals[8];   // symmetric, of each local rank
+  uint64_t done[8];      // symmetric, of each local rank
+  int32_t* stage;        // this rank's [num_domains, notify_stride]: messages to be put
+  uint64_t* ready;       // this rank's, as the two that follow: see rail.cuh
+  uint64_t* credits;     // not used here
+  uint64_t* arrived;     // [num_domains]
+  const int32_t* ranks;  // [num_domains, num_local]: numbers in the group
+  const int32_t* pes;    // [ranks]: numbers for the transport
   uint64_t transport;
   uint32_t* counters;  // local [1]; zero on entry and on exit
   uint32_t* epoch;     // local [1]
@@ -194,10 +194,11 @@ class InternodeNotify {
     if (!__syncthreads_and(warp == 0 ? rail.announce() : true)) return;
     // A warp a domain: the peer there has received what it was last sent, then the next message.
     bool ok = true;
-    for (int i = warp; i < kDomains && ok; i += kNumWarps) ok = send_message((p.domain + i) % kDomains);
+    for (int i = warp; i < kDomains && ok; i += kNumWarps)
+      ok = send_message((p.domain + i) % kDomains);
     if (ok && thread < kDomains && thread != p.domain)
-      ok = wait_signal(rail.waiter, kWaitNotifyArrival, rail.rail_peer(thread),
-                       p.arrived + thread, stamp(rail.waiter.epoch, 0));
+      ok = wait_signal(rail.waiter, kWaitNotifyArrival, rail.rail_peer(thread), p.arrived + thread,
+                       stamp(rail.waiter.epoch, 0));
     if (!__syncthreads_and(ok)) return;
 
     // What has arrived here, the local peers may read; and this rank theirs.
@@ -218,7 +219,8 @@ class InternodeNotify {
     int32_t* const inbox = reinterpret_cast<int32_t*>(p.inbox[p.local]) +
                            static_cast<int64_t>(p.domain) * p.notify_stride;
     int32_t* const stage = p.stage + static_cast<int64_t>(n) * p.notify_stride;
-    for (int i = lane; i < message_size(); i += kWarpSize) (stays ? inbox : stage)[i] = message(n, i);
+    for (int i = lane; i < message_size(); i += kWarpSize)
+      (stays ? inbox : stage)[i] = message(n, i);
     if (stays) return true;
     ptx::fence_acq_rel_sys();
     __syncwarp();
@@ -235,6 +237,7 @@ class InternodeNotify {
     }
     for (int e = thread; e < p.experts_per_rank; e += blockDim.x) {
       int sum = 0;
+#pragma unroll 1
       for (int i = 0; i < kRanks; ++i) sum += for_me(i / kLocal, i % kLocal)[1 + e];
       p.expert_counts[e] = sum;
       const int64_t aligned = (static_cast<int64_t>(sum) + p.expert_alignment - 1) /
@@ -244,10 +247,12 @@ class InternodeNotify {
     __syncthreads();
     if (thread != 0) return;
     int passing = 0, total = 0;
+#pragma unroll 1
     for (int n = 0; n < kDomains; ++n) {
       passing += p.channel_tokens[n * kLocal + p.local];
       p.passing_prefix[n] = passing;
     }
+#pragma unroll 1
     for (int s = 0; s < kRanks; ++s) p.rank_prefix[s] = total += rows[s];
     ptx::st_relaxed_sys(p.host_counts + 1, static_cast<uint64_t>(passing));
     ptx::st_release_sys(p.host_counts, static_cast<uint64_t>(total));

@@ -11,8 +11,10 @@
 // reader inside a domain, by `credits` between rail peers.
 //
 // In symmetric memory of the transport, of each rank, outside what users may write:
-//   ready    [num_domains] u64              written by the rail peer in domain n: epoch of the last
-//            operation that all ranks of n may write to: they have finished the one before
+//   ready    [num_domains, 2] u64           written by the rail peer in domain n: epoch of the last
+//            operation that n may be written in, epoch & 1: all its ranks have finished the one
+//            before. Of two signals to one word the later could come first; the one before the last
+//            has come when its peer has ended that operation
 //   credits  [num_domains, 2] u64           by the rail peer in n: (epoch, window + 1), window & 1:
 //            n has used up what this rank sent to it in that window
 //   arrived  [num_domains, ring chunks] u64 by the rail peer in n, with the chunk: a word (sync.cuh)
@@ -66,14 +68,14 @@ class Rail {
   __device__ bool announce() const {
     if (!enter()) return false;
     if (lane_ < kDomains && lane_ != p.domain)
-      epjit_signal(p.transport, p.ready + p.domain, stamp(waiter.epoch, 0), rail_pe(lane_));
+      epjit_signal(p.transport, ready(p.domain), stamp(waiter.epoch, 0), rail_pe(lane_));
     __syncwarp();
     return true;
   }
 
   // Domain n may be written to.
   __device__ bool is_ready(int n) const {
-    return wait_signal(waiter, tags_.ready, rail_peer(n), p.ready + n, stamp(waiter.epoch, 0));
+    return wait_signal(waiter, tags_.ready, rail_peer(n), ready(n), stamp(waiter.epoch, 0));
   }
 
   // All domains may be: nobody ends an operation that a rail peer has not begun. By a whole warp.
@@ -91,8 +93,7 @@ class Rail {
 
   // Local rank j has used up what window `window` of the ring of domain n here overwrites.
   __device__ bool wait_done(WaitTag tag, int n, int j, int window) const {
-    return window < 2 || wait_signal(waiter, tag, rank_of(p.domain, j),
-                                     done(p.local, n, j, window),
+    return window < 2 || wait_signal(waiter, tag, rank_of(p.domain, j), done(p.local, n, j, window),
                                      stamp(waiter.epoch, window - 1));
   }
 
@@ -143,6 +144,8 @@ class Rail {
   }
 
  private:
+  __device__ uint64_t* ready(int n) const { return p.ready + 2 * n + (waiter.epoch & 1); }
+
   const Params& p;
   const Tags tags_;
   const int lane_;

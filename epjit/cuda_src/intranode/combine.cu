@@ -31,6 +31,7 @@
 // Launch: any grid that is resident as a whole and has a pushing warp for each peer,
 // combine_threads() threads. Graph-safe.
 #include "epjit/copy.cuh"
+#include "epjit/sum.cuh"
 
 namespace epjit {
 
@@ -256,14 +257,13 @@ class Combine {
       for (int i = 0; i < kUnroll; ++i) {
         const int offset = (first + i * kWarpSize) * 16;
         if (first + i * kWarpSize >= last) continue;
-        Float2 sum[4] = {};
-        if (p.bias_0 != nullptr) add<true>(sum, ptx::ld_v4(p.bias_0 + out + offset));
-        if (p.bias_1 != nullptr) add<false>(sum, ptx::ld_v4(p.bias_1 + out + offset));
+        Sum8<kCfg.is_f16> sum;
+        if (p.bias_0 != nullptr) sum.start(ptx::ld_v4(p.bias_0 + out + offset));
+        if (p.bias_1 != nullptr) sum.add(ptx::ld_v4(p.bias_1 + out + offset));
 #pragma unroll
         for (int r = 0; r < kRanks; ++r)
-          if (rows[r] != nullptr) add<false>(sum, v[i][r]);
-        ptx::st_v4(p.combined_x + out + offset,
-                   {pack(sum[0]), pack(sum[1]), pack(sum[2]), pack(sum[3])});
+          if (rows[r] != nullptr) sum.add(v[i][r]);
+        ptx::st_v4(p.combined_x + out + offset, sum.rounded());
       }
     }
 
@@ -280,23 +280,6 @@ class Combine {
       }
     }
     return true;
-  }
-
-  // Adds eight elements; `kFirst` takes them as the start of the sum (bias_0 keeps its sign of
-  // zero).
-  template <bool kFirst>
-  __device__ static void add(Float2 (&sum)[4], Vec16 v) {
-    const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const Float2 pair =
-          kCfg.is_f16 ? ptx::f16x2_to_float2(pairs[i]) : ptx::bf16x2_to_float2(pairs[i]);
-      sum[i] = kFirst ? pair : Float2{sum[i].x + pair.x, sum[i].y + pair.y};
-    }
-  }
-
-  __device__ static uint32_t pack(Float2 v) {
-    return kCfg.is_f16 ? ptx::float2_to_f16x2(v) : ptx::float2_to_bf16x2(v);
   }
 
   // Whoever completes a window tells all ranks, which may then write window + 2; the counter is

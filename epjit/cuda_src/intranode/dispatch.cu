@@ -35,6 +35,7 @@
 //
 // Launch: any grid that is resident as a whole, dispatch_threads() threads. Graph-safe.
 #include "epjit/copy.cuh"
+#include "epjit/payload.cuh"
 
 namespace epjit {
 
@@ -114,12 +115,13 @@ class Dispatch {
         warp(threadIdx.x / kWarpSize),
         lane(threadIdx.x % kWarpSize),
         waiter(start_operation<kRanks>(p, kWaitDispatchStart)),
+        payload(p),
         copier(ptx::dynamic_shared(), warp, lane) {}
 
   __device__ void run() {
     // What an operation that failed was to write (rank_prefix, send_head) is garbage.
     if (__all_sync(kFullMask, ptx::ld_relaxed_gpu(p.abort) == 0)) {
-      fill_unused_rows();
+      payload.fill_unused_rows(p.rank_prefix[(kRanks - 1) * kRanks + p.rank]);
       if (warp >= p.num_stage_warps || stage())
         if constexpr (kRanks > 1) pull();
       copier.drain();
@@ -159,62 +161,6 @@ class Dispatch {
   // Rows of this rank before those of `source`.
   __device__ int segment_start(int source) const {
     return source == 0 ? 0 : p.rank_prefix[(source - 1) * kRanks + p.rank];
-  }
-
-  // Worst-case outputs are longer than what arrives.
-  __device__ void fill_unused_rows() {
-    if constexpr (kTopk > 0) {
-      const int64_t first = p.rank_prefix[(kRanks - 1) * kRanks + p.rank];
-      const int64_t last = static_cast<int64_t>(p.num_recv_rows) * kTopk;
-      const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-      for (int64_t i = first * kTopk + blockIdx.x * blockDim.x + threadIdx.x; i < last;
-           i += num_threads)
-        store_topk_idx(i, -1);
-    }
-  }
-
-  __device__ void store_topk_idx(int64_t i, int expert) const {
-    if constexpr (kCfg.topk_is_int64)
-      static_cast<int64_t*>(p.recv_topk_idx)[i] = expert;
-    else
-      static_cast<int32_t*>(p.recv_topk_idx)[i] = expert;
-  }
-
-  // ---- what travels beside a row ----------------------------------------------------------------
-
-  __device__ uint32_t load_scale(int token, int i) const {
-    return p.scales[token * p.scale_token_stride + i * p.scale_stride];
-  }
-
-  // Global expert of selection k, -1 for whatever is no int32 (such an index is no selection
-  // either).
-  __device__ int load_expert(int token, int k) const {
-    const int64_t i = static_cast<int64_t>(token) * kTopk + k;
-    if constexpr (kCfg.topk_is_int64) {
-      const int64_t expert = static_cast<const int64_t*>(p.topk_idx)[i];
-      return expert == static_cast<int32_t>(expert) ? static_cast<int32_t>(expert) : -1;
-    } else {
-      return static_cast<const int32_t*>(p.topk_idx)[i];
-    }
-  }
-
-  __device__ void store_selection(int64_t row, int k, int expert, float weight) const {
-    const int64_t first = static_cast<int64_t>(p.rank) * p.experts_per_rank;
-    const bool mine = expert >= first && expert < first + p.experts_per_rank;
-    store_topk_idx(row * kTopk + k, mine ? static_cast<int>(expert - first) : -1);
-    p.recv_topk_weights[row * kTopk + k] = mine ? weight : 0.0f;
-  }
-
-  // Calls visit(lane of the row, item) for every item of the first `num_rows` rows, all lanes in
-  // step.
-  template <typename Visit>
-  __device__ void for_each_item(int num_rows, Visit visit) const {
-    if constexpr (kItems > 0) {
-      for (int first = 0; first < num_rows * kItems; first += kWarpSize) {
-        const int i = first + lane;
-        visit(i / kItems, i % kItems, i < num_rows * kItems);
-      }
-    }
   }
 
   // ---- stage ------------------------------------------------------------------------------------
@@ -292,7 +238,7 @@ class Dispatch {
         });
         if (first + kRows < chunk.num_rows) load_rows(chunk, first + kRows);
       }
-      for_each_item(chunk.num_rows, [&](int row_lane, int item, bool valid) {
+      for_each_item<kItems>(chunk.num_rows, lane, [&](int row_lane, int item, bool valid) {
         const int row_own = __shfl_sync(kFullMask, chunk.own_row, row_lane % kWarpSize);
         const uint32_t readers = __shfl_sync(kFullMask, chunk.readers, row_lane % kWarpSize);
         if (valid) stage_item({chunk.first + row_lane, 1, row_own, readers}, item);
@@ -330,13 +276,12 @@ class Dispatch {
     float weight = 0.0f;
     const int k = item - kScales;
     if (item < kScales) {
-      scale = load_scale(token.first, item);
-      if (token.own_row >= 0)
-        p.recv_scales[static_cast<int64_t>(token.own_row) * kScales + item] = scale;
+      scale = payload.load_scale(token.first, item);
+      if (token.own_row >= 0) payload.store_scale(token.own_row, item, scale);
     } else {
-      expert = load_expert(token.first, k);
-      weight = p.topk_weights[static_cast<int64_t>(token.first) * kTopk + k];
-      if (token.own_row >= 0) store_selection(token.own_row, k, expert, weight);
+      expert = payload.load_expert(token.first, k);
+      weight = payload.load_weight(token.first, k);
+      if (token.own_row >= 0) payload.store_selection(token.own_row, k, expert, weight);
     }
     for_each_slot([&](int reader) {
       if (!is_written(token, reader)) return;
@@ -394,7 +339,7 @@ class Dispatch {
     const char* const src = has_row ? slot(p.rank, source, token) : nullptr;
     char* const out = has_row ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr;
     copier.load(0, src);
-    for_each_item(num_rows, [&](int row_lane, int item, bool valid) {
+    for_each_item<kItems>(num_rows, lane, [&](int row_lane, int item, bool valid) {
       const int64_t dst = __shfl_sync(kFullMask, row, row_lane % kWarpSize);
       if (valid && dst >= 0) pull_item(source, first + row_lane, item, dst);
     });
@@ -412,11 +357,11 @@ class Dispatch {
     const uint32_t* const items =
         reinterpret_cast<const uint32_t*>(slot(p.rank, source, token) + kCfg.hidden_bytes);
     if (item < kScales) {
-      p.recv_scales[row * kScales + item] = items[item];
+      payload.store_scale(row, item, items[item]);
     } else {
       const int k = item - kScales;
-      store_selection(row, k, static_cast<int32_t>(items[kScales + k]),
-                      reinterpret_cast<const float*>(items)[kScales + kTopk + k]);
+      payload.store_selection(row, k, static_cast<int32_t>(items[kScales + k]),
+                              reinterpret_cast<const float*>(items)[kScales + kTopk + k]);
     }
   }
 
@@ -441,6 +386,7 @@ class Dispatch {
   const DispatchParams& p;
   const int warp, lane;
   const Waiter waiter;
+  const Payload<kScales, kTopk, kCfg.topk_is_int64, DispatchParams> payload;
   Copier copier;
 };
 

@@ -1,0 +1,358 @@
+"""What dispatch and combine of one NVLink domain and of several share on the host.
+
+Launches by shape, outputs, counts that the host waits for, faults, and the end.
+"""
+
+from __future__ import annotations
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+
+import torch
+
+from epjit import env
+from epjit.config import MAX_RANKS
+from epjit.errors import CommunicationError
+from epjit.runtime.device import arch_of
+from epjit.runtime.fault import FaultRecord
+from epjit.runtime.host import PinnedArray
+from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
+
+if TYPE_CHECKING:
+    from epjit.runtime.group import Group
+    from epjit.runtime.symmetric import SymmetricMemory
+    from epjit.scope import Scope
+
+SIGNALS_BYTES = 512
+_EPOCH, _ABORT, _COUNTERS = 0, 1, 32  # places in the local words
+# The counts usually come within 50 us. A longer poll without sleep starves other threads: giving
+# the GIL away and taking it back at once leaves them it only every 5 ms.
+_SPIN_SECONDS = 200e-6
+
+C = TypeVar("C", bound=KernelConfig)
+
+
+class DispatchShape(NamedTuple):
+    """What tells one dispatch kernel of a Buffer from another; the same on all ranks."""
+
+    hidden_bytes: int
+    num_scales: int
+    num_topk: int
+    topk_is_int64: bool
+
+
+class CombineShape(NamedTuple):
+    """What tells one combine kernel of a Buffer from another; the same on all ranks."""
+
+    hidden_bytes: int
+    num_topk: int
+    is_f16: bool
+
+
+def warmup_shapes(
+    hidden_bytes: int, *, num_topk: int, num_scales: int, topk_is_int64: bool, is_f16: bool
+) -> Iterator[DispatchShape | CombineShape]:
+    """The kernels that calls of one kind need: with top-k and scales, and without (cached).
+
+    Args:
+        hidden_bytes: Bytes of one row of `x`.
+        num_topk: Choices a token that travel with it; 0 = none.
+        num_scales: Scales a token; 0 = none. Rows with scales are not combined.
+        topk_is_int64: Width of the choices.
+        is_f16: float16 rows to combine, else bfloat16.
+    """
+    for topk in sorted({0, num_topk}):
+        for scales in sorted({0, num_scales}):
+            yield DispatchShape(hidden_bytes, scales, topk, topk == 0 or topk_is_int64)
+        if not num_scales:
+            yield CombineShape(hidden_bytes, topk, is_f16)
+
+
+class Received(NamedTuple):
+    """Outputs of a dispatch."""
+
+    recv_x: torch.Tensor
+    recv_scales: torch.Tensor | None
+    recv_topk_idx: torch.Tensor | None
+    recv_topk_weights: torch.Tensor | None
+
+
+class NormalMode(ABC):
+    """Base of the modes. Collective to make.
+
+    Args:
+        group: The ranks.
+        device: The GPU of this rank.
+        timeout_seconds: Of one wait for a peer.
+        num_counters: Words that kernels count in.
+        num_counts: Words that notify leaves for the host.
+
+    Attributes:
+        memory: Memory that the ranks of an NVLink domain share; what users may see comes first.
+    """
+
+    memory: SymmetricMemory
+
+    def __init__(
+        self,
+        group: Group,
+        *,
+        device: torch.device,
+        timeout_seconds: float,
+        num_counters: int,
+        num_counts: int,
+    ) -> None:
+        self._group = group
+        self._device = device
+        self._timeout_seconds = timeout_seconds
+        self._arch = arch_of(device.index)
+        self._local = torch.zeros(_COUNTERS + num_counters, dtype=torch.int32, device=device)
+        self._fault = FaultRecord()
+        # The first half is read by a host that waits for counts; the second takes those that nobody
+        # waits for.
+        self._num_counts = num_counts
+        self._host_counts = PinnedArray(2 * num_counts, device=device.index)
+        self._launches: dict[DispatchShape | CombineShape, Launch] = {}
+
+    def _everywhere(self, offset: int) -> list[int]:
+        """The address of the same part on every rank that shares `memory`."""
+        pointers = [pointer + offset for pointer in self.memory.peer_ptrs]
+        return pointers + [0] * (MAX_RANKS - len(pointers))
+
+    def _common(self) -> dict[str, object]:
+        """Parameters that all kernels which meet a peer have."""
+        return {
+            "counters": self._local[_COUNTERS:].data_ptr(),
+            "epoch": self._local[_EPOCH:].data_ptr(),
+            "abort": self._local[_ABORT:].data_ptr(),
+            "fault": self._fault.device_ptr,
+            "timeout_ns": int(self._timeout_seconds * 1e9),
+            "rank": self._group.rank,
+        }
+
+    # ---- launches --------------------------------------------------------------------------------
+
+    @abstractmethod
+    def _config(self, shape: DispatchShape | CombineShape) -> KernelConfig:
+        """The kernel of a shape on this GPU."""
+
+    @abstractmethod
+    def _bind(self, shape: DispatchShape | CombineShape, config: Any) -> Launch:
+        """Compiles and loads; binds what stays the same from call to call.
+
+        Raises:
+            ValueError: The buffer is too small.
+        """
+
+    @abstractmethod
+    def _ahead(self, arch: str) -> Iterable[tuple[KernelConfig, str]]:
+        """All kernels of this buffer for an architecture, each with its transport."""
+
+    def launch(self, shape: DispatchShape | CombineShape) -> Launch:
+        """The launch of a shape; collective when it is the first of its kind.
+
+        Raises:
+            RuntimeError: It would have to be compiled while a CUDA graph is captured.
+            ValueError: The buffer cannot hold two tokens.
+            CommunicationError: A rank does not come; names it.
+        """
+        found = self._launches.get(shape)
+        return found if found is not None else self._build(shape)
+
+    def _build(self, shape: DispatchShape | CombineShape) -> Launch:
+        """Compiles and loads, then meets the group: nobody may wait for a peer that compiles."""
+        config = self._config(shape)
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                f"{config.op} needs a kernel for {config} that is not compiled yet, and nothing "
+                "can be compiled while a CUDA graph is captured; run the call once before the "
+                "capture, or call Buffer.warmup()"
+            )
+        launch = self._bind(shape, config)
+        chosen = self._group.allgather(config)
+        if any(each != config for each in chosen):
+            each = "\n  ".join(f"rank {rank}: {one}" for rank, one in enumerate(chosen))
+            raise RuntimeError(
+                f"the ranks chose different kernels for {config.op}:\n  {each}\nset "
+                f"{env.variant_name(config.op)} to the same value everywhere, or give all ranks "
+                "the same EPJIT_CACHE_DIR (tuned.json is in it)"
+            )
+        self._launches[shape] = launch
+        return launch
+
+    def compile_ahead(self, archs: Iterable[str]) -> None:
+        """Compiles the kernels of this buffer into the cache, for other architectures."""
+        for arch in archs:
+            for config, transport in self._ahead(arch):
+                compile_kernel(config, arch=arch, transport=transport)
+
+    def _kernel(self, config: C, transport: str = "nvshmem") -> Kernel:
+        return Kernel(config, device=self._device.index, transport=transport)
+
+    # ---- outputs ---------------------------------------------------------------------------------
+
+    def _allocate(
+        self,
+        scope: Scope,
+        num_rows: int,
+        x: torch.Tensor,
+        scales: torch.Tensor | None,
+        topk_idx: torch.Tensor | None,
+    ) -> Received:
+        """Outputs of a dispatch of `num_rows` rows."""
+        recv_scales = recv_topk_idx = recv_topk_weights = None
+        with scope.allocating():
+            recv_x = torch.empty((num_rows, x.shape[1]), dtype=x.dtype, device=self._device)
+            if scales is not None:
+                recv_scales = torch.empty(
+                    (num_rows, scales.shape[1]), dtype=scales.dtype, device=self._device
+                )
+            if topk_idx is not None:
+                shape = (num_rows, topk_idx.shape[1])
+                recv_topk_idx = torch.empty(shape, dtype=topk_idx.dtype, device=self._device)
+                recv_topk_weights = torch.empty(shape, dtype=torch.float32, device=self._device)
+        return Received(recv_x, recv_scales, recv_topk_idx, recv_topk_weights)
+
+    @staticmethod
+    def _payload(
+        x: torch.Tensor,
+        scales: torch.Tensor | None,
+        topk_idx: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        received: Received,
+    ) -> dict[str, int]:
+        """Parameters for what a dispatch moves."""
+        return {
+            "x": x.data_ptr(),
+            "scales": pointer(scales),
+            "scale_token_stride": 0 if scales is None else scales.stride(0),
+            "scale_stride": 0 if scales is None else scales.stride(1),
+            "topk_idx": pointer(topk_idx),
+            "topk_weights": pointer(topk_weights),
+            "recv_x": received.recv_x.data_ptr(),
+            "recv_scales": pointer(received.recv_scales),
+            "recv_topk_idx": pointer(received.recv_topk_idx),
+            "recv_topk_weights": pointer(received.recv_topk_weights),
+            "num_tokens": x.shape[0],
+            "num_recv_rows": received.recv_x.shape[0],
+        }
+
+    def _allocate_combined(
+        self, scope: Scope, x: torch.Tensor, num_tokens: int, topk_weights: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Outputs of a combine."""
+        combined_weights = None
+        with scope.allocating():
+            combined_x = torch.empty((num_tokens, x.shape[1]), dtype=x.dtype, device=self._device)
+            if topk_weights is not None:
+                combined_weights = torch.empty(
+                    (num_tokens, topk_weights.shape[1]), dtype=torch.float32, device=self._device
+                )
+        return combined_x, combined_weights
+
+    # ---- the host's waits, faults, the end -------------------------------------------------------
+
+    def _ask_for_counts(self, waits: bool) -> int:
+        """Where notify shall leave its counts; with `waits`, `_wait_for_counts` reads them."""
+        if waits:
+            self._host_counts.array[0] = -1
+        return self._host_counts.device_ptr + (0 if waits else 8 * self._num_counts)
+
+    def _wait_for_counts(self, num_counts: int) -> list[int]:
+        """Polls host memory for the counts of notify; other threads run meanwhile."""
+        counts = self._host_counts.array
+        start = time.monotonic()
+        deadline = start + 2 * self._timeout_seconds + 10
+        while counts[0] < 0:
+            self.raise_fault()
+            now = time.monotonic()
+            if now > deadline:
+                raise CommunicationError(
+                    f"dispatch: the counts did not reach the host of rank {self._group.rank} "
+                    f"within {2 * self._timeout_seconds + 10:g} s: its communication stream does "
+                    "not get to run",
+                    op="dispatch",
+                    rank=self._group.rank,
+                )
+            if now > start + _SPIN_SECONDS:
+                time.sleep(50e-6)
+        return counts[:num_counts].tolist()
+
+    def raise_fault(self) -> None:
+        """Raises what a wait on the device left behind.
+
+        Raises:
+            CommunicationError: Names operation, rank and peer.
+        """
+        self._fault.raise_if_set()
+
+    @abstractmethod
+    def _control(self) -> list[torch.Tensor]:
+        """What of the symmetric memory is not the user's: bytes; the first starts with signals."""
+
+    def reset(self) -> None:
+        """Forgets everything that was under way; collective."""
+        torch.cuda.synchronize(self._device)
+        self._group.reset()
+        for control in self._control():
+            control.zero_()
+        self._local.zero_()
+        torch.cuda.synchronize(self._device)
+        self._fault.clear()
+        self._group.barrier()
+
+    def close(self) -> None:
+        """Frees the memory once the peers have finished the last operation; not collective.
+
+        A peer may still read this rank's slots when this rank is done. Its `finish` signal says
+        when it is not; a peer that never sends it is not waited for longer than the timeout.
+        """
+        torch.cuda.synchronize(self._device)
+        signals = self._control()[0][: 8 * len(self.memory.peer_ptrs)].view(torch.int64)
+        own = self.memory.peer_ptrs.index(self.memory.ptr)
+        epoch = int(self._local[_EPOCH]) & 0xFFFFFFFF
+        deadline = time.monotonic() + self._timeout_seconds
+        while not self._fault.is_set and time.monotonic() < deadline:
+            finished = [value >> 32 & 0xFFFFFFFF for value in signals.tolist()]
+            if all(value == epoch for rank, value in enumerate(finished) if rank != own):
+                break
+            time.sleep(0.001)
+        self._launches.clear()
+        del signals
+        self._close_memory()
+        self._host_counts.close()
+        self._fault.close()
+
+    @abstractmethod
+    def _close_memory(self) -> None:
+        """Frees the symmetric memory, and what holds kernels that use it."""
+
+
+def pointer(tensor: torch.Tensor | None) -> int:
+    """Address of a tensor, 0 for none."""
+    return 0 if tensor is None else tensor.data_ptr()
+
+
+def row_bytes(rows: torch.Tensor) -> int:
+    """Bytes of one row."""
+    return rows.shape[1] * rows.element_size()
+
+
+def dispatch_shape(
+    x: torch.Tensor, scales: torch.Tensor | None, topk_idx: torch.Tensor | None
+) -> DispatchShape:
+    """The shape of a dispatch of these tensors."""
+    return DispatchShape(
+        row_bytes(x),
+        0 if scales is None else scales.shape[1],
+        0 if topk_idx is None else topk_idx.shape[1],
+        topk_idx is None or topk_idx.dtype == torch.int64,
+    )
+
+
+def combine_shape(x: torch.Tensor, topk_weights: torch.Tensor | None) -> CombineShape:
+    """The shape of a combine of these tensors."""
+    num_topk = 0 if topk_weights is None else topk_weights.shape[1]
+    return CombineShape(row_bytes(x), num_topk, is_f16=x.dtype == torch.float16)

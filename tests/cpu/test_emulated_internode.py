@@ -1,0 +1,769 @@
+"""The kernels between NVLink domains, run on the CPU by the emulation, against the reference.
+
+As in `test_emulated_kernels`; what rail peers send lands late, out of order, and reads its source
+when it lands.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import random
+import shutil
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from epjit.internode import (
+    InternodeCombineConfig,
+    InternodeDispatchConfig,
+    InternodeNotifyConfig,
+)
+from epjit.reference import internode as reference
+from epjit.reference.intranode import RankInput
+from epjit.runtime import fault
+from epjit.runtime.jit import params_type
+from tests.cpu.test_emulated_kernels import _address, _copy, check, compile_all
+from tests.emulation import build
+from tests.emulation.build import Launch, emulate, guarded
+
+pytestmark = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="needs g++")
+
+MAX_LOCAL = 8
+ALIGNMENT = 4  # of the counts that the host gets
+FOREVER = 10**15  # a timeout in emulated nanoseconds that no test reaches
+HIDDEN_BYTES = 160  # not a multiple of what a warp moves at once
+EXPERTS_A_RANK = 3
+CHUNK = 2
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a test runs: compile-time choices first, then the run's."""
+
+    num_domains: int = 2
+    num_local: int = 2
+    tma: bool = True
+    num_topk: int = 3
+    num_scales: int = 2
+    topk_is_int64: bool = True
+    is_f16: bool = False
+    tokens: tuple[int, ...] = (40, 33, 0, 57)
+    shuffled: bool = False  # ranks of a domain do not follow each other
+    ring_slots: int = 16  # of both operations
+    slots: int = 6
+    grid: int = 4
+    num_worst_tokens: int = 0
+    hole: float = 0.2  # part of the selections that are -1
+    hot: bool = False  # every token selects expert 0
+
+    @property
+    def num_ranks(self) -> int:
+        return self.num_domains * self.num_local
+
+    @property
+    def num_experts(self) -> int:
+        return self.num_ranks * EXPERTS_A_RANK
+
+    @property
+    def domains(self) -> list[list[int]]:
+        step = self.num_domains if self.shuffled else 1
+        first = 1 if self.shuffled else self.num_local
+        return [
+            [n * first + j * step for j in range(self.num_local)] for n in range(self.num_domains)
+        ]
+
+    @property
+    def notify(self) -> InternodeNotifyConfig:
+        return InternodeNotifyConfig(self.num_domains, self.num_local)
+
+    @property
+    def dispatch(self) -> InternodeDispatchConfig:
+        return InternodeDispatchConfig(
+            num_domains=self.num_domains,
+            num_local=self.num_local,
+            hidden_bytes=HIDDEN_BYTES,
+            num_scales=self.num_scales,
+            num_topk=self.num_topk,
+            topk_is_int64=self.topk_is_int64,
+            tma=self.tma,
+            num_copy_warps=3,
+            rows_per_warp=3,
+            tokens_per_chunk=CHUNK,
+        )
+
+    @property
+    def cached(self) -> InternodeDispatchConfig:
+        return InternodeDispatchConfig(
+            num_domains=self.num_domains,
+            num_local=self.num_local,
+            hidden_bytes=48,
+            num_scales=0,
+            num_topk=0,
+            topk_is_int64=True,
+            tma=self.tma,
+            num_copy_warps=2,
+            rows_per_warp=1,
+            tokens_per_chunk=CHUNK,
+        )
+
+    @property
+    def combine(self) -> InternodeCombineConfig:
+        pushed = self.num_domains * (self.num_local - 1)
+        return InternodeCombineConfig(
+            num_domains=self.num_domains,
+            num_local=self.num_local,
+            hidden_bytes=HIDDEN_BYTES,
+            num_topk=self.num_topk,
+            is_f16=self.is_f16,
+            tma=self.tma,
+            num_warps=max(1, -(-pushed // 4)) + 3,
+            num_push_warps=max(1, -(-pushed // 4)),
+            num_sum_warps=1,
+            rows_per_warp=3,
+            tokens_per_chunk=CHUNK,
+        )
+
+
+@dataclass
+class Rank:
+    """One rank's memory: what peers see, then what they do not."""
+
+    slots: Tensor
+    words: Tensor
+    signals: Tensor
+    done: Tensor
+    rings: Tensor  # inbox, then stage
+    control: Tensor  # ready, credits, arrived of notify, arrived
+    notify: Tensor  # inbox, then stage
+    local: Tensor  # counters, then epoch and abort
+    fault: Tensor
+    launches: list[Launch] = field(default_factory=list)
+    checks: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+
+
+class World:
+    """All ranks of a test; methods queue one operation on every rank and what it must give."""
+
+    def __init__(self, shape: Shape, *, seed: int, timeout_ns: int = FOREVER) -> None:
+        self.shape = shape
+        self.generator = torch.Generator().manual_seed(seed)
+        self.timeout_ns = timeout_ns
+        self.keep: list[Any] = []
+        self.epochs = 0
+        num_domains, num_ranks = shape.num_domains, shape.num_ranks
+        self.notify_stride = -(-(1 + shape.num_local * (1 + EXPERTS_A_RANK)) // 4) * 4
+        slot_bytes = max(shape.dispatch.slot_bytes, shape.combine.slot_bytes)
+        self.ring_bytes = num_domains * shape.ring_slots * slot_bytes
+        self.ranks = [
+            Rank(
+                slots=guarded(
+                    num_ranks * shape.slots * shape.combine.slot_bytes, dtype=torch.uint8
+                ),
+                words=guarded(
+                    num_ranks * max(shape.slots, shape.ring_slots), dtype=torch.int64, fill=0
+                ),
+                signals=guarded(40, dtype=torch.int64, fill=0),
+                done=guarded(num_ranks * 2, dtype=torch.int64, fill=0),
+                rings=guarded(2 * self.ring_bytes, dtype=torch.uint8),
+                control=guarded(num_domains * (5 + shape.ring_slots), dtype=torch.int64, fill=0),
+                notify=guarded(2 * num_domains * self.notify_stride, dtype=torch.int32, fill=0),
+                local=guarded(512, dtype=torch.int32, fill=0),
+                fault=guarded(8, dtype=torch.int64, fill=0),
+            )
+            for _ in range(num_ranks)
+        ]
+        self.ranks_table = torch.tensor(shape.domains, dtype=torch.int32).flatten()
+        pes = list(range(num_ranks))
+        random.Random(seed).shuffle(pes)
+        self.pes = torch.tensor(pes, dtype=torch.int32)
+        self.transport = build.transport(
+            [
+                [each.rings for each in self.ranks],
+                [each.control for each in self.ranks],
+                [each.notify for each in self.ranks],
+            ],
+            pes=pes,
+        )
+
+    # ---- operations -----------------------------------------------------------------------------
+
+    def route(self) -> Routing:
+        """New tokens and selections; notify finds out where they go."""
+        return Routing(self)
+
+    def queue(self, rank: int, config: Any, grid: int, **values: Any) -> None:
+        """One launch; tensors become addresses, lists of tensors an address a local rank."""
+        struct = type(config).__name__.replace("Config", "Params")
+        record = params_type(config.source, struct)
+        names = {name for name, *_ in record._fields_}
+        shape, mine = self.shape, self.ranks[rank]
+        domain, local = reference.place_of(rank, shape.domains)
+        peers = [self.ranks[peer] for peer in shape.domains[domain]]
+        is_notify = isinstance(config, InternodeNotifyConfig)
+        num_domains = shape.num_domains
+        common = {
+            "signals": [each.signals for each in peers],
+            "slots": [each.slots for each in peers],
+            "words": [each.words for each in peers],
+            "done": [each.done for each in peers],
+            "inbox": [each.notify if is_notify else each.rings for each in peers],
+            "stage": mine.notify[num_domains * self.notify_stride :]
+            if is_notify
+            else mine.rings[self.ring_bytes :],
+            "ready": mine.control,
+            "credits": mine.control[2 * num_domains :],
+            "arrived": mine.control[(4 if is_notify else 5) * num_domains :],
+            "ranks": self.ranks_table,
+            "pes": self.pes,
+            "transport": self.transport[rank],
+            "counters": mine.local,
+            "epoch": mine.local[510:],
+            "abort": mine.local[511:],
+            "fault": mine.fault,
+            "timeout_ns": self.timeout_ns,
+            "ring_slots": shape.ring_slots,
+            "num_slots": shape.slots,
+            "rank": rank,
+            "domain": domain,
+            "local": local,
+        }
+        if isinstance(config, InternodeCombineConfig):
+            common["inbox"] = mine.rings
+        values = {name: value for name, value in common.items() if name in names} | values
+        assert set(values) == names, f"{struct}: {set(values) ^ names}"
+        self.keep.append(values)
+        params = record()
+        for name, value in values.items():
+            if isinstance(value, list):
+                pointers = [each.data_ptr() for each in value]
+                pointers += [0] * (MAX_LOCAL - len(pointers))
+                setattr(params, name, (ctypes.c_uint64 * MAX_LOCAL)(*pointers))
+            else:
+                setattr(params, name, _address(value))
+        mine.launches.append(Launch(config, params, grid=grid, rank=rank))
+
+    def expect(self, rank: int, what: str, got: Tensor, expected: Tensor) -> None:
+        self.ranks[rank].checks.append((f"rank {rank}: {what}", got, expected))
+
+    def run(self, seed: int, *, compare: bool = True, **options: Any) -> None:
+        """Runs what was queued and compares all results."""
+        launches = [launch for rank in self.ranks for launch in rank.launches]
+        compile_all({launch.config: launch for launch in launches})
+        emulate(launches, seed=seed, **options)
+        if not compare:
+            return
+        for rank in self.ranks:
+            assert rank.fault.tolist() == [0] * 8
+            assert rank.local[:510].tolist() == [0] * 510, "counters are not zero at the end"
+            assert rank.local[510:].tolist() == [self.epochs, 0]
+            check(rank.checks)
+            rank.launches.clear()
+            rank.checks.clear()
+
+    def reset(self) -> None:
+        """What a collective reset of the buffers does."""
+        self.epochs = 0
+        for rank in self.ranks:
+            rank.launches.clear()
+            rank.checks.clear()
+            for memory in (
+                rank.signals,
+                rank.done,
+                rank.words,
+                rank.control,
+                rank.local,
+                rank.fault,
+            ):
+                memory.zero_()
+
+
+class Routing:
+    """One dispatch and what follows from it: the handle of every rank, as the kernels write it."""
+
+    def __init__(self, world: World) -> None:
+        shape = world.shape
+        self.world, self.shape = world, shape
+        self.inputs = [self._input(r, n) for r, n in enumerate(shape.tokens)]
+        self.expected = [
+            reference.dispatch(
+                self.inputs,
+                rank,
+                shape.domains,
+                num_experts=shape.num_experts,
+                expert_alignment=ALIGNMENT,
+                num_worst_tokens=shape.num_worst_tokens,
+            )
+            for rank in range(shape.num_ranks)
+        ]
+        self.num_recv = [int(e.handle[6][-1]) for e in self.expected]
+        self.handles = [self._notify(rank) for rank in range(shape.num_ranks)]
+        world.epochs += 1
+
+    def _input(self, rank: int, num_tokens: int) -> RankInput:
+        shape, generator = self.shape, self.world.generator
+        chosen = torch.rand(num_tokens, shape.num_experts, generator=generator)
+        idx = chosen.topk(min(shape.num_topk, shape.num_experts)).indices
+        if shape.hot and num_tokens:
+            idx[:, 0] = 0
+        idx[torch.rand(idx.shape, generator=generator) < shape.hole] = -1
+        idx = _copy(idx.to(torch.int64 if shape.topk_is_int64 else torch.int32))
+        _, _, per_expert, in_rank = reference.layout(idx, shape.num_experts, shape.domains)
+        x = guarded(num_tokens, HIDDEN_BYTES // 4, dtype=torch.int32)
+        x.copy_(
+            (rank << 24)
+            + (torch.arange(num_tokens).view(-1, 1) << 8)
+            + torch.arange(HIDDEN_BYTES // 4)
+        )
+        # Column-major, as quantising kernels leave them.
+        scales = guarded(shape.num_scales, num_tokens, dtype=torch.float32)
+        scales.copy_(torch.rand(scales.shape, generator=generator))
+        return RankInput(
+            x=x,
+            scales=scales.t(),
+            topk_idx=idx,
+            topk_weights=_copy(torch.rand(idx.shape, generator=generator)),
+            is_token_in_rank=_copy(in_rank),
+            num_tokens_per_expert=per_expert,
+        )
+
+    def _notify(self, rank: int) -> reference.Handle:
+        shape, world = self.shape, self.world
+        own, expected = self.inputs[rank], self.expected[rank].handle
+        num_tokens, num_ranks, num_domains = shape.tokens[rank], shape.num_ranks, shape.num_domains
+        assert own.topk_idx is not None
+        per_rank, per_domain, per_expert, _ = reference.layout(
+            own.topk_idx, shape.num_experts, shape.domains
+        )
+        send_tokens = guarded(num_domains, num_tokens + 1, dtype=torch.int32)
+        channel_tokens = guarded(num_domains, shape.num_local, dtype=torch.int32)
+        send_head = guarded(num_tokens, num_ranks, dtype=torch.int32)
+        passing_prefix = guarded(num_domains, dtype=torch.int32)
+        expert_counts = guarded(EXPERTS_A_RANK, dtype=torch.int32)
+        rank_prefix = guarded(num_ranks, dtype=torch.int32)
+        src_meta = guarded(expected[7].shape[0], 8, dtype=torch.uint8)
+        send_domain_head = guarded(num_tokens, num_domains, dtype=torch.int32)
+        passing = guarded(expected[9].shape[0], dtype=torch.int32)
+        host_counts = guarded(2 + EXPERTS_A_RANK, dtype=torch.int64)
+        world.queue(
+            rank,
+            shape.notify,
+            1 + num_ranks + num_domains,
+            num_tokens_per_rank=_copy(per_rank),
+            num_tokens_per_domain=_copy(per_domain),
+            num_tokens_per_expert=_copy(per_expert),
+            is_token_in_rank=own.is_token_in_rank,
+            rank_prefix=rank_prefix,
+            channel_tokens=channel_tokens,
+            passing_prefix=passing_prefix,
+            expert_counts=expert_counts,
+            send_head=send_head,
+            send_domain_head=send_domain_head,
+            send_tokens=send_tokens,
+            host_counts=host_counts,
+            notify_stride=world.notify_stride,
+            num_tokens=num_tokens,
+            experts_per_rank=EXPERTS_A_RANK,
+            expert_alignment=ALIGNMENT,
+        )
+        aligned = [-(-count // ALIGNMENT) * ALIGNMENT for count in expected[5].tolist()]
+        counts = [self.num_recv[rank], int(expected[4][-1]), *aligned]
+        world.expect(rank, "counts", host_counts, torch.tensor(counts))
+        handle = (
+            own.is_token_in_rank,
+            send_tokens,
+            channel_tokens,
+            send_head,
+            passing_prefix,
+            expert_counts,
+            rank_prefix,
+            src_meta,
+            send_domain_head,
+            passing,
+        )
+        for i in (2, 3, 4, 5, 6, 8):
+            world.expect(rank, f"handle {i}", handle[i], expected[i])
+        world.expect(rank, "tokens to domains", send_tokens[:, num_tokens], per_domain)
+        for n, length in enumerate(per_domain.tolist()):
+            world.expect(rank, f"channel to {n}", send_tokens[n, :length], expected[1][n, :length])
+        return handle
+
+    def dispatch(self) -> None:
+        """Rows, scales and selections to where they were routed."""
+        shape, world = self.shape, self.world
+        for rank, (own, handle) in enumerate(zip(self.inputs, self.handles, strict=True)):
+            expected, n = self.expected[rank], self.num_recv[rank]
+            num_rows = handle[7].shape[0]
+            assert own.scales is not None
+            assert own.topk_idx is not None
+            recv_x = guarded(num_rows, HIDDEN_BYTES // 4, dtype=torch.int32)
+            recv_scales = guarded(num_rows, shape.num_scales, dtype=torch.float32)
+            recv_idx = guarded(num_rows, shape.num_topk, dtype=own.topk_idx.dtype)
+            recv_weights = guarded(num_rows, shape.num_topk, dtype=torch.float32)
+            world.queue(
+                rank,
+                shape.dispatch,
+                shape.grid,
+                **self._common(rank),
+                x=own.x,
+                scales=own.scales,
+                scale_token_stride=own.scales.stride(0),
+                scale_stride=own.scales.stride(1),
+                topk_idx=own.topk_idx,
+                topk_weights=own.topk_weights,
+                recv_x=recv_x,
+                recv_scales=recv_scales,
+                recv_topk_idx=recv_idx,
+                recv_topk_weights=recv_weights,
+                recv_src_meta=handle[7],
+                passing=handle[9],
+                num_send_warps=2,
+                experts_per_rank=EXPERTS_A_RANK,
+            )
+            passing = int(expected.handle[4][-1])
+            world.expect(rank, "src_meta", handle[7][:n], expected.handle[7][:n])
+            world.expect(rank, "passing", handle[9][:passing], expected.handle[9][:passing])
+            for what, got, wanted in (
+                ("recv_x", recv_x, expected.recv_x),
+                ("recv_scales", recv_scales, expected.recv_scales),
+                ("recv_topk_weights", recv_weights, expected.recv_topk_weights),
+            ):
+                assert wanted is not None
+                world.expect(rank, what, got[:n], wanted[:n])
+            assert expected.recv_topk_idx is not None
+            world.expect(rank, "recv_topk_idx", recv_idx, expected.recv_topk_idx)
+        world.epochs += 1
+
+    def cached_dispatch(self) -> None:
+        """Another payload along the same routing, without scales and selections."""
+        shape, world = self.shape, self.world
+        config = shape.cached
+        xs = [
+            _copy(torch.randint(256, (n, config.hidden_bytes), generator=world.generator).byte())
+            for n in shape.tokens
+        ]
+        handles = [each.handle for each in self.expected]
+        for rank in range(shape.num_ranks):
+            expected, _ = reference.cached_dispatch(xs, None, handles, rank)
+            recv_x = guarded(*expected.shape, dtype=torch.uint8)
+            world.queue(
+                rank,
+                config,
+                shape.grid,
+                **self._common(rank),
+                x=xs[rank],
+                scales=0,
+                scale_token_stride=0,
+                scale_stride=0,
+                topk_idx=0,
+                topk_weights=0,
+                recv_x=recv_x,
+                recv_scales=0,
+                recv_topk_idx=0,
+                recv_topk_weights=0,
+                recv_src_meta=0,
+                passing=0,
+                num_send_warps=1,
+                experts_per_rank=1,
+            )
+            n = self.num_recv[rank]
+            world.expect(rank, "cached recv_x", recv_x[:n], expected[:n])
+        world.epochs += 1
+
+    def _common(self, rank: int) -> dict[str, Any]:
+        handle = self.handles[rank]
+        return {
+            "send_head": handle[3],
+            "send_tokens": handle[1],
+            "channel_tokens": handle[2],
+            "passing_prefix": handle[4],
+            "rank_prefix": handle[6],
+            "num_tokens": self.shape.tokens[rank],
+            "num_recv_rows": handle[7].shape[0],
+        }
+
+    def combine(self, *, num_biases: int = 0, num_parts: int = 1) -> None:
+        """Rows back to their owners, summed on the way and there."""
+        shape, world = self.shape, self.world
+        generator = world.generator
+        dtype = torch.float16 if shape.is_f16 else torch.bfloat16
+        hidden = HIDDEN_BYTES // 2
+        handles = [each.handle for each in self.expected]
+        rows = [handle[7].shape[0] for handle in handles]
+        xs = [_copy(torch.randn(n, hidden, generator=generator).to(dtype)) for n in rows]
+        weights = [_copy(torch.rand(n, shape.num_topk, generator=generator)) for n in rows]
+        for rank, num_tokens in enumerate(shape.tokens):
+            biases = [
+                _copy(torch.randn(num_tokens, hidden, generator=generator).to(dtype))
+                for _ in range(num_biases)
+            ]
+            bias = [*biases, None, None]
+            expected_x, expected_weights = reference.combine(
+                xs, handles, rank, shape.domains, weights, (bias[0], bias[1])
+            )
+            combined_x = guarded(num_tokens, hidden, dtype=dtype)
+            combined_weights = guarded(num_tokens, shape.num_topk, dtype=torch.float32)
+            values = self._common(rank)
+            del values["num_recv_rows"]
+            world.queue(
+                rank,
+                shape.combine,
+                shape.grid,
+                **values,
+                x=xs[rank],
+                topk_weights=weights[rank],
+                bias_0=bias[0],
+                bias_1=bias[1],
+                recv_src_meta=self.handles[rank][7],
+                send_domain_head=self.handles[rank][8],
+                passing=self.handles[rank][9],
+                combined_x=combined_x,
+                combined_topk_weights=combined_weights,
+                num_parts=num_parts,
+            )
+            assert expected_weights is not None
+            world.expect(rank, "combined_x", combined_x, expected_x)
+            world.expect(rank, "combined_topk_weights", combined_weights, expected_weights)
+        world.epochs += 1
+
+
+VARIANTS = pytest.mark.parametrize("tma", [True, False], ids=["tma", "ldst"])
+
+
+def tokens_of(num_ranks: int) -> tuple[int, ...]:
+    return (38, 51, 0, 45, 1, 20, 9, 33)[:num_ranks]
+
+
+@VARIANTS
+@pytest.mark.parametrize("cut", [(2, 1), (2, 2), (4, 1), (2, 3)], ids=lambda c: f"{c[0]}x{c[1]}")
+def test_one_round(cut: tuple[int, int], tma: bool) -> None:
+    shape = Shape(*cut, tma=tma, tokens=tokens_of(cut[0] * cut[1]))
+    for seed in range(3):
+        world = World(shape, seed=seed)
+        routing = world.route()
+        routing.dispatch()
+        routing.combine()
+        world.run(seed)
+
+
+@VARIANTS
+@pytest.mark.parametrize("cut", [(2, 1), (2, 2)], ids=lambda c: f"{c[0]}x{c[1]}")
+def test_operations_follow_each_other(cut: tuple[int, int], tma: bool) -> None:
+    """A handle is used again after others; no rank waits for the others between operations."""
+    shape = Shape(*cut, tma=tma, tokens=tokens_of(cut[0] * cut[1]))
+    for seed in range(3):
+        world = World(shape, seed=seed)
+        first = world.route()
+        first.dispatch()
+        first.combine(num_biases=2, num_parts=3)
+        second = world.route()
+        first.cached_dispatch()
+        second.dispatch()
+        second.cached_dispatch()
+        first.combine(num_biases=1)
+        second.combine(num_parts=2)
+        second.dispatch()
+        world.run(seed)
+
+
+@pytest.mark.parametrize("cut", [(2, 2), (3, 2)], ids=lambda c: f"{c[0]}x{c[1]}")
+@pytest.mark.parametrize(("slots", "ring_slots"), [(2, 4), (2, 64), (64, 4), (6, 8)])
+def test_any_size_of_the_buffers(slots: int, ring_slots: int, cut: tuple[int, int]) -> None:
+    """The smallest legal ones too: nothing waits for what cannot come."""
+    num_ranks = cut[0] * cut[1]
+    for seed in range(4):
+        shape = Shape(
+            *cut,
+            tokens=tuple(random.Random(seed + r).randrange(60) for r in range(num_ranks)),
+            slots=slots,
+            ring_slots=ring_slots,
+        )
+        world = World(shape, seed=seed)
+        routing = world.route()
+        routing.dispatch()
+        routing.combine(num_parts=1 + seed % 2)
+        routing.dispatch()
+        world.run(seed)
+
+
+def test_hundreds_of_windows() -> None:
+    """More windows than a word's eight bits tell apart."""
+    shape = Shape(2, 1, tokens=(2200, 1700), ring_slots=4, slots=2)
+    world = World(shape, seed=0)
+    routing = world.route()
+    routing.dispatch()
+    routing.combine()
+    world.run(0)
+
+
+@pytest.mark.parametrize("cut", [(3, 5), (2, 8), (4, 4), (8, 1)], ids=lambda c: f"{c[0]}x{c[1]}")
+def test_larger_groups(cut: tuple[int, int]) -> None:
+    num_ranks = cut[0] * cut[1]
+    rng = random.Random(num_ranks)
+    tokens = tuple(rng.choice([0, 1, 7, 18]) for _ in range(num_ranks))
+    world = World(Shape(*cut, tokens=tokens, ring_slots=8), seed=num_ranks)
+    routing = world.route()
+    routing.dispatch()
+    routing.combine(num_biases=1)
+    world.run(num_ranks)
+
+
+@VARIANTS
+@pytest.mark.parametrize("tokens", [(0, 0, 0, 0), (0, 0, 30, 0), (1, 0, 0, 0), (1, 1, 1, 1)])
+def test_few_tokens(tokens: tuple[int, ...], tma: bool) -> None:
+    for grid in (2, 4):
+        world = World(Shape(tma=tma, tokens=tokens, grid=grid), seed=grid)
+        routing = world.route()
+        routing.dispatch()
+        routing.combine(num_biases=1, num_parts=8)
+        world.run(grid)
+
+
+@pytest.mark.parametrize("hole", [0.0, 0.8, 1.0])
+def test_holes_and_a_hot_expert(hole: float) -> None:
+    for seed in range(2):
+        world = World(Shape(hole=hole, hot=True, ring_slots=4, slots=4), seed=seed)
+        routing = world.route()
+        routing.dispatch()
+        routing.combine()
+        world.run(seed)
+
+
+def test_ranks_of_a_domain_need_not_follow_each_other() -> None:
+    for cut in ((2, 2), (2, 3)):
+        shape = Shape(*cut, shuffled=True, tokens=tokens_of(cut[0] * cut[1]))
+        world = World(shape, seed=1)
+        routing = world.route()
+        routing.dispatch()
+        routing.combine(num_biases=1)
+        world.run(1)
+
+
+@VARIANTS
+def test_worst_case_rows(tma: bool) -> None:
+    shape = Shape(tma=tma, num_worst_tokens=135)
+    for seed in range(2):
+        world = World(shape, seed=seed)
+        routing = world.route()
+        routing.dispatch()
+        routing.cached_dispatch()
+        routing.combine()
+        world.run(seed)
+
+
+def test_int32_indices_and_half_precision() -> None:
+    for seed in range(2):
+        world = World(Shape(topk_is_int64=False, is_f16=True), seed=seed)
+        routing = world.route()
+        routing.dispatch()
+        routing.combine(num_biases=2)
+        world.run(seed)
+
+
+@pytest.mark.parametrize("late", range(4))
+def test_delayed_rank(late: int) -> None:
+    world = World(Shape(), seed=late)
+    routing = world.route()
+    routing.dispatch()
+    routing.combine()
+    world.run(late, delay={late: 20_000})
+
+
+OPS = ("notify", "dispatch", "combine")
+
+
+@pytest.mark.parametrize("missing", [(2,), (2, 3)], ids=["one rank", "a domain"])
+@pytest.mark.parametrize("stops_before", OPS)
+def test_withheld_rank_leaves_fault_records(stops_before: str, missing: tuple[int, ...]) -> None:
+    """The others end, say whom they missed, and work again after a reset."""
+    world = World(Shape(tokens=(30, 30, 30, 30)), seed=1, timeout_ns=300_000)
+    routing = world.route()
+    routing.dispatch()
+    routing.combine()
+    for rank in missing:
+        launches = world.ranks[rank].launches
+        del launches[[launch.config.op for launch in launches].index(stops_before) :]
+    world.run(1, compare=False)
+    for rank, memory in enumerate(world.ranks):
+        state, _tag, own, peer, _, expected, seen, epoch = memory.fault.tolist()
+        if rank in missing:
+            assert state == 0
+            continue
+        assert (state, own) == (1, rank)
+        assert stops_before in fault.decode(memory.fault.tolist()).op
+        # A rank of another domain waits for its rail peer, which may itself wait.
+        assert peer in (*missing, *range(2, 4))
+        assert expected != seen
+        assert epoch == OPS.index(stops_before) + 1
+        assert memory.local[511] == 1
+
+    world.reset()
+    world.timeout_ns = FOREVER
+    routing = world.route()
+    routing.dispatch()
+    routing.combine()
+    world.run(1)
+
+
+@pytest.mark.parametrize("late", [30_000, 100_000, 300_000])
+def test_rank_that_comes_after_the_timeout(late: int) -> None:
+    """All ranks end, none writes where it should not, and those without a fault are right."""
+    for seed in range(4):
+        world = World(Shape(tokens=(30, 30, 30, 30)), seed=seed, timeout_ns=200_000)
+        routing = world.route()
+        routing.dispatch()
+        routing.combine()
+        routing.cached_dispatch()
+        world.run(seed, delay={seed % 4: late}, compare=False)
+        for memory in world.ranks:
+            assert memory.fault[0] in (0, 1)
+            assert (memory.fault[0] == 1) == (memory.local[511] == 1)
+            if memory.fault[0] == 0:
+                check(memory.checks)
+        if late == 300_000:
+            assert any(memory.fault[0] == 1 for memory in world.ranks)
+
+
+@pytest.mark.parametrize("first_seed", range(0, 24, 8))
+def test_random_histories(first_seed: int) -> None:
+    """Operations in any order on one buffer, with late ranks and preempted threads."""
+    for seed in range(first_seed, first_seed + 8):
+        rng = random.Random(seed)
+        cut = rng.choice([(2, 1), (2, 2), (3, 2), (2, 3)])
+        num_ranks = cut[0] * cut[1]
+        shape = Shape(
+            *cut,
+            tma=num_ranks > 4 or rng.random() < 0.7,
+            tokens=tuple(rng.choice([0, 1, 7, 30, rng.randrange(90)]) for _ in range(num_ranks)),
+            shuffled=rng.random() < 0.3,
+            slots=rng.choice([2, 4, 6, 30]),
+            ring_slots=rng.choice([4, 8, 12, 40]),
+            grid=rng.choice([4, 5]),
+            hole=rng.choice([0, 0.2, 0.5, 0.8]),
+            hot=rng.random() < 0.3,
+            num_worst_tokens=rng.choice([0, 0, 600]),
+        )
+        late = {rng.randrange(num_ranks): rng.randrange(30000)} if rng.random() < 0.3 else {}
+        world = World(shape, seed=seed)
+        routes = [world.route()]
+        routes[0].dispatch()
+        for _ in range(rng.randrange(1, 5)):
+            op = rng.choice(["route", "dispatch", "combine", "cached"])
+            route = rng.choice(routes)
+            if op == "route":
+                routes.append(world.route())
+                routes[-1].dispatch()
+            elif op == "dispatch":
+                route.dispatch()
+            elif op == "cached" and num_ranks <= 4:  # fewer kernels to compile
+                route.cached_dispatch()
+            else:
+                route.combine(num_biases=rng.randrange(3), num_parts=rng.randrange(1, 4))
+        world.run(
+            seed,
+            delay=late,
+            yield_percent=rng.choice([0, 20, 60]),
+            basic_blocks=rng.choice([0, 30, 200, 1000]),
+        )

@@ -1,0 +1,249 @@
+"""The kernels between NVLink domains on one GPU with virtual ranks, bit for bit.
+
+The ranks are threads of one process, so the transport is loopback; a seed gives it delays before
+the bytes, between their pieces and before the signal.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from epjit import Buffer, CommunicationError, Config
+from tests import bodies_internode
+from tests.bodies import replays
+from tests.data import ROUTING_KINDS
+from tests.gpu.ranks import SMALL, run_ranks
+from tests.rounds import Round, check_round, make_world, random_round, to_device
+
+WORLDS = ((2, 2), (4, 2), (2, 4), (8, 2))  # domains, ranks of each
+SMS = {4: 12, 8: 8, 16: 6}  # of a rank: the blocks of all run at once
+TOKENS = 16 if SMALL else 250
+NUM_BYTES = 16 << 20
+
+EVERY_WORLD = pytest.mark.parametrize(
+    ("num_domains", "num_local"), WORLDS, ids=[f"{n}x{each}" for n, each in WORLDS]
+)
+
+
+@pytest.fixture(autouse=True)
+def delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transport is late, by a seed."""
+    monkeypatch.setenv("EPJIT_LOOPBACK_SEED", "7")
+
+
+def run_domains(num_domains: int, num_local: int, body: Any, *args: Any, **options: Any) -> None:
+    """`run_ranks` with NVLink domains."""
+    options.setdefault("num_nvl_bytes", NUM_BYTES)
+    options.setdefault("num_rdma_bytes", NUM_BYTES)
+    run_ranks(num_domains * num_local, body, *args, nvlink_domain=num_local, **options)
+
+
+@EVERY_WORLD
+@pytest.mark.parametrize("variant", ["tma", "ldst"])
+def test_routings(
+    num_domains: int, num_local: int, variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every kind of routing, payload and flag on some round."""
+    monkeypatch.setenv("EPJIT_DISPATCH_VARIANT", variant)
+    monkeypatch.setenv("EPJIT_COMBINE_VARIANT", variant)
+    num_ranks = num_domains * num_local
+
+    def body(buffer: Buffer) -> None:
+        for seed, kind in enumerate(ROUTING_KINDS):
+            case = random_round(num_ranks, seed, num_sms=SMS[num_ranks], max_tokens=TOKENS)
+            check_round(buffer, dataclasses.replace(case, kind=kind))
+
+    run_domains(num_domains, num_local, body)
+
+
+@EVERY_WORLD
+def test_random_rounds(num_domains: int, num_local: int) -> None:
+    """300 fresh rounds on two buffers in turn, with a rank that is late now and then."""
+    num_rounds, num_ranks = 10 if SMALL else 300, num_domains * num_local
+
+    def body(first: Buffer, second: Buffer) -> None:
+        for seed in range(num_rounds):
+            rng = random.Random(seed)
+            late = rng.randrange(num_ranks)
+            if rng.random() < 0.3 and late == first.rank:
+                torch.cuda._sleep(rng.randrange(1, 2_000_000))
+            case = random_round(
+                num_ranks, 7000 + seed, num_sms=SMS[num_ranks], max_tokens=TOKENS // 2
+            )
+            check_round((first, second)[seed % 2], case)
+
+    run_domains(num_domains, num_local, body, num_buffers=2, timeout=580)
+
+
+@EVERY_WORLD
+def test_small_buffers(num_domains: int, num_local: int) -> None:
+    """The smallest legal buffers: hundreds of windows, and nothing gets stuck."""
+
+    def body(buffer: Buffer) -> None:
+        def make(**sizes: int) -> Buffer:
+            return Buffer(
+                None,
+                comm=buffer.group,
+                nvlink_domain=num_local,
+                explicitly_destroy=True,
+                timeout_seconds=20,
+                **sizes,
+            )
+
+        small = make(**bodies_internode.smallest_sizes(make, 512, 2))
+        bodies_internode.check_small(small, tokens=TOKENS, num_rounds=2 if SMALL else 6)
+        torch.cuda.current_stream().synchronize()
+        buffer.group.allgather(None)
+        small.destroy()
+
+    run_domains(num_domains, num_local, body)
+
+
+def test_model_shapes() -> None:
+    """Rows of real models, and the longest and the shortest row there is."""
+    shapes = ((256, 32), (64, 8)) if SMALL else ((7168, 256), (2880, 128), (16384, 32), (16, 32))
+
+    def body(buffer: Buffer) -> None:
+        for seed, (hidden, num_experts) in enumerate(shapes):
+            case = Round(
+                num_tokens=(TOKENS,) * 4,
+                hidden=hidden,
+                num_experts=num_experts,
+                num_topk=8,
+                seed=seed,
+                num_sms=12,
+                num_biases=1,
+            )
+            check_round(buffer, case)
+            if hidden >= 128:
+                check_round(buffer, dataclasses.replace(case, fp8="column_major"))
+
+    run_domains(2, 2, body, num_nvl_bytes=64 << 20, num_rdma_bytes=64 << 20)
+
+
+@pytest.mark.parametrize(("num_domains", "num_local"), [(2, 2), (4, 2)])
+def test_graph(num_domains: int, num_local: int) -> None:
+    """One capture of all operations; replays with changed inputs, and eager calls between."""
+    sms = SMS[num_domains * num_local]
+
+    def body(buffer: Buffer) -> None:
+        num_replays = 5 if SMALL else 100
+        replays(buffer, num_replays, TOKENS, sms, meet=lambda: buffer.group.allgather(None))
+
+    run_domains(num_domains, num_local, body)
+
+
+@pytest.mark.parametrize(("num_domains", "num_local"), [(2, 2), (2, 4)])
+def test_as_v1(num_domains: int, num_local: int) -> None:
+    """The checks of DeepEP's tests/test_internode.py."""
+    num_ranks = num_domains * num_local
+
+    def body(buffer: Buffer) -> None:
+        inputs = bodies_internode.Inputs(
+            buffer._topology.domains,
+            num_tokens=16 if SMALL else 128,
+            hidden=256 if SMALL else 1024,
+            num_topk=8,
+            num_experts=16 * num_ranks,
+            num_topk_groups=2,
+            seed=1,
+        )
+        bodies_internode.check_as_v1(buffer, inputs, num_sms=SMS[num_ranks])
+
+    run_domains(num_domains, num_local, body)
+
+
+@pytest.mark.parametrize("op", ["notify", "dispatch", "combine"])
+@pytest.mark.parametrize("withheld", [0, 3])
+def test_withheld_peer(op: str, withheld: int) -> None:
+    """A rank does not come: those that meet it name it, and all work again after reset()."""
+
+    def body(buffer: Buffer) -> None:
+        case = Round(num_tokens=(32,) * 4, hidden=256, seed=1, num_sms=4, kind="balanced")
+        check_round(buffer, case)
+        world = make_world(case)
+        x = to_device(world[buffer.rank].x, buffer.device)
+        idx = to_device(world[buffer.rank].topk_idx, buffer.device)
+        config = Config(4)
+        per_rank, per_domain, per_expert, in_rank, _ = buffer.get_dispatch_layout(
+            idx, case.num_experts
+        )
+        layout = {
+            "num_tokens_per_rank": per_rank,
+            "num_tokens_per_rdma_rank": per_domain,
+            "is_token_in_rank": in_rank,
+            "num_tokens_per_expert": per_expert,
+        }
+        recv_x, _, _, _, handle, _ = buffer.dispatch(x, config=config, **layout)
+        # Compiled now: that is where all ranks must meet on the host.
+        buffer.combine(recv_x, handle, config=config)
+        torch.cuda.current_stream().synchronize()
+        buffer.group.allgather(None)
+        if buffer.rank != withheld:
+            start = time.monotonic()
+            with pytest.raises(CommunicationError) as caught:  # noqa: PT012
+                if op == "notify":
+                    buffer.dispatch(x, config=config, **layout)
+                elif op == "dispatch":
+                    buffer.dispatch(x, handle=handle, config=config)
+                else:
+                    buffer.combine(recv_x, handle, config=config)
+                torch.cuda.current_stream().synchronize()
+                buffer.check_fault()
+            elapsed = time.monotonic() - start
+            error = caught.value
+            assert (error.op, error.rank) == (op, buffer.rank), str(error)
+            # The rank that shares neither the domain nor the rail may name one that waits itself.
+            if buffer.rank + withheld != 3:
+                assert error.peer == withheld, str(error)
+            assert elapsed < 10, elapsed
+            with pytest.raises(CommunicationError):
+                buffer.dispatch(x, handle=handle, config=config)  # broken until reset
+        buffer.reset()
+        for seed in range(2, 5):
+            check_round(buffer, dataclasses.replace(case, seed=seed))
+
+    run_domains(2, 2, body, timeout_seconds=2)
+
+
+def test_local_buffer_tensors() -> None:
+    """What users write into either buffer between operations breaks none."""
+
+    def body(buffer: Buffer) -> None:
+        case = Round(num_tokens=(40, 50, 0, 9), seed=3, num_sms=4)
+        check_round(buffer, case)
+        for use_rdma_buffer in (False, True):
+            view = buffer.get_local_buffer_tensor(torch.int8, use_rdma_buffer=use_rdma_buffer)
+            assert view.is_cuda
+            assert view.numel() == NUM_BYTES
+            torch.cuda.current_stream().synchronize()
+            buffer.group.allgather(None)
+            view.copy_(torch.full((NUM_BYTES,), 0x5A, dtype=torch.int8))
+            torch.cuda.current_stream().synchronize()
+            buffer.group.allgather(None)
+            check_round(buffer, dataclasses.replace(case, seed=4))
+
+    run_domains(2, 2, body)
+
+
+def test_two_buffers_of_different_sizes() -> None:
+    """A buffer may be replaced by a bigger one while it lives, as frameworks do."""
+
+    def body(buffer: Buffer) -> None:
+        check_round(buffer, Round(num_tokens=(40, 50, 1, 0), seed=3, num_sms=4))
+        sizes = (2 * buffer.num_nvl_bytes, 2 * buffer.num_rdma_bytes)
+        bigger = Buffer(None, *sizes, comm=buffer.group, nvlink_domain=2)
+        check_round(bigger, Round(num_tokens=(50, 0, 3, 9), seed=4, num_sms=4))
+        check_round(buffer, Round(num_tokens=(7, 9, 0, 2), seed=5, num_sms=4))
+        torch.cuda.current_stream().synchronize()
+        buffer.group.allgather(None)
+        del bigger  # the destructor frees it
+        check_round(buffer, Round(num_tokens=(7, 9, 0, 2), seed=6, num_sms=4))
+
+    run_domains(2, 2, body)
