@@ -203,9 +203,9 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
     Args:
         arch: Such as ``"sm_90a"``.
     """
+    variant = "tma" if variants.runs_on("combine", "tma", arch) else "ldst"
     for num_domains, num_local, row_bytes, num_scales, num_topk in (
         (2, 1, 14336, 0, 8),
-        (2, 2, 14336, 0, 8),
         (4, 8, 7168, 56, 8),
         (3, 5, 32768, 0, 32),
         (MAX_DOMAINS, MAX_RANKS, 14336, 0, 0),
@@ -217,16 +217,15 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         ]
         if num_scales == 0:
             shapes.append(CombineShape(row_bytes, num_topk, is_f16=num_local == 1))
-        for variant in ("tma", "ldst"):
-            if variants.runs_on("combine", variant, arch):
-                for shape in shapes:
-                    yield _choose(
-                        shape,
-                        num_domains=num_domains,
-                        num_local=num_local,
-                        variant=variant,
-                        limit=shared_limit(arch),
-                    )
+        for shape in shapes:
+            for each in {variant, "ldst" if num_local == 5 else variant}:
+                yield _choose(
+                    shape,
+                    num_domains=num_domains,
+                    num_local=num_local,
+                    variant=each,
+                    limit=shared_limit(arch),
+                )
 
 
 def _choose(

@@ -80,8 +80,8 @@ def check_handle(
     assert handle[1].shape == (len(domains), num_tokens + 1)
     for number in range(len(domains)):
         tokens = channel(rank, number)
-        undefined = [0] * (num_tokens - len(tokens))
-        assert handle[1][number].tolist() == [*tokens, *undefined, len(tokens)]
+        rest = [0] * (num_tokens - len(tokens))
+        assert handle[1][number].tolist() == [*tokens, *rest, len(tokens)]
     lengths = [[len(channel(source, domain)) for source in each] for each in domains]
     assert handle[2].tolist() == lengths
     assert handle[3].tolist() == [
