@@ -145,6 +145,13 @@ def test_a_header_that_changes_is_another_kernel(
     assert nvshmem_device.key() != before
 
 
+def test_cupy_brings_the_headers_of_cccl() -> None:
+    """A GPU machine may have no package of them."""
+    folder = nvshmem_device._bundled_cccl()
+    assert folder is not None
+    assert (folder / "cuda" / "std" / "version").is_file()
+
+
 # ---- finding the library
 
 
