@@ -17,8 +17,8 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips the tier without a GPU, or with one that several workers of pytest-xdist share.
 
-    Between the time slices of other processes a rank's kernel may not start while another's spins:
-    with eleven processes on one GPU a third of the tests with virtual ranks timed out.
+    With eleven processes on one GPU a third of the tests with virtual ranks timed out: one rank's
+    kernel did not start while another's spun. Alone the same tests pass.
     """
     import torch
 
