@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from epjit.config import MAX_DOMAINS, MAX_RANKS
+from epjit.config import MAX_DOMAINS, MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS, MAX_RANKS
 from epjit.intranode import copier_shape
 from epjit.layout import LayoutConfig
 from epjit.normal_mode import (
@@ -47,8 +47,6 @@ _SLOT_ALIGNMENT = 128
 _FORWARD_WARPS = 2  # kForwardWarps of dispatch.cu
 _TOKENS_PER_CHUNK = 4
 _MAX_WORDS = 1 << 18  # of all channels into a domain: 2 MB
-MAX_LOCAL_EXPERTS = 1024
-"""Of one rank, between domains: bounds the messages of notify to 2 MB."""
 
 
 def _align(value: int, alignment: int = _SLOT_ALIGNMENT) -> int:
@@ -290,7 +288,7 @@ class _Rings:
         self.notify_arrived = self.entered + num_domains * 2 * 8
         self.arrived = self.notify_arrived + num_domains * 8
         self.notify_inbox = _align(self.arrived + num_domains * self.max_slots * 8)
-        self.notify_stride = _align(1 + num_local * (1 + MAX_LOCAL_EXPERTS), 4)
+        self.notify_stride = _align(1 + num_local * (1 + MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS), 4)
         self.notify_stage = self.notify_inbox + num_domains * self.notify_stride * 4
         self.total = _align(self.notify_stage + num_domains * self.notify_stride * 4)
 
@@ -332,7 +330,7 @@ class Internode(NormalMode):
             device=device,
             timeout_seconds=timeout_seconds,
             num_counters=2 + 2 * group.size + 5 * num_domains,
-            num_counts=2 + MAX_LOCAL_EXPERTS,
+            num_counts=2 + MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS,
         )
         self._topology = topology
         self._arena = _Arena(num_domains, num_local, num_nvl_bytes)
@@ -479,11 +477,6 @@ class Internode(NormalMode):
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
         launch = self.launch(dispatch_shape(x, scales, topk_idx))
         experts_per_rank = num_tokens_per_expert.shape[0] // num_ranks
-        if experts_per_rank > MAX_LOCAL_EXPERTS:
-            raise ValueError(
-                f"num_tokens_per_expert has {experts_per_rank} experts a rank; between NVLink "
-                f"domains there may be up to {MAX_LOCAL_EXPERTS}"
-            )
         with scope.allocating():
             ints: dict[str, Any] = {"dtype": torch.int32, "device": self._device}
             send_tokens = torch.empty((num_domains, num_tokens + 1), **ints)
@@ -598,6 +591,7 @@ class Internode(NormalMode):
             **self._routing(handle),
             recv_src_meta=recv_src_meta.data_ptr() if fills_handle else 0,
             passing=passing.data_ptr() if fills_handle else 0,
+            num_passing=passing.shape[0],
             num_send_warps=config.send_warps,
             experts_per_rank=experts_per_rank,
         )

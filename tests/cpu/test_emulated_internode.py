@@ -420,6 +420,7 @@ class Routing:
                 recv_topk_weights=recv_weights,
                 recv_src_meta=handle[7],
                 passing=handle[9],
+                num_passing=handle[9].shape[0],
                 num_send_warps=2,
                 experts_per_rank=EXPERTS_A_RANK,
             )
@@ -466,6 +467,7 @@ class Routing:
                 recv_topk_weights=0,
                 recv_src_meta=0,
                 passing=0,
+                num_passing=0,
                 num_send_warps=1,
                 experts_per_rank=1,
             )
