@@ -125,6 +125,13 @@ def row_bytes(payload: Payload) -> int:
     return sum(part.shape[1] * part.element_size() for part in tensors(payload))
 
 
+def domain_size(ranks: int) -> int:
+    """Ranks of an NVLink domain: all, or as many as ``EPJIT_NVLINK_DOMAIN`` says."""
+    from epjit import env
+
+    return env.nvlink_domain() or ranks
+
+
 def require(what: str, is_right: bool) -> None:
     """Ends the run if a result is wrong."""
     if not is_right:
@@ -155,9 +162,15 @@ class Case:
         self.sources = [part[:, self.rank] for part in gathered(self.in_rank, group)]
         rows = [int(part.sum()) for part in self.sources]
         self.num_rows = sum(rows)
-        total = torch.tensor(
-            [self.num_rows - rows[self.rank], self.num_rows], device=device, dtype=torch.float64
-        )
+        # What crosses a link: the rows of other ranks, or with several NVLink domains a row for each
+        # token and other domain, and the rows that a rank of the own domain hands on.
+        local = domain_size(self.size)
+        remote = self.num_rows - rows[self.rank]
+        if local < self.size:
+            to_domain = self.in_rank.view(tokens, -1, local).any(2).sum(0)
+            remote = int(to_domain.sum() - to_domain[self.rank // local])
+            remote += sum(n for s, n in enumerate(rows) if (s - self.rank) % local)
+        total = torch.tensor([remote, self.num_rows], device=device, dtype=torch.float64)
         dist.all_reduce(total, group=group)
         self.remote_rows, self.logical_rows = (total / self.size).tolist()  # means over the ranks
 
@@ -328,6 +341,7 @@ def start(rank: int, settings: Settings, port: int, queue: Any) -> tuple[dist.Pr
         topk=settings.topk,
         experts=settings.experts,
         nvl_bytes=settings.nvl_bytes,
+        nvlink_domain=domain_size(settings.ranks),
         torch=torch.__version__,
         variants={op: env.variant(op) for op in variants.operations()},
     )
@@ -341,7 +355,9 @@ def worker(rank: int, settings: Settings, port: int, queue: Any) -> None:
     ceilings = measure_ceilings(group, settings, all_sms, say)
     for name in settings.modules:
         ep = importlib.import_module(name)
-        buffer = ep.Buffer(group, settings.nvl_bytes, 0, explicitly_destroy=True)
+        several = domain_size(settings.ranks) < settings.ranks
+        rdma_bytes = settings.nvl_bytes if several else 0
+        buffer = ep.Buffer(group, settings.nvl_bytes, rdma_bytes, explicitly_destroy=True)
         for tokens in settings.tokens:
             extra = [sms for sms in settings.sweep if sms not in settings.sms]
             sms_list = [*settings.sms, *(extra if tokens == max(settings.tokens) else [])]

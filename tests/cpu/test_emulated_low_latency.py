@@ -726,6 +726,43 @@ def test_masked_rank(variant: str, per_domain: int) -> None:
     world.run(1)
 
 
+def test_signals_overtake_each_other() -> None:
+    """Short operations in a row: that a rank has begun one may be heard after its next one."""
+    shape = Shape(
+        per_domain=1,
+        hidden=8,
+        num_topk=1,
+        tokens=(1, 1, 1),
+        max_tokens=2,
+        variant="ldst",
+        num_warps=2,
+        grid=1,
+    )
+    for seed in range(36):
+        world = World(shape, seed=seed)
+        routing = world.route()
+        sent = routing.dispatch()
+        for index in range(8):
+            if index % 3 == 2:
+                routing.dispatch()
+            else:
+                routing.combine(sent)
+        world.run(seed, delay={seed % 3: 5000}, max_passes=3_000_000, latest_message=3000)
+
+
+@DOMAINS
+def test_cleans_in_a_row(per_domain: int) -> None:
+    """A rank may be in its next one, and a question come before the answer of the one before."""
+    for seed in range(20):
+        world = World(Shape(per_domain=per_domain, tokens=(0, 0, 0)), seed=seed)
+        for rank, epoch in enumerate((7, 5, 3)):
+            world.ranks[rank].local[32] = epoch
+        for _ in range(1 + seed % 2 * 4):
+            world.clean()
+        world.epochs = 7
+        world.run(seed, max_passes=1_000_000)
+
+
 @DOMAINS
 def test_clean_takes_the_latest_epoch(per_domain: int) -> None:
     for seed in range(4):

@@ -94,6 +94,50 @@ def test_random_rounds_of_threads(num_ranks: int) -> None:
     run(body, num_ranks)
 
 
+@pytest.mark.parametrize(("num_ranks", "domain"), [(2, 1), (8, 2), (16, 8), (15, 5)])
+def test_random_rounds_between_domains(num_ranks: int, domain: int) -> None:
+    def body(buffer: Buffer) -> None:
+        assert buffer.runtime is not None
+        assert buffer.runtime.get_num_rdma_ranks() == num_ranks // domain
+        bodies_low_latency.rounds(buffer, 12, 16)
+
+    run(body, num_ranks, nvlink_domain=domain)
+
+
+def test_sums_before_the_links_need_one_domain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPJIT_LOW_LATENCY_COMBINE_VARIANT", "reduced")
+    with pytest.raises(launch.RankFailedError, match="=reduced works in one NVLink domain only"):
+        run(lambda buffer: None, 4, nvlink_domain=2)
+
+
+def test_rows_to_other_domains_need_the_send_buffer() -> None:
+    """Also without zero_copy: a buffer that one domain could do with is too small."""
+    tokens, hidden, experts = 8, 128, 64
+    # What arrives takes less than what is sent, since each rank has many experts.
+    needed = 2 * experts * tokens * 2 * hidden
+    small = needed // 2
+
+    def body(buffer: Buffer) -> str:
+        x = torch.zeros((tokens, hidden), dtype=torch.bfloat16)
+        idx = torch.zeros((tokens, 1), dtype=torch.int64)
+        weights = torch.ones((tokens, 1))
+        rows, _, handle, _, _ = buffer.low_latency_dispatch(x, idx, tokens, experts, use_fp8=False)
+        assert isinstance(rows, torch.Tensor)
+        try:
+            buffer.low_latency_combine(rows, idx, weights, handle)
+        except ValueError as error:
+            return str(error)
+        return ""
+
+    def run_with(domain: int | None) -> list[str]:
+        return launch.run_threads(
+            lambda comm: body(make(comm, small, nvlink_domain=domain)), 2, timeout=60
+        )
+
+    assert run_with(None) == ["", ""]
+    assert all(f"num_rdma_bytes >= {needed}" in text for text in run_with(1))
+
+
 @pytest.mark.parametrize(("num_ranks", "num_rounds"), [(2, 40), (3, 30), (4, 20)])
 def test_random_rounds_of_processes(num_ranks: int, num_rounds: int) -> None:
     """Rounds of the normal mode lie between them, on the same buffers."""

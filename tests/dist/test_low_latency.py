@@ -1,6 +1,7 @@
 """The low-latency mode on real GPUs, one process each, against the reference.
 
-``EPJIT_BACKEND=cpu EPJIT_TEST_RANKS=2`` runs the same bodies without a GPU, to try them.
+Also cut into NVLink domains, between which bytes travel by NVSHMEM, or by the loopback transport
+with delays. ``EPJIT_BACKEND=cpu EPJIT_TEST_RANKS=2`` runs the same bodies without a GPU, to try them.
 """
 
 from __future__ import annotations
@@ -21,7 +22,34 @@ ROOT = Path(__file__).parents[2]
 SHAPES = ((7168, 256), (2880, 128), (8192, 64), (16384, 32), (16, 32))
 TIMEOUT_SECONDS = 2.0
 
+# Environment of the ranks.
+WORLDS = {
+    "one-domain": {},
+    "nvshmem": {"EPJIT_NVLINK_DOMAIN": "1", "EPJIT_TRANSPORT": "nvshmem"},
+    "nvshmem-ibgda": {
+        "EPJIT_NVLINK_DOMAIN": "1",
+        "EPJIT_TRANSPORT": "nvshmem",
+        "NVSHMEM_IB_ENABLE_IBGDA": "1",
+    },
+    "nvshmem-by-two": {"EPJIT_NVLINK_DOMAIN": "2", "EPJIT_TRANSPORT": "nvshmem"},
+    "loopback-by-two": {
+        "EPJIT_NVLINK_DOMAIN": "2",
+        "EPJIT_TRANSPORT": "loopback",
+        "EPJIT_LOOPBACK_SEED": "1",
+    },
+}
+
 pytestmark = pytest.mark.timeout(900)
+
+
+@pytest.fixture(params=WORLDS)
+def world(request: pytest.FixtureRequest, num_ranks: int) -> dict[str, str]:
+    """The NVLink domains, and what carries bytes between them."""
+    environ = WORLDS[request.param]
+    size = int(environ.get("EPJIT_NVLINK_DOMAIN", "0"))
+    if size and (num_ranks % size or num_ranks == size):
+        pytest.skip(f"{num_ranks} ranks are no domains of {size}")
+    return environ
 
 
 @pytest.fixture
@@ -32,15 +60,18 @@ def two_or_more(num_ranks: int) -> int:
     return num_ranks
 
 
-def test_random_rounds(num_ranks: int) -> None:
-    """1000 fresh rounds, with a rank that is late now and then."""
-    done = launch.run(bodies_low_latency.random_rounds, num_ranks, {}, 1000, 64, timeout=850)
-    assert done == [1000] * num_ranks
+def test_random_rounds(num_ranks: int, world: dict[str, str]) -> None:
+    """Fresh rounds, 1000 or between domains 300, with a rank that is late now and then."""
+    num_rounds = 300 if world else 1000
+    done = launch.run(
+        bodies_low_latency.random_rounds, num_ranks, world, num_rounds, 64, timeout=850
+    )
+    assert done == [num_rounds] * num_ranks
 
 
-def test_random_rounds_beside_the_normal_mode(num_ranks: int) -> None:
+def test_random_rounds_beside_the_normal_mode(num_ranks: int, world: dict[str, str]) -> None:
     """Rounds of both modes on one buffer."""
-    done = launch.run(bodies_low_latency.random_rounds, num_ranks, {}, 100, 64, 12, timeout=600)
+    done = launch.run(bodies_low_latency.random_rounds, num_ranks, world, 100, 64, 12, timeout=600)
     assert done == [100] * num_ranks
 
 
@@ -53,30 +84,30 @@ def test_random_rounds_with_a_nccl_group(num_ranks: int) -> None:
     assert done == [12] * num_ranks
 
 
-def test_model_shapes(num_ranks: int) -> None:
+def test_model_shapes(num_ranks: int, world: dict[str, str]) -> None:
     """Rows of real models, and the longest and the shortest row there is, in every format."""
-    launch.run(bodies_low_latency.model_shapes, num_ranks, {}, SHAPES, 32, timeout=800)
+    launch.run(bodies_low_latency.model_shapes, num_ranks, world, SHAPES, 32, timeout=800)
 
 
 @pytest.mark.parametrize("use_hooks", [False, True])
-def test_graph(num_ranks: int, use_hooks: bool) -> None:
+def test_graph(num_ranks: int, world: dict[str, str], use_hooks: bool) -> None:
     """Three operations, captured once, replayed 100 times with changed inputs."""
-    done = launch.run(bodies_low_latency.graph, num_ranks, {}, 101, 32, use_hooks, timeout=400)
+    done = launch.run(bodies_low_latency.graph, num_ranks, world, 101, 32, use_hooks, timeout=400)
     assert done == [101] * num_ranks
 
 
-def test_scratch_over_the_whole_buffer(num_ranks: int) -> None:
+def test_scratch_over_the_whole_buffer(num_ranks: int, world: dict[str, str]) -> None:
     """What a user writes to the exposed memory breaks nothing."""
-    launch.run(bodies_low_latency.overwritten, num_ranks, {}, timeout=200)
+    launch.run(bodies_low_latency.overwritten, num_ranks, world, timeout=200)
 
 
 @pytest.mark.parametrize("op", bodies_low_latency.OPS)
 @pytest.mark.parametrize("which", ["first", "last"])
-def test_withheld_peer(two_or_more: int, op: str, which: str) -> None:
+def test_withheld_peer(two_or_more: int, world: dict[str, str], op: str, which: str) -> None:
     """A rank does not come: the others name it in time, live on, and work again after reset()."""
     absent = 0 if which == "first" else two_or_more - 1
     texts = launch.run(
-        bodies_low_latency.withheld, two_or_more, {}, op, absent, TIMEOUT_SECONDS, timeout=200
+        bodies_low_latency.withheld, two_or_more, world, op, absent, TIMEOUT_SECONDS, timeout=200
     )
     assert [text == "" for text in texts] == [rank == absent for rank in range(two_or_more)]
 
@@ -84,10 +115,16 @@ def test_withheld_peer(two_or_more: int, op: str, which: str) -> None:
 @pytest.mark.needs_gpu
 @pytest.mark.parametrize("op", ["dispatch", "combine", "clean"])
 @pytest.mark.parametrize("which", ["first", "last"])
-def test_shrink(two_or_more: int, op: str, which: str) -> None:
+def test_shrink(two_or_more: int, world: dict[str, str], op: str, which: str) -> None:
     """A rank that stops answering is masked, the others go on, and it comes back."""
     absent = 0 if which == "first" else two_or_more - 1
+<<<<<<< HEAD
     launch.run(bodies_low_latency.shrunk, two_or_more, {}, op, absent, TIMEOUT_SECONDS, timeout=200)
+=======
+    launch.run(
+        bodies_low_latency.shrunk, two_or_more, world, op, absent, TIMEOUT_SECONDS, timeout=200
+    )
+>>>>>>> interll
 
 
 # ---- DeepEP's own test -----------------------------------------------------------------

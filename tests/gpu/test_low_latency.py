@@ -1,4 +1,7 @@
-"""The low-latency kernels on one GPU with virtual ranks, bit for bit against the reference."""
+"""The low-latency kernels on one GPU with virtual ranks, bit for bit against the reference.
+
+Where they are cut into NVLink domains the transport is loopback, late by a seed.
+"""
 
 from __future__ import annotations
 
@@ -25,16 +28,36 @@ from tests.rounds_low_latency import (
     random_low_latency_round,
 )
 
-RANKS = (1, 2, 4, 8)
+# Ranks, and how many of them share an NVLink domain (None: all).
+WORLDS = ((1, None), (2, None), (3, None), (4, None), (8, None), (2, 1), (4, 2), (8, 2), (15, 5))
 TOKENS = 8 if SMALL else 48
 HIDDEN = 512
 
 
+def worlds(*num_ranks: int) -> pytest.MarkDecorator:
+    """Every world of so many ranks."""
+    chosen = [world for world in WORLDS if world[0] in num_ranks]
+    ids = [f"{ranks}" if each is None else f"{ranks // each}x{each}" for ranks, each in chosen]
+    return pytest.mark.parametrize(("num_ranks", "domain"), chosen, ids=ids)
+
+
+@pytest.fixture(autouse=True)
+def delays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The transport between domains is late, by a seed."""
+    monkeypatch.setenv("EPJIT_LOOPBACK_SEED", "7")
+
+
 def run_low_latency(
-    num_ranks: int, body: Callable[..., Any], *, num_nvl_bytes: int = 0, **options: Any
+    num_ranks: int,
+    body: Callable[..., Any],
+    *,
+    num_nvl_bytes: int = 0,
+    domain: int | None = None,
+    **options: Any,
 ) -> list[Any]:
-    """`run_ranks` with buffers in low-latency mode."""
+    """`run_ranks` with buffers in low-latency mode, cut into domains of `domain` ranks."""
     given: dict[str, Any] = {"num_rdma_bytes": ROOM, "low_latency_mode": True, **options}
+    given["nvlink_domain"] = domain
     return run_ranks(num_ranks, body, num_nvl_bytes=num_nvl_bytes, **given)
 
 
@@ -48,9 +71,9 @@ def meeting(buffer: Buffer) -> Callable[[], object]:
     return meet
 
 
-@pytest.mark.parametrize("num_ranks", RANKS)
+@worlds(1, 2, 4, 8)
 @pytest.mark.parametrize("row_format", list(BY_NAME))
-def test_routings(num_ranks: int, row_format: str) -> None:
+def test_routings(num_ranks: int, domain: int | None, row_format: str) -> None:
     """Every kind of routing in every format, and every form of the calls on some round."""
 
     def body(buffer: Buffer) -> None:
@@ -74,11 +97,11 @@ def test_routings(num_ranks: int, row_format: str) -> None:
                 ),
             )
 
-    run_low_latency(num_ranks, body)
+    run_low_latency(num_ranks, body, domain=domain)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_model_shapes(num_ranks: int) -> None:
+@worlds(2, 4)
+def test_model_shapes(num_ranks: int, domain: int | None) -> None:
     """Rows of real models, and the longest and the shortest row there is, top-8 and top-32."""
     shapes = (
         ((512, 32, 8, "fp8"), (8, 8, 2, "bf16"))
@@ -116,23 +139,23 @@ def test_model_shapes(num_ranks: int) -> None:
                     ),
                 )
 
-    run_low_latency(num_ranks, body)
+    run_low_latency(num_ranks, body, domain=domain)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 4, 8])
-def test_random_rounds(num_ranks: int) -> None:
+@worlds(2, 3, 4, 8, 15)
+def test_random_rounds(num_ranks: int, domain: int | None) -> None:
     """300 fresh rounds, some of the normal mode on the same buffer between them."""
     num_rounds = 10 if SMALL else 300
 
     def body(buffer: Buffer) -> None:
         bodies_low_latency.rounds(buffer, num_rounds, TOKENS, num_sms=4)
 
-    run_low_latency(num_ranks, body, num_nvl_bytes=16 << 20, timeout=580)
+    run_low_latency(num_ranks, body, domain=domain, num_nvl_bytes=16 << 20, timeout=580)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@worlds(1, 2, 4)
 @pytest.mark.parametrize("use_hooks", [False, True])
-def test_graph(num_ranks: int, use_hooks: bool) -> None:
+def test_graph(num_ranks: int, domain: int | None, use_hooks: bool) -> None:
     """Three operations captured once, replayed with changed inputs between eager calls."""
 
     def body(buffer: Buffer) -> None:
@@ -145,18 +168,22 @@ def test_graph(num_ranks: int, use_hooks: bool) -> None:
             meet=lambda: buffer.group.allgather(None),
         )
 
-    run_low_latency(num_ranks, body)
+    run_low_latency(num_ranks, body, domain=domain)
 
 
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_scratch_over_the_whole_buffer(num_ranks: int) -> None:
+@worlds(2, 4)
+def test_scratch_over_the_whole_buffer(num_ranks: int, domain: int | None) -> None:
     """What a user writes to the exposed memory breaks nothing, cleaned up or not."""
-    run_low_latency(num_ranks, lambda buffer: bodies_low_latency.overwrite(buffer, meeting(buffer)))
+
+    def body(buffer: Buffer) -> None:
+        bodies_low_latency.overwrite(buffer, meeting(buffer))
+
+    run_low_latency(num_ranks, body, domain=domain)
 
 
 @pytest.mark.parametrize("op", bodies_low_latency.OPS)
-@pytest.mark.parametrize("num_ranks", [2, 4])
-def test_withheld_peer(num_ranks: int, op: str) -> None:
+@worlds(2, 4)
+def test_withheld_peer(num_ranks: int, domain: int | None, op: str) -> None:
     """A rank that does not come: the others name it, live on, and work again after reset()."""
     absent = num_ranks - 1
 
@@ -171,19 +198,19 @@ def test_withheld_peer(num_ranks: int, op: str) -> None:
         for seed in range(2, 5):
             check_low_latency_round(buffer, bodies_low_latency.steady(num_ranks, seed))
 
-    run_low_latency(num_ranks, body, timeout_seconds=2)
+    run_low_latency(num_ranks, body, domain=domain, timeout_seconds=2)
 
 
 @pytest.mark.parametrize("op", ["dispatch", "combine", "clean"])
-@pytest.mark.parametrize("num_ranks", [2, 3, 4])
-def test_shrink(num_ranks: int, op: str) -> None:
+@worlds(2, 3, 4)
+def test_shrink(num_ranks: int, domain: int | None, op: str) -> None:
     """A rank that stops answering is masked, the others go on, and it comes back."""
     absent = num_ranks - 1
 
     def body(buffer: Buffer) -> None:
         bodies_low_latency.shrink(buffer, op, absent, 30, meeting(buffer))
 
-    run_low_latency(num_ranks, body, timeout_seconds=2, enable_shrink=True)
+    run_low_latency(num_ranks, body, domain=domain, timeout_seconds=2, enable_shrink=True)
 
 
 def test_masks_by_hand() -> None:

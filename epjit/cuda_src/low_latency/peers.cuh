@@ -77,6 +77,7 @@ __device__ __forceinline__ void put_with_word(uint64_t transport, void* dst, con
                                               uint64_t bytes, uint64_t* word, uint64_t value,
                                               int index) {
   ptx::fence_acq_rel_sys();
+  __syncwarp();  // whichever lane sends it, all have fenced
   epjit_put_signal(transport, dst, src, bytes, word, value, pe_of(index));
 }
 
