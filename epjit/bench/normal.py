@@ -162,8 +162,8 @@ class Case:
         self.sources = [part[:, self.rank] for part in gathered(self.in_rank, group)]
         rows = [int(part.sum()) for part in self.sources]
         self.num_rows = sum(rows)
-        # What crosses a link: the rows of other ranks, or with several NVLink domains a row for each
-        # token and other domain, and the rows that a rank of the own domain hands on.
+        # What crosses a link: the rows of other ranks, or with several NVLink domains a row for
+        # each token and other domain, and the rows that a rank of the own domain hands on.
         local = domain_size(self.size)
         remote = self.num_rows - rows[self.rank]
         if local < self.size:

@@ -118,13 +118,9 @@ def test_withheld_peer(two_or_more: int, world: dict[str, str], op: str, which: 
 def test_shrink(two_or_more: int, world: dict[str, str], op: str, which: str) -> None:
     """A rank that stops answering is masked, the others go on, and it comes back."""
     absent = 0 if which == "first" else two_or_more - 1
-<<<<<<< HEAD
-    launch.run(bodies_low_latency.shrunk, two_or_more, {}, op, absent, TIMEOUT_SECONDS, timeout=200)
-=======
     launch.run(
         bodies_low_latency.shrunk, two_or_more, world, op, absent, TIMEOUT_SECONDS, timeout=200
     )
->>>>>>> interll
 
 
 # ---- DeepEP's own test -----------------------------------------------------------------
