@@ -74,17 +74,17 @@ struct InternodeDispatchParams {
   float* recv_topk_weights;       // [num_recv_rows, num_topk]
   int32_t* recv_src_meta;         // [num_recv_rows, 2]: index in the channel, token; null when the
                                   // handle has it already
-  int32_t* passing;  // [num_passing], of the channels (n, local): local ranks that get the token
-                     // (8 bits) | its position here << 8; null when the handle has it already
-  uint64_t inbox[8];     // symmetric, of each local rank, as mapped here
-  uint64_t words[8];     // symmetric, of each local rank
-  uint64_t signals[8];   // symmetric, of each local rank
-  uint64_t done[8];      // symmetric, of each local rank
-  char* stage;           // this rank's
-  uint64_t entered[8];   // symmetric, of each local rank, as mapped here: see rail.cuh
-  uint64_t* ready;       // this rank's, as the two that follow: see rail.cuh
-  uint64_t* credits;     // [num_domains, 2]
-  uint64_t* arrived;     // [num_domains, ring_slots / tokens_per_chunk]
+  int32_t* passing;     // [num_passing], of the channels (n, local): local ranks that get the token
+                        // (8 bits) | its position here << 8; null when the handle has it already
+  uint64_t inbox[8];    // symmetric, of each local rank, as mapped here
+  uint64_t words[8];    // symmetric, of each local rank
+  uint64_t signals[8];  // symmetric, of each local rank
+  uint64_t done[8];     // symmetric, of each local rank
+  char* stage;          // this rank's
+  uint64_t entered[8];  // symmetric, of each local rank, as mapped here: see rail.cuh
+  uint64_t* ready;      // this rank's, as the two that follow: see rail.cuh
+  uint64_t* credits;    // [num_domains, 2]
+  uint64_t* arrived;    // [num_domains, ring_slots / tokens_per_chunk]
   const int32_t* ranks;  // [num_domains, num_local]: numbers in the group
   const int32_t* pes;    // [ranks]: numbers for the transport
   uint64_t transport;
