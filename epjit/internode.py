@@ -96,6 +96,7 @@ class InternodeDispatchConfig(KernelConfig):
     topk_is_int64: bool
     tma: bool
     num_copy_warps: int
+    num_put_warps: int
     rows_per_warp: int
     tokens_per_chunk: int
 
@@ -105,8 +106,9 @@ class InternodeDispatchConfig(KernelConfig):
     ) -> InternodeDispatchConfig:
         """The form of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
-        warps, rows = copier_shape(tma, 13 if tma else 5, shape.hidden_bytes, limit)
-        return cls(num_domains, num_local, *shape, tma, warps, rows, _TOKENS_PER_CHUNK)
+        warps, rows = copier_shape(tma, 8 if tma else 3, shape.hidden_bytes, limit)
+        put = 9 if tma else 2
+        return cls(num_domains, num_local, *shape, tma, warps, put, rows, _TOKENS_PER_CHUNK)
 
     @property
     def send_warps(self) -> int:
@@ -116,7 +118,7 @@ class InternodeDispatchConfig(KernelConfig):
     @property
     def threads(self) -> int:
         """Threads a block."""
-        return (self.num_copy_warps + _FORWARD_WARPS + 1) * 32
+        return (self.num_copy_warps + self.num_put_warps + _FORWARD_WARPS + 1) * 32
 
     @property
     def shared_bytes(self) -> int:
@@ -155,6 +157,7 @@ class InternodeCombineConfig(KernelConfig):
     num_warps: int
     num_push_warps: int
     num_sum_warps: int
+    num_put_warps: int
     rows_per_warp: int
     tokens_per_chunk: int
 
@@ -164,13 +167,14 @@ class InternodeCombineConfig(KernelConfig):
     ) -> InternodeCombineConfig:
         """The form of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
-        push, rows = copier_shape(tma, 6 if tma else 3, shape.hidden_bytes, limit)
+        push, rows = copier_shape(tma, 6 if tma else 2, shape.hidden_bytes, limit)
         if num_local == 1:
             push, rows = 1, 1  # nothing is pushed
         # Copies through registers, and many rows in hand, need more registers.
-        warps = 8 if not tma else 16 if num_local <= 4 else 12
-        sums = (warps - push) // 2
-        return cls(num_domains, num_local, *shape, tma, warps, push, sums, rows, _TOKENS_PER_CHUNK)
+        warps, sums, put = (8, 2, 2) if not tma else (20, 4, 7) if num_local <= 4 else (16, 3, 3)
+        return cls(
+            num_domains, num_local, *shape, tma, warps, push, sums, put, rows, _TOKENS_PER_CHUNK
+        )
 
     @property
     def threads(self) -> int:
@@ -181,6 +185,11 @@ class InternodeCombineConfig(KernelConfig):
     def shared_bytes(self) -> int:
         """Dynamic shared memory: rows on their way, one mbarrier a pushing warp."""
         return self.num_push_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
+
+    @property
+    def reduce_warps(self) -> int:
+        """Warps of a block that reduce from the start."""
+        return self.num_warps - self.num_push_warps - self.num_sum_warps - self.num_put_warps
 
     @property
     def slot_bytes(self) -> int:
@@ -287,7 +296,8 @@ class _Rings:
         self.entered = self.credits + num_domains * 2 * 8
         self.notify_arrived = self.entered + num_domains * 2 * 8
         self.arrived = self.notify_arrived + num_domains * 8
-        self.notify_inbox = _align(self.arrived + num_domains * self.max_slots * 8)
+        self.staged = self.arrived + num_domains * self.max_slots * 8
+        self.notify_inbox = _align(self.staged + num_domains * self.max_slots * 8)
         self.notify_stride = _align(1 + num_local * (1 + MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS), 4)
         self.notify_stage = self.notify_inbox + num_domains * self.notify_stride * 4
         self.total = _align(self.notify_stage + num_domains * self.notify_stride * 4)
@@ -420,6 +430,7 @@ class Internode(NormalMode):
         bound.update(
             words=self._everywhere(self._arena.words),
             arrived=self.rdma_memory.ptr + self._rings.arrived,
+            staged=self.rdma_memory.ptr + self._rings.staged,
             stage=self.rdma_memory.ptr + self._rings.stage,
             ring_slots=ring_slots,
         )
@@ -626,7 +637,7 @@ class Internode(NormalMode):
         _check_warps(config, num_sms)
         combined_x, combined_weights = self._allocate_combined(scope, x, num_tokens, topk_weights)
         scope.start()
-        reduce_warps = (config.num_warps - config.num_push_warps - config.num_sum_warps) * num_sms
+        reduce_warps = config.reduce_warps * num_sms
         launch(
             scope.stream,
             num_sms,

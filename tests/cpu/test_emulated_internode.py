@@ -90,6 +90,7 @@ class Shape:
             topk_is_int64=self.topk_is_int64,
             tma=self.tma,
             num_copy_warps=3,
+            num_put_warps=1,
             rows_per_warp=3,
             tokens_per_chunk=CHUNK,
         )
@@ -105,6 +106,7 @@ class Shape:
             topk_is_int64=True,
             tma=self.tma,
             num_copy_warps=2,
+            num_put_warps=2,
             rows_per_warp=1,
             tokens_per_chunk=CHUNK,
         )
@@ -119,9 +121,10 @@ class Shape:
             num_topk=self.num_topk,
             is_f16=self.is_f16,
             tma=self.tma,
-            num_warps=max(1, -(-pushed // 4)) + 3,
+            num_warps=max(1, -(-pushed // 4)) + 4,
             num_push_warps=max(1, -(-pushed // 4)),
             num_sum_warps=1,
+            num_put_warps=1,
             rows_per_warp=3,
             tokens_per_chunk=CHUNK,
         )
@@ -138,6 +141,7 @@ class Rank:
     rings: Tensor  # inbox, then stage
     control: Tensor  # ready, credits, arrived of notify, arrived
     notify: Tensor  # inbox, then stage
+    staged: Tensor
     local: Tensor  # counters, then epoch and abort
     fault: Tensor
     launches: list[Launch] = field(default_factory=list)
@@ -170,6 +174,7 @@ class World:
                 rings=guarded(2 * self.ring_bytes, dtype=torch.uint8),
                 control=guarded(num_domains * (7 + shape.ring_slots), dtype=torch.int64, fill=0),
                 notify=guarded(2 * num_domains * self.notify_stride, dtype=torch.int32, fill=0),
+                staged=guarded(num_domains * shape.ring_slots, dtype=torch.int64, fill=0),
                 local=guarded(512, dtype=torch.int32, fill=0),
                 fault=guarded(8, dtype=torch.int64, fill=0),
             )
@@ -217,6 +222,7 @@ class World:
             "credits": mine.control[2 * num_domains :],
             "entered": [each.control[4 * num_domains :] for each in peers],
             "arrived": mine.control[(6 if is_notify else 7) * num_domains :],
+            "staged": mine.staged,
             "ranks": self.ranks_table,
             "pes": self.pes,
             "transport": self.transport[rank],

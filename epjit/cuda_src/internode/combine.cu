@@ -20,7 +20,8 @@
 // Push    the first warps of a block: x -> slots of the local rank that the row goes back through,
 //         then the words. Rows that go back through this rank are read where they lie.
 // Sum     the next warps: wait for the rows of a token of a channel (n, local), n another domain;
-//         their sum -> stage -> (put) the inbox of the rail peer, a chunk at a time
+//         their sum -> stage
+// Put     the next warps: stage -> the inbox of the rail peer, a chunk at a time
 // Reduce  the other warps, and all when they have nothing else to do: wait for a token's rows of the
 //         own domain and for its sums of the others; add them
 //
@@ -50,6 +51,7 @@ struct InternodeCombineConfig {
   int32_t num_warps;
   int32_t num_push_warps;    // of num_warps
   int32_t num_sum_warps;     // of num_warps
+  int32_t num_put_warps;     // of num_warps
   int32_t rows_per_warp;     // rows of a pushing warp in shared memory
   int32_t tokens_per_chunk;  // of one put; ring_slots is a multiple of twice this
 };
@@ -80,6 +82,7 @@ struct InternodeCombineParams {
   uint64_t* ready;               // this rank's, as the two that follow: see rail.cuh
   uint64_t* credits;             // [num_domains, 2]
   uint64_t* arrived;             // [num_domains, ring_slots / tokens_per_chunk]
+  uint64_t* staged;              // local [num_domains, ring_slots / tokens_per_chunk]
   const int32_t* ranks;          // [num_domains, num_local]: numbers in the group
   const int32_t* pes;            // [ranks]: numbers for the transport
   uint64_t transport;
@@ -122,8 +125,10 @@ class InternodeCombine {
   static constexpr int kPushed = kDomains * (kLocal - 1);  // channels
   static constexpr int kCounters = 2 + kRanks + 5 * kDomains;
   static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
-  static_assert(kCfg.num_push_warps >= 1 && kCfg.num_sum_warps >= 1);
-  static_assert(kCfg.num_push_warps + kCfg.num_sum_warps + 2 <= kCfg.num_warps,
+  static constexpr int kSummers = kCfg.num_push_warps, kPutters = kSummers + kCfg.num_sum_warps;
+  static constexpr int kReducers = kPutters + kCfg.num_put_warps;
+  static_assert(kCfg.num_push_warps >= 1 && kCfg.num_sum_warps >= 1 && kCfg.num_put_warps >= 1);
+  static_assert(kReducers + 2 <= kCfg.num_warps,
                 "someone must reduce from the start, beside the herald");
   using Copier = RowCopier<kCfg.tma, kCfg.num_push_warps, kRows, kCfg.hidden_bytes>;
   using Params = InternodeCombineParams;
@@ -141,10 +146,13 @@ class InternodeCombine {
     bool ok = __all_sync(kFullMask, ptx::ld_relaxed_gpu(p.abort) == 0);
     if (ok && blockIdx.x == 0 && warp == kCfg.num_warps - 1)
       ok = rail.announce() && rail.all_ready();
-    else if (ok && warp < kCfg.num_push_warps)
+    else if (ok && warp < kSummers)
       ok = push();
-    else if (ok && warp < kCfg.num_push_warps + kCfg.num_sum_warps)
+    else if (ok && warp < kPutters)
       ok = sum();
+    else if (ok && warp < kReducers)
+      ok = rail.put_staged(kWaitCombineCredit, (warp - kPutters) * gridDim.x + blockIdx.x,
+                           kCfg.num_put_warps * gridDim.x, passing_tokens(), p.inbox, kSlotBytes);
     if (ok) reduce();
     finish_operation<kLocal>(rail.waiter, p.signals, p.counters, kCounters, p.epoch);
   }
@@ -164,8 +172,9 @@ class InternodeCombine {
 
   __device__ int window_of(int index) const { return index / (p.num_slots / 2); }
 
-  __device__ int64_t ring_offset(int n, int index) const {
-    return (static_cast<int64_t>(n) * p.ring_slots + index % p.ring_slots) * kSlotBytes;
+  // Lane n: length of the channel (n, local), whose sums go back to domain n.
+  __device__ int passing_tokens() const {
+    return lane < kDomains ? p.channel_tokens[lane * kLocal + p.local] : 0;
   }
 
   __device__ static float* weights_of(char* row) {
@@ -333,7 +342,7 @@ class InternodeCombine {
   // ---- sum --------------------------------------------------------------------------------------
 
   __device__ bool sum() {
-    const int first = (warp - kCfg.num_push_warps) * gridDim.x + blockIdx.x;
+    const int first = (warp - kSummers) * gridDim.x + blockIdx.x;
 #pragma unroll 1
     for (int i = 0; i < kDomains - 1; ++i) {
       const int n = (p.domain + 1 + (first + i) % (kDomains - 1)) % kDomains;
@@ -361,11 +370,10 @@ class InternodeCombine {
       if (!find_rows(n, first + i, (where >> lane & 1) != 0 && lane < kLocal,
                      static_cast<int>(where >> 8), rows))
         return false;
-      sum_rows(rows, p.stage + ring_offset(n, first + i));
+      sum_rows(rows, p.stage + rail.ring_offset(n, first + i, kSlotBytes));
       if (!release_slots(n, first + i, num_tokens, 1)) return false;
     }
-    rail.put_chunk(n, p.inbox + ring_offset(p.domain, first), p.stage + ring_offset(n, first),
-                   num_rows * kSlotBytes, first);
+    rail.publish_staged(n, first);
     return true;
   }
 
@@ -438,7 +446,7 @@ class InternodeCombine {
     char* sums = nullptr;
     if (index >= 0 && lane != p.domain) {
       ok = rail.wait_arrival(kWaitCombineArrival, lane, index);
-      sums = p.inbox + ring_offset(lane, index);
+      sums = p.inbox + rail.ring_offset(lane, index, kSlotBytes);
     }
     if (!all_lanes(ok)) return false;
     add_domains(token, part, rows, sums, own_index >= 0);

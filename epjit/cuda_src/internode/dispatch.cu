@@ -18,9 +18,9 @@
 //   words[d]    [num_domains, num_local, ring_slots]   on rank d of domain m; row (n, l) is written
 //               by (m, l): which token of the channel lies in the slot, and its position for d
 //
-// Send     the first warps of a block: x -> stage -> (put) the inbox of the rail peer; tokens for
-//          the own domain go straight to the own inbox, own tokens to recv_x; then the words of
-//          those
+// Send     the first warps of a block: x -> stage; tokens for the own domain go straight to the own
+//          inbox, own tokens to recv_x; then the words of those
+// Put      warps of their own: stage -> the inbox of the rail peer, a chunk at a time
 // Forward  warps of their own: wait for a chunk from a rail peer, write its words to the local ranks
 // Pull     all warps that copy, when they have nothing to send: wait for the words of a run of
 //          tokens; inbox of a local rank -> recv_x. A row is not copied between the RDMA and its
@@ -28,7 +28,7 @@
 // Clerk    one warp: tells the rail peers that this domain is ready, and which windows of the inbox
 //          all local ranks have pulled
 //
-// Progress: all these warps exist from the start. Sending, forwarding and pulling take chunks in
+// Progress: all these warps exist from the start. Sending, putting, forwarding and pulling take chunks in
 // ascending order of their index in the channel, the same for all channels, and a chunk lies in one
 // window. Whoever waits for a slot of window w waits for pulls of w - 2, and has every chunk of a
 // lower index taken by a warp that waits for windows before w - 2 at most, at every rank. By
@@ -51,6 +51,7 @@ struct InternodeDispatchConfig {
   bool topk_is_int64;
   bool tma;                  // rows move by bulk copies, else through registers
   int32_t num_copy_warps;    // of a block: they send and pull
+  int32_t num_put_warps;     // of a block
   int32_t rows_per_warp;     // rows of such a warp in shared memory
   int32_t tokens_per_chunk;  // of one put; ring_slots is a multiple of twice this
 };
@@ -85,6 +86,7 @@ struct InternodeDispatchParams {
   uint64_t* ready;      // this rank's, as the two that follow: see rail.cuh
   uint64_t* credits;    // [num_domains, 2]
   uint64_t* arrived;    // [num_domains, ring_slots / tokens_per_chunk]
+  uint64_t* staged;     // local [num_domains, ring_slots / tokens_per_chunk]
   const int32_t* ranks;  // [num_domains, num_local]: numbers in the group
   const int32_t* pes;    // [ranks]: numbers for the transport
   uint64_t transport;
@@ -109,7 +111,7 @@ struct InternodeDispatchParams {
 constexpr int kForwardWarps = 2;  // of a block
 
 constexpr int dispatch_threads(InternodeDispatchConfig cfg) {
-  return (cfg.num_copy_warps + kForwardWarps + 1) * kWarpSize;
+  return (cfg.num_copy_warps + cfg.num_put_warps + kForwardWarps + 1) * kWarpSize;
 }
 
 constexpr int dispatch_shared_bytes(InternodeDispatchConfig cfg) {
@@ -128,6 +130,7 @@ class InternodeDispatch {
   static constexpr int kChunk = kCfg.tokens_per_chunk;
   static constexpr int kRows = kCfg.rows_per_warp;
   static constexpr int kCopyWarps = kCfg.num_copy_warps;
+  static constexpr int kPutters = kCopyWarps, kForwarders = kPutters + kCfg.num_put_warps;
   static constexpr int kScales = kCfg.num_scales;
   static constexpr int kTopk = kCfg.num_topk;
   static constexpr int kSlotBytes = dispatch_slot_bytes(kCfg);
@@ -136,6 +139,7 @@ class InternodeDispatch {
   static constexpr int kPositions = kWeights + kTopk, kToken = kPositions + kLocal;
   static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
   static_assert(kCopyWarps >= 2, "someone must pull from the start");
+  static_assert(kCfg.num_put_warps >= 1);
   using Copier = RowCopier<kCfg.tma, kCopyWarps, kRows, kCfg.hidden_bytes>;
   using Params = InternodeDispatchParams;
 
@@ -155,7 +159,11 @@ class InternodeDispatch {
         Copier copier(ptx::dynamic_shared(), warp, lane);
         if (warp >= p.num_send_warps || send(copier)) pull(copier);
         copier.drain();
-      } else if (warp < kCopyWarps + kForwardWarps) {
+      } else if (warp < kForwarders) {
+        rail.put_staged(kWaitDispatchCredit, (warp - kPutters) * gridDim.x + blockIdx.x,
+                        kCfg.num_put_warps * gridDim.x, sent_tokens(), inbox(p.local, 0, 0),
+                        kSlotBytes);
+      } else if (warp < kForwarders + kForwardWarps) {
         forward();
       } else if (blockIdx.x == 0) {
         if (rail.announce() && return_credits()) rail.all_ready();
@@ -167,18 +175,15 @@ class InternodeDispatch {
  private:
   __device__ int window_tokens() const { return p.ring_slots / 2; }
 
-  __device__ int64_t ring_offset(int n, int index) const {
-    return (static_cast<int64_t>(n) * p.ring_slots + index % p.ring_slots) * kSlotBytes;
-  }
-
   // Where the token of the channel (n, l) to this domain lies.
   __device__ char* inbox(int l, int n, int index) const {
-    return reinterpret_cast<char*>(p.inbox[l]) + ring_offset(n, index);
+    return reinterpret_cast<char*>(p.inbox[l]) + rail.ring_offset(n, index, kSlotBytes);
   }
 
   // Where a token for domain n is written.
   __device__ char* send_slot(int n, int index) const {
-    return n == p.domain ? inbox(p.local, n, index) : p.stage + ring_offset(n, index);
+    return n == p.domain ? inbox(p.local, n, index)
+                         : p.stage + rail.ring_offset(n, index, kSlotBytes);
   }
 
   __device__ static int32_t* items(char* slot) {
@@ -208,6 +213,12 @@ class InternodeDispatch {
   }
 
   // ---- send -------------------------------------------------------------------------------------
+
+  // Lane n: length of the channel to domain n.
+  __device__ int sent_tokens() const {
+    if (lane >= kDomains) return 0;
+    return p.send_tokens[static_cast<int64_t>(lane) * (p.num_tokens + 1) + p.num_tokens];
+  }
 
   // A chunk of the channel to a domain: lane i has the token of index first + i.
   struct Chunk {
@@ -266,10 +277,7 @@ class InternodeDispatch {
   __device__ bool send(Copier& copier) {
     if (!rail.enter()) return false;
     const int num_warps = gridDim.x * p.num_send_warps;
-    const int sent =
-        lane < kDomains
-            ? p.send_tokens[static_cast<int64_t>(lane) * (p.num_tokens + 1) + p.num_tokens]
-            : 0;
+    const int sent = sent_tokens();
     // Neighbouring chunks lie on different SMs, so that the first tokens are ready first.
     int unit = warp * gridDim.x + blockIdx.x;
     Chunk chunk = next_chunk(unit, num_warps, sent);
@@ -304,9 +312,7 @@ class InternodeDispatch {
       if (next.num_rows > 0) load_rows(copier, next, 0);
       copier.flush();
       if (chunk.domain != p.domain)
-        rail.put_chunk(chunk.domain, inbox(p.local, p.domain, chunk.first),
-                       send_slot(chunk.domain, chunk.first), chunk.num_rows * kSlotBytes,
-                       chunk.first);
+        rail.publish_staged(chunk.domain, chunk.first);
       else
         publish_own(chunk);
       chunk = next;
@@ -359,7 +365,7 @@ class InternodeDispatch {
     for (int n = 0; n < kDomains; ++n)
       if (n != p.domain) most_tokens = max(most_tokens, passing_tokens(n));
     const int num_units = ceil_div(most_tokens, kChunk) * (kDomains - 1);
-    for (int unit = (warp - kCopyWarps) * gridDim.x + blockIdx.x; unit < num_units;
+    for (int unit = (warp - kForwarders) * gridDim.x + blockIdx.x; unit < num_units;
          unit += num_warps) {
       const int n = (p.domain + 1 + unit % (kDomains - 1)) % kDomains;
       const int first = unit / (kDomains - 1) * kChunk;

@@ -20,6 +20,8 @@
 //   credits  [num_domains, 2] u64           by the rail peer in n: (epoch, window + 1), window & 1:
 //            n has used up what this rank sent to it in that window
 //   arrived  [num_domains, ring chunks] u64 by the rail peer in n, with the chunk: a word (sync.cuh)
+// In memory of this rank alone:
+//   staged   [num_domains, ring chunks] u64 a word: the chunk lies in the stage, to be put
 // In symmetric memory of the NVLink domain:
 //   signals  see sync.cuh
 //   done     [num_domains, num_local, 2] u64  column j by local rank j: (epoch, window + 1),
@@ -128,23 +130,57 @@ class Rail {
 
   __device__ int ring_window(int index) const { return index / (p.ring_slots / 2); }
 
-  __device__ uint64_t* arrival(int n, int index) const {
-    return p.arrived + n * (p.ring_slots / kChunk) + index % p.ring_slots / kChunk;
+  // The word of a chunk of domain n.
+  __device__ uint64_t* chunk_word(uint64_t* words, int n, int index) const {
+    return words + n * (p.ring_slots / kChunk) + index % p.ring_slots / kChunk;
   }
 
   // The chunk of domain n that holds `index` is here.
   __device__ bool wait_arrival(WaitTag tag, int n, int index) const {
     uint64_t found;
-    return wait_word_at(tag, rail_peer(n), index, ring_window(index), arrival(n, index), found);
+    return wait_word_at(tag, rail_peer(n), index, ring_window(index),
+                        chunk_word(p.arrived, n, index), found);
   }
 
-  // Sends a chunk of slots, which this warp has written: each lane's writes -> fence (sys) ->
-  // __syncwarp -> the put.
-  __device__ void put_chunk(int n, char* dst, const char* src, int num_bytes, int index) const {
+  // Puts take long where the warp itself moves the bytes (NVSHMEM over NVLink: 1 GB/s a warp), so
+  // they have warps of their own. This warp has written a chunk to the stage: each lane's writes ->
+  // fence (sys, for whoever reads for RDMA) -> __syncwarp -> the word (release).
+  __device__ void publish_staged(int n, int first) const {
     ptx::fence_acq_rel_sys();
     __syncwarp();
-    epjit_put_signal(p.transport, dst, src, num_bytes, arrival(p.domain, index),
-                     make_word(waiter.epoch, ring_window(index), 0), rail_pe(n));
+    if (lane_ == 0)
+      ptx::st_release_sys(chunk_word(p.staged, n, first),
+                          make_word(waiter.epoch, ring_window(first), 0));
+  }
+
+  // One of `num_putters` warps, from the start: puts chunks into the inboxes of the rail peers when
+  // they are staged, in ascending order. Lane n has the tokens of the channel to domain n; `tag` is
+  // what staging itself waits for.
+  __device__ bool put_staged(WaitTag tag, int putter, int num_putters, int num_tokens, char* inbox,
+                             int slot_bytes) const {
+    const int most = __reduce_max_sync(
+        kFullMask, lane_ < kDomains && lane_ != p.domain ? static_cast<uint32_t>(num_tokens) : 0u);
+    const int num_units = ceil_div(most, kChunk) * (kDomains - 1);
+    for (int unit = putter; unit < num_units; unit += num_putters) {
+      const int n = (p.domain + 1 + unit % (kDomains - 1)) % kDomains;
+      const int first = unit / (kDomains - 1) * kChunk;
+      const int num_rows = min(kChunk, __shfl_sync(kFullMask, num_tokens, n) - first);
+      if (num_rows <= 0) continue;
+      uint64_t found;
+      if (!all_lanes(wait_word_at(tag, rail_peer(n), first, ring_window(first),
+                                  chunk_word(p.staged, n, first), found)))
+        return false;
+      epjit_put_signal(p.transport, inbox + ring_offset(p.domain, first, slot_bytes),
+                       p.stage + ring_offset(n, first, slot_bytes),
+                       static_cast<uint64_t>(num_rows) * slot_bytes,
+                       chunk_word(p.arrived, p.domain, first),
+                       make_word(waiter.epoch, ring_window(first), 0), rail_pe(n));
+    }
+    return true;
+  }
+
+  __device__ int64_t ring_offset(int n, int index, int slot_bytes) const {
+    return (static_cast<int64_t>(n) * p.ring_slots + index % p.ring_slots) * slot_bytes;
   }
 
   __device__ bool wait_word_at(WaitTag tag, int peer, int index, int window,
