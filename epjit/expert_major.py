@@ -1,7 +1,8 @@
 """Received rows in the order of the experts: kernels on the GPU, the reference on the CPU.
 
 `place` numbers the selections, `permute` copies rows, `unpermute` sums them; the two are each
-other's gradient. The host waits for nothing. `epjit.moe` has them with autograd.
+other's gradient. `blank` zeroes the gradient of rows that did not arrive. The host waits for
+nothing. `epjit.moe` has them with autograd.
 """
 
 from __future__ import annotations
@@ -121,6 +122,31 @@ class UnpermuteConfig(KernelConfig):
         return f"moe_h{self.row_bytes}_k{self.num_topk}"
 
 
+@dataclass(frozen=True)
+class BlankConfig(KernelConfig):
+    """What the blank kernel is compiled for."""
+
+    source: ClassVar[str] = "moe/blank.cu"
+    op: ClassVar[str] = "blank"
+
+    row_bytes: int
+
+    @property
+    def threads(self) -> int:
+        """Threads a block."""
+        return 512
+
+    @property
+    def shared_bytes(self) -> int:
+        """None."""
+        return 0
+
+    @property
+    def tag(self) -> str:
+        """Namespace of the kernel."""
+        return f"moe_h{self.row_bytes}"
+
+
 def example_configs(arch: str) -> Iterator[KernelConfig]:
     """Kernels of every variant that an architecture can run, over shapes that differ in kind.
 
@@ -134,6 +160,7 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         for variant in variants.names("permute"):
             if variants.runs_on("permute", variant, arch):
                 yield PermuteConfig.choose(row_bytes, variant=variant, limit=limit)
+        yield BlankConfig(row_bytes)
         for num_topk in (1, 8, MAX_TOPK):
             yield UnpermuteConfig(row_bytes, num_topk, is_f16=num_topk == 1)
 
@@ -155,6 +182,7 @@ def warmup_configs(
         PlaceConfig(num_experts, topk_is_int64),
         _permute_config(row_bytes, arch),
         UnpermuteConfig(row_bytes, num_topk, is_f16),
+        BlankConfig(row_bytes),
     ]
 
 
@@ -294,6 +322,31 @@ def unpermute(rows: Tensor, row_of: Tensor) -> Tensor:
             num_tokens=num_tokens,
         )
     return out
+
+
+def blank(rows: Tensor, count: Tensor) -> None:
+    """Writes zeros to the rows that nothing arrived for, in place.
+
+    Args:
+        rows: `[n, H]` of any dtype, rows a multiple of 16 bytes.
+        count: int32 `[1]`: how many arrived, the first ones.
+
+    Raises:
+        TypeError, ValueError: Arguments that do not fit; nothing was launched.
+    """
+    check("rows", rows, shape=("num_rows", "hidden"))
+    check("count", count, shape=(1,), dtype=torch.int32, device=rows.device)
+    if rows.device.type != "cuda":
+        rows[int(count) :] = 0
+    elif rows.shape[0]:
+        config = BlankConfig(_row_bytes("rows", rows))
+        _launch(config, rows.device.index)(
+            _stream(rows.device),
+            _num_sms(rows.device),
+            rows=rows.data_ptr(),
+            count=count.data_ptr(),
+            num_rows=rows.shape[0],
+        )
 
 
 def _permute_config(row_bytes: int, arch: str) -> PermuteConfig:

@@ -13,6 +13,7 @@ block formats of the OCP MX specification and of Blackwell's tensor cores.
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 import torch
@@ -21,7 +22,7 @@ _SLOT_ALIGNMENT = 128
 _SLOT_METADATA_BYTES = 384  # beside a row: its token, and up to 32 choices of 8 bytes
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)  # there is one object of each: told apart by identity
 class RowFormat:
     """How a row of `H` channels travels and arrives.
 
@@ -86,17 +87,27 @@ class RowFormat:
             `x_dtype` `[E // R, R * M, num_columns]`; `scale_dtype` `[E // R, R * M, S]`, a
             transposed view of contiguous memory with `column_major`, or None.
         """
-        shape = (num_local_experts, num_rows, self.num_columns(hidden))
+        shape, scale_shape, scale_strides = _shapes(self, num_local_experts, num_rows, hidden)
         x = torch.empty(shape, dtype=self.x_dtype, device=device)
         if self.scale_dtype is None:
             return x, None
-        columns = self.num_scale_columns(hidden)
-        if self.column_major:
-            strides = (columns * num_rows, 1, num_rows)
-        else:
-            strides = (columns * num_rows, columns, 1)
-        shape = (num_local_experts, num_rows, columns)
-        return x, torch.empty_strided(shape, strides, dtype=self.scale_dtype, device=device)
+        return x, torch.empty_strided(
+            scale_shape, scale_strides, dtype=self.scale_dtype, device=device
+        )
+
+
+@functools.lru_cache(maxsize=1024)  # a decoder asks for the same in every layer
+def _shapes(
+    row_format: RowFormat, num_local_experts: int, num_rows: int, hidden: int
+) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
+    """Shape of `recv_x`, shape and strides of its scales."""
+    columns = row_format.num_scale_columns(hidden)
+    inner = (1, num_rows) if row_format.column_major else (columns, 1)
+    return (
+        (num_local_experts, num_rows, row_format.num_columns(hidden)),
+        (num_local_experts, num_rows, columns),
+        (columns * num_rows, *inner),
+    )
 
 
 BF16 = RowFormat("bf16", 0, granularity=8, block=0, bits=16, x_dtype=torch.bfloat16)

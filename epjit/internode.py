@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
-from epjit.config import MAX_DOMAINS, MAX_RANKS
+from epjit.config import MAX_DOMAINS, MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS, MAX_RANKS
 from epjit.intranode import copier_shape
 from epjit.layout import LayoutConfig
 from epjit.normal_mode import (
@@ -47,8 +47,6 @@ _SLOT_ALIGNMENT = 128
 _FORWARD_WARPS = 2  # kForwardWarps of dispatch.cu
 _TOKENS_PER_CHUNK = 4
 _MAX_WORDS = 1 << 18  # of all channels into a domain: 2 MB
-MAX_LOCAL_EXPERTS = 1024
-"""Of one rank, between domains: bounds the messages of notify to 2 MB."""
 
 
 def _align(value: int, alignment: int = _SLOT_ALIGNMENT) -> int:
@@ -203,9 +201,9 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
     Args:
         arch: Such as ``"sm_90a"``.
     """
+    variant = "tma" if variants.runs_on("combine", "tma", arch) else "ldst"
     for num_domains, num_local, row_bytes, num_scales, num_topk in (
         (2, 1, 14336, 0, 8),
-        (2, 2, 14336, 0, 8),
         (4, 8, 7168, 56, 8),
         (3, 5, 32768, 0, 32),
         (MAX_DOMAINS, MAX_RANKS, 14336, 0, 0),
@@ -217,16 +215,15 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         ]
         if num_scales == 0:
             shapes.append(CombineShape(row_bytes, num_topk, is_f16=num_local == 1))
-        for variant in ("tma", "ldst"):
-            if variants.runs_on("combine", variant, arch):
-                for shape in shapes:
-                    yield _choose(
-                        shape,
-                        num_domains=num_domains,
-                        num_local=num_local,
-                        variant=variant,
-                        limit=shared_limit(arch),
-                    )
+        for shape in shapes:
+            for each in {variant, "ldst" if num_local == 5 else variant}:
+                yield _choose(
+                    shape,
+                    num_domains=num_domains,
+                    num_local=num_local,
+                    variant=each,
+                    limit=shared_limit(arch),
+                )
 
 
 def _choose(
@@ -238,7 +235,12 @@ def _choose(
     limit: int,
 ) -> InternodeDispatchConfig | InternodeCombineConfig:
     """The kernel of a shape. ``push`` is not told from ``tma``: tokens are pulled here."""
-    cut: Any = {"num_domains": num_domains, "num_local": num_local, "variant": variant, "limit": limit}
+    cut: Any = {
+        "num_domains": num_domains,
+        "num_local": num_local,
+        "variant": variant,
+        "limit": limit,
+    }
     if isinstance(shape, DispatchShape):
         return InternodeDispatchConfig.choose(shape, **cut)
     return InternodeCombineConfig.choose(shape, **cut)
@@ -282,10 +284,11 @@ class _Rings:
         self.control = _align(num_rdma_bytes)  # from here on nothing is the user's
         self.ready = self.control
         self.credits = self.ready + num_domains * 2 * 8
-        self.notify_arrived = self.credits + num_domains * 2 * 8
+        self.entered = self.credits + num_domains * 2 * 8
+        self.notify_arrived = self.entered + num_domains * 2 * 8
         self.arrived = self.notify_arrived + num_domains * 8
         self.notify_inbox = _align(self.arrived + num_domains * self.max_slots * 8)
-        self.notify_stride = _align(1 + num_local * (1 + MAX_LOCAL_EXPERTS), 4)
+        self.notify_stride = _align(1 + num_local * (1 + MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS), 4)
         self.notify_stage = self.notify_inbox + num_domains * self.notify_stride * 4
         self.total = _align(self.notify_stage + num_domains * self.notify_stride * 4)
 
@@ -327,7 +330,7 @@ class Internode(NormalMode):
             device=device,
             timeout_seconds=timeout_seconds,
             num_counters=2 + 2 * group.size + 5 * num_domains,
-            num_counts=2 + MAX_LOCAL_EXPERTS,
+            num_counts=2 + MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS,
         )
         self._topology = topology
         self._arena = _Arena(num_domains, num_local, num_nvl_bytes)
@@ -376,6 +379,7 @@ class Internode(NormalMode):
             **super()._common(),
             "signals": self._everywhere(self._arena.signals),
             "done": self._everywhere(self._arena.done),
+            "entered": self._inboxes(self._rings.entered),
             "ready": own + self._rings.ready,
             "credits": own + self._rings.credits,
             "ranks": self._ranks.data_ptr(),
@@ -473,11 +477,6 @@ class Internode(NormalMode):
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
         launch = self.launch(dispatch_shape(x, scales, topk_idx))
         experts_per_rank = num_tokens_per_expert.shape[0] // num_ranks
-        if experts_per_rank > MAX_LOCAL_EXPERTS:
-            raise ValueError(
-                f"num_tokens_per_expert has {experts_per_rank} experts a rank; between NVLink "
-                f"domains there may be up to {MAX_LOCAL_EXPERTS}"
-            )
         with scope.allocating():
             ints: dict[str, Any] = {"dtype": torch.int32, "device": self._device}
             send_tokens = torch.empty((num_domains, num_tokens + 1), **ints)
@@ -592,6 +591,7 @@ class Internode(NormalMode):
             **self._routing(handle),
             recv_src_meta=recv_src_meta.data_ptr() if fills_handle else 0,
             passing=passing.data_ptr() if fills_handle else 0,
+            num_passing=passing.shape[0],
             num_send_warps=config.send_warps,
             experts_per_rank=experts_per_rank,
         )

@@ -8,7 +8,7 @@ by RDMA (`peers.cuh`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Hashable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 _ALIGNMENT = 128
 _LOG_BLOCK = 128  # channels
 _CAST_ELEMENTS = 16
+_MOST_PLANS = 4096
 
 for _variant in (
     # First, so that auto takes it: with two H200s a pair of calls in a graph takes 52.9 us against
@@ -387,6 +388,14 @@ class _Arena:
         self.total = self.words + 2 * self.words_stride * 8
 
 
+class _Plan(NamedTuple):
+    """How calls of one size are launched; made once for each, as they come by the thousand."""
+
+    launch: Launch
+    grid: int
+    num_parts: int
+
+
 class LowLatency:
     """Everything one rank needs for the low-latency operations of a group.
 
@@ -461,6 +470,7 @@ class LowLatency:
             self._peers.copy_(torch.tensor(peers, dtype=torch.int32, device="cpu"))
         self._fault = FaultRecord()
         self._launches: dict[LowLatencyDispatchShape | LowLatencyCombineShape, Launch] = {}
+        self._plans: dict[Hashable, _Plan] = {}
         self._clean = Launch(
             clean_kernel,
             **self._common(),
@@ -602,14 +612,13 @@ class LowLatency:
             self._most_tokens = max_tokens
         num_tokens, hidden = x.shape
         num_ranks, num_topk = self._group.size, topk_idx.shape[1]
-        launch = self.launch(
-            LowLatencyDispatchShape(
+        key = (x.shape, num_topk, topk_idx.dtype, max_tokens, num_experts, row_format.code)
+        plan = self._plans.get(key)
+        if plan is None:
+            shape = LowLatencyDispatchShape(
                 num_experts, hidden, row_format.code, num_topk, topk_idx.dtype == torch.int64
             )
-        )
-        config = launch.kernel.config
-        assert isinstance(config, LowLatencyDispatchConfig)
-        num_slots = num_ranks * max_tokens
+            plan = self._keep(key, self._plan_dispatch(shape, num_tokens, max_tokens))
         with scope.allocating():
             outputs = allocate_dispatched(
                 row_format,
@@ -621,8 +630,7 @@ class LowLatency:
                 device=self._device,
             )
         scope.start()
-        # Sending takes a block a token, one the counts; receiving a warp an eighth of a row.
-        grid = min(self._num_sms, max(num_tokens + 1, num_slots * 8 // config.num_warps))
+        routes = _address_of_routes(outputs.src_info)
         values = {
             "x": x.data_ptr(),
             "topk_idx": topk_idx.data_ptr(),
@@ -630,17 +638,54 @@ class LowLatency:
             "recv_x": outputs.recv_x.data_ptr(),
             "recv_scales": _pointer(outputs.recv_scales),
             "recv_count": outputs.recv_count.data_ptr(),
-            **_route_pointers(outputs.src_info, num_ranks),
+            "source_tokens": routes,
+            "source_rows": routes + 4 * num_ranks,
             "src_info": outputs.src_info.data_ptr(),
             "layout_range": outputs.layout_range.data_ptr(),
             "recv_stats": _pointer(recv_stats),
             "wait_cost": _pointer(wait_cost),
             "num_tokens": num_tokens,
             "max_tokens": max_tokens,
-            "num_parts": max(1, min(8, grid * config.num_warps // num_slots)),
+            "num_parts": plan.num_parts,
         }
         tensors = (x, topk_idx, global_scale, recv_stats, wait_cost, outputs)
-        return outputs, self._run(launch, scope.stream, grid, values, tensors, split=split)
+        return outputs, self._run(plan, scope.stream, values, tensors, split=split)
+
+    def _plan_dispatch(
+        self, shape: LowLatencyDispatchShape, num_tokens: int, max_tokens: int
+    ) -> _Plan:
+        """Sending takes a block a token, one the counts; receiving a warp an eighth of a row."""
+        launch = self.launch(shape)
+        config = launch.kernel.config
+        assert isinstance(config, LowLatencyDispatchConfig)
+        num_slots = self._group.size * max_tokens
+        grid = min(self._num_sms, max(num_tokens + 1, num_slots * 8 // config.num_warps))
+        num_parts = max(1, min(8, grid * config.num_warps // num_slots))
+        return _Plan(launch, grid, num_parts)
+
+    def _plan_combine(
+        self, shape: LowLatencyCombineShape, num_tokens: int, max_tokens: int
+    ) -> _Plan:
+        """A warp adds 256 channels at a time; with few tokens that is all it does."""
+        launch = self.launch(shape)
+        config = launch.kernel.config
+        assert isinstance(config, LowLatencyCombineConfig | LowLatencyReducedCombineConfig)
+        grid = min(self._num_sms, max(max_tokens * shape.num_topk // 4, 16))
+        steps = -(-shape.hidden // 256)
+        if isinstance(config, LowLatencyReducedCombineConfig):
+            # The same on all ranks. Each piece is published by itself, which takes 2 us and more.
+            num_parts = max(1, min(steps, 1024 // max_tokens))
+        else:
+            steps_a_warp = -(-num_tokens * steps // (2 * grid * config.num_warps)) or 1
+            num_parts = -(-steps // steps_a_warp)
+        return _Plan(launch, grid, num_parts)
+
+    def _keep(self, key: Hashable, plan: _Plan) -> _Plan:
+        """Remembers a plan; sizes that come and go do not pile up."""
+        if len(self._plans) >= _MOST_PLANS:
+            self._plans.clear()
+        self._plans[key] = plan
+        return plan
 
     def combine(
         self,
@@ -661,13 +706,13 @@ class LowLatency:
         """Pushes rows back and sums them; `split` puts the second half into the callable."""
         num_tokens, num_topk = topk_idx.shape
         hidden = x.shape[2]
-        launch = self.launch(
-            LowLatencyCombineShape(
+        key = (x.shape, topk_idx.shape, topk_idx.dtype, max_tokens, num_experts, use_logfmt)
+        plan = self._plans.get(key)
+        if plan is None:
+            shape = LowLatencyCombineShape(
                 num_experts, hidden, num_topk, topk_idx.dtype == torch.int64, use_logfmt
             )
-        )
-        config = launch.kernel.config
-        assert isinstance(config, LowLatencyCombineConfig | LowLatencyReducedCombineConfig)
+            plan = self._keep(key, self._plan_combine(shape, num_tokens, max_tokens))
         if zero_copy:
             x = self.send_buffer(num_experts=num_experts, max_tokens=max_tokens, hidden=hidden)
         elif self._remote:
@@ -676,28 +721,21 @@ class LowLatency:
             if out is None:
                 out = torch.empty((num_tokens, hidden), dtype=torch.bfloat16, device=self._device)
         scope.start()
-        grid = min(self._num_sms, max(max_tokens * num_topk // 4, 16))
-        # A warp adds 256 channels at a time; with few tokens that is all it does.
-        steps = -(-hidden // 256)
-        if isinstance(config, LowLatencyReducedCombineConfig):
-            # The same on all ranks. Each piece is published by itself, which takes 2 us and more.
-            num_parts = max(1, min(steps, 1024 // max_tokens))
-        else:
-            steps_a_warp = -(-num_tokens * steps // (2 * grid * config.num_warps)) or 1
-            num_parts = -(-steps // steps_a_warp)
+        routes = _address_of_routes(src_info)
         values = {
             "x": x.data_ptr(),
             "topk_idx": topk_idx.data_ptr(),
             "topk_weights": topk_weights.data_ptr(),
-            **_route_pointers(src_info, self._group.size),
+            "source_tokens": routes,
+            "source_rows": routes + 4 * self._group.size,
             "out": out.data_ptr(),
             "wait_cost": _pointer(wait_cost),
             "num_tokens": num_tokens,
             "max_tokens": max_tokens,
-            "num_parts": num_parts,
+            "num_parts": plan.num_parts,
         }
         tensors = (x, topk_idx, topk_weights, src_info, out, wait_cost)
-        return out, self._run(launch, scope.stream, grid, values, tensors, split=split)
+        return out, self._run(plan, scope.stream, values, tensors, split=split)
 
     def _check_source(self, x: torch.Tensor, *, use_logfmt: bool) -> None:
         """Between domains rows are staged in the send buffer, and must not lie there already.
@@ -717,9 +755,8 @@ class LowLatency:
 
     @staticmethod
     def _run(
-        launch: Launch,
+        plan: _Plan,
         stream: int,
-        grid: int,
         values: dict[str, int],
         tensors: object,
         *,
@@ -729,13 +766,13 @@ class LowLatency:
 
         The callable holds on to `tensors`.
         """
-        launch(stream, grid, **values, sends=True, receives=not split)
+        plan.launch.start(stream, plan.grid, values | {"sends": True, "receives": not split})
         if not split:
             return None
 
         def receive(kept: object = tensors) -> None:
             del kept
-            launch(stream, grid, **values, sends=False, receives=True)
+            plan.launch.start(stream, plan.grid, values | {"sends": False, "receives": True})
 
         return receive
 
@@ -780,6 +817,7 @@ class LowLatency:
         the memory of a transport is not given away before that has left.
         """
         torch.cuda.synchronize(self._device)
+        self._plans.clear()
         self._launches.clear()
         del self._clean
         self.memory.close()
@@ -815,10 +853,9 @@ def _combine_config(
     return LowLatencyCombineConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
 
 
-def _route_pointers(src_info: torch.Tensor, num_ranks: int) -> dict[str, int]:
-    """Where the kernels find the `Routes` that lie behind `src_info`."""
-    first = src_info.data_ptr() + 4 * src_info.numel()
-    return {"source_tokens": first, "source_rows": first + 4 * num_ranks}
+def _address_of_routes(src_info: torch.Tensor) -> int:
+    """Where the `Routes` lie behind `src_info`: tokens of each rank, then rows."""
+    return src_info.data_ptr() + 4 * src_info.numel()
 
 
 def _pointer(tensor: torch.Tensor | None) -> int:

@@ -115,6 +115,7 @@ def get_buffer(group: dist.ProcessGroup, hidden_bytes: int) -> Buffer:
 
     Raises:
         RuntimeError: A Buffer would have to be made while a CUDA graph is captured.
+        NotImplementedError: The group has several NVLink domains.
     """
     needed = _bytes_needed(group.size(), hidden_bytes, Buffer.num_sms)
     found = _managed.get(group.group_name)
@@ -133,8 +134,14 @@ def get_buffer(group: dist.ProcessGroup, hidden_bytes: int) -> Buffer:
     if found is not None:
         del _managed[group.group_name]
         _destroy(found)
-    _managed[group.group_name] = Buffer(group, needed, explicitly_destroy=True)
-    return _managed[group.group_name]
+    made = Buffer(group, needed, explicitly_destroy=True)
+    try:
+        _check_domains(made)
+    except NotImplementedError:
+        _destroy(made)
+        raise
+    _managed[group.group_name] = made
+    return made
 
 
 def free_buffers() -> None:
@@ -151,7 +158,11 @@ def register_buffer(buffer: Buffer) -> str:
     """Gives a Buffer of your own a name that the functions of this module take as `group`.
 
     The Buffer stays yours to destroy, and is kept alive until `unregister_buffer`.
+
+    Raises:
+        NotImplementedError: It has several NVLink domains.
     """
+    _check_domains(buffer)
     name = f"epjit-buffer-{next(_numbers)}"
     _registered[name] = buffer
     return name
@@ -167,6 +178,15 @@ def _bytes_needed(num_ranks: int, hidden_bytes: int, num_sms: int) -> int:
     """`num_nvl_bytes`; what is cached depends on `num_sms`, through the default configs."""
     configs = (Buffer.get_dispatch_config(num_ranks), Buffer.get_combine_config(num_ranks))
     return max(config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks) for config in configs)
+
+
+def _check_domains(buffer: Buffer) -> None:
+    number = 1 if buffer.runtime is None else buffer.runtime.get_num_rdma_ranks()
+    if number > 1:
+        raise NotImplementedError(
+            f"epjit.moe works inside one NVLink domain, and this group has {number}; call "
+            "Buffer.dispatch and Buffer.combine yourself, which work between them"
+        )
 
 
 def _destroy(buffer: Buffer) -> None:
@@ -331,10 +351,12 @@ def _(grad_x: Tensor, grad_weights: Tensor, *handle_and_group: Any) -> tuple[Ten
     schema=f"(Tensor grad, {_HANDLE}, str group) -> Tensor",
 )
 def _combine_backward(grad: Tensor, *handle_and_group: Any) -> Tensor:
-    """Every row that was added gets the gradient of the sum."""
+    """Every row that was added gets the gradient of the sum, the others zeros."""
     *handle, group = handle_and_group
-    rows, *_ = _buffer(group, grad).dispatch(grad, handle=_as_handle(handle))
+    buffer, routing = _buffer(group, grad), _as_handle(handle)
+    rows, *_ = buffer.dispatch(grad, handle=routing)
     assert isinstance(rows, Tensor)
+    by_expert.blank(rows, routing[0].view(-1)[buffer.rank - buffer.group_size :][:1])
     return rows
 
 
@@ -522,7 +544,8 @@ def dispatch(
         group: Process group, its name, or a name of `register_buffer`.
         num_worst_tokens: 0, or the number of rows of every output (at least what can arrive,
             `R * max(T)`): the host waits for nothing and sizes are static. Rows that nothing
-            arrived for have `topk_idx` -1 and are undefined, in gradients too.
+            arrived for have `topk_idx` -1 and are undefined; `combine` gives them a gradient of
+            zeros.
         expert_major: Order the rows by expert instead of by source.
         expert_alignment: With `expert_major`: each expert's rows are padded to a multiple of it.
         num_expert_rows: With `expert_major` and `num_worst_tokens`: `M`; choices that do not fit

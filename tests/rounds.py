@@ -146,14 +146,16 @@ class Oracle:
     ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
         """The parts of a handle that have a meaning: name, got, wanted."""
         names = _SLOTS_BETWEEN if self.several else _SLOTS
+        got = tuple(each.cpu() for each in got)  # a strided part would be gathered by a kernel
         arrived = slice(0, self.num_recv(want, rank))
         for slot, name in enumerate(names):
             parts: list[Any] = [slice(None)]
             if name in ("recv_src_idx", "recv_src_meta"):
                 parts = [arrived]
             elif name == "send_tokens":
-                lengths = (want[8] >= 0).sum(dim=0).tolist()
+                lengths = want[slot][:, -1].tolist()
                 parts = [(n, slice(0, length)) for n, length in enumerate(lengths)]
+                parts.append((slice(None), -1))
             elif name == "send_nvl_head":
                 parts = [slice(0, int(want[4][-1]))]
             for part in parts:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import importlib
 import importlib.metadata
 import json
@@ -50,6 +51,7 @@ class Check:
 
 _STYLES = {Status.ok: "green", Status.warning: "yellow", Status.wrong: "bold red"}
 _CUDA_EXTRAS = {12: "cu12", 13: "cu13"}
+_RDMA = "between NVLink domains (RDMA)"
 _SLOW_LINK = 20.0  # GB/s: less than any NVLink
 _NVSHMEM_PACKAGES = ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
 _CUPY_PACKAGES = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
@@ -144,7 +146,6 @@ def check_packages() -> Iterator[Check]:
         name = installed[0] if installed else "cupy-cuda13x"
         yield _module("cupy", name, absent, f"pip install 'epjit[cu13]'{why}")
     yield _cuda_versions()
-    yield _nvshmem()
 
 
 def check_compiler() -> Iterator[Check]:
@@ -276,45 +277,80 @@ def check_fabric() -> Iterator[Check]:
 
 
 def check_rdma() -> Iterator[Check]:
-    """What IBGDA (RDMA driven by the GPU, between nodes) will need."""
-    section = "RDMA between nodes (not in this version)"
+    """What several NVLink domains need: NVSHMEM, a linker, NICs, and IBGDA's own things."""
+    from epjit import env
+
+    yield _nvshmem()
+    yield _nvshmem_kernels()
     nics = sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))
     yield Check(
-        section,
+        _RDMA,
         "NICs",
         Status.ok if nics else Status.warning,
-        ", ".join(nics) or "none",
-        "" if nics else "nothing to do on one node",
+        ", ".join(nics) or "none in /sys/class/infiniband",
+        "" if nics else "nothing to do on one node; else install the NIC's driver (rdma-core)",
     )
-    if not nics:
+    if not nics and not env.nvshmem_ib_enable_ibgda.text():
         return
     modules = _read("/proc/modules")
-    peer_memory = "nvidia_peermem" in modules or Path("/sys/module/nvidia/parameters").exists()
+    parameters = _read("/proc/driver/nvidia/params")
+    open_driver = "Open Kernel Module" in _read("/proc/driver/nvidia/version")
+    peer_memory = "nvidia_peermem" in modules or open_driver
     yield Check(
-        section,
+        _RDMA,
         "GPU memory for the NIC",
         Status.ok if peer_memory else Status.warning,
-        "nvidia_peermem" if "nvidia_peermem" in modules else "dma-buf of the driver, if it has it",
-        "" if peer_memory else "modprobe nvidia_peermem",
+        "nvidia_peermem"
+        if "nvidia_peermem" in modules
+        else "DMA-BUF (open driver)"
+        if open_driver
+        else "neither nvidia_peermem nor the open driver, which has DMA-BUF",
+        "" if peer_memory else "modprobe nvidia_peermem, or install the open kernel modules",
     )
-    parameters = _read("/proc/driver/nvidia/params")
+    gdrcopy = Path("/dev/gdrdrv").exists()
+    yield Check(
+        _RDMA,
+        "gdrcopy",
+        Status.ok if gdrcopy else Status.warning,
+        "/dev/gdrdrv" if gdrcopy else "no /dev/gdrdrv",
+        ""
+        if gdrcopy
+        else "signals through the CPU's proxy (without IBGDA) want it: install gdrdrv, modprobe "
+        "gdrdrv; in a container pass the device",
+    )
+    mlx5 = _loads("libmlx5.so.1")
+    yield Check(
+        _RDMA,
+        "IBGDA: libmlx5.so.1",
+        Status.ok if mlx5 else Status.warning,
+        "loads" if mlx5 else "not found",
+        "" if mlx5 else "apt-get install ibverbs-providers (IBGDA works with NVIDIA's NICs only)",
+    )
     mapping = "PeerMappingOverride=1" in parameters
     memops = bool(re.search(r"EnableStreamMemOPs:\s*1", parameters))
     yield Check(
-        section,
-        "driver parameters",
+        _RDMA,
+        "IBGDA: driver parameters",
         Status.ok if mapping and memops else Status.warning,
         f"PeerMappingOverride={int(mapping)}, EnableStreamMemOPs={int(memops)}",
         ""
         if mapping and memops
-        else "for GPU-driven IBGDA: options nvidia NVreg_EnableStreamMemOPs=1 "
-        'NVreg_RegistryDwords="PeerMappingOverride=1;" in /etc/modprobe.d, then reboot (NVSHMEM '
-        "3.4.5 and newer can do without)",
+        else "for a GPU that rings the NIC itself: options nvidia NVreg_EnableStreamMemOPs=1 "
+        'NVreg_RegistryDwords="PeerMappingOverride=1;" in /etc/modprobe.d, then reboot (without '
+        "them NVSHMEM lets the CPU ring: NVSHMEM_IBGDA_NIC_HANDLER=cpu)",
+    )
+    yield Check(
+        _RDMA,
+        "IBGDA: wanted",
+        Status.ok,
+        "yes"
+        if env.nvshmem_ib_enable_ibgda.text()
+        else "no: NVSHMEM_IB_ENABLE_IBGDA=1 turns it on",
     )
     soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     unlimited = soft == resource.RLIM_INFINITY
     yield Check(
-        section,
+        _RDMA,
         "locked memory",
         Status.ok if unlimited else Status.warning,
         "unlimited" if unlimited else show.size(soft),
@@ -446,28 +482,60 @@ def _cuda_versions() -> Check:
 
 
 def _nvshmem() -> Check:
-    from epjit import env
+    """Version and file of the library that would be taken."""
+    from epjit.runtime import nvshmem
 
-    name = "NVSHMEM (between nodes: not in this version)"
-    folder = env.nvshmem_dir()
-    if folder is not None:
-        found = sorted(folder.glob("lib*/libnvshmem_host.so*"))
-        where = str(found[0]) if found else ""
+    installed = [name for name in _NVSHMEM_PACKAGES if _version(name)]
+    if len(installed) > 1:
         return Check(
-            "packages",
-            name,
-            Status.ok if found else Status.warning,
-            where or f"NVSHMEM_DIR={folder} has no lib/libnvshmem_host.so",
-            "" if found else "unset NVSHMEM_DIR, or point it to the root of an installation",
+            _RDMA,
+            "NVSHMEM",
+            Status.wrong,
+            " and ".join(installed),
+            f"two of them overwrite each other: pip uninstall {' '.join(installed)}, then install "
+            "one",
         )
-    for package in _NVSHMEM_PACKAGES:
-        version = _version(package)
-        if version:
-            files = importlib.metadata.files(package) or []
-            libraries = [file for file in files if "libnvshmem_host.so" in file.name]
-            where = str(libraries[0].locate()) if libraries else package
-            return Check("packages", name, Status.ok, f"{version} ({where})")
-    return Check("packages", name, Status.ok, "not installed; nothing needs it yet")
+    try:
+        found = nvshmem.find_installation()
+    except ImportError as error:
+        return Check(_RDMA, "NVSHMEM", Status.warning, "not found", f"only between nodes: {error}")
+    except RuntimeError as error:
+        return Check(_RDMA, "NVSHMEM", Status.wrong, "cannot be used", str(error))
+    version = ".".join(map(str, found.version))
+    return Check(_RDMA, "NVSHMEM", Status.ok, f"{version} ({found.library})")
+
+
+def _nvshmem_kernels() -> Check:
+    """Whether what kernels are linked with is all there: linker, headers, device code."""
+    from epjit.runtime import nvjitlink, nvrtc, nvshmem_device
+
+    name = "kernels with NVSHMEM"
+    try:
+        linker, compiler = nvjitlink.version(), nvrtc.version()
+        nvshmem_device.key()
+    except (ImportError, OSError, RuntimeError) as error:
+        return Check(
+            _RDMA, name, Status.warning, "cannot be linked", f"only between nodes: {error}"
+        )
+    fits = linker >= compiler
+    return Check(
+        _RDMA,
+        name,
+        Status.ok if fits else Status.wrong,
+        f"nvJitLink {linker[0]}.{linker[1]} ({_mapped('nvJitLink')})",
+        ""
+        if fits
+        else f"it is older than NVRTC {compiler[0]}.{compiler[1]}: pip install --upgrade "
+        "nvidia-nvjitlink (CUDA 12: nvidia-nvjitlink-cu12)",
+    )
+
+
+def _loads(library: str) -> bool:
+    try:
+        ctypes.CDLL(library)
+    except OSError:
+        return False
+    return True
 
 
 def _torch_sees(count: int) -> Check:

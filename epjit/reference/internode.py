@@ -32,8 +32,8 @@ Handle: TypeAlias = tuple[Tensor, ...]
 Here what is undefined is zero.
 
 0. `is_token_in_rank` bool `[T, R]`: the caller's tensor.
-1. `send_tokens` int32 `[D, T]`: the token of index `i` in the channel to domain `n`; undefined
-   beyond the length of the channel.
+1. `send_tokens` int32 `[D, T + 1]`: the token of index `i` in the channel to domain `n`; undefined
+   beyond the length of the channel, which is the last column.
 2. `channel_tokens` int32 `[D, L]`: length of the channel from `domains[n][j]` to this domain.
 3. `send_head` int32 `[T, R]`: place of the row in this source's segment at that rank, or -1.
 4. `recv_rdma_rank_prefix_sum` int32 `[D]`: tokens that pass through this rank, from the domains
@@ -119,10 +119,12 @@ def notify(
     domain, local = place_of(rank, domains)
     in_rank = inputs[rank].is_token_in_rank
     to_domain = in_domain(in_rank, domains)
-    send_tokens = torch.zeros((len(domains), in_rank.shape[0]), dtype=torch.int32, device="cpu")
+    shape = (len(domains), in_rank.shape[0] + 1)
+    send_tokens = torch.zeros(shape, dtype=torch.int32, device="cpu")
     for number in range(len(domains)):
         tokens = torch.nonzero(to_domain[:, number]).flatten()
         send_tokens[number, : len(tokens)] = tokens
+        send_tokens[number, -1] = len(tokens)
 
     channels = [in_domain(each.is_token_in_rank, domains)[:, domain] for each in inputs]
     lengths = torch.stack([channel.sum(dtype=torch.int32) for channel in channels])

@@ -55,7 +55,10 @@ def call(name: str, *args: Any) -> Any:
     """
     status, *values = getattr(load(), name)(*args)
     if int(status):
-        shown = ", ".join(str(arg) for arg in args)
+        # A struct of cuda-bindings prints all of its fields, a line each.
+        shown = ", ".join(
+            str(arg) if isinstance(arg, int | str) else type(arg).__name__ for arg in args
+        )
         raise RuntimeError(f"{name}({shown}) failed with {describe(status)}")
     return values[0] if len(values) == 1 else tuple(values) or None
 

@@ -332,6 +332,10 @@ class Launch:
             ValueError: A value does not fit its field.
             RuntimeError: The driver refuses the launch.
         """
+        self.start(stream, grid, values)
+
+    def start(self, stream: int, grid: int, values: dict[str, Any]) -> None:
+        """The same with the parameters in a dict, which saves the copies that `**` makes."""
         with self._lock:
             self._set(values)
             if self._unset:

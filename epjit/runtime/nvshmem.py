@@ -13,7 +13,9 @@ import ctypes
 import functools
 import importlib.util
 import re
+import socket
 import threading
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -253,6 +255,7 @@ class _Member(NamedTuple):
     pe: int = -1
     num_pes: int = 0
     host: str = ""
+    hostname: str = ""
     process: str = ""
 
 
@@ -309,6 +312,7 @@ def _introduce() -> _Member:
         pe=library.nvshmem_my_pe() if begun else -1,
         num_pes=library.nvshmem_n_pes() if begun else 0,
         host=host_id(),
+        hostname=socket.gethostname(),
         process=process_id(),
     )
 
@@ -331,6 +335,7 @@ def _check_members(members: Sequence[_Member]) -> None:
         )
     begun = [rank for rank, member in enumerate(members) if member.initialized]
     if not begun:
+        _check_hosts(members)
         return
     if len(begun) < len(members):
         raise RuntimeError(
@@ -343,6 +348,20 @@ def _check_members(members: Sequence[_Member]) -> None:
             f"NVSHMEM works already between {members[0].num_pes} processes, and this group has "
             f"{len(members)} ranks (PEs {pes}); it can only serve a group of all its processes, so "
             "make the Buffer with that group first"
+        )
+
+
+def _check_hosts(members: Sequence[_Member]) -> None:
+    """Refuses what makes NVSHMEM end the process, or take two hosts for one."""
+    counts = Counter(member.host for member in members)
+    names = {member.host: member.hostname for member in members}
+    if len(set(counts.values())) > 1:
+        listed = ", ".join(f"{count} on {names[host]}" for host, count in counts.items())
+        raise RuntimeError(f"NVSHMEM wants as many ranks on every host, and there are {listed}")
+    if len(set(names.values())) < len(names):
+        raise RuntimeError(
+            "NVSHMEM tells hosts apart by their names, and different ones are called "
+            f"{', '.join(sorted(set(names.values())))}; give each its own (docker run --hostname)"
         )
 
 

@@ -115,7 +115,7 @@ def _body(arch: str) -> bytes:
             headers=sources.closure(SOURCE) | _changed_headers(),
             more_options=_more_options(),
         )
-        return Entry(SOURCE, log, code)
+        return Entry(SOURCE, f"LTO-IR for '{arch}'\n{log}", code)
 
     entry, _ = CubinCache().get_or_compile(
         cache_key, compile_entry, what=f"{SOURCE} of NVSHMEM {version} for {arch}"

@@ -214,8 +214,9 @@ class _NvshmemMemory(RemoteMemory):
         if missing:
             self.problem = (
                 f"rank {topology.rank} (device {self._device}) cannot map the memory of ranks "
-                f"{missing} of its NVLink domain; is NVSHMEM_DISABLE_P2P set, or do the GPUs lack "
-                "peer access? (nvlink_domain or EPJIT_NVLINK_DOMAIN cuts the domains)"
+                f"{missing} of its NVLink domain; is NVSHMEM_DISABLE_P2P set, do the GPUs lack "
+                "peer access, or do containers of one host have different hostnames? "
+                "(nvlink_domain or EPJIT_NVLINK_DOMAIN cuts the domains)"
             )
 
     def tensor(self, dtype: torch.dtype) -> torch.Tensor:

@@ -1,14 +1,17 @@
 """Compiles and links the ring kernel with the CUDA of the interpreter that runs this.
 
 Arguments: architectures. NVSHMEM_DIR and NVSHMEM_IB_ENABLE_IBGDA say with what. Writes one JSON
-object, by architecture: {registers, spill_bytes, symbols, error}.
+object, by architecture: {registers, spill_bytes, symbols, error}; symbols are what the driver can
+find by name.
 """
 
 from __future__ import annotations
 
 import json
 import re
+import subprocess
 import sys
+import tempfile
 from concurrent.futures import ThreadPoolExecutor
 
 from epjit.errors import CompileError
@@ -23,12 +26,17 @@ def link(arch: str) -> dict[str, object]:
         compiled = compile_kernel(RingConfig(), arch=arch)
     except CompileError as error:
         return {"error": str(error)}
-    names = {name.decode() for name in re.findall(rb"nvshmemi_\w+_d\b", compiled.cubin)}
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(compiled.cubin)
+        file.flush()
+        table = subprocess.run(
+            ["readelf", "-sW", file.name], check=True, capture_output=True, text=True
+        ).stdout
     return {
         "error": "",
         "registers": compiled.registers,
         "spill_bytes": compiled.spill_bytes,
-        "symbols": sorted(names),
+        "symbols": re.findall(r"OBJECT +GLOBAL .* (nvshmemi_\w+_d)$", table, re.MULTILINE),
     }
 
 

@@ -69,6 +69,43 @@ def test_doctor_says_what_is_there() -> None:
     assert found["torch"]["status"] == "ok"
     assert "torch/__init__.py" in found["torch"]["value"]
     assert re.search(r"libnvrtc\.so", found["NVRTC"]["value"])
+    assert re.match(r"3\.\d+\.\d+ \(/.*libnvshmem_host", found["NVSHMEM"]["value"])
+    assert re.search(r"libnvJitLink\.so", found["kernels with NVSHMEM"]["value"])
+
+
+def test_doctor_without_nvshmem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Missing is a warning, for one node needs none; two packages in one folder are wrong."""
+    monkeypatch.setenv("NVSHMEM_DIR", str(tmp_path))
+    found = {check.name: check for check in doctor.check_rdma()}
+    for name in ("NVSHMEM", "kernels with NVSHMEM"):
+        assert found[name].status is doctor.Status.warning
+        assert f"NVSHMEM_DIR={tmp_path}" in found[name].remedy
+        assert "pip install 'epjit[cu13-rdma]'" in found[name].remedy
+    monkeypatch.setattr(doctor, "_version", lambda name: "3.4.5")
+    found = {check.name: check for check in doctor.check_rdma()}
+    assert found["NVSHMEM"].status is doctor.Status.wrong
+
+
+def test_doctor_on_what_ibgda_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "1")
+    files = {
+        "/proc/modules": "gdrdrv 1 0\n",
+        "/proc/driver/nvidia/params": "EnableStreamMemOPs: 1\nRegistryDwords: "
+        '"PeerMappingOverride=1;"\n',
+        "/proc/driver/nvidia/version": "NVIDIA UNIX Open Kernel Module for x86_64 580.159",
+    }
+    monkeypatch.setattr(doctor, "_read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(doctor, "_loads", lambda library: library == "libmlx5.so.1")
+    found = {check.name: check for check in doctor.check_rdma()}
+    assert found["GPU memory for the NIC"].value == "DMA-BUF (open driver)"
+    assert found["IBGDA: driver parameters"].status is doctor.Status.ok
+    assert found["IBGDA: libmlx5.so.1"].status is doctor.Status.ok
+    files.clear()
+    monkeypatch.setattr(doctor, "_loads", lambda library: False)
+    found = {check.name: check for check in doctor.check_rdma()}
+    for name in ("GPU memory for the NIC", "IBGDA: driver parameters", "IBGDA: libmlx5.so.1"):
+        assert found[name].status is doctor.Status.warning
+        assert found[name].remedy
 
 
 def test_doctor_fails_when_something_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -146,12 +183,12 @@ def test_warmup_compiles_once_and_the_cache_travels(cache_dir: Path, tmp_path: P
     assert json.loads(invoke("cache", "size", "--json"))["entries"] == 7
 
     archive = tmp_path / "kernels.tar"
-    assert "3 compiled, 7 were in the cache" in invoke("warmup", *shape, "--experts", 8)
+    assert "4 compiled, 7 were in the cache" in invoke("warmup", *shape, "--experts", 8)
     assert "moe_e4.place" in CliRunner().invoke(app, ["warmup", *shape, "--experts", "8"]).output
-    assert "10 kernels written" in invoke("cache", "export", archive)
-    assert "10 kernels deleted" in invoke("cache", "clear", "--yes")
+    assert "11 kernels written" in invoke("cache", "export", archive)
+    assert "11 kernels deleted" in invoke("cache", "clear", "--yes")
     assert "0 kernels" in invoke("cache", "size")
-    assert "10 kernels added" in invoke("cache", "import", archive)
+    assert "11 kernels added" in invoke("cache", "import", archive)
     assert "0 compiled" in invoke("warmup", *shape)
     assert (cache_dir / "cubins").stat().st_mode & 0o077 == 0
 

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from epjit import expert_major, intranode, low_latency
+from epjit import expert_major, internode, intranode, low_latency
 from epjit.bench import ceiling, peers
 from epjit.runtime import device, jit, nvrtc, nvshmem_device
 
@@ -33,7 +33,7 @@ INTERPRETERS = {
 
 def configs(arch: str) -> list[jit.KernelConfig]:
     """One config of each kernel, variant and shape class that this architecture can run."""
-    modes = (intranode, low_latency, expert_major, ceiling)
+    modes = (intranode, internode, low_latency, expert_major, ceiling)
     configs = [config for mode in modes for config in mode.example_configs(arch)]
     return [*configs, peers.ChaseConfig()]
 

@@ -95,6 +95,9 @@ def check_by_reading(command: list[str]) -> str:
         case ["make", target, *_]:
             targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
             return "" if target in targets else f"the Makefile has no {target}"
+        case ["bash", script, *_]:
+            syntax = ["bash", "-n", script]
+            return subprocess.run(syntax, cwd=ROOT, capture_output=True, text=True).stderr
         case ["git", "clone", *_] | ["cd", _]:
             return ""
     return "nothing runs or checks this command"
@@ -127,6 +130,22 @@ def test_commands_run(page: Path, tmp_path: Path) -> None:
                 check=False,
             )
             assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
+
+
+def test_the_launch_script_runs() -> None:
+    """On this host alone: four ranks in two domains; every sum is checked."""
+    environment = {**os.environ, "EPJIT_BACKEND": "cpu", "PYTHON": sys.executable, "RANKS": "4"}
+    done = subprocess.run(
+        ["bash", "examples/launch_two_nodes.sh", "try", "--tokens=16", "--hidden=64", "--rounds=2"],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=200,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert len(re.findall(r"of 4, node \d of 2, cpu: 2 of 2 rounds right", done.stdout)) == 4
 
 
 # ---- messages -----------------------------------------------------------------------------------

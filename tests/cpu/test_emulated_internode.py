@@ -168,7 +168,7 @@ class World:
                 signals=guarded(40, dtype=torch.int64, fill=0),
                 done=guarded(num_ranks * 2, dtype=torch.int64, fill=0),
                 rings=guarded(2 * self.ring_bytes, dtype=torch.uint8),
-                control=guarded(num_domains * (5 + shape.ring_slots), dtype=torch.int64, fill=0),
+                control=guarded(num_domains * (7 + shape.ring_slots), dtype=torch.int64, fill=0),
                 notify=guarded(2 * num_domains * self.notify_stride, dtype=torch.int32, fill=0),
                 local=guarded(512, dtype=torch.int32, fill=0),
                 fault=guarded(8, dtype=torch.int64, fill=0),
@@ -215,7 +215,8 @@ class World:
             else mine.rings[self.ring_bytes :],
             "ready": mine.control,
             "credits": mine.control[2 * num_domains :],
-            "arrived": mine.control[(4 if is_notify else 5) * num_domains :],
+            "entered": [each.control[4 * num_domains :] for each in peers],
+            "arrived": mine.control[(6 if is_notify else 7) * num_domains :],
             "ranks": self.ranks_table,
             "pes": self.pes,
             "transport": self.transport[rank],
@@ -419,6 +420,7 @@ class Routing:
                 recv_topk_weights=recv_weights,
                 recv_src_meta=handle[7],
                 passing=handle[9],
+                num_passing=handle[9].shape[0],
                 num_send_warps=2,
                 experts_per_rank=EXPERTS_A_RANK,
             )
@@ -465,6 +467,7 @@ class Routing:
                 recv_topk_weights=0,
                 recv_src_meta=0,
                 passing=0,
+                num_passing=0,
                 num_send_warps=1,
                 experts_per_rank=1,
             )
@@ -678,7 +681,7 @@ OPS = ("notify", "dispatch", "combine")
 @pytest.mark.parametrize("stops_before", OPS)
 def test_withheld_rank_leaves_fault_records(stops_before: str, missing: tuple[int, ...]) -> None:
     """The others end, say whom they missed, and work again after a reset."""
-    world = World(Shape(tokens=(30, 30, 30, 30)), seed=1, timeout_ns=300_000)
+    world = World(Shape(tokens=(30, 30, 30, 30)), seed=1, timeout_ns=2_000_000)
     routing = world.route()
     routing.dispatch()
     routing.combine()
@@ -693,8 +696,7 @@ def test_withheld_rank_leaves_fault_records(stops_before: str, missing: tuple[in
             continue
         assert (state, own) == (1, rank)
         assert stops_before in fault.decode(memory.fault.tolist()).op
-        # A rank of another domain waits for its rail peer, which may itself wait.
-        assert peer in (*missing, *range(2, 4))
+        assert peer in missing  # also where a rank waits for one that itself waits
         assert expected != seen
         assert epoch == OPS.index(stops_before) + 1
         assert memory.local[511] == 1
@@ -707,11 +709,11 @@ def test_withheld_rank_leaves_fault_records(stops_before: str, missing: tuple[in
     world.run(1)
 
 
-@pytest.mark.parametrize("late", [30_000, 100_000, 300_000])
+@pytest.mark.parametrize("late", [200_000, 700_000, 2_000_000])
 def test_rank_that_comes_after_the_timeout(late: int) -> None:
     """All ranks end, none writes where it should not, and those without a fault are right."""
     for seed in range(4):
-        world = World(Shape(tokens=(30, 30, 30, 30)), seed=seed, timeout_ns=200_000)
+        world = World(Shape(tokens=(30, 30, 30, 30)), seed=seed, timeout_ns=1_500_000)
         routing = world.route()
         routing.dispatch()
         routing.combine()
@@ -722,7 +724,7 @@ def test_rank_that_comes_after_the_timeout(late: int) -> None:
             assert (memory.fault[0] == 1) == (memory.local[511] == 1)
             if memory.fault[0] == 0:
                 check(memory.checks)
-        if late == 300_000:
+        if late == 2_000_000:
             assert any(memory.fault[0] == 1 for memory in world.ranks)
 
 

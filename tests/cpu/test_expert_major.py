@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from epjit import expert_major
-from epjit.expert_major import PermuteConfig, PlaceConfig, UnpermuteConfig, row_bound
+from epjit.expert_major import BlankConfig, PermuteConfig, PlaceConfig, UnpermuteConfig, row_bound
 from epjit.reference import expert_major as reference
 from epjit.runtime.jit import KernelConfig, params_type
 from tests.emulation import build
@@ -199,3 +199,17 @@ def test_unpermute_kernel(
         num_tokens=tokens,
     )
     assert torch.equal(got, reference.unpermute(values, placed.row_of))
+
+
+@needs_gxx
+@pytest.mark.parametrize("row_bytes", [16, 8208])
+@pytest.mark.parametrize(("num_rows", "count"), [(0, 0), (1, 0), (7, 7), (9, 4), (40, 0)])
+def test_blank_kernel(row_bytes: int, num_rows: int, count: int) -> None:
+    rows = copied(torch.randint(1, 256, (num_rows, row_bytes), dtype=torch.uint8))
+    wanted = rows.clone()
+    arrived = torch.tensor([count], dtype=torch.int32)
+    expert_major.blank(wanted, arrived)
+    assert torch.equal(wanted[:count], rows[:count])
+    assert int(wanted[count:].sum()) == 0
+    run(BlankConfig(row_bytes), 2, num_rows, rows=rows, count=copied(arrived), num_rows=num_rows)
+    assert torch.equal(rows, wanted)

@@ -77,10 +77,11 @@ def check_handle(
     assert [each.dtype for each in handle] == [torch.bool, *[ints] * 6, torch.uint8, ints, ints]
     assert all(each.device.type == "cpu" for each in handle)
     assert handle[0] is inputs[rank].is_token_in_rank
-    assert handle[1].shape == (len(domains), num_tokens)
+    assert handle[1].shape == (len(domains), num_tokens + 1)
     for number in range(len(domains)):
         tokens = channel(rank, number)
-        assert handle[1][number].tolist() == tokens + [0] * (num_tokens - len(tokens))
+        rest = [0] * (num_tokens - len(tokens))
+        assert handle[1][number].tolist() == [*tokens, *rest, len(tokens)]
     lengths = [[len(channel(source, domain)) for source in each] for each in domains]
     assert handle[2].tolist() == lengths
     assert handle[3].tolist() == [

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from epjit import Buffer, CommunicationError
+from epjit import Buffer, CommunicationError, low_latency_checks
 from epjit.reference import low_latency as reference
 from tests import bodies_low_latency, launch
 from tests.data import ROUTING_KINDS, assert_rows_equal, payload
@@ -563,3 +563,51 @@ def test_routes_survive_a_view() -> None:
     assert handle[0][0].tolist()[:2] == [0, 1]
     assert tokens.tolist() == [2]
     assert rows.tolist() == [[[2, 0], [1, -1]]]
+
+
+def test_checks_remember_only_what_passed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The second of equal calls is not checked in full; one that differs anywhere is."""
+    monkeypatch.setattr(low_latency_checks, "_MOST_PASSED", 8)  # and forgetting is harmless
+    buffer = make(Alone())
+    x = payload(0, 4, 512, torch.bfloat16)
+    idx, weights = torch.tensor([[0, 1]] * 4), torch.ones(4, 2)
+    y, out = torch.zeros((2, 4, 512), dtype=torch.bfloat16), torch.empty_like(x)
+    shifted = torch.zeros(2 * 4 * 512 + 1, dtype=torch.bfloat16)[1:]
+
+    def dispatch(x: Any = x, idx: Any = idx, tokens: int = 4, experts: int = 2, **form: Any) -> Any:
+        return buffer.low_latency_dispatch(x, idx, tokens, experts, use_fp8=False, **form)[2]
+
+    handle = dispatch()
+
+    def combine(
+        y: Any = y, idx: Any = idx, weights: Any = weights, handle: Any = handle, **form: Any
+    ) -> None:
+        buffer.low_latency_combine(y, idx, weights, handle, **{"out": out, **form})
+
+    src_info, layout_range, *sizes = handle
+    for _ in range(20):
+        dispatch()
+        combine()
+        for wrong in (
+            lambda: dispatch(x=x.float()),
+            lambda: dispatch(x=x.t().contiguous().t()),
+            lambda: dispatch(x=shifted[: 4 * 512].view(4, 512)),
+            lambda: dispatch(x=None),
+            lambda: dispatch(idx=idx[:3]),
+            lambda: dispatch(tokens=3),
+            lambda: dispatch(experts=0),
+            lambda: dispatch(cumulative_local_expert_recv_stats=torch.zeros(2)),
+            lambda: combine(y=y[:, :3]),
+            lambda: combine(y=shifted.view(2, 4, 512)),
+            lambda: combine(weights=weights.double()),
+            lambda: combine(idx=idx.float()),
+            lambda: combine(out=shifted[: 4 * 512].view(4, 512)),
+            lambda: combine(use_logfmt=True, zero_copy=True),
+            lambda: combine(handle=(src_info.clone(), layout_range, *sizes)),
+            lambda: combine(handle=(src_info, layout_range.int(), *sizes)),
+            lambda: combine(handle=(src_info, layout_range, 4, 512, 3)),
+            lambda: combine(handle=None),
+        ):
+            with pytest.raises((TypeError, ValueError)):
+                wrong()
+    assert torch.equal(out, torch.zeros_like(out))

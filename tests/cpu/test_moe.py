@@ -24,6 +24,24 @@ def test_compiled_in_one_graph(backend: str, quick: bool) -> None:
     run(moe_bodies.compiled, 2, backend, quick, timeout=240)
 
 
+def eager_among_nans(group: Any) -> None:
+    """Rows that nothing arrived for are NaN, as they may be on a GPU."""
+    real = Buffer.dispatch
+
+    def dispatch(self: Buffer, *args: Any, **kwargs: Any) -> Any:
+        rows, *rest = real(self, *args, **kwargs)
+        prefix = (kwargs.get("handle") or rest[3])[0]
+        rows[int(prefix[-1, self.rank]) :] = torch.nan  # type: ignore[index]
+        return rows, *rest
+
+    Buffer.dispatch = dispatch  # type: ignore[method-assign]  # of this process, which ends
+    moe_bodies.eager(group)
+
+
+def test_what_did_not_arrive_spoils_no_gradient() -> None:
+    run(eager_among_nans, 2)
+
+
 def test_checkpointed() -> None:
     run(moe_bodies.checkpointed, 2)
 

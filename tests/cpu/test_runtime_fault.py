@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 from pathlib import Path
 
 import numpy as np
@@ -28,8 +29,11 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.usefixtures("tree")
-def test_record_in_words() -> None:
+@pytest.mark.parametrize("is_ctypes", [False, True])
+def test_record_in_words(is_ctypes: bool) -> None:
     words = np.zeros(8, np.int64)
+    if is_ctypes:  # as page-locked memory is made into an array
+        words = np.ctypeslib.as_array((ctypes.c_int64 * 8)())
     record = FaultRecord(words)
     record.raise_if_set()
     assert not record.is_set

@@ -94,6 +94,7 @@ def test_a_kernel_is_linked(cuda: int, version: str, ibgda: int, tmp_path: Path)
         assert 16 < result["registers"] <= 128
         assert result["spill_bytes"] == 0 or ibgda  # functions of the library save registers
         assert wanted <= set(result["symbols"]), arch
+        assert len(set(result["symbols"])) == len(result["symbols"])
 
 
 def test_body_and_kernel_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -142,6 +143,13 @@ def test_a_header_that_changes_is_another_kernel(
     monkeypatch.setenv("NVSHMEM_DIR", str(tmp_path))
     (tmp_path / "include" / "more.h").write_text("// new")
     assert nvshmem_device.key() != before
+
+
+def test_cupy_brings_the_headers_of_cccl() -> None:
+    """A GPU machine may have no package of them."""
+    folder = nvshmem_device._bundled_cccl()
+    assert folder is not None
+    assert (folder / "cuda" / "std" / "version").is_file()
 
 
 # ---- finding the library
@@ -281,7 +289,9 @@ def test_numbers_follow_hosts() -> None:
 def members(monkeypatch: pytest.MonkeyPatch) -> list[nvshmem._Member]:
     """What four ranks say of themselves."""
     found = [
-        nvshmem._Member(version=(3, 4, 5), host="a", process=str(rank), pe=rank, num_pes=4)
+        nvshmem._Member(
+            version=(3, 4, 5), host="a", hostname="a", process=str(rank), pe=rank, num_pes=4
+        )
         for rank in range(4)
     ]
     local = threading.local()
@@ -313,6 +323,7 @@ def test_nvshmem_that_works_already_is_joined(members: list[nvshmem._Member]) ->
         (2, {"error": "no such library"}, ImportError, "rank 2: no such library"),
         (2, {"process": "1"}, ValueError, "threads of one process.*EPJIT_TRANSPORT=loopback"),
         (2, {"version": (3, 8, 0)}, RuntimeError, r"by rank: 3\.4\.5, 3\.4\.5, 3\.8\.0, 3\.4\.5"),
+        (2, {"host": "b", "hostname": "b"}, RuntimeError, "there are 3 on a, 1 on b"),
         (2, {"initialized": True}, RuntimeError, r"works already on ranks \[2\], but not on"),
     ],
 )
@@ -325,6 +336,12 @@ def test_ranks_that_do_not_go_together(
 ) -> None:
     members[rank] = members[rank]._replace(**changes)
     with pytest.raises(error, match=message):
+        raise outcome(members)
+
+
+def test_hosts_of_one_name_are_refused(members: list[nvshmem._Member]) -> None:
+    members[:] = [each._replace(host=str(rank % 2)) for rank, each in enumerate(members)]
+    with pytest.raises(RuntimeError, match="different ones are called a; give each its own"):
         raise outcome(members)
 
 

@@ -88,8 +88,11 @@ def test_threads_get_loopback(device: Device, monkeypatch: pytest.MonkeyPatch) -
     assert [each.name for each in found] == ["loopback"] * 4
     assert found[0].pes == [0, 1, 2, 3]
     monkeypatch.setenv("EPJIT_TRANSPORT", "nvshmem")
+    member = transports.nvshmem._Member(process="this")
+    monkeypatch.setattr(transports.nvshmem, "_introduce", lambda: member)
     for error in make(2, ((0,), (1,))):
-        assert isinstance(error, (ImportError, ValueError))  # no library, or threads
+        with pytest.raises(ValueError, match="some ranks are threads of one process"):
+            raise error
 
 
 def test_processes_get_nvshmem(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -164,6 +167,56 @@ def test_the_fabric_stays_when_it_is_wanted(nvshmem: dict[str, str]) -> None:
     nvshmem_transport(0, use_fabric=True)
     assert "NVSHMEM_DISABLE_MNNVL" not in nvshmem
     assert nvshmem["NVSHMEM_QP_DEPTH"] == "1024"
+
+
+class HeapMemory:
+    """nvshmem.HeapMemory of PEs that are host memory; `unmapped` are not."""
+
+    def __init__(self, buffers: list[Any], pe: int, unmapped: tuple[int, ...] = ()) -> None:
+        self.buffers, self.unmapped = buffers, unmapped
+        self.ptr, self.nbytes = ctypes.addressof(buffers[pe]), 64
+        self.closed = False
+
+    def address_at(self, pe: int) -> int:
+        return 0 if pe in self.unmapped else ctypes.addressof(self.buffers[pe])
+
+    def close(self) -> None:
+        self.closed = True
+
+
+@pytest.mark.parametrize("unmapped", [(), (2,)], ids=["mapped", "unmapped"])
+def test_memory_of_the_heap(
+    unmapped: tuple[int, ...], device: Device, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PEs are not ranks; only the own domain's are asked for; memory is zero on return."""
+    pes = [2, 3, 0, 1]
+    buffers = [ctypes.create_string_buffer(b"x" * 64) for _ in range(4)]
+    heap = [HeapMemory(buffers, pes[rank], unmapped) for rank in range(4)]
+    monkeypatch.setattr(transports.nvshmem, "initialize", lambda *args, **options: pes)
+    monkeypatch.setattr(transports.nvshmem, "allocate", lambda group, *a, **o: heap[group.rank])
+    monkeypatch.setenv("EPJIT_TRANSPORT", "nvshmem")
+
+    def work(group: Any) -> Any:
+        topology = Topology(group.rank, TWO_BY_TWO)
+        return make_transport(group, topology, device=0).allocate(64)
+
+    found = run_threads(4, work)
+    if unmapped:
+        for error in found:
+            with pytest.raises(
+                RuntimeError, match=r"rank 1 \(device 0\) cannot map .* ranks \[0\]"
+            ):
+                raise error
+        assert all(each.closed for each in heap)
+        return
+    at = [ctypes.addressof(buffer) for buffer in buffers]
+    assert found[0].peer_ptrs == found[1].peer_ptrs == [at[2], at[3], 0, 0]
+    assert found[3].peer_ptrs == [0, 0, at[0], at[1]]
+    assert all(buffer.raw[:64] == bytes(64) for buffer in buffers)
+    found[3].close()
+    assert heap[3].closed
+    with pytest.raises(RuntimeError, match="closed"):
+        found[3].tensor(torch.uint8)
 
 
 # ---- loopback on the host

@@ -74,9 +74,7 @@ def test_as_v1(num_ranks: int, transport: dict[str, str]) -> None:
     """The checks of DeepEP's tests/test_internode.py, twice with the same hash."""
     sizes = SIZES | {"num_experts": 64 * num_ranks}
     size = int(transport["EPJIT_NVLINK_DOMAIN"])
-    places = launch.run(
-        bodies_internode.as_v1, num_ranks, transport, sizes, 24, 1, timeout=800
-    )
+    places = launch.run(bodies_internode.as_v1, num_ranks, transport, sizes, 24, 1, timeout=800)
     assert places == [(num_ranks // size, rank // size) for rank in range(num_ranks)]
 
 

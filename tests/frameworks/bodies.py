@@ -275,13 +275,14 @@ def lmdeploy_normal(group: Any) -> None:
     assert rows.shape[0] == int(counts.sum())
     out = dispatcher.combine((rows.float() * (1 + expert)[:, None]).bfloat16())
     case.check(out)
-    for event in (None, module.Buffer.capture()):
+    # Captured before each call: an event of before is no promise about what was queued since.
+    for capture in (lambda: None, module.Buffer.capture):
         rows, idx, weights, _, handle, done = dispatcher.dispatch_normal_async(
-            case.x, case.topk_idx, case.weights, previous_event=event
+            case.x, case.topk_idx, case.weights, previous_event=capture()
         )
         done.current_stream_wait()
         y = case.experts(rows, idx, weights)
-        out, done = dispatcher.combine_normal_async(y, handle, previous_event=event)
+        out, done = dispatcher.combine_normal_async(y, handle, previous_event=capture())
         done.current_stream_wait()
         case.check(out)
 

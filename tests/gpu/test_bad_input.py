@@ -56,5 +56,5 @@ def test_bad_input_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
         third.destroy()
         fourth.destroy()
 
-    monkeypatch.setattr(Launch, "__call__", reached)
+    monkeypatch.setattr(Launch, "start", reached)  # every launch goes through it
     run_ranks(NUM_RANKS, with_others, num_nvl_bytes=1 << 20, **BUFFER)

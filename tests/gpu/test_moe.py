@@ -52,6 +52,16 @@ def test_permute_and_unpermute(
         assert torch.equal(expert_major.unpermute(y.cuda(), on_gpu[0]).cpu(), wanted)
 
 
+@pytest.mark.parametrize("hidden", [64] if SMALL else [7168, 16384, 8])
+def test_blank(hidden: int) -> None:
+    for num_rows, count in ((0, 0), (1, 0), (333, 333), (1000, 17)):
+        rows = torch.randn(num_rows, hidden).bfloat16()
+        got, arrived = rows.cuda(), torch.tensor([count], dtype=torch.int32)
+        expert_major.blank(got, arrived.cuda())
+        expert_major.blank(rows, arrived)
+        assert torch.equal(got.cpu(), rows)
+
+
 def test_place_and_permute_in_a_graph() -> None:
     idx = torch.randint(0, 8, (100, 4), device="cuda")
     x = torch.randn(100, 256, device="cuda", dtype=torch.bfloat16)

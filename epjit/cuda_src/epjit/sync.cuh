@@ -84,23 +84,31 @@ __device__ __forceinline__ uint64_t stamp(uint32_t epoch, uint32_t window) {
 
 // ---- waits --------------------------------------------------------------------------------------
 
+// Where the ranks that share the signals stand, when there are several NVLink domains.
+struct Domains {
+  const int32_t* ranks;   // [num_domains, num_ranks]: numbers in the group; null: one domain
+  const uint64_t* rails;  // [num_ranks], addresses of [num_domains, 2] u64 of each of these ranks:
+                          // epoch & 1: last operation that its rail peer in a domain has started
+  int32_t domain;
+  int32_t num_domains;
+};
+
 // Who waits; the same for a whole kernel.
 struct Waiter {
   uint64_t* fault;      // host memory, [8]: state, tag, rank, peer, index, expected, seen, epoch
   uint32_t* abort;      // local: not zero once a wait of this rank has failed
   uint64_t timeout_ns;  // of one wait
   uint64_t signals;     // this rank's
-  int32_t rank;
-  int32_t num_ranks;
+  int32_t rank;         // among those that share the signals
+  int32_t num_ranks;    // that share the signals
   uint32_t epoch;
   WaitTag start_tag;  // what a record calls a peer that never started
   uint32_t* mask;     // local [num_ranks], 1 = masked; null: a late peer is a fault
-  // [num_ranks]: numbers in the group of the ranks that share the signals; null: they are the group
-  const int32_t* ranks;
+  Domains domains;
 
   // What a fault record calls a rank that shares the signals.
   __device__ __forceinline__ int name(int peer) const {
-    return ranks == nullptr ? peer : ranks[peer];
+    return domains.ranks == nullptr ? peer : domains.ranks[domains.domain * num_ranks + peer];
   }
 };
 
@@ -108,12 +116,11 @@ struct Waiter {
 // and the peers are counted among those that share the signals.
 template <int kNumRanks, typename Params>
 __device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start_tag, int rank,
-                                                  const int32_t* ranks) {
+                                                  Domains domains) {
   uint32_t* mask = nullptr;
   if constexpr (requires { p.mask; }) mask = p.mask;
-  const Waiter waiter{p.fault, p.abort,   p.timeout_ns, p.signals[rank],
-                      rank,    kNumRanks, *p.epoch + 1, start_tag,
-                      mask,    ranks};
+  const Waiter waiter{p.fault,      p.abort,   p.timeout_ns, p.signals[rank], rank, kNumRanks,
+                      *p.epoch + 1, start_tag, mask,         domains};
   if (blockIdx.x == 0 && threadIdx.x < kNumRanks && threadIdx.x != rank)
     ptx::st_relaxed_sys(entered_signal(p.signals[threadIdx.x], rank), stamp(waiter.epoch, 0));
   return waiter;
@@ -121,7 +128,7 @@ __device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start
 
 template <int kNumRanks, typename Params>
 __device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start_tag) {
-  return start_operation<kNumRanks>(p, start_tag, p.rank, nullptr);
+  return start_operation<kNumRanks>(p, start_tag, p.rank, Domains{nullptr, nullptr, 0, 1});
 }
 
 __device__ __forceinline__ bool is_masked(const Waiter& waiter, int peer) {
@@ -133,13 +140,24 @@ __device__ __forceinline__ bool has_reached(uint64_t signal, uint64_t expected) 
   return static_cast<int64_t>(signal - expected) >= 0;
 }
 
+// Rank i of all domains: its number, and what says which operation it has started.
+__device__ inline const uint64_t* entered_by(const Waiter& waiter, int i, int& number) {
+  const int domain = i / waiter.num_ranks, rank = i % waiter.num_ranks;
+  number = waiter.domains.ranks == nullptr ? i : waiter.domains.ranks[i];
+  if (domain == waiter.domains.domain) return entered_signal(waiter.signals, rank);
+  return reinterpret_cast<const uint64_t*>(waiter.domains.rails[rank]) + 2 * domain +
+         (waiter.epoch & 1);
+}
+
 __device__ inline void report_fault(const Waiter& waiter, WaitTag tag, int peer, uint64_t index,
                                     uint64_t expected, uint64_t seen) {
   if (ptx::atom_cas_sys(waiter.abort, 0, 1) != 0) return;  // the first one speaks
-  for (int r = 0; r < waiter.num_ranks; ++r) {
-    const uint64_t entered = ptx::ld_acquire_sys(entered_signal(waiter.signals, r));
-    if (r == waiter.rank || has_reached(entered, stamp(waiter.epoch, 0))) continue;
-    tag = waiter.start_tag, peer = waiter.name(r), index = 0;
+  for (int i = 0; i < waiter.domains.num_domains * waiter.num_ranks; ++i) {
+    if (i == waiter.domains.domain * waiter.num_ranks + waiter.rank) continue;
+    int number;
+    const uint64_t entered = ptx::ld_acquire_sys(entered_by(waiter, i, number));
+    if (has_reached(entered, stamp(waiter.epoch, 0))) continue;
+    tag = waiter.start_tag, peer = number, index = 0;
     expected = stamp(waiter.epoch, 0), seen = entered;
     break;
   }

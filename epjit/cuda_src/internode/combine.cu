@@ -76,6 +76,7 @@ struct InternodeCombineParams {
   uint64_t done[8];              // symmetric, of each local rank
   char* inbox;                   // this rank's
   char* stage;                   // this rank's
+  uint64_t entered[8];           // symmetric, of each local rank, as mapped here: see rail.cuh
   uint64_t* ready;               // this rank's, as the two that follow: see rail.cuh
   uint64_t* credits;             // [num_domains, 2]
   uint64_t* arrived;             // [num_domains, ring_slots / tokens_per_chunk]

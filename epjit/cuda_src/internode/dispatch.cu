@@ -74,13 +74,14 @@ struct InternodeDispatchParams {
   float* recv_topk_weights;       // [num_recv_rows, num_topk]
   int32_t* recv_src_meta;         // [num_recv_rows, 2]: index in the channel, token; null when the
                                   // handle has it already
-  int32_t* passing;  // [passing_prefix[num_domains - 1]]: local ranks that get the token (8 bits) |
-                     // its position here << 8; null when the handle has it already
+  int32_t* passing;  // [num_passing], of the channels (n, local): local ranks that get the token
+                     // (8 bits) | its position here << 8; null when the handle has it already
   uint64_t inbox[8];     // symmetric, of each local rank, as mapped here
   uint64_t words[8];     // symmetric, of each local rank
   uint64_t signals[8];   // symmetric, of each local rank
   uint64_t done[8];      // symmetric, of each local rank
   char* stage;           // this rank's
+  uint64_t entered[8];   // symmetric, of each local rank, as mapped here: see rail.cuh
   uint64_t* ready;       // this rank's, as the two that follow: see rail.cuh
   uint64_t* credits;     // [num_domains, 2]
   uint64_t* arrived;     // [num_domains, ring_slots / tokens_per_chunk]
@@ -98,6 +99,7 @@ struct InternodeDispatchParams {
   int32_t num_send_warps;  // of num_copy_warps, at least 1, fewer than all
   int32_t num_tokens;
   int32_t num_recv_rows;  // rows of the outputs; those beyond what arrives get topk_idx -1
+  int32_t num_passing;    // enough for passing_prefix[num_domains - 1], or what is beyond is lost
   int32_t experts_per_rank;
   int32_t rank;
   int32_t domain;
@@ -387,7 +389,8 @@ class InternodeDispatch {
   __device__ void store_passing(int n, int index, Position position) const {
     uint32_t value = static_cast<uint32_t>(max(position(p.local), 0)) << 8;
     for (int j = 0; j < kLocal; ++j) value |= static_cast<uint32_t>(position(j) >= 0) << j;
-    p.passing[(n == 0 ? 0 : p.passing_prefix[n - 1]) + index] = static_cast<int32_t>(value);
+    const int place = (n == 0 ? 0 : p.passing_prefix[n - 1]) + index;
+    if (place < p.num_passing) p.passing[place] = static_cast<int32_t>(value);
   }
 
   // Lane n tells the rail peer in domain n which windows of its ring all local ranks have pulled.

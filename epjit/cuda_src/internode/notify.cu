@@ -48,6 +48,7 @@ struct InternodeNotifyParams {
   uint64_t signals[8];   // symmetric, of each local rank
   uint64_t done[8];      // symmetric, of each local rank
   int32_t* stage;        // this rank's [num_domains, notify_stride]: messages to be put
+  uint64_t entered[8];   // symmetric, of each local rank, as mapped here: see rail.cuh
   uint64_t* ready;       // this rank's, as the two that follow: see rail.cuh
   uint64_t* credits;     // not used here
   uint64_t* arrived;     // [num_domains]

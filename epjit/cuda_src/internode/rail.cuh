@@ -11,6 +11,8 @@
 // reader inside a domain, by `credits` between rail peers.
 //
 // In symmetric memory of the transport, of each rank, outside what users may write:
+//   entered  [num_domains, 2] u64           written by the rail peer in domain n: epoch of the last
+//            operation that it has started, epoch & 1 (only a fault record reads that)
 //   ready    [num_domains, 2] u64           written by the rail peer in domain n: epoch of the last
 //            operation that n may be written in, epoch & 1: all its ranks have finished the one
 //            before. Of two signals to one word the later could come first; the one before the last
@@ -51,7 +53,8 @@ class Rail {
       : p(params),
         tags_(tags),
         lane_(threadIdx.x % kWarpSize),
-        waiter(start_operation<kLocal>(p, tags.start, p.local, p.ranks + p.domain * kLocal)) {}
+        waiter(start_operation<kLocal>(p, tags.start, p.local,
+                                       {p.ranks, p.entered, p.domain, kDomains})) {}
 
   // ---- who is who -------------------------------------------------------------------------------
 
@@ -64,11 +67,17 @@ class Rail {
   // The ranks of this domain have finished the operation before. Called by a whole warp.
   __device__ bool enter() const { return epjit::enter<kLocal>(waiter, tags_.entry, lane_); }
 
-  // One warp of one block: tells the rail peers that this domain may be written to.
+  // One warp of one block: tells the rail peers that this rank has started, and then that this
+  // domain may be written to.
   __device__ bool announce() const {
+    const bool tells = lane_ < kDomains && lane_ != p.domain;
+    uint64_t* const entered = reinterpret_cast<uint64_t*>(p.entered[p.local]);
+    if (tells)
+      epjit_signal(p.transport, entered + 2 * p.domain + (waiter.epoch & 1), stamp(waiter.epoch, 0),
+                   rail_pe(lane_));
+    __syncwarp();
     if (!enter()) return false;
-    if (lane_ < kDomains && lane_ != p.domain)
-      epjit_signal(p.transport, ready(p.domain), stamp(waiter.epoch, 0), rail_pe(lane_));
+    if (tells) epjit_signal(p.transport, ready(p.domain), stamp(waiter.epoch, 0), rail_pe(lane_));
     __syncwarp();
     return true;
   }

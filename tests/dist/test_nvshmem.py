@@ -1,0 +1,56 @@
+"""The transport over real NVSHMEM, one GPU a rank, NVLink domains cut smaller than the host.
+
+Every call of the library and of its device code is made; no network is: NVSHMEM takes NVLink.
+"""
+
+from __future__ import annotations
+
+import pytest
+
+from tests import launch
+from tests.transport import bodies
+
+MIB = 1 << 20
+
+pytestmark = [pytest.mark.timeout(600), pytest.mark.needs_gpu]
+
+
+@pytest.fixture(params=["inline", "ibgda"])
+def environment(request: pytest.FixtureRequest) -> dict[str, str]:
+    """Environment of the ranks: both ways to link. Without a NIC, IBGDA says so and NVLink serves."""
+    return {"NVSHMEM_IB_ENABLE_IBGDA": str(int(request.param == "ibgda"))}
+
+
+@pytest.mark.parametrize("domain_size", [1, 2])
+def test_ring(num_ranks: int, domain_size: int, environment: dict[str, str]) -> None:
+    if num_ranks % domain_size or num_ranks == domain_size:
+        pytest.skip(f"{num_ranks} ranks are not two or more domains of {domain_size}")
+    found = launch.run(
+        bodies.ring, num_ranks, environment, "epjit", 20, domain_size, timeout=300
+    )
+    assert {tuple(pes) for pes, *_ in found} == {tuple(range(num_ranks))}
+    assert all(registers > 16 and not joined for _, registers, joined in found)
+
+
+def test_ring_after_somebody_has_begun_nvshmem(num_ranks: int) -> None:
+    """With other numbers than ours, so that the kernels must use `pes`."""
+    found = launch.run(bodies.ring, num_ranks, {}, "ctypes", 5, 1, timeout=300)
+    assert {tuple(pes) for pes, *_ in found} == {tuple(reversed(range(num_ranks)))}
+    assert all(joined for *_, joined in found)
+
+
+def test_ring_after_torch_has_begun_nvshmem(num_ranks: int) -> None:
+    found = launch.run(
+        bodies.ring, num_ranks, {}, "torch", 5, 1, timeout=300, backend="nccl"
+    )
+    if bodies.SKIPPED in found:
+        pytest.skip("this torch has no NVSHMEM")
+    assert all(joined for *_, joined in found)
+
+
+def test_created_again_without_a_leak(num_ranks: int, environment: dict[str, str]) -> None:
+    found = launch.run(bodies.create_again, num_ranks, environment, 20, timeout=500)
+    for free, attached in found:
+        assert attached == 0
+        # The first two let everybody fill their caches.
+        assert free[-1] >= free[2] - 2 * MIB, [bytes_ // MIB for bytes_ in free]
