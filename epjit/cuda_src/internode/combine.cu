@@ -306,6 +306,7 @@ class InternodeCombine {
   // Sum over local ranks of a weight: lane k < num_topk has that of selection k.
   __device__ float sum_weights(const Rows& rows) const {
     float sum = 0.0f;
+#pragma unroll 1
     for (int j = 0; j < kLocal; ++j) {
       const float* const weights = of_lane(rows.weights, j);
       if (weights != nullptr && lane < kTopk) sum += weights[lane];

@@ -242,6 +242,7 @@ class InternodeDispatch {
       chunk.token = p.send_tokens[static_cast<int64_t>(chunk.domain) * (p.num_tokens + 1) +
                                   chunk.first + lane];
       chunk.has_slot = chunk.domain != p.domain;
+#pragma unroll 1
       for (int j = 0; j < kLocal && chunk.domain == p.domain; ++j) {
         const int position = send_position(chunk.token, rail.rank_of(p.domain, j));
         if (j != p.local)
@@ -394,6 +395,7 @@ class InternodeDispatch {
   template <typename Position>
   __device__ void store_passing(int n, int index, Position position) const {
     uint32_t value = static_cast<uint32_t>(max(position(p.local), 0)) << 8;
+#pragma unroll 1
     for (int j = 0; j < kLocal; ++j) value |= static_cast<uint32_t>(position(j) >= 0) << j;
     const int place = (n == 0 ? 0 : p.passing_prefix[n - 1]) + index;
     if (place < p.num_passing) p.passing[place] = static_cast<int32_t>(value);
