@@ -152,6 +152,7 @@ __device__ inline const uint64_t* entered_by(const Waiter& waiter, int i, int& n
 __device__ inline void report_fault(const Waiter& waiter, WaitTag tag, int peer, uint64_t index,
                                     uint64_t expected, uint64_t seen) {
   if (ptx::atom_cas_sys(waiter.abort, 0, 1) != 0) return;  // the first one speaks
+#pragma unroll 1  // or the registers of every kernel grow for what never happens
   for (int i = 0; i < waiter.domains.num_domains * waiter.num_ranks; ++i) {
     if (i == waiter.domains.domain * waiter.num_ranks + waiter.rank) continue;
     int number;

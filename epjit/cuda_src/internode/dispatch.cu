@@ -407,6 +407,7 @@ class InternodeDispatch {
     if (lane < kDomains && lane != p.domain) {
       const int num_tokens = passing_tokens(lane);
       for (int window = 0; ok && (window + 2) * window_tokens() < num_tokens; ++window) {
+#pragma unroll 1
         for (int reader = 0; ok && reader < kLocal; ++reader)
           ok = rail.wait_done(kWaitDispatchWindow, lane, reader, window + 2);
         if (ok) rail.signal_credit(lane, window, num_tokens);
