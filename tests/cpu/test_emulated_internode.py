@@ -281,6 +281,7 @@ class World:
                 rank.done,
                 rank.words,
                 rank.control,
+                rank.staged,
                 rank.local,
                 rank.fault,
             ):

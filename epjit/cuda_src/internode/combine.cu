@@ -457,7 +457,8 @@ class InternodeCombine {
 
   __device__ void add_domains(int token, int part, const Rows& rows, const char* sums,
                               bool has_own) const {
-    constexpr int kBatch = kDomains < 4 ? kDomains : 4;  // sums whose loads are in flight at once
+    // Sums whose loads are in flight at once; beside eight rows in hand two, or registers spill.
+    constexpr int kMost = kLocal > 4 ? 2 : 4, kBatch = kDomains < kMost ? kDomains : kMost;
     constexpr int kUnroll = kLocal + kBatch <= 4 ? 2 : 1;
     const char* row[kLocal];
 #pragma unroll
