@@ -18,6 +18,12 @@
 
 namespace epjit {
 
+// The pointer that a lane has.
+template <typename T>
+__device__ __forceinline__ T* of_lane(T* pointer, int lane) {
+  return reinterpret_cast<T*>(__shfl_sync(kFullMask, reinterpret_cast<uint64_t>(pointer), lane));
+}
+
 constexpr int copier_shared_bytes(bool tma, int num_warps, int rows_per_warp, int row_bytes) {
   return tma ? num_warps * (rows_per_warp * row_bytes + static_cast<int>(sizeof(uint64_t))) : 0;
 }
@@ -80,8 +86,8 @@ class RowCopier {
       ptx::bulk_commit();
     } else {
       for (int i = first; i < first + kRows; ++i) {
-        char* const row_dst = from_lane(dst, i);
-        const char* const row_src = from_lane(src_, i);
+        char* const row_dst = of_lane(dst, i);
+        const char* const row_src = of_lane(src_, i);
         if (row_dst != nullptr) copy_row(row_src, row_dst);
       }
     }
@@ -102,11 +108,6 @@ class RowCopier {
 
  private:
   __device__ char* row() const { return rows_ + lane_ % kRows * kRowBytes; }
-
-  template <typename T>
-  __device__ static T* from_lane(T* ptr, int lane) {
-    return reinterpret_cast<T*>(__shfl_sync(kFullMask, reinterpret_cast<uint64_t>(ptr), lane));
-  }
 
   __device__ void copy_row(const char* src, char* dst) const {
     constexpr int kVecs = kRowBytes / 16;
@@ -137,6 +138,15 @@ template <int kRows>
 __device__ __forceinline__ int rows_at_a_time(int num_rows, int num_warps, int most) {
   const int rows = min(num_rows / max(3 * num_warps, 1), most);
   return rows < kRows ? max(rows, 1) : rows / kRows * kRows;
+}
+
+// Calls visit(piece of 16 bytes, whether it is one) for part `part` of a row, all lanes in step.
+template <int kVecs, typename Visit>
+__device__ __forceinline__ void for_each_vec(int part, int num_parts, int lane, Visit visit) {
+  const int part_vecs = align_up(ceil_div(kVecs, num_parts), kWarpSize);
+  const int last = min(kVecs, (part + 1) * part_vecs);
+  for (int first = part * part_vecs; first < last; first += kWarpSize)
+    visit(first + lane, first + lane < last);
 }
 
 // A warp takes the next unit of work: lane 0 draws from `counter`, all lanes get the number.

@@ -298,11 +298,6 @@ class InternodeCombine {
     return all_lanes(ok);
   }
 
-  template <typename T>
-  __device__ static T* of_lane(T* pointer, int lane) {
-    return reinterpret_cast<T*>(__shfl_sync(kFullMask, reinterpret_cast<uint64_t>(pointer), lane));
-  }
-
   // Sum over local ranks of a weight: lane k < num_topk has that of selection k.
   __device__ float sum_weights(const Rows& rows) const {
     float sum = 0.0f;
@@ -379,42 +374,28 @@ class InternodeCombine {
   }
 
   __device__ void sum_rows(const Rows& rows, char* out) const {
-    constexpr int kUnroll = 8 / kLocal;  // so that eight pieces of 16 bytes are in flight a thread
     const char* row[kLocal];
 #pragma unroll
     for (int j = 0; j < kLocal; ++j) row[j] = of_lane(rows.row, j);
-#pragma unroll 1
-    for (int first = lane; first < kVecs; first += kUnroll * kWarpSize) {
-      Vec16 v[kUnroll][kLocal];
-      load_rows(row, first, kVecs, v);
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i)
-        if (first + i * kWarpSize < kVecs)
-          ptx::st_v4(out + (first + i * kWarpSize) * 16, sum_loaded(row, v[i]));
-    }
+#pragma unroll(kLocal < 4 ? 4 / kLocal : 1)  // pieces in flight a thread
+    for (int vec = lane; vec < kVecs; vec += kWarpSize)
+      ptx::st_v4(out + vec * 16, sum_vec(row, vec, true));
     if constexpr (kTopk > 0) {
       const float weight = sum_weights(rows);
       if (lane < kTopk) weights_of(out)[lane] = weight;
     }
   }
 
-  template <int kUnroll>
-  __device__ static void load_rows(const char* const (&row)[kLocal], int first, int last,
-                                   Vec16 (&v)[kUnroll][kLocal]) {
+  // P of piece `vec` of 16 bytes.
+  __device__ static Vec16 sum_vec(const char* const (&row)[kLocal], int vec, bool valid) {
+    Vec16 v[kLocal];
 #pragma unroll
-    for (int i = 0; i < kUnroll; ++i)
-#pragma unroll
-      for (int j = 0; j < kLocal; ++j)
-        if (row[j] != nullptr && first + i * kWarpSize < last)
-          v[i][j] = ptx::ld_v4(row[j] + (first + i * kWarpSize) * 16);
-  }
-
-  // P of eight elements.
-  __device__ static Vec16 sum_loaded(const char* const (&row)[kLocal], const Vec16 (&v)[kLocal]) {
+    for (int j = 0; j < kLocal; ++j)
+      if (row[j] != nullptr && valid) v[j] = ptx::ld_v4(row[j] + vec * 16);
     Sum sum;
 #pragma unroll
     for (int j = 0; j < kLocal; ++j)
-      if (row[j] != nullptr) sum.add(v[j]);
+      if (row[j] != nullptr && valid) sum.add(v[j]);
     return sum.rounded();
   }
 
@@ -457,58 +438,33 @@ class InternodeCombine {
 
   __device__ void add_domains(int token, int part, const Rows& rows, const char* sums,
                               bool has_own) const {
-    // Sums whose loads are in flight at once; beside eight rows in hand two, or registers spill.
-    constexpr int kMost = kLocal > 4 ? 2 : 4, kBatch = kDomains < kMost ? kDomains : kMost;
-    constexpr int kUnroll = kLocal + kBatch <= 4 ? 2 : 1;
+    constexpr int kBatch = 2;  // sums whose loads are in flight at once
     const char* row[kLocal];
 #pragma unroll
     for (int j = 0; j < kLocal; ++j) row[j] = of_lane(rows.row, j);
     const int64_t out = static_cast<int64_t>(token) * kCfg.hidden_bytes;
-    const int part_vecs = align_up(ceil_div(kVecs, p.num_parts), kWarpSize);
-    const int last = min(kVecs, (part + 1) * part_vecs);
-#pragma unroll 1
-    for (int base = part * part_vecs; base < last; base += kUnroll * kWarpSize) {
-      const int first = base + lane;
-      Vec16 own[kUnroll];
-      {
-        Vec16 v[kUnroll][kLocal];
-        load_rows(row, first, last, v);
-#pragma unroll
-        for (int i = 0; i < kUnroll; ++i) own[i] = sum_loaded(row, v[i]);
-      }
-      Sum total[kUnroll];
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        const int64_t offset = out + (first + i * kWarpSize) * 16;
-        if (first + i * kWarpSize >= last) continue;
-        if (p.bias_0 != nullptr) total[i].start(ptx::ld_v4(p.bias_0 + offset));
-        if (p.bias_1 != nullptr) total[i].add(ptx::ld_v4(p.bias_1 + offset));
-      }
+    for_each_vec<kVecs>(part, p.num_parts, lane, [&](int vec, bool valid) {
+      const Vec16 own = sum_vec(row, vec, valid);
+      Sum total;
+      if (valid && p.bias_0 != nullptr) total.start(ptx::ld_v4(p.bias_0 + out + vec * 16));
+      if (valid && p.bias_1 != nullptr) total.add(ptx::ld_v4(p.bias_1 + out + vec * 16));
 #pragma unroll 1
       for (int batch = 0; batch < kDomains; batch += kBatch) {
-        Vec16 v[kUnroll][kBatch];
+        Vec16 v[kBatch];
         const char* src[kBatch];
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
           src[b] = of_lane(sums, batch + b);  // null beyond the last domain
-#pragma unroll
-          for (int i = 0; i < kUnroll; ++i)
-            if (src[b] != nullptr && first + i * kWarpSize < last)
-              v[i][b] = ptx::ld_v4(src[b] + (first + i * kWarpSize) * 16);
+          if (src[b] != nullptr && valid) v[b] = ptx::ld_v4(src[b] + vec * 16);
         }
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b)
-#pragma unroll
-          for (int i = 0; i < kUnroll; ++i) {
-            if (batch + b == p.domain && has_own) total[i].add(own[i]);
-            if (src[b] != nullptr) total[i].add(v[i][b]);
-          }
+        for (int b = 0; b < kBatch; ++b) {
+          if (batch + b == p.domain && has_own) total.add(own);
+          if (src[b] != nullptr) total.add(v[b]);
+        }
       }
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i)
-        if (first + i * kWarpSize < last)
-          ptx::st_v4(p.combined_x + out + (first + i * kWarpSize) * 16, total[i].rounded());
-    }
+      if (valid) ptx::st_v4(p.combined_x + out + vec * 16, total.rounded());
+    });
   }
 
   __device__ void add_weights(int token, const Rows& rows, char* sums, bool has_own) const {

@@ -1,6 +1,6 @@
 // What the kernels of low-latency combine share: who is chosen, sums of rows, the meeting of ranks.
 #pragma once
-#include "epjit/sync.cuh"
+#include "epjit/copy.cuh"
 
 namespace epjit {
 
@@ -13,11 +13,6 @@ __device__ __forceinline__ int selected_expert(const void* topk_idx, int64_t sel
   else
     expert = static_cast<const int32_t*>(topk_idx)[selection];
   return expert >= 0 && expert < kExperts ? static_cast<int>(expert) : -1;
-}
-
-template <typename T>
-__device__ __forceinline__ T* of_lane(T* pointer, int lane) {
-  return reinterpret_cast<T*>(__shfl_sync(kFullMask, reinterpret_cast<uint64_t>(pointer), lane));
 }
 
 // Adds weight * y: the product is rounded, then the sum.
@@ -62,15 +57,6 @@ __device__ __forceinline__ Vec16 weighted_sum(const char* row, float weight, int
     }
   }
   return to_bf16(sum);
-}
-
-// Calls visit(piece of 16 bytes, whether it is one) for part `part` of a row, all lanes in step.
-template <int kVecs, typename Visit>
-__device__ __forceinline__ void for_each_vec(int part, int num_parts, int lane, Visit visit) {
-  const int part_vecs = align_up(ceil_div(kVecs, num_parts), kWarpSize);
-  const int last = min(kVecs, (part + 1) * part_vecs);
-  for (int first = part * part_vecs; first < last; first += kWarpSize)
-    visit(first + lane, first + lane < last);
 }
 
 // One warp waits until all peers have begun, so that none of them is in an earlier operation when
