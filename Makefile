@@ -8,7 +8,7 @@ N ?= 4
 ARGS ?=
 CUDA ?= cu13-rdma
 TORCH ?= torch==2.13.0
-NEEDS := torch cupy cuda filelock platformdirs pytest pytest_timeout rich typer
+NEEDS := torch cupy cuda filelock platformdirs pytest pytest_timeout xdist rich typer
 HAS := python3 -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))'
 ifndef PYTHON
 PYTHON := $(shell $(HAS) $(NEEDS) 2>/dev/null && echo python3 || echo .venv/bin/python)
@@ -29,7 +29,7 @@ run: $(READY) ## a MoE layer over N processes: GPUs if there are any, else 4 on 
 	$(PYTHON) examples/moe_layer.py $(if $(filter file,$(origin N)),,--ranks $(N)) $(ARGS)
 
 test: $(READY) $(CU12) ## what needs no GPU: CPU backend, emulated kernels, compiles
-	$(PYTHON) -m pytest tests/cpu $(ARGS)
+	$(PYTHON) -m pytest tests/cpu -n auto --dist worksteal $(ARGS)
 
 test-gpu: $(READY) ## one GPU, virtual ranks
 	$(PYTHON) -m pytest tests/gpu $(ARGS)

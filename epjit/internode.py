@@ -171,7 +171,7 @@ class InternodeCombineConfig(KernelConfig):
         if num_local == 1:
             push, rows = 1, 1  # nothing is pushed
         # Copies through registers, and many rows in hand, need more registers.
-        warps, sums, put = (8, 2, 2) if not tma else (24, 5, 10) if num_local <= 2 else (16, 3, 3)
+        warps, sums, put = (8, 2, 2) if not tma else (20, 4, 7) if num_local <= 2 else (16, 3, 3)
         return cls(
             num_domains, num_local, *shape, tma, warps, push, sums, put, rows, _TOKENS_PER_CHUNK
         )

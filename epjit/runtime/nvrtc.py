@@ -45,7 +45,6 @@ def compile_cubin(
     arch: str,
     headers: Mapping[str, str],
     name_expression: str,
-    more_options: Sequence[str] = (),
 ) -> tuple[bytes, str, str]:
     """Compiles one unit.
 
@@ -55,7 +54,6 @@ def compile_cubin(
         arch: Architecture, such as ``"sm_90a"``.
         headers: What `#include "..."` finds: name to text. There is no include path beside it.
         name_expression: The kernel, as C++ names it.
-        more_options: Beside those of `options`.
 
     Returns:
         The cubin, the kernel's symbol in it, and the compiler's log (which has the registers and
@@ -65,8 +63,7 @@ def compile_cubin(
         CompileError: The compiler refused; the message holds its log.
         ImportError: cuda-bindings or the NVRTC library is not installed.
     """
-    arguments = [*options(arch), *more_options]
-    return _compile(source_text, name, arch, arguments, headers, name_expression, "CUBIN")
+    return _compile(source_text, name, arch, options(arch), headers, name_expression, "CUBIN")
 
 
 def compile_ltoir(

@@ -1,6 +1,6 @@
 """Compiles units with the NVRTC of the interpreter that runs this file (no torch needed).
 
-Reads a JSON list of {text, sources, arch, name_expression, more_options} from stdin and writes the list of
+Reads a JSON list of {text, sources, arch, name_expression} from stdin and writes the list of
 {nvrtc, log, error} to stdout; `log` is ptxas's report.
 """
 
@@ -24,7 +24,6 @@ def compile_unit(unit: dict[str, Any]) -> dict[str, str]:
             arch=unit["arch"],
             headers=sources.closure(*unit["sources"]),
             name_expression=unit["name_expression"],
-            more_options=unit["more_options"],
         )
     except CompileError as refused:
         error = str(refused)

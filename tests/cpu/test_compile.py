@@ -44,11 +44,10 @@ def compile_all(
     """Compiles in as many processes as there are cores; results in the order of the kernels."""
     units = [
         {
-            # The transport stays undefined: linking needs NVSHMEM (test_runtime_nvshmem.py).
-            "text": jit.render(kernel),
-            "sources": jit.unit_sources(kernel),
+            # The other body needs NVSHMEM, and a linker: test_runtime_nvshmem.py.
+            "text": jit.render(kernel, "loopback"),
+            "sources": jit.unit_sources(kernel, "loopback"),
             "arch": arch,
-            "more_options": ["-rdc=true"] if kernel.transport else [],
             "name_expression": f"epjit::{kernel.tag}::{kernel.op}",
         }
         for kernel in kernels
@@ -86,7 +85,9 @@ def over_budget(kernel: jit.KernelConfig, arch: str, result: dict[str, str]) -> 
     registers, spill_bytes = nvrtc.usage(result["log"])
     if registers == 0:
         return f"ptxas reported no registers: {result['log']!r}"
-    if spill_bytes:
+    # The loopback body, for tests, is called, and a call may want a few registers saved; what is
+    # linked with NVSHMEM spills nothing (test_runtime_nvshmem.py).
+    if spill_bytes > (64 if kernel.transport else 0):
         return f"{spill_bytes} bytes spilled"
     allocated = -(-registers // 8) * 8 * kernel.threads  # given to a thread in eights
     if allocated > REGISTERS_OF_AN_SM:

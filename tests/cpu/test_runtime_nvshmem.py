@@ -12,12 +12,14 @@ import os
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from epjit import internode, low_latency
 from epjit.errors import CompileError
 from epjit.runtime import group as groups
 from epjit.runtime import nvrtc, nvshmem, nvshmem_device
@@ -95,6 +97,29 @@ def test_a_kernel_is_linked(cuda: int, version: str, ibgda: int, tmp_path: Path)
         assert result["spill_bytes"] == 0 or ibgda  # functions of the library save registers
         assert wanted <= set(result["symbols"]), arch
         assert len(set(result["symbols"])) == len(result["symbols"])
+
+
+def test_kernels_that_are_linked_spill_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All kernels between NVLink domains, as an H200 gets them."""
+    copy_of("3.8.0", 13)  # skips where there is none
+    monkeypatch.setenv("EPJIT_CACHE_DIR", str(tmp_path))
+    kernels = [
+        config
+        for mode in (internode, low_latency)
+        for config in mode.example_configs("sm_90a")
+        if config.transport
+    ]
+    assert {kernel.op for kernel in kernels} >= {"notify", "dispatch", "combine", "clean"}
+    with ThreadPoolExecutor(2) as pool:
+        compiled = pool.map(lambda config: compile_kernel(config, arch="sm_90a"), kernels)
+    wrong = {
+        repr(config): (result.registers, result.spill_bytes)
+        for config, result in zip(kernels, compiled, strict=True)
+        if result.spill_bytes or result.registers * config.threads > 65536
+    }
+    assert not wrong, wrong
 
 
 def test_body_and_kernel_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -123,6 +123,10 @@ class InternodeCombine {
   static constexpr int kSlotBytes = combine_slot_bytes(kCfg);
   static constexpr int kVecs = kCfg.hidden_bytes / 16;
   static constexpr int kPushed = kDomains * (kLocal - 1);  // channels
+  // Pieces of 16 bytes of each row whose loads a thread has in flight, and domains of which it has:
+  // with one piece of one row, 4096 tokens took 683 us instead of 484 (two H100s, 24 SMs).
+  static constexpr int kSumUnroll = 8 / kLocal;
+  static constexpr int kUnroll = kLocal == 1 ? 2 : 1, kBatch = 2;
   static constexpr int kCounters = 2 + kRanks + 5 * kDomains;
   static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
   static constexpr int kSummers = kCfg.num_push_warps, kPutters = kSummers + kCfg.num_sum_warps;
@@ -377,25 +381,38 @@ class InternodeCombine {
     const char* row[kLocal];
 #pragma unroll
     for (int j = 0; j < kLocal; ++j) row[j] = of_lane(rows.row, j);
-#pragma unroll(kLocal < 4 ? 4 / kLocal : 1)  // pieces in flight a thread
-    for (int vec = lane; vec < kVecs; vec += kWarpSize)
-      ptx::st_v4(out + vec * 16, sum_vec(row, vec, true));
+#pragma unroll 1
+    for (int first = lane; first < kVecs; first += kSumUnroll * kWarpSize) {
+      Vec16 v[kSumUnroll][kLocal];
+      load_rows(row, first, kVecs, v);
+#pragma unroll
+      for (int i = 0; i < kSumUnroll; ++i)
+        if (first + i * kWarpSize < kVecs)
+          ptx::st_v4(out + (first + i * kWarpSize) * 16, sum_loaded(row, v[i]));
+    }
     if constexpr (kTopk > 0) {
       const float weight = sum_weights(rows);
       if (lane < kTopk) weights_of(out)[lane] = weight;
     }
   }
 
-  // P of piece `vec` of 16 bytes.
-  __device__ static Vec16 sum_vec(const char* const (&row)[kLocal], int vec, bool valid) {
-    Vec16 v[kLocal];
+  template <int kUnroll>
+  __device__ static void load_rows(const char* const (&row)[kLocal], int first, int last,
+                                   Vec16 (&v)[kUnroll][kLocal]) {
 #pragma unroll
-    for (int j = 0; j < kLocal; ++j)
-      if (row[j] != nullptr && valid) v[j] = ptx::ld_v4(row[j] + vec * 16);
+    for (int i = 0; i < kUnroll; ++i)
+#pragma unroll
+      for (int j = 0; j < kLocal; ++j)
+        if (row[j] != nullptr && first + i * kWarpSize < last)
+          v[i][j] = ptx::ld_v4(row[j] + (first + i * kWarpSize) * 16);
+  }
+
+  // P of eight elements.
+  __device__ static Vec16 sum_loaded(const char* const (&row)[kLocal], const Vec16 (&v)[kLocal]) {
     Sum sum;
 #pragma unroll
     for (int j = 0; j < kLocal; ++j)
-      if (row[j] != nullptr && valid) sum.add(v[j]);
+      if (row[j] != nullptr) sum.add(v[j]);
     return sum.rounded();
   }
 
@@ -438,33 +455,52 @@ class InternodeCombine {
 
   __device__ void add_domains(int token, int part, const Rows& rows, const char* sums,
                               bool has_own) const {
-    constexpr int kBatch = 2;  // sums whose loads are in flight at once
     const char* row[kLocal];
 #pragma unroll
     for (int j = 0; j < kLocal; ++j) row[j] = of_lane(rows.row, j);
     const int64_t out = static_cast<int64_t>(token) * kCfg.hidden_bytes;
-    for_each_vec<kVecs>(part, p.num_parts, lane, [&](int vec, bool valid) {
-      const Vec16 own = sum_vec(row, vec, valid);
-      Sum total;
-      if (valid && p.bias_0 != nullptr) total.start(ptx::ld_v4(p.bias_0 + out + vec * 16));
-      if (valid && p.bias_1 != nullptr) total.add(ptx::ld_v4(p.bias_1 + out + vec * 16));
+    const int part_vecs = align_up(ceil_div(kVecs, p.num_parts), kWarpSize);
+    const int last = min(kVecs, (part + 1) * part_vecs);
+#pragma unroll 1
+    for (int base = part * part_vecs; base < last; base += kUnroll * kWarpSize) {
+      const int first = base + lane;
+      Vec16 v[kUnroll][kLocal], own[kUnroll];
+      load_rows(row, first, last, v);
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) own[i] = sum_loaded(row, v[i]);
+      Sum total[kUnroll];
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        const int64_t offset = out + (first + i * kWarpSize) * 16;
+        if (first + i * kWarpSize >= last) continue;
+        if (p.bias_0 != nullptr) total[i].start(ptx::ld_v4(p.bias_0 + offset));
+        if (p.bias_1 != nullptr) total[i].add(ptx::ld_v4(p.bias_1 + offset));
+      }
 #pragma unroll 1
       for (int batch = 0; batch < kDomains; batch += kBatch) {
-        Vec16 v[kBatch];
+        Vec16 sum[kUnroll][kBatch];
         const char* src[kBatch];
 #pragma unroll
         for (int b = 0; b < kBatch; ++b) {
           src[b] = of_lane(sums, batch + b);  // null beyond the last domain
-          if (src[b] != nullptr && valid) v[b] = ptx::ld_v4(src[b] + vec * 16);
+#pragma unroll
+          for (int i = 0; i < kUnroll; ++i)
+            if (src[b] != nullptr && first + i * kWarpSize < last)
+              sum[i][b] = ptx::ld_v4(src[b] + (first + i * kWarpSize) * 16);
         }
 #pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          if (batch + b == p.domain && has_own) total.add(own);
-          if (src[b] != nullptr) total.add(v[b]);
-        }
+        for (int b = 0; b < kBatch; ++b)
+#pragma unroll
+          for (int i = 0; i < kUnroll; ++i) {
+            if (batch + b == p.domain && has_own) total[i].add(own[i]);
+            if (src[b] != nullptr) total[i].add(sum[i][b]);
+          }
       }
-      if (valid) ptx::st_v4(p.combined_x + out + vec * 16, total.rounded());
-    });
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i)
+        if (first + i * kWarpSize < last)
+          ptx::st_v4(p.combined_x + out + (first + i * kWarpSize) * 16, total[i].rounded());
+    }
   }
 
   __device__ void add_weights(int token, const Rows& rows, char* sums, bool has_own) const {
