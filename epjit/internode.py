@@ -593,6 +593,7 @@ class Internode(NormalMode):
         recv_src_meta, passing = handle[7], handle[9]
         config = launch.kernel.config
         assert isinstance(config, InternodeDispatchConfig)
+        _check_warps(config, num_sms)
         received = self._allocate(scope, recv_src_meta.shape[0], x, scales, topk_idx)
         scope.start()
         launch(
@@ -672,15 +673,17 @@ class Internode(NormalMode):
         self._transport.close()
 
 
-def _check_warps(config: InternodeCombineConfig, num_sms: int) -> None:
-    """Each channel needs a warp of its own, or a wait in one could hold up another for ever."""
-    pushed = config.num_domains * (config.num_local - 1)
-    needed = max(
-        -(-pushed // config.num_push_warps), -(-(config.num_domains - 1) // config.num_sum_warps)
-    )
+def _check_warps(config: InternodeDispatchConfig | InternodeCombineConfig, num_sms: int) -> None:
+    """Each channel needs warps of its own, or a wait in one could hold up another for ever."""
+    others = config.num_domains - 1
+    channels = [(others, config.num_put_warps)]
+    if isinstance(config, InternodeCombineConfig):
+        channels.append((others, config.num_sum_warps))
+        channels.append((config.num_domains * (config.num_local - 1), config.num_push_warps))
+    needed = max(-(-count // warps) for count, warps in channels)
     if num_sms < needed:
         raise ValueError(
-            f"config.num_sms is {num_sms}, but combine of rows of {config.hidden_bytes} bytes "
-            f"between {config.num_domains} NVLink domains of {config.num_local} needs {needed}: a "
-            "warp for each channel of rows"
+            f"config.num_sms is {num_sms}, but {config.op} of rows of {config.hidden_bytes} bytes "
+            f"between {config.num_domains} NVLink domains of {config.num_local} needs {needed}: "
+            "each channel has warps of its own"
         )

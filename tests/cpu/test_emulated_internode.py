@@ -90,7 +90,7 @@ class Shape:
             topk_is_int64=self.topk_is_int64,
             tma=self.tma,
             num_copy_warps=3,
-            num_put_warps=1,
+            num_put_warps=self.warps_for(self.num_domains - 1),
             rows_per_warp=3,
             tokens_per_chunk=CHUNK,
         )
@@ -113,7 +113,8 @@ class Shape:
 
     @property
     def combine(self) -> InternodeCombineConfig:
-        pushed = self.num_domains * (self.num_local - 1)
+        push = self.warps_for(self.num_domains * (self.num_local - 1))
+        each = self.warps_for(self.num_domains - 1)
         return InternodeCombineConfig(
             num_domains=self.num_domains,
             num_local=self.num_local,
@@ -121,13 +122,17 @@ class Shape:
             num_topk=self.num_topk,
             is_f16=self.is_f16,
             tma=self.tma,
-            num_warps=max(1, -(-pushed // 4)) + 4,
-            num_push_warps=max(1, -(-pushed // 4)),
-            num_sum_warps=1,
-            num_put_warps=1,
+            num_warps=push + 2 * each + 2,
+            num_push_warps=push,
+            num_sum_warps=each,
+            num_put_warps=each,
             rows_per_warp=3,
             tokens_per_chunk=CHUNK,
         )
+
+    def warps_for(self, num_channels: int) -> int:
+        """Warps of a block, so that each channel has one of its own."""
+        return max(1, -(-num_channels // self.grid))
 
 
 @dataclass
@@ -595,6 +600,20 @@ def test_any_size_of_the_buffers(slots: int, ring_slots: int, cut: tuple[int, in
         routing.dispatch()
         routing.combine(num_parts=1 + seed % 2)
         routing.dispatch()
+        world.run(seed)
+
+
+def test_domains_that_wait_for_each_other() -> None:
+    """Tokens go to several domains, and their rings are full at different tokens."""
+    for seed in range(4):
+        shape = Shape(
+            4, 1, tokens=(60, 47, 0, 55), ring_slots=4, grid=2 + seed % 3, hole=0.5, num_topk=2
+        )
+        world = World(shape, seed=seed)
+        routing = world.route()
+        routing.dispatch()
+        routing.combine()
+        routing.combine(num_parts=2)
         world.run(seed)
 
 

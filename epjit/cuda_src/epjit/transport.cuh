@@ -11,8 +11,9 @@
 //
 // Order. Nothing is ordered but this: the bytes of put_signal are there before its signal; what a
 // thread sent to a pe before fence() is there before what it sends to that pe after it. A put reads
-// src at any time until quiet(), or until the receiver has answered: src must not change before. What
-// other threads wrote to src needs fence.acq_rel.sys before the put.
+// src, which lies in symmetric memory too, at any time until quiet(), or until the receiver has
+// answered: src must not change before. What other threads wrote to src needs fence.acq_rel.sys before
+// the put, and so does what they read before a signal that lets a peer overwrite it.
 #pragma once
 #include "epjit/types.cuh"
 

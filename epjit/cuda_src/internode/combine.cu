@@ -26,14 +26,15 @@
 //         own domain and for its sums of the others; add them
 //
 // Progress: a token of rank s is reduced when all its domains have sent it, so channels depend on
-// each other, and a warp that pushes or sums keeps to one channel until nothing of it is left; each
-// channel has such a warp from the start. Take the first token of s that is not reduced: all lower
+// each other, and a warp that pushes, sums or puts keeps to one channel until nothing of it is left;
+// each channel has such warps from the start. Take the first token of s that is not reduced: all lower
 // indices of all its channels are, so each of these may write the window of its index (it waits for
 // the one before the last), in every ring on the way. The rank that sums it waits for pushes of its
 // own channel only, and so on. So it moves, whatever the size of the rings.
 //
 // Launch: any grid that is resident as a whole, has two blocks or more, a pushing warp for each
-// channel that is pushed (num_domains * (num_local - 1)) and a summing one for each other domain;
+// channel that is pushed (num_domains * (num_local - 1)), a summing and a putting one for each other
+// domain;
 // combine_threads() threads. Graph-safe.
 #include "epjit/copy.cuh"
 #include "epjit/sum.cuh"

@@ -28,14 +28,15 @@
 // Clerk    one warp: tells the rail peers that this domain is ready, and which windows of the inbox
 //          all local ranks have pulled
 //
-// Progress: all these warps exist from the start. Sending, putting, forwarding and pulling take chunks in
-// ascending order of their index in the channel, the same for all channels, and a chunk lies in one
-// window. Whoever waits for a slot of window w waits for pulls of w - 2, and has every chunk of a
-// lower index taken by a warp that waits for windows before w - 2 at most, at every rank. By
-// induction over the index everything moves, whatever the size of the rings.
+// Progress: all these warps exist from the start, and each channel to another domain has putting
+// warps of its own. All take chunks in ascending order of their index in the channel, the same for
+// all channels, and a chunk lies in one window. Whoever waits for a slot of window w waits for pulls
+// of w - 2, and has every chunk of a lower index taken by a warp that waits for windows before w - 2
+// at most, at every rank. By induction over the index everything moves, whatever the size of the
+// rings.
 //
-// Launch: any grid of two blocks or more that is resident as a whole, dispatch_threads() threads.
-// Graph-safe.
+// Launch: any grid of two blocks or more that is resident as a whole and has a putting warp for each
+// other domain; dispatch_threads() threads. Graph-safe.
 #include "epjit/copy.cuh"
 #include "epjit/payload.cuh"
 #include "internode/rail.cuh"

@@ -79,7 +79,11 @@ class Rail {
                    rail_pe(lane_));
     __syncwarp();
     if (!enter()) return false;
-    if (tells) epjit_signal(p.transport, ready(p.domain), stamp(waiter.epoch, 0), rail_pe(lane_));
+    ptx::fence_acq_rel_sys();  // what the local ranks have read -> what the peers may overwrite
+    if (tells) {
+      epjit_fence(p.transport);  // `entered` comes first, for after `ready` the peer may end
+      epjit_signal(p.transport, ready(p.domain), stamp(waiter.epoch, 0), rail_pe(lane_));
+    }
     __syncwarp();
     return true;
   }
@@ -119,11 +123,13 @@ class Rail {
                                      stamp(waiter.epoch, window - 1));
   }
 
-  // Tells the rail peer in n that this domain has used up a window; not when it will not ask.
+  // Tells the rail peer in n that this domain has used up a window; not when it will not ask. What
+  // was read of it (acquired by this thread) -> fence -> what the peer may overwrite.
   __device__ void signal_credit(int n, int window, int num_tokens) const {
-    if ((window + 2) * (p.ring_slots / 2) < num_tokens)
-      epjit_signal(p.transport, p.credits + 2 * p.domain + (window & 1),
-                   stamp(waiter.epoch, window + 1), rail_pe(n));
+    if ((window + 2) * (p.ring_slots / 2) >= num_tokens) return;
+    ptx::fence_acq_rel_sys();
+    epjit_signal(p.transport, p.credits + 2 * p.domain + (window & 1),
+                 stamp(waiter.epoch, window + 1), rail_pe(n));
   }
 
   // ---- chunks between rail peers ----------------------------------------------------------------
@@ -153,26 +159,24 @@ class Rail {
                           make_word(waiter.epoch, ring_window(first), 0));
   }
 
-  // One of `num_putters` warps, from the start: puts chunks into the inboxes of the rail peers when
-  // they are staged, in ascending order. Lane n has the tokens of the channel to domain n; `tag` is
-  // what staging itself waits for.
+  // One of `num_putters` warps, at least one a channel, from the start: puts the chunks of one
+  // channel into the inbox of the rail peer when they are staged. Lane n has the tokens of the
+  // channel to domain n; `tag` is what staging itself waits for.
   __device__ bool put_staged(WaitTag tag, int putter, int num_putters, int num_tokens, char* inbox,
                              int slot_bytes) const {
-    const int most = __reduce_max_sync(
-        kFullMask, lane_ < kDomains && lane_ != p.domain ? static_cast<uint32_t>(num_tokens) : 0u);
-    const int num_units = ceil_div(most, kChunk) * (kDomains - 1);
-    for (int unit = putter; unit < num_units; unit += num_putters) {
-      const int n = (p.domain + 1 + unit % (kDomains - 1)) % kDomains;
-      const int first = unit / (kDomains - 1) * kChunk;
-      const int num_rows = min(kChunk, __shfl_sync(kFullMask, num_tokens, n) - first);
-      if (num_rows <= 0) continue;
+    const int channel = putter % (kDomains - 1);
+    const int n = (p.domain + 1 + channel) % kDomains;
+    const int num_sharers = ceil_div(num_putters - channel, kDomains - 1);
+    const int last = __shfl_sync(kFullMask, num_tokens, n);
+    for (int first = putter / (kDomains - 1) * kChunk; first < last;
+         first += num_sharers * kChunk) {
       uint64_t found;
       if (!all_lanes(wait_word_at(tag, rail_peer(n), first, ring_window(first),
                                   chunk_word(p.staged, n, first), found)))
         return false;
       epjit_put_signal(p.transport, inbox + ring_offset(p.domain, first, slot_bytes),
                        p.stage + ring_offset(n, first, slot_bytes),
-                       static_cast<uint64_t>(num_rows) * slot_bytes,
+                       static_cast<uint64_t>(min(kChunk, last - first)) * slot_bytes,
                        chunk_word(p.arrived, p.domain, first),
                        make_word(waiter.epoch, ring_window(first), 0), rail_pe(n));
     }
