@@ -668,6 +668,8 @@ class Internode(NormalMode):
 
     def _close_memory(self) -> None:
         del self._notify
+        if not self._fault.is_set:
+            self._transport.quiet()  # the memory may be another Buffer's next
         self.memory.close()
         self.rdma_memory.close()
         self._transport.close()

@@ -814,12 +814,15 @@ class LowLatency:
 
         What peers write here in an operation, this rank waits for in the same one, so nothing is
         on its way to it when its own streams are done. What it has sent to other domains may be:
-        the memory of a transport is not given away before that has left.
+        the memory is not given away before that has left, unless a peer was lost.
         """
         torch.cuda.synchronize(self._device)
         self._plans.clear()
         self._launches.clear()
         del self._clean
+        lost = self._fault.is_set or (self._shrink and bool(self.mask.any()))
+        if self._transport is not None and not lost:
+            self._transport.quiet()
         self.memory.close()
         if self._transport is not None:
             self._transport.close()

@@ -196,6 +196,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
     "nvshmem_n_pes": (ctypes.c_int, ()),
     "nvshmem_malloc": (ctypes.c_void_p, (ctypes.c_size_t,)),
     "nvshmem_free": (None, (ctypes.c_void_p,)),
+    "nvshmemx_quiet_on_stream": (None, (ctypes.c_void_p,)),
     "nvshmem_ptr": (ctypes.c_void_p, (ctypes.c_void_p, ctypes.c_int)),
     "nvshmemx_cumodule_init": (ctypes.c_int, (ctypes.c_void_p,)),
     "nvshmemx_cumodule_finalize": (ctypes.c_int, (ctypes.c_void_p,)),

@@ -83,6 +83,12 @@ class Transport(ABC):
             ValueError: The queues are too short; has the numbers.
         """
 
+    def quiet(self) -> None:  # noqa: B027 - loopback's puts are complete when they return
+        """Waits until all that this rank has put has left its memory. Not collective.
+
+        Not to be called when a peer may be dead: what is on its way to it might never leave.
+        """
+
     def close(self) -> None:  # noqa: B027 - NVSHMEM has nothing to free
         """Frees what kernels used. Not collective, and idempotent; memory has its own `close`."""
 
@@ -197,6 +203,12 @@ class NvshmemTransport(Transport):
                 f"work requests, and NVSHMEM began with {depth}; set {env.nvshmem_qp_depth.name}="
                 f"{needed} or more before the first Buffer"
             )
+
+
+    def quiet(self) -> None:
+        """See `Transport.quiet`."""
+        with driver.using(self._device), own_stream() as stream:
+            nvshmem.load().nvshmemx_quiet_on_stream(int(stream))
 
 
 class _NvshmemMemory(RemoteMemory):
