@@ -371,7 +371,6 @@ class Internode(NormalMode):
             inbox=self._inboxes(self._rings.notify_inbox),
             stage=self.rdma_memory.ptr + self._rings.notify_stage,
             arrived=self.rdma_memory.ptr + self._rings.notify_arrived,
-            ring_slots=0,
             notify_stride=self._rings.notify_stride,
         )
         torch.cuda.synchronize(device)
@@ -388,10 +387,8 @@ class Internode(NormalMode):
         return {
             **super()._common(),
             "signals": self._everywhere(self._arena.signals),
-            "done": self._everywhere(self._arena.done),
             "entered": self._inboxes(self._rings.entered),
             "ready": own + self._rings.ready,
-            "credits": own + self._rings.credits,
             "ranks": self._ranks.data_ptr(),
             "pes": self._pes.data_ptr(),
             "transport": self._transport.context,
@@ -429,6 +426,8 @@ class Internode(NormalMode):
         bound = self._common()
         bound.update(
             words=self._everywhere(self._arena.words),
+            done=self._everywhere(self._arena.done),
+            credits=self.rdma_memory.ptr + self._rings.credits,
             arrived=self.rdma_memory.ptr + self._rings.arrived,
             staged=self.rdma_memory.ptr + self._rings.staged,
             stage=self.rdma_memory.ptr + self._rings.stage,

@@ -22,6 +22,7 @@
 // the host polls.
 //
 // Launch: 1 + ranks + num_domains blocks of notify_threads() threads. Graph-safe.
+#include "epjit/numbering.cuh"
 #include "internode/rail.cuh"
 
 namespace epjit {
@@ -46,11 +47,9 @@ struct InternodeNotifyParams {
   uint64_t* host_counts;                 // host [2 + experts_per_rank]
   uint64_t inbox[8];     // symmetric [num_domains, notify_stride] i32, of each local rank
   uint64_t signals[8];   // symmetric, of each local rank
-  uint64_t done[8];      // symmetric, of each local rank
   int32_t* stage;        // this rank's [num_domains, notify_stride]: messages to be put
   uint64_t entered[8];   // symmetric, of each local rank, as mapped here: see rail.cuh
-  uint64_t* ready;       // this rank's, as the two that follow: see rail.cuh
-  uint64_t* credits;     // not used here
+  uint64_t* ready;       // this rank's, as the one that follows: see rail.cuh
   uint64_t* arrived;     // [num_domains]
   const int32_t* ranks;  // [num_domains, num_local]: numbers in the group
   const int32_t* pes;    // [ranks]: numbers for the transport
@@ -60,7 +59,6 @@ struct InternodeNotifyParams {
   uint64_t* fault;     // host [8]
   uint32_t* abort;     // local [1]
   uint64_t timeout_ns;
-  int32_t ring_slots;     // not used here
   int32_t notify_stride;  // a multiple of 4
   int32_t num_tokens;
   int32_t experts_per_rank;
@@ -96,7 +94,7 @@ class InternodeNotify {
       if (blockIdx.x == 0)
         exchange_counts();
       else
-        number_tokens(static_cast<int>(blockIdx.x) - 1);
+        number_column(static_cast<int>(blockIdx.x) - 1);
     }
     finish_operation<kLocal>(rail.waiter, p.signals, p.counters, 1, p.epoch);
   }
@@ -113,43 +111,11 @@ class InternodeNotify {
     return in;
   }
 
-  // Each thread takes kTokens neighbours, so that 4096 tokens are one round.
-  __device__ void number_tokens(int column) {
-    constexpr int kTokens = 8;
-    const int warp = thread / kWarpSize, lane = thread % kWarpSize;
-    int before = 0;  // tokens of the column in the rounds before
-    for (int base = 0; base < p.num_tokens; base += kTokens * blockDim.x) {
-      const int first = base + kTokens * thread;
-      bool in[kTokens];
-      int own = 0;
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i) {
-        in[i] = first + i < p.num_tokens && is_in(first + i, column);
-        own += in[i];
-      }
-      int inclusive = own;
-#pragma unroll
-      for (int step = 1; step < kWarpSize; step *= 2) {
-        const int left = __shfl_up_sync(kFullMask, inclusive, step);
-        if (lane >= step) inclusive += left;
-      }
-      if (lane == kWarpSize - 1) shared[warp] = inclusive;
-      __syncthreads();
-      int position = before + inclusive - own;
-      for (int w = 0; w < kNumWarps; ++w) {
-        const int sum = shared[w];
-        if (w < warp) position += sum;
-        before += sum;
-      }
-#pragma unroll
-      for (int i = 0; i < kTokens; ++i) {
-        if (first + i >= p.num_tokens) break;
-        store_number(first + i, column, in[i] ? position : -1);
-        position += in[i];
-      }
-      __syncthreads();  // `shared` is free again
-    }
-    if (thread == 0 && column >= kRanks) *send_token(column - kRanks, p.num_tokens) = before;
+  __device__ void number_column(int column) {
+    const int count = number_tokens<kNumWarps>(
+        p.num_tokens, shared, [&](int token) { return is_in(token, column); },
+        [&](int token, int position) { store_number(token, column, position); });
+    if (thread == 0 && column >= kRanks) *send_token(column - kRanks, p.num_tokens) = count;
   }
 
   __device__ int32_t* send_token(int n, int index) const {

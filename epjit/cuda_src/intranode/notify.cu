@@ -16,6 +16,7 @@
 // the total in host_counts[0], which the host polls.
 //
 // Launch: 1 + num_ranks blocks of notify_threads() threads.
+#include "epjit/numbering.cuh"
 #include "epjit/sync.cuh"
 
 namespace epjit {
@@ -51,47 +52,14 @@ constexpr int notify_threads(NotifyConfig) { return 512; }
 
 constexpr int notify_shared_bytes(NotifyConfig cfg) { return notify_threads(cfg) / kWarpSize * 4; }
 
-// Numbers the tokens that go to `dst`. Each thread takes kTokens neighbours, so that 4096 tokens
-// are one round.
+// By one block.
 template <NotifyConfig kCfg>
-__device__ void number_tokens(const NotifyParams& p, int dst) {
-  constexpr int kNumWarps = notify_threads(kCfg) / kWarpSize;
-  constexpr int kTokens = 8;
-  int* const warp_sums = reinterpret_cast<int*>(ptx::dynamic_shared());
-  const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  int before = 0;  // tokens to dst in the rounds before
-  for (int base = 0; base < p.num_tokens; base += kTokens * blockDim.x) {
-    const int first = base + kTokens * threadIdx.x;
-    bool in[kTokens];
-    int own = 0;
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      in[i] = first + i < p.num_tokens &&
-              p.is_token_in_rank[static_cast<int64_t>(first + i) * kCfg.num_ranks + dst];
-      own += in[i];
-    }
-    int inclusive = own;
-#pragma unroll
-    for (int step = 1; step < kWarpSize; step *= 2) {
-      const int left = __shfl_up_sync(kFullMask, inclusive, step);
-      if (lane >= step) inclusive += left;
-    }
-    if (lane == kWarpSize - 1) warp_sums[warp] = inclusive;
-    __syncthreads();
-    int position = before + inclusive - own;
-    for (int w = 0; w < kNumWarps; ++w) {
-      const int sum = warp_sums[w];
-      if (w < warp) position += sum;
-      before += sum;
-    }
-#pragma unroll
-    for (int i = 0; i < kTokens; ++i) {
-      if (first + i >= p.num_tokens) break;
-      p.send_head[static_cast<int64_t>(first + i) * kCfg.num_ranks + dst] = in[i] ? position : -1;
-      position += in[i];
-    }
-    __syncthreads();  // warp_sums is free again
-  }
+__device__ void number_tokens_to(const NotifyParams& p, int dst) {
+  const auto at = [&](int token) { return static_cast<int64_t>(token) * kCfg.num_ranks + dst; };
+  number_tokens<notify_threads(kCfg) / kWarpSize>(
+      p.num_tokens, reinterpret_cast<int*>(ptx::dynamic_shared()),
+      [&](int token) { return p.is_token_in_rank[at(token)]; },
+      [&](int token, int position) { p.send_head[at(token)] = position; });
 }
 
 template <NotifyConfig kCfg>
@@ -173,7 +141,7 @@ __device__ void notify(const NotifyParams& p) {
   if (blockIdx.x == 0)
     exchange_counts<kCfg>(p, waiter);
   else
-    number_tokens<kCfg>(p, blockIdx.x - 1);
+    number_tokens_to<kCfg>(p, blockIdx.x - 1);
   finish_operation<kCfg.num_ranks>(waiter, p.signals, p.counters, 1, p.epoch);
 }
 
