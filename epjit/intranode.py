@@ -228,9 +228,9 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
     )
     for num_ranks, hidden_bytes, num_scales, num_topk in rows:
         for variant in variants.names("dispatch"):
-            for wide in (True, False) if variants.runs_on("dispatch", variant, arch) else ():
+            if variants.runs_on("dispatch", variant, arch):
                 yield DispatchConfig.choose(
-                    DispatchShape(hidden_bytes, num_scales, num_topk, wide),
+                    DispatchShape(hidden_bytes, num_scales, num_topk, num_ranks != 8),
                     num_ranks=num_ranks,
                     variant=variant,
                     limit=limit,

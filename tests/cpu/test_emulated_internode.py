@@ -619,7 +619,7 @@ def test_domains_that_wait_for_each_other() -> None:
 
 def test_hundreds_of_windows() -> None:
     """More windows than a word's eight bits tell apart."""
-    shape = Shape(2, 1, tokens=(2200, 1700), ring_slots=4, slots=2)
+    shape = Shape(2, 1, tokens=(1100, 1040), ring_slots=4, slots=2)
     world = World(shape, seed=0)
     routing = world.route()
     routing.dispatch()
