@@ -204,7 +204,6 @@ class NvshmemTransport(Transport):
                 f"{needed} or more before the first Buffer"
             )
 
-
     def quiet(self) -> None:
         """See `Transport.quiet`."""
         with driver.using(self._device), own_stream() as stream:
