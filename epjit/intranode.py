@@ -45,6 +45,9 @@ for _variant in (
     variants.Variant("dispatch", "push", 90, "tokens are pushed to peers by TMA bulk copies"),
     variants.Variant("dispatch", "tma", 90, "peers pull by TMA bulk copies"),
     variants.Variant("dispatch", "ldst", 80, "peers pull by 16-byte loads and stores"),
+    variants.Variant(
+        "dispatch", "direct", 90, "rows are written to their final place by the source"
+    ),
     variants.Variant("combine", "tma", 90, "rows are pushed by TMA bulk copies"),
     variants.Variant("combine", "ldst", 80, "rows are pushed by 16-byte loads and stores"),
 ):
@@ -105,6 +108,7 @@ class DispatchConfig(KernelConfig):
     num_topk: int
     topk_is_int64: bool
     push: bool
+    direct: bool
     tma: bool
     num_warps: int
     rows_per_warp: int
@@ -116,7 +120,8 @@ class DispatchConfig(KernelConfig):
         """The form of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
         warps, rows = copier_shape(tma, 16, shape.hidden_bytes, limit)
-        return cls(num_ranks, *shape, variant == "push", tma, warps, rows)
+        direct = variant == "direct"
+        return cls(num_ranks, *shape, direct or variant == "push", direct, tma, warps, rows)
 
     def stage_warps(self, num_sms: int) -> int:
         """Warps of a block that stage tokens first; the others pull from the start.
