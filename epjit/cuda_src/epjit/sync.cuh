@@ -290,7 +290,8 @@ __device__ __forceinline__ bool wait_word(const Waiter& waiter, WaitTag tag, int
 // ---- places -------------------------------------------------------------------------------------
 
 // A rank whose outputs lie in symmetric memory tells each peer where, for it to write rows there:
-// { (epoch, 1), offsets of up to 7 arrays }, or { (epoch, 0), . } when they lie elsewhere.
+// { (epoch, 1), offsets of up to 7 arrays, 0 = no such array }, or { (epoch, 0), . } when they lie
+// elsewhere.
 //
 // Epochs of one parity share a row, and nobody is waited for before it is written again: the owner
 // then is in epoch + 2, so it has finished epoch + 1, in which it has waited for all peers to finish

@@ -85,7 +85,7 @@ struct DispatchParams {
   uint64_t words[8];             // symmetric, of each rank
   uint64_t signals[8];           // symmetric, of each rank
   uint64_t places[8];            // symmetric, of each rank; direct only
-  uint64_t outputs[8];  // symmetric, of each rank: places are counted from here; direct only
+  uint64_t outputs[8];           // symmetric, of each rank: what places count from; direct only
   // local [2 + 2 * num_ranks]: ticket, next chunk, tokens pulled of (source, window & 1); zero on
   // entry and on exit
   uint32_t* counters;
@@ -209,8 +209,10 @@ class Dispatch {
     const void* const arrays[] = {p.recv_x, p.recv_scales, p.recv_topk_idx, p.recv_topk_weights,
                                   p.recv_src_idx};
 #pragma unroll
-    for (int i = 0; i < 5; ++i)
-      ptx::st_relaxed_sys(place + 1 + i, reinterpret_cast<uint64_t>(arrays[i]) - p.outputs[p.rank]);
+    for (int i = 0; i < 5; ++i) {
+      const uint64_t offset = reinterpret_cast<uint64_t>(arrays[i]) - p.outputs[p.rank];
+      ptx::st_relaxed_sys(place + 1 + i, arrays[i] == nullptr ? 0 : offset);
+    }
     ptx::st_release_sys(place, stamp(waiter.epoch, p.has_room));
   }
 
@@ -236,7 +238,7 @@ class Dispatch {
             reinterpret_cast<uint32_t*>(base + offsets[1]),
             reinterpret_cast<void*>(base + offsets[2]),
             reinterpret_cast<float*>(base + offsets[3]),
-            reinterpret_cast<int32_t*>(base + offsets[4]),
+            offsets[4] == 0 ? nullptr : reinterpret_cast<int32_t*>(base + offsets[4]),
             reader,
             p.experts_per_rank};
   }
@@ -336,13 +338,12 @@ class Dispatch {
         const uint32_t readers = __shfl_sync(kFullMask, chunk.readers, row_lane % kWarpSize);
         if (valid) stage_item({chunk.first + row_lane, 1, row_own, readers}, item);
       });
-      if (p.recv_src_idx != nullptr) {
-        if (chunk.own_row >= 0) p.recv_src_idx[chunk.own_row] = token;
-        for_each_slot([&](int reader) {
-          if (has_room(reader) && is_written(chunk, reader))
-            outputs_of(reader).recv_src_idx[final_row(reader, token)] = token;
-        });
-      }
+      if (p.recv_src_idx != nullptr && chunk.own_row >= 0) p.recv_src_idx[chunk.own_row] = token;
+      for_each_slot([&](int reader) {
+        if (!has_room(reader) || !is_written(chunk, reader)) return;
+        int32_t* const src_idx = outputs_of(reader).recv_src_idx;
+        if (src_idx != nullptr) src_idx[final_row(reader, token)] = token;
+      });
 
       // The next rows are on their way while these are written and published. (Loading needs no
       // free slot, so nothing is waited for with tokens in hand that a peer may wait for.)
