@@ -593,7 +593,7 @@ class Internode(NormalMode):
         recv_src_meta, passing = handle[7], handle[9]
         config = launch.kernel.config
         assert isinstance(config, InternodeDispatchConfig)
-        received = self._allocate(scope, recv_src_meta.shape[0], x, scales, topk_idx)
+        received = self._allocate(scope, recv_src_meta.shape[0], x, scales, topk_idx, self._empty)
         scope.start()
         launch(
             scope.stream,
