@@ -307,8 +307,8 @@ class _Arena:
 def _output_pool(num_bytes: int, device: int) -> BlockPool:
     return BlockPool(
         num_bytes,
-        current_stream=lambda: torch._C._cuda_getCurrentRawStream(device),
-        record=lambda stream: record_event(stream, device),
+        current_stream=lambda: torch.cuda.current_stream(device),
+        record=record_event,
     )
 
 

@@ -6,7 +6,7 @@ import itertools
 import weakref
 from bisect import insort
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any, NamedTuple
 
 _ALIGNMENT = 128
@@ -31,7 +31,7 @@ class _Piece(NamedTuple):
 
     offset: int
     nbytes: int
-    marks: Mapping[int, _Mark]
+    marks: Mapping[Hashable, _Mark]
 
 
 class Block:
@@ -68,7 +68,7 @@ class BlockPool:
 
     Args:
         nbytes: Size of the region.
-        current_stream: The current stream of the calling thread, as a raw handle.
+        current_stream: The current stream of the calling thread, equal each time.
         record: Records an event on a stream and returns it, None if that is being captured.
     """
 
@@ -76,8 +76,8 @@ class BlockPool:
         self,
         nbytes: int,
         *,
-        current_stream: Callable[[], int],
-        record: Callable[[int], Any | None],
+        current_stream: Callable[[], Hashable],
+        record: Callable[[Any], Any | None],
     ) -> None:
         self.nbytes = nbytes // _ALIGNMENT * _ALIGNMENT
         self._current_stream, self._record = current_stream, record
@@ -106,7 +106,7 @@ class BlockPool:
                 return block
         raise NoRoomError(f"of {self.nbytes} bytes, no {wanted} in one piece are free")
 
-    def _give_back(self, offset: int, nbytes: int, stream: int) -> None:
+    def _give_back(self, offset: int, nbytes: int, stream: Hashable) -> None:
         marks = {}
         for each in {stream, self._current_stream()}:
             number = next(self._numbers)

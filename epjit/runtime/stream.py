@@ -7,16 +7,15 @@ import torch
 from epjit.runtime import driver
 
 
-def record_event(stream_handle: int, device: int) -> torch.cuda.Event | None:
+def record_event(stream: torch.cuda.Stream) -> torch.cuda.Event | None:
     """An event recorded on a stream; None if the stream is being captured."""
-    with driver.using(device):
-        status, capturing = driver.load().cuStreamIsCapturing(stream_handle)
-        # The legacy stream gives an error while another one of the context is captured.
-        if int(status) or int(capturing):
-            return None
-        stream = torch.cuda.ExternalStream(stream_handle, device=device)
-        event: torch.cuda.Event = stream.record_event()
-        return event
+    with driver.using(stream.device.index):
+        status, capturing = driver.load().cuStreamIsCapturing(int(stream.cuda_stream))
+    # The legacy stream gives an error while another one of its context is captured.
+    if int(status) or int(capturing):
+        return None
+    event: torch.cuda.Event = stream.record_event()
+    return event
 
 
 class CommStream:

@@ -339,8 +339,12 @@ class Routing:
             world.expect(rank, name, handle[i], expected[i])
         return handle
 
-    def dispatch(self) -> None:
-        """Rows, scales and selections to where they were routed."""
+    def dispatch(self, *, count: bool = False) -> None:
+        """Rows, scales and selections to where they were routed.
+
+        Args:
+            count: Read what has come in a kernel that waits for no peer.
+        """
         shape, world = self.shape, self.world
         for rank, (own, handle) in enumerate(zip(self.inputs, self.handles, strict=True)):
             expected, n = self.expected[rank], self.num_recv[rank]
@@ -381,7 +385,35 @@ class Routing:
                 world.expect(rank, what, got[:n], wanted[:n])
             assert expected.recv_topk_idx is not None
             world.expect(rank, "recv_topk_idx", recv_idx, expected.recv_topk_idx)
+            if count:
+                self._count(rank, recv_idx, expected.recv_topk_idx)
         world.epochs += 1
+
+    def _count(self, rank: int, recv_idx: Tensor, expected: Tensor) -> None:
+        """A layout of what was received: wrong if the dispatch ends before all of it is there."""
+        shape, world = self.shape, self.world
+        num_ranks, num_rows = shape.num_ranks, recv_idx.shape[0]
+        per_rank = guarded(num_ranks, dtype=torch.int32)
+        per_expert = guarded(shape.num_experts, dtype=torch.int32)
+        in_rank = guarded(num_rows, num_ranks, dtype=torch.bool)
+        world.queue(
+            rank,
+            shape.layout,
+            max(1, -(-num_rows // 64)),
+            topk_idx=recv_idx,
+            domain_of=None,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=None,
+            num_tokens_per_expert=per_expert,
+            is_token_in_rank=in_rank,
+            counters=world.ranks[rank].layout_counters,
+            num_tokens=num_rows,
+            num_topk=shape.num_topk,
+            num_experts=shape.num_experts,
+        )
+        wanted = reference.layout(expected, shape.num_experts, num_ranks)
+        for what, got, want in zip("REt", (per_rank, per_expert, in_rank), wanted, strict=True):
+            world.expect(rank, f"counted {what}", got, want)
 
     def cached_dispatch(self) -> None:
         """Another payload along the same routing, without scales and selections."""
@@ -555,6 +587,19 @@ def test_operations_follow_each_other(num_ranks: int, variant: str) -> None:
         second.combine(num_parts=2)
         second.dispatch()
         world.run(seed)
+
+
+@VARIANTS
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_the_next_kernel_sees_all_that_has_come(num_ranks: int, variant: str) -> None:
+    """Also on a rank that is ready long before a peer has sent its last row."""
+    shape = Shape(num_ranks=num_ranks, variant=variant, tokens=TOKENS[num_ranks], no_room=0.2)
+    for seed in range(4):
+        world = World(shape, seed=seed)
+        routing = world.route()
+        routing.dispatch(count=True)
+        routing.dispatch(count=True)
+        world.run(seed, delay={seed % num_ranks: 3000 * seed})
 
 
 @VARIANTS

@@ -45,7 +45,7 @@
 // everything that a rank wrote. So peers never wait for a wait at the end.
 //
 // A place may be written to until its owner's kernel ends: the owner's stream has come past all that
-// read the memory before (Pool in runtime/pool.py), so the word itself is the permission.
+// read the memory before (BlockPool in runtime/pool.py), so the word itself is the permission.
 //
 // Launch: any grid that is resident as a whole, dispatch_threads() threads. Graph-safe.
 #include "epjit/copy.cuh"
