@@ -44,7 +44,7 @@ if TYPE_CHECKING:
 
 _MAX_SLOTS = 65536  # of one source rank: bounds the words to 4 MiB
 _SLOT_ALIGNMENT = 128
-_PLACES_BYTES = 2 * MAX_RANKS * 64
+_PLACES_BYTES = MAX_RANKS * 64
 # SMs x bytes of a row from which pushing is held by the links: measured with two H200s.
 _LINK_BOUND_BYTES = 300_000
 

@@ -143,7 +143,7 @@ class World:
                 slots=guarded(num_bytes, dtype=torch.uint8),
                 words=guarded(shape.num_ranks * 4096, dtype=torch.int64, fill=0),
                 signals=guarded(40, dtype=torch.int64, fill=0),
-                places=guarded(2, shape.num_ranks, 8, dtype=torch.int64, fill=0),
+                places=guarded(shape.num_ranks, 8, dtype=torch.int64, fill=0),
                 notify=guarded(shape.num_ranks, self.notify_stride, dtype=torch.int32, fill=0),
                 local=guarded(64, dtype=torch.int32, fill=0),
                 fault=guarded(8, dtype=torch.int64, fill=0),

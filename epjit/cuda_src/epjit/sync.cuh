@@ -7,7 +7,7 @@
 //     24 .. 31  notify[peer]            epoch of the last notify whose counts the peer has written
 //     32 .. 39  entered[peer]           epoch of the last operation that the peer has started
 //   words   [num_ranks, num_slots] u64  one a (source rank, slot): what lies in the slot
-//   places  [2, num_ranks, 8] u64       row (epoch & 1, peer): where the peer's outputs lie
+//   places  [num_ranks, 8] u64          a row a peer: where its outputs lie
 //   notify  [num_ranks, notify_stride] i32  counts, written by notify.cu
 // One writer each, values only grow (or are compared for equality), so nothing is ever reset.
 //
@@ -293,15 +293,13 @@ __device__ __forceinline__ bool wait_word(const Waiter& waiter, WaitTag tag, int
 // { (epoch, 1), offsets of up to 7 arrays, 0 = no such array }, or { (epoch, 0), . } when they lie
 // elsewhere.
 //
-// Epochs of one parity share a row, and nobody is waited for before it is written again: the owner
-// then is in epoch + 2, so it has finished epoch + 1, in which it has waited for all peers to finish
-// epoch (enter()), and those have no more use for what it said then.
+// The owner writes it again in its next dispatch. By then it has ended this one, so all that anybody
+// was to write for it has come, and whoever reads the place only now, and takes it for that of this
+// dispatch, has no more rows for the owner.
 constexpr int kPlaceWords = 8;
 
-__device__ __forceinline__ uint64_t* place_address(uint64_t places, uint32_t epoch, int num_ranks,
-                                                   int owner) {
-  return reinterpret_cast<uint64_t*>(places) +
-         (static_cast<int64_t>(epoch & 1) * num_ranks + owner) * kPlaceWords;
+__device__ __forceinline__ uint64_t* place_address(uint64_t places, int owner) {
+  return reinterpret_cast<uint64_t*>(places) + owner * kPlaceWords;
 }
 
 // Waits for the place of `peer` and says whether it has one; then its offsets can be read.

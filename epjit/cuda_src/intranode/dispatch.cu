@@ -205,7 +205,7 @@ class Dispatch {
   // This rank's outputs, to all peers.
   __device__ void publish_place() const {
     if (blockIdx.x != 0 || warp != 0 || lane >= kRanks || lane == p.rank) return;
-    uint64_t* const place = place_address(p.places[lane], waiter.epoch, kRanks, p.rank);
+    uint64_t* const place = place_address(p.places[lane], p.rank);
     const void* const arrays[] = {p.recv_x, p.recv_scales, p.recv_topk_idx, p.recv_topk_weights,
                                   p.recv_src_idx};
 #pragma unroll
@@ -221,8 +221,8 @@ class Dispatch {
     if constexpr (!kDirect) return true;
     bool ok = true, has_place = false;
     if (lane < kRanks && lane != p.rank)
-      ok = wait_place(waiter, kWaitDispatchPlace, lane,
-                      place_address(p.places[p.rank], waiter.epoch, kRanks, lane), has_place);
+      ok = wait_place(waiter, kWaitDispatchPlace, lane, place_address(p.places[p.rank], lane),
+                      has_place);
     with_room = __ballot_sync(kFullMask, has_place);
     return all_lanes(ok);
   }
@@ -231,8 +231,7 @@ class Dispatch {
 
   // Of a peer that has room. Read each time: it is in the L1, and registers are few.
   __device__ DispatchOutputs outputs_of(int reader) const {
-    const uint64_t* const offsets =
-        place_address(p.places[p.rank], waiter.epoch, kRanks, reader) + 1;
+    const uint64_t* const offsets = place_address(p.places[p.rank], reader) + 1;
     const uint64_t base = p.outputs[reader];
     return {reinterpret_cast<char*>(base + offsets[0]),
             reinterpret_cast<uint32_t*>(base + offsets[1]),
