@@ -454,6 +454,8 @@ class Buffer:
     def destroy(self) -> None:
         """Frees everything; collective, but none waits long for a rank that does not call it.
 
+        What a dispatch of the variant ``direct`` returned stays usable, and keeps the memory.
+
         Raises:
             AssertionError: The buffer was not made with ``explicitly_destroy=True``, or is
                 destroyed already.
@@ -663,6 +665,15 @@ class Buffer:
         Received rows are ordered by source rank, then by source token. With `handle` (a cached
         dispatch) the routing of an earlier dispatch is used for another payload, of any dtype and
         `H`; layout and top-k are not given then.
+
+        With ``EPJIT_DISPATCH_VARIANT=direct`` outputs lie in memory of the Buffer, where peers
+        write them, if there is room (``EPJIT_DIRECT_BYTES``), and are used again when the last
+        tensor over one is gone and what was queued until then is done: on the stream that was
+        current in this call, and on the one that is current where the last tensor goes. So they
+        are used like tensors that torch has allocated on this stream, but `Tensor.record_stream`
+        does nothing for them: before the last tensor goes, work of any other stream (that of
+        another Buffer's ``async_finish`` call too) must be done, or one of these two wait for it.
+        They may be kept beyond `destroy`; then the memory goes with the last of them.
 
         Args:
             x: `[T, H]` of any dtype, rows a multiple of 16 bytes up to 32 KB; or a tuple of that

@@ -158,8 +158,16 @@ dispatch_variant: Variable[str] = Variable(
     "EPJIT_DISPATCH_VARIANT",
     _VARIANT,
     "auto",
-    "Implementation of dispatch: auto, push, tma or ldst.",
+    "Implementation of dispatch: auto, push, tma, ldst or direct.",
     str,
+)
+direct_bytes: Variable[int] = Variable(
+    "EPJIT_DIRECT_BYTES",
+    "a whole number, 0 or more",
+    1 << 30,
+    "Bytes for outputs that peers write, of a Buffer made with EPJIT_DISPATCH_VARIANT=direct; the "
+    "same on all ranks.",
+    _natural,
 )
 combine_variant: Variable[str] = Variable(
     "EPJIT_COMBINE_VARIANT", _VARIANT, "auto", "Implementation of combine: auto, tma or ldst.", str

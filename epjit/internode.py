@@ -593,7 +593,7 @@ class Internode(NormalMode):
         config = launch.kernel.config
         assert isinstance(config, InternodeDispatchConfig)
         _check_warps(config, num_sms)
-        received = self._allocate(scope, recv_src_meta.shape[0], x, scales, topk_idx)
+        received = self._allocate(scope, recv_src_meta.shape[0], x, scales, topk_idx, self._empty)
         scope.start()
         launch(
             scope.stream,

@@ -7,19 +7,23 @@ not. The kernels' headers (`cuda_src/intranode/*.cu`) say who writes what.
 
 from __future__ import annotations
 
+import math
+import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar
+from functools import partial
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
-from epjit import tuned
+from epjit import env, tuned
 from epjit.config import MAX_LOCAL_EXPERTS, MAX_RANKS
 from epjit.layout import LayoutConfig
 from epjit.normal_mode import (
     SIGNALS_BYTES,
     CombineShape,
     DispatchShape,
+    Empty,
     NormalMode,
     Received,
     combine_shape,
@@ -30,7 +34,9 @@ from epjit.reference.intranode import Dispatched, Handle
 from epjit.runtime import variants
 from epjit.runtime.device import shared_limit
 from epjit.runtime.jit import KernelConfig, Launch
-from epjit.runtime.symmetric import SymmetricMemory
+from epjit.runtime.pool import BlockPool, NoRoomError
+from epjit.runtime.stream import record_event
+from epjit.runtime.symmetric import SymmetricMemory, tensor_over
 
 if TYPE_CHECKING:
     from epjit.runtime.group import Group
@@ -38,6 +44,7 @@ if TYPE_CHECKING:
 
 _MAX_SLOTS = 65536  # of one source rank: bounds the words to 4 MiB
 _SLOT_ALIGNMENT = 128
+_PLACES_BYTES = MAX_RANKS * 64
 # SMs x bytes of a row from which pushing is held by the links: measured with two H200s.
 _LINK_BOUND_BYTES = 300_000
 
@@ -45,6 +52,9 @@ for _variant in (
     variants.Variant("dispatch", "push", 90, "tokens are pushed to peers by TMA bulk copies"),
     variants.Variant("dispatch", "tma", 90, "peers pull by TMA bulk copies"),
     variants.Variant("dispatch", "ldst", 80, "peers pull by 16-byte loads and stores"),
+    variants.Variant(
+        "dispatch", "direct", 90, "the source writes rows to their final place", opt_in=True
+    ),
     variants.Variant("combine", "tma", 90, "rows are pushed by TMA bulk copies"),
     variants.Variant("combine", "ldst", 80, "rows are pushed by 16-byte loads and stores"),
 ):
@@ -105,6 +115,7 @@ class DispatchConfig(KernelConfig):
     num_topk: int
     topk_is_int64: bool
     push: bool
+    direct: bool
     tma: bool
     num_warps: int
     rows_per_warp: int
@@ -116,16 +127,19 @@ class DispatchConfig(KernelConfig):
         """The form of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
         warps, rows = copier_shape(tma, 16, shape.hidden_bytes, limit)
-        return cls(num_ranks, *shape, variant == "push", tma, warps, rows)
+        direct = variant == "direct"
+        return cls(num_ranks, *shape, direct or variant == "push", direct, tma, warps, rows)
 
-    def stage_warps(self, num_sms: int) -> int:
+    def stage_warps(self, num_sms: int, *, has_room: bool = False) -> int:
         """Warps of a block that stage tokens first; the others pull from the start.
+
+        All of them where peers write the rows (`has_room`), so that there is nothing to pull.
 
         Pushing wants most of the warps while the SMs hold it. Where the links do, more rows on
         their way only slow the words behind them: with 24 SMs and rows of 14336 bytes, 12 of 16
         warps take 234 us, 8 take 225, 4 take 206; with 12 SMs 306, 314 and 328.
         """
-        if self.num_ranks == 1:
+        if self.num_ranks == 1 or has_room:
             return self.num_warps
         quarters = 2
         if self.push:
@@ -277,14 +291,33 @@ def warmup_configs(
 class _Arena:
     """Where the parts of a rank's symmetric memory lie, in bytes from its start."""
 
-    def __init__(self, num_ranks: int, num_nvl_bytes: int) -> None:
+    def __init__(self, num_ranks: int, num_nvl_bytes: int, num_output_bytes: int) -> None:
         self.slots = 0
         self.slots_bytes = num_nvl_bytes
         self.signals = _align(num_nvl_bytes)  # from here on nothing is the user's
-        self.words = self.signals + SIGNALS_BYTES
+        self.places = self.signals + SIGNALS_BYTES
+        self.words = self.places + _PLACES_BYTES
         self.notify = self.words + num_ranks * _MAX_SLOTS * 8
         self.notify_stride = num_ranks + 1 + MAX_LOCAL_EXPERTS
-        self.total = _align(self.notify + num_ranks * self.notify_stride * 4)
+        # What lies here is the caller's, who got it from a dispatch; reset() leaves it alone.
+        self.outputs = _align(self.notify + num_ranks * self.notify_stride * 4)
+        self.total = self.outputs + num_output_bytes
+
+
+def _output_pool(num_bytes: int, device: int) -> BlockPool:
+    return BlockPool(
+        num_bytes,
+        current_stream=lambda: torch.cuda.current_stream(device),
+        record=record_event,
+    )
+
+
+class _Outputs(NamedTuple):
+    """What a dispatch writes, and whether peers reach it."""
+
+    received: Received
+    src_idx: torch.Tensor | None
+    has_room: bool
 
 
 class Intranode(NormalMode):
@@ -316,11 +349,19 @@ class Intranode(NormalMode):
             num_counters=32,
             num_counts=1 + MAX_LOCAL_EXPERTS,
         )
-        self._arena = _Arena(group.size, num_nvl_bytes)
+        direct = env.variant("dispatch") == "direct" and group.size > 1
+        num_output_bytes = _align(env.direct_bytes()) if direct else 0
+        self._arena = _Arena(group.size, num_nvl_bytes, num_output_bytes)
         notify_kernel = self._kernel(NotifyConfig(group.size))
         self.memory = SymmetricMemory(
             self._arena.total, group=group, device=device.index, fabric=use_fabric
         )
+        self._pool: BlockPool | None = None
+        if num_output_bytes:
+            self._pool = _output_pool(num_output_bytes, device.index)
+            # The memory lives as long as a tensor over one of the blocks, after close() too.
+            end = weakref.finalize(self._pool, self.memory.close)
+            end.atexit = False
         self._notify = Launch(
             notify_kernel,
             **self._common(),
@@ -349,9 +390,17 @@ class Intranode(NormalMode):
                 f"{2 * config.bytes_a_token}, but this Buffer has {self._arena.slots_bytes}; "
                 "pass Config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks)"
             )
+        own: dict[str, list[int]] = {}
+        if isinstance(config, DispatchConfig):
+            # Places count from the start of the memory, so that 0 is none.
+            own = {
+                "places": self._everywhere(self._arena.places),
+                "outputs": self._everywhere(0),
+            }
         return Launch(
             self._kernel(config),
             **self._common(),
+            **own,
             slots=self._everywhere(self._arena.slots),
             words=self._everywhere(self._arena.words),
             num_slots=num_slots,
@@ -409,17 +458,19 @@ class Intranode(NormalMode):
         per_expert: list[int] = []
         if waits:
             num_rows, *per_expert = self._wait_for_counts(1 + experts_per_rank)
-        with scope.allocating():
-            recv_src_idx = torch.empty(num_rows, **ints)
+        outputs = self._allocate_outputs(
+            scope, launch, num_rows, x, scales, topk_idx, with_src_idx=True
+        )
+        assert outputs.src_idx is not None
         handle = (
             rank_prefix,
             source_tokens,
             expert_counts,
-            recv_src_idx,
+            outputs.src_idx,
             is_token_in_rank,
             send_head,
         )
-        outputs = self._dispatch_rows(
+        self._dispatch_rows(
             scope,
             launch,
             x,
@@ -427,11 +478,11 @@ class Intranode(NormalMode):
             topk_idx,
             topk_weights,
             handle,
+            outputs,
             experts_per_rank=experts_per_rank,
             num_sms=num_sms,
-            fill_src_idx=True,
         )
-        return Dispatched(*outputs, per_expert, handle)
+        return Dispatched(*outputs.received, per_expert, handle)
 
     def cached_dispatch(
         self,
@@ -443,19 +494,77 @@ class Intranode(NormalMode):
         num_sms: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Dispatches another payload along the routing of a handle."""
-        received = self._dispatch_rows(
+        launch = self.launch(dispatch_shape(x, scales, None))
+        outputs = self._allocate_outputs(
+            scope, launch, handle[3].shape[0], x, scales, None, with_src_idx=False
+        )
+        self._dispatch_rows(
             scope,
-            self.launch(dispatch_shape(x, scales, None)),
+            launch,
             x,
             scales,
             None,
             None,
             handle,
+            outputs,
             experts_per_rank=1,
             num_sms=num_sms,
-            fill_src_idx=False,
         )
-        return received.recv_x, received.recv_scales
+        return outputs.received.recv_x, outputs.received.recv_scales
+
+    def _allocate_outputs(
+        self,
+        scope: Scope,
+        launch: Launch,
+        num_rows: int,
+        x: torch.Tensor,
+        scales: torch.Tensor | None,
+        topk_idx: torch.Tensor | None,
+        *,
+        with_src_idx: bool,
+    ) -> _Outputs:
+        """Outputs of a dispatch: with `direct` where peers reach them, if there is room for all.
+
+        Each is a block of its own, so that a handle, which lives long, does not keep the rows. What
+        a CUDA graph writes is written at every replay, also when the tensors are long gone: that is
+        what torch keeps private pools for, so under capture all outputs are torch's.
+        """
+
+        def allocate(empty: Empty, *, has_room: bool) -> _Outputs:
+            received = self._allocate(scope, num_rows, x, scales, topk_idx, empty)
+            with scope.allocating():
+                src_idx = empty((num_rows,), torch.int32) if with_src_idx else None
+            return _Outputs(received, src_idx, has_room)
+
+        config = launch.kernel.config
+        assert isinstance(config, DispatchConfig)
+        capturing = torch.cuda.is_current_stream_capturing()
+        if config.direct and self._pool is not None and not capturing:
+            try:
+                return allocate(partial(self._empty_block, scope, self._pool), has_room=True)
+            except NoRoomError:
+                pass  # what has been taken so far goes back
+        return allocate(self._empty, has_room=False)
+
+    def _empty_block(
+        self, scope: Scope, pool: BlockPool, shape: tuple[int, ...], dtype: torch.dtype
+    ) -> torch.Tensor:
+        """An output where peers reach it.
+
+        Raises:
+            NoRoomError: The pool has no block for it.
+        """
+        num_bytes = math.prod(shape) * dtype.itemsize
+        block = pool.take(num_bytes)
+        for event in block.events:
+            scope.wait_for(event)
+        flat = tensor_over(
+            self.memory.ptr + self._arena.outputs + block.offset,
+            block.nbytes,
+            owner=block,
+            device=self._device.index,
+        )
+        return flat[:num_bytes].view(dtype).view(shape)
 
     def _dispatch_rows(
         self,
@@ -466,29 +575,28 @@ class Intranode(NormalMode):
         topk_idx: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
         handle: Handle,
+        outputs: _Outputs,
         *,
         experts_per_rank: int,
         num_sms: int,
-        fill_src_idx: bool,
-    ) -> Received:
-        """Allocates the received rows and queues the dispatch kernel."""
-        rank_prefix, source_tokens, _, recv_src_idx, _, send_head = handle
-        dispatch_config = launch.kernel.config
-        assert isinstance(dispatch_config, DispatchConfig)
-        received = self._allocate(scope, recv_src_idx.shape[0], x, scales, topk_idx)
+    ) -> None:
+        """Queues the dispatch kernel."""
+        rank_prefix, source_tokens, _, _, _, send_head = handle
+        config = launch.kernel.config
+        assert isinstance(config, DispatchConfig)
         scope.start()
         launch(
             scope.stream,
             num_sms,
-            **self._payload(x, scales, topk_idx, topk_weights, received),
+            **self._payload(x, scales, topk_idx, topk_weights, outputs.received),
             send_head=send_head.data_ptr(),
             rank_prefix=rank_prefix.data_ptr(),
             source_tokens=source_tokens.data_ptr(),
-            recv_src_idx=recv_src_idx.data_ptr() if fill_src_idx else 0,
-            num_stage_warps=dispatch_config.stage_warps(num_sms),
+            recv_src_idx=pointer(outputs.src_idx),
+            has_room=outputs.has_room,
+            num_stage_warps=config.stage_warps(num_sms, has_room=outputs.has_room),
             experts_per_rank=experts_per_rank,
         )
-        return received
 
     def combine(
         self,
@@ -538,8 +646,10 @@ class Intranode(NormalMode):
     # ---- the end ---------------------------------------------------------------------------------
 
     def _control(self) -> list[torch.Tensor]:
-        return [self.memory.tensor(torch.uint8)[self._arena.signals :]]
+        return [self.memory.tensor(torch.uint8)[self._arena.signals : self._arena.outputs]]
 
     def _close_memory(self) -> None:
         del self._notify
-        self.memory.close()
+        if self._pool is None:
+            self.memory.close()
+        self._pool = None  # closes the memory, unless a tensor still lies there: then that does

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from collections.abc import Callable, Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
 
 import torch
 
@@ -32,6 +32,8 @@ _EPOCH, _ABORT, _COUNTERS = 0, 1, 32  # places in the local words
 _SPIN_SECONDS = 200e-6
 
 C = TypeVar("C", bound=KernelConfig)
+Empty: TypeAlias = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
+"""Makes an output of a shape and a dtype."""
 
 
 class DispatchShape(NamedTuple):
@@ -193,26 +195,28 @@ class NormalMode(ABC):
 
     # ---- outputs ---------------------------------------------------------------------------------
 
+    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device=self._device)
+
+    @staticmethod
     def _allocate(
-        self,
         scope: Scope,
         num_rows: int,
         x: torch.Tensor,
         scales: torch.Tensor | None,
         topk_idx: torch.Tensor | None,
+        empty: Empty,
     ) -> Received:
         """Outputs of a dispatch of `num_rows` rows."""
         recv_scales = recv_topk_idx = recv_topk_weights = None
         with scope.allocating():
-            recv_x = torch.empty((num_rows, x.shape[1]), dtype=x.dtype, device=self._device)
+            recv_x = empty((num_rows, x.shape[1]), x.dtype)
             if scales is not None:
-                recv_scales = torch.empty(
-                    (num_rows, scales.shape[1]), dtype=scales.dtype, device=self._device
-                )
+                recv_scales = empty((num_rows, scales.shape[1]), scales.dtype)
             if topk_idx is not None:
                 shape = (num_rows, topk_idx.shape[1])
-                recv_topk_idx = torch.empty(shape, dtype=topk_idx.dtype, device=self._device)
-                recv_topk_weights = torch.empty(shape, dtype=torch.float32, device=self._device)
+                recv_topk_idx = empty(shape, topk_idx.dtype)
+                recv_topk_weights = empty(shape, torch.float32)
         return Received(recv_x, recv_scales, recv_topk_idx, recv_topk_weights)
 
     @staticmethod

@@ -72,6 +72,10 @@ class Scope:
         if self._previous is None or (_torch_fills() and not self._allocate_on_comm):
             self._comm.wait_for(self._current)
 
+    def wait_for(self, event: torch.cuda.Event) -> None:
+        """Makes the kernels wait for an event."""
+        self._comm.torch_stream.wait_event(event)
+
     def finish(self, tensors: Iterable[torch.Tensor | None]) -> EventOverlap:
         """Ends the call: an event, or the current stream waits.
 

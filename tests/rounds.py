@@ -194,6 +194,23 @@ _SHAPES = (
 )
 
 
+DISPATCH_VARIANTS = ("tma", "push", "ldst", "direct", "scarce")
+
+
+def variant_environ(name: str) -> dict[str, str]:
+    """Environment of one of `DISPATCH_VARIANTS`, with the combine that goes with it.
+
+    "scarce" is direct with so few bytes that one rank has room in an operation and another has not.
+    """
+    environ = {
+        "EPJIT_DISPATCH_VARIANT": "direct" if name == "scarce" else name,
+        "EPJIT_COMBINE_VARIANT": "ldst" if name == "ldst" else "tma",
+    }
+    if name in ("direct", "scarce"):
+        environ["EPJIT_DIRECT_BYTES"] = str(256 << 20 if name == "direct" else 300_000)
+    return environ
+
+
 def random_round(num_ranks: int, seed: int, *, num_sms: int, max_tokens: int) -> Round:
     """A round that differs from others in its routing and in much else; deterministic in `seed`."""
     rng = random.Random(seed)

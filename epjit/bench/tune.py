@@ -106,7 +106,11 @@ def names(op: str, *, on_cpu: bool) -> list[str]:
     from epjit.runtime.device import arch_of
 
     arch = arch_of(torch.cuda.current_device())
-    return [name for name in variants.names(op) if variants.runs_on(op, name, arch)]
+    return [
+        name
+        for name in variants.names(op)
+        if variants.runs_on(op, name, arch) and not variants.is_opt_in(op, name)
+    ]
 
 
 def _time(case: Case, op: str, sms: int) -> float:

@@ -7,6 +7,17 @@ import torch
 from epjit.runtime import driver
 
 
+def record_event(stream: torch.cuda.Stream) -> torch.cuda.Event | None:
+    """An event recorded on a stream; None if the stream is being captured."""
+    with driver.using(stream.device.index):
+        status, capturing = driver.load().cuStreamIsCapturing(int(stream.cuda_stream))
+    # The legacy stream gives an error while another one of its context is captured.
+    if int(status) or int(capturing):
+        return None
+    event: torch.cuda.Event = stream.record_event()
+    return event
+
+
 class CommStream:
     """A high-priority stream, with cheap waits between it and other streams.
 

@@ -64,7 +64,9 @@ def tensor_over(ptr: int, nbytes: int, *, owner: object, device: int) -> torch.T
     import torch
 
     cupy = require("cupy", package="cupy-cuda13x (cupy-cuda12x)")
-    with driver.using(device):
+    # CuPy makes torch's current stream wait for its own, the legacy one, where the two differ.
+    same_stream = torch.cuda.stream(torch.cuda.default_stream(device))
+    with driver.using(device), same_stream:
         memory = cupy.cuda.UnownedMemory(ptr, nbytes, owner, device)
         array = cupy.ndarray((nbytes,), cupy.uint8, memptr=cupy.cuda.MemoryPointer(memory, 0))
         return torch.from_dlpack(array)

@@ -20,19 +20,21 @@ class Variant:
         name: Name of the variant, unique within the operation.
         min_arch: First architecture that runs it, as a number: 90 for sm_90.
         description: One line for users.
+        opt_in: Whether only its name chooses it, never ``auto`` or what was tuned.
     """
 
     op: str
     name: str
     min_arch: int
     description: str
+    opt_in: bool = False
 
 
 _registry: dict[tuple[str, str], Variant] = {}
 
 
 def register(variant: Variant) -> None:
-    """Adds a variant. Of one operation, ``auto`` takes the first one registered that can run.
+    """Adds a variant. Of one operation, ``auto`` takes the first that can run and is not opt-in.
 
     Raises:
         ValueError: Another variant has this name.
@@ -55,6 +57,11 @@ def operations() -> tuple[str, ...]:
 def names(op: str) -> tuple[str, ...]:
     """Names of an operation's variants, in the order of preference."""
     return tuple(variant.name for variant in _registry.values() if variant.op == op)
+
+
+def is_opt_in(op: str, name: str) -> bool:
+    """Whether only its name chooses a variant."""
+    return _registry[op, name].opt_in
 
 
 def runs_on(op: str, name: str, arch: str) -> bool:
@@ -102,6 +109,8 @@ def resolve(op: str, arch: str, *, tuned: str | None = None) -> str:
             )
         return wanted
     for name in sorted(names(op), key=lambda name: name != tuned):
-        if runs_on(op, name, arch) and not (without_sm90 and _registry[op, name].min_arch >= _SM90):
+        variant = _registry[op, name]
+        excluded = variant.opt_in or (without_sm90 and variant.min_arch >= _SM90)
+        if runs_on(op, name, arch) and not excluded:
             return name
     raise ValueError(f"{op} has no variant that {arch} can run; it has {names(op) or 'none'}")

@@ -51,6 +51,7 @@ class Shape:
     num_worst_tokens: int = 0
     hole: float = 0.2  # part of the selections that are -1
     hot: bool = False  # every token selects expert 0
+    no_room: float = 0.0  # direct: part of the dispatches whose outputs peers cannot reach
 
     @property
     def num_experts(self) -> int:
@@ -72,7 +73,8 @@ class Shape:
             num_scales=self.num_scales,
             num_topk=self.num_topk,
             topk_is_int64=self.topk_is_int64,
-            push=self.variant == "push",
+            push=self.variant in ("push", "direct"),
+            direct=self.variant == "direct",
             tma=self.variant != "ldst",
             num_warps=4,
             rows_per_warp=3,
@@ -86,7 +88,8 @@ class Shape:
             num_scales=0,
             num_topk=0,
             topk_is_int64=True,
-            push=self.variant == "push",
+            push=self.variant in ("push", "direct"),
+            direct=self.variant == "direct",
             tma=self.variant != "ldst",
             num_warps=3,
             rows_per_warp=2,
@@ -113,6 +116,7 @@ class Rank:
     slots: Tensor
     words: Tensor
     signals: Tensor
+    places: Tensor
     notify: Tensor
     local: Tensor  # counters, then epoch and abort
     fault: Tensor
@@ -139,6 +143,7 @@ class World:
                 slots=guarded(num_bytes, dtype=torch.uint8),
                 words=guarded(shape.num_ranks * 4096, dtype=torch.int64, fill=0),
                 signals=guarded(40, dtype=torch.int64, fill=0),
+                places=guarded(shape.num_ranks, 8, dtype=torch.int64, fill=0),
                 notify=guarded(shape.num_ranks, self.notify_stride, dtype=torch.int32, fill=0),
                 local=guarded(64, dtype=torch.int32, fill=0),
                 fault=guarded(8, dtype=torch.int64, fill=0),
@@ -163,6 +168,8 @@ class World:
         mine = self.ranks[rank]
         common = {
             "signals": [each.signals for each in self.ranks],
+            "places": [each.places for each in self.ranks],
+            "outputs": [],  # so that places are addresses: each output keeps a guarded end
             "slots": [each.slots for each in self.ranks],
             "words": [each.words for each in self.ranks],
             "notify": [each.notify for each in self.ranks],
@@ -210,7 +217,14 @@ class World:
         for rank in self.ranks:
             rank.launches.clear()
             rank.checks.clear()
-            for memory in (rank.signals, rank.words, rank.notify, rank.local, rank.fault):
+            for memory in (
+                rank.signals,
+                rank.places,
+                rank.words,
+                rank.notify,
+                rank.local,
+                rank.fault,
+            ):
                 memory.zero_()
 
 
@@ -325,8 +339,12 @@ class Routing:
             world.expect(rank, name, handle[i], expected[i])
         return handle
 
-    def dispatch(self) -> None:
-        """Rows, scales and selections to where they were routed."""
+    def dispatch(self, *, count: bool = False) -> None:
+        """Rows, scales and selections to where they were routed.
+
+        Args:
+            count: Read what has come in a kernel that waits for no peer.
+        """
         shape, world = self.shape, self.world
         for rank, (own, handle) in enumerate(zip(self.inputs, self.handles, strict=True)):
             expected, n = self.expected[rank], self.num_recv[rank]
@@ -354,7 +372,7 @@ class Routing:
                 recv_topk_weights=recv_weights,
                 recv_src_idx=handle[3],
                 num_slots=shape.slots,
-                num_stage_warps=2,
+                **self._room(shape.dispatch, 2),
                 experts_per_rank=EXPERTS_A_RANK,
             )
             world.expect(rank, "recv_src_idx", handle[3][:n], expected.handle[3][:n])
@@ -367,7 +385,35 @@ class Routing:
                 world.expect(rank, what, got[:n], wanted[:n])
             assert expected.recv_topk_idx is not None
             world.expect(rank, "recv_topk_idx", recv_idx, expected.recv_topk_idx)
+            if count:
+                self._count(rank, recv_idx, expected.recv_topk_idx)
         world.epochs += 1
+
+    def _count(self, rank: int, recv_idx: Tensor, expected: Tensor) -> None:
+        """A layout of what was received: wrong if the dispatch ends before all of it is there."""
+        shape, world = self.shape, self.world
+        num_ranks, num_rows = shape.num_ranks, recv_idx.shape[0]
+        per_rank = guarded(num_ranks, dtype=torch.int32)
+        per_expert = guarded(shape.num_experts, dtype=torch.int32)
+        in_rank = guarded(num_rows, num_ranks, dtype=torch.bool)
+        world.queue(
+            rank,
+            shape.layout,
+            max(1, -(-num_rows // 64)),
+            topk_idx=recv_idx,
+            domain_of=None,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=None,
+            num_tokens_per_expert=per_expert,
+            is_token_in_rank=in_rank,
+            counters=world.ranks[rank].layout_counters,
+            num_tokens=num_rows,
+            num_topk=shape.num_topk,
+            num_experts=shape.num_experts,
+        )
+        wanted = reference.layout(expected, shape.num_experts, num_ranks)
+        for what, got, want in zip("REt", (per_rank, per_expert, in_rank), wanted, strict=True):
+            world.expect(rank, f"counted {what}", got, want)
 
     def cached_dispatch(self) -> None:
         """Another payload along the same routing, without scales and selections."""
@@ -398,12 +444,21 @@ class Routing:
                 recv_topk_weights=0,
                 recv_src_idx=0,
                 num_slots=shape.slots,
-                num_stage_warps=1,
+                **self._room(config, 1),
                 experts_per_rank=1,
             )
             n = self.num_recv[rank]
             world.expect(rank, "cached recv_x", recv_x[:n], expected[:n])
         world.epochs += 1
+
+    def _room(self, config: DispatchConfig, stage_warps: int) -> dict[str, int]:
+        """Whether peers write this rank's outputs; then it has no use for warps that pull."""
+        drawn = torch.rand((), generator=self.world.generator).item() if self.shape.no_room else 1
+        has_room = config.direct and self.shape.num_ranks > 1 and drawn >= self.shape.no_room
+        return {
+            "has_room": has_room,
+            "num_stage_warps": config.num_warps if has_room else stage_warps,
+        }
 
     def _common(self, rank: int) -> dict[str, Any]:
         rank_prefix, source_tokens, _, src_idx, _, send_head = self.handles[rank]
@@ -499,7 +554,7 @@ TOKENS = {
     4: (40, 33, 0, 57),
     8: (20, 9, 0, 31, 12, 1, 25, 17),
 }
-VARIANTS = pytest.mark.parametrize("variant", ["tma", "push", "ldst"])
+VARIANTS = pytest.mark.parametrize("variant", ["tma", "push", "ldst", "direct"])
 
 
 @VARIANTS
@@ -532,6 +587,19 @@ def test_operations_follow_each_other(num_ranks: int, variant: str) -> None:
         second.combine(num_parts=2)
         second.dispatch()
         world.run(seed)
+
+
+@VARIANTS
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_the_next_kernel_sees_all_that_has_come(num_ranks: int, variant: str) -> None:
+    """Also on a rank that is ready long before a peer has sent its last row."""
+    shape = Shape(num_ranks=num_ranks, variant=variant, tokens=TOKENS[num_ranks], no_room=0.2)
+    for seed in range(4):
+        world = World(shape, seed=seed)
+        routing = world.route()
+        routing.dispatch(count=True)
+        routing.dispatch(count=True)
+        world.run(seed, delay={seed % num_ranks: 3000 * seed})
 
 
 @VARIANTS
@@ -612,6 +680,29 @@ def test_int32_indices_and_half_precision(variant: str) -> None:
         routing.dispatch()
         routing.combine(num_biases=2)
         world.run(seed)
+
+
+@pytest.mark.parametrize("slots", [6, 64])
+@pytest.mark.parametrize("no_room", [0.5, 1.0])
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_some_ranks_without_room(num_ranks: int, no_room: float, slots: int) -> None:
+    """Direct: whoever has no room is pushed to, in the same operation as those that have."""
+    shape = Shape(
+        num_ranks=num_ranks,
+        variant="direct",
+        tokens=TOKENS[num_ranks],
+        slots=slots,
+        no_room=no_room,
+    )
+    for seed in range(4):
+        world = World(shape, seed=seed)
+        routing = world.route()
+        routing.dispatch()
+        routing.combine()
+        routing.dispatch()
+        routing.cached_dispatch()
+        routing.dispatch()
+        world.run(seed, delay={seed % num_ranks: 5000 * seed})
 
 
 def test_layout_and_numbering_of_many_tokens() -> None:
@@ -710,13 +801,14 @@ def test_random_histories(first_seed: int) -> None:
         num_ranks = rng.choice([2, 3, 4, 8])
         shape = Shape(
             num_ranks=num_ranks,
-            variant=rng.choice(["tma", "push", "ldst"]),
+            variant=rng.choice(["tma", "push", "ldst", "direct"]),
             tokens=tuple(rng.choice([0, 1, 7, 30, rng.randrange(120)]) for _ in range(num_ranks)),
             slots=rng.choice([6, 8, 12, 30, 200]),
             grid=rng.choice([4, 5]) if num_ranks == 8 else rng.choice([2, 3, 4]),
             hole=rng.choice([0, 0.2, 0.5, 0.8]),
             hot=rng.random() < 0.3,
             num_worst_tokens=rng.choice([0, 0, 1200]),
+            no_room=rng.choice([0, 0.3]),
         )
         late = {rng.randrange(num_ranks): rng.randrange(30000)} if rng.random() < 0.3 else {}
         world = World(shape, seed=seed)

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests import bodies, launch
+from tests.rounds import DISPATCH_VARIANTS, variant_environ
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ((7168, 256), (2880, 128), (8192, 64), (16384, 32), (16, 32))
@@ -22,11 +23,10 @@ TIMEOUT_SECONDS = 2.0
 pytestmark = pytest.mark.timeout(900)
 
 
-@pytest.fixture(params=("tma", "push", "ldst"))
+@pytest.fixture(params=DISPATCH_VARIANTS)
 def variant(request: pytest.FixtureRequest) -> dict[str, str]:
     """Environment of the ranks: every variant of dispatch, with the combine that goes with it."""
-    combine = "ldst" if request.param == "ldst" else "tma"
-    return {"EPJIT_DISPATCH_VARIANT": request.param, "EPJIT_COMBINE_VARIANT": combine}
+    return variant_environ(request.param)
 
 
 @pytest.fixture

@@ -13,17 +13,25 @@ from epjit import Buffer, CommunicationError, Config
 from tests.bodies import replays
 from tests.data import ROUTING_KINDS, payload, routing, topk_weights
 from tests.gpu.ranks import SMALL, SMS, run_ranks
-from tests.rounds import Round, check_round, make_world, random_round, to_device
+from tests.rounds import (
+    DISPATCH_VARIANTS,
+    Round,
+    check_round,
+    make_world,
+    random_round,
+    to_device,
+    variant_environ,
+)
 
 RANKS = (1, 2, 3, 4, 8)
 TOKENS = 16 if SMALL else 333
 
 
-@pytest.fixture(params=("tma", "push", "ldst"))
+@pytest.fixture(params=DISPATCH_VARIANTS)
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Every variant of dispatch, with the combine that goes with it."""
-    monkeypatch.setenv("EPJIT_DISPATCH_VARIANT", request.param)
-    monkeypatch.setenv("EPJIT_COMBINE_VARIANT", "ldst" if request.param == "ldst" else "tma")
+    for name, value in variant_environ(request.param).items():
+        monkeypatch.setenv(name, value)
     return str(request.param)
 
 
@@ -109,6 +117,31 @@ def test_random_rounds(num_ranks: int) -> None:
             check_round((first, second)[seed % 2], case)
 
     run_ranks(num_ranks, body, num_buffers=2, timeout=580)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_outputs_outlive_the_buffer(num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Direct: rows lie in the buffer's memory, which goes with the last tensor over them."""
+    for name, value in variant_environ("direct").items():
+        monkeypatch.setenv(name, value)
+
+    def body(buffer: Buffer) -> tuple[torch.Tensor, torch.Tensor]:
+        x = payload(buffer.rank, TOKENS, 256, torch.bfloat16).cuda()
+        idx = torch.arange(2 * num_ranks).repeat(TOKENS, 1)[:, ::2].contiguous().cuda()
+        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, 2 * num_ranks)
+        recv_x, *_ = buffer.dispatch(
+            x,
+            num_tokens_per_rank=per_rank,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            config=Config(4),
+        )
+        assert isinstance(recv_x, torch.Tensor)
+        return recv_x, recv_x.cpu()
+
+    for rows, before in run_ranks(num_ranks, body):  # buffers are destroyed by now
+        assert rows.shape[0] == num_ranks * TOKENS
+        assert torch.equal(rows.cpu(), before)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])

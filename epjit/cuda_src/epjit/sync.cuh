@@ -7,6 +7,7 @@
 //     24 .. 31  notify[peer]            epoch of the last notify whose counts the peer has written
 //     32 .. 39  entered[peer]           epoch of the last operation that the peer has started
 //   words   [num_ranks, num_slots] u64  one a (source rank, slot): what lies in the slot
+//   places  [num_ranks, 8] u64          a row a peer: where its outputs lie
 //   notify  [num_ranks, notify_stride] i32  counts, written by notify.cu
 // One writer each, values only grow (or are compared for equality), so nothing is ever reset.
 //
@@ -57,6 +58,8 @@ enum WaitTag : int32_t {
   kWaitCombineReady = 23,              // combine: the start of its NVLink domain
   kWaitCombineCredit = 24,             // combine: slots that it still reads, between NVLink domains
   kWaitCombineArrival = 25,            // combine: the sum of its NVLink domain for token
+  kWaitDispatchPlace = 26,             // dispatch: where its outputs lie
+  kWaitDispatchRows = 27,              // dispatch: the last of its rows
 };
 
 // ---- signals ------------------------------------------------------------------------------------
@@ -221,15 +224,21 @@ __device__ __forceinline__ bool all_lanes(bool ok) {
   return ok;
 }
 
-// Lane r < num_ranks waits until rank r has finished the operation before this one. Called by a
-// whole warp.
+// Lane r < num_ranks waits until rank r has finished the operation `epoch`. Called by a whole warp.
 template <int kNumRanks>
-__device__ __forceinline__ bool enter(const Waiter& waiter, WaitTag tag, int lane) {
+__device__ __forceinline__ bool wait_finished(const Waiter& waiter, WaitTag tag, int lane,
+                                              uint32_t epoch) {
   bool ok = true;
   if (lane < kNumRanks && lane != waiter.rank)
     ok = wait_signal(waiter, tag, waiter.name(lane), finish_signal(waiter.signals, lane),
-                     stamp(waiter.epoch - 1, 0));
+                     stamp(epoch, 0));
   return all_lanes(ok);
+}
+
+// All peers have finished the operation before this one. Called by a whole warp.
+template <int kNumRanks>
+__device__ __forceinline__ bool enter(const Waiter& waiter, WaitTag tag, int lane) {
+  return wait_finished<kNumRanks>(waiter, tag, lane, waiter.epoch - 1);
 }
 
 // ---- windows ------------------------------------------------------------------------------------
@@ -278,6 +287,32 @@ __device__ __forceinline__ bool wait_word(const Waiter& waiter, WaitTag tag, int
                     [&](uint64_t value) { return value >> 24 == expected >> 24; });
 }
 
+// ---- places -------------------------------------------------------------------------------------
+
+// A rank whose outputs lie in symmetric memory tells each peer where, for it to write rows there:
+// { (epoch, 1), offsets of up to 7 arrays, 0 = no such array }, or { (epoch, 0), . } when they lie
+// elsewhere.
+//
+// The owner writes it again in its next dispatch. By then it has ended this one, so all that anybody
+// was to write for it has come, and whoever reads the place only now, and takes it for that of this
+// dispatch, has no more rows for the owner.
+constexpr int kPlaceWords = 8;
+
+__device__ __forceinline__ uint64_t* place_address(uint64_t places, int owner) {
+  return reinterpret_cast<uint64_t*>(places) + owner * kPlaceWords;
+}
+
+// Waits for the place of `peer` and says whether it has one; then its offsets can be read.
+__device__ __forceinline__ bool wait_place(const Waiter& waiter, WaitTag tag, int peer,
+                                           const uint64_t* place, bool& has_place) {
+  const uint64_t expected = stamp(waiter.epoch, 0);
+  uint64_t seen;
+  const bool ok = wait_until(waiter, tag, peer, 0, expected, place, seen,
+                             [&](uint64_t value) { return has_reached(value, expected); });
+  has_place = ok && (seen & 1) != 0;
+  return ok;
+}
+
 // ---- the end of an operation --------------------------------------------------------------------
 
 // Called by all threads of all blocks as their last act. True in the first warp of the block that
@@ -298,17 +333,19 @@ __device__ __forceinline__ bool is_last_block(uint32_t* counters, int num_counte
 }
 
 // is_last_block(), which then moves the epoch on and tells the peers (st.release.sys: cumulative). A
-// rank with a fault stays silent: its peers must not take its rows for whole.
+// rank with a fault stays silent: its peers must not take its rows for whole. True where
+// is_last_block() is.
 template <int kNumRanks>
-__device__ __forceinline__ void finish_operation(const Waiter& waiter, const uint64_t* signals,
+__device__ __forceinline__ bool finish_operation(const Waiter& waiter, const uint64_t* signals,
                                                  uint32_t* counters, int num_counters,
                                                  uint32_t* epoch) {
-  if (!is_last_block(counters, num_counters)) return;
+  if (!is_last_block(counters, num_counters)) return false;
   const int lane = threadIdx.x;
   if (lane == 0) *epoch = waiter.epoch;
   __syncwarp();
   if (lane < kNumRanks && lane != waiter.rank && ptx::ld_relaxed_gpu(waiter.abort) == 0)
     ptx::st_release_sys(finish_signal(signals[lane], waiter.rank), stamp(waiter.epoch, 0));
+  return true;
 }
 
 }  // namespace epjit

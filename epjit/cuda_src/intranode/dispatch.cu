@@ -15,6 +15,12 @@
 //   at the reader (push)  a token goes straight over the links to each of its ranks, and is copied
 //                         there once more: none before the links, one a row after them
 //
+// With `direct` (which pushes) a reader may have its outputs in symmetric memory. It says so to
+// every peer at its start, with where they lie (sync.cuh, places), and the peers write to final rows
+// there, and no words: every rank has the whole rank_prefix, so a source knows the row. There is
+// room for all rows, so nobody waits for slots of this reader, and it pulls nothing. Whether it has
+// room is its own affair: a peer without, in the same operation, is pushed to as ever.
+//
 //   slots[s]  [num_slots, slot_bytes]             pull: tokens of s; written by s, read by all
 //   slots[d]  [num_ranks, num_slots, slot_bytes]  push: tokens for d; row (s, .) is written by s
 //             Token t lies in slot t % num_slots: { row [hidden_bytes], scales [num_scales] u32,
@@ -31,7 +37,15 @@
 // and only wait for peers to have pulled window w - 2 before they write window w. Pulling warps
 // draw chunks in ascending order of tokens, the same for all sources, so whoever waits for window w
 // has all earlier chunks drawn by a warp that needs nothing later. By induction over windows
-// everything moves, whatever the size of the buffer, as a chunk spans at most two windows.
+// everything moves, whatever the size of the buffer, as a chunk spans at most two windows. Readers
+// with room only add waits for what a rank says before it waits for anything: its place, and, at the
+// end, that it has finished. The last block of a reader with room first says that it has finished
+// (which is so for its peers: nothing of theirs is in its slots, and its own rows are written), then
+// waits until all peers have, and with that all its rows have come: finish is a release after
+// everything that a rank wrote. So peers never wait for a wait at the end.
+//
+// A place may be written to until its owner's kernel ends: the owner's stream has come past all that
+// read the memory before (BlockPool in runtime/pool.py), so the word itself is the permission.
 //
 // Launch: any grid that is resident as a whole, dispatch_threads() threads. Graph-safe.
 #include "epjit/copy.cuh"
@@ -45,8 +59,9 @@ struct DispatchConfig {
   int32_t num_scales;    // 4-byte scales a token; 0 = none
   int32_t num_topk;      // 0 = none
   bool topk_is_int64;
-  bool push;  // slots lie at the receiver, else at the source
-  bool tma;   // rows move by bulk copies, else through registers
+  bool push;    // slots lie at the receiver, else at the source
+  bool direct;  // with push: receivers may have room where rows go to their final place
+  bool tma;     // rows move by bulk copies, else through registers
   int32_t num_warps;
   int32_t rows_per_warp;  // rows of a warp in shared memory, the most that it moves at a time
 };
@@ -69,6 +84,8 @@ struct DispatchParams {
   uint64_t slots[8];             // symmetric, of each rank
   uint64_t words[8];             // symmetric, of each rank
   uint64_t signals[8];           // symmetric, of each rank
+  uint64_t places[8];            // symmetric, of each rank; direct only
+  uint64_t outputs[8];           // symmetric, of each rank: what places count from; direct only
   // local [2 + 2 * num_ranks]: ticket, next chunk, tokens pulled of (source, window & 1); zero on
   // entry and on exit
   uint32_t* counters;
@@ -76,8 +93,9 @@ struct DispatchParams {
   uint64_t* fault;  // host [8]
   uint32_t* abort;  // local [1]
   uint64_t timeout_ns;
+  bool has_room;            // the outputs lie in symmetric memory: peers write them; direct only
   int32_t num_slots;        // even, at least 2
-  int32_t num_stage_warps;  // of a block, at least 1; fewer than all unless there are no peers
+  int32_t num_stage_warps;  // of a block, at least 1; fewer than all unless nothing is to be pulled
   int32_t num_tokens;
   int32_t num_recv_rows;  // rows of the outputs; those beyond what arrives get topk_idx -1
   int32_t experts_per_rank;
@@ -94,6 +112,17 @@ constexpr int dispatch_slot_bytes(DispatchConfig cfg) {
   return align_up(cfg.hidden_bytes + 4 * cfg.num_scales + 8 * cfg.num_topk, 128);
 }
 
+// The outputs of a peer that has room; named as in DispatchParams.
+struct DispatchOutputs {
+  char* recv_x;
+  uint32_t* recv_scales;
+  void* recv_topk_idx;
+  float* recv_topk_weights;
+  int32_t* recv_src_idx;
+  int32_t rank;
+  int32_t experts_per_rank;
+};
+
 template <DispatchConfig kCfg>
 class Dispatch {
   static constexpr int kRanks = kCfg.num_ranks;
@@ -106,7 +135,11 @@ class Dispatch {
   static constexpr int kSlotBytes = dispatch_slot_bytes(kCfg);
   static_assert(kRanks >= 1 && kRanks <= kMaxRanks);
   static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
+  static constexpr bool kDirect = kCfg.direct && kRanks > 1;
   static_assert(kRanks == 1 || kCfg.num_warps > 1, "someone must pull from the start");
+  static_assert(!kCfg.direct || kCfg.push, "who has no room is pushed to");
+  template <typename Params>
+  using PayloadOf = Payload<kScales, kTopk, kCfg.topk_is_int64, Params>;
   using Copier = RowCopier<kCfg.tma, kCfg.num_warps, kRows, kCfg.hidden_bytes>;
 
  public:
@@ -121,12 +154,16 @@ class Dispatch {
   __device__ void run() {
     // What an operation that failed was to write (rank_prefix, send_head) is garbage.
     if (__all_sync(kFullMask, ptx::ld_relaxed_gpu(p.abort) == 0)) {
+      if constexpr (kDirect) publish_place();
       payload.fill_unused_rows(p.rank_prefix[(kRanks - 1) * kRanks + p.rank]);
       if (warp >= p.num_stage_warps || stage())
         if constexpr (kRanks > 1) pull();
       copier.drain();
     }
-    finish_operation<kRanks>(waiter, p.signals, p.counters, 2 + 2 * kRanks, p.epoch);
+    const bool last =
+        finish_operation<kRanks>(waiter, p.signals, p.counters, 2 + 2 * kRanks, p.epoch);
+    if (kDirect && last && p.has_room)
+      wait_finished<kRanks>(waiter, kWaitDispatchRows, lane, waiter.epoch);
   }
 
  private:
@@ -158,9 +195,64 @@ class Dispatch {
     return word_address(p.words[rank], source, p.num_slots, token);
   }
 
-  // Rows of this rank before those of `source`.
-  __device__ int segment_start(int source) const {
-    return source == 0 ? 0 : p.rank_prefix[(source - 1) * kRanks + p.rank];
+  // Rows of `reader` before those of `source`.
+  __device__ int segment_start(int reader, int source) const {
+    return source == 0 ? 0 : p.rank_prefix[(source - 1) * kRanks + reader];
+  }
+
+  // ---- places -----------------------------------------------------------------------------------
+
+  // This rank's outputs, to all peers.
+  __device__ void publish_place() const {
+    if (blockIdx.x != 0 || warp != 0 || lane >= kRanks || lane == p.rank) return;
+    uint64_t* const place = place_address(p.places[lane], p.rank);
+    const void* const arrays[] = {p.recv_x, p.recv_scales, p.recv_topk_idx, p.recv_topk_weights,
+                                  p.recv_src_idx};
+#pragma unroll
+    for (int i = 0; i < 5; ++i) {
+      const uint64_t offset = reinterpret_cast<uint64_t>(arrays[i]) - p.outputs[p.rank];
+      ptx::st_relaxed_sys(place + 1 + i, arrays[i] == nullptr ? 0 : offset);
+    }
+    ptx::st_release_sys(place, stamp(waiter.epoch, p.has_room));
+  }
+
+  // Finds out which peers have room.
+  __device__ bool wait_for_places() {
+    if constexpr (!kDirect) return true;
+    bool ok = true, has_place = false;
+    if (lane < kRanks && lane != p.rank)
+      ok = wait_place(waiter, kWaitDispatchPlace, lane, place_address(p.places[p.rank], lane),
+                      has_place);
+    with_room = __ballot_sync(kFullMask, has_place);
+    return all_lanes(ok);
+  }
+
+  __device__ bool has_room(int reader) const { return kDirect && (with_room >> reader & 1) != 0; }
+
+  // Of a peer that has room. Read each time: it is in the L1, and registers are few.
+  __device__ DispatchOutputs outputs_of(int reader) const {
+    const uint64_t* const offsets = place_address(p.places[p.rank], reader) + 1;
+    const uint64_t base = p.outputs[reader];
+    return {reinterpret_cast<char*>(base + offsets[0]),
+            reinterpret_cast<uint32_t*>(base + offsets[1]),
+            reinterpret_cast<void*>(base + offsets[2]),
+            reinterpret_cast<float*>(base + offsets[3]),
+            offsets[4] == 0 ? nullptr : reinterpret_cast<int32_t*>(base + offsets[4]),
+            reader,
+            p.experts_per_rank};
+  }
+
+  // The row of a token of this rank at `reader`, which gets it.
+  __device__ int64_t final_row(int reader, int token) const {
+    return segment_start(reader, p.rank) +
+           p.send_head[static_cast<int64_t>(token) * kRanks + reader];
+  }
+
+  // Where the row of a token of this rank is written for `reader`.
+  __device__ char* destination(int reader, int token) const {
+    if (has_room(reader))
+      return outputs_of(reader).recv_x + final_row(reader, token) * kCfg.hidden_bytes;
+    return slot(reader, p.rank, token);
   }
 
   // ---- stage ------------------------------------------------------------------------------------
@@ -168,7 +260,7 @@ class Dispatch {
   __device__ bool wait_for_slots(int window) const {
     if (window < 2) return true;
     bool ok = true;
-    if (lane < kRanks && lane != p.rank)
+    if (lane < kRanks && lane != p.rank && !has_room(lane))
       ok = wait_window(waiter, kWaitDispatchWindow, lane, window);
     return all_lanes(ok);
   }
@@ -215,12 +307,14 @@ class Dispatch {
   __device__ bool stage() {
     if (!enter<kRanks>(waiter, kWaitDispatchEntry, lane)) return false;
     copier.acquired();
-    const int own_start = segment_start(p.rank);
+    const int own_start = segment_start(p.rank, p.rank);
     // Neighbouring chunks lie on different SMs, so that the first tokens are ready first.
     const int num_warps = gridDim.x * p.num_stage_warps;
     const int rows = chunk_rows(p.num_tokens, num_warps);
     Chunk chunk = chunk_at((warp * gridDim.x + blockIdx.x) * rows, rows, own_start);
     if (chunk.num_rows > 0) load_rows(chunk, 0);
+    if (!wait_for_places()) return false;
+    if constexpr (kDirect) copier.acquired();
     while (chunk.num_rows > 0) {
       const int last_window = (chunk.first + chunk.num_rows - 1) / window_tokens();
       for (int window = chunk.first / window_tokens(); window <= last_window; ++window)
@@ -234,7 +328,7 @@ class Dispatch {
       for (int first = 0; first < chunk.num_rows; first += kRows) {
         copier.store(first, own);
         for_each_slot([&](int reader) {
-          copier.store(first, is_written(chunk, reader) ? slot(reader, p.rank, token) : nullptr);
+          copier.store(first, is_written(chunk, reader) ? destination(reader, token) : nullptr);
         });
         if (first + kRows < chunk.num_rows) load_rows(chunk, first + kRows);
       }
@@ -244,6 +338,11 @@ class Dispatch {
         if (valid) stage_item({chunk.first + row_lane, 1, row_own, readers}, item);
       });
       if (p.recv_src_idx != nullptr && chunk.own_row >= 0) p.recv_src_idx[chunk.own_row] = token;
+      for_each_slot([&](int reader) {
+        if (!has_room(reader) || !is_written(chunk, reader)) return;
+        int32_t* const src_idx = outputs_of(reader).recv_src_idx;
+        if (src_idx != nullptr) src_idx[final_row(reader, token)] = token;
+      });
 
       // The next rows are on their way while these are written and published. (Loading needs no
       // free slot, so nothing is waited for with tokens in hand that a peer may wait for.)
@@ -258,10 +357,11 @@ class Dispatch {
   // Rows and items are written -> flush (each lane its own, then __syncwarp) -> release of any
   // lane: cumulative.
   __device__ void publish(const Chunk& chunk) {
+    if (kDirect && (with_room | 1u << p.rank) == (1u << kRanks) - 1) return;
     copier.flush();
     for (int i = lane; i < chunk.num_rows * kRanks; i += kWarpSize) {
       const int token = chunk.first + i / kRanks, r = i % kRanks;
-      if (r == p.rank) continue;
+      if (r == p.rank || has_room(r)) continue;
       const int position = p.send_head[static_cast<int64_t>(token) * kRanks + r];
       const uint32_t value = position >= 0 ? static_cast<uint32_t>(position) : kNoRow;
       ptx::st_release_sys(word(r, p.rank, token),
@@ -285,6 +385,16 @@ class Dispatch {
     }
     for_each_slot([&](int reader) {
       if (!is_written(token, reader)) return;
+      if (has_room(reader)) {
+        const DispatchOutputs outputs = outputs_of(reader);
+        const PayloadOf<DispatchOutputs> theirs(outputs);
+        const int64_t row = final_row(reader, token.first);
+        if (item < kScales)
+          theirs.store_scale(row, item, scale);
+        else
+          theirs.store_selection(row, k, expert, weight);
+        return;
+      }
       uint32_t* const items =
           reinterpret_cast<uint32_t*>(slot(reader, p.rank, token.first) + kCfg.hidden_bytes);
       if (item < kScales) {
@@ -299,6 +409,7 @@ class Dispatch {
   // ---- pull -------------------------------------------------------------------------------------
 
   __device__ void pull() {
+    if (kDirect && p.has_room) return;
     int most_tokens = 0;
     for (int s = 0; s < kRanks; ++s)
       if (s != p.rank) most_tokens = max(most_tokens, p.source_tokens[s]);
@@ -330,7 +441,7 @@ class Dispatch {
       ok = wait_word(waiter, kWaitDispatchToken, source, token, token / window_tokens(),
                      word(p.rank, source, token), found);
       if (word_value(found) != kNoRow)
-        row = segment_start(source) + static_cast<int>(word_value(found));
+        row = segment_start(p.rank, source) + static_cast<int>(word_value(found));
     }
     if (!all_lanes(ok)) return false;
     copier.acquired();
@@ -386,8 +497,9 @@ class Dispatch {
   const DispatchParams& p;
   const int warp, lane;
   const Waiter waiter;
-  const Payload<kScales, kTopk, kCfg.topk_is_int64, DispatchParams> payload;
+  const PayloadOf<DispatchParams> payload;
   Copier copier;
+  uint32_t with_room = 0;  // bit r: peer r takes its rows at their final place
 };
 
 template <DispatchConfig kCfg>

@@ -1,0 +1,136 @@
+"""A pool of blocks of device memory that is not torch's: who may use a block, and until when."""
+
+from __future__ import annotations
+
+import itertools
+import weakref
+from bisect import insort
+from collections import deque
+from collections.abc import Callable, Hashable, Mapping
+from typing import Any, NamedTuple
+
+_ALIGNMENT = 128
+
+
+class NoRoomError(Exception):
+    """No free piece of the pool is large enough."""
+
+
+class _Mark(NamedTuple):
+    """An event on a stream. Of two on one stream, the one with the higher number covers both.
+
+    For its number was drawn before it was recorded, and after all that the other must cover.
+    """
+
+    number: int
+    event: Any
+
+
+class _Piece(NamedTuple):
+    """A free piece, and what must have happened before it is written: a mark a stream."""
+
+    offset: int
+    nbytes: int
+    marks: Mapping[Hashable, _Mark]
+
+
+class Block:
+    """Memory that is in use while this object lives.
+
+    Attributes:
+        offset: Bytes from the start of the pool.
+        nbytes: Its size, a multiple of 128.
+        events: What whoever writes it first must wait for.
+    """
+
+    def __init__(self, pool: BlockPool, piece: _Piece) -> None:
+        self._pool = pool  # which lives as long as any of its blocks
+        self.offset, self.nbytes = piece.offset, piece.nbytes
+        self.events = [mark.event for mark in piece.marks.values()]
+
+
+class BlockPool:
+    """Hands out blocks of one region, first fit.
+
+    A block is in use until its `Block` has been collected, on whatever thread that happens. Work
+    queued before may still use the memory then. So an event is recorded at that time on two
+    streams, the one that was current in `take` and the one that is current where the block is
+    collected. Whoever takes the memory next lets the one stream that writes to all blocks wait for
+    these events, at once, whether it comes to write or not.
+
+    That is what torch's allocator does for the stream of an allocation. Of any other stream nothing
+    is known here, as `Tensor.record_stream` does nothing for memory that is not torch's: its work
+    must be done, or one of the two streams wait for it, before the last reference goes. On a stream
+    that is being captured no event is recorded: what a graph reads must be kept by whoever replays
+    it, as with torch's memory from outside the graph.
+
+    One thread takes at a time; blocks may be collected on any.
+
+    Args:
+        nbytes: Size of the region.
+        current_stream: The current stream of the calling thread, equal each time.
+        record: Records an event on a stream and returns it, None if that is being captured.
+    """
+
+    def __init__(
+        self,
+        nbytes: int,
+        *,
+        current_stream: Callable[[], Hashable],
+        record: Callable[[Any], Any | None],
+    ) -> None:
+        self.nbytes = nbytes // _ALIGNMENT * _ALIGNMENT
+        self._current_stream, self._record = current_stream, record
+        self._numbers = itertools.count()
+        self._free = [_Piece(0, self.nbytes, {})]  # ascending, no two adjacent
+        # The collector runs anywhere, even within `take`, so it only appends here.
+        self._returned: deque[_Piece] = deque()
+
+    def take(self, nbytes: int) -> Block:
+        """A block of at least `nbytes` bytes.
+
+        Raises:
+            NoRoomError: There is no such piece.
+        """
+        while self._returned:
+            self._put_back(self._returned.popleft())
+        wanted = max(1, -(-nbytes // _ALIGNMENT)) * _ALIGNMENT
+        for i, (offset, size, marks) in enumerate(self._free):
+            if size >= wanted:
+                rest = _Piece(offset + wanted, size - wanted, marks)
+                self._free[i : i + 1] = [rest] if rest.nbytes else []
+                block = Block(self, _Piece(offset, wanted, marks))
+                stream = self._current_stream()
+                end = weakref.finalize(block, self._give_back, offset, wanted, stream)
+                end.atexit = False  # the driver may be gone
+                return block
+        raise NoRoomError(f"of {self.nbytes} bytes, no {wanted} in one piece are free")
+
+    def _give_back(self, offset: int, nbytes: int, stream: Hashable) -> None:
+        marks = {}
+        for each in {stream, self._current_stream()}:
+            number = next(self._numbers)
+            event = self._record(each)
+            if event is not None:
+                marks[each] = _Mark(number, event)
+        self._returned.append(_Piece(offset, nbytes, marks))
+
+    def _put_back(self, piece: _Piece) -> None:
+        """Joins a piece with those that it touches."""
+        insort(self._free, piece, key=lambda each: each.offset)
+        i = self._free.index(piece)
+        if i + 1 < len(self._free) and _touch(self._free[i], self._free[i + 1]):
+            self._free[i : i + 2] = [_join(self._free[i], self._free[i + 1])]
+        if i > 0 and _touch(self._free[i - 1], self._free[i]):
+            self._free[i - 1 : i + 1] = [_join(self._free[i - 1], self._free[i])]
+
+
+def _touch(left: _Piece, right: _Piece) -> bool:
+    return left.offset + left.nbytes == right.offset
+
+
+def _join(left: _Piece, right: _Piece) -> _Piece:
+    marks = dict(left.marks)
+    for stream, mark in right.marks.items():
+        marks[stream] = max(mark, marks.get(stream, mark), key=lambda each: each.number)
+    return _Piece(left.offset, left.nbytes + right.nbytes, marks)
