@@ -551,8 +551,11 @@ def tokens_of(num_ranks: int) -> tuple[int, ...]:
     return (38, 51, 0, 45, 1, 20, 9, 33)[:num_ranks]
 
 
-@VARIANTS
-@pytest.mark.parametrize("cut", [(2, 1), (2, 2), (4, 1), (2, 3)], ids=lambda c: f"{c[0]}x{c[1]}")
+@pytest.mark.parametrize(
+    ("cut", "tma"),
+    [((2, 1), True), ((2, 2), True), ((4, 1), True), ((2, 3), True), ((2, 2), False)],
+    ids=["2x1", "2x2", "4x1", "2x3", "2x2-ldst"],
+)
 def test_one_round(cut: tuple[int, int], tma: bool) -> None:
     shape = Shape(*cut, tma=tma, tokens=tokens_of(cut[0] * cut[1]))
     for seed in range(3):
@@ -563,8 +566,11 @@ def test_one_round(cut: tuple[int, int], tma: bool) -> None:
         world.run(seed)
 
 
-@VARIANTS
-@pytest.mark.parametrize("cut", [(2, 1), (2, 2)], ids=lambda c: f"{c[0]}x{c[1]}")
+@pytest.mark.parametrize(
+    ("cut", "tma"),
+    [((2, 1), True), ((2, 2), True), ((2, 2), False)],
+    ids=["2x1", "2x2", "2x2-ldst"],
+)
 def test_operations_follow_each_other(cut: tuple[int, int], tma: bool) -> None:
     """A handle is used again after others; no rank waits for the others between operations."""
     shape = Shape(*cut, tma=tma, tokens=tokens_of(cut[0] * cut[1]))
@@ -763,7 +769,7 @@ def test_random_histories(first_seed: int) -> None:
         num_ranks = cut[0] * cut[1]
         shape = Shape(
             *cut,
-            tma=num_ranks > 4 or rng.random() < 0.7,
+            tma=cut != (2, 2) or rng.random() < 0.6,  # fewer kernels to compile
             tokens=tuple(rng.choice([0, 1, 7, 30, rng.randrange(90)]) for _ in range(num_ranks)),
             shuffled=rng.random() < 0.3,
             slots=rng.choice([2, 4, 6, 30]),
