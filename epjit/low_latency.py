@@ -284,6 +284,7 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         arch: Such as ``"sm_90a"``.
     """
     limit = shared_limit(arch)
+    formats: tuple[RowFormat, ...]
     for num_ranks in range(1, MAX_RANKS + 1):
         yield CleanConfig(num_ranks)
     for num_ranks, num_experts, hidden, num_topk, formats in (
