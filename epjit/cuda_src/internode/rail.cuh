@@ -143,9 +143,7 @@ class Rail {
 
   // The chunk of domain n that holds `index` is here.
   __device__ bool wait_arrival(WaitTag tag, int n, int index) const {
-    uint64_t found;
-    return wait_word_at(tag, rail_peer(n), index, ring_window(index),
-                        chunk_word(p.arrived, n, index), found);
+    return wait_chunk(tag, p.arrived, n, index);
   }
 
   // Puts take long where the warp itself moves the bytes (NVSHMEM over NVLink: 1 GB/s a warp), so
@@ -170,10 +168,7 @@ class Rail {
     const int last = __shfl_sync(kFullMask, num_tokens, n);
     for (int first = putter / (kDomains - 1) * kChunk; first < last;
          first += num_sharers * kChunk) {
-      uint64_t found;
-      if (!all_lanes(wait_word_at(tag, rail_peer(n), first, ring_window(first),
-                                  chunk_word(p.staged, n, first), found)))
-        return false;
+      if (!all_lanes(wait_chunk(tag, p.staged, n, first))) return false;
       epjit_put_signal(p.transport, inbox + ring_offset(p.domain, first, slot_bytes),
                        p.stage + ring_offset(n, first, slot_bytes),
                        static_cast<uint64_t>(min(kChunk, last - first)) * slot_bytes,
@@ -187,12 +182,13 @@ class Rail {
     return (static_cast<int64_t>(n) * p.ring_slots + index % p.ring_slots) * slot_bytes;
   }
 
-  __device__ bool wait_word_at(WaitTag tag, int peer, int index, int window,
-                               const uint64_t* address, uint64_t& found) const {
-    return wait_word(waiter, tag, peer, index, window, address, found);
+ private:
+  __device__ bool wait_chunk(WaitTag tag, uint64_t* words, int n, int index) const {
+    uint64_t found;
+    return wait_word(waiter, tag, rail_peer(n), index, ring_window(index),
+                     chunk_word(words, n, index), found);
   }
 
- private:
   __device__ uint64_t* ready(int n) const { return p.ready + 2 * n + (waiter.epoch & 1); }
 
   const Params& p;
