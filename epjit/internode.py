@@ -106,8 +106,8 @@ class InternodeDispatchConfig(KernelConfig):
     ) -> InternodeDispatchConfig:
         """The form of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
-        warps, rows = copier_shape(tma, 11 if tma else 5, shape.hidden_bytes, limit)
-        put = 14 if tma else 4
+        warps, rows = copier_shape(tma, 14 if tma else 5, shape.hidden_bytes, limit)
+        put = 5 if tma else 4
         return cls(num_domains, num_local, *shape, tma, warps, put, rows, _TOKENS_PER_CHUNK)
 
     @property
@@ -167,11 +167,11 @@ class InternodeCombineConfig(KernelConfig):
     ) -> InternodeCombineConfig:
         """The form of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
-        push, rows = copier_shape(tma, 6 if tma else 2, shape.hidden_bytes, limit)
+        push, rows = copier_shape(tma, 4 if tma else 2, shape.hidden_bytes, limit)
         if num_local == 1:
             push, rows = 1, 1  # nothing is pushed
         # Copies through registers, and many rows in hand, need more registers.
-        warps, sums, put = (8, 2, 2) if not tma else (20, 4, 7) if num_local <= 2 else (16, 3, 3)
+        warps, sums, put = (8, 2, 2) if not tma else (20, 4, 4) if num_local <= 2 else (16, 3, 3)
         return cls(
             num_domains, num_local, *shape, tma, warps, push, sums, put, rows, _TOKENS_PER_CHUNK
         )

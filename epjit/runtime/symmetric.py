@@ -64,12 +64,11 @@ def tensor_over(ptr: int, nbytes: int, *, owner: object, device: int) -> torch.T
     import torch
 
     cupy = require("cupy", package="cupy-cuda13x (cupy-cuda12x)")
-    # CuPy makes torch's current stream wait for its own, the legacy one, where the two differ.
-    same_stream = torch.cuda.stream(torch.cuda.default_stream(device))
-    with driver.using(device), same_stream:
+    with driver.using(device):
         memory = cupy.cuda.UnownedMemory(ptr, nbytes, owner, device)
         array = cupy.ndarray((nbytes,), cupy.uint8, memptr=cupy.cuda.MemoryPointer(memory, 0))
-        return torch.from_dlpack(array)
+        # -1: no stream waits for another. torch.from_dlpack(array) would ask for that.
+        return torch.utils.dlpack.from_dlpack(array.__dlpack__(stream=-1))
 
 
 class SymmetricMemory:

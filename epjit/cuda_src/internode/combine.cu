@@ -127,7 +127,7 @@ class InternodeCombine {
   // Pieces of 16 bytes of each row whose loads a thread has in flight, and domains of which it has:
   // with one piece of one row, 4096 tokens took 683 us instead of 484 (two H100s, 24 SMs).
   static constexpr int kSumUnroll = 8 / kLocal;
-  static constexpr int kUnroll = kLocal == 1 ? 2 : 1, kBatch = 2;
+  static constexpr int kUnroll = kLocal <= 2 ? 2 : 1, kBatch = 2;
   static constexpr int kCounters = 2 + kRanks + 5 * kDomains;
   static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
   static constexpr int kSummers = kCfg.num_push_warps, kPutters = kSummers + kCfg.num_sum_warps;
@@ -465,10 +465,11 @@ class InternodeCombine {
 #pragma unroll 1
     for (int base = part * part_vecs; base < last; base += kUnroll * kWarpSize) {
       const int first = base + lane;
-      Vec16 v[kUnroll][kLocal], own[kUnroll];
+      // All loads of the rows and of the first domains are on their way before one is used.
+      Vec16 v[kUnroll][kLocal], sum[kUnroll][kBatch];
+      const char* src[kBatch];
       load_rows(row, first, last, v);
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i) own[i] = sum_loaded(row, v[i]);
+      load_sums(sums, 0, first, last, src, sum);
       Sum total[kUnroll];
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
@@ -479,21 +480,12 @@ class InternodeCombine {
       }
 #pragma unroll 1
       for (int batch = 0; batch < kDomains; batch += kBatch) {
-        Vec16 sum[kUnroll][kBatch];
-        const char* src[kBatch];
-#pragma unroll
-        for (int b = 0; b < kBatch; ++b) {
-          src[b] = of_lane(sums, batch + b);  // null beyond the last domain
-#pragma unroll
-          for (int i = 0; i < kUnroll; ++i)
-            if (src[b] != nullptr && first + i * kWarpSize < last)
-              sum[i][b] = ptx::ld_v4(src[b] + (first + i * kWarpSize) * 16);
-        }
+        if (batch > 0) load_sums(sums, batch, first, last, src, sum);
 #pragma unroll
         for (int b = 0; b < kBatch; ++b)
 #pragma unroll
           for (int i = 0; i < kUnroll; ++i) {
-            if (batch + b == p.domain && has_own) total[i].add(own[i]);
+            if (batch + b == p.domain && has_own) total[i].add(sum_loaded(row, v[i]));
             if (src[b] != nullptr) total[i].add(sum[i][b]);
           }
       }
@@ -501,6 +493,20 @@ class InternodeCombine {
       for (int i = 0; i < kUnroll; ++i)
         if (first + i * kWarpSize < last)
           ptx::st_v4(p.combined_x + out + (first + i * kWarpSize) * 16, total[i].rounded());
+    }
+  }
+
+  // Of the domains batch .. batch + kBatch - 1: where their sums lie, null beyond the last, and 16
+  // bytes of each.
+  __device__ static void load_sums(const char* sums, int batch, int first, int last,
+                                   const char* (&src)[kBatch], Vec16 (&sum)[kUnroll][kBatch]) {
+#pragma unroll
+    for (int b = 0; b < kBatch; ++b) {
+      src[b] = of_lane(sums, batch + b);
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i)
+        if (src[b] != nullptr && first + i * kWarpSize < last)
+          sum[i][b] = ptx::ld_v4(src[b] + (first + i * kWarpSize) * 16);
     }
   }
 

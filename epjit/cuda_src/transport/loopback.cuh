@@ -9,15 +9,14 @@
 // Order: the lanes' stores -> __syncwarp -> st.release.sys or fence.acq_rel.sys of one lane, which is
 // cumulative. A signal by itself orders nothing, as in NVSHMEM.
 #pragma once
-#include "epjit/ptx.cuh"
 #include "epjit/transport.cuh"
+#include "transport/pieces.cuh"
 
 namespace epjit::loopback {
 
 constexpr int kMaxRegions = 16;
 constexpr int kMaxPes = 256;
-constexpr int kUnroll = 4;  // 16-byte loads in flight a lane
-constexpr int kPieceBytes = kUnroll * kWarpSize * 16;
+constexpr int kUnroll = 4;
 constexpr uint32_t kMaxDelay = 16384;      // ns, before the bytes or the signal: one call in four
 constexpr uint32_t kMaxPieceDelay = 2048;  // ns, between pieces: one piece in eight
 constexpr uint64_t kStep = 7919;           // prime: no number of pieces that occurs divides it
@@ -84,32 +83,18 @@ __device__ inline Delays warp_delays(Record* record, int lane) {
   return Delays(record, __shfl_sync(kFullMask, ticket, 0));
 }
 
-__device__ inline void copy_piece(char* dst, const char* src, uint64_t bytes, int lane) {
-  Vec16 v[kUnroll];
-#pragma unroll
-  for (int i = 0; i < kUnroll; ++i) {
-    const uint64_t at = (i * kWarpSize + lane) * 16;
-    if (at < bytes) v[i] = ptx::ld_v4(src + at);
-  }
-#pragma unroll
-  for (int i = 0; i < kUnroll; ++i) {
-    const uint64_t at = (i * kWarpSize + lane) * 16;
-    if (at < bytes) ptx::st_v4(dst + at, v[i]);
-  }
-}
-
 // By a whole warp; afterwards any lane may publish the bytes.
 __device__ inline void put(const Record* record, Delays& delays, void* dst, const void* src,
                            uint64_t bytes, int pe, int lane) {
   char* const to = address_at(record, dst, pe);
   const char* const from = static_cast<const char*>(src);
   delays.wait(kMaxDelay, 4);
-  const uint64_t num_pieces = (bytes + kPieceBytes - 1) / kPieceBytes;
+  const uint64_t num_pieces = (bytes + kPieceBytes<kUnroll> - 1) / kPieceBytes<kUnroll>;
   uint64_t piece = delays.on() && num_pieces != 0 ? delays.draw() % num_pieces : 0;
   const uint64_t step = delays.on() ? kStep : 1;
   for (uint64_t i = 0; i < num_pieces; ++i) {
-    const uint64_t at = piece * kPieceBytes;
-    copy_piece(to + at, from + at, bytes - at, lane);
+    const uint64_t at = piece * kPieceBytes<kUnroll>;
+    copy_piece<kUnroll>(to + at, from + at, bytes - at, lane);
     delays.wait(kMaxPieceDelay, 8);
     piece = (piece + step) % num_pieces;
   }

@@ -29,22 +29,57 @@ using ::cuda::std::is_unsigned;
 #include <device/nvshmemx_defines.h>
 
 #include "epjit/transport.cuh"
+#include "transport/pieces.cuh"
 
 // NVSHMEM's uint64_t may be `unsigned long`, which is as wide and another type.
 static_assert(sizeof(::uint64_t) == sizeof(epjit::uint64_t));
+
+namespace {
+
+// Where loads and stores reach a pe, a warp copies by itself: NVSHMEM's loop has one load in flight a
+// lane and moves 1 GB/s a warp over NVLink.
+constexpr int kUnroll = 4;
+
+// The address at `pe`, or null.
+template <typename T>
+__device__ __forceinline__ T* reachable(T* ptr, epjit::int32_t pe) {
+  return static_cast<T*>(nvshmem_ptr(ptr, pe));
+}
+
+// By a whole warp; afterwards any lane may publish the bytes.
+__device__ __forceinline__ void copy(void* dst, const void* src, epjit::uint64_t bytes) {
+  const int lane = threadIdx.x % epjit::kWarpSize;
+  for (epjit::uint64_t at = 0; at < bytes; at += epjit::kPieceBytes<kUnroll>)
+    epjit::copy_piece<kUnroll>(static_cast<char*>(dst) + at, static_cast<const char*>(src) + at,
+                               bytes - at, lane);
+  __syncwarp();
+}
+
+}  // namespace
 
 extern "C" {
 
 __device__ void epjit_put(epjit::uint64_t, void* dst, const void* src, epjit::uint64_t bytes,
                           epjit::int32_t pe) {
-  nvshmemx_putmem_nbi_warp(dst, src, bytes, pe);
+  if (void* const there = reachable(dst, pe); there != nullptr)
+    copy(there, src, bytes);
+  else
+    nvshmemx_putmem_nbi_warp(dst, src, bytes, pe);
 }
 
+// Copied: the lanes' stores -> __syncwarp -> st.release.sys of one lane, which is cumulative.
 __device__ void epjit_put_signal(epjit::uint64_t, void* dst, const void* src, epjit::uint64_t bytes,
                                  epjit::uint64_t* signal, epjit::uint64_t value,
                                  epjit::int32_t pe) {
-  nvshmemx_putmem_signal_nbi_warp(dst, src, bytes, reinterpret_cast<::uint64_t*>(signal), value,
-                                  NVSHMEM_SIGNAL_SET, pe);
+  if (void* const there = reachable(dst, pe); there != nullptr) {
+    copy(there, src, bytes);
+    if (threadIdx.x % epjit::kWarpSize == 0)
+      epjit::ptx::st_release_sys(reachable(signal, pe), value);
+    __syncwarp();
+  } else {
+    nvshmemx_putmem_signal_nbi_warp(dst, src, bytes, reinterpret_cast<::uint64_t*>(signal), value,
+                                    NVSHMEM_SIGNAL_SET, pe);
+  }
 }
 
 __device__ void epjit_signal(epjit::uint64_t, epjit::uint64_t* signal, epjit::uint64_t value,
