@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
     from epjit.reference.internode import Handle
     from epjit.runtime.topology import Topology
-    from epjit.scope import Scope
+    from epjit.scope import GpuScope
 
 _SLOT_ALIGNMENT = 128
 _FORWARD_WARPS = 2  # kForwardWarps of dispatch.cu
@@ -468,7 +468,7 @@ class Internode(NormalMode):
 
     def dispatch(
         self,
-        scope: Scope,
+        scope: GpuScope,
         x: torch.Tensor,
         scales: torch.Tensor | None,
         topk_idx: torch.Tensor | None,
@@ -552,7 +552,7 @@ class Internode(NormalMode):
 
     def cached_dispatch(
         self,
-        scope: Scope,
+        scope: GpuScope,
         x: torch.Tensor,
         scales: torch.Tensor | None,
         handle: Handle,
@@ -576,7 +576,7 @@ class Internode(NormalMode):
 
     def _dispatch_rows(
         self,
-        scope: Scope,
+        scope: GpuScope,
         launch: Launch,
         x: torch.Tensor,
         scales: torch.Tensor | None,
@@ -621,7 +621,7 @@ class Internode(NormalMode):
 
     def combine(
         self,
-        scope: Scope,
+        scope: GpuScope,
         x: torch.Tensor,
         handle: Handle,
         topk_weights: torch.Tensor | None,

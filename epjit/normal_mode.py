@@ -23,7 +23,7 @@ from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
 if TYPE_CHECKING:
     from epjit.runtime.group import Group
     from epjit.runtime.symmetric import SymmetricMemory
-    from epjit.scope import Scope
+    from epjit.scope import GpuScope
 
 SIGNALS_BYTES = 512
 _EPOCH, _ABORT, _COUNTERS = 0, 1, 32  # places in the local words
@@ -200,7 +200,7 @@ class NormalMode(ABC):
 
     @staticmethod
     def _allocate(
-        scope: Scope,
+        scope: GpuScope,
         num_rows: int,
         x: torch.Tensor,
         scales: torch.Tensor | None,
@@ -244,7 +244,7 @@ class NormalMode(ABC):
         }
 
     def _allocate_combined(
-        self, scope: Scope, x: torch.Tensor, num_tokens: int, topk_weights: torch.Tensor | None
+        self, scope: GpuScope, x: torch.Tensor, num_tokens: int, topk_weights: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Outputs of a combine."""
         combined_weights = None
@@ -275,8 +275,8 @@ class NormalMode(ABC):
             if now > deadline:
                 raise CommunicationError(
                     f"dispatch: the counts did not reach the host of rank {self._group.rank} "
-                    f"within {2 * self._timeout_seconds + 10:g} s: its communication stream does "
-                    "not get to run",
+                    f"within {2 * self._timeout_seconds + 10:g} s: its stream does not get to "
+                    "run",
                     op="dispatch",
                     rank=self._group.rank,
                 )

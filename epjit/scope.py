@@ -74,7 +74,7 @@ class Scope:
 
     def wait_for(self, event: torch.cuda.Event) -> None:
         """Makes the kernels wait for an event."""
-        self._comm.torch_stream.wait_event(event)
+        self._comm.wait_event(self.stream, event)
 
     def finish(self, tensors: Iterable[torch.Tensor | None]) -> EventOverlap:
         """Ends the call: an event, or the current stream waits.
@@ -111,11 +111,12 @@ class CurrentStream:
     """The scope of a call on the stream that is current when it is made: nothing waits.
 
     Args:
-        device: Number of the GPU.
+        comm: Communication stream of the Buffer.
     """
 
-    def __init__(self, device: int) -> None:
-        self.stream = torch._C._cuda_getCurrentRawStream(device)
+    def __init__(self, comm: CommStream) -> None:
+        self._comm = comm
+        self.stream = torch._C._cuda_getCurrentRawStream(comm.device)
 
     def allocating(self) -> AbstractContextManager[object]:
         """Where outputs are allocated."""
@@ -124,10 +125,16 @@ class CurrentStream:
     def start(self) -> None:
         """Nothing to wait for."""
 
-    def finish_keeping(self, tensors: Iterable[torch.Tensor | None]) -> EventOverlap:
+    def wait_for(self, event: torch.cuda.Event) -> None:
+        """Makes the kernels wait for an event."""
+        self._comm.wait_event(self.stream, event)
+
+    def finish(self, tensors: Iterable[torch.Tensor | None]) -> EventOverlap:
         """Nothing waits; the caller's own references keep the tensors."""
         del tensors
         return EventOverlap()
+
+    finish_keeping = finish
 
 
 class CpuScope:
@@ -161,8 +168,8 @@ class CpuScope:
         return EventOverlap(EventHandle(), tuple(tensors))
 
 
-AnyScope: TypeAlias = Scope | CurrentStream | CpuScope
-"""The scope of a low-latency call."""
+GpuScope: TypeAlias = Scope | CurrentStream
+AnyScope: TypeAlias = GpuScope | CpuScope
 
 
 def _torch_fills() -> bool:

@@ -55,8 +55,8 @@ class BlockPool:
     A block is in use until its `Block` has been collected, on whatever thread that happens. Work
     queued before may still use the memory then. So an event is recorded at that time on two
     streams, the one that was current in `take` and the one that is current where the block is
-    collected. Whoever takes the memory next lets the one stream that writes to all blocks wait for
-    these events, at once, whether it comes to write or not.
+    collected. Whoever takes the memory next lets the stream that it writes on wait for these
+    events, at once, whether it comes to write or not.
 
     That is what torch's allocator does for the stream of an allocation. Of any other stream nothing
     is known here, as `Tensor.record_stream` does nothing for memory that is not torch's: its work

@@ -10,12 +10,16 @@ from epjit.runtime import driver
 def record_event(stream: torch.cuda.Stream) -> torch.cuda.Event | None:
     """An event recorded on a stream; None if the stream is being captured."""
     with driver.using(stream.device.index):
-        status, capturing = driver.load().cuStreamIsCapturing(int(stream.cuda_stream))
-    # The legacy stream gives an error while another one of its context is captured.
-    if int(status) or int(capturing):
-        return None
+        if _is_capturing(int(stream.cuda_stream)):
+            return None
     event: torch.cuda.Event = stream.record_event()
     return event
+
+
+def _is_capturing(stream_handle: int) -> bool:
+    status, capturing = driver.load().cuStreamIsCapturing(stream_handle)
+    # The legacy stream gives an error while another one of its context is captured.
+    return bool(int(status) or int(capturing))
 
 
 class CommStream:
@@ -51,9 +55,18 @@ class CommStream:
         """What is queued on `stream_handle` from now on waits for all that this stream has now."""
         self._order(self._after, self.handle, stream_handle)
 
-    def order(self, first: int, then: int) -> None:
-        """What is queued on `then` from now on waits for all that `first` has now."""
-        self._order(self._before, first, then)
+    def follow(self, last: int, stream_handle: int) -> None:
+        """What is queued on `stream_handle` from now on waits for all that `last` has now.
+
+        What a graph captures does not wait for what it does not capture: it runs after what was
+        queued before by the caller's own order.
+        """
+        if _is_capturing(last) == torch.cuda.is_current_stream_capturing():
+            self._order(self._before, last, stream_handle)
+
+    def wait_event(self, stream_handle: int, event: torch.cuda.Event) -> None:
+        """What is queued on `stream_handle` from now on waits for `event`."""
+        self._wait_on(stream_handle, event.cuda_event)
 
     def close(self) -> None:
         """Destroys the events; the stream must not be used any more. Idempotent."""
@@ -64,9 +77,15 @@ class CommStream:
 
     def _order(self, event: object, first: int, then: int) -> None:
         (recorded,) = self._record(event, first)
-        (waited,) = self._wait(then, event, 0)
-        if recorded or waited:
+        if recorded:
             raise RuntimeError(
-                f"stream {then:#x} cannot be made to wait for stream {first:#x}: "
-                f"{driver.describe(recorded or waited)}"
+                f"no event can be recorded on stream {first:#x}: {driver.describe(recorded)}"
+            )
+        self._wait_on(then, event)
+
+    def _wait_on(self, stream_handle: int, event: object) -> None:
+        (waited,) = self._wait(stream_handle, event, 0)
+        if waited:
+            raise RuntimeError(
+                f"stream {stream_handle:#x} cannot be made to wait: {driver.describe(waited)}"
             )

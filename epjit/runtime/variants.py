@@ -75,13 +75,13 @@ def runs_on(op: str, name: str, arch: str) -> bool:
     return arch_number(arch) >= _registry[op, name].min_arch
 
 
-def resolve(op: str, arch: str, *, tuned: str | None = None) -> str:
+def resolve(op: str, arch: str, *, preferred: str | None = None) -> str:
     """The variant to use: what ``EPJIT_<OP>_VARIANT`` says, else the best that can run.
 
     Args:
         op: Operation.
         arch: Architecture of the device, such as ``"sm_90a"``.
-        tuned: What ``auto`` takes before all others, where it can run.
+        preferred: What ``auto`` takes before all others, where it can run.
 
     Returns:
         Name of the variant.
@@ -108,7 +108,7 @@ def resolve(op: str, arch: str, *, tuned: str | None = None) -> str:
                 "DISABLE_SM90_FEATURES=1 excludes; unset one of the two"
             )
         return wanted
-    for name in sorted(names(op), key=lambda name: name != tuned):
+    for name in sorted(names(op), key=lambda name: name != preferred):
         variant = _registry[op, name]
         excluded = variant.opt_in or (without_sm90 and variant.min_arch >= _SM90)
         if runs_on(op, name, arch) and not excluded:

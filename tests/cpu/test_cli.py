@@ -412,6 +412,18 @@ def test_auto_takes_the_tuned_variant_where_it_runs() -> None:
     from epjit import intranode  # noqa: F401  (registers them)
     from epjit.runtime import variants
 
-    assert variants.resolve("dispatch", "sm_90a", tuned="tma") == "tma"
-    assert variants.resolve("dispatch", "sm_80", tuned="push") == "ldst"
-    assert variants.resolve("dispatch", "sm_90a", tuned="gone") == "push"
+    assert variants.resolve("dispatch", "sm_90a", preferred="tma") == "tma"
+    assert variants.resolve("dispatch", "sm_80", preferred="push") == "ldst"
+    assert variants.resolve("dispatch", "sm_90a", preferred="gone") == "push"
+
+
+def test_auto_pulls_where_there_are_many_ranks(cache_dir: Path) -> None:
+    from epjit import intranode
+    from epjit.normal_mode import DispatchShape
+
+    assert not cache_dir.exists()
+    shape = DispatchShape(14336, 0, 8, True)
+    for num_ranks, push in ((2, True), (3, False), (8, False)):
+        configs = intranode.warmup_configs([shape], num_ranks=num_ranks, arch="sm_90a")
+        (config,) = (each for each in configs if isinstance(each, intranode.DispatchConfig))
+        assert config.push is push

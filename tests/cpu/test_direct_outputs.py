@@ -135,9 +135,9 @@ def test_graphs_and_other_variants_take_torchs_memory(monkeypatch: pytest.Monkey
 
 def test_only_its_name_chooses_it(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EPJIT_DISPATCH_VARIANT", raising=False)
-    assert variants.resolve("dispatch", "sm_90a", tuned="direct") == "push"
+    assert variants.resolve("dispatch", "sm_90a", preferred="direct") == "push"
     monkeypatch.setenv("EPJIT_DISPATCH_VARIANT", "direct")
-    assert variants.resolve("dispatch", "sm_90a", tuned="tma") == "direct"
+    assert variants.resolve("dispatch", "sm_90a", preferred="tma") == "direct"
     with pytest.raises(ValueError, match="needs sm_90 or later"):
         variants.resolve("dispatch", "sm_89")
 

@@ -285,17 +285,49 @@ def test_local_buffer_tensor_and_streams() -> None:
     run_ranks(2, body)
 
 
-def test_comm_stream_cannot_wait_for_itself() -> None:
-    """Calling with the communication stream current is refused."""
+def test_the_comm_stream_is_current() -> None:
+    """A call that the caller waits for runs there; another would wait for its own stream."""
 
     def body(buffer: Buffer) -> None:
         idx = torch.zeros((4, 1), dtype=torch.int64).cuda()
-        with (
-            torch.cuda.stream(buffer.get_comm_stream()),
-            pytest.raises(RuntimeError, match="wait for itself"),
-        ):
-            buffer.get_dispatch_layout(idx, 2)
+        torch.cuda.synchronize()
+        with torch.cuda.stream(buffer.get_comm_stream()):
+            assert buffer.get_dispatch_layout(idx, 2)[0].tolist() == [4]
+            with pytest.raises(RuntimeError, match="wait for itself"):
+                buffer.get_dispatch_layout(idx, 2, async_finish=True)
         with pytest.raises(RuntimeError, match="allocate_on_comm_stream"):
             buffer.get_dispatch_layout(idx, 2, allocate_on_comm_stream=True)
 
     run_ranks(1, body)
+
+
+def test_calls_from_several_streams_follow_each_other() -> None:
+    """Also where nothing but the order of the calls says so, between streams and the Buffer's."""
+
+    def body(buffer: Buffer) -> None:
+        num_experts = 2 * buffer.group_size
+        torch.manual_seed(buffer.rank)
+        x = torch.randn((300, 512), dtype=torch.bfloat16, device="cuda")
+        idx = torch.rand((300, num_experts), device="cuda").topk(2)[1]
+        owners = torch.nn.functional.one_hot(idx // 2, buffer.group_size).sum(1) > 0
+        want = x * owners.sum(1, keepdim=True)  # exact: at most two
+        streams = [torch.cuda.Stream() for _ in range(3)]
+        torch.cuda.synchronize()
+        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, num_experts)
+        kept = []
+        for turn in range(12):
+            with torch.cuda.stream(streams[turn % 3]):
+                rows, _, _, _, handle, event = buffer.dispatch(
+                    x,
+                    num_tokens_per_rank=per_rank,
+                    is_token_in_rank=in_rank,
+                    num_tokens_per_expert=per_expert,
+                    async_finish=turn % 4 == 3,
+                )
+            with torch.cuda.stream(streams[(turn + 1) % 3]):
+                combined, _, _ = buffer.combine(rows, handle)
+            kept.append((rows, handle, event, combined))  # torch knows of one stream each
+        torch.cuda.synchronize()
+        assert all(torch.equal(combined, want) for *_, combined in kept)
+
+    run_ranks(2, body)
