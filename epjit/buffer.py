@@ -5,13 +5,20 @@ from __future__ import annotations
 import threading
 import warnings
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 
 from epjit import env, tuned
-from epjit.check import check, check_aligned, check_experts, check_topk
+from epjit.check import (
+    check,
+    check_aligned,
+    check_experts,
+    check_topk,
+    remember,
+    signature,
+)
 from epjit.config import (
     MAX_EXPERTS,
     MAX_GROUP,
@@ -31,6 +38,7 @@ from epjit.low_latency_checks import LowLatencyChecks, LowLatencyHandle, check_f
 from epjit.reference.cpu_backend import CpuBackend, CpuLowLatency, CpuMemory
 from epjit.reference.intranode import Handle
 from epjit.reference.low_latency import size_hint
+from epjit.runtime.empty import empty_on, matrix, vector
 from epjit.runtime.group import Group
 from epjit.runtime.topology import Topology, find_topology
 from epjit.scope import AnyScope, CpuScope, CurrentStream, GpuScope, Scope
@@ -291,6 +299,8 @@ class Buffer:
                 self._low_latency = CpuLowLatency(
                     links, num_rdma_bytes=num_rdma_bytes, enable_shrink=enable_shrink
                 )
+        self._empty = empty_on(self.device)
+        self._passed: dict[Hashable, bool] = {}  # arguments of the normal mode, see `signature`
         self._slots = _SLOTS if self._num_domains == 1 else _SLOTS_BETWEEN_DOMAINS
         self._low_latency_checks = LowLatencyChecks(
             links.size, num_rdma_bytes, self.device, self._num_domains
@@ -607,31 +617,31 @@ class Buffer:
             CommunicationError: An earlier operation of this buffer failed.
         """
         self._check_alive()
-        check(
-            "topk_idx",
-            topk_idx,
-            shape=("num_tokens", "num_topk"),
-            dtype=_INDEX_DTYPES,
-            device=self.device,
-        )
-        check_topk(topk_idx)
-        self._check_experts(num_experts)
+        arguments = (signature(topk_idx), num_experts)
+        if arguments not in self._passed:
+            check(
+                "topk_idx",
+                topk_idx,
+                shape=("num_tokens", "num_topk"),
+                dtype=_INDEX_DTYPES,
+                device=self.device,
+            )
+            check_topk(topk_idx)
+            self._check_experts(num_experts)
+            remember(self._passed, arguments, True)
         if self._cpu is not None:
             counts = self._cpu.layout(topk_idx, num_experts)
             return *counts, CpuScope(async_finish=async_finish).finish()
+        forms = (
+            vector(torch.int32, self.group_size),
+            vector(torch.int32, self._num_domains) if self._num_domains > 1 else None,
+            vector(torch.int32, num_experts),
+            matrix(torch.bool, topk_idx.shape[0], self.group_size),
+        )
         with self._lock:
             scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
             with scope.allocating():
-                per_rank = torch.empty(self.group_size, dtype=torch.int32, device=self.device)
-                per_rdma_rank = None
-                if self._num_domains > 1:
-                    per_rdma_rank = torch.empty(
-                        self._num_domains, dtype=torch.int32, device=self.device
-                    )
-                per_expert = torch.empty(num_experts, dtype=torch.int32, device=self.device)
-                in_rank = torch.empty(
-                    (topk_idx.shape[0], self.group_size), dtype=torch.bool, device=self.device
-                )
+                per_rank, per_rdma_rank, per_expert, in_rank = self._empty(forms)
             scope.start()
             self._layout(scope.stream, topk_idx, per_rank, per_rdma_rank, per_expert, in_rank)
             event = scope.finish((topk_idx, per_rank, per_rdma_rank, per_expert, in_rank))
@@ -840,23 +850,8 @@ class Buffer:
             handle[self._slots.rows].shape[0],
             handle[self._slots.tokens].shape[0],
         )
-        floats = (torch.bfloat16, torch.float16)
-        self._check_rows("x", x, num_rows, floats, "one row for each row of the dispatch")
-        if topk_weights is not None:
-            check(
-                "topk_weights",
-                topk_weights,
-                shape=(num_rows, "num_topk"),
-                dtype=torch.float32,
-                device=self.device,
-                why="one row for each row of x",
-            )
-            check_topk(topk_weights)
         bias_0, bias_1 = self._unpack_bias(bias)
-        for name, value in (("bias_0", bias_0), ("bias_1", bias_1)):
-            if value is not None:
-                why = "one row for each token of this rank"
-                self._check_rows(name, value, num_tokens, (x.dtype,), why, x.shape[1])
+        self._check_returned(x, topk_weights, bias_0, bias_1, num_rows, num_tokens)
         if config is None:
             config = self.get_combine_config(
                 self.group_size,
@@ -955,7 +950,7 @@ class Buffer:
             use_ue8m0=use_ue8m0,
             quantization=quantization,
         )
-        self._low_latency_checks.dispatch(
+        call = self._low_latency_checks.dispatch(
             x,
             topk_idx,
             num_max_dispatch_tokens_per_rank,
@@ -969,17 +964,15 @@ class Buffer:
             scope = self._low_latency_scope(async_finish)
             received, receive = mode.dispatch(
                 scope,
+                call,
                 x,
                 topk_idx,
-                max_tokens=num_max_dispatch_tokens_per_rank,
-                num_experts=num_experts,
-                row_format=row_format,
                 global_scale=global_scale,
                 recv_stats=cumulative_local_expert_recv_stats,
                 wait_cost=dispatch_wait_recv_cost_stats,
                 split=return_recv_hook,
             )
-            hook = self._hook("low_latency_dispatch", receive)
+            hook = None if receive is None else self._hook("low_latency_dispatch", receive)
         event = scope.finish_keeping(
             (
                 x,
@@ -994,7 +987,7 @@ class Buffer:
             received.src_info,
             received.layout_range,
             num_max_dispatch_tokens_per_rank,
-            x.shape[1],
+            call.hidden,
             num_experts,
         )
         recv_x = _payload(received.recv_x, received.recv_scales)
@@ -1045,7 +1038,7 @@ class Buffer:
         """
         mode = self._low_latency_mode("low_latency_combine")
         check_forms(async_finish=async_finish, return_recv_hook=return_recv_hook)
-        self._low_latency_checks.combine(
+        call = self._low_latency_checks.combine(
             x,
             topk_idx,
             topk_weights,
@@ -1055,24 +1048,21 @@ class Buffer:
             out=out,
             wait_cost=combine_wait_recv_cost_stats,
         )
-        src_info, _, max_tokens, _, num_experts = handle
+        src_info = handle[0]
         with self._lock:
             scope = self._low_latency_scope(async_finish)
             combined_x, receive = mode.combine(
                 scope,
+                call,
                 x,
                 topk_idx,
                 topk_weights,
                 src_info,
-                max_tokens=max_tokens,
-                num_experts=num_experts,
-                use_logfmt=use_logfmt,
-                zero_copy=zero_copy,
                 out=out,
                 wait_cost=combine_wait_recv_cost_stats,
                 split=return_recv_hook,
             )
-            hook = self._hook("low_latency_combine", receive)
+            hook = None if receive is None else self._hook("low_latency_combine", receive)
         event = scope.finish_keeping(
             (
                 x,
@@ -1258,10 +1248,8 @@ class Buffer:
             return CpuScope(async_finish=async_finish)
         return self._scope(None, async_finish, False)
 
-    def _hook(self, op: str, receive: Hook | None) -> Hook | None:
+    def _hook(self, op: str, receive: Hook) -> Hook:
         """What the caller gets for `receive`: it can be called once, and until reset()."""
-        if receive is None:
-            return None
         unreceived = self._unreceived = Unreceived(op)
 
         def hook() -> None:
@@ -1353,6 +1341,10 @@ class Buffer:
                 f"x is a tuple of {len(x)}, expected a tensor or a tuple of two: rows and scales"
             )
         rows, scales = x if isinstance(x, tuple) else (x, None)
+        arguments = signature(rows, scales)
+        if arguments in self._passed:
+            check_aligned("x", rows)
+            return rows, scales
         self._check_rows("x", rows, "num_tokens", None, "")
         if rows.shape[0] > MAX_TOKENS:
             raise ValueError(f"x has {rows.shape[0]} tokens; one call takes at most {MAX_TOKENS}")
@@ -1370,7 +1362,44 @@ class Buffer:
                 raise TypeError(
                     f"x[0] has dtype {rows.dtype}; a payload with scales has one byte an element"
                 )
+        remember(self._passed, arguments, True)
         return rows, scales
+
+    def _check_returned(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        bias_0: torch.Tensor | None,
+        bias_1: torch.Tensor | None,
+        num_rows: int,
+        num_tokens: int,
+    ) -> None:
+        """What a combine gets along with a handle of so many rows and tokens."""
+        arguments = (signature(x, topk_weights, bias_0, bias_1), num_rows, num_tokens)
+        biases = (("bias_0", bias_0), ("bias_1", bias_1))
+        if arguments in self._passed:
+            check_aligned("x", x)
+            for name, value in biases:
+                if value is not None:
+                    check_aligned(name, value)
+            return
+        floats = (torch.bfloat16, torch.float16)
+        self._check_rows("x", x, num_rows, floats, "one row for each row of the dispatch")
+        if topk_weights is not None:
+            check(
+                "topk_weights",
+                topk_weights,
+                shape=(num_rows, "num_topk"),
+                dtype=torch.float32,
+                device=self.device,
+                why="one row for each row of x",
+            )
+            check_topk(topk_weights)
+        for name, value in biases:
+            if value is not None:
+                why = "one row for each token of this rank"
+                self._check_rows(name, value, num_tokens, (x.dtype,), why, x.shape[1])
+        remember(self._passed, arguments, True)
 
     def _check_handle(self, handle: Handle, *, num_tokens: int | None) -> None:
         slots = self._slots
@@ -1383,15 +1412,16 @@ class Buffer:
             raise TypeError(
                 f"handle is a {got}, expected the tuple of {slots.number} that dispatch returned"
             )
+        device = self.device
         for index, tensor in enumerate(handle):
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(
                     f"handle[{index}] is a {type(tensor).__name__}, expected what dispatch returned"
                 )
-            if tensor.device != self.device:
+            if tensor.device != device:
                 raise ValueError(
-                    f"handle[{index}] is on {tensor.device}, but this Buffer is on {self.device}; "
-                    f"move it with .to({str(self.device)!r})"
+                    f"handle[{index}] is on {tensor.device}, but this Buffer is on {device}; "
+                    f"move it with .to({str(device)!r})"
                 )
         ranks, routed = handle[slots.ranks].shape[0], handle[slots.tokens]
         if ranks != self.group_size:

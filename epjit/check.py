@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 import torch
 
 from epjit.config import MAX_TOPK
+
+K = TypeVar("K")
+V = TypeVar("V")
+MOST_REMEMBERED = 4096  # a few MB
 
 
 def check(
@@ -70,13 +76,27 @@ def check(
     return tensor
 
 
-def signature(tensor: object) -> object:
+def signature(*tensors: torch.Tensor | None) -> tuple[object, ...]:
     """What `check` looks at: where it is equal, the checks that passed once pass again."""
-    if tensor is None:
-        return None
-    if isinstance(tensor, torch.Tensor):
-        return tensor.shape, tensor.dtype, tensor.device, tensor.is_contiguous()
-    return type(tensor)
+    try:
+        return tuple(
+            [
+                None
+                if each is None
+                else (each.shape, each.dtype, each.device, each.is_contiguous())
+                for each in tensors
+            ]
+        )
+    except AttributeError:  # not a tensor, which never passes
+        return tuple(type(each) for each in tensors)
+
+
+def remember(memory: dict[K, V], key: K, value: V) -> V:
+    """Keeps what was found out about calls of one kind; kinds that come and go do not pile up."""
+    if len(memory) >= MOST_REMEMBERED:
+        memory.clear()
+    memory[key] = value
+    return value
 
 
 def check_aligned(name: str, tensor: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 
 from epjit import env
@@ -155,11 +156,13 @@ _COMBINE_CHUNKS = {
 }
 
 
+@functools.lru_cache(maxsize=1024)  # callers ask in every call
 def default_dispatch_config(num_ranks: int, num_sms: int) -> Config:
     """V1's default settings for dispatch, for any number of ranks up to 256."""
     return Config(num_sms, *_chunks(_DISPATCH_CHUNKS, num_ranks))
 
 
+@functools.lru_cache(maxsize=1024)
 def default_combine_config(num_ranks: int, num_sms: int) -> Config:
     """V1's default settings for combine, for any number of ranks up to 256."""
     return Config(num_sms, *_chunks(_COMBINE_CHUNKS, num_ranks))

@@ -13,10 +13,11 @@ block formats of the OCP MX specification and of Blackwell's tensor cores.
 
 from __future__ import annotations
 
-import functools
 from dataclasses import dataclass
 
 import torch
+
+from epjit.runtime.empty import Form
 
 _SLOT_ALIGNMENT = 128
 _SLOT_METADATA_BYTES = 384  # beside a row: its token, and up to 32 choices of 8 bytes
@@ -72,42 +73,25 @@ class RowFormat:
             return 0
         return self.num_scale_bytes(hidden) // self.scale_dtype.itemsize
 
-    def allocate(
-        self, num_local_experts: int, num_rows: int, hidden: int, device: torch.device
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """New `recv_x` and scales, uninitialised.
+    def forms(self, num_local_experts: int, num_rows: int, hidden: int) -> tuple[Form, Form | None]:
+        """Of `recv_x` and of its scales.
 
         Args:
             num_local_experts: `E // R`.
             num_rows: Rows of an expert, `R * M`.
             hidden: `H`.
-            device: Where.
 
         Returns:
-            `x_dtype` `[E // R, R * M, num_columns]`; `scale_dtype` `[E // R, R * M, S]`, a
-            transposed view of contiguous memory with `column_major`, or None.
+            `x_dtype` `[E // R, R * M, num_columns]`; `scale_dtype` `[E // R, R * M, S]`, with
+            `column_major` transposed in memory, or None.
         """
-        shape, scale_shape, scale_strides = _shapes(self, num_local_experts, num_rows, hidden)
-        x = torch.empty(shape, dtype=self.x_dtype, device=device)
+        slabs, columns = (num_local_experts, num_rows), self.num_columns(hidden)
+        x = ((*slabs, columns), (columns * num_rows, columns, 1), self.x_dtype)
         if self.scale_dtype is None:
             return x, None
-        return x, torch.empty_strided(
-            scale_shape, scale_strides, dtype=self.scale_dtype, device=device
-        )
-
-
-@functools.lru_cache(maxsize=1024)  # a decoder asks for the same in every layer
-def _shapes(
-    row_format: RowFormat, num_local_experts: int, num_rows: int, hidden: int
-) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
-    """Shape of `recv_x`, shape and strides of its scales."""
-    columns = row_format.num_scale_columns(hidden)
-    inner = (1, num_rows) if row_format.column_major else (columns, 1)
-    return (
-        (num_local_experts, num_rows, row_format.num_columns(hidden)),
-        (num_local_experts, num_rows, columns),
-        (columns * num_rows, *inner),
-    )
+        columns = self.num_scale_columns(hidden)
+        inner = (1, num_rows) if self.column_major else (columns, 1)
+        return x, ((*slabs, columns), (columns * num_rows, *inner), self.scale_dtype)
 
 
 BF16 = RowFormat("bf16", 0, granularity=8, block=0, bits=16, x_dtype=torch.bfloat16)

@@ -593,19 +593,20 @@ class Internode(NormalMode):
         config = launch.kernel.config
         assert isinstance(config, InternodeDispatchConfig)
         _check_warps(config, num_sms)
-        received = self._allocate(scope, recv_src_meta.shape[0], x, scales, topk_idx, self._empty)
+        forms = self._forms(recv_src_meta.shape[0], x, scales, topk_idx)
+        with scope.allocating():
+            received = Received(*self._empty(forms))
         scope.start()
-        launch(
-            scope.stream,
-            num_sms,
+        values = {
             **self._payload(x, scales, topk_idx, topk_weights, received),
             **self._routing(handle),
-            recv_src_meta=recv_src_meta.data_ptr() if fills_handle else 0,
-            passing=passing.data_ptr() if fills_handle else 0,
-            num_passing=passing.shape[0],
-            num_send_warps=config.send_warps,
-            experts_per_rank=experts_per_rank,
-        )
+            "recv_src_meta": recv_src_meta.data_ptr() if fills_handle else 0,
+            "passing": passing.data_ptr() if fills_handle else 0,
+            "num_passing": passing.shape[0],
+            "num_send_warps": config.send_warps,
+            "experts_per_rank": experts_per_rank,
+        }
+        launch.start(scope.stream, num_sms, values)
         return received
 
     @staticmethod

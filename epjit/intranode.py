@@ -11,7 +11,6 @@ import math
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -23,7 +22,6 @@ from epjit.normal_mode import (
     SIGNALS_BYTES,
     CombineShape,
     DispatchShape,
-    Empty,
     NormalMode,
     Received,
     combine_shape,
@@ -33,6 +31,7 @@ from epjit.normal_mode import (
 from epjit.reference.intranode import Dispatched, Handle
 from epjit.runtime import variants
 from epjit.runtime.device import shared_limit
+from epjit.runtime.empty import Form, matrix, vector
 from epjit.runtime.jit import KernelConfig, Launch
 from epjit.runtime.pool import BlockPool, NoRoomError
 from epjit.runtime.stream import record_event
@@ -434,12 +433,14 @@ class Intranode(NormalMode):
         num_ranks = self._group.size
         launch = self.launch(dispatch_shape(x, scales, topk_idx))
         experts_per_rank = num_tokens_per_expert.shape[0] // num_ranks
+        forms = (
+            matrix(torch.int32, num_ranks, num_ranks),
+            vector(torch.int32, num_ranks),
+            vector(torch.int32, experts_per_rank),
+            matrix(torch.int32, x.shape[0], num_ranks),
+        )
         with scope.allocating():
-            ints: dict[str, Any] = {"dtype": torch.int32, "device": self._device}
-            rank_prefix = torch.empty((num_ranks, num_ranks), **ints)
-            source_tokens = torch.empty(num_ranks, **ints)
-            expert_counts = torch.empty(experts_per_rank, **ints)
-            send_head = torch.empty((x.shape[0], num_ranks), **ints)
+            rank_prefix, source_tokens, expert_counts, send_head = self._empty(forms)
         scope.start()
         waits = num_worst_tokens == 0
         self._notify(
@@ -532,31 +533,32 @@ class Intranode(NormalMode):
         a CUDA graph writes is written at every replay, also when the tensors are long gone: that is
         what torch keeps private pools for, so under capture all outputs are torch's.
         """
-
-        def allocate(empty: Empty, *, has_room: bool) -> _Outputs:
-            received = self._allocate(scope, num_rows, x, scales, topk_idx, empty)
-            with scope.allocating():
-                src_idx = empty((num_rows,), torch.int32) if with_src_idx else None
-            return _Outputs(received, src_idx, has_room)
-
+        src_idx = vector(torch.int32, num_rows) if with_src_idx else None
+        forms = (*self._forms(num_rows, x, scales, topk_idx), src_idx)
         config = launch.kernel.config
         assert isinstance(config, DispatchConfig)
-        capturing = torch.cuda.is_current_stream_capturing()
-        if config.direct and self._pool is not None and not capturing:
-            try:
-                return allocate(partial(self._empty_block, scope, self._pool), has_room=True)
-            except NoRoomError:
-                pass  # what has been taken so far goes back
-        return allocate(self._empty, has_room=False)
+        with scope.allocating():
+            blocks = self._empty_blocks(scope, forms) if config.direct else None
+            tensors = self._empty(forms) if blocks is None else blocks
+        return _Outputs(Received(*tensors[:4]), tensors[4], blocks is not None)
 
-    def _empty_block(
-        self, scope: GpuScope, pool: BlockPool, shape: tuple[int, ...], dtype: torch.dtype
-    ) -> torch.Tensor:
+    def _empty_blocks(self, scope: GpuScope, forms: Iterable[Form | None]) -> list[Any] | None:
+        """Outputs where peers reach them, if there is room for all."""
+        pool = self._pool
+        if pool is None or torch.cuda.is_current_stream_capturing():
+            return None
+        try:
+            return [None if form is None else self._block(scope, pool, form) for form in forms]
+        except NoRoomError:
+            return None  # what has been taken so far goes back
+
+    def _block(self, scope: GpuScope, pool: BlockPool, form: Form) -> torch.Tensor:
         """An output where peers reach it.
 
         Raises:
             NoRoomError: The pool has no block for it.
         """
+        shape, _, dtype = form
         num_bytes = math.prod(shape) * dtype.itemsize
         block = pool.take(num_bytes)
         for event in block.events:
@@ -588,18 +590,17 @@ class Intranode(NormalMode):
         config = launch.kernel.config
         assert isinstance(config, DispatchConfig)
         scope.start()
-        launch(
-            scope.stream,
-            num_sms,
+        values = {
             **self._payload(x, scales, topk_idx, topk_weights, outputs.received),
-            send_head=send_head.data_ptr(),
-            rank_prefix=rank_prefix.data_ptr(),
-            source_tokens=source_tokens.data_ptr(),
-            recv_src_idx=pointer(outputs.src_idx),
-            has_room=outputs.has_room,
-            num_stage_warps=config.stage_warps(num_sms, has_room=outputs.has_room),
-            experts_per_rank=experts_per_rank,
-        )
+            "send_head": send_head.data_ptr(),
+            "rank_prefix": rank_prefix.data_ptr(),
+            "source_tokens": source_tokens.data_ptr(),
+            "recv_src_idx": pointer(outputs.src_idx),
+            "has_room": outputs.has_room,
+            "num_stage_warps": config.stage_warps(num_sms, has_room=outputs.has_room),
+            "experts_per_rank": experts_per_rank,
+        }
+        launch.start(scope.stream, num_sms, values)
 
     def combine(
         self,
@@ -626,24 +627,25 @@ class Intranode(NormalMode):
             )
         combined_x, combined_weights = self._allocate_combined(scope, x, num_tokens, topk_weights)
         scope.start()
-        launch(
-            scope.stream,
-            num_sms,
-            x=x.data_ptr(),
-            topk_weights=pointer(topk_weights),
-            bias_0=pointer(bias[0]),
-            bias_1=pointer(bias[1]),
-            recv_src_idx=recv_src_idx.data_ptr(),
-            send_head=send_head.data_ptr(),
-            rank_prefix=rank_prefix.data_ptr(),
-            combined_x=combined_x.data_ptr(),
-            combined_topk_weights=pointer(combined_weights),
-            num_tokens=num_tokens,
+        values = {
+            "x": x.data_ptr(),
+            "topk_weights": pointer(topk_weights),
+            "bias_0": pointer(bias[0]),
+            "bias_1": pointer(bias[1]),
+            "recv_src_idx": recv_src_idx.data_ptr(),
+            "send_head": send_head.data_ptr(),
+            "rank_prefix": rank_prefix.data_ptr(),
+            "combined_x": combined_x.data_ptr(),
+            "combined_topk_weights": pointer(combined_weights),
+            "num_tokens": num_tokens,
             # Several warps share a token's sum unless there are many tokens a warp: shorter units
             # end closer together (4 parts instead of 1: 128 tokens on 12 SMs 26.7 us, not 31.4,
             # 512 on 24 SMs 42.6, not 47.4; 4096 on 12 SMs 310, not 276).
-            num_parts=max(1, min(4, 6 * combine_config.num_warps * num_sms // max(num_tokens, 1))),
-        )
+            "num_parts": max(
+                1, min(4, 6 * combine_config.num_warps * num_sms // max(num_tokens, 1))
+            ),
+        }
+        launch.start(scope.stream, num_sms, values)
         return combined_x, combined_weights
 
     # ---- the end ---------------------------------------------------------------------------------

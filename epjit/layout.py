@@ -95,17 +95,17 @@ class Layout:
             is_token_in_rank: Output, bool `[T, R]`.
         """
         num_tokens, num_topk = topk_idx.shape
-        self._launches[topk_idx.dtype](
-            stream,
-            max(1, min(-(-num_tokens // 64), _MAX_BLOCKS)),
-            topk_idx=topk_idx.data_ptr(),
-            num_tokens_per_rank=num_tokens_per_rank.data_ptr(),
-            num_tokens_per_rdma_rank=0
+        values = {
+            "topk_idx": topk_idx.data_ptr(),
+            "num_tokens_per_rank": num_tokens_per_rank.data_ptr(),
+            "num_tokens_per_rdma_rank": 0
             if num_tokens_per_rdma_rank is None
             else num_tokens_per_rdma_rank.data_ptr(),
-            num_tokens_per_expert=num_tokens_per_expert.data_ptr(),
-            is_token_in_rank=is_token_in_rank.data_ptr(),
-            num_tokens=num_tokens,
-            num_topk=num_topk,
-            num_experts=num_tokens_per_expert.shape[0],
-        )
+            "num_tokens_per_expert": num_tokens_per_expert.data_ptr(),
+            "is_token_in_rank": is_token_in_rank.data_ptr(),
+            "num_tokens": num_tokens,
+            "num_topk": num_topk,
+            "num_experts": num_tokens_per_expert.shape[0],
+        }
+        grid = max(1, min(-(-num_tokens // 64), _MAX_BLOCKS))
+        self._launches[topk_idx.dtype].start(stream, grid, values)

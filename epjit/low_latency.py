@@ -8,13 +8,14 @@ by RDMA (`peers.cuh`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
 import torch
 
 from epjit import env
+from epjit.check import remember
 from epjit.config import (
     MAX_LOW_LATENCY_CHOICES,
     MAX_LOW_LATENCY_EXPERTS,
@@ -22,9 +23,16 @@ from epjit.config import (
     MAX_RANKS,
 )
 from epjit.formats import BF16, FORMATS, FP8, NVFP4, RowFormat
-from epjit.reference.low_latency import LowLatencyDispatched, allocate_dispatched
+from epjit.low_latency_checks import CombineCall, DispatchCall
+from epjit.reference.low_latency import (
+    DispatchedForms,
+    LowLatencyDispatched,
+    allocate_dispatched,
+    dispatched_forms,
+)
 from epjit.runtime import variants
 from epjit.runtime.device import arch_of, num_sms, shared_limit
+from epjit.runtime.empty import Form, empty_on, matrix
 from epjit.runtime.fault import FaultRecord
 from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
 from epjit.runtime.symmetric import SymmetricMemory
@@ -38,7 +46,8 @@ if TYPE_CHECKING:
 _ALIGNMENT = 128
 _LOG_BLOCK = 128  # channels
 _CAST_ELEMENTS = 16
-_MOST_PLANS = 4096
+
+Forms = TypeVar("Forms", DispatchedForms, tuple[Form])
 
 for _variant in (
     # First, so that auto takes it: with two H200s a pair of calls in a graph takes 52.9 us against
@@ -388,12 +397,49 @@ class _Arena:
         self.total = self.words + 2 * self.words_stride * 8
 
 
-class _Plan(NamedTuple):
-    """How calls of one size are launched; made once for each, as they come by the thousand."""
+class _Plan(Generic[Forms]):
+    """How calls of one size are launched; made once for each, as they come by the thousand.
 
-    launch: Launch
-    grid: int
-    num_parts: int
+    Args:
+        launch: Of their kernel.
+        grid: Blocks.
+        num_parts: See the kernels' parameters.
+        call: The sizes.
+        num_ranks: `R`.
+        outputs: What they allocate.
+
+    Attributes:
+        launch: As passed.
+        grid: As passed.
+        outputs: As passed.
+        source_tokens: Where the first part of the `Routes` lies, in bytes from `src_info`.
+        source_rows: Where the second lies.
+        whole: Parameters of a launch of both phases that are the same in every call.
+        sends: Those of a launch that only sends.
+        receives: Those of a launch that only receives.
+    """
+
+    def __init__(
+        self,
+        launch: Launch,
+        grid: int,
+        num_parts: int,
+        call: DispatchCall | CombineCall,
+        num_ranks: int,
+        outputs: Forms,
+    ) -> None:
+        self.launch, self.grid = launch, grid
+        self.outputs: Forms = outputs
+        self.source_tokens = 4 * call.num_experts * call.max_tokens
+        self.source_rows = self.source_tokens + 4 * num_ranks
+        sizes: dict[str, Any] = {
+            "num_tokens": call.num_tokens,
+            "max_tokens": call.max_tokens,
+            "num_parts": num_parts,
+        }
+        self.whole = {**sizes, "sends": True, "receives": True}
+        self.sends = {**sizes, "sends": True, "receives": False}
+        self.receives = {**sizes, "sends": False, "receives": True}
 
 
 class LowLatency:
@@ -470,7 +516,9 @@ class LowLatency:
             self._peers.copy_(torch.tensor(peers, dtype=torch.int32, device="cpu"))
         self._fault = FaultRecord()
         self._launches: dict[LowLatencyDispatchShape | LowLatencyCombineShape, Launch] = {}
-        self._plans: dict[Hashable, _Plan] = {}
+        self._dispatch_plans: dict[DispatchCall, _Plan[DispatchedForms]] = {}
+        self._combine_plans: dict[CombineCall, _Plan[tuple[Form]]] = {}
+        self._empty = empty_on(device)
         self._clean = Launch(
             clean_kernel,
             **self._common(),
@@ -595,147 +643,132 @@ class LowLatency:
     def dispatch(
         self,
         scope: AnyScope,
+        call: DispatchCall,
         x: torch.Tensor,
         topk_idx: torch.Tensor,
         *,
-        max_tokens: int,
-        num_experts: int,
-        row_format: RowFormat,
         global_scale: torch.Tensor | None,
         recv_stats: torch.Tensor | None,
         wait_cost: torch.Tensor | None,
         split: bool,
     ) -> tuple[LowLatencyDispatched, Callable[[], None] | None]:
         """Casts and sends, and receives; `split` puts the second half into the callable."""
-        if self._transport is not None and max_tokens > self._most_tokens:
-            self._transport.check_queues(max_tokens)
-            self._most_tokens = max_tokens
-        num_tokens, hidden = x.shape
-        num_ranks, num_topk = self._group.size, topk_idx.shape[1]
-        key = (x.shape, num_topk, topk_idx.dtype, max_tokens, num_experts, row_format.code)
-        plan = self._plans.get(key)
+        plan = self._dispatch_plans.get(call)
         if plan is None:
-            shape = LowLatencyDispatchShape(
-                num_experts, hidden, row_format.code, num_topk, topk_idx.dtype == torch.int64
-            )
-            plan = self._keep(key, self._plan_dispatch(shape, num_tokens, max_tokens))
-        with scope.allocating():
-            outputs = allocate_dispatched(
-                row_format,
-                num_ranks=num_ranks,
-                max_tokens=max_tokens,
-                num_experts=num_experts,
-                num_topk=num_topk,
-                hidden=hidden,
-                device=self._device,
-            )
+            plan = self._plan_dispatch(call)
+        outputs = allocate_dispatched(plan.outputs, self._empty)
         scope.start()
-        routes = _address_of_routes(outputs.src_info)
+        recv_x, recv_scales, recv_count, src_info, layout_range = outputs
+        handle = src_info.data_ptr()
         values = {
             "x": x.data_ptr(),
             "topk_idx": topk_idx.data_ptr(),
-            "global_scale": _pointer(global_scale),
-            "recv_x": outputs.recv_x.data_ptr(),
-            "recv_scales": _pointer(outputs.recv_scales),
-            "recv_count": outputs.recv_count.data_ptr(),
-            "source_tokens": routes,
-            "source_rows": routes + 4 * num_ranks,
-            "src_info": outputs.src_info.data_ptr(),
-            "layout_range": outputs.layout_range.data_ptr(),
-            "recv_stats": _pointer(recv_stats),
-            "wait_cost": _pointer(wait_cost),
-            "num_tokens": num_tokens,
-            "max_tokens": max_tokens,
-            "num_parts": plan.num_parts,
+            "global_scale": 0 if global_scale is None else global_scale.data_ptr(),
+            "recv_x": recv_x.data_ptr(),
+            "recv_scales": 0 if recv_scales is None else recv_scales.data_ptr(),
+            "recv_count": recv_count.data_ptr(),
+            "source_tokens": handle + plan.source_tokens,
+            "source_rows": handle + plan.source_rows,
+            "src_info": handle,
+            "layout_range": layout_range.data_ptr(),
+            "recv_stats": 0 if recv_stats is None else recv_stats.data_ptr(),
+            "wait_cost": 0 if wait_cost is None else wait_cost.data_ptr(),
         }
-        tensors = (x, topk_idx, global_scale, recv_stats, wait_cost, outputs)
-        return outputs, self._run(plan, scope.stream, values, tensors, split=split)
+        if split:
+            tensors = (x, topk_idx, global_scale, recv_stats, wait_cost, outputs)
+            return outputs, self._split(plan, scope.stream, values, tensors)
+        plan.launch.start(scope.stream, plan.grid, values, plan.whole)
+        return outputs, None
 
-    def _plan_dispatch(
-        self, shape: LowLatencyDispatchShape, num_tokens: int, max_tokens: int
-    ) -> _Plan:
+    def _plan_dispatch(self, call: DispatchCall) -> _Plan[DispatchedForms]:
         """Sending takes a block a token, one the counts; receiving a warp an eighth of a row."""
-        launch = self.launch(shape)
+        if self._transport is not None and call.max_tokens > self._most_tokens:
+            self._transport.check_queues(call.max_tokens)
+            self._most_tokens = call.max_tokens
+        row_format, num_ranks = call.row_format, self._group.size
+        launch = self.launch(
+            LowLatencyDispatchShape(
+                call.num_experts, call.hidden, row_format.code, call.num_topk, call.topk_is_int64
+            )
+        )
         config = launch.kernel.config
         assert isinstance(config, LowLatencyDispatchConfig)
-        num_slots = self._group.size * max_tokens
-        grid = min(self._num_sms, max(num_tokens + 1, num_slots * 8 // config.num_warps))
+        num_slots = num_ranks * call.max_tokens
+        grid = min(self._num_sms, max(call.num_tokens + 1, num_slots * 8 // config.num_warps))
         num_parts = max(1, min(8, grid * config.num_warps // num_slots))
-        return _Plan(launch, grid, num_parts)
+        outputs = dispatched_forms(
+            row_format,
+            num_ranks=num_ranks,
+            max_tokens=call.max_tokens,
+            num_experts=call.num_experts,
+            num_topk=call.num_topk,
+            hidden=call.hidden,
+        )
+        plan = _Plan(launch, grid, num_parts, call, self._group.size, outputs)
+        return remember(self._dispatch_plans, call, plan)
 
-    def _plan_combine(
-        self, shape: LowLatencyCombineShape, num_tokens: int, max_tokens: int
-    ) -> _Plan:
+    def _plan_combine(self, call: CombineCall) -> _Plan[tuple[Form]]:
         """A warp adds 256 channels at a time; with few tokens that is all it does."""
-        launch = self.launch(shape)
+        launch = self.launch(
+            LowLatencyCombineShape(
+                call.num_experts, call.hidden, call.num_topk, call.topk_is_int64, call.use_logfmt
+            )
+        )
         config = launch.kernel.config
         assert isinstance(config, LowLatencyCombineConfig | LowLatencyReducedCombineConfig)
-        grid = min(self._num_sms, max(max_tokens * shape.num_topk // 4, 16))
-        steps = -(-shape.hidden // 256)
+        grid = min(self._num_sms, max(call.max_tokens * call.num_topk // 4, 16))
+        steps = -(-call.hidden // 256)
         if isinstance(config, LowLatencyReducedCombineConfig):
             # The same on all ranks. Each piece is published by itself, which takes 2 us and more.
-            num_parts = max(1, min(steps, 1024 // max_tokens))
+            num_parts = max(1, min(steps, 1024 // call.max_tokens))
         else:
-            steps_a_warp = -(-num_tokens * steps // (2 * grid * config.num_warps)) or 1
+            steps_a_warp = -(-call.num_tokens * steps // (2 * grid * config.num_warps)) or 1
             num_parts = -(-steps // steps_a_warp)
-        return _Plan(launch, grid, num_parts)
-
-    def _keep(self, key: Hashable, plan: _Plan) -> _Plan:
-        """Remembers a plan; sizes that come and go do not pile up."""
-        if len(self._plans) >= _MOST_PLANS:
-            self._plans.clear()
-        self._plans[key] = plan
-        return plan
+        outputs = (matrix(torch.bfloat16, call.num_tokens, call.hidden),)
+        plan = _Plan(launch, grid, num_parts, call, self._group.size, outputs)
+        return remember(self._combine_plans, call, plan)
 
     def combine(
         self,
         scope: AnyScope,
+        call: CombineCall,
         x: torch.Tensor,
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
         src_info: torch.Tensor,
         *,
-        max_tokens: int,
-        num_experts: int,
-        use_logfmt: bool,
-        zero_copy: bool,
         out: torch.Tensor | None,
         wait_cost: torch.Tensor | None,
         split: bool,
     ) -> tuple[torch.Tensor, Callable[[], None] | None]:
         """Pushes rows back and sums them; `split` puts the second half into the callable."""
-        num_tokens, num_topk = topk_idx.shape
-        hidden = x.shape[2]
-        key = (x.shape, topk_idx.shape, topk_idx.dtype, max_tokens, num_experts, use_logfmt)
-        plan = self._plans.get(key)
+        plan = self._combine_plans.get(call)
         if plan is None:
-            shape = LowLatencyCombineShape(
-                num_experts, hidden, num_topk, topk_idx.dtype == torch.int64, use_logfmt
+            plan = self._plan_combine(call)
+        if call.zero_copy:
+            x = self.send_buffer(
+                num_experts=call.num_experts, max_tokens=call.max_tokens, hidden=call.hidden
             )
-            plan = self._keep(key, self._plan_combine(shape, num_tokens, max_tokens))
-        if zero_copy:
-            x = self.send_buffer(num_experts=num_experts, max_tokens=max_tokens, hidden=hidden)
         elif self._remote:
-            self._check_source(x, use_logfmt=use_logfmt)
-        with scope.allocating():
-            if out is None:
-                out = torch.empty((num_tokens, hidden), dtype=torch.bfloat16, device=self._device)
+            self._check_source(x, use_logfmt=call.use_logfmt)
+        if out is None:
+            (out,) = self._empty(plan.outputs)
         scope.start()
-        routes = _address_of_routes(src_info)
+        routes = src_info.data_ptr()
         values = {
             "x": x.data_ptr(),
             "topk_idx": topk_idx.data_ptr(),
             "topk_weights": topk_weights.data_ptr(),
-            "source_tokens": routes,
-            "source_rows": routes + 4 * self._group.size,
+            "source_tokens": routes + plan.source_tokens,
+            "source_rows": routes + plan.source_rows,
             "out": out.data_ptr(),
-            "wait_cost": _pointer(wait_cost),
-            "num_tokens": num_tokens,
-            "max_tokens": max_tokens,
-            "num_parts": plan.num_parts,
+            "wait_cost": 0 if wait_cost is None else wait_cost.data_ptr(),
         }
-        tensors = (x, topk_idx, topk_weights, src_info, out, wait_cost)
-        return out, self._run(plan, scope.stream, values, tensors, split=split)
+        if split:
+            tensors = (x, topk_idx, topk_weights, src_info, out, wait_cost)
+            return out, self._split(plan, scope.stream, values, tensors)
+        plan.launch.start(scope.stream, plan.grid, values, plan.whole)
+        return out, None
 
     def _check_source(self, x: torch.Tensor, *, use_logfmt: bool) -> None:
         """Between domains rows are staged in the send buffer, and must not lie there already.
@@ -754,25 +787,18 @@ class LowLatency:
         )
 
     @staticmethod
-    def _run(
-        plan: _Plan,
-        stream: int,
-        values: dict[str, int],
-        tensors: object,
-        *,
-        split: bool,
-    ) -> Callable[[], None] | None:
-        """One launch of both phases, or one of the first and a callable that launches the second.
+    def _split(
+        plan: _Plan[Any], stream: int, values: dict[str, int], tensors: object
+    ) -> Callable[[], None]:
+        """A launch of the first phase; what is returned launches the second.
 
-        The callable holds on to `tensors`.
+        Until then it holds on to `tensors`.
         """
-        plan.launch.start(stream, plan.grid, values | {"sends": True, "receives": not split})
-        if not split:
-            return None
+        plan.launch.start(stream, plan.grid, values, plan.sends)
 
         def receive(kept: object = tensors) -> None:
             del kept
-            plan.launch.start(stream, plan.grid, values | {"sends": False, "receives": True})
+            plan.launch.start(stream, plan.grid, values, plan.receives)
 
         return receive
 
@@ -817,7 +843,8 @@ class LowLatency:
         the memory is not given away before that has left, unless a peer was lost.
         """
         torch.cuda.synchronize(self._device)
-        self._plans.clear()
+        self._dispatch_plans.clear()
+        self._combine_plans.clear()
         self._launches.clear()
         del self._clean
         lost = self._fault.is_set or (self._shrink and bool(self.mask.any()))
@@ -854,12 +881,3 @@ def _combine_config(
     if variant == "reduced" and not shape.logfmt:
         return LowLatencyReducedCombineConfig.choose(shape, num_ranks=num_ranks)
     return LowLatencyCombineConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
-
-
-def _address_of_routes(src_info: torch.Tensor) -> int:
-    """Where the `Routes` lie behind `src_info`: tokens of each rank, then rows."""
-    return src_info.data_ptr() + 4 * src_info.numel()
-
-
-def _pointer(tensor: torch.Tensor | None) -> int:
-    return 0 if tensor is None else tensor.data_ptr()

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 
 from epjit import env
-from epjit.check import check, check_aligned, check_experts, check_topk, signature
+from epjit.check import check, check_aligned, check_experts, check_topk, remember, signature
 from epjit.config import (
     MAX_LOW_LATENCY_CHOICES,
     MAX_LOW_LATENCY_EXPERTS,
@@ -25,8 +25,55 @@ LowLatencyHandle: TypeAlias = tuple[torch.Tensor, torch.Tensor, int, int, int]
 behind `src_info`, in its storage, lie the `Routes` that the combine follows."""
 
 _LOGFMT_BLOCK = 128
-_MOST_PASSED = 4096
 _QUARTERS = 4  # two of them take turns to receive; the other two are the send buffer
+
+
+@dataclass(frozen=True, eq=False)  # equal calls have the same object: told apart by identity
+class DispatchCall:
+    """What is known of a dispatch that passed the checks.
+
+    Attributes:
+        num_tokens: `T`.
+        hidden: `H`.
+        num_topk: `K`.
+        topk_is_int64: Width of the choices.
+        max_tokens: `M`.
+        num_experts: `E`.
+        row_format: How rows arrive.
+    """
+
+    num_tokens: int
+    hidden: int
+    num_topk: int
+    topk_is_int64: bool
+    max_tokens: int
+    num_experts: int
+    row_format: RowFormat
+
+
+@dataclass(frozen=True, eq=False)
+class CombineCall:
+    """What is known of a combine that passed the checks.
+
+    Attributes:
+        num_tokens: `T`.
+        hidden: `H`.
+        num_topk: `K`.
+        topk_is_int64: Width of the choices.
+        max_tokens: `M`.
+        num_experts: `E`.
+        use_logfmt: Whether rows travel in the logarithmic format.
+        zero_copy: Whether the rows are in the send buffer.
+    """
+
+    num_tokens: int
+    hidden: int
+    num_topk: int
+    topk_is_int64: bool
+    max_tokens: int
+    num_experts: int
+    use_logfmt: bool
+    zero_copy: bool
 
 
 @dataclass(frozen=True)
@@ -47,13 +94,8 @@ class LowLatencyChecks:
     num_rdma_bytes: int
     device: torch.device
     num_domains: int = 1
-    _passed: set[Hashable] = field(default_factory=set, compare=False, repr=False)
-
-    def _remember(self, call: Hashable) -> None:
-        """Marks the arguments of a call as right."""
-        if len(self._passed) >= _MOST_PASSED:  # shapes come and go: no more than a few 100 KB
-            self._passed.clear()
-        self._passed.add(call)
+    _dispatches: dict[Hashable, DispatchCall] = field(default_factory=dict, repr=False)
+    _combines: dict[Hashable, CombineCall] = field(default_factory=dict, repr=False)
 
     def sizes(self, max_tokens: int, num_experts: int) -> None:
         """`M` and `E`."""
@@ -84,21 +126,18 @@ class LowLatencyChecks:
         global_scale: torch.Tensor | None,
         recv_stats: torch.Tensor | None,
         wait_cost: torch.Tensor | None,
-    ) -> None:
+    ) -> DispatchCall:
         """Everything that `low_latency_dispatch` takes."""
-        call = (
-            signature(x),
-            signature(topk_idx),
+        arguments = (
+            signature(x, topk_idx, global_scale, recv_stats, wait_cost),
             max_tokens,
             num_experts,
-            row_format.code,
-            signature(global_scale),
-            signature(recv_stats),
-            signature(wait_cost),
+            row_format,
         )
-        if call in self._passed:
+        passed = self._dispatches.get(arguments)
+        if passed is not None:
             check_aligned("x", x)
-            return
+            return passed
         self.sizes(max_tokens, num_experts)
         shape = ("num_tokens", "hidden")
         check("x", x, shape=shape, dtype=torch.bfloat16, device=self.device)
@@ -139,7 +178,16 @@ class LowLatencyChecks:
             self.num_ranks * max_tokens * row_format.slot_bytes(hidden),
             (max_tokens, hidden, num_experts),
         )
-        self._remember(call)
+        call = DispatchCall(
+            num_tokens,
+            hidden,
+            topk_idx.shape[1],
+            topk_idx.dtype == torch.int64,
+            max_tokens,
+            num_experts,
+            row_format,
+        )
+        return remember(self._dispatches, arguments, call)
 
     def combine(
         self,
@@ -152,28 +200,24 @@ class LowLatencyChecks:
         zero_copy: bool,
         out: torch.Tensor | None,
         wait_cost: torch.Tensor | None,
-    ) -> None:
+    ) -> CombineCall:
         """Everything that `low_latency_combine` takes."""
-        dispatched_topk = self.handle(handle)
-        _, _, max_tokens, hidden, num_experts = handle
-        call = (
-            signature(x),
-            signature(topk_idx),
-            signature(topk_weights),
-            dispatched_topk,
-            max_tokens,
-            hidden,
-            num_experts,
+        src_info, layout_range, max_tokens, hidden, num_experts = self._entries(handle)
+        sizes = max_tokens, hidden, num_experts
+        arguments = (
+            signature(x, topk_idx, topk_weights, src_info, layout_range, out, wait_cost),
+            _end(src_info),
+            sizes,
             use_logfmt,
             zero_copy,
-            signature(out),
-            signature(wait_cost),
         )
-        if call in self._passed:
+        passed = self._combines.get(arguments)
+        if passed is not None:
             check_aligned("x", x)
             if out is not None:
                 check_aligned("out", out)
-            return
+            return passed
+        dispatched_topk = self._handle(handle)
         shape = (num_experts // self.num_ranks, self.num_ranks * max_tokens, hidden)
         why = "one row for each row of the dispatch, received or not"
         check("x", x, shape=shape, dtype=torch.bfloat16, device=self.device, why=why)
@@ -214,7 +258,6 @@ class LowLatencyChecks:
             )
             check_aligned("out", out)
         self._wait_cost("combine_wait_recv_cost_stats", wait_cost)
-        sizes = (max_tokens, hidden, num_experts)
         self._room(
             f"low_latency_combine of top-{num_topk}",
             # One row a choice; or, in the variant `reduced`, one a rank, and the weights.
@@ -223,15 +266,26 @@ class LowLatencyChecks:
         )
         if zero_copy or self.num_domains > 1:  # to other domains rows are sent from there
             self._room_to_send(sizes)
-        self._remember(call)
+        call = CombineCall(
+            num_tokens,
+            hidden,
+            num_topk,
+            topk_idx.dtype == torch.int64,
+            max_tokens,
+            num_experts,
+            use_logfmt,
+            zero_copy,
+        )
+        return remember(self._combines, arguments, call)
 
     def send_buffer(self, handle: LowLatencyHandle) -> None:
         """What `get_next_low_latency_combine_buffer` takes."""
-        self.handle(handle)
+        self._handle(handle)
         self._room_to_send(handle[2:])
 
-    def handle(self, handle: Any) -> int:
-        """What `low_latency_dispatch` returned; gives the top-k of that call."""
+    @staticmethod
+    def _entries(handle: Any) -> tuple[Any, Any, Any, Any, Any]:
+        """The entries of a handle."""
         if not isinstance(handle, tuple | list) or len(handle) != 5:
             got = (
                 f"{type(handle).__name__} of {len(handle)}"
@@ -242,9 +296,11 @@ class LowLatencyChecks:
                 f"handle is a {got}, expected the tuple of 5 that low_latency_dispatch returned"
             )
         src_info, layout_range, max_tokens, hidden, num_experts = handle
-        made = (signature(src_info), signature(layout_range), max_tokens, hidden, num_experts)
-        if made in self._passed:
-            return routed_topk(src_info, self.num_ranks)
+        return src_info, layout_range, max_tokens, hidden, num_experts
+
+    def _handle(self, handle: Any) -> int:
+        """What `low_latency_dispatch` returned; gives the top-k of that call."""
+        src_info, layout_range, max_tokens, hidden, num_experts = self._entries(handle)
         if not all(isinstance(each, int) for each in (max_tokens, hidden, num_experts)):
             raise TypeError(
                 f"handle[2:] is {tuple(handle[2:])}, expected the three numbers that "
@@ -270,7 +326,6 @@ class LowLatencyChecks:
             device=self.device,
             why=why,
         )
-        self._remember(made)
         return routed_topk(src_info, self.num_ranks)
 
     def _choices(
@@ -330,6 +385,13 @@ class LowLatencyChecks:
             f"with Buffer.get_low_latency_rdma_size_hint({max_tokens}, {hidden}, "
             f"{self.num_ranks}, {num_experts}), which is {hint}"
         )
+
+
+def _end(src_info: object) -> object:
+    """What tells how much lies behind `src_info`."""
+    if not isinstance(src_info, torch.Tensor):
+        return None
+    return src_info.untyped_storage().nbytes(), src_info.storage_offset()
 
 
 def check_variant(num_domains: int) -> None:

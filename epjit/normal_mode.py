@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias, TypeVar
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -16,6 +16,7 @@ from epjit import env
 from epjit.config import MAX_RANKS
 from epjit.errors import CommunicationError
 from epjit.runtime.device import arch_of
+from epjit.runtime.empty import Form, empty_on, matrix
 from epjit.runtime.fault import FaultRecord
 from epjit.runtime.host import PinnedArray
 from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
@@ -32,8 +33,6 @@ _EPOCH, _ABORT, _COUNTERS = 0, 1, 32  # places in the local words
 _SPIN_SECONDS = 200e-6
 
 C = TypeVar("C", bound=KernelConfig)
-Empty: TypeAlias = Callable[[tuple[int, ...], torch.dtype], torch.Tensor]
-"""Makes an output of a shape and a dtype."""
 
 
 class DispatchShape(NamedTuple):
@@ -111,6 +110,7 @@ class NormalMode(ABC):
         self._timeout_seconds = timeout_seconds
         self._arch = arch_of(device.index)
         self._local = torch.zeros(_COUNTERS + num_counters, dtype=torch.int32, device=device)
+        self._empty = empty_on(device)
         self._fault = FaultRecord()
         # The first half is read by a host that waits for counts; the second takes those that nobody
         # waits for.
@@ -195,29 +195,21 @@ class NormalMode(ABC):
 
     # ---- outputs ---------------------------------------------------------------------------------
 
-    def _empty(self, shape: tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
-        return torch.empty(shape, dtype=dtype, device=self._device)
-
     @staticmethod
-    def _allocate(
-        scope: GpuScope,
+    def _forms(
         num_rows: int,
         x: torch.Tensor,
         scales: torch.Tensor | None,
         topk_idx: torch.Tensor | None,
-        empty: Empty,
-    ) -> Received:
-        """Outputs of a dispatch of `num_rows` rows."""
-        recv_scales = recv_topk_idx = recv_topk_weights = None
-        with scope.allocating():
-            recv_x = empty((num_rows, x.shape[1]), x.dtype)
-            if scales is not None:
-                recv_scales = empty((num_rows, scales.shape[1]), scales.dtype)
-            if topk_idx is not None:
-                shape = (num_rows, topk_idx.shape[1])
-                recv_topk_idx = empty(shape, topk_idx.dtype)
-                recv_topk_weights = empty(shape, torch.float32)
-        return Received(recv_x, recv_scales, recv_topk_idx, recv_topk_weights)
+    ) -> tuple[Form | None, ...]:
+        """Outputs of a dispatch of `num_rows` rows, in the order of `Received`."""
+        rows = matrix(x.dtype, num_rows, x.shape[1])
+        row_scales = None if scales is None else matrix(scales.dtype, num_rows, scales.shape[1])
+        if topk_idx is None:
+            return rows, row_scales, None, None
+        num_topk = topk_idx.shape[1]
+        choices = matrix(topk_idx.dtype, num_rows, num_topk)
+        return rows, row_scales, choices, matrix(torch.float32, num_rows, num_topk)
 
     @staticmethod
     def _payload(
@@ -228,6 +220,7 @@ class NormalMode(ABC):
         received: Received,
     ) -> dict[str, int]:
         """Parameters for what a dispatch moves."""
+        recv_x, recv_scales, recv_topk_idx, recv_topk_weights = received
         return {
             "x": x.data_ptr(),
             "scales": pointer(scales),
@@ -235,25 +228,26 @@ class NormalMode(ABC):
             "scale_stride": 0 if scales is None else scales.stride(1),
             "topk_idx": pointer(topk_idx),
             "topk_weights": pointer(topk_weights),
-            "recv_x": received.recv_x.data_ptr(),
-            "recv_scales": pointer(received.recv_scales),
-            "recv_topk_idx": pointer(received.recv_topk_idx),
-            "recv_topk_weights": pointer(received.recv_topk_weights),
+            "recv_x": recv_x.data_ptr(),
+            "recv_scales": pointer(recv_scales),
+            "recv_topk_idx": pointer(recv_topk_idx),
+            "recv_topk_weights": pointer(recv_topk_weights),
             "num_tokens": x.shape[0],
-            "num_recv_rows": received.recv_x.shape[0],
+            "num_recv_rows": recv_x.shape[0],
         }
 
     def _allocate_combined(
         self, scope: GpuScope, x: torch.Tensor, num_tokens: int, topk_weights: torch.Tensor | None
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Outputs of a combine."""
-        combined_weights = None
+        forms = (
+            matrix(x.dtype, num_tokens, x.shape[1]),
+            None
+            if topk_weights is None
+            else matrix(torch.float32, num_tokens, topk_weights.shape[1]),
+        )
         with scope.allocating():
-            combined_x = torch.empty((num_tokens, x.shape[1]), dtype=x.dtype, device=self._device)
-            if topk_weights is not None:
-                combined_weights = torch.empty(
-                    (num_tokens, topk_weights.shape[1]), dtype=torch.float32, device=self._device
-                )
+            combined_x, combined_weights = self._empty(forms)
         return combined_x, combined_weights
 
     # ---- the host's waits, faults, the end -------------------------------------------------------

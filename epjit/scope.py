@@ -13,6 +13,8 @@ from epjit.event import EventHandle, EventOverlap
 if TYPE_CHECKING:
     from epjit.runtime.stream import CommStream
 
+_NOWHERE = nullcontext()
+
 
 class Scope:
     """The streams of one call: what kernels wait for, where outputs lie, what is returned.
@@ -61,9 +63,7 @@ class Scope:
 
     def allocating(self) -> AbstractContextManager[object]:
         """Where outputs are allocated."""
-        return (
-            torch.cuda.stream(self._comm.torch_stream) if self._allocate_on_comm else nullcontext()
-        )
+        return torch.cuda.stream(self._comm.torch_stream) if self._allocate_on_comm else _NOWHERE
 
     def start(self) -> None:
         """Makes the communication stream wait for the inputs and the outputs."""
@@ -120,7 +120,7 @@ class CurrentStream:
 
     def allocating(self) -> AbstractContextManager[object]:
         """Where outputs are allocated."""
-        return nullcontext()
+        return _NOWHERE
 
     def start(self) -> None:
         """Nothing to wait for."""
@@ -148,10 +148,6 @@ class CpuScope:
 
     def __init__(self, *, async_finish: bool) -> None:
         self._async = async_finish
-
-    def allocating(self) -> AbstractContextManager[object]:
-        """Where outputs are allocated."""
-        return nullcontext()
 
     def start(self) -> None:
         """Nothing to wait for."""

@@ -17,6 +17,7 @@ from epjit import Buffer, Config
 from epjit.formats import BF16
 from epjit.reference import internode, low_latency
 from epjit.reference import intranode as reference
+from epjit.runtime.empty import empty_on
 from tests.rounds import Round, make_world, to_device
 
 NUM_RANKS = 2
@@ -209,15 +210,15 @@ class Bench:
 
     def src_info(self, max_tokens: int, num_experts: int, num_topk: int) -> torch.Tensor:
         """Of a dispatch with other sizes, with nothing in it."""
-        return low_latency.allocate_dispatched(
+        forms = low_latency.dispatched_forms(
             BF16,
             num_ranks=NUM_RANKS,
             max_tokens=max_tokens,
             num_experts=num_experts,
             num_topk=num_topk,
             hidden=8,
-            device=self.device,
-        ).src_info
+        )
+        return low_latency.allocate_dispatched(forms, empty_on(self.device)).src_info
 
     def ll_changed(self, index: int, value: object) -> tuple[Any, ...]:
         """The handle of a low-latency dispatch with another entry."""

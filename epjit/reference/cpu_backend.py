@@ -19,9 +19,10 @@ from epjit.reference import internode, intranode, low_latency
 from epjit.reference.internode import Domains
 from epjit.reference.intranode import Bias, Dispatched, Handle, RankInput
 from epjit.reference.low_latency import LowLatencyDispatched
+from epjit.runtime.empty import empty_on
 
 if TYPE_CHECKING:
-    from epjit.formats import RowFormat
+    from epjit.low_latency_checks import CombineCall, DispatchCall
     from epjit.runtime.group import Group
     from epjit.scope import AnyScope
 
@@ -268,12 +269,10 @@ class CpuLowLatency:
     def dispatch(
         self,
         scope: AnyScope,
+        call: DispatchCall,
         x: Tensor,
         topk_idx: Tensor,
         *,
-        max_tokens: int,
-        num_experts: int,
-        row_format: RowFormat,
         global_scale: Tensor | None,
         recv_stats: Tensor | None,
         wait_cost: Tensor | None,
@@ -283,11 +282,9 @@ class CpuLowLatency:
 
         Args:
             scope: Of this call.
+            call: Its sizes.
             x: bfloat16 `[T, H]`.
             topk_idx: `[T, K]` int32 or int64.
-            max_tokens: `M`.
-            num_experts: `E`.
-            row_format: How rows arrive.
             global_scale: float32 `[1]`, or None.
             recv_stats: int32 `[E // R]`, to which the received rows are added, or None.
             wait_cost: int64 `[R]`, to which nothing is added: nobody counts cycles here.
@@ -297,16 +294,15 @@ class CpuLowLatency:
             See `LowLatencyDispatched`, and what receives, or None.
         """
         del wait_cost
-        with scope.allocating():
-            out = low_latency.allocate_dispatched(
-                row_format,
-                num_ranks=self._group.size,
-                max_tokens=max_tokens,
-                num_experts=num_experts,
-                num_topk=topk_idx.shape[1],
-                hidden=x.shape[1],
-                device=x.device,
-            )
+        forms = low_latency.dispatched_forms(
+            call.row_format,
+            num_ranks=self._group.size,
+            max_tokens=call.max_tokens,
+            num_experts=call.num_experts,
+            num_topk=call.num_topk,
+            hidden=call.hidden,
+        )
+        out = low_latency.allocate_dispatched(forms, empty_on(x.device))
         scope.start()
         if split:
             x, topk_idx = x.clone(), topk_idx.clone()
@@ -314,12 +310,12 @@ class CpuLowLatency:
             self._group,
             "low_latency_dispatch",
             {
-                "hidden": x.shape[1],
-                "num_max_dispatch_tokens_per_rank": max_tokens,
-                "num_experts": num_experts,
-                "num_topk": topk_idx.shape[1],
+                "hidden": call.hidden,
+                "num_max_dispatch_tokens_per_rank": call.max_tokens,
+                "num_experts": call.num_experts,
+                "num_topk": call.num_topk,
                 "topk_idx dtype": topk_idx.dtype,
-                "format": row_format.name,
+                "format": call.row_format.name,
                 "global_scale": None if global_scale is None else float(global_scale),
             },
             (x, topk_idx, global_scale),
@@ -330,9 +326,9 @@ class CpuLowLatency:
             low_latency.dispatch(
                 [low_latency.RankInput(*tensors) for tensors in worlds],
                 self._group.rank,
-                max_tokens=max_tokens,
-                num_experts=num_experts,
-                row_format=row_format,
+                max_tokens=call.max_tokens,
+                num_experts=call.num_experts,
+                row_format=call.row_format,
                 masked=self._masked(),
                 out=out,
             )
@@ -348,15 +344,12 @@ class CpuLowLatency:
     def combine(
         self,
         scope: AnyScope,
+        call: CombineCall,
         x: Tensor,
         topk_idx: Tensor,
         topk_weights: Tensor,
         src_info: Tensor,
         *,
-        max_tokens: int,
-        num_experts: int,
-        use_logfmt: bool,
-        zero_copy: bool,
         out: Tensor | None,
         wait_cost: Tensor | None,
         split: bool,
@@ -365,14 +358,11 @@ class CpuLowLatency:
 
         Args:
             scope: Of this call.
+            call: Its sizes.
             x: bfloat16 `[E // R, R * M, H]`.
             topk_idx: `[T, K]`, as dispatched.
             topk_weights: float32 `[T, K]`.
             src_info: From the dispatch.
-            max_tokens: `M`.
-            num_experts: `E`.
-            use_logfmt: Whether rows travel in the logarithmic format.
-            zero_copy: Whether the rows are in the send buffer, and not in `x`.
             out: bfloat16 `[T, H]` to write to, or None.
             wait_cost: int64 `[R]`, to which nothing is added.
             split: Whether to return before anything is received.
@@ -381,24 +371,24 @@ class CpuLowLatency:
             bfloat16 `[T, H]`, and what receives, or None.
         """
         del wait_cost
-        hidden = x.shape[2]
-        with scope.allocating():
-            combined = out
-            if combined is None:
-                shape = (topk_idx.shape[0], hidden)
-                combined = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
+        combined = out
+        if combined is None:
+            shape = (call.num_tokens, call.hidden)
+            combined = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
         scope.start()
-        if zero_copy:
-            x = self.send_buffer(num_experts=num_experts, max_tokens=max_tokens, hidden=hidden)
+        if call.zero_copy:
+            x = self.send_buffer(
+                num_experts=call.num_experts, max_tokens=call.max_tokens, hidden=call.hidden
+            )
         worlds = _exchange(
             self._group,
             "low_latency_combine",
             {
-                "hidden": hidden,
-                "num_max_dispatch_tokens_per_rank": max_tokens,
-                "num_experts": num_experts,
-                "num_topk": topk_idx.shape[1],
-                "use_logfmt": use_logfmt,
+                "hidden": call.hidden,
+                "num_max_dispatch_tokens_per_rank": call.max_tokens,
+                "num_experts": call.num_experts,
+                "num_topk": call.num_topk,
+                "use_logfmt": call.use_logfmt,
             },
             tuple(low_latency.collect(x, src_info, self._group.size)),
         )
@@ -411,9 +401,9 @@ class CpuLowLatency:
                     self._group.rank,
                     topk_idx,
                     topk_weights,
-                    num_experts=num_experts,
-                    use_logfmt=use_logfmt,
-                    reduced=not use_logfmt and env.low_latency_combine_variant() == "reduced",
+                    num_experts=call.num_experts,
+                    use_logfmt=call.use_logfmt,
+                    reduced=not call.use_logfmt and env.low_latency_combine_variant() == "reduced",
                     masked=self._masked(),
                 )
             )

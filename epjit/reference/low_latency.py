@@ -20,6 +20,7 @@ from torch import Tensor
 
 from epjit.formats import BF16, FP8, FP8_ROUND, FP8_UE8M0, MXFP8, NVFP4, RowFormat
 from epjit.reference.intranode import experts_per_rank
+from epjit.runtime.empty import Empty, Form, empty_on, matrix, vector
 
 _ALIGNMENT = 128
 _MAX_TOPK = 32
@@ -53,7 +54,7 @@ class LowLatencyDispatched(NamedTuple):
     """What one rank gets from a low-latency dispatch; rows behind `recv_count` are undefined.
 
     Attributes:
-        recv_x: `[E // R, R * M, columns]`, see `RowFormat.allocate`.
+        recv_x: `[E // R, R * M, columns]`, see `RowFormat.forms`.
         recv_scales: `[E // R, R * M, S]`, or None.
         recv_count: int32 `[E // R]`, rows of each local expert.
         src_info: int32 `[E // R, R * M]`: token of each row on its source rank. Behind it, in the
@@ -119,7 +120,20 @@ def size_hint(max_tokens: int, hidden: int, num_ranks: int, num_experts: int) ->
     return max(2 * _align(num_experts * max_tokens * row_bytes), 4 * _align(arriving))
 
 
-def allocate_dispatched(
+class DispatchedForms(NamedTuple):
+    """What the result of a dispatch is like, and lies in.
+
+    Attributes:
+        new: Of `recv_x`, its scales, `recv_count`, the words that `src_info` and the `Routes` lie
+            in, and `layout_range`.
+        src_info: Shape and strides, in these words.
+    """
+
+    new: tuple[Form | None, ...]
+    src_info: tuple[tuple[int, int], tuple[int, int]]
+
+
+def dispatched_forms(
     row_format: RowFormat,
     *,
     num_ranks: int,
@@ -127,22 +141,23 @@ def allocate_dispatched(
     num_experts: int,
     num_topk: int,
     hidden: int,
-    device: torch.device,
-) -> LowLatencyDispatched:
-    """New tensors for the result of a dispatch, uninitialised, on any device."""
+) -> DispatchedForms:
+    """What `allocate_dispatched` shall make."""
     num_local, num_rows = experts_per_rank(num_experts, num_ranks), num_ranks * max_tokens
-    recv_x, recv_scales = row_format.allocate(num_local, num_rows, hidden, device)
-    num_words = num_local * num_rows
-    words = torch.empty(
-        num_words + num_ranks + num_rows * num_topk, dtype=torch.int32, device=device
+    new = (
+        *row_format.forms(num_local, num_rows, hidden),
+        vector(torch.int32, num_local),
+        vector(torch.int32, num_local * num_rows + num_ranks + num_rows * num_topk),
+        matrix(torch.int64, num_local, num_ranks),
     )
-    return LowLatencyDispatched(
-        recv_x,
-        recv_scales,
-        torch.empty(num_local, dtype=torch.int32, device=device),
-        words.as_strided((num_local, num_rows), (num_rows, 1)),
-        torch.empty((num_local, num_ranks), dtype=torch.int64, device=device),
-    )
+    return DispatchedForms(new, ((num_local, num_rows), (num_rows, 1)))
+
+
+def allocate_dispatched(forms: DispatchedForms, empty: Empty) -> LowLatencyDispatched:
+    """New tensors for the result of a dispatch, uninitialised, on any device."""
+    recv_x, recv_scales, recv_count, words, layout_range = empty(forms.new)
+    src_info = words.as_strided(*forms.src_info)
+    return LowLatencyDispatched(recv_x, recv_scales, recv_count, src_info, layout_range)
 
 
 def routed_topk(src_info: Tensor, num_ranks: int) -> int:
@@ -214,15 +229,15 @@ def dispatch(
     num_ranks, hidden = len(inputs), inputs[rank].x.shape[1]
     num_local, num_rows = experts_per_rank(num_experts, num_ranks), num_ranks * max_tokens
     if out is None:
-        out = allocate_dispatched(
+        forms = dispatched_forms(
             row_format,
             num_ranks=num_ranks,
             max_tokens=max_tokens,
             num_experts=num_experts,
             num_topk=inputs[rank].topk_idx.shape[1],
             hidden=hidden,
-            device=torch.device("cpu"),
         )
+        out = allocate_dispatched(forms, empty_on(torch.device("cpu")))
     experts, sources, tokens, choices = _rows_for(inputs, rank, num_local, max_tokens, masked)
     counts = torch.bincount(experts * num_ranks + sources, minlength=num_local * num_ranks)
     counts = counts.view(num_local, num_ranks)

@@ -316,6 +316,7 @@ class Launch:
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._record))
         self._arguments = ctypes.addressof(self._pointers)
         self._lock = threading.Lock()
+        self._fixed = bound
         self._set(bound)
 
     def __call__(self, stream: int, grid: int, **values: Any) -> None:
@@ -334,9 +335,26 @@ class Launch:
         """
         self.start(stream, grid, values)
 
-    def start(self, stream: int, grid: int, values: dict[str, Any]) -> None:
-        """The same with the parameters in a dict, which saves the copies that `**` makes."""
+    def start(
+        self,
+        stream: int,
+        grid: int,
+        values: dict[str, Any],
+        fixed: dict[str, Any] | None = None,
+    ) -> None:
+        """The same with the parameters in a dict, which saves the copies that `**` makes.
+
+        Args:
+            stream: Handle of the CUDA stream.
+            grid: Number of blocks.
+            values: Parameters that change.
+            fixed: More of them, in a dict that never changes: they are set when it is another one
+                than that of the launch before.
+        """
         with self._lock:
+            if fixed is not None and fixed is not self._fixed:
+                self._set(fixed)
+                self._fixed = fixed
             self._set(values)
             if self._unset:
                 raise TypeError(f"{self.kernel.config.op} was never given {sorted(self._unset)}")

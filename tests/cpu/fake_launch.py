@@ -61,6 +61,13 @@ def main(root: Path) -> None:
     launch(8, 1, num=4)  # the others keep their values
     seen = params.from_buffer_copy(last.record)
     assert (last.count, last.stream, seen.num, seen.x) == (2, 8, 4, 2**64 - 1)
+    once, twice = {"num": 1, "wide": False}, {"num": 2, "wide": True}
+    for fixed in (once, once, twice, once):
+        launch.start(8, 1, {"stamp": 6}, fixed)
+        seen = params.from_buffer_copy(last.record)
+        assert (seen.num, seen.wide, seen.stamp) == (fixed["num"], fixed["wide"], 6)
+    raises(ValueError, "num=2147483648", call=lambda: launch.start(8, 1, {}, {"num": 2**31}))
+    last.count = 2
     next_status.value = 201  # this thread has no context: the fake is content once one is pushed
     launch(8, 1, num=5)
     assert last.count == 3

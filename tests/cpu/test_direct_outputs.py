@@ -14,6 +14,7 @@ from epjit import intranode
 from epjit.intranode import DispatchConfig, Intranode
 from epjit.normal_mode import DispatchShape
 from epjit.runtime import variants
+from epjit.runtime.empty import empty_on
 from epjit.runtime.pool import BlockPool
 
 BASE = 1 << 40  # where the symmetric memory seems to lie
@@ -42,6 +43,7 @@ class World:
         self.scope = FakeScope()
         self.mode = Intranode.__new__(Intranode)
         self.mode._device = torch.device("cpu")
+        self.mode._empty = empty_on(self.mode._device)
         self.mode._pool = BlockPool(128 * num_blocks, current_stream=lambda: 7, record=str)
         self.mode._arena = intranode._Arena(2, 1 << 20, 128 * num_blocks)
         self.mode.memory = SimpleNamespace(ptr=BASE)  # type: ignore[assignment]

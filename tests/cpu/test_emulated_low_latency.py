@@ -20,6 +20,7 @@ from epjit.low_latency import (
     LowLatencyReducedCombineConfig,
 )
 from epjit.reference import low_latency as reference
+from epjit.runtime.empty import empty_on
 from epjit.runtime.jit import params_type
 from tests.emulation import build
 from tests.emulation.build import Launch, emulate, guarded
@@ -421,15 +422,15 @@ def _copy(tensor: Tensor) -> Tensor:
 
 def _guarded_outputs(shape: Shape) -> reference.LowLatencyDispatched:
     """Outputs as `allocate_dispatched` makes them, in memory whose bounds are watched."""
-    plain = reference.allocate_dispatched(
+    forms = reference.dispatched_forms(
         shape.row_format,
         num_ranks=shape.num_ranks,
         max_tokens=shape.max_tokens,
         num_experts=shape.num_experts,
         num_topk=shape.num_topk,
         hidden=shape.hidden,
-        device=torch.device("cpu"),
     )
+    plain = reference.allocate_dispatched(forms, empty_on(torch.device("cpu")))
     src_info = _whole_storage(plain.src_info)
     scales = plain.recv_scales
     if scales is not None and shape.row_format.column_major:

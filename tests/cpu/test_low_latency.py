@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 
-from epjit import Buffer, CommunicationError, low_latency_checks
+from epjit import Buffer, CommunicationError, check
 from epjit.reference import low_latency as reference
 from tests import bodies_low_latency, launch
 from tests.data import ROUTING_KINDS, assert_rows_equal, payload
@@ -567,7 +567,7 @@ def test_routes_survive_a_view() -> None:
 
 def test_checks_remember_only_what_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second of equal calls is not checked in full; one that differs anywhere is."""
-    monkeypatch.setattr(low_latency_checks, "_MOST_PASSED", 8)  # and forgetting is harmless
+    monkeypatch.setattr(check, "MOST_REMEMBERED", 8)  # and forgetting is harmless
     buffer = make(Alone())
     x = payload(0, 4, 512, torch.bfloat16)
     idx, weights = torch.tensor([[0, 1]] * 4), torch.ones(4, 2)

@@ -24,6 +24,7 @@ from epjit.formats import (
 )
 from epjit.reference import low_latency as reference
 from epjit.reference.low_latency import LowLatencyDispatched, RankInput
+from epjit.runtime.empty import empty_on
 from tests import data
 from tests.rounds_low_latency import expert_outputs, rough_rows
 
@@ -196,7 +197,7 @@ def test_row_formats_say_their_sizes() -> None:
 @pytest.mark.parametrize("row_format", FORMATS, ids=lambda each: each.name)
 def test_allocated_strides(row_format: RowFormat) -> None:
     """DeepGEMM reads scales channel block by channel block; the block formats are row by row."""
-    x, scales = row_format.allocate(3, 20, 1024, torch.device("cpu"))
+    x, scales = empty_on(torch.device("cpu"))(row_format.forms(3, 20, 1024))
     assert x.is_contiguous()
     assert x.shape == (3, 20, row_format.num_columns(1024))
     if scales is None:

@@ -1,0 +1,52 @@
+"""Outputs: new tensors, in half of the host's time that torch.empty takes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any, TypeAlias
+
+import torch
+
+Form: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+"""Shape, strides and dtype of a new tensor; plain tuples, no torch.Size."""
+Empty: TypeAlias = Callable[[Iterable[Form | None]], list[Any]]
+"""Makes a tensor that holds anything for each form, and None for each None."""
+
+
+def vector(dtype: torch.dtype, length: int) -> Form:
+    """The form of a vector."""
+    return (length,), (1,), dtype
+
+
+def matrix(dtype: torch.dtype, num_rows: int, num_columns: int) -> Form:
+    """The form of a contiguous matrix."""
+    return (num_rows, num_columns), (num_columns or 1, 1), dtype
+
+
+def empty_on(device: torch.device) -> Empty:
+    """What makes tensors on a device.
+
+    The generated code of torch.compile calls a function that takes 0.6 us of the host where
+    torch.empty takes 1.3 to 1.9, and more on a GPU. It knows the current device only and fills
+    nothing, as torch does with deterministic algorithms: for these cases there is torch's own.
+    """
+
+    def by_torch(forms: Iterable[Form | None]) -> list[Any]:
+        return [
+            None if form is None else torch.empty_strided(*form[:2], dtype=form[2], device=device)
+            for form in forms
+        ]
+
+    # Private to torch, so it may be gone one day.
+    quick = getattr(torch._C._dynamo.guards, "_empty_strided_cuda", None)
+    if device.type != "cuda" or quick is None:
+        return by_torch
+    index, current_device = device.index, torch._C._cuda_getDevice
+    is_deterministic = torch._C._get_deterministic_algorithms
+
+    def quickly(forms: Iterable[Form | None]) -> list[Any]:
+        if current_device() != index or is_deterministic():
+            return by_torch(forms)
+        return [None if form is None else quick(*form) for form in forms]
+
+    return quickly
