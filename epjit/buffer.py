@@ -484,7 +484,6 @@ class Buffer:
             self._low_latency.close()
         if self._comm is not None:
             self._mode.close()
-            self._comm.close()
 
     def __del__(self) -> None:
         """Frees what is left; waits for no peer that is gone, does nothing in a graph capture."""

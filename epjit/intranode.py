@@ -11,6 +11,7 @@ import math
 import weakref
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -309,8 +310,8 @@ class _Arena:
 def _output_pool(num_bytes: int, device: int) -> BlockPool:
     return BlockPool(
         num_bytes,
-        current_stream=lambda: torch.cuda.current_stream(device),
-        record=record_event,
+        current_stream=partial(torch._C._cuda_getCurrentRawStream, device),
+        record=partial(record_event, device=device),
     )
 
 
@@ -559,17 +560,13 @@ class Intranode(NormalMode):
             NoRoomError: The pool has no block for it.
         """
         shape, _, dtype = form
-        num_bytes = math.prod(shape) * dtype.itemsize
-        block = pool.take(num_bytes)
+        row_bytes = shape[-1] * dtype.itemsize
+        block = pool.take(math.prod(shape[:-1]) * row_bytes)
         for event in block.events:
             scope.wait_for(event)
-        flat = tensor_over(
-            self.memory.ptr + self._arena.outputs + block.offset,
-            block.nbytes,
-            owner=block,
-            device=self._device.index,
-        )
-        return flat[:num_bytes].view(dtype).view(shape)
+        address = self.memory.ptr + self._arena.outputs + block.offset
+        shape = (*shape[:-1], row_bytes)
+        return tensor_over(address, shape, owner=block, device=self._device.index).view(dtype)
 
     def _dispatch_rows(
         self,

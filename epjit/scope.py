@@ -11,7 +11,7 @@ import torch
 from epjit.event import EventHandle, EventOverlap
 
 if TYPE_CHECKING:
-    from epjit.runtime.stream import CommStream
+    from epjit.runtime.stream import CommStream, Event
 
 _NOWHERE = nullcontext()
 
@@ -72,7 +72,7 @@ class Scope:
         if self._previous is None or (_torch_fills() and not self._allocate_on_comm):
             self._comm.wait_for(self._current)
 
-    def wait_for(self, event: torch.cuda.Event) -> None:
+    def wait_for(self, event: Event) -> None:
         """Makes the kernels wait for an event."""
         self._comm.wait_event(self.stream, event)
 
@@ -125,7 +125,7 @@ class CurrentStream:
     def start(self) -> None:
         """Nothing to wait for."""
 
-    def wait_for(self, event: torch.cuda.Event) -> None:
+    def wait_for(self, event: Event) -> None:
         """Makes the kernels wait for an event."""
         self._comm.wait_event(self.stream, event)
 

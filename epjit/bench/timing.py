@@ -17,7 +17,7 @@ Row: TypeAlias = dict[str, Any]
 """One result, as it stands in the JSON: `op`, what it was run with, and its numbers."""
 
 TIMED_CALLS, EAGER_CALLS, WARMUP_CALLS = 20, 50, 5
-SPIN_CYCLES = 400_000  # about 0.2 ms: hides the host's launch time
+SPIN_CYCLES = 1_500_000  # about 0.8 ms: hides the host's launch time
 FLUSH_WORDS = 64 << 20  # int32 words: 256 MiB, several times the L2
 
 
@@ -31,7 +31,11 @@ def slowest(values: list[float], group: dist.ProcessGroup, device: str = "cuda")
 def timed(
     fn: Callable[[], Any], group: dist.ProcessGroup, *, device: str = "cuda"
 ) -> tuple[float, float]:
-    """Device and host microseconds a call: medians, the slowest rank's, the L2 cold."""
+    """Device and host microseconds a call: medians, the slowest rank's, the L2 cold.
+
+    The GPU spins until the host has queued all, and then the ranks meet: so no rank waits for the
+    host of another, which would count as the call's time (20 to 40 us on slow hosts).
+    """
     if device == "cpu":
         us = eager(fn, group, device=device)
         return us, us
@@ -43,8 +47,9 @@ def timed(
     flush = torch.empty(FLUSH_WORDS, dtype=torch.int32, device=device)
     for _ in range(TIMED_CALLS):
         flush.zero_()
-        dist.all_reduce(torch.zeros(1, device=device), group=group)  # lines the ranks up
+        word = torch.zeros(1, device=device)
         torch.cuda._sleep(SPIN_CYCLES)
+        dist.all_reduce(word, group=group)  # lines the ranks up
         start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
         start.record()
         begin = time.perf_counter()

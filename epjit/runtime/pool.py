@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-import weakref
+import sys
 from bisect import insort
 from collections import deque
 from collections.abc import Callable, Hashable, Mapping
@@ -43,10 +43,15 @@ class Block:
         events: What whoever writes it first must wait for.
     """
 
-    def __init__(self, pool: BlockPool, piece: _Piece) -> None:
+    def __init__(self, pool: BlockPool, piece: _Piece, stream: Hashable) -> None:
         self._pool = pool  # which lives as long as any of its blocks
+        self._stream = stream
         self.offset, self.nbytes = piece.offset, piece.nbytes
         self.events = [mark.event for mark in piece.marks.values()]
+
+    def __del__(self) -> None:
+        if not sys.is_finalizing():  # else the driver may be gone
+            self._pool.give_back(self.offset, self.nbytes, self._stream)
 
 
 class BlockPool:
@@ -99,14 +104,11 @@ class BlockPool:
             if size >= wanted:
                 rest = _Piece(offset + wanted, size - wanted, marks)
                 self._free[i : i + 1] = [rest] if rest.nbytes else []
-                block = Block(self, _Piece(offset, wanted, marks))
-                stream = self._current_stream()
-                end = weakref.finalize(block, self._give_back, offset, wanted, stream)
-                end.atexit = False  # the driver may be gone
-                return block
+                return Block(self, _Piece(offset, wanted, marks), self._current_stream())
         raise NoRoomError(f"of {self.nbytes} bytes, no {wanted} in one piece are free")
 
-    def _give_back(self, offset: int, nbytes: int, stream: Hashable) -> None:
+    def give_back(self, offset: int, nbytes: int, stream: Hashable) -> None:
+        """The end of a block that was taken while `stream` was current."""
         marks = {}
         for each in {stream, self._current_stream()}:
             number = next(self._numbers)

@@ -2,17 +2,40 @@
 
 from __future__ import annotations
 
+import sys
+from typing import Any
+
 import torch
 
 from epjit.runtime import driver
 
+_DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 
-def record_event(stream: torch.cuda.Stream) -> torch.cuda.Event | None:
-    """An event recorded on a stream; None if the stream is being captured."""
-    with driver.using(stream.device.index):
-        if _is_capturing(int(stream.cuda_stream)):
+
+class Event:
+    """All that a stream had at one time. Made by `record_event`.
+
+    Attributes:
+        handle: The CUevent.
+    """
+
+    handle: Any = None
+
+    def __init__(self) -> None:
+        self.handle = driver.call("cuEventCreate", _DISABLE_TIMING)
+
+    def __del__(self) -> None:
+        if self.handle is not None and not sys.is_finalizing():  # then the driver may be gone
+            driver.load().cuEventDestroy(self.handle)
+
+
+def record_event(stream_handle: int, device: int) -> Event | None:
+    """An event recorded on a stream of a device; None if the stream is being captured."""
+    with driver.using(device):
+        if _is_capturing(stream_handle):
             return None
-    event: torch.cuda.Event = stream.record_event()
+        event = Event()
+        driver.call("cuEventRecord", event.handle, stream_handle)
     return event
 
 
@@ -43,9 +66,8 @@ class CommStream:
         cuda = driver.load()
         self._record, self._wait = cuda.cuEventRecord, cuda.cuStreamWaitEvent
         with driver.using(device):
-            flag = cuda.CUevent_flags.CU_EVENT_DISABLE_TIMING
             # A wait keeps what its event stood for at that time, so an event can be recorded again.
-            self._before, self._after = (driver.call("cuEventCreate", flag) for _ in range(2))
+            self._before, self._after = Event(), Event()
 
     def wait_for(self, stream_handle: int) -> None:
         """What is queued on this stream from now on waits for all that `stream_handle` has now."""
@@ -64,28 +86,18 @@ class CommStream:
         if _is_capturing(last) == torch.cuda.is_current_stream_capturing():
             self._order(self._before, last, stream_handle)
 
-    def wait_event(self, stream_handle: int, event: torch.cuda.Event) -> None:
+    def wait_event(self, stream_handle: int, event: Event) -> None:
         """What is queued on `stream_handle` from now on waits for `event`."""
-        self._wait_on(stream_handle, event.cuda_event)
-
-    def close(self) -> None:
-        """Destroys the events; the stream must not be used any more. Idempotent."""
-        events, self._before, self._after = (self._before, self._after), None, None
-        for event in events:
-            if event is not None:
-                driver.call("cuEventDestroy", event)
-
-    def _order(self, event: object, first: int, then: int) -> None:
-        (recorded,) = self._record(event, first)
-        if recorded:
-            raise RuntimeError(
-                f"no event can be recorded on stream {first:#x}: {driver.describe(recorded)}"
-            )
-        self._wait_on(then, event)
-
-    def _wait_on(self, stream_handle: int, event: object) -> None:
-        (waited,) = self._wait(stream_handle, event, 0)
+        (waited,) = self._wait(stream_handle, event.handle, 0)
         if waited:
             raise RuntimeError(
                 f"stream {stream_handle:#x} cannot be made to wait: {driver.describe(waited)}"
             )
+
+    def _order(self, event: Event, first: int, then: int) -> None:
+        (recorded,) = self._record(event.handle, first)
+        if recorded:
+            raise RuntimeError(
+                f"no event can be recorded on stream {first:#x}: {driver.describe(recorded)}"
+            )
+        self.wait_event(then, event)

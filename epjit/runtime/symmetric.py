@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -54,7 +55,7 @@ def fill_zero(ptr: int, nbytes: int) -> None:
         driver.call("cuMemsetD8Async", ptr, 0, nbytes, stream)
 
 
-def tensor_over(ptr: int, nbytes: int, *, owner: object, device: int) -> torch.Tensor:
+def tensor_over(ptr: int, shape: tuple[int, ...], *, owner: object, device: int) -> torch.Tensor:
     """Device memory as a tensor of bytes, which keeps `owner` alive.
 
     Raises:
@@ -65,8 +66,8 @@ def tensor_over(ptr: int, nbytes: int, *, owner: object, device: int) -> torch.T
 
     cupy = require("cupy", package="cupy-cuda13x (cupy-cuda12x)")
     with driver.using(device):
-        memory = cupy.cuda.UnownedMemory(ptr, nbytes, owner, device)
-        array = cupy.ndarray((nbytes,), cupy.uint8, memptr=cupy.cuda.MemoryPointer(memory, 0))
+        memory = cupy.cuda.UnownedMemory(ptr, math.prod(shape), owner, device)
+        array = cupy.ndarray(shape, cupy.uint8, memptr=cupy.cuda.MemoryPointer(memory, 0))
         # -1: no stream waits for another. torch.from_dlpack(array) would ask for that.
         return torch.utils.dlpack.from_dlpack(array.__dlpack__(stream=-1))
 
@@ -123,7 +124,7 @@ class SymmetricMemory:
         """
         if self._closed:
             raise RuntimeError("this symmetric memory is closed")
-        return tensor_over(self.ptr, self.nbytes, owner=self, device=self._device).view(dtype)
+        return tensor_over(self.ptr, (self.nbytes,), owner=self, device=self._device).view(dtype)
 
     def close(self) -> None:
         """Unmaps the peers' memory and frees the own. Not collective, and idempotent.

@@ -233,7 +233,7 @@ class _NvshmemMemory(RemoteMemory):
     def tensor(self, dtype: torch.dtype) -> torch.Tensor:
         if not self.ptr:
             raise RuntimeError("this symmetric memory is closed")
-        return tensor_over(self.ptr, self.nbytes, owner=self, device=self._device).view(dtype)
+        return tensor_over(self.ptr, (self.nbytes,), owner=self, device=self._device).view(dtype)
 
     def close(self) -> None:
         self._memory.close()

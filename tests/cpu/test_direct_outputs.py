@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import math
 from contextlib import nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -70,11 +71,14 @@ def places(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Where blocks were asked for; they are memory of the host, and keep their owner."""
     found: list[int] = []
 
-    def tensor_over(ptr: int, nbytes: int, *, owner: object, device: int | None) -> torch.Tensor:
+    def tensor_over(
+        ptr: int, shape: tuple[int, ...], *, owner: object, device: int | None
+    ) -> torch.Tensor:
         found.append(ptr)
-        array = (ctypes.c_char * nbytes)()
+        nbytes = math.prod(shape)
+        array = (ctypes.c_char * max(nbytes, 1))()
         array.owner = owner  # type: ignore[attr-defined]
-        return torch.frombuffer(array, dtype=torch.uint8)
+        return torch.frombuffer(array, dtype=torch.uint8)[:nbytes].view(shape)
 
     monkeypatch.setattr(intranode, "tensor_over", tensor_over)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)

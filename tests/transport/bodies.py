@@ -82,7 +82,7 @@ def check_peers(group: Group, topology: Any, one: Ring, device: int) -> None:
     for rank, address in enumerate(memory.peer_ptrs):
         assert bool(address) == (rank in topology.domains[topology.domain])
         if address:
-            peer = tensor_over(address, 8, owner=memory, device=device)
+            peer = tensor_over(address, (8,), owner=memory, device=device)
             assert peer.tolist() == [rank + 1] * 8
     group.barrier()
 
