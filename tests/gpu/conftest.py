@@ -15,18 +15,26 @@ os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips the tier without a GPU, or with one that several workers of pytest-xdist share.
+    """Gives each worker of pytest-xdist a GPU of its own; skips the tier where it has none.
 
     With eleven processes on one GPU a third of the tests with virtual ranks timed out: one rank's
     kernel did not start while another's spun. Alone the same tests pass.
     """
     import torch
 
+    ours = [item for item in items if _HERE in item.path.parents]
+    num_workers = int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1"))
+    gpus = os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")
     reason = ""
-    if not torch.cuda.is_available():
+    if num_workers > 1 and (len(gpus) < num_workers or len(ours) < len(items)):
+        reason = (
+            "virtual ranks need a GPU to themselves: run this tier alone, without -n or with as "
+            "many GPUs in CUDA_VISIBLE_DEVICES"
+        )
+    elif num_workers > 1:
+        os.environ["CUDA_VISIBLE_DEVICES"] = gpus[int(os.environ["PYTEST_XDIST_WORKER"][2:])]
+    if not reason and not torch.cuda.is_available():  # from here on the variable has been read
         reason = "needs a GPU"
-    elif int(os.environ.get("PYTEST_XDIST_WORKER_COUNT", "1")) > 1:
-        reason = "virtual ranks need the GPU to themselves: run this tier without -n"
-    for item in items:
-        if reason and _HERE in item.path.parents:
+    for item in ours:
+        if reason:
             item.add_marker(pytest.mark.skip(reason=reason))
