@@ -13,7 +13,7 @@ _DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
 
 
 class Event:
-    """All that a stream had at one time. Made by `record_event`.
+    """All that a stream had at one time: a CUevent, of the device that is current when it is made.
 
     Attributes:
         handle: The CUevent.
