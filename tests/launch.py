@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import io
 import os
+import sys
 import tempfile
 import threading
 import time
 import traceback
 from collections.abc import Callable
+from multiprocessing import resource_tracker
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from pathlib import Path
@@ -43,6 +45,7 @@ def run(
     *args: Any,
     timeout: float = 120.0,
     backend: str = "gloo",
+    executable: Path | None = None,
 ) -> list[Any]:
     """Run `worker(group, *args)` in `num_ranks` new processes and return what each returned.
 
@@ -53,6 +56,7 @@ def run(
         *args: Passed to every rank; pickled.
         timeout: Seconds for all ranks to finish, start of the interpreters included.
         backend: Of the process group; with "nccl" rank i uses GPU i.
+        executable: Started for each rank in the place of Python.
 
     Returns:
         Results in rank order; pickled on the way.
@@ -61,8 +65,10 @@ def run(
         RankFailedError: A rank raised, died, or did not finish in time.
     """
     # forkserver: the children start from one process that has torch imported and no CUDA context.
-    context = mp.get_context("forkserver")
+    context: Any = mp.get_context("spawn" if executable else "forkserver")
     context.set_forkserver_preload(["torch", "torch.distributed"])
+    resource_tracker.ensure_running()  # a process of its own, but no rank
+    context.set_executable(str(executable or sys.executable))
     with tempfile.TemporaryDirectory(prefix="epjit-test-") as folder:
         init_method = f"file://{Path(folder) / 'rendezvous'}"
         processes: list[BaseProcess] = []
