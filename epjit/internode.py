@@ -9,7 +9,7 @@ look at and write to the bytes that they asked for between operations. The kerne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -255,6 +255,36 @@ def _choose(
     return InternodeCombineConfig.choose(shape, **cut)
 
 
+def _config(
+    shape: DispatchShape | CombineShape, num_domains: int, num_local: int, arch: str
+) -> InternodeDispatchConfig | InternodeCombineConfig:
+    """The kernel of a shape, of the variant that the environment asks for."""
+    op = "dispatch" if isinstance(shape, DispatchShape) else "combine"
+    return _choose(
+        shape,
+        num_domains=num_domains,
+        num_local=num_local,
+        variant=variants.resolve(op, arch),
+        limit=shared_limit(arch),
+    )
+
+
+def warmup_configs(
+    shapes: Iterable[DispatchShape | CombineShape], *, num_domains: int, num_local: int, arch: str
+) -> list[KernelConfig]:
+    """Every kernel that a Buffer compiles for these shapes on an architecture.
+
+    Args:
+        shapes: From `warmup_shapes`.
+        num_domains: NVLink domains, more than one.
+        num_local: Ranks of each.
+        arch: Such as ``"sm_90a"``.
+    """
+    configs: list[KernelConfig] = [InternodeNotifyConfig(num_domains, num_local)]
+    configs += [LayoutConfig(num_domains * num_local, wide, num_domains) for wide in (True, False)]
+    return configs + [_config(shape, num_domains, num_local, arch) for shape in shapes]
+
+
 class _DomainGroup(Group):
     """The ranks of this rank's domain; all domains use theirs at the same time."""
 
@@ -399,17 +429,7 @@ class Internode(NormalMode):
     # ---- launches --------------------------------------------------------------------------------
 
     def _config(self, shape: DispatchShape | CombineShape) -> KernelConfig:
-        return self._config_for(shape, self._arch)
-
-    def _config_for(self, shape: DispatchShape | CombineShape, arch: str) -> KernelConfig:
-        op = "dispatch" if isinstance(shape, DispatchShape) else "combine"
-        return _choose(
-            shape,
-            num_domains=self._topology.num_domains,
-            num_local=self._topology.num_local,
-            variant=variants.resolve(op, arch),
-            limit=shared_limit(arch),
-        )
+        return _config(shape, self._topology.num_domains, self._topology.num_local, self._arch)
 
     def _bind(self, shape: DispatchShape | CombineShape, config: Any) -> Launch:
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
@@ -457,12 +477,11 @@ class Internode(NormalMode):
         return num_slots
 
     def _ahead(self, arch: str) -> Iterator[tuple[KernelConfig, str]]:
-        name, cut = self._transport.name, (self._topology.num_domains, self._topology.num_local)
-        yield InternodeNotifyConfig(*cut), name
-        for wide in (True, False):
-            yield LayoutConfig(self._group.size, wide, cut[0]), name
-        for shape in self._launches:
-            yield self._config_for(shape, arch), name
+        num_domains, num_local = self._topology.num_domains, self._topology.num_local
+        for config in warmup_configs(
+            self._launches, num_domains=num_domains, num_local=num_local, arch=arch
+        ):
+            yield config, self._transport.name
 
     # ---- operations ------------------------------------------------------------------------------
 

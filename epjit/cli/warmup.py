@@ -13,6 +13,7 @@ import typer
 from epjit.cli import show
 
 if TYPE_CHECKING:
+    from epjit.normal_mode import CombineShape, DispatchShape
     from epjit.runtime.jit import KernelConfig
 
 
@@ -32,6 +33,9 @@ def warmup(
         ),
     ] = None,
     ranks: Annotated[list[int], typer.Option(help="Group sizes.")] = [8],  # noqa: B006
+    domains: Annotated[
+        int, typer.Option(help="NVLink domains that the ranks of a group are in.")
+    ] = 1,
     hidden: Annotated[list[int], typer.Option(help="Elements a row.")] = [7168],  # noqa: B006
     topk: Annotated[int, typer.Option(help="Choices a token.")] = 8,
     experts: Annotated[
@@ -47,6 +51,8 @@ def warmup(
     topk_bits: Annotated[int, typer.Option(help="64 or 32: width of a choice.")] = 64,
 ) -> None:
     """Compile the kernels of given shapes into the cache; needs no GPU."""
+    from epjit import env
+    from epjit.runtime import nvshmem_device
     from epjit.runtime.jit import compile_kernel
     from epjit.runtime.nvrtc import version
 
@@ -61,6 +67,7 @@ def warmup(
             each,
             gpu,
             ranks=ranks,
+            domains=domains,
             hidden=hidden,
             topk=topk,
             experts=experts,
@@ -69,12 +76,16 @@ def warmup(
             low_latency=low_latency,
         )
     ]
+    # auto takes loopback only for ranks of one process
+    transport = "loopback" if env.transport() == "loopback" else "nvshmem"
     version()  # NVRTC is missing: say so once, before anything starts
+    if transport == "nvshmem" and any(config.transport for config, _ in jobs):
+        nvshmem_device.key()  # so for NVSHMEM
     compiled = 0
     workers = ThreadPoolExecutor(os.cpu_count() or 1)
     with show.steps(len(jobs)) as steps, workers:
         pending = {
-            workers.submit(compile_kernel, config, arch=each): (config, each)
+            workers.submit(compile_kernel, config, arch=each, transport=transport): (config, each)
             for config, each in jobs
         }
         for done in as_completed(pending):
@@ -93,6 +104,7 @@ def configs(
     gpu: str,
     *,
     ranks: Iterable[int],
+    domains: int,
     hidden: Iterable[int],
     topk: int,
     experts: int,
@@ -106,21 +118,28 @@ def configs(
         ValueError: A shape that no Buffer takes.
     """
     from epjit import expert_major
-    from epjit.config import MAX_RANKS, MAX_ROW_BYTES, MAX_TOPK
-    from epjit.intranode import warmup_configs
+    from epjit.config import MAX_DOMAINS, MAX_RANKS, MAX_ROW_BYTES, MAX_TOPK
     from epjit.normal_mode import warmup_shapes
 
     found: dict[KernelConfig, None] = {}
     if low_latency and not experts:
         raise ValueError("--low-latency needs --experts: its kernels are compiled for their number")
     for num_ranks in ranks:
+        if not 1 <= domains <= MAX_DOMAINS or num_ranks % domains:
+            raise ValueError(
+                f"--domains is {domains}, but must be 1 to {MAX_DOMAINS} and divide {num_ranks} "
+                "ranks: all NVLink domains have the same number"
+            )
+        found |= dict.fromkeys(_normal([], num_ranks, domains, arch, gpu))  # of every Buffer
         for elements in hidden:
             for dtype in dtypes:
                 row_bytes = elements * (1 if dtype is Dtype.fp8 else 2)
-                if not 1 <= num_ranks <= MAX_RANKS or not 0 <= topk <= MAX_TOPK:
+                num_local = num_ranks // domains
+                if not 1 <= num_local <= MAX_RANKS or not 0 <= topk <= MAX_TOPK:
                     raise ValueError(
-                        f"{num_ranks} ranks and top-{topk}: there are kernels for 1 to "
-                        f"{MAX_RANKS} ranks and up to top-{MAX_TOPK}"
+                        f"{num_local} ranks and top-{topk}: there are kernels for 1 to "
+                        f"{MAX_RANKS} ranks of one NVLink domain and up to top-{MAX_TOPK}; see "
+                        "--domains"
                     )
                 if row_bytes <= 0 or row_bytes % 16 or row_bytes > MAX_ROW_BYTES:
                     raise ValueError(
@@ -132,7 +151,14 @@ def configs(
                 if low_latency:
                     found |= dict.fromkeys(
                         _low_latency(
-                            num_ranks, arch, elements, experts, topk, dtype=dtype, wide=wide
+                            num_ranks,
+                            domains,
+                            arch,
+                            elements,
+                            experts,
+                            topk,
+                            dtype=dtype,
+                            wide=wide,
                         )
                     )
                     continue
@@ -143,8 +169,7 @@ def configs(
                     topk_is_int64=wide,
                     is_f16=dtype is Dtype.fp16,
                 )
-                made = warmup_configs(shapes, num_ranks=num_ranks, arch=arch, gpu=gpu)
-                found |= dict.fromkeys(made)
+                found |= dict.fromkeys(_normal(shapes, num_ranks, domains, arch, gpu))
                 if not experts or dtype is Dtype.fp8:
                     continue
                 by_expert = expert_major.warmup_configs(
@@ -159,13 +184,40 @@ def configs(
     return list(found)
 
 
+def _normal(
+    shapes: Iterable[DispatchShape | CombineShape],
+    num_ranks: int,
+    domains: int,
+    arch: str,
+    gpu: str,
+) -> list[KernelConfig]:
+    """What a Buffer compiles when it is made and for these shapes."""
+    from epjit import internode, intranode
+
+    if domains == 1:
+        return intranode.warmup_configs(shapes, num_ranks=num_ranks, arch=arch, gpu=gpu)
+    return internode.warmup_configs(
+        shapes, num_domains=domains, num_local=num_ranks // domains, arch=arch
+    )
+
+
 def _low_latency(
-    num_ranks: int, arch: str, hidden: int, experts: int, topk: int, *, dtype: Dtype, wide: bool
+    num_ranks: int,
+    domains: int,
+    arch: str,
+    hidden: int,
+    experts: int,
+    topk: int,
+    *,
+    dtype: Dtype,
+    wide: bool,
 ) -> list[KernelConfig]:
     """What low-latency calls compile; their rows arrive as bf16 or FP8."""
     from epjit import low_latency
     from epjit.formats import BF16, FP8
+    from epjit.low_latency_checks import check_variant
 
+    check_variant(domains)
     row_format = FP8 if dtype is Dtype.fp8 else BF16
     if dtype is Dtype.fp16 or topk < 1 or hidden % row_format.granularity:
         raise ValueError(
@@ -180,7 +232,9 @@ def _low_latency(
         topk_is_int64=wide,
         row_format=row_format,
     )
-    return list(low_latency.warmup_configs(shapes, num_ranks=num_ranks, arch=arch))
+    return list(
+        low_latency.warmup_configs(shapes, num_ranks=num_ranks, arch=arch, remote=domains > 1)
+    )
 
 
 def _default_archs() -> dict[str, str]:
