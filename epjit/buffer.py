@@ -114,16 +114,17 @@ class BufferRuntime:
 
 
 class Slots(NamedTuple):
-    """Where a handle of the normal mode has what its checks need: indices of its tensors."""
+    """Where a handle of the normal mode has what: indices of its tensors."""
 
     number: int  # of tensors
     ranks: int  # has an entry a rank
     rows: int  # has an entry a received row
     tokens: int  # has an entry a token that was sent
+    experts: int  # has a count an expert of this rank
 
 
-_SLOTS = Slots(number=6, ranks=0, rows=3, tokens=5)
-_SLOTS_BETWEEN_DOMAINS = Slots(number=10, ranks=6, rows=7, tokens=8)
+SLOTS = Slots(number=6, ranks=0, rows=3, tokens=5, experts=2)
+SLOTS_BETWEEN_DOMAINS = Slots(number=10, ranks=6, rows=7, tokens=8, experts=5)
 
 
 class Unreceived(NamedTuple):
@@ -230,7 +231,7 @@ class Buffer:
         self._low_latency: LowLatency | CpuLowLatency | None = None
         self._unreceived: Unreceived | None = None
         self._last_stream: int | None = None  # of the last call
-        on_gpu = _use_gpu()
+        on_gpu = use_gpu()
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else _CPU
         self._topology = find_topology(
             links, device=self.device.index, domain_size=nvlink_domain, use_fabric=use_fabric
@@ -301,7 +302,7 @@ class Buffer:
                 )
         self._empty = empty_on(self.device)
         self._passed: dict[Hashable, bool] = {}  # arguments of the normal mode, see `signature`
-        self._slots = _SLOTS if self._num_domains == 1 else _SLOTS_BETWEEN_DOMAINS
+        self._slots = SLOTS if self._num_domains == 1 else SLOTS_BETWEEN_DOMAINS
         self._low_latency_checks = LowLatencyChecks(
             links.size, num_rdma_bytes, self.device, self._num_domains
         )
@@ -1517,14 +1518,19 @@ class Buffer:
 def _num_sms(op: str, num_ranks: int, hidden_bytes: int, num_tokens: int) -> int:
     if Buffer._sms_are_set or Buffer.num_sms != _DEFAULT_SMS or not tuned.load():
         return Buffer.num_sms
-    gpu = torch.cuda.get_device_name() if _use_gpu() else tuned.CPU
+    gpu = torch.cuda.get_device_name() if use_gpu() else tuned.CPU
     found = tuned.best(
         op, gpu=gpu, num_ranks=num_ranks, hidden_bytes=hidden_bytes, num_tokens=num_tokens
     )
     return Buffer.num_sms if found is None else found.num_sms
 
 
-def _use_gpu() -> bool:
+def use_gpu() -> bool:
+    """Whether Buffers live on a GPU.
+
+    Raises:
+        RuntimeError: ``EPJIT_BACKEND`` asks for one, and torch finds none.
+    """
     backend = env.backend()
     if backend == "cuda" and not torch.cuda.is_available():
         raise RuntimeError("EPJIT_BACKEND=cuda, but torch finds no GPU; unset it to run on the CPU")

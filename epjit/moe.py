@@ -28,9 +28,12 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from epjit import expert_major as by_expert
-from epjit.buffer import Buffer
+from epjit.buffer import SLOTS, SLOTS_BETWEEN_DOMAINS, Buffer, Slots, use_gpu
+from epjit.config import MAX_RANKS
 from epjit.reference.expert_major import Placement
 from epjit.reference.intranode import Handle
+from epjit.runtime.group import Group
+from epjit.runtime.topology import find_topology
 
 __all__ = [
     "Dispatched",
@@ -99,8 +102,18 @@ class ExpertRows(NamedTuple):
 
 # ---- buffers ------------------------------------------------------------------------------------
 
+
+class _Cut(NamedTuple):
+    """How the NVLink domains cut a group."""
+
+    group: dist.ProcessGroup
+    num_domains: int
+    num_local: int
+
+
 _managed: dict[str, Buffer] = {}
 _registered: dict[str, Buffer] = {}
+_cuts: dict[str, _Cut] = {}
 _numbers = itertools.count()
 
 
@@ -110,36 +123,27 @@ def get_buffer(group: dist.ProcessGroup, hidden_bytes: int) -> Buffer:
     Collective when it is the first for this group, or when rows are longer than all before.
 
     Args:
-        group: The ranks, up to 8 of one NVLink domain.
+        group: The ranks.
         hidden_bytes: Bytes of one row.
 
     Raises:
         RuntimeError: A Buffer would have to be made while a CUDA graph is captured.
-        NotImplementedError: The group has several NVLink domains.
     """
-    needed = _bytes_needed(group.size(), hidden_bytes, Buffer.num_sms)
+    num_local = min(_cut(group).num_local, MAX_RANKS)
+    needed, rdma = _bytes_needed(group.size(), num_local, hidden_bytes, Buffer.num_sms)
     found = _managed.get(group.group_name)
     # A group that was destroyed and made again has the same name and needs a Buffer of its own.
     is_usable = found is not None and found.group is group and found.runtime is not None
-    if found is not None and is_usable and found.num_nvl_bytes >= needed:
+    has_room = found is not None and found.num_nvl_bytes >= needed and found.num_rdma_bytes >= rdma
+    if found is not None and is_usable and has_room:
         return found
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
-        raise RuntimeError(
-            f"the group {group.group_name!r} needs a Buffer of {needed} bytes, which cannot be "
-            "made while a CUDA graph is captured; call epjit.moe.get_buffer(group, hidden_bytes) "
-            "before"
-        )
+    _refuse_in_capture(group)
     if not _managed:
         atexit.register(free_buffers)
     if found is not None:
         del _managed[group.group_name]
         _destroy(found)
-    made = Buffer(group, needed, explicitly_destroy=True)
-    try:
-        _check_domains(made)
-    except NotImplementedError:
-        _destroy(made)
-        raise
+    made = Buffer(group, needed, rdma, explicitly_destroy=True)
     _managed[group.group_name] = made
     return made
 
@@ -150,6 +154,7 @@ def free_buffers() -> None:
     Before or after `destroy_process_group`; a rank that has gone is not waited for long.
     """
     atexit.unregister(free_buffers)
+    _cuts.clear()
     while _managed:
         _destroy(_managed.popitem()[1])
 
@@ -157,12 +162,9 @@ def free_buffers() -> None:
 def register_buffer(buffer: Buffer) -> str:
     """Gives a Buffer of your own a name that the functions of this module take as `group`.
 
-    The Buffer stays yours to destroy, and is kept alive until `unregister_buffer`.
-
-    Raises:
-        NotImplementedError: It has several NVLink domains.
+    The Buffer stays yours to destroy, and is kept alive until `unregister_buffer`. Between NVLink
+    domains it needs `num_rdma_bytes`.
     """
-    _check_domains(buffer)
     name = f"epjit-buffer-{next(_numbers)}"
     _registered[name] = buffer
     return name
@@ -174,18 +176,35 @@ def unregister_buffer(name: str) -> None:
 
 
 @functools.cache
-def _bytes_needed(num_ranks: int, hidden_bytes: int, num_sms: int) -> int:
-    """`num_nvl_bytes`; what is cached depends on `num_sms`, through the default configs."""
+def _bytes_needed(
+    num_ranks: int, num_local: int, hidden_bytes: int, num_sms: int
+) -> tuple[int, int]:
+    """`num_nvl_bytes`, `num_rdma_bytes`; cached by `num_sms`, as the default configs have it."""
     configs = (Buffer.get_dispatch_config(num_ranks), Buffer.get_combine_config(num_ranks))
-    return max(config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks) for config in configs)
+    sizes = (hidden_bytes, num_ranks)
+    return (
+        max(c.get_nvl_buffer_size_hint(*sizes, ranks_per_domain=num_local) for c in configs),
+        max(c.get_rdma_buffer_size_hint(*sizes, ranks_per_domain=num_local) for c in configs),
+    )
 
 
-def _check_domains(buffer: Buffer) -> None:
-    number = 1 if buffer.runtime is None else buffer.runtime.get_num_rdma_ranks()
-    if number > 1:
-        raise NotImplementedError(
-            f"epjit.moe works inside one NVLink domain, and this group has {number}; call "
-            "Buffer.dispatch and Buffer.combine yourself, which work between them"
+def _cut(group: dist.ProcessGroup) -> _Cut:
+    """The NVLink domains of a group; collective when nobody has asked before."""
+    found = _cuts.get(group.group_name)
+    if found is None or found.group is not group:
+        _refuse_in_capture(group)
+        device = torch.cuda.current_device() if use_gpu() else None
+        topology = find_topology(Group.from_torch(group), device=device)
+        found = _Cut(group, topology.num_domains, topology.num_local)
+        _cuts[group.group_name] = found
+    return found
+
+
+def _refuse_in_capture(group: dist.ProcessGroup) -> None:
+    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError(
+            f"the group {group.group_name!r} needs a Buffer, which cannot be made while a CUDA "
+            "graph is captured; call epjit.moe.get_buffer(group, hidden_bytes) before"
         )
 
 
@@ -213,18 +232,54 @@ def _num_ranks(name: str) -> int:
     return _resolve(name).size() if found is None else found.group_size
 
 
+def _num_domains(name: str) -> int:
+    """NVLink domains of a group: what its handles look like. Collective the first time.
+
+    Not under `torch.export`, which one rank may do alone: there, one domain when nobody has asked
+    before; the run notices if that was wrong.
+    """
+    registered = _registered.get(name)
+    if registered is not None:
+        return 1 if registered.runtime is None else registered.runtime.get_num_rdma_ranks()
+    group = _resolve(name)
+    found = _cuts.get(name)
+    is_known = found is not None and found.group is group
+    return 1 if torch.compiler.is_exporting() and not is_known else _cut(group).num_domains
+
+
+# torch.compiler.assume_constant_result without its import of the compiler, which takes a second.
+_num_domains._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
 # ---- operators: communication -------------------------------------------------------------------
 
-_HANDLE = "Tensor h0, Tensor h1, Tensor h2, Tensor h3, Tensor h4, Tensor h5"
-_NUM_HANDLE = 6
-_TENSORS = ", ".join(["Tensor"] * 12)
+# Between domains a handle has more tensors: in one domain these are None, and empty in the results
+# of the operator. (Lists of tensors cost the host 30 to 50 us an operator.)
+_MOST, _LEAST = SLOTS_BETWEEN_DOMAINS.number, SLOTS.number
+_HANDLE = ", ".join(f"Tensor{'?' * (i >= _LEAST)} h{i}" for i in range(_MOST))
+_TENSORS = ", ".join(["Tensor"] * (6 + _MOST))
+
+
+def _slots(num_domains: int) -> Slots:
+    return SLOTS if num_domains == 1 else SLOTS_BETWEEN_DOMAINS
+
+
+def _padded(handle: Handle) -> tuple[Tensor | None, ...]:
+    """A handle as the operators take it."""
+    return (*handle, *[None] * (_MOST - len(handle)))
+
+
+def _as_handle(tensors: Any) -> tuple[Handle, Slots]:
+    """A handle as a Buffer takes it."""
+    handle = tuple(tensor for tensor in tensors if tensor is not None)
+    return handle, SLOTS if len(handle) == _LEAST else SLOTS_BETWEEN_DOMAINS
 
 
 @torch.library.custom_op(
     "epjit::dispatch",
     mutates_args=(),
     schema="(Tensor x, Tensor topk_idx, Tensor topk_weights, int num_experts, "
-    "int num_worst_tokens, int expert_alignment, int num_expert_rows, str group) "
+    "int num_worst_tokens, int expert_alignment, int num_expert_rows, int num_domains, str group) "
     f"-> ({_TENSORS})",
 )
 def _dispatch(
@@ -235,14 +290,22 @@ def _dispatch(
     num_worst_tokens: int,
     expert_alignment: int,
     num_expert_rows: int,
+    num_domains: int,
     group: str,
 ) -> tuple[Tensor, ...]:
     """Received rows, their choices and weights; a placement (or three empty tensors); a handle."""
     buffer = _buffer(group, x)
-    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, num_experts)
+    if buffer.runtime is not None and buffer.runtime.get_num_rdma_ranks() != num_domains:
+        raise RuntimeError(
+            f"this was traced for {num_domains} NVLink domains, but the group {group!r} has "
+            f"{buffer.runtime.get_num_rdma_ranks()}; call epjit.moe.get_buffer(group, "
+            "hidden_bytes) on all ranks, then trace"
+        )
+    per_rank, per_domain, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, num_experts)
     recv_x, recv_idx, recv_weights, counts, handle, _ = buffer.dispatch(
         x,
         num_tokens_per_rank=per_rank,
+        num_tokens_per_rdma_rank=per_domain,
         is_token_in_rank=in_rank,
         num_tokens_per_expert=per_expert,
         topk_idx=topk_idx,
@@ -265,7 +328,10 @@ def _dispatch(
             num_rows = sum(counts or ())
         placed = by_expert.place(recv_idx, local, alignment=expert_alignment, num_rows=num_rows)
         placement = [placed.row_of, placed.source, placed.ends]
-    return (recv_x, recv_idx, recv_weights, *placement, *handle)
+    filler = [
+        torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(_MOST - len(handle))
+    ]
+    return (recv_x, recv_idx, recv_weights, *placement, *handle, *filler)
 
 
 @_dispatch.register_fake
@@ -277,9 +343,10 @@ def _(
     num_worst_tokens: int,
     expert_alignment: int,
     num_expert_rows: int,
+    num_domains: int,
     group: str,
 ) -> tuple[Tensor, ...]:
-    num_tokens, num_topk = topk_idx.shape
+    num_topk = topk_idx.shape[1]
     ranks = _num_ranks(group)
     local = num_experts // ranks
     n: Any = num_worst_tokens or torch.library.get_ctx().new_dynamic_size()
@@ -291,17 +358,43 @@ def _(
         placement = [
             x.new_empty(shape, dtype=torch.int32) for shape in ((n, num_topk), num_rows, local)
         ]
-    handle_shapes = ((ranks, ranks), (ranks,), (local,), (n,), (num_tokens, ranks))
-    handle = [x.new_empty(shape, dtype=torch.int32) for shape in handle_shapes]
-    handle[4] = x.new_empty(handle_shapes[4], dtype=torch.bool)
+    passing: Any = 0
+    if num_domains > 1:
+        passing = ranks // num_domains * num_worst_tokens
+        passing = passing or torch.library.get_ctx().new_dynamic_size()
     return (
         x.new_empty((n, x.shape[1])),
         topk_idx.new_empty((n, num_topk)),
         topk_weights.new_empty((n, num_topk)),
         *placement,
-        *handle,
-        x.new_empty((num_tokens, ranks), dtype=torch.int32),
+        *_fake_handle(x, n, passing, ranks, num_domains, local),
     )
+
+
+def _fake_handle(
+    x: Tensor, n: Any, passing: Any, ranks: int, num_domains: int, experts: int
+) -> list[Tensor]:
+    def ints(*shape: Any) -> Tensor:
+        return x.new_empty(shape, dtype=torch.int32)
+
+    tokens = x.shape[0]
+    in_rank = x.new_empty((tokens, ranks), dtype=torch.bool)
+    send_head, expert_counts = ints(tokens, ranks), ints(experts)
+    if num_domains == 1:
+        handle = [ints(ranks, ranks), ints(ranks), expert_counts, ints(n), in_rank, send_head]
+        return handle + [ints(0) for _ in range(_MOST - _LEAST)]
+    return [
+        in_rank,
+        ints(num_domains, tokens + 1),
+        ints(num_domains, ranks // num_domains),
+        send_head,
+        ints(num_domains),
+        expert_counts,
+        ints(ranks),
+        x.new_empty((n, 8), dtype=torch.uint8),
+        ints(tokens, num_domains),
+        ints(passing),
+    ]
 
 
 @torch.library.custom_op(
@@ -309,14 +402,16 @@ def _(
 )
 def _combine(x: Tensor, *handle_and_group: Any) -> Tensor:
     """Rows back to their ranks, summed: `[T, H]`."""
-    *handle, group = handle_and_group
-    combined, _, _ = _buffer(group, x).combine(x, _as_handle(handle))
+    *tensors, group = handle_and_group
+    handle, _ = _as_handle(tensors)
+    combined, _, _ = _buffer(group, x).combine(x, handle)
     return combined
 
 
 @_combine.register_fake
 def _(x: Tensor, *handle_and_group: Any) -> Tensor:
-    return x.new_empty((handle_and_group[5].shape[0], x.shape[1]))
+    handle, slots = _as_handle(handle_and_group[:-1])
+    return x.new_empty((handle[slots.tokens].shape[0], x.shape[1]))
 
 
 @torch.library.custom_op(
@@ -328,17 +423,17 @@ def _dispatch_backward(
     grad_x: Tensor, grad_weights: Tensor, *handle_and_group: Any
 ) -> tuple[Tensor, Tensor]:
     """A token that went to several ranks gets the sum of the gradients of its copies."""
-    *handle, group = handle_and_group
-    x, weights, _ = _buffer(group, grad_x).combine(
-        grad_x, _as_handle(handle), topk_weights=grad_weights
-    )
+    *tensors, group = handle_and_group
+    handle, _ = _as_handle(tensors)
+    x, weights, _ = _buffer(group, grad_x).combine(grad_x, handle, topk_weights=grad_weights)
     assert weights is not None
     return x, weights
 
 
 @_dispatch_backward.register_fake
 def _(grad_x: Tensor, grad_weights: Tensor, *handle_and_group: Any) -> tuple[Tensor, Tensor]:
-    num_tokens = handle_and_group[5].shape[0]
+    handle, slots = _as_handle(handle_and_group[:-1])
+    num_tokens = handle[slots.tokens].shape[0]
     return (
         grad_x.new_empty((num_tokens, grad_x.shape[1])),
         grad_weights.new_empty((num_tokens, grad_weights.shape[1])),
@@ -352,27 +447,27 @@ def _(grad_x: Tensor, grad_weights: Tensor, *handle_and_group: Any) -> tuple[Ten
 )
 def _combine_backward(grad: Tensor, *handle_and_group: Any) -> Tensor:
     """Every row that was added gets the gradient of the sum, the others zeros."""
-    *handle, group = handle_and_group
-    buffer, routing = _buffer(group, grad), _as_handle(handle)
-    rows, *_ = buffer.dispatch(grad, handle=routing)
+    *tensors, group = handle_and_group
+    handle, slots = _as_handle(tensors)
+    buffer = _buffer(group, grad)
+    rows, *_ = buffer.dispatch(grad, handle=handle)
     assert isinstance(rows, Tensor)
-    by_expert.blank(rows, routing[0].view(-1)[buffer.rank - buffer.group_size :][:1])
+    # Rows of all sources; in one domain there are those of every rank, [R, R].
+    arrived = handle[slots.ranks][-1:].view(-1)
+    by_expert.blank(rows, arrived[buffer.rank :][:1] if arrived.shape[0] > 1 else arrived)
     return rows
 
 
 @_combine_backward.register_fake
 def _(grad: Tensor, *handle_and_group: Any) -> Tensor:
-    return grad.new_empty((handle_and_group[3].shape[0], grad.shape[1]))
-
-
-def _as_handle(tensors: Any) -> Handle:
-    h0, h1, h2, h3, h4, h5 = tensors
-    return h0, h1, h2, h3, h4, h5
+    handle, slots = _as_handle(handle_and_group[:-1])
+    return grad.new_empty((handle[slots.rows].shape[0], grad.shape[1]))
 
 
 def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.group = inputs[-1]
-    ctx.save_for_backward(output[1], *output[-_NUM_HANDLE:])
+    *_, num_domains, ctx.group = inputs
+    handle = output[-_MOST:][: _slots(num_domains).number]
+    ctx.save_for_backward(output[1], *_padded(handle))
 
 
 def _grad_dispatch(ctx: Any, grad_x: Tensor, _: Any, grad_weights: Tensor, *others: Any) -> Any:
@@ -382,17 +477,17 @@ def _grad_dispatch(ctx: Any, grad_x: Tensor, _: Any, grad_weights: Tensor, *othe
     x, weights = torch.ops.epjit.dispatch_backward(
         grad_x.contiguous(), grad_weights.contiguous(), *handle, ctx.group
     )
-    return x, None, weights, None, None, None, None, None
+    return x, None, weights, *[None] * 6
 
 
 def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
     ctx.group = inputs[-1]
-    ctx.save_for_backward(*inputs[1 : 1 + _NUM_HANDLE])
+    ctx.save_for_backward(*inputs[1:-1])
 
 
 def _grad_combine(ctx: Any, grad: Tensor) -> Any:
     rows = torch.ops.epjit.combine_backward(grad.contiguous(), *ctx.saved_tensors, ctx.group)
-    return rows, *[None] * _NUM_HANDLE, None
+    return rows, *[None] * (_MOST + 1)
 
 
 _dispatch.register_autograd(_grad_dispatch, setup_context=_setup_dispatch)
@@ -543,9 +638,9 @@ def dispatch(
         num_experts: `E`, a multiple of `R`.
         group: Process group, its name, or a name of `register_buffer`.
         num_worst_tokens: 0, or the number of rows of every output (at least what can arrive,
-            `R * max(T)`): the host waits for nothing and sizes are static. Rows that nothing
-            arrived for have `topk_idx` -1 and are undefined; `combine` gives them a gradient of
-            zeros.
+            `R * max(T)`; the same on all ranks): the host waits for nothing and sizes are static.
+            Rows that nothing arrived for have `topk_idx` -1 and are undefined; `combine` gives them
+            a gradient of zeros.
         expert_major: Order the rows by expert instead of by source.
         expert_alignment: With `expert_major`: each expert's rows are padded to a multiple of it.
         num_expert_rows: With `expert_major` and `num_worst_tokens`: `M`; choices that do not fit
@@ -565,7 +660,9 @@ def dispatch(
             f"num_expert_rows is {num_expert_rows}, which needs expert_major=True and "
             "num_worst_tokens: without them the number of rows is what arrives"
         )
-    recv_x, recv_idx, recv_weights, row_of, source, ends, *handle = torch.ops.epjit.dispatch(
+    name = _name(group)
+    num_domains = _num_domains(name)
+    recv_x, recv_idx, recv_weights, row_of, source, ends, *tensors = torch.ops.epjit.dispatch(
         x,
         topk_idx,
         topk_weights,
@@ -573,10 +670,12 @@ def dispatch(
         num_worst_tokens,
         expert_alignment if expert_major else 0,
         num_expert_rows,
-        _name(group),
+        num_domains,
+        name,
     )
-    routing = _as_handle(handle)
-    counts = routing[2]
+    slots = _slots(num_domains)
+    routing = tuple(tensors[: slots.number])
+    counts = routing[slots.experts]
     if not expert_major:
         return Dispatched(recv_x, recv_idx, recv_weights, counts, routing)
     placement = Placement(row_of, source, ends, counts)
@@ -611,7 +710,7 @@ def combine(x: Tensor, handle: Handle | ExpertHandle, *, group: GroupLike) -> Te
     if isinstance(handle, ExpertHandle):
         x = unpermute(x, handle.placement)
         handle = handle.routing
-    result: Tensor = torch.ops.epjit.combine(x, *handle, _name(group))
+    result: Tensor = torch.ops.epjit.combine(x, *_padded(handle), _name(group))
     return result
 
 

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.library import opcheck
 from torch.utils.checkpoint import (
     CheckpointPolicy,
     checkpoint,
@@ -142,7 +145,7 @@ def by_expert(case: Case, **options: Any) -> Callable[..., Tensor]:
 
 
 def eager(group: Any) -> None:
-    """Every form of the layer; a rank without tokens; Megatron's names."""
+    """Every form of the layer; a rank without tokens."""
     for seed, tokens in enumerate((9, 0 if group.rank() == 0 else 5)):
         case = Case(group, tokens, seed=seed)
         worst = 9 * case.size
@@ -151,6 +154,12 @@ def eager(group: Any) -> None:
             case.check(by_expert(case, **options))
         case.check(by_expert(case, num_worst_tokens=worst, num_expert_rows=worst * TOPK + 24))
 
+    as_megatron(group)
+    moe.free_buffers()
+
+
+def as_megatron(group: Any) -> None:
+    """Megatron's names."""
     case = Case(group, 6, seed=7)
     x, idx, probs, counts, handle = moe.fused_dispatch(
         case.x, case.topk_idx, case.topk_weights, case.num_experts, group, True, True
@@ -165,7 +174,6 @@ def eager(group: Any) -> None:
     chosen = (case.topk_idx >= 0).float()
     assert case.topk_weights.grad is not None
     assert torch.equal(case.topk_weights.grad, chosen)
-    moe.free_buffers()
 
 
 def compiled(group: Any, backend: str, quick: bool = False) -> None:
@@ -297,3 +305,45 @@ def registered(group: Any) -> None:
     assert back.shape == case.x.shape
     moe.unregister_buffer(name)
     with_own.destroy()
+
+
+def between_domains(group: Any, nvlink_domain: int) -> None:
+    """All of it in domains of so many ranks."""
+    os.environ["EPJIT_NVLINK_DOMAIN"] = str(nvlink_domain)
+    case = Case(group, 9)
+    worst = {"num_worst_tokens": 9 * case.size}
+    # The domains are found out while one rank traces and the others run.
+    layer = by_expert(case, **worst)
+    traced = torch.compile(layer, fullgraph=True, backend="aot_eager")
+    case.check(traced if case.rank == 0 else layer)
+    buffer = moe.get_buffer(group, 2 * HIDDEN)
+    assert buffer.runtime is not None
+    num_domains = buffer.runtime.get_num_rdma_ranks()
+    assert num_domains == case.size // nvlink_domain
+    assert buffer.num_rdma_bytes > 0
+
+    case.check(row_major(case))
+    case.check(row_major(case, **worst))
+    few = Case(group, 0 if case.rank == 0 else 5, seed=1)
+    few.check(by_expert(few))
+    as_megatron(group)
+
+    # The names of tensors and sizes that a trace relies on, and the local rows by expert.
+    x, idx, weights = case.x.detach(), case.topk_idx, case.topk_weights.detach()
+    got = moe.dispatch(x, idx, weights, num_experts=case.num_experts, group=group)
+    rows = moe.permute(got.x, got.topk_idx, got.topk_weights, num_experts=EXPERTS_A_RANK)
+    back = moe.unpermute(rows.x, rows.handle)
+    assert torch.equal(rows.tokens_per_expert, got.tokens_per_expert)
+    assert torch.equal(back.norm(dim=1) > 0, (got.topk_idx >= 0).any(1))
+    name = group.group_name
+    quick = {"test_utils": ("test_schema", "test_faketensor")}
+    for rows_at_most, alignment in ((0, 0), (9 * case.size, 8)):
+        sizes = (case.num_experts, rows_at_most, alignment, 0, num_domains, name)
+        opcheck(torch.ops.epjit.dispatch, (x, idx, weights, *sizes), **quick)
+    opcheck(torch.ops.epjit.combine, (got.x, *got.handle, name), **quick)
+    opcheck(torch.ops.epjit.combine_backward, (x, *got.handle, name), **quick)
+    grads = (got.x, got.topk_weights, *got.handle, name)
+    opcheck(torch.ops.epjit.dispatch_backward, grads, **quick)
+    with pytest.raises(RuntimeError, match=r"traced for 1 .*get_buffer"):
+        torch.ops.epjit.dispatch(x, idx, weights, case.num_experts, 0, 0, 0, 1, name)
+    checkpointed(group)

@@ -10,7 +10,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from epjit import Buffer, CommunicationError, Config, moe
+from epjit import Buffer, CommunicationError, Config
 from epjit.runtime.topology import Topology
 from tests import bodies, bodies_internode, launch
 from tests.data import ROUTING_KINDS
@@ -240,15 +240,6 @@ def withheld_thread(comm: Any) -> None:
 def test_withheld_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPJIT_TIMEOUT_SECONDS", "1")
     launch.run_threads(withheld_thread, 4)
-
-
-def test_moe_says_that_it_cannot() -> None:
-    def worker(comm: Any) -> None:
-        buffer = Buffer(None, 1024, 1024, comm=comm, nvlink_domain=1)
-        with pytest.raises(NotImplementedError, match=r"this group has 2; call Buffer\.dispatch"):
-            moe.register_buffer(buffer)
-
-    launch.run_threads(worker, 2)
 
 
 # ---- processes -------------------------------------------------------------------------

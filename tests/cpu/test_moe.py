@@ -24,26 +24,45 @@ def test_compiled_in_one_graph(backend: str, quick: bool) -> None:
     run(moe_bodies.compiled, 2, backend, quick, timeout=240)
 
 
-def eager_among_nans(group: Any) -> None:
+def spoil() -> None:
     """Rows that nothing arrived for are NaN, as they may be on a GPU."""
     real = Buffer.dispatch
 
     def dispatch(self: Buffer, *args: Any, **kwargs: Any) -> Any:
         rows, *rest = real(self, *args, **kwargs)
-        prefix = (kwargs.get("handle") or rest[3])[0]
-        rows[int(prefix[-1, self.rank]) :] = torch.nan  # type: ignore[index]
+        handle: Any = kwargs.get("handle") or rest[3]
+        arrived = handle[0][-1, self.rank] if len(handle) == 6 else handle[6][-1]
+        rows[int(arrived) :] = torch.nan  # type: ignore[index]
         return rows, *rest
 
     Buffer.dispatch = dispatch  # type: ignore[method-assign]  # of this process, which ends
+
+
+def eager_among_nans(group: Any) -> None:
+    spoil()
     moe_bodies.eager(group)
+
+
+def between_domains_among_nans(group: Any) -> None:
+    spoil()
+    moe_bodies.between_domains(group, 2)
 
 
 def test_what_did_not_arrive_spoils_no_gradient() -> None:
     run(eager_among_nans, 2)
 
 
-def test_checkpointed() -> None:
-    run(moe_bodies.checkpointed, 2)
+def test_between_domains() -> None:
+    run(between_domains_among_nans, 4)
+
+
+def checkpointed_and_registered(group: Any) -> None:
+    moe_bodies.checkpointed(group)
+    moe_bodies.registered(group)
+
+
+def test_checkpointed_and_a_buffer_of_ones_own() -> None:
+    run(checkpointed_and_registered, 2)
 
 
 def test_compiled_once_for_all_numbers_of_tokens() -> None:
@@ -56,10 +75,6 @@ def test_exported() -> None:
 
 def test_buffers_are_managed() -> None:
     run(moe_bodies.managed, 2)
-
-
-def test_a_buffer_of_ones_own() -> None:
-    run(moe_bodies.registered, 2)
 
 
 # ---- one rank, in this process ------------------------------------------------------------------
@@ -86,7 +101,7 @@ def tensors(requires_grad: bool = True) -> tuple[torch.Tensor, torch.Tensor, tor
 @pytest.mark.parametrize("alignment", [0, 4])
 def test_opcheck_of_dispatch(name: str, worst: int, alignment: int) -> None:
     x, idx, weights = tensors()
-    opcheck(torch.ops.epjit.dispatch, (x, idx, weights, 4, worst, alignment, 0, name))
+    opcheck(torch.ops.epjit.dispatch, (x, idx, weights, 4, worst, alignment, 0, 1, name))
 
 
 def test_opcheck_of_the_other_operators(name: str) -> None:
@@ -96,11 +111,12 @@ def test_opcheck_of_the_other_operators(name: str) -> None:
     recv = torch.randn(routing[3].shape[0], 16).bfloat16()
     row_of, source, ends, _ = placement
     rows = torch.randn(source.shape[0], 16).bfloat16()
-    opcheck(torch.ops.epjit.combine, (recv.requires_grad_(), *routing, name))
-    opcheck(torch.ops.epjit.combine_backward, (torch.randn(6, 16).bfloat16(), *routing, name))
+    padded = (*routing, *[None] * 4)
+    opcheck(torch.ops.epjit.combine, (recv.requires_grad_(), *padded, name))
+    opcheck(torch.ops.epjit.combine_backward, (torch.randn(6, 16).bfloat16(), *padded, name))
     opcheck(
         torch.ops.epjit.dispatch_backward,
-        (recv.detach(), torch.rand(recv.shape[0], 2), *routing, name),
+        (recv.detach(), torch.rand(recv.shape[0], 2), *padded, name),
     )
     opcheck(torch.ops.epjit.place, (idx, 4, 8, 64))
     opcheck(torch.ops.epjit.permute, (recv.detach().requires_grad_(), row_of, source, ends))

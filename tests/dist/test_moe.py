@@ -17,3 +17,10 @@ def test_layer(num_ranks: int, body: str) -> None:
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_layer(num_ranks: int, backend: str) -> None:
     launch.run(moe_bodies.compiled, num_ranks, backend, timeout=600)
+
+
+@pytest.mark.parametrize("nvlink_domain", [1, 2])
+def test_layer_between_domains(num_ranks: int, nvlink_domain: int) -> None:
+    if num_ranks % nvlink_domain or num_ranks == nvlink_domain:
+        pytest.skip(f"{num_ranks} ranks are no domains of {nvlink_domain}")
+    launch.run(moe_bodies.between_domains, num_ranks, nvlink_domain, timeout=600)
