@@ -6,10 +6,11 @@ import functools
 from dataclasses import dataclass
 
 from epjit import env
+from epjit.runtime import topology
 
 # The limits of one call.
-MAX_RANKS = 8  # of one NVLink domain
-MAX_DOMAINS = 32
+MAX_RANKS = topology.MAX_LOCAL  # of one NVLink domain
+MAX_DOMAINS = topology.MAX_DOMAINS
 MAX_GROUP = MAX_RANKS * MAX_DOMAINS
 MAX_TOKENS = (1 << 24) - 2  # a word of the protocol has 24 bits for a position (sync.cuh)
 MAX_TOPK = 32  # one lane of a warp a choice

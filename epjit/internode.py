@@ -26,7 +26,6 @@ from epjit.normal_mode import (
     Received,
     combine_shape,
     dispatch_shape,
-    pointer,
 )
 from epjit.reference.intranode import Dispatched
 from epjit.runtime import variants
@@ -655,27 +654,19 @@ class Internode(NormalMode):
         config = launch.kernel.config
         assert isinstance(config, InternodeCombineConfig)
         _check_warps(config, num_sms)
-        combined_x, combined_weights = self._allocate_combined(scope, x, num_tokens, topk_weights)
+        combined, values = self._combined(scope, x, num_tokens, topk_weights, bias)
         scope.start()
         reduce_warps = config.reduce_warps * num_sms
-        launch(
-            scope.stream,
-            num_sms,
+        values |= {
             **self._routing(handle),
-            x=x.data_ptr(),
-            topk_weights=pointer(topk_weights),
-            bias_0=pointer(bias[0]),
-            bias_1=pointer(bias[1]),
-            recv_src_meta=handle[7].data_ptr(),
-            send_domain_head=handle[8].data_ptr(),
-            passing=handle[9].data_ptr(),
-            combined_x=combined_x.data_ptr(),
-            combined_topk_weights=pointer(combined_weights),
-            num_tokens=num_tokens,
+            "recv_src_meta": handle[7].data_ptr(),
+            "send_domain_head": handle[8].data_ptr(),
+            "passing": handle[9].data_ptr(),
             # As inside a domain: with few tokens several warps share the reduction of one.
-            num_parts=max(1, min(4, 6 * reduce_warps // max(num_tokens, 1))),
-        )
-        return combined_x, combined_weights
+            "num_parts": max(1, min(4, 6 * reduce_warps // max(num_tokens, 1))),
+        }
+        launch.start(scope.stream, num_sms, values)
+        return combined
 
     # ---- the end ---------------------------------------------------------------------------------
 

@@ -624,19 +624,12 @@ class Intranode(NormalMode):
                 f"rows of {combine_config.hidden_bytes} bytes, but it needs one for each of the "
                 f"{self._group.size - 1} peers; use more SMs"
             )
-        combined_x, combined_weights = self._allocate_combined(scope, x, num_tokens, topk_weights)
+        combined, values = self._combined(scope, x, num_tokens, topk_weights, bias)
         scope.start()
-        values = {
-            "x": x.data_ptr(),
-            "topk_weights": pointer(topk_weights),
-            "bias_0": pointer(bias[0]),
-            "bias_1": pointer(bias[1]),
+        values |= {
             "recv_src_idx": recv_src_idx.data_ptr(),
             "send_head": send_head.data_ptr(),
             "rank_prefix": rank_prefix.data_ptr(),
-            "combined_x": combined_x.data_ptr(),
-            "combined_topk_weights": pointer(combined_weights),
-            "num_tokens": num_tokens,
             # Several warps share a token's sum unless there are many tokens a warp: shorter units
             # end closer together (4 parts instead of 1: 128 tokens on 12 SMs 26.7 us, not 31.4,
             # 512 on 24 SMs 42.6, not 47.4; 4096 on 12 SMs 310, not 276).
@@ -645,7 +638,7 @@ class Intranode(NormalMode):
             ),
         }
         launch.start(scope.stream, num_sms, values)
-        return combined_x, combined_weights
+        return combined
 
     # ---- the end ---------------------------------------------------------------------------------
 

@@ -236,10 +236,15 @@ class NormalMode(ABC):
             "num_recv_rows": recv_x.shape[0],
         }
 
-    def _allocate_combined(
-        self, scope: GpuScope, x: torch.Tensor, num_tokens: int, topk_weights: torch.Tensor | None
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Outputs of a combine."""
+    def _combined(
+        self,
+        scope: GpuScope,
+        x: torch.Tensor,
+        num_tokens: int,
+        topk_weights: torch.Tensor | None,
+        bias: tuple[torch.Tensor | None, torch.Tensor | None],
+    ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], dict[str, int]]:
+        """Outputs of a combine, and parameters for what it sums."""
         forms = (
             matrix(x.dtype, num_tokens, x.shape[1]),
             None
@@ -248,7 +253,16 @@ class NormalMode(ABC):
         )
         with scope.allocating():
             combined_x, combined_weights = self._empty(forms)
-        return combined_x, combined_weights
+        values = {
+            "x": x.data_ptr(),
+            "topk_weights": pointer(topk_weights),
+            "bias_0": pointer(bias[0]),
+            "bias_1": pointer(bias[1]),
+            "combined_x": combined_x.data_ptr(),
+            "combined_topk_weights": pointer(combined_weights),
+            "num_tokens": num_tokens,
+        }
+        return (combined_x, combined_weights), values
 
     # ---- the host's waits, faults, the end -------------------------------------------------------
 

@@ -6,10 +6,9 @@ when it lands.
 
 from __future__ import annotations
 
-import ctypes
 import random
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -22,20 +21,27 @@ from epjit.internode import (
     InternodeNotifyConfig,
 )
 from epjit.reference import internode as reference
-from epjit.reference.intranode import RankInput
 from epjit.runtime import fault
-from epjit.runtime.jit import params_type
-from tests.cpu.test_emulated_kernels import _address, _copy, check, compile_all
 from tests.emulation import build
-from tests.emulation.build import Launch, emulate, guarded
+from tests.emulation import world as emulated
+from tests.emulation.build import guarded
+from tests.emulation.world import (
+    ALIGNMENT,
+    EXPERTS_A_RANK,
+    FOREVER,
+    HIDDEN_BYTES,
+    NO_SELECTIONS,
+    check,
+    copy,
+    draw_biases,
+    draw_input,
+    draw_rows,
+    receive,
+    sums,
+)
 
 pytestmark = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="needs g++")
 
-MAX_LOCAL = 8
-ALIGNMENT = 4  # of the counts that the host gets
-FOREVER = 10**15  # a timeout in emulated nanoseconds that no test reaches
-HIDDEN_BYTES = 160  # not a multiple of what a warp moves at once
-EXPERTS_A_RANK = 3
 CHUNK = 2
 
 
@@ -135,8 +141,8 @@ class Shape:
         return max(1, -(-num_channels // self.grid))
 
 
-@dataclass
-class Rank:
+@dataclass(kw_only=True)
+class Rank(emulated.Rank):
     """One rank's memory: what peers see, then what they do not."""
 
     slots: Tensor
@@ -147,21 +153,17 @@ class Rank:
     control: Tensor  # ready, credits, arrived of notify, arrived
     notify: Tensor  # inbox, then stage
     staged: Tensor
-    local: Tensor  # counters, then epoch and abort
-    fault: Tensor
-    launches: list[Launch] = field(default_factory=list)
-    checks: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
 
 
-class World:
+class World(emulated.World):
     """All ranks of a test; methods queue one operation on every rank and what it must give."""
 
+    counters = 510
+    zeroed = ("signals", "done", "words", "control", "staged")
+
     def __init__(self, shape: Shape, *, seed: int, timeout_ns: int = FOREVER) -> None:
+        super().__init__(seed=seed, timeout_ns=timeout_ns)
         self.shape = shape
-        self.generator = torch.Generator().manual_seed(seed)
-        self.timeout_ns = timeout_ns
-        self.keep: list[Any] = []
-        self.epochs = 0
         num_domains, num_ranks = shape.num_domains, shape.num_ranks
         self.notify_stride = -(-(1 + shape.num_local * (1 + EXPERTS_A_RANK)) // 4) * 4
         slot_bytes = max(shape.dispatch.slot_bytes, shape.combine.slot_bytes)
@@ -204,22 +206,20 @@ class World:
         """New tokens and selections; notify finds out where they go."""
         return Routing(self)
 
-    def queue(self, rank: int, config: Any, grid: int, **values: Any) -> None:
-        """One launch; tensors become addresses, lists of tensors an address a local rank."""
-        struct = type(config).__name__.replace("Config", "Params")
-        record = params_type(config.source, struct)
-        names = {name for name, *_ in record._fields_}
+    def common(self, rank: int, config: Any) -> dict[str, Any]:
         shape, mine = self.shape, self.ranks[rank]
         domain, local = reference.place_of(rank, shape.domains)
         peers = [self.ranks[peer] for peer in shape.domains[domain]]
         is_notify = isinstance(config, InternodeNotifyConfig)
         num_domains = shape.num_domains
-        common = {
+        inbox = [each.notify if is_notify else each.rings for each in peers]
+        return {
+            **super().common(rank, config),
             "signals": [each.signals for each in peers],
             "slots": [each.slots for each in peers],
             "words": [each.words for each in peers],
             "done": [each.done for each in peers],
-            "inbox": [each.notify if is_notify else each.rings for each in peers],
+            "inbox": mine.rings if isinstance(config, InternodeCombineConfig) else inbox,
             "stage": mine.notify[num_domains * self.notify_stride :]
             if is_notify
             else mine.rings[self.ring_bytes :],
@@ -231,66 +231,11 @@ class World:
             "ranks": self.ranks_table,
             "pes": self.pes,
             "transport": self.transport[rank],
-            "counters": mine.local,
-            "epoch": mine.local[510:],
-            "abort": mine.local[511:],
-            "fault": mine.fault,
-            "timeout_ns": self.timeout_ns,
             "ring_slots": shape.ring_slots,
             "num_slots": shape.slots,
-            "rank": rank,
             "domain": domain,
             "local": local,
         }
-        if isinstance(config, InternodeCombineConfig):
-            common["inbox"] = mine.rings
-        values = {name: value for name, value in common.items() if name in names} | values
-        assert set(values) == names, f"{struct}: {set(values) ^ names}"
-        self.keep.append(values)
-        params = record()
-        for name, value in values.items():
-            if isinstance(value, list):
-                pointers = [each.data_ptr() for each in value]
-                pointers += [0] * (MAX_LOCAL - len(pointers))
-                setattr(params, name, (ctypes.c_uint64 * MAX_LOCAL)(*pointers))
-            else:
-                setattr(params, name, _address(value))
-        mine.launches.append(Launch(config, params, grid=grid, rank=rank))
-
-    def expect(self, rank: int, what: str, got: Tensor, expected: Tensor) -> None:
-        self.ranks[rank].checks.append((f"rank {rank}: {what}", got, expected))
-
-    def run(self, seed: int, *, compare: bool = True, **options: Any) -> None:
-        """Runs what was queued and compares all results."""
-        launches = [launch for rank in self.ranks for launch in rank.launches]
-        compile_all({launch.config: launch for launch in launches})
-        emulate(launches, seed=seed, **options)
-        if not compare:
-            return
-        for rank in self.ranks:
-            assert rank.fault.tolist() == [0] * 8
-            assert rank.local[:510].tolist() == [0] * 510, "counters are not zero at the end"
-            assert rank.local[510:].tolist() == [self.epochs, 0]
-            check(rank.checks)
-            rank.launches.clear()
-            rank.checks.clear()
-
-    def reset(self) -> None:
-        """What a collective reset of the buffers does."""
-        self.epochs = 0
-        for rank in self.ranks:
-            rank.launches.clear()
-            rank.checks.clear()
-            for memory in (
-                rank.signals,
-                rank.done,
-                rank.words,
-                rank.control,
-                rank.staged,
-                rank.local,
-                rank.fault,
-            ):
-                memory.zero_()
 
 
 class Routing:
@@ -299,7 +244,7 @@ class Routing:
     def __init__(self, world: World) -> None:
         shape = world.shape
         self.world, self.shape = world, shape
-        self.inputs = [self._input(r, n) for r, n in enumerate(shape.tokens)]
+        self.inputs = [draw_input(world, rank, self._layout) for rank in range(shape.num_ranks)]
         self.expected = [
             reference.dispatch(
                 self.inputs,
@@ -315,32 +260,8 @@ class Routing:
         self.handles = [self._notify(rank) for rank in range(shape.num_ranks)]
         world.epochs += 1
 
-    def _input(self, rank: int, num_tokens: int) -> RankInput:
-        shape, generator = self.shape, self.world.generator
-        chosen = torch.rand(num_tokens, shape.num_experts, generator=generator)
-        idx = chosen.topk(min(shape.num_topk, shape.num_experts)).indices
-        if shape.hot and num_tokens:
-            idx[:, 0] = 0
-        idx[torch.rand(idx.shape, generator=generator) < shape.hole] = -1
-        idx = _copy(idx.to(torch.int64 if shape.topk_is_int64 else torch.int32))
-        _, _, per_expert, in_rank = reference.layout(idx, shape.num_experts, shape.domains)
-        x = guarded(num_tokens, HIDDEN_BYTES // 4, dtype=torch.int32)
-        x.copy_(
-            (rank << 24)
-            + (torch.arange(num_tokens).view(-1, 1) << 8)
-            + torch.arange(HIDDEN_BYTES // 4)
-        )
-        # Column-major, as quantising kernels leave them.
-        scales = guarded(shape.num_scales, num_tokens, dtype=torch.float32)
-        scales.copy_(torch.rand(scales.shape, generator=generator))
-        return RankInput(
-            x=x,
-            scales=scales.t(),
-            topk_idx=idx,
-            topk_weights=_copy(torch.rand(idx.shape, generator=generator)),
-            is_token_in_rank=_copy(in_rank),
-            num_tokens_per_expert=per_expert,
-        )
+    def _layout(self, idx: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.layout(idx, self.shape.num_experts, self.shape.domains)[2:]
 
     def _notify(self, rank: int) -> reference.Handle:
         shape, world = self.shape, self.world
@@ -364,9 +285,9 @@ class Routing:
             rank,
             shape.notify,
             1 + num_ranks + num_domains,
-            num_tokens_per_rank=_copy(per_rank),
-            num_tokens_per_domain=_copy(per_domain),
-            num_tokens_per_expert=_copy(per_expert),
+            num_tokens_per_rank=copy(per_rank),
+            num_tokens_per_domain=copy(per_domain),
+            num_tokens_per_expert=copy(per_expert),
             is_token_in_rank=own.is_token_in_rank,
             rank_prefix=rank_prefix,
             channel_tokens=channel_tokens,
@@ -408,46 +329,20 @@ class Routing:
         shape, world = self.shape, self.world
         for rank, (own, handle) in enumerate(zip(self.inputs, self.handles, strict=True)):
             expected, n = self.expected[rank], self.num_recv[rank]
-            num_rows = handle[7].shape[0]
-            assert own.scales is not None
-            assert own.topk_idx is not None
-            recv_x = guarded(num_rows, HIDDEN_BYTES // 4, dtype=torch.int32)
-            recv_scales = guarded(num_rows, shape.num_scales, dtype=torch.float32)
-            recv_idx = guarded(num_rows, shape.num_topk, dtype=own.topk_idx.dtype)
-            recv_weights = guarded(num_rows, shape.num_topk, dtype=torch.float32)
             world.queue(
                 rank,
                 shape.dispatch,
                 shape.grid,
                 **self._common(rank),
-                x=own.x,
-                scales=own.scales,
-                scale_token_stride=own.scales.stride(0),
-                scale_stride=own.scales.stride(1),
-                topk_idx=own.topk_idx,
-                topk_weights=own.topk_weights,
-                recv_x=recv_x,
-                recv_scales=recv_scales,
-                recv_topk_idx=recv_idx,
-                recv_topk_weights=recv_weights,
+                **receive(world, rank, own, expected, n),
                 recv_src_meta=handle[7],
                 passing=handle[9],
                 num_passing=handle[9].shape[0],
                 num_send_warps=2,
-                experts_per_rank=EXPERTS_A_RANK,
             )
             passing = int(expected.handle[4][-1])
             world.expect(rank, "src_meta", handle[7][:n], expected.handle[7][:n])
             world.expect(rank, "passing", handle[9][:passing], expected.handle[9][:passing])
-            for what, got, wanted in (
-                ("recv_x", recv_x, expected.recv_x),
-                ("recv_scales", recv_scales, expected.recv_scales),
-                ("recv_topk_weights", recv_weights, expected.recv_topk_weights),
-            ):
-                assert wanted is not None
-                world.expect(rank, what, got[:n], wanted[:n])
-            assert expected.recv_topk_idx is not None
-            world.expect(rank, "recv_topk_idx", recv_idx, expected.recv_topk_idx)
         world.epochs += 1
 
     def cached_dispatch(self) -> None:
@@ -455,7 +350,7 @@ class Routing:
         shape, world = self.shape, self.world
         config = shape.cached
         xs = [
-            _copy(torch.randint(256, (n, config.hidden_bytes), generator=world.generator).byte())
+            copy(torch.randint(256, (n, config.hidden_bytes), generator=world.generator).byte())
             for n in shape.tokens
         ]
         handles = [each.handle for each in self.expected]
@@ -467,16 +362,9 @@ class Routing:
                 config,
                 shape.grid,
                 **self._common(rank),
+                **NO_SELECTIONS,
                 x=xs[rank],
-                scales=0,
-                scale_token_stride=0,
-                scale_stride=0,
-                topk_idx=0,
-                topk_weights=0,
                 recv_x=recv_x,
-                recv_scales=0,
-                recv_topk_idx=0,
-                recv_topk_weights=0,
                 recv_src_meta=0,
                 passing=0,
                 num_passing=0,
@@ -502,45 +390,23 @@ class Routing:
     def combine(self, *, num_biases: int = 0, num_parts: int = 1) -> None:
         """Rows back to their owners, summed on the way and there."""
         shape, world = self.shape, self.world
-        generator = world.generator
-        dtype = torch.float16 if shape.is_f16 else torch.bfloat16
-        hidden = HIDDEN_BYTES // 2
         handles = [each.handle for each in self.expected]
-        rows = [handle[7].shape[0] for handle in handles]
-        xs = [_copy(torch.randn(n, hidden, generator=generator).to(dtype)) for n in rows]
-        weights = [_copy(torch.rand(n, shape.num_topk, generator=generator)) for n in rows]
-        for rank, num_tokens in enumerate(shape.tokens):
-            biases = [
-                _copy(torch.randn(num_tokens, hidden, generator=generator).to(dtype))
-                for _ in range(num_biases)
-            ]
-            bias = [*biases, None, None]
-            expected_x, expected_weights = reference.combine(
-                xs, handles, rank, shape.domains, weights, (bias[0], bias[1])
-            )
-            combined_x = guarded(num_tokens, hidden, dtype=dtype)
-            combined_weights = guarded(num_tokens, shape.num_topk, dtype=torch.float32)
+        xs, weights = draw_rows(world, [handle[7].shape[0] for handle in handles])
+        for rank in range(shape.num_ranks):
+            bias = draw_biases(world, rank, num_biases)
+            expected = reference.combine(xs, handles, rank, shape.domains, weights, bias)
             values = self._common(rank)
             del values["num_recv_rows"]
             world.queue(
                 rank,
                 shape.combine,
                 shape.grid,
-                **values,
-                x=xs[rank],
-                topk_weights=weights[rank],
-                bias_0=bias[0],
-                bias_1=bias[1],
+                **values | sums(world, rank, xs[rank], weights[rank], bias, expected),
                 recv_src_meta=self.handles[rank][7],
                 send_domain_head=self.handles[rank][8],
                 passing=self.handles[rank][9],
-                combined_x=combined_x,
-                combined_topk_weights=combined_weights,
                 num_parts=num_parts,
             )
-            assert expected_weights is not None
-            world.expect(rank, "combined_x", combined_x, expected_x)
-            world.expect(rank, "combined_topk_weights", combined_weights, expected_weights)
         world.epochs += 1
 
 

@@ -7,12 +7,9 @@ time; what arrives is compared bit for bit.
 
 from __future__ import annotations
 
-import ctypes
 import random
 import shutil
-from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -22,17 +19,25 @@ from torch import Tensor
 from epjit.intranode import CombineConfig, DispatchConfig, NotifyConfig
 from epjit.layout import LayoutConfig
 from epjit.reference import intranode as reference
-from epjit.runtime.jit import params_type
 from tests.emulation import build
-from tests.emulation.build import Launch, emulate, guarded
+from tests.emulation import world as emulated
+from tests.emulation.build import guarded
+from tests.emulation.world import (
+    ALIGNMENT,
+    EXPERTS_A_RANK,
+    FOREVER,
+    HIDDEN_BYTES,
+    NO_SELECTIONS,
+    check,
+    copy,
+    draw_biases,
+    draw_input,
+    draw_rows,
+    receive,
+    sums,
+)
 
 pytestmark = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="needs g++")
-
-MAX_RANKS = 8
-ALIGNMENT = 4  # of the counts that the host gets
-FOREVER = 10**15  # a timeout in emulated nanoseconds that no test reaches
-HIDDEN_BYTES = 160  # not a multiple of what a warp moves at once
-EXPERTS_A_RANK = 3
 
 
 @dataclass(frozen=True)
@@ -109,8 +114,8 @@ class Shape:
         )
 
 
-@dataclass
-class Rank:
+@dataclass(kw_only=True)
+class Rank(emulated.Rank):
     """One rank's memory: what peers see, then what they do not."""
 
     slots: Tensor
@@ -118,23 +123,19 @@ class Rank:
     signals: Tensor
     places: Tensor
     notify: Tensor
-    local: Tensor  # counters, then epoch and abort
-    fault: Tensor
     layout_counters: Tensor
-    launches: list[Launch] = field(default_factory=list)
-    checks: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
 
 
-class World:
+class World(emulated.World):
     """All ranks of a test; methods queue one operation on every rank and what it must give."""
 
+    counters = 32
+    zeroed = ("signals", "places", "words", "notify")
+
     def __init__(self, shape: Shape, *, seed: int, timeout_ns: int = FOREVER) -> None:
+        super().__init__(seed=seed, timeout_ns=timeout_ns)
         self.shape = shape
-        self.generator = torch.Generator().manual_seed(seed)
-        self.timeout_ns = timeout_ns
-        self.keep: list[Any] = []
         self.notify_stride = shape.num_ranks + 1 + EXPERTS_A_RANK + 2
-        self.epochs = 0
         num_bytes = shape.slots * shape.dispatch.bytes_a_token
         # A combine has a slot for every rank; at least two windows of one row.
         num_bytes = max(num_bytes, 2 * shape.combine.bytes_a_token)
@@ -160,72 +161,16 @@ class World:
         """New tokens and selections; layout and notify find out where they go."""
         return Routing(self)
 
-    def queue(self, rank: int, config: Any, grid: int, **values: Any) -> None:
-        """One launch; tensors become addresses, lists of tensors an address a rank."""
-        struct = type(config).__name__.replace("Config", "Params")
-        record = params_type(config.source, struct)
-        names = {name for name, *_ in record._fields_}
-        mine = self.ranks[rank]
-        common = {
+    def common(self, rank: int, config: Any) -> dict[str, Any]:
+        return {
+            **super().common(rank, config),
             "signals": [each.signals for each in self.ranks],
             "places": [each.places for each in self.ranks],
             "outputs": [],  # so that places are addresses: each output keeps a guarded end
             "slots": [each.slots for each in self.ranks],
             "words": [each.words for each in self.ranks],
             "notify": [each.notify for each in self.ranks],
-            "counters": mine.local,
-            "epoch": mine.local[32:],
-            "abort": mine.local[33:],
-            "fault": mine.fault,
-            "timeout_ns": self.timeout_ns,
-            "rank": rank,
         }
-        values = {name: value for name, value in common.items() if name in names} | values
-        assert set(values) == names, f"{struct}: {set(values) ^ names}"
-        self.keep.append(values)
-        params = record()
-        for name, value in values.items():
-            if isinstance(value, list):
-                pointers = [each.data_ptr() for each in value]
-                pointers += [0] * (MAX_RANKS - len(pointers))
-                setattr(params, name, (ctypes.c_uint64 * MAX_RANKS)(*pointers))
-            else:
-                setattr(params, name, _address(value))
-        mine.launches.append(Launch(config, params, grid=grid, rank=rank))
-
-    def expect(self, rank: int, what: str, got: Tensor, expected: Tensor) -> None:
-        self.ranks[rank].checks.append((f"rank {rank}: {what}", got, expected))
-
-    def run(self, seed: int, *, compare: bool = True, **options: Any) -> None:
-        """Runs what was queued and compares all results."""
-        launches = [launch for rank in self.ranks for launch in rank.launches]
-        compile_all({launch.config: launch for launch in launches})
-        emulate(launches, seed=seed, **options)
-        if not compare:
-            return
-        for rank in self.ranks:
-            assert rank.fault.tolist() == [0] * 8
-            assert rank.local[:32].tolist() == [0] * 32, "counters are not zero at the end"
-            assert rank.local[32:34].tolist() == [self.epochs, 0]
-            check(rank.checks)
-            rank.launches.clear()
-            rank.checks.clear()
-
-    def reset(self) -> None:
-        """What a collective reset of the buffers does."""
-        self.epochs = 0
-        for rank in self.ranks:
-            rank.launches.clear()
-            rank.checks.clear()
-            for memory in (
-                rank.signals,
-                rank.places,
-                rank.words,
-                rank.notify,
-                rank.local,
-                rank.fault,
-            ):
-                memory.zero_()
 
 
 class Routing:
@@ -234,7 +179,7 @@ class Routing:
     def __init__(self, world: World) -> None:
         shape = world.shape
         self.world, self.shape = world, shape
-        self.inputs = [self._input(r, n) for r, n in enumerate(shape.tokens)]
+        self.inputs = [draw_input(world, rank, self._layout) for rank in range(shape.num_ranks)]
         self.expected = [
             reference.dispatch(
                 self.inputs,
@@ -249,32 +194,8 @@ class Routing:
         self.handles = [self._layout_and_notify(rank) for rank in range(shape.num_ranks)]
         world.epochs += 1
 
-    def _input(self, rank: int, num_tokens: int) -> reference.RankInput:
-        shape, generator = self.shape, self.world.generator
-        chosen = torch.rand(num_tokens, shape.num_experts, generator=generator)
-        idx = chosen.topk(min(shape.num_topk, shape.num_experts)).indices
-        if shape.hot and num_tokens:
-            idx[:, 0] = 0
-        idx[torch.rand(idx.shape, generator=generator) < shape.hole] = -1
-        idx = _copy(idx.to(torch.int64 if shape.topk_is_int64 else torch.int32))
-        _, per_expert, in_rank = reference.layout(idx, shape.num_experts, shape.num_ranks)
-        x = guarded(num_tokens, HIDDEN_BYTES // 4, dtype=torch.int32)
-        x.copy_(
-            (rank << 24)
-            + (torch.arange(num_tokens).view(-1, 1) << 8)
-            + torch.arange(HIDDEN_BYTES // 4)
-        )
-        # Column-major, as quantising kernels leave them.
-        scales = guarded(shape.num_scales, num_tokens, dtype=torch.float32)
-        scales.copy_(torch.rand(scales.shape, generator=generator))
-        return reference.RankInput(
-            x=x,
-            scales=scales.t(),
-            topk_idx=idx,
-            topk_weights=_copy(torch.rand(idx.shape, generator=generator)),
-            is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert,
-        )
+    def _layout(self, idx: Tensor) -> tuple[Tensor, Tensor]:
+        return reference.layout(idx, self.shape.num_experts, self.shape.num_ranks)[1:]
 
     def _layout_and_notify(self, rank: int) -> reference.Handle:
         shape, world = self.shape, self.world
@@ -348,45 +269,21 @@ class Routing:
         shape, world = self.shape, self.world
         for rank, (own, handle) in enumerate(zip(self.inputs, self.handles, strict=True)):
             expected, n = self.expected[rank], self.num_recv[rank]
-            num_rows = handle[3].shape[0]
-            assert own.scales is not None
-            assert own.topk_idx is not None
-            recv_x = guarded(num_rows, HIDDEN_BYTES // 4, dtype=torch.int32)
-            recv_scales = guarded(num_rows, shape.num_scales, dtype=torch.float32)
-            recv_idx = guarded(num_rows, shape.num_topk, dtype=own.topk_idx.dtype)
-            recv_weights = guarded(num_rows, shape.num_topk, dtype=torch.float32)
+            values = receive(world, rank, own, expected, n)
             world.queue(
                 rank,
                 shape.dispatch,
                 shape.grid,
                 **self._common(rank),
-                x=own.x,
-                scales=own.scales,
-                scale_token_stride=own.scales.stride(0),
-                scale_stride=own.scales.stride(1),
-                topk_idx=own.topk_idx,
-                topk_weights=own.topk_weights,
-                recv_x=recv_x,
-                recv_scales=recv_scales,
-                recv_topk_idx=recv_idx,
-                recv_topk_weights=recv_weights,
+                **values,
                 recv_src_idx=handle[3],
                 num_slots=shape.slots,
                 **self._room(shape.dispatch, 2),
-                experts_per_rank=EXPERTS_A_RANK,
             )
             world.expect(rank, "recv_src_idx", handle[3][:n], expected.handle[3][:n])
-            for what, got, wanted in (
-                ("recv_x", recv_x, expected.recv_x),
-                ("recv_scales", recv_scales, expected.recv_scales),
-                ("recv_topk_weights", recv_weights, expected.recv_topk_weights),
-            ):
-                assert wanted is not None
-                world.expect(rank, what, got[:n], wanted[:n])
-            assert expected.recv_topk_idx is not None
-            world.expect(rank, "recv_topk_idx", recv_idx, expected.recv_topk_idx)
             if count:
-                self._count(rank, recv_idx, expected.recv_topk_idx)
+                assert expected.recv_topk_idx is not None
+                self._count(rank, values["recv_topk_idx"], expected.recv_topk_idx)
         world.epochs += 1
 
     def _count(self, rank: int, recv_idx: Tensor, expected: Tensor) -> None:
@@ -420,7 +317,7 @@ class Routing:
         shape, world = self.shape, self.world
         config = shape.cached
         xs = [
-            _copy(torch.randint(256, (n, config.hidden_bytes), generator=world.generator).byte())
+            copy(torch.randint(256, (n, config.hidden_bytes), generator=world.generator).byte())
             for n in shape.tokens
         ]
         handles = [each.handle for each in self.expected]
@@ -432,16 +329,9 @@ class Routing:
                 config,
                 shape.grid,
                 **self._common(rank),
+                **NO_SELECTIONS,
                 x=xs[rank],
-                scales=0,
-                scale_token_stride=0,
-                scale_stride=0,
-                topk_idx=0,
-                topk_weights=0,
                 recv_x=recv_x,
-                recv_scales=0,
-                recv_topk_idx=0,
-                recv_topk_weights=0,
                 recv_src_idx=0,
                 num_slots=shape.slots,
                 **self._room(config, 1),
@@ -473,78 +363,26 @@ class Routing:
     def combine(self, *, num_biases: int = 0, num_parts: int = 1) -> None:
         """Rows back to their owners, summed there."""
         shape, world = self.shape, self.world
-        generator, config = world.generator, shape.combine
-        dtype = torch.float16 if shape.is_f16 else torch.bfloat16
-        hidden = HIDDEN_BYTES // 2
+        config = shape.combine
         handles = [each.handle for each in self.expected]
-        rows = [handle[3].shape[0] for handle in handles]
-        xs = [_copy(torch.randn(n, hidden, generator=generator).to(dtype)) for n in rows]
-        weights = [_copy(torch.rand(n, shape.num_topk, generator=generator)) for n in rows]
+        xs, weights = draw_rows(world, [handle[3].shape[0] for handle in handles])
         num_slots = world.ranks[0].slots.numel() // config.bytes_a_token // 2 * 2
-        for rank, num_tokens in enumerate(shape.tokens):
-            biases = [
-                _copy(torch.randn(num_tokens, hidden, generator=generator).to(dtype))
-                for _ in range(num_biases)
-            ]
-            bias = [*biases, None, None]
-            expected_x, expected_weights = reference.combine(
-                xs, handles, rank, weights, (bias[0], bias[1])
-            )
-            combined_x = guarded(num_tokens, hidden, dtype=dtype)
-            combined_weights = guarded(num_tokens, shape.num_topk, dtype=torch.float32)
+        for rank in range(shape.num_ranks):
+            bias = draw_biases(world, rank, num_biases)
+            expected = reference.combine(xs, handles, rank, weights, bias)
             rank_prefix, _, _, src_idx, _, send_head = self.handles[rank]
             world.queue(
                 rank,
                 config,
                 shape.grid,
-                x=xs[rank],
-                topk_weights=weights[rank],
-                bias_0=bias[0],
-                bias_1=bias[1],
+                **sums(world, rank, xs[rank], weights[rank], bias, expected),
                 recv_src_idx=src_idx,
                 send_head=send_head,
                 rank_prefix=rank_prefix,
-                combined_x=combined_x,
-                combined_topk_weights=combined_weights,
                 num_slots=num_slots,
-                num_tokens=num_tokens,
                 num_parts=num_parts,
             )
-            assert expected_weights is not None
-            world.expect(rank, "combined_x", combined_x, expected_x)
-            world.expect(rank, "combined_topk_weights", combined_weights, expected_weights)
         world.epochs += 1
-
-
-def check(checks: Sequence[tuple[str, Tensor, Tensor]]) -> None:
-    """Raises AssertionError unless every tensor equals its expectation bit for bit."""
-    for what, got, expected in checks:
-        assert got.dtype == expected.dtype, what
-        assert got.shape == expected.shape, what
-        if not torch.equal(_bits(got), _bits(expected)):
-            where = (_bits(got) != _bits(expected)).nonzero()[0].tolist()
-            raise AssertionError(f"{what}{where}: {got} != {expected}")
-
-
-def _address(value: Tensor | int | None) -> int:
-    if value is None:
-        return 0
-    return value.data_ptr() if isinstance(value, Tensor) else value
-
-
-def _copy(tensor: Tensor) -> Tensor:
-    return guarded(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
-
-
-def _bits(tensor: Tensor) -> Tensor:
-    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-    return tensor.contiguous().view(integers[tensor.dtype.itemsize])
-
-
-def compile_all(launches: dict[Any, Launch]) -> None:
-    """g++ is a process of its own: several at a time."""
-    with ThreadPoolExecutor(4) as pool:
-        list(pool.map(build.prepare, launches.values()))
 
 
 TOKENS = {

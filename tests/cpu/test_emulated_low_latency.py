@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import ctypes
 import random
 import shutil
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -21,14 +20,14 @@ from epjit.low_latency import (
 )
 from epjit.reference import low_latency as reference
 from epjit.runtime.empty import empty_on
-from epjit.runtime.jit import params_type
 from tests.emulation import build
-from tests.emulation.build import Launch, emulate, guarded
+from tests.emulation import world as emulated
+from tests.emulation.build import emulate, guarded
+from tests.emulation.world import FOREVER, check, copy
 
 pytestmark = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="needs g++")
 
 MAX_RANKS = 8
-FOREVER = 10**15
 # Of three ranks; sums are made before the links in one NVLink domain only.
 VARIANTS = pytest.mark.parametrize(
     ("variant", "per_domain"),
@@ -116,8 +115,8 @@ class Shape:
         )
 
 
-@dataclass
-class Rank:
+@dataclass(kw_only=True)
+class Rank(emulated.Rank):
     """One rank's memory: what peers see, then what they do not."""
 
     slots: Tensor
@@ -127,22 +126,22 @@ class Rank:
     meetings: Tensor
     staged_counts: Tensor
     send_buffer: Tensor
-    local: Tensor  # counters, epoch 32, abort 33, state of clean 64, mask 192, decisions 256
-    fault: Tensor
-    launches: list[Launch] = field(default_factory=list)
-    checks: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
 
 
-class World:
-    """All ranks of a test; methods queue one operation on every rank and what it must give."""
+class World(emulated.World):
+    """All ranks of a test; methods queue one operation on every rank and what it must give.
+
+    A rank's `local`: counters, epoch 32, abort 33, state of clean 64, mask 192, decisions 256.
+    """
+
+    counters = 32
+    zeroed = ("words", "counts", "signals", "meetings")
 
     def __init__(
         self, shape: Shape, *, seed: int, timeout_ns: int = FOREVER, shrink: bool = False
     ) -> None:
-        self.shape, self.timeout_ns, self.shrink = shape, timeout_ns, shrink
-        self.generator = torch.Generator().manual_seed(seed)
-        self.keep: list[Any] = []
-        self.epochs = 0
+        super().__init__(seed=seed, timeout_ns=timeout_ns)
+        self.shape, self.shrink = shape, shrink
         self.half_bytes = max(
             shape.num_ranks * shape.max_tokens * shape.dispatch.slot_bytes,
             shape.max_tokens * shape.num_topk * 2 * shape.hidden,
@@ -190,14 +189,12 @@ class World:
             for rank in range(shape.num_ranks)
         ]
 
-    def queue(self, rank: int, config: Any, grid: int, **values: Any) -> None:
-        """One launch; tensors become addresses, lists of tensors an address a rank."""
-        record = params_type(config.source, type(config).__name__.replace("Config", "Params"))
-        names = {name for name, *_ in record._fields_}
+    def common(self, rank: int, config: Any) -> dict[str, Any]:
         mine, domain = self.ranks[rank], self.shape.domain(rank)
         near = [self.ranks[each] for each in domain]
         remote = self.shape.remote
-        common = {
+        return {
+            **super().common(rank, config),
             "slots": [each.slots for each in near],
             "words": [each.words for each in near],
             "counts": [each.counts for each in near],
@@ -209,32 +206,13 @@ class World:
             "transport": self.transports[rank] if remote else None,
             "local": domain.index(rank),
             "decisions": mine.local[256:],
-            "counters": mine.local,
-            "epoch": mine.local[32:],
-            "abort": mine.local[33:],
             "state": mine.local[64:],
             "mask": mine.local[192:] if self.shrink else None,
-            "fault": mine.fault,
-            "timeout_ns": self.timeout_ns,
             "half_bytes": self.half_bytes,
             "words_stride": self.words_stride,
             "counts_stride": self.counts_stride,
             "max_tokens": self.shape.max_tokens,
-            "rank": rank,
         }
-        values = {name: value for name, value in common.items() if name in names} | values
-        assert set(values) == names, f"{set(values) ^ names}"
-        self.keep.append(values)
-        params = record()
-        for name, value in values.items():
-            if isinstance(value, list):
-                pointers = [each.data_ptr() for each in value]
-                pointers += [0] * (MAX_RANKS - len(pointers))
-                setattr(params, name, (ctypes.c_uint64 * MAX_RANKS)(*pointers))
-            else:
-                address = value.data_ptr() if isinstance(value, Tensor) else value
-                setattr(params, name, 0 if address is None else address)
-        mine.launches.append(Launch(config, params, grid=grid, rank=rank))
 
     def route(self) -> Routing:
         return Routing(self)
@@ -242,29 +220,6 @@ class World:
     def clean(self) -> None:
         for rank in range(self.shape.num_ranks):
             self.queue(rank, CleanConfig(self.shape.num_ranks, self.shape.remote), 1)
-
-    def run(self, seed: int, *, compare: bool = True, **options: Any) -> None:
-        """Runs what was queued and compares all results."""
-        emulate([launch for rank in self.ranks for launch in rank.launches], seed=seed, **options)
-        for rank in self.ranks:
-            rank.launches.clear()
-            if compare:
-                assert rank.fault.tolist() == [0] * 8
-                assert rank.local[:32].tolist() == [0] * 32, "counters are not zero at the end"
-                assert rank.local[32:34].tolist() == [self.epochs, 0]
-                check(rank.checks)
-            rank.checks.clear()
-
-    def reset(self) -> None:
-        """What a collective reset does."""
-        self.epochs = 0
-        for rank in self.ranks:
-            rank.launches.clear()
-            rank.checks.clear()
-            for memory in (rank.words, rank.counts, rank.signals, rank.meetings):
-                memory.zero_()
-            for memory in (rank.local, rank.fault):
-                memory.zero_()
 
 
 class Routing:
@@ -275,7 +230,7 @@ class Routing:
         self.world, self.shape = world, shape
         self.inputs = [self._input(num_tokens) for num_tokens in shape.tokens]
         self.weights = [
-            _copy(torch.randn(each.topk_idx.shape, generator=world.generator))
+            copy(torch.randn(each.topk_idx.shape, generator=world.generator))
             for each in self.inputs
         ]
 
@@ -295,9 +250,9 @@ class Routing:
         if num_tokens:
             x[0, :128] = 0
         return reference.RankInput(
-            _copy(x.to(torch.bfloat16)),
-            _copy(idx.to(torch.int64 if shape.topk_is_int64 else torch.int32)),
-            _copy(torch.tensor([37.5])),
+            copy(x.to(torch.bfloat16)),
+            copy(idx.to(torch.int64 if shape.topk_is_int64 else torch.int32)),
+            copy(torch.tensor([37.5])),
         )
 
     def dispatch(
@@ -376,7 +331,7 @@ class Routing:
             if shape.zero_copy:
                 memory.send_buffer.copy_(y)
         given = [
-            memory.send_buffer if shape.zero_copy else _copy(y)
+            memory.send_buffer if shape.zero_copy else copy(y)
             for memory, y in zip(world.ranks, outputs, strict=True)
         ]
         returned = [
@@ -414,12 +369,6 @@ class Routing:
             world.ranks[rank].checks.append((f"rank {rank}: combined", out, expected))
 
 
-def _copy(tensor: Tensor) -> Tensor:
-    out = guarded(*tensor.shape, dtype=tensor.dtype)
-    out.copy_(tensor)
-    return out
-
-
 def _guarded_outputs(shape: Shape) -> reference.LowLatencyDispatched:
     """Outputs as `allocate_dispatched` makes them, in memory whose bounds are watched."""
     forms = reference.dispatched_forms(
@@ -454,17 +403,6 @@ def _whole_storage(src_info: Tensor) -> Tensor:
 
 def _routes(src_info: Tensor, shape: Shape) -> dict[str, Tensor]:
     return reference.routes(src_info, shape.num_ranks)._asdict()
-
-
-def _bytes(tensor: Tensor) -> Tensor:
-    # A clone, since a tensor of one column has strides that no view as bytes takes.
-    return tensor.clone(memory_format=torch.contiguous_format).flatten().view(torch.uint8)
-
-
-def check(checks: list[tuple[str, Tensor, Tensor]]) -> None:
-    for what, got, expected in checks:
-        same = _bytes(got) == _bytes(expected)
-        assert bool(same.all()), f"{what}: {int((~same).sum())} of {same.numel()} bytes differ"
 
 
 # ---- tests --------------------------------------------------------------------------------------

@@ -1,0 +1,269 @@
+"""What the tests of emulated kernels share: ranks with memory, launches queued on each, checks."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from epjit.config import MAX_RANKS
+from epjit.reference.intranode import Dispatched, RankInput
+from epjit.runtime.jit import params_type
+from tests.emulation import build
+from tests.emulation.build import Launch, emulate, guarded
+
+FOREVER = 10**15  # a timeout in emulated nanoseconds that no test reaches
+# Of the normal mode.
+ALIGNMENT = 4  # of the counts that the host gets
+HIDDEN_BYTES = 160  # not a multiple of what a warp moves at once
+EXPERTS_A_RANK = 3
+NO_SELECTIONS = dict.fromkeys(
+    (
+        "scales",
+        "scale_token_stride",
+        "scale_stride",
+        "topk_idx",
+        "topk_weights",
+        "recv_scales",
+        "recv_topk_idx",
+        "recv_topk_weights",
+    ),
+    0,
+)
+"""Parameters of a cached dispatch."""
+
+
+@dataclass(kw_only=True)
+class Rank:
+    """One rank's memory, what is queued on it, and what that must give."""
+
+    local: Tensor  # counters, then epoch and abort
+    fault: Tensor
+    launches: list[Launch] = field(default_factory=list)
+    checks: list[tuple[str, Tensor, Tensor]] = field(default_factory=list)
+
+
+class World:
+    """All ranks of a test.
+
+    Attributes:
+        shape: What the test runs.
+        ranks: A `Rank` each, with the memory of its mode.
+        epochs: Operations that were queued since the last reset.
+    """
+
+    counters: ClassVar[int]  # words of `local` before epoch and abort
+    zeroed: ClassVar[tuple[str, ...]]  # memory that a reset clears, beside local and fault
+    shape: Any
+    ranks: list[Any]
+
+    def __init__(self, *, seed: int, timeout_ns: int) -> None:
+        self.generator = torch.Generator().manual_seed(seed)
+        self.timeout_ns = timeout_ns
+        self.epochs = 0
+        self.keep: list[Any] = []
+
+    def common(self, rank: int, config: Any) -> dict[str, Any]:
+        """Parameters that a kernel gets if it has them."""
+        mine = self.ranks[rank]
+        return {
+            "counters": mine.local,
+            "epoch": mine.local[self.counters :],
+            "abort": mine.local[self.counters + 1 :],
+            "fault": mine.fault,
+            "timeout_ns": self.timeout_ns,
+            "rank": rank,
+        }
+
+    def queue(self, rank: int, config: Any, grid: int, **values: Any) -> None:
+        """One launch; tensors become addresses, lists of tensors an address a rank of a domain."""
+        struct = type(config).__name__.replace("Config", "Params")
+        record = params_type(config.source, struct)
+        names = {name for name, *_ in record._fields_}
+        common = self.common(rank, config)
+        values = {name: value for name, value in common.items() if name in names} | values
+        assert set(values) == names, f"{struct}: {set(values) ^ names}"
+        self.keep.append(values)
+        params = record()
+        for name, value in values.items():
+            if isinstance(value, list):
+                pointers = [each.data_ptr() for each in value]
+                pointers += [0] * (MAX_RANKS - len(pointers))
+                setattr(params, name, (ctypes.c_uint64 * MAX_RANKS)(*pointers))
+            else:
+                address = value.data_ptr() if isinstance(value, Tensor) else value
+                setattr(params, name, 0 if address is None else address)
+        self.ranks[rank].launches.append(Launch(config, params, grid=grid, rank=rank))
+
+    def expect(self, rank: int, what: str, got: Tensor, expected: Tensor) -> None:
+        """What a tensor must be after the next run, bit for bit."""
+        self.ranks[rank].checks.append((f"rank {rank}: {what}", got, expected))
+
+    def run(self, seed: int, *, compare: bool = True, **options: Any) -> None:
+        """Runs what was queued and compares all results."""
+        launches = [launch for rank in self.ranks for launch in rank.launches]
+        compile_all({launch.config: launch for launch in launches})
+        emulate(launches, seed=seed, **options)
+        if not compare:
+            return
+        for rank in self.ranks:
+            counters, state = rank.local[: self.counters], rank.local[self.counters :][:2]
+            assert rank.fault.tolist() == [0] * 8
+            assert not counters.any(), "counters are not zero at the end"
+            assert state.tolist() == [self.epochs, 0]
+            check(rank.checks)
+            rank.launches.clear()
+            rank.checks.clear()
+
+    def reset(self) -> None:
+        """What a collective reset of the buffers does."""
+        self.epochs = 0
+        for rank in self.ranks:
+            rank.launches.clear()
+            rank.checks.clear()
+            for name in (*self.zeroed, "local", "fault"):
+                getattr(rank, name).zero_()
+
+
+def draw_input(
+    world: World, rank: int, layout: Callable[[Tensor], tuple[Tensor, Tensor]]
+) -> RankInput:
+    """New tokens and selections of a rank in the normal mode.
+
+    Args:
+        world: Whose shape and generator say what.
+        rank: Whose.
+        layout: From selections, the count of each expert, and whether a token goes to a rank.
+    """
+    shape, generator, num_tokens = world.shape, world.generator, world.shape.tokens[rank]
+    chosen = torch.rand(num_tokens, shape.num_experts, generator=generator)
+    idx = chosen.topk(min(shape.num_topk, shape.num_experts)).indices
+    if shape.hot and num_tokens:
+        idx[:, 0] = 0
+    idx[torch.rand(idx.shape, generator=generator) < shape.hole] = -1
+    idx = copy(idx.to(torch.int64 if shape.topk_is_int64 else torch.int32))
+    per_expert, in_rank = layout(idx)
+    columns = torch.arange(HIDDEN_BYTES // 4)
+    x = guarded(num_tokens, len(columns), dtype=torch.int32)
+    x.copy_((rank << 24) + (torch.arange(num_tokens).view(-1, 1) << 8) + columns)
+    # Column-major, as quantising kernels leave them.
+    scales = guarded(shape.num_scales, num_tokens, dtype=torch.float32)
+    scales.copy_(torch.rand(scales.shape, generator=generator))
+    return RankInput(
+        x=x,
+        scales=scales.t(),
+        topk_idx=idx,
+        topk_weights=copy(torch.rand(idx.shape, generator=generator)),
+        is_token_in_rank=copy(in_rank),
+        num_tokens_per_expert=per_expert,
+    )
+
+
+def receive(
+    world: World, rank: int, own: RankInput, expected: Dispatched, num_recv: int
+) -> dict[str, Any]:
+    """Outputs of a dispatch and what they must be; the parameters for what it moves."""
+    shape, num_rows = world.shape, expected.recv_x.shape[0]
+    assert own.scales is not None
+    assert own.topk_idx is not None
+    recv_x = guarded(num_rows, HIDDEN_BYTES // 4, dtype=torch.int32)
+    recv_scales = guarded(num_rows, shape.num_scales, dtype=torch.float32)
+    recv_idx = guarded(num_rows, shape.num_topk, dtype=own.topk_idx.dtype)
+    recv_weights = guarded(num_rows, shape.num_topk, dtype=torch.float32)
+    for what, got, wanted, n in (
+        ("recv_x", recv_x, expected.recv_x, num_recv),
+        ("recv_scales", recv_scales, expected.recv_scales, num_recv),
+        ("recv_topk_weights", recv_weights, expected.recv_topk_weights, num_recv),
+        ("recv_topk_idx", recv_idx, expected.recv_topk_idx, num_rows),
+    ):
+        assert wanted is not None
+        world.expect(rank, what, got[:n], wanted[:n])
+    return {
+        "x": own.x,
+        "scales": own.scales,
+        "scale_token_stride": own.scales.stride(0),
+        "scale_stride": own.scales.stride(1),
+        "topk_idx": own.topk_idx,
+        "topk_weights": own.topk_weights,
+        "recv_x": recv_x,
+        "recv_scales": recv_scales,
+        "recv_topk_idx": recv_idx,
+        "recv_topk_weights": recv_weights,
+        "experts_per_rank": EXPERTS_A_RANK,
+    }
+
+
+def draw_rows(world: World, num_rows: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
+    """What each rank gives to a combine: rows and weights."""
+    shape, generator = world.shape, world.generator
+    xs = [_random_rows(world, n) for n in num_rows]
+    return xs, [copy(torch.rand(n, shape.num_topk, generator=generator)) for n in num_rows]
+
+
+def draw_biases(world: World, rank: int, num_biases: int) -> tuple[Tensor | None, Tensor | None]:
+    """Up to two biases for the tokens of a rank."""
+    drawn = [_random_rows(world, world.shape.tokens[rank]) for _ in range(num_biases)]
+    first, second = [*drawn, None, None][:2]
+    return first, second
+
+
+def sums(
+    world: World,
+    rank: int,
+    x: Tensor,
+    weights: Tensor,
+    bias: tuple[Tensor | None, Tensor | None],
+    expected: tuple[Tensor, Tensor | None],
+) -> dict[str, Any]:
+    """Outputs of a combine and what they must be; the parameters for what it sums."""
+    expected_x, expected_weights = expected
+    assert expected_weights is not None
+    combined_x = guarded(*expected_x.shape, dtype=expected_x.dtype)
+    combined_weights = guarded(*expected_weights.shape, dtype=torch.float32)
+    world.expect(rank, "combined_x", combined_x, expected_x)
+    world.expect(rank, "combined_topk_weights", combined_weights, expected_weights)
+    return {
+        "x": x,
+        "topk_weights": weights,
+        "bias_0": bias[0],
+        "bias_1": bias[1],
+        "combined_x": combined_x,
+        "combined_topk_weights": combined_weights,
+        "num_tokens": world.shape.tokens[rank],
+    }
+
+
+def _random_rows(world: World, num_rows: int) -> Tensor:
+    dtype = torch.float16 if world.shape.is_f16 else torch.bfloat16
+    return copy(torch.randn(num_rows, HIDDEN_BYTES // 2, generator=world.generator).to(dtype))
+
+
+def check(checks: Sequence[tuple[str, Tensor, Tensor]]) -> None:
+    """Raises AssertionError unless every tensor equals its expectation bit for bit."""
+    for what, got, expected in checks:
+        assert got.dtype == expected.dtype, what
+        assert got.shape == expected.shape, what
+        if not torch.equal(_bits(got), _bits(expected)):
+            where = (_bits(got) != _bits(expected)).nonzero()[0].tolist()
+            raise AssertionError(f"{what}{where}: {got} != {expected}")
+
+
+def copy(tensor: Tensor) -> Tensor:
+    """The same in memory whose bounds are watched."""
+    return guarded(*tensor.shape, dtype=tensor.dtype).copy_(tensor)
+
+
+def compile_all(launches: dict[Any, Launch]) -> None:
+    """g++ is a process of its own: several at a time."""
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(build.prepare, launches.values()))
+
+
+def _bits(tensor: Tensor) -> Tensor:
+    integers = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    return tensor.contiguous().view(integers[tensor.dtype.itemsize])
