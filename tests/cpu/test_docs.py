@@ -14,6 +14,7 @@ from typing import Any
 
 import pytest
 
+from tests.cpu.test_cli import cache_dir, invoke  # noqa: F401
 from tests.launch import run
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -104,32 +105,21 @@ def check_by_reading(command: list[str]) -> str:
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "bash")], ids=ids)
-def test_commands_run(page: Path, tmp_path: Path) -> None:
-    environment = {
-        **os.environ,
-        "EPJIT_CACHE_DIR": str(tmp_path / "cache"),
-        "EPJIT_BACKEND": "cpu",
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'compat'}",
-    }
+@pytest.mark.usefixtures("cache_dir")
+def test_commands_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, which has torch already; test_cli.py has some in processes of their own."""
+    monkeypatch.setenv("EPJIT_BACKEND", "cpu")
+    monkeypatch.chdir(tmp_path)
     for line in "".join(blocks(page, "bash")).splitlines():
         for part in line.partition("#")[0].split("&&"):
             command = shlex.split(part)
-            if command[:3] != ["python", "-m", "epjit"]:
+            if command[:3] == ["python", "-m", "epjit"]:
+                invoke(*command[3:])
+            else:
                 assert not command or not check_by_reading(command), (
                     line,
                     check_by_reading(command),
                 )
-                continue
-            done = subprocess.run(
-                [sys.executable, *command[1:]],
-                env=environment,
-                cwd=tmp_path,
-                capture_output=True,
-                text=True,
-                timeout=200,
-                check=False,
-            )
-            assert done.returncode == 0, f"{line}\n{done.stdout}{done.stderr}"
 
 
 def test_the_launch_script_runs() -> None:

@@ -12,9 +12,9 @@ from torch import Tensor
 from epjit import expert_major
 from epjit.expert_major import BlankConfig, PermuteConfig, PlaceConfig, UnpermuteConfig, row_bound
 from epjit.reference import expert_major as reference
-from epjit.runtime.jit import KernelConfig, params_type
+from epjit.runtime.jit import KernelConfig
 from tests.emulation import build
-from tests.emulation.build import Launch, emulate, guarded
+from tests.emulation.build import Launch, emulate, guarded, params_type
 
 needs_gxx = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="needs g++")
 

@@ -95,7 +95,8 @@ def test_comm_of_another_library() -> None:
 def run_processes(
     size: int, tmp_path: Path, work: Callable[[int, int, str, Any], None]
 ) -> list[Any]:
-    context = mp.get_context("spawn")
+    context = mp.get_context("forkserver")  # imports torch once, not once a process
+    context.set_forkserver_preload(["torch", "torch.distributed"])
     queue = context.Queue()
     processes = [
         context.Process(target=work, args=(rank, size, str(tmp_path / "rendezvous"), queue))

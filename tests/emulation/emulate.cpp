@@ -85,7 +85,10 @@ emulate_switch:
 .size emulate_switch,.-emulate_switch
 )");
 void prepare(Context& context, char* stack, void (*entry)()) {
-  void** top = reinterpret_cast<void**>(stack + kStackBytes);
+  // Stacks lie whole pages apart: without this all have their tops in the same sets of the caches,
+  // and a switch, which is most of what a run does, misses (a third of the time).
+  const size_t color = reinterpret_cast<uintptr_t>(stack) / kPage % 64 * 64;
+  void** top = reinterpret_cast<void**>(stack + kStackBytes - color);
   *--top = nullptr;  // at the entry of a function the stack pointer is 8 modulo 16
   *--top = reinterpret_cast<void*>(entry);
   for (int i = 0; i < 6; ++i) *--top = nullptr;
@@ -935,8 +938,12 @@ void run_warp(Warp& warp) {
   const unsigned size = static_cast<unsigned>(warp.lanes.size());
   const unsigned first = dice >> 3 & 1 ? static_cast<unsigned>(dice >> 8) % size : 0;
   const bool is_descending = (dice >> 4 & 3) == 0;
+#if defined(__x86_64__)
+  for (unsigned left = lanes; left != 0; left &= left - 1)
+    __builtin_prefetch(warp.lanes[static_cast<size_t>(__builtin_ctz(left))]->context);
+#endif
   for (unsigned i = 0; i < size; ++i) {
-    unsigned lane = (i + first) % size;
+    unsigned lane = i + first < size ? i + first : i + first - size;
     if (is_descending) lane = size - 1 - lane;
     if (lanes >> lane & 1) run_lane(*warp.lanes[lane]);
   }

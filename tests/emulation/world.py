@@ -13,9 +13,8 @@ from torch import Tensor
 
 from epjit.config import MAX_RANKS
 from epjit.reference.intranode import Dispatched, RankInput
-from epjit.runtime.jit import params_type
 from tests.emulation import build
-from tests.emulation.build import Launch, emulate, guarded
+from tests.emulation.build import Launch, emulate, guarded, params_type
 
 FOREVER = 10**15  # a timeout in emulated nanoseconds that no test reaches
 # Of the normal mode.
