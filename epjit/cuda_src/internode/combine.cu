@@ -465,11 +465,15 @@ class InternodeCombine {
 #pragma unroll 1
     for (int base = part * part_vecs; base < last; base += kUnroll * kWarpSize) {
       const int first = base + lane;
-      // All loads of the rows and of the first domains are on their way before one is used.
-      Vec16 v[kUnroll][kLocal], sum[kUnroll][kBatch];
+      // All loads of the rows and of the first domains are on their way before one is used, unless
+      // the rows are so many that their registers are needed again.
+      Vec16 v[kUnroll][kLocal], own[kUnroll], sum[kUnroll][kBatch];
       const char* src[kBatch];
       load_rows(row, first, last, v);
-      load_sums(sums, 0, first, last, src, sum);
+      if constexpr (kLocal <= 2) load_sums(sums, 0, first, last, src, sum);
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) own[i] = sum_loaded(row, v[i]);
+      if constexpr (kLocal > 2) load_sums(sums, 0, first, last, src, sum);
       Sum total[kUnroll];
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
@@ -485,7 +489,7 @@ class InternodeCombine {
         for (int b = 0; b < kBatch; ++b)
 #pragma unroll
           for (int i = 0; i < kUnroll; ++i) {
-            if (batch + b == p.domain && has_own) total[i].add(sum_loaded(row, v[i]));
+            if (batch + b == p.domain && has_own) total[i].add(own[i]);
             if (src[b] != nullptr) total[i].add(sum[i][b]);
           }
       }
