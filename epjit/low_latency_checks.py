@@ -29,8 +29,8 @@ _QUARTERS = 4  # two of them take turns to receive; the other two are the send b
 
 
 @dataclass(frozen=True, eq=False)  # equal calls have the same object: told apart by identity
-class DispatchCall:
-    """What is known of a dispatch that passed the checks.
+class _Call:
+    """What is known of a call that passed the checks.
 
     Attributes:
         num_tokens: `T`.
@@ -39,7 +39,6 @@ class DispatchCall:
         topk_is_int64: Width of the choices.
         max_tokens: `M`.
         num_experts: `E`.
-        row_format: How rows arrive.
     """
 
     num_tokens: int
@@ -48,30 +47,28 @@ class DispatchCall:
     topk_is_int64: bool
     max_tokens: int
     num_experts: int
+
+
+@dataclass(frozen=True, eq=False)
+class DispatchCall(_Call):
+    """A dispatch.
+
+    Attributes:
+        row_format: How rows arrive.
+    """
+
     row_format: RowFormat
 
 
 @dataclass(frozen=True, eq=False)
-class CombineCall:
-    """What is known of a combine that passed the checks.
+class CombineCall(_Call):
+    """A combine.
 
     Attributes:
-        num_tokens: `T`.
-        hidden: `H`.
-        num_topk: `K`.
-        topk_is_int64: Width of the choices.
-        max_tokens: `M`.
-        num_experts: `E`.
         use_logfmt: Whether rows travel in the logarithmic format.
         zero_copy: Whether the rows are in the send buffer.
     """
 
-    num_tokens: int
-    hidden: int
-    num_topk: int
-    topk_is_int64: bool
-    max_tokens: int
-    num_experts: int
     use_logfmt: bool
     zero_copy: bool
 
