@@ -257,8 +257,8 @@ class LowLatencyChecks:
         self._wait_cost("combine_wait_recv_cost_stats", wait_cost)
         self._room(
             f"low_latency_combine of top-{num_topk}",
-            # One row a choice; or, in the variant `reduced`, one a rank, and the weights.
-            max_tokens * max(num_topk * 2 * hidden, self.num_ranks * (2 * hidden + 4 * num_topk)),
+            # One row a choice; or, in the variant `reduced`, one a rank.
+            max_tokens * 2 * hidden * max(num_topk, self.num_ranks),
             sizes,
         )
         if zero_copy or self.num_domains > 1:  # to other domains rows are sent from there

@@ -144,12 +144,13 @@ class World(emulated.World):
         self.shape, self.shrink = shape, shrink
         self.half_bytes = max(
             shape.num_ranks * shape.max_tokens * shape.dispatch.slot_bytes,
-            shape.max_tokens * shape.num_topk * 2 * shape.hidden,
-            shape.max_tokens * shape.num_ranks * (2 * shape.hidden + 4 * shape.num_topk),
+            shape.max_tokens * max(shape.num_topk, shape.num_ranks) * 2 * shape.hidden,
         )
-        self.words_stride = MAX_RANKS + shape.max_tokens * max(
-            shape.num_ranks * shape.num_parts, shape.num_topk
-        )
+        self.words_stride = shape.max_tokens * max(shape.num_ranks, shape.num_topk)
+        if isinstance(shape.combine, LowLatencyReducedCombineConfig):
+            self.words_stride = (
+                shape.max_tokens * shape.num_ranks * (shape.num_parts + shape.num_topk)
+            )
         self.counts_stride = shape.experts_a_rank + 1
         if shape.remote:
             bits = -(-shape.max_tokens // 64)

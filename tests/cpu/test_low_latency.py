@@ -12,6 +12,8 @@ import pytest
 import torch
 
 from epjit import Buffer, CommunicationError, check
+from epjit.config import MAX_LOW_LATENCY_CHOICES, MAX_LOW_LATENCY_TOKENS, MAX_REDUCED_CHOICES
+from epjit.low_latency import LowLatencyCombineShape, LowLatencyReducedCombineConfig, _Arena
 from epjit.reference import low_latency as reference
 from tests import bodies_low_latency, launch
 from tests.data import ROUTING_KINDS, assert_rows_equal, payload
@@ -108,6 +110,24 @@ def test_sums_before_the_links_need_one_domain(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setenv("EPJIT_LOW_LATENCY_COMBINE_VARIANT", "reduced")
     with pytest.raises(launch.RankFailedError, match="=reduced works in one NVLink domain only"):
         run(lambda buffer: None, 4, nvlink_domain=2)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3, 4, 8])
+@pytest.mark.parametrize("num_topk", [1, 8, 32])
+def test_words_of_sums_before_the_links(num_ranks: int, num_topk: int) -> None:
+    """One a piece of a row and one a weight: there is room, or the call says that there is not."""
+    shape = LowLatencyCombineShape(8 * num_ranks, 7168, num_topk, True, False)
+    config = LowLatencyReducedCombineConfig.choose(shape, num_ranks=num_ranks)
+    most = min(MAX_LOW_LATENCY_TOKENS // num_ranks, MAX_LOW_LATENCY_CHOICES // num_topk)
+    room = MAX_REDUCED_CHOICES // (num_ranks * num_topk)
+    for max_tokens in {1, 8, 128, 300, min(room, most)}:
+        num_words = num_ranks * max_tokens * (config.num_parts(max_tokens) + num_topk)
+        assert num_words <= _Arena(num_ranks, 0).words_stride
+    if room < most:
+        with pytest.raises(
+            ValueError, match=rf"196608 choices, but {num_ranks} ranks of {room + 1}"
+        ):
+            config.num_parts(room + 1)
 
 
 def test_rows_to_other_domains_need_the_send_buffer() -> None:

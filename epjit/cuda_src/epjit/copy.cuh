@@ -14,6 +14,7 @@
 // stores visible to the lane that issued them; the __syncwarp in it, then a st.release.sys of any
 // lane, publishes all of them (release is cumulative).
 #pragma once
+#include "epjit/pieces.cuh"
 #include "epjit/sync.cuh"
 
 namespace epjit {
@@ -88,7 +89,8 @@ class RowCopier {
       for (int i = first; i < first + kRows; ++i) {
         char* const row_dst = of_lane(dst, i);
         const char* const row_src = of_lane(src_, i);
-        if (row_dst != nullptr) copy_row(row_src, row_dst);
+        for (int at = 0; row_dst != nullptr && at < kRowBytes; at += kPieceBytes<8>)
+          copy_piece<8>(row_dst + at, row_src + at, kRowBytes - at, lane_);
       }
     }
   }
@@ -108,20 +110,6 @@ class RowCopier {
 
  private:
   __device__ char* row() const { return rows_ + lane_ % kRows * kRowBytes; }
-
-  __device__ void copy_row(const char* src, char* dst) const {
-    constexpr int kVecs = kRowBytes / 16;
-    constexpr int kUnroll = 8;
-    for (int first = lane_; first < kVecs; first += kUnroll * kWarpSize) {
-      Vec16 v[kUnroll];
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i)
-        if (first + i * kWarpSize < kVecs) v[i] = ptx::ld_v4(src + (first + i * kWarpSize) * 16);
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i)
-        if (first + i * kWarpSize < kVecs) ptx::st_v4(dst + (first + i * kWarpSize) * 16, v[i]);
-    }
-  }
 
   int lane_;
   char* rows_ = nullptr;

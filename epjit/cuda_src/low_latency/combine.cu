@@ -334,11 +334,16 @@ class LowLatencyCombine {
     if constexpr (kCfg.logfmt)
       sum_log(row, __ballot_sync(kFullMask, is_own), weight, out, part);
     else
-      for_each_vec<kVecs>(part, p.num_parts, lane, [&](int vec, bool valid) {
-        const Vec16 sum = weighted_sum<kTopk>(row, weight, vec, valid);
-        if (valid) ptx::st_v4(out + vec * 16, sum);
-      });
+      sum_rows(row, weight, out, part);
     return true;
+  }
+
+  __device__ void sum_rows(const char* row, float weight, char* out, int part) const {
+    const uint32_t rows = __ballot_sync(kFullMask, row != nullptr);
+    for_each_vec<kVecs>(part, p.num_parts, lane, [&](int vec, bool valid) {
+      const Vec16 sum = weighted_sum<8>(row, weight, rows, vec, valid);
+      if (valid) ptx::st_v4(out + vec * 16, sum);
+    });
   }
 
   // `own`: bit k: row k is one of this rank, which nobody has encoded yet.

@@ -9,14 +9,15 @@
 // has 2^-8 of its own. Entries that are no expert, and masked ranks, are left out.
 //
 //   slots[s]    two halves of half_bytes: operations of even and of odd epoch
-//               [max_tokens, num_ranks, hidden] bf16; (t, r) of owner s is written by r; then
-//               [num_ranks, max_tokens * num_topk] f32 on rank r: row s is the weights of s, by s
-//   words[s]    two halves [max_tokens, num_ranks, num_parts] u64, by r, after its piece of the row;
-//               the last kMaxRanks words of a half: word s on rank r by s, after its weights
+//               [max_tokens, num_ranks, hidden] bf16; (t, r) of owner s is written by r
+//   words[s]    two halves of [max_tokens, num_ranks, num_parts] u64, by r, after its piece of the
+//               row: stamp(epoch, 0); then [num_ranks, max_tokens * num_topk] u64 on rank r: row s by
+//               s, for the experts of r: stamp(epoch, the weight's bits). A weight is the word that
+//               says that it is here, so it needs no release.
 //
-// Units of a warp, drawn from one counter: its weights to each rank; then (token, owner, piece of
-// the row): wait for the owner's weights, add, write. When none is left, (token, piece): wait for
-// the ranks of the token, add.
+// Units of a warp, drawn from one counter: 32 of this rank's weights, each to the rank of its expert;
+// then (token, owner, piece of the row): wait for the owner's weights, add, write. When none is left,
+// (token, piece): wait for the ranks of the token, add.
 //
 // Progress: sending weights waits for nothing and is drawn first, so whoever waits for weights waits
 // for a peer that has them on their way once it runs; adding up waits for that alone. The send
@@ -81,6 +82,7 @@ class LowLatencyReducedCombine {
   static constexpr int kTopk = kCfg.num_topk;
   static constexpr int kRowBytes = 2 * kCfg.hidden;
   static constexpr int kVecs = kRowBytes / 16;
+  static constexpr int kBatch = 4;  // a token seldom has more rows on one rank
   static_assert(kRanks >= 1 && kRanks <= kMaxRanks && kExperts % kRanks == 0);
   static_assert(kTopk >= 1 && kTopk <= kMaxTopk);
   static_assert(kRowBytes % 16 == 0, "a row is moved in pieces of 16 bytes");
@@ -116,12 +118,6 @@ class LowLatencyReducedCombine {
            (static_cast<int64_t>(token) * kRanks + writer) * kRowBytes;
   }
 
-  // Where `reader` finds the weights of `owner`.
-  __device__ float* weights(int reader, int owner) const {
-    return reinterpret_cast<float*>(slot(reader, 0, p.max_tokens)) +
-           static_cast<int64_t>(owner) * p.max_tokens * kTopk;
-  }
-
   __device__ uint64_t* words(int rank) const {
     return reinterpret_cast<uint64_t*>(p.words[rank]) +
            static_cast<int64_t>(half()) * p.words_stride;
@@ -131,8 +127,9 @@ class LowLatencyReducedCombine {
     return words(owner) + (token * kRanks + writer) * p.num_parts + part;
   }
 
-  __device__ uint64_t* weights_word(int reader, int owner) const {
-    return words(reader) + p.words_stride - kMaxRanks + owner;
+  // Where `reader` finds the weight of a selection, token * kTopk + k, of `owner`.
+  __device__ uint64_t* weight_word(int reader, int owner, int selection) const {
+    return words(reader) + p.max_tokens * (kRanks * p.num_parts + owner * kTopk) + selection;
   }
 
   // Row of x of a selection of `owner`, -1 = none here.
@@ -140,8 +137,8 @@ class LowLatencyReducedCombine {
     return p.source_rows[(static_cast<int64_t>(owner) * p.max_tokens + token) * kTopk + k];
   }
 
-  __device__ bool wait_stamp(int peer, int index, const uint64_t* word) const {
-    uint64_t seen;
+  // Waits for a word of this operation; `seen` is what it says.
+  __device__ bool wait_stamp(int peer, int index, const uint64_t* word, uint64_t& seen) const {
     return wait_until(waiter, kWaitLowLatencyCombineRow, peer, index, stamp(waiter.epoch, 0), word,
                       seen, [&](uint64_t value) { return value >> 32 == waiter.epoch; });
   }
@@ -150,19 +147,18 @@ class LowLatencyReducedCombine {
 
   // Lane s has the number of tokens of owner s.
   __device__ bool send(uint32_t unit, int tokens) const {
+    const uint32_t weight_units = ceil_div(p.num_tokens * kTopk, kWarpSize);
     const uint32_t num_units =
-        kRanks + __reduce_max_sync(kFullMask, tokens) * (kRanks - 1) * p.num_parts;
-    uint32_t weighted = 0;  // bit s: the weights of owner s are here
+        weight_units + __reduce_max_sync(kFullMask, tokens) * (kRanks - 1) * p.num_parts;
     while (unit < num_units) {
       const uint32_t next = next_unit(p.counters + 1, lane);
-      if (unit < kRanks) {
-        send_weights(static_cast<int>(unit));
+      if (unit < weight_units) {
+        send_weight(unit * kWarpSize + lane);
       } else {
-        const uint32_t row = (unit - kRanks) / p.num_parts;
-        const int part = (unit - kRanks) % p.num_parts, token = row / (kRanks - 1);
+        const uint32_t row = (unit - weight_units) / p.num_parts;
+        const int part = (unit - weight_units) % p.num_parts, token = row / (kRanks - 1);
         const int owner = (p.rank + 1 + row % (kRanks - 1)) % kRanks;
-        if (token < __shfl_sync(kFullMask, tokens, owner) &&
-            !send_part(owner, token, part, weighted))
+        if (token < __shfl_sync(kFullMask, tokens, owner) && !send_part(owner, token, part))
           return false;
       }
       unit = next;
@@ -170,28 +166,30 @@ class LowLatencyReducedCombine {
     return true;
   }
 
-  __device__ void send_weights(int reader) const {
-    if (reader == p.rank || is_masked(waiter, reader)) return;
-    float* const dst = weights(reader, p.rank);
-    for (int i = lane; i < p.num_tokens * kTopk; i += kWarpSize) dst[i] = p.topk_weights[i];
-    __syncwarp();
-    if (lane == 0) ptx::st_release_sys(weights_word(reader, p.rank), stamp(waiter.epoch, 0));
+  __device__ void send_weight(int selection) const {
+    if (selection >= p.num_tokens * kTopk) return;
+    const float weight = p.topk_weights[selection];
+    const int e = selected_expert<kCfg.topk_is_int64, kExperts>(p.topk_idx, selection);
+    const int reader = e / kLocal;
+    if (e >= 0 && reader != p.rank && !is_masked(waiter, reader))
+      ptx::st_relaxed_sys(weight_word(reader, p.rank, selection),
+                          stamp(waiter.epoch, __float_as_uint(weight)));
   }
 
-  __device__ bool send_part(int owner, int token, int part, uint32_t& weighted) const {
+  __device__ bool send_part(int owner, int token, int part) const {
     const int row = lane < kTopk ? source_row(owner, token, lane) : -1;
-    if (__ballot_sync(kFullMask, row >= 0) == 0 || is_masked(waiter, owner)) return true;
-    if ((weighted >> owner & 1) == 0) {
-      // All lanes look, so that each has acquired what the word publishes.
-      if (!all_lanes(wait_stamp(owner, 0, weights_word(p.rank, owner))))
-        return __all_sync(kFullMask, is_masked(waiter, owner));
-      weighted |= 1u << owner;
-    }
-    const float weight = row >= 0 ? weights(p.rank, owner)[token * kTopk + lane] : 0.0f;
+    const uint32_t rows = __ballot_sync(kFullMask, row >= 0);
+    if (rows == 0 || is_masked(waiter, owner)) return true;
+    uint64_t weight = 0;
+    const int selection = token * kTopk + lane;
+    const bool ok =
+        row < 0 || wait_stamp(owner, selection, weight_word(p.rank, owner, selection), weight);
+    if (!all_lanes(ok)) return __all_sync(kFullMask, is_masked(waiter, owner));
     const char* const src = row >= 0 ? p.x + static_cast<int64_t>(row) * kRowBytes : nullptr;
     char* const dst = slot(owner, p.rank, token);
     for_each_vec<kVecs>(part, p.num_parts, lane, [&](int vec, bool valid) {
-      const Vec16 sum = weighted_sum<kTopk>(src, weight, vec, valid);
+      const Vec16 sum = weighted_sum<kBatch>(src, __uint_as_float(static_cast<uint32_t>(weight)),
+                                             rows, vec, valid);
       if (valid) ptx::st_v4(dst + vec * 16, sum);
     });
     // Pieces of all lanes -> __syncwarp -> release: cumulative.
@@ -235,7 +233,8 @@ class LowLatencyReducedCombine {
     bool ok = true;
     const char* row = nullptr;
     if (lane < kRanks && lane != p.rank && (ranks >> lane & 1) != 0 && !is_masked(waiter, lane)) {
-      if (wait_stamp(lane, token, word(p.rank, lane, token, part)))
+      uint64_t seen;
+      if (wait_stamp(lane, token, word(p.rank, lane, token, part), seen))
         row = slot(p.rank, lane, token);
       else
         ok = is_masked(waiter, lane);
@@ -244,6 +243,7 @@ class LowLatencyReducedCombine {
 
     char* const out = p.out + static_cast<int64_t>(token) * kRowBytes;
     const bool has_own = (ranks >> p.rank & 1) != 0;
+    const uint32_t own_rows = __ballot_sync(kFullMask, own != nullptr);
     for_each_vec<kVecs>(part, p.num_parts, lane, [&](int vec, bool valid) {
       Vec16 v[kRanks];
 #pragma unroll
@@ -251,7 +251,7 @@ class LowLatencyReducedCombine {
         const char* const src = of_lane(row, r);
         if (src != nullptr && valid) v[r] = ptx::ld_v4(src + vec * 16);
       }
-      const Vec16 mine = has_own ? weighted_sum<kTopk>(own, weight, vec, valid) : Vec16{};
+      const Vec16 mine = weighted_sum<kBatch>(own, weight, own_rows, vec, valid);
       float total[8] = {};
 #pragma unroll
       for (int r = 0; r < kRanks; ++r) {

@@ -37,23 +37,27 @@ __device__ __forceinline__ Vec16 to_bf16(const float (&v)[8]) {
 }
 
 // bf16(sum over k of weight * row), k ascending from +0.0; lane k has row and weight of selection k,
-// a null row adds nothing. Each lane gets the eight elements of its piece `vec`.
-template <int kTopk>
-__device__ __forceinline__ Vec16 weighted_sum(const char* row, float weight, int vec, bool valid) {
-  constexpr int kBatch = 8;  // rows whose loads are in flight at once
+// of those whose bit in `rows` is set. Each lane gets the eight elements of its piece `vec`. The loads
+// of kBatch rows are in flight at once.
+template <int kBatch>
+__device__ __forceinline__ Vec16 weighted_sum(const char* row, float weight, uint32_t rows, int vec,
+                                              bool valid) {
   float sum[8] = {};
-#pragma unroll
-  for (int batch = 0; batch < kTopk; batch += kBatch) {
+  while (rows != 0) {
     Vec16 v[kBatch];
+    uint32_t loaded = rows;
 #pragma unroll
-    for (int i = 0; i < kBatch && batch + i < kTopk; ++i) {
-      const char* const src = of_lane(row, batch + i);
-      if (src != nullptr && valid) v[i] = ptx::ld_v4(src + vec * 16);
+    for (int i = 0; i < kBatch; ++i) {
+      if (rows == 0) break;
+      const char* const src = of_lane(row, __ffs(rows) - 1);
+      if (valid) v[i] = ptx::ld_v4(src + vec * 16);
+      rows &= rows - 1;
     }
 #pragma unroll
-    for (int i = 0; i < kBatch && batch + i < kTopk; ++i) {
-      const float w = __shfl_sync(kFullMask, weight, batch + i);
-      if (of_lane(row, batch + i) != nullptr) add_weighted(sum, w, v[i]);
+    for (int i = 0; i < kBatch; ++i) {
+      if (loaded == 0) break;
+      add_weighted(sum, __shfl_sync(kFullMask, weight, __ffs(loaded) - 1), v[i]);
+      loaded &= loaded - 1;
     }
   }
   return to_bf16(sum);

@@ -9,8 +9,8 @@
 // Order: the lanes' stores -> __syncwarp -> st.release.sys or fence.acq_rel.sys of one lane, which is
 // cumulative. A signal by itself orders nothing, as in NVSHMEM.
 #pragma once
+#include "epjit/pieces.cuh"
 #include "epjit/transport.cuh"
-#include "transport/pieces.cuh"
 
 namespace epjit::loopback {
 

@@ -28,8 +28,8 @@ using ::cuda::std::is_unsigned;
 #include <device/nvshmem_defines.h>
 #include <device/nvshmemx_defines.h>
 
+#include "epjit/pieces.cuh"
 #include "epjit/transport.cuh"
-#include "transport/pieces.cuh"
 
 // NVSHMEM's uint64_t may be `unsigned long`, which is as wide and another type.
 static_assert(sizeof(::uint64_t) == sizeof(epjit::uint64_t));

@@ -1,4 +1,4 @@
-// Bytes by loads and stores, for the bodies of transport.cuh: a piece is what a warp moves at once.
+// Bytes by loads and stores: a piece is what a warp moves at once.
 #pragma once
 #include "epjit/ptx.cuh"
 
