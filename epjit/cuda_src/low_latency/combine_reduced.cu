@@ -82,7 +82,8 @@ class LowLatencyReducedCombine {
   static constexpr int kTopk = kCfg.num_topk;
   static constexpr int kRowBytes = 2 * kCfg.hidden;
   static constexpr int kVecs = kRowBytes / 16;
-  static constexpr int kBatch = 4;  // a token seldom has more rows on one rank
+  // Rows in flight: a token seldom has more on one rank; whoever receives has a row of each rank, too.
+  static constexpr int kBatch = 4, kReceiveBatch = 2;
   static_assert(kRanks >= 1 && kRanks <= kMaxRanks && kExperts % kRanks == 0);
   static_assert(kTopk >= 1 && kTopk <= kMaxTopk);
   static_assert(kRowBytes % 16 == 0, "a row is moved in pieces of 16 bytes");
@@ -251,7 +252,7 @@ class LowLatencyReducedCombine {
         const char* const src = of_lane(row, r);
         if (src != nullptr && valid) v[r] = ptx::ld_v4(src + vec * 16);
       }
-      const Vec16 mine = weighted_sum<kBatch>(own, weight, own_rows, vec, valid);
+      const Vec16 mine = weighted_sum<kReceiveBatch>(own, weight, own_rows, vec, valid);
       float total[8] = {};
 #pragma unroll
       for (int r = 0; r < kRanks; ++r) {
