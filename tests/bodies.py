@@ -15,7 +15,7 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -295,31 +295,54 @@ def expect_error(
 
 
 def withheld(
-    group: dist.ProcessGroup, environ: Mapping[str, str], op: str, absent: int, seconds: float
-) -> str | None:
+    group: dist.ProcessGroup,
+    environ: Mapping[str, str],
+    cases: Sequence[tuple[str, int]],
+    seconds: float,
+) -> list[str]:
     """A rank that does not come: the others name it, and all work again after reset().
 
+    Args:
+        group: The ranks.
+        environ: What to set first.
+        cases: Operation and absent rank, one after the other on one buffer.
+        seconds: Of one wait.
+
     Returns:
-        The text of the error; None on the absent rank.
+        The text of the error of each case; nothing on the absent rank.
     """
     on_gpu = set_up(group, environ)
     if not on_gpu:
         os.environ["EPJIT_TIMEOUT_SECONDS"] = "30"
     prepared = Prepared(group, seconds)
-    dist.barrier(group)
-    text = None
-    if group.rank() != absent:
-        if not on_gpu:
-            os.environ["EPJIT_TIMEOUT_SECONDS"] = str(seconds)
-        text = str(expect_error(prepared, op, absent, seconds + 10))
-        if not on_gpu:
-            os.environ["EPJIT_TIMEOUT_SECONDS"] = "30"
-    dist.barrier(group)
-    prepared.buffer.reset()
-    for seed in range(2, 5):
-        check_round(prepared.buffer, dataclasses.replace(prepared.case, seed=seed))
+    texts = []
+    for op, absent in cases:
+        dist.barrier(group)
+        text = ""
+        if group.rank() != absent:
+            if not on_gpu:
+                os.environ["EPJIT_TIMEOUT_SECONDS"] = str(seconds)
+            text = str(expect_error(prepared, op, absent, seconds + 10))
+            if not on_gpu:
+                os.environ["EPJIT_TIMEOUT_SECONDS"] = "30"
+        texts.append(text)
+        dist.barrier(group)
+        prepared.buffer.reset()
+        for seed in range(2, 5):
+            check_round(prepared.buffer, dataclasses.replace(prepared.case, seed=seed))
     prepared.buffer.destroy()
-    return text
+    return texts
+
+
+def cases_of(ops: Sequence[str], num_ranks: int) -> list[tuple[str, int]]:
+    """Each operation without the first rank and without the last."""
+    return [(op, absent) for op in ops for absent in (0, num_ranks - 1)]
+
+
+def assert_all_but_the_absent(texts: list[list[str]], cases: Sequence[tuple[str, int]]) -> None:
+    """Every rank has an error for each case in which it was not absent."""
+    for rank, of_rank in enumerate(texts):
+        assert [text == "" for text in of_rank] == [rank == absent for _, absent in cases], rank
 
 
 def killed(

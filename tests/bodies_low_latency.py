@@ -11,7 +11,7 @@ import dataclasses
 import os
 import random
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pytest
@@ -322,29 +322,31 @@ def expect_error(buffer: Buffer, op: str, absent: int, limit_seconds: float) -> 
 
 
 def withheld(
-    group: dist.ProcessGroup, environ: Mapping[str, str], op: str, absent: int, seconds: float
-) -> str:
-    """A rank that does not come: the others name it, and all work again after reset().
-
-    Returns:
-        The text of the error; nothing on the absent rank.
-    """
+    group: dist.ProcessGroup,
+    environ: Mapping[str, str],
+    cases: Sequence[tuple[str, int]],
+    seconds: float,
+) -> list[str]:
+    """`tests.bodies.withheld` for low-latency operations."""
     on_gpu = bodies.set_up(group, environ)
     buffer = make_buffer(group, timeout_seconds=seconds)
     check_low_latency_round(buffer, steady(group.size()))
-    dist.barrier(group)
-    if not on_gpu and group.rank() != absent:
-        os.environ["EPJIT_TIMEOUT_SECONDS"] = str(seconds)
-    text = expect_error(buffer, op, absent, seconds + 10)
-    if not on_gpu:
-        os.environ["EPJIT_TIMEOUT_SECONDS"] = "30"
-    dist.barrier(group)
-    buffer.reset()
-    for seed in range(2, 5):
-        check_low_latency_round(buffer, steady(group.size(), seed, how=("sync", "hook")[seed % 2]))
+    texts = []
+    for op, absent in cases:
+        dist.barrier(group)
+        if not on_gpu and group.rank() != absent:
+            os.environ["EPJIT_TIMEOUT_SECONDS"] = str(seconds)
+        texts.append(expect_error(buffer, op, absent, seconds + 10))
+        if not on_gpu:
+            os.environ["EPJIT_TIMEOUT_SECONDS"] = "30"
+        dist.barrier(group)
+        buffer.reset()
+        for seed in range(2, 5):
+            case = steady(group.size(), seed, how=("sync", "hook")[seed % 2])
+            check_low_latency_round(buffer, case)
     bodies.synchronize(buffer)
     buffer.destroy()
-    return text
+    return texts
 
 
 def shrink(buffer: Buffer, op: str, absent: int, limit_seconds: float, meet: Any) -> None:
@@ -469,11 +471,15 @@ def round_without(
 
 
 def shrunk(
-    group: dist.ProcessGroup, environ: Mapping[str, str], op: str, absent: int, seconds: float
+    group: dist.ProcessGroup,
+    environ: Mapping[str, str],
+    cases: Sequence[tuple[str, int]],
+    seconds: float,
 ) -> None:
-    """`shrink`, one process a rank."""
+    """`shrink`, one process a rank; each case on the same buffer."""
     bodies.set_up(group, environ)
     buffer = make_buffer(group, timeout_seconds=seconds, enable_shrink=True)
-    shrink(buffer, op, absent, 3 * seconds + 10, lambda: dist.barrier(group))
+    for op, absent in cases:
+        shrink(buffer, op, absent, 3 * seconds + 10, lambda: dist.barrier(group))
     bodies.synchronize(buffer)
     buffer.destroy()

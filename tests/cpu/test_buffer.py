@@ -436,11 +436,13 @@ def test_killed_process(
     assert f"exit code {-signal.SIGKILL}" in caught.value.errors[victim]
 
 
-@pytest.mark.parametrize("absent", [0, 2])
-def test_withheld_process(absent: int) -> None:
-    texts = launch.run(bodies.withheld, 3, CPU, "dispatch", absent, 1.0)
-    assert [text is None for text in texts] == [rank == absent for rank in range(3)]
-    assert all(f"rank {absent}" in text and "1 s" in text for text in texts if text is not None)
+def test_withheld_process() -> None:
+    cases = bodies.cases_of(("dispatch",), 3)
+    texts = launch.run(bodies.withheld, 3, CPU, cases, 1.0)
+    bodies.assert_all_but_the_absent(texts, cases)
+    for of_rank in texts:
+        for text, (_, absent) in zip(of_rank, cases, strict=True):
+            assert text == "" or (f"rank {absent}" in text and "1 s" in text)
 
 
 def withheld_thread(comm: Any) -> None:

@@ -15,7 +15,7 @@ from epjit import Buffer, CommunicationError, check
 from epjit.config import MAX_LOW_LATENCY_CHOICES, MAX_LOW_LATENCY_TOKENS, MAX_REDUCED_CHOICES
 from epjit.low_latency import LowLatencyCombineShape, LowLatencyReducedCombineConfig, _Arena
 from epjit.reference import low_latency as reference
-from tests import bodies_low_latency, launch
+from tests import bodies, bodies_low_latency, launch
 from tests.data import ROUTING_KINDS, assert_rows_equal, payload
 from tests.rounds_low_latency import (
     BY_NAME,
@@ -552,11 +552,10 @@ def test_more_rows_than_a_slab() -> None:
     run(body, 2)
 
 
-@pytest.mark.parametrize("op", bodies_low_latency.OPS)
-@pytest.mark.parametrize("absent", [0, 2])
-def test_withheld_process(op: str, absent: int) -> None:
-    texts = launch.run(bodies_low_latency.withheld, 3, CPU, op, absent, 1.0)
-    assert [text == "" for text in texts] == [rank == absent for rank in range(3)]
+def test_withheld_process() -> None:
+    cases = bodies.cases_of(bodies_low_latency.OPS, 3)
+    texts = launch.run(bodies_low_latency.withheld, 3, CPU, cases, 1.0)
+    bodies.assert_all_but_the_absent(texts, cases)
 
 
 def test_withheld_clean(monkeypatch: pytest.MonkeyPatch) -> None:

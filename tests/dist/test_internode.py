@@ -78,15 +78,11 @@ def test_as_v1(num_ranks: int, transport: dict[str, str]) -> None:
     assert places == [(num_ranks // size, rank // size) for rank in range(num_ranks)]
 
 
-@pytest.mark.parametrize("op", ["notify", "dispatch", "combine"])
-@pytest.mark.parametrize("which", ["first", "last"])
-def test_withheld_peer(num_ranks: int, op: str, which: str, environ: dict[str, str]) -> None:
+def test_withheld_peer(num_ranks: int, environ: dict[str, str]) -> None:
     """A rank does not come: the others name it in time, live on, and work again after reset()."""
-    absent = 0 if which == "first" else num_ranks - 1
-    texts = launch.run(
-        bodies.withheld, num_ranks, environ, op, absent, TIMEOUT_SECONDS, timeout=200
-    )
-    assert [text is None for text in texts] == [rank == absent for rank in range(num_ranks)]
+    cases = bodies.cases_of(("notify", "dispatch", "combine"), num_ranks)
+    texts = launch.run(bodies.withheld, num_ranks, environ, cases, TIMEOUT_SECONDS, timeout=200)
+    bodies.assert_all_but_the_absent(texts, cases)
 
 
 @pytest.mark.usefixtures("patient")

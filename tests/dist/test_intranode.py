@@ -73,15 +73,11 @@ def test_graph(num_ranks: int, variant: dict[str, str]) -> None:
     assert done == [101] * num_ranks
 
 
-@pytest.mark.parametrize("op", ["notify", "dispatch", "combine"])
-@pytest.mark.parametrize("which", ["first", "last"])
-def test_withheld_peer(two_or_more: int, op: str, which: str, variant: dict[str, str]) -> None:
+def test_withheld_peer(two_or_more: int, variant: dict[str, str]) -> None:
     """A rank does not come: the others name it in time, live on, and work again after reset()."""
-    absent = 0 if which == "first" else two_or_more - 1
-    texts = launch.run(
-        bodies.withheld, two_or_more, variant, op, absent, TIMEOUT_SECONDS, timeout=200
-    )
-    assert [text is None for text in texts] == [rank == absent for rank in range(two_or_more)]
+    cases = bodies.cases_of(("notify", "dispatch", "combine"), two_or_more)
+    texts = launch.run(bodies.withheld, two_or_more, variant, cases, TIMEOUT_SECONDS, timeout=200)
+    bodies.assert_all_but_the_absent(texts, cases)
 
 
 @pytest.mark.usefixtures("patient")

@@ -16,7 +16,7 @@ from pathlib import Path
 
 import pytest
 
-from tests import bodies_low_latency, launch
+from tests import bodies, bodies_low_latency, launch
 
 ROOT = Path(__file__).parents[2]
 SHAPES = ((7168, 256), (2880, 128), (8192, 64), (16384, 32), (16, 32))
@@ -101,25 +101,21 @@ def test_scratch_over_the_whole_buffer(num_ranks: int, world: dict[str, str]) ->
     launch.run(bodies_low_latency.overwritten, num_ranks, world, timeout=200)
 
 
-@pytest.mark.parametrize("op", bodies_low_latency.OPS)
-@pytest.mark.parametrize("which", ["first", "last"])
-def test_withheld_peer(two_or_more: int, world: dict[str, str], op: str, which: str) -> None:
+def test_withheld_peer(two_or_more: int, world: dict[str, str]) -> None:
     """A rank does not come: the others name it in time, live on, and work again after reset()."""
-    absent = 0 if which == "first" else two_or_more - 1
+    cases = bodies.cases_of(bodies_low_latency.OPS, two_or_more)
     texts = launch.run(
-        bodies_low_latency.withheld, two_or_more, world, op, absent, TIMEOUT_SECONDS, timeout=200
+        bodies_low_latency.withheld, two_or_more, world, cases, TIMEOUT_SECONDS, timeout=200
     )
-    assert [text == "" for text in texts] == [rank == absent for rank in range(two_or_more)]
+    bodies.assert_all_but_the_absent(texts, cases)
 
 
 @pytest.mark.needs_gpu
-@pytest.mark.parametrize("op", ["dispatch", "combine", "clean"])
-@pytest.mark.parametrize("which", ["first", "last"])
-def test_shrink(two_or_more: int, world: dict[str, str], op: str, which: str) -> None:
+def test_shrink(two_or_more: int, world: dict[str, str]) -> None:
     """A rank that stops answering is masked, the others go on, and it comes back."""
-    absent = 0 if which == "first" else two_or_more - 1
+    cases = bodies.cases_of(("dispatch", "combine", "clean"), two_or_more)
     launch.run(
-        bodies_low_latency.shrunk, two_or_more, world, op, absent, TIMEOUT_SECONDS, timeout=200
+        bodies_low_latency.shrunk, two_or_more, world, cases, TIMEOUT_SECONDS, timeout=400
     )
 
 
