@@ -278,7 +278,8 @@ class Made:
         world: What every rank gives to dispatch.
         topk_idx: Of every rank, also where it does not travel.
         num_worst: num_worst_tokens.
-        handles: What every rank gets from dispatch.
+        dispatched: What every rank gets.
+        handles: The same, of it the handles.
         others: Payload of the cached dispatch.
         outputs: What every rank gives to combine.
         weights: The same, with `case.with_topk`.
@@ -287,6 +288,7 @@ class Made:
     world: list[reference.RankInput]
     topk_idx: list[torch.Tensor]
     num_worst: int
+    dispatched: list[reference.Dispatched]
     handles: list[reference.Handle]
     others: list[torch.Tensor]
     outputs: list[torch.Tensor]
@@ -301,18 +303,24 @@ def _make(case: Round, oracle: Oracle) -> Made:
     world = make_world(case)
     num_worst = sum(case.num_tokens) + 3 if case.worst else 0
     num_ranks = len(case.num_tokens)
-    handles = [
+    dispatched = [
         oracle.dispatch(
-            world, rank, num_experts=case.num_experts, num_worst_tokens=num_worst
-        ).handle
+            world,
+            rank,
+            num_experts=case.num_experts,
+            expert_alignment=case.alignment,
+            num_worst_tokens=num_worst,
+        )
         for rank in range(num_ranks)
     ]
+    handles = [each.handle for each in dispatched]
     seed = case.seed * 64
     num_rows = [oracle.num_rows(handle) for handle in handles]
     return Made(
         world,
         [_topk_idx(case, rank) for rank in range(num_ranks)],
         num_worst,
+        dispatched,
         handles,
         [
             random_payload(tokens, case.hidden // 2, torch.float16, seed=seed + rank)
@@ -407,7 +415,7 @@ def check_round(buffer: Buffer, case: Round) -> None:
         assert (got is None) == (want is None), name
         if want is not None:
             assert_rows_equal(got, want, f"{prefix}: layout {name}")
-    _compare_dispatch(prefix, case, made, oracle, rank, dispatched)
+    _compare_dispatch(prefix, made, oracle, rank, dispatched)
     num_rows = oracle.num_recv(made.handles[rank], rank)
     assert cached[1:] == (None, None, None, None)
     want_cached = oracle.cached_dispatch(made.others, made.handles, rank)
@@ -437,16 +445,8 @@ def _as_bias(biases: tuple[torch.Tensor, ...]) -> Any:
     return None if not biases else biases[0] if len(biases) == 1 else biases
 
 
-def _compare_dispatch(
-    prefix: str, case: Round, made: Made, oracle: Oracle, rank: int, dispatched: Any
-) -> None:
-    want = oracle.dispatch(
-        made.world,
-        rank,
-        num_experts=case.num_experts,
-        expert_alignment=case.alignment,
-        num_worst_tokens=made.num_worst,
-    )
+def _compare_dispatch(prefix: str, made: Made, oracle: Oracle, rank: int, dispatched: Any) -> None:
+    want = made.dispatched[rank]
     got_x, got_idx, got_weights, got_list, handle = dispatched
     num_rows = oracle.num_recv(
         want.handle, rank
