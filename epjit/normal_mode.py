@@ -18,7 +18,7 @@ from epjit.errors import CommunicationError
 from epjit.runtime.device import arch_of
 from epjit.runtime.empty import Form, empty_on, matrix
 from epjit.runtime.fault import FaultRecord
-from epjit.runtime.host import PinnedArray
+from epjit.runtime.host import PinnedArray, nap
 from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
 
 if TYPE_CHECKING:
@@ -289,7 +289,7 @@ class NormalMode(ABC):
                     rank=self._group.rank,
                 )
             if now > start + _SPIN_SECONDS:
-                time.sleep(50e-6)
+                nap()  # the GPU idles until this thread has seen the counts
         return counts[:num_counts].tolist()
 
     def raise_fault(self) -> None:
