@@ -72,22 +72,22 @@ class LowLatencyRound:
     how: How = "sync"
 
 
-# (hidden, num_topk, index_dtype, formats): a few, since every kind is compiled; 96, 136 and 640 are
-# no multiples of a warp's width, 32 is the largest top-k.
-_SHAPES: tuple[tuple[int, int, torch.dtype, tuple[str, ...]], ...] = (
-    (512, 8, torch.int64, tuple(BY_NAME)),
-    (1536, 4, torch.int32, ("fp8", "fp8_ue8m0", "mxfp8")),
-    (640, 32, torch.int64, ("bf16", "fp8_round", "nvfp4")),
-    (136, 1, torch.int64, ("bf16",)),
-    (96, 3, torch.int32, ("bf16", "nvfp4")),
-    (96, 2, torch.int64, ("mxfp8",)),
+# (hidden, num_topk, index_dtype, experts a rank, formats): a few, since every kind is compiled; 96, 136
+# and 640 are no multiples of a warp's width, 32 is the largest top-k.
+_SHAPES: tuple[tuple[int, int, torch.dtype, int, tuple[str, ...]], ...] = (
+    (512, 8, torch.int64, 8, tuple(BY_NAME)),
+    (1536, 4, torch.int32, 2, ("fp8", "fp8_ue8m0", "mxfp8")),
+    (640, 32, torch.int64, 8, ("bf16", "fp8_round", "nvfp4")),
+    (136, 1, torch.int64, 1, ("bf16",)),
+    (96, 3, torch.int32, 2, ("bf16", "nvfp4")),
+    (96, 2, torch.int64, 1, ("mxfp8",)),
 )
 
 
 def random_low_latency_round(num_ranks: int, seed: int, *, max_tokens: int) -> LowLatencyRound:
     """A round that differs from others in its routing and much else; deterministic in `seed`."""
     rng = random.Random(seed)
-    hidden, num_topk, index_dtype, formats = rng.choice(_SHAPES)
+    hidden, num_topk, index_dtype, experts_a_rank, formats = rng.choice(_SHAPES)
     max_tokens = min(max_tokens, 64 // num_topk * 4)
     use_logfmt = hidden % 128 == 0 and rng.random() < 0.3
     return LowLatencyRound(
@@ -96,7 +96,7 @@ def random_low_latency_round(num_ranks: int, seed: int, *, max_tokens: int) -> L
             for _ in range(num_ranks)
         ),
         hidden=hidden,
-        num_experts=num_ranks * rng.choice((1, 2, 8)),
+        num_experts=num_ranks * experts_a_rank,
         num_topk=num_topk,
         kind=rng.choice(ROUTING_KINDS),
         seed=seed,
