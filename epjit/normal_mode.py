@@ -28,9 +28,9 @@ if TYPE_CHECKING:
 
 SIGNALS_BYTES = 512
 _EPOCH, _ABORT, _COUNTERS = 0, 1, 32  # places in the local words
-# The counts come within 50 us, or when the dispatch before is done: 540 us with 4096 tokens. A longer
-# poll without naps starves other threads: giving the GIL away and taking it back at once leaves them it
-# only every 5 ms.
+# The counts come within 50 us, or when the dispatch before is done: 540 us with 4096 tokens. A
+# longer poll without naps starves other threads: giving the GIL away and taking it back at once
+# leaves them it only every 5 ms.
 _SPIN_SECONDS = 1e-3
 
 C = TypeVar("C", bound=KernelConfig)

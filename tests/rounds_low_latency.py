@@ -72,8 +72,8 @@ class LowLatencyRound:
     how: How = "sync"
 
 
-# (hidden, num_topk, index_dtype, experts a rank, formats): a few, since every kind is compiled; 96, 136
-# and 640 are no multiples of a warp's width, 32 is the largest top-k.
+# (hidden, num_topk, index_dtype, experts a rank, formats): a few, since every kind is compiled; 96,
+# 136 and 640 are no multiples of a warp's width, 32 is the largest top-k.
 _SHAPES: tuple[tuple[int, int, torch.dtype, int, tuple[str, ...]], ...] = (
     (512, 8, torch.int64, 8, tuple(BY_NAME)),
     (1536, 4, torch.int32, 2, ("fp8", "fp8_ue8m0", "mxfp8")),

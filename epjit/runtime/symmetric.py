@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -61,15 +62,19 @@ def tensor_over(ptr: int, shape: tuple[int, ...], *, owner: object, device: int)
     Raises:
         ImportError: torch or CuPy is not installed.
     """
-    require("torch", package="torch")
-    import torch
-
-    cupy = require("cupy", package="cupy-cuda13x (cupy-cuda12x)")
+    cupy, from_dlpack = _tensor_makers()
     with driver.using(device):
         memory = cupy.cuda.UnownedMemory(ptr, math.prod(shape), owner, device)
         array = cupy.ndarray(shape, cupy.uint8, memptr=cupy.cuda.MemoryPointer(memory, 0))
         # -1: no stream waits for another. torch.from_dlpack(array) would ask for that.
-        return torch.utils.dlpack.from_dlpack(array.__dlpack__(stream=-1))
+        return from_dlpack(array.__dlpack__(stream=-1))
+
+
+@functools.cache
+def _tensor_makers() -> tuple[Any, Any]:
+    """CuPy and torch's half of DLPack, looked up once: each call of `direct` makes tensors."""
+    torch = require("torch", package="torch")
+    return require("cupy", package="cupy-cuda13x (cupy-cuda12x)"), torch.utils.dlpack.from_dlpack
 
 
 class SymmetricMemory:
