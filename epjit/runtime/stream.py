@@ -45,6 +45,11 @@ def _is_capturing(stream_handle: int) -> bool:
     return bool(int(status) or int(capturing))
 
 
+def high_priority_stream(device: int) -> torch.cuda.Stream:
+    """A stream whose kernels start before those of others."""
+    return torch.cuda.Stream(device=device, priority=-1)
+
+
 class CommStream:
     """A high-priority stream, with cheap waits between it and other streams.
 
@@ -61,7 +66,7 @@ class CommStream:
 
     def __init__(self, device: int) -> None:
         self.device = device
-        self.torch_stream = torch.cuda.Stream(device=device, priority=-1)
+        self.torch_stream = high_priority_stream(device)
         self.handle = int(self.torch_stream.cuda_stream)
         cuda = driver.load()
         self._record, self._wait = cuda.cuEventRecord, cuda.cuStreamWaitEvent

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+import functools
 import gc
 import os
+import threading
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import torch
 
 from epjit import Buffer
+from epjit.runtime import driver, stream
 from tests.launch import run_threads
+
+_NUM_QUEUES = int(os.environ["CUDA_DEVICE_MAX_CONNECTIONS"])  # set by conftest.py
+_STREAMS_A_RANK = 8
+_rank = threading.local()
 
 SMALL = os.environ.get("EPJIT_TEST_SMALL") == "1"  # under compute-sanitizer
 SMS = 4 if SMALL else 12
@@ -28,9 +36,10 @@ def run_ranks(
 ) -> list[Any]:
     """Runs ``body(buffer, ..., *args)`` on every rank; `options` are those of `Buffer`.
 
-    Each thread has its own stream: with a shared one, a rank would wait for what another rank has
+    Each thread has its own streams: with a shared one, a rank would wait for what another rank has
     queued.
     """
+    _streams()
     # Loaded now: what is first loaded while a rank's kernel spins waits for that kernel.
     torch.cuda._sleep(1)
     torch.cuda.synchronize()
@@ -39,7 +48,8 @@ def run_ranks(
     os.environ["EPJIT_LOW_LATENCY_NUM_SMS"] = str(SMS if SMALL else 120 // num_ranks)
 
     def worker(comm: Any) -> Any:
-        with torch.cuda.stream(torch.cuda.Stream()):
+        _rank.number, _rank.num_streams = comm.Get_rank(), 0
+        with torch.cuda.stream(_next_stream(torch.cuda.current_device())):
             buffers = [
                 Buffer(
                     None,
@@ -63,6 +73,36 @@ def run_ranks(
     gc.collect()
     gc.disable()
     try:
-        return run_threads(worker, num_ranks, timeout=timeout)
+        with mock.patch.object(stream, "high_priority_stream", _next_stream):
+            return run_threads(worker, num_ranks, timeout=timeout)
     finally:
         gc.enable()
+
+
+@functools.cache
+def _streams() -> list[torch.cuda.Stream]:
+    """One of normal priority for each rank, then more of high priority.
+
+    The driver deals streams out to its queues in the order in which they are made, and of two ranks
+    that share a queue one can end up behind what the other has queued after a kernel that spins
+    until the first one comes. torch makes its streams at once, more than there are queues. Of these
+    here, those of a rank share one queue, and ranks share none.
+    """
+    device = torch.cuda.current_device()
+    flag = driver.load().CUstream_flags.CU_STREAM_NON_BLOCKING
+    return [
+        torch.cuda.ExternalStream(
+            int(driver.call("cuStreamCreateWithPriority", flag, -1 if i else 0)), device=device
+        )
+        for i in range(_STREAMS_A_RANK)
+        for _ in range(_NUM_QUEUES)
+    ]
+
+
+def _next_stream(device: int) -> torch.cuda.Stream:
+    """The next stream of the rank whose thread this is; the first is of normal priority."""
+    del device
+    taken = _rank.num_streams
+    _rank.num_streams += 1
+    row = 1 + (taken - 1) % (_STREAMS_A_RANK - 1) if taken else 0
+    return _streams()[row * _NUM_QUEUES + _rank.number]
