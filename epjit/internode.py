@@ -616,7 +616,8 @@ class Internode(NormalMode):
             received = Received(*self._empty(forms))
         scope.start()
         values = {
-            **self._payload(x, scales, topk_idx, topk_weights, received),
+            **self._inputs(x, scales, topk_idx, topk_weights),
+            **self._outputs(received),
             **self._routing(handle),
             "recv_src_meta": recv_src_meta.data_ptr() if fills_handle else 0,
             "passing": passing.data_ptr() if fills_handle else 0,

@@ -459,6 +459,14 @@ class Intranode(NormalMode):
             experts_per_rank=experts_per_rank,
             expert_alignment=expert_alignment,
         )
+        # Done while the counts are on their way: the GPU idles from then to the launch.
+        launch.prepare(
+            {
+                **self._inputs(x, scales, topk_idx, topk_weights),
+                **self._routing(rank_prefix, source_tokens, send_head),
+                "experts_per_rank": experts_per_rank,
+            }
+        )
         num_rows = num_worst_tokens
         per_expert: list[int] = []
         if waits:
@@ -466,6 +474,7 @@ class Intranode(NormalMode):
         outputs = self._allocate_outputs(
             scope, launch, num_rows, x, scales, topk_idx, with_src_idx=True
         )
+        self._dispatch_rows(scope, launch, outputs, num_sms=num_sms)
         assert outputs.src_idx is not None
         handle = (
             rank_prefix,
@@ -474,18 +483,6 @@ class Intranode(NormalMode):
             outputs.src_idx,
             is_token_in_rank,
             send_head,
-        )
-        self._dispatch_rows(
-            scope,
-            launch,
-            x,
-            scales,
-            topk_idx,
-            topk_weights,
-            handle,
-            outputs,
-            experts_per_rank=experts_per_rank,
-            num_sms=num_sms,
         )
         return Dispatched(*outputs.received, per_expert, handle)
 
@@ -500,21 +497,18 @@ class Intranode(NormalMode):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Dispatches another payload along the routing of a handle."""
         launch = self.launch(dispatch_shape(x, scales, None))
+        rank_prefix, source_tokens, _, recv_src_idx, _, send_head = handle
+        launch.prepare(
+            {
+                **self._inputs(x, scales, None, None),
+                **self._routing(rank_prefix, source_tokens, send_head),
+                "experts_per_rank": 1,
+            }
+        )
         outputs = self._allocate_outputs(
-            scope, launch, handle[3].shape[0], x, scales, None, with_src_idx=False
+            scope, launch, recv_src_idx.shape[0], x, scales, None, with_src_idx=False
         )
-        self._dispatch_rows(
-            scope,
-            launch,
-            x,
-            scales,
-            None,
-            None,
-            handle,
-            outputs,
-            experts_per_rank=1,
-            num_sms=num_sms,
-        )
+        self._dispatch_rows(scope, launch, outputs, num_sms=num_sms)
         return outputs.received.recv_x, outputs.received.recv_scales
 
     def _allocate_outputs(
@@ -570,34 +564,29 @@ class Intranode(NormalMode):
         rows = tensor_over(address, in_bytes, owner=block, device=self._device.index).view(dtype)
         return rows if shape[0] else rows[:0]
 
+    @staticmethod
+    def _routing(
+        rank_prefix: torch.Tensor, source_tokens: torch.Tensor, send_head: torch.Tensor
+    ) -> dict[str, int]:
+        """What a dispatch takes from a handle."""
+        return {
+            "rank_prefix": rank_prefix.data_ptr(),
+            "source_tokens": source_tokens.data_ptr(),
+            "send_head": send_head.data_ptr(),
+        }
+
     def _dispatch_rows(
-        self,
-        scope: GpuScope,
-        launch: Launch,
-        x: torch.Tensor,
-        scales: torch.Tensor | None,
-        topk_idx: torch.Tensor | None,
-        topk_weights: torch.Tensor | None,
-        handle: Handle,
-        outputs: _Outputs,
-        *,
-        experts_per_rank: int,
-        num_sms: int,
+        self, scope: GpuScope, launch: Launch, outputs: _Outputs, *, num_sms: int
     ) -> None:
-        """Queues the dispatch kernel."""
-        rank_prefix, source_tokens, _, _, _, send_head = handle
+        """Queues the dispatch kernel; what it reads is prepared."""
         config = launch.kernel.config
         assert isinstance(config, DispatchConfig)
         scope.start()
         values = {
-            **self._payload(x, scales, topk_idx, topk_weights, outputs.received),
-            "send_head": send_head.data_ptr(),
-            "rank_prefix": rank_prefix.data_ptr(),
-            "source_tokens": source_tokens.data_ptr(),
+            **self._outputs(outputs.received),
             "recv_src_idx": pointer(outputs.src_idx),
             "has_room": outputs.has_room,
             "num_stage_warps": config.stage_warps(num_sms, has_room=outputs.has_room),
-            "experts_per_rank": experts_per_rank,
         }
         launch.start(scope.stream, num_sms, values)
 

@@ -213,15 +213,13 @@ class NormalMode(ABC):
         return rows, row_scales, choices, matrix(torch.float32, num_rows, num_topk)
 
     @staticmethod
-    def _payload(
+    def _inputs(
         x: torch.Tensor,
         scales: torch.Tensor | None,
         topk_idx: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
-        received: Received,
     ) -> dict[str, int]:
-        """Parameters for what a dispatch moves."""
-        recv_x, recv_scales, recv_topk_idx, recv_topk_weights = received
+        """Parameters for what a dispatch reads."""
         return {
             "x": x.data_ptr(),
             "scales": pointer(scales),
@@ -229,11 +227,18 @@ class NormalMode(ABC):
             "scale_stride": 0 if scales is None else scales.stride(1),
             "topk_idx": pointer(topk_idx),
             "topk_weights": pointer(topk_weights),
+            "num_tokens": x.shape[0],
+        }
+
+    @staticmethod
+    def _outputs(received: Received) -> dict[str, int]:
+        """Parameters for what a dispatch writes."""
+        recv_x, recv_scales, recv_topk_idx, recv_topk_weights = received
+        return {
             "recv_x": recv_x.data_ptr(),
             "recv_scales": pointer(recv_scales),
             "recv_topk_idx": pointer(recv_topk_idx),
             "recv_topk_weights": pointer(recv_topk_weights),
-            "num_tokens": x.shape[0],
             "num_recv_rows": recv_x.shape[0],
         }
 

@@ -335,6 +335,16 @@ class Launch:
         """
         self.start(stream, grid, values)
 
+    def prepare(self, values: dict[str, Any]) -> None:
+        """Sets parameters of the next launch that are known before it.
+
+        Raises:
+            TypeError: As a launch.
+            ValueError: As a launch.
+        """
+        with self._lock:
+            self._set(values)
+
     def start(
         self,
         stream: int,

@@ -61,6 +61,13 @@ def main(root: Path) -> None:
     launch(8, 1, num=4)  # the others keep their values
     seen = params.from_buffer_copy(last.record)
     assert (last.count, last.stream, seen.num, seen.x) == (2, 8, 4, 2**64 - 1)
+    raises(TypeError, "['typo']", call=lambda: launch.prepare({"typo": 1}))
+    launch.prepare({"num": 9})
+    assert last.count == 2
+    launch(8, 1)
+    seen = params.from_buffer_copy(last.record)
+    assert (last.count, seen.num, seen.x) == (3, 9, 2**64 - 1)
+    last.count = 2
     once, twice = {"num": 1, "wide": False}, {"num": 2, "wide": True}
     for fixed in (once, once, twice, once):
         launch.start(8, 1, {"stamp": 6}, fixed)
