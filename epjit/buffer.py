@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 import threading
 import warnings
 import weakref
@@ -32,7 +33,7 @@ from epjit.config import (
     default_combine_config,
     default_dispatch_config,
 )
-from epjit.event import EventHandle, EventOverlap
+from epjit.event import EventHandle, EventOverlap, next_number
 from epjit.formats import choose_format
 from epjit.low_latency_checks import LowLatencyChecks, LowLatencyHandle, check_forms, check_variant
 from epjit.reference.cpu_backend import CpuBackend, CpuLowLatency, CpuMemory
@@ -101,8 +102,12 @@ class BufferRuntime:
         return self._buffer.device.index if self._buffer.device.type == "cuda" else -1
 
     def get_comm_stream(self) -> torch.cuda.Stream:
-        """The communication stream."""
+        """See `Buffer.get_comm_stream`."""
         return self._buffer.get_comm_stream()
+
+    def destroy(self) -> None:
+        """As `Buffer.destroy`, whatever the Buffer was made with."""
+        self._buffer._release()
 
     def get_local_buffer_tensor(
         self, dtype: torch.dtype, offset: int, use_rdma_buffer: bool
@@ -170,6 +175,8 @@ class Buffer:
         comm: Communicator with mpi4py's `Get_rank`, `Get_size` and `allgather`, when `group` is
             None.
         timeout_seconds: How long a wait for a peer lasts; None reads ``EPJIT_TIMEOUT_SECONDS``.
+        allow_nvlink_for_normal_mode: Accepted for the sake of a branch of V1.
+        num_nvl_peers: Accepted likewise; the domains are found out.
         nvlink_domain: Cuts each NVLink domain that is found into domains of this many ranks; 0
             cuts none, None reads ``EPJIT_NVLINK_DOMAIN``. Meant for tests.
 
@@ -193,6 +200,7 @@ class Buffer:
     num_sms: ClassVar[int] = _DEFAULT_SMS
     _sms_are_set: ClassVar[bool] = False
 
+    @torch.inference_mode(False)  # memory that is made there could not be written to elsewhere
     def __init__(
         self,
         group: Any,
@@ -207,10 +215,13 @@ class Buffer:
         enable_shrink: bool = False,
         comm: Any = None,
         *,
+        allow_nvlink_for_normal_mode: bool = True,
+        num_nvl_peers: int | None = None,
         timeout_seconds: float | None = None,
         nvlink_domain: int | None = None,
     ) -> None:
         del allow_nvlink_for_low_latency_mode, allow_mnnvl
+        del allow_nvlink_for_normal_mode, num_nvl_peers
         self.runtime: BufferRuntime | None = None
         self.explicitly_destroy = explicitly_destroy
         if group is None and comm is None:
@@ -222,6 +233,8 @@ class Buffer:
         self.rank, self.group_size = links.rank, links.size
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.enable_shrink = low_latency_mode, enable_shrink
+        if num_rdma_bytes or low_latency_mode:
+            self.nvshmem_qp_depth = env.nvshmem_qp_depth()
         _check_buffer(links.size, num_nvl_bytes, num_rdma_bytes, nvlink_domain)
 
         self._links = links
@@ -231,6 +244,7 @@ class Buffer:
         self._low_latency: LowLatency | CpuLowLatency | None = None
         self._unreceived: Unreceived | None = None
         self._last_stream: int | None = None  # of the last call
+        self._shows_comm = False  # get_comm_stream() was called
         on_gpu = use_gpu()
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else _CPU
         self._topology = find_topology(
@@ -241,55 +255,11 @@ class Buffer:
         if low_latency_mode:
             check_variant(self._num_domains)
         if on_gpu:
-            from epjit.layout import Layout
-            from epjit.runtime.stream import CommStream
-
-            properties = torch.cuda.get_device_properties(self.device)
-            self._available_sms = properties.multi_processor_count
-            self._comm = CommStream(self.device.index)
-            several = self._num_domains > 1
-            self._layout = Layout(
-                links.size, self.device, self._topology.domains if several else None
-            )
-            if timeout_seconds is None:
-                timeout_seconds = env.timeout_seconds()
-            self._mode: Intranode | Internode
-            if several:
-                from epjit.internode import Internode
-
-                self._mode = Internode(
-                    links,
-                    self._topology,
-                    num_nvl_bytes=num_nvl_bytes,
-                    num_rdma_bytes=num_rdma_bytes,
-                    device=self.device,
-                    timeout_seconds=timeout_seconds,
-                    use_fabric=use_fabric,
-                    num_qps_per_rank=num_qps_per_rank,
-                )
-            else:
-                from epjit.intranode import Intranode
-
-                self._mode = Intranode(
-                    links,
-                    num_nvl_bytes=num_nvl_bytes,
-                    device=self.device,
-                    timeout_seconds=timeout_seconds,
-                    use_fabric=use_fabric,
-                )
-            if low_latency_mode:
-                from epjit.low_latency import LowLatency
-
-                self._low_latency = LowLatency(
-                    links,
-                    self._topology,
-                    num_rdma_bytes=num_rdma_bytes,
-                    device=self.device,
-                    timeout_seconds=timeout_seconds,
-                    use_fabric=use_fabric,
-                    enable_shrink=enable_shrink,
-                    num_qps_per_rank=num_qps_per_rank,
-                )
+            try:
+                self._make_on_gpu(timeout_seconds, use_fabric, num_qps_per_rank)
+            except BaseException:
+                self._release()  # what was made; whoever catches this may try a smaller size
+                raise
         else:
             self._available_sms = _CPU_SMS
             domains = self._topology.domains
@@ -307,6 +277,60 @@ class Buffer:
             links.size, num_rdma_bytes, self.device, self._num_domains
         )
         self.runtime = BufferRuntime(self)
+
+    def _make_on_gpu(
+        self, timeout_seconds: float | None, use_fabric: bool, num_qps_per_rank: int
+    ) -> None:
+        """Streams, memory and kernels."""
+        from epjit.layout import Layout
+        from epjit.runtime.stream import CommStream
+
+        properties = torch.cuda.get_device_properties(self.device)
+        self._available_sms = properties.multi_processor_count
+        self._comm = CommStream(self.device.index)
+        several = self._num_domains > 1
+        self._layout = Layout(
+            self.group_size, self.device, self._topology.domains if several else None
+        )
+        if timeout_seconds is None:
+            timeout_seconds = env.timeout_seconds()
+        self._mode: Intranode | Internode
+        if several:
+            from epjit.internode import Internode
+
+            self._mode = Internode(
+                self._links,
+                self._topology,
+                num_nvl_bytes=self.num_nvl_bytes,
+                num_rdma_bytes=self.num_rdma_bytes,
+                device=self.device,
+                timeout_seconds=timeout_seconds,
+                use_fabric=use_fabric,
+                num_qps_per_rank=num_qps_per_rank,
+            )
+        else:
+            from epjit.intranode import Intranode
+
+            self._mode = Intranode(
+                self._links,
+                num_nvl_bytes=self.num_nvl_bytes,
+                device=self.device,
+                timeout_seconds=timeout_seconds,
+                use_fabric=use_fabric,
+            )
+        if self.low_latency_mode:
+            from epjit.low_latency import LowLatency
+
+            self._low_latency = LowLatency(
+                self._links,
+                self._topology,
+                num_rdma_bytes=self.num_rdma_bytes,
+                device=self.device,
+                timeout_seconds=timeout_seconds,
+                use_fabric=use_fabric,
+                enable_shrink=self.enable_shrink,
+                num_qps_per_rank=num_qps_per_rank,
+            )
 
     # ---- V1's static and small members -----------------------------------------------------------
 
@@ -362,8 +386,8 @@ class Buffer:
     ) -> int:
         """Bytes for `num_rdma_bytes` that low-latency calls of these sizes need.
 
-        Enough for every format, any top-k and `get_next_low_latency_combine_buffer`. Less than
-        V1's hint, so a size from there works too.
+        Enough for every format, any top-k and `get_next_low_latency_combine_buffer`. With 32
+        experts or more it is less than V1's hint, so that a size from there works too.
 
         Args:
             num_max_dispatch_tokens_per_rank: `M`.
@@ -399,7 +423,10 @@ class Buffer:
         return bias, None
 
     def get_comm_stream(self) -> torch.cuda.Stream:
-        """The stream of calls with `async_finish` or `previous_event`; others take the current one.
+        """The communication stream.
+
+        Once somebody has asked for it, all calls of the normal mode run there, as in V1; before,
+        only those with `async_finish` or a `previous_event`, and others on the current stream.
 
         Raises:
             RuntimeError: The buffer lives on the CPU, where there are no streams.
@@ -408,6 +435,7 @@ class Buffer:
             raise RuntimeError(
                 "this Buffer lives on the CPU, where there is no communication stream"
             )
+        self._shows_comm = True
         return self._comm.torch_stream
 
     def get_local_buffer_tensor(
@@ -481,10 +509,13 @@ class Buffer:
 
     def _release(self) -> None:
         self.runtime = None
-        if self._low_latency is not None:
-            self._low_latency.close()
-        if self._comm is not None:
-            self._mode.close()
+        mode: Intranode | Internode | None = getattr(self, "_mode", None)
+        try:
+            if self._low_latency is not None:
+                self._low_latency.close()
+        finally:
+            if mode is not None:
+                mode.close()
 
     def __del__(self) -> None:
         """Frees what is left; waits for no peer that is gone, does nothing in a graph capture."""
@@ -493,7 +524,7 @@ class Buffer:
         if self.explicitly_destroy:
             warnings.warn(
                 "a Buffer with explicitly_destroy=True was never destroyed; its memory leaks",
-                ResourceWarning,
+                RuntimeWarning,
                 stacklevel=1,
             )
             return
@@ -502,7 +533,7 @@ class Buffer:
                 return
             self._release()
         except Exception as error:  # nothing may leave a destructor
-            warnings.warn(f"a Buffer could not be freed: {error}", ResourceWarning, stacklevel=1)
+            warnings.warn(f"a Buffer could not be freed: {error}", RuntimeWarning, stacklevel=1)
 
     def reset(self) -> None:
         """Makes the buffer usable again after a `CommunicationError`; collective.
@@ -630,8 +661,8 @@ class Buffer:
             self._check_experts(num_experts)
             remember(self._passed, arguments, True)
         if self._cpu is not None:
-            counts = self._cpu.layout(topk_idx, num_experts)
-            return *counts, CpuScope(async_finish=async_finish).finish()
+            cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
+            return *self._cpu.layout(topk_idx, num_experts), cpu_scope.finish()
         forms = (
             vector(torch.int32, self.group_size),
             vector(torch.int32, self._num_domains) if self._num_domains > 1 else None,
@@ -731,8 +762,9 @@ class Buffer:
                 )
             self._check_handle(handle, num_tokens=rows.shape[0])
             if self._cpu is not None:
+                cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
                 recv_x, recv_scales = self._cpu.cached_dispatch(rows, scales, handle)
-                event = CpuScope(async_finish=async_finish).finish()
+                event = cpu_scope.finish()
             else:
                 with self._lock:
                     scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
@@ -758,6 +790,7 @@ class Buffer:
         layout = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
         per_rdma_rank = num_tokens_per_rdma_rank if self._num_domains > 1 else None
         if self._cpu is not None:
+            cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
             result = self._cpu.dispatch(
                 rows,
                 scales,
@@ -768,7 +801,7 @@ class Buffer:
                 expert_alignment=expert_alignment,
                 num_worst_tokens=num_worst_tokens,
             )
-            event = CpuScope(async_finish=async_finish).finish()
+            event = cpu_scope.finish()
         else:
             if num_worst_tokens == 0 and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(
@@ -860,11 +893,11 @@ class Buffer:
             )
         self._check_config(config)
         if self._cpu is not None:
+            cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
             combined_x, combined_weights = self._cpu.combine(
                 x, handle, topk_weights, (bias_0, bias_1)
             )
-            event = CpuScope(async_finish=async_finish).finish()
-            return combined_x, combined_weights, event
+            return combined_x, combined_weights, cpu_scope.finish()
         with self._lock:
             scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
             combined_x, combined_weights = self._mode.combine(
@@ -944,6 +977,8 @@ class Buffer:
         """
         mode = self._low_latency_mode("low_latency_dispatch")
         check_forms(async_finish=async_finish, return_recv_hook=return_recv_hook)
+        max_tokens = operator.index(num_max_dispatch_tokens_per_rank)
+        num_experts = operator.index(num_experts)
         row_format = choose_format(
             use_fp8=use_fp8,
             round_scale=round_scale,
@@ -953,7 +988,7 @@ class Buffer:
         call = self._low_latency_checks.dispatch(
             x,
             topk_idx,
-            num_max_dispatch_tokens_per_rank,
+            max_tokens,
             num_experts,
             row_format,
             global_scale=global_scale,
@@ -972,7 +1007,7 @@ class Buffer:
                 wait_cost=dispatch_wait_recv_cost_stats,
                 split=return_recv_hook,
             )
-            hook = None if receive is None else self._hook("low_latency_dispatch", receive)
+            hook = self._hook("low_latency_dispatch", receive, scope.stream)
         event = scope.finish_keeping(
             (
                 x,
@@ -986,7 +1021,7 @@ class Buffer:
         handle = (
             received.src_info,
             received.layout_range,
-            num_max_dispatch_tokens_per_rank,
+            max_tokens,
             call.hidden,
             num_experts,
         )
@@ -1062,7 +1097,7 @@ class Buffer:
                 wait_cost=combine_wait_recv_cost_stats,
                 split=return_recv_hook,
             )
-            hook = None if receive is None else self._hook("low_latency_combine", receive)
+            hook = self._hook("low_latency_combine", receive, scope.stream)
         event = scope.finish_keeping(
             (
                 x,
@@ -1246,10 +1281,12 @@ class Buffer:
         """Where a low-latency call runs. To be called under the lock."""
         if self._comm is None:
             return CpuScope(async_finish=async_finish)
-        return self._scope(None, async_finish, False)
+        return self._scope(None, async_finish, False, is_low_latency=True)
 
-    def _hook(self, op: str, receive: Hook) -> Hook:
+    def _hook(self, op: str, receive: Hook | None, stream: int) -> Hook | None:
         """What the caller gets for `receive`: it can be called once, and until reset()."""
+        if receive is None:
+            return None
         unreceived = self._unreceived = Unreceived(op)
 
         def hook() -> None:
@@ -1261,7 +1298,10 @@ class Buffer:
                         "each call returns a hook of its own, to be called once"
                     )
                 self._unreceived = None
+                self._follow(stream)
                 receive()
+                if self._comm is not None:
+                    self._comm.last_call = next_number()
 
         return hook
 
@@ -1278,7 +1318,12 @@ class Buffer:
     # ---- checks ----------------------------------------------------------------------------------
 
     def _scope(
-        self, previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool
+        self,
+        previous_event: EventOverlap | None,
+        async_finish: bool,
+        allocate_on_comm_stream: bool,
+        *,
+        is_low_latency: bool = False,
     ) -> GpuScope:
         """Where a call runs: only what overlaps with the caller needs a stream of its own.
 
@@ -1287,9 +1332,10 @@ class Buffer:
         the lock, where the call is queued.
         """
         assert self._comm is not None
-        waits = previous_event is not None and previous_event.event is not None
+        event = None if previous_event is None else previous_event.event
+        shows = self._shows_comm and not is_low_latency and not self._comm.is_current()
         scope: GpuScope
-        if async_finish or allocate_on_comm_stream or waits:
+        if async_finish or allocate_on_comm_stream or event is not None or shows:
             scope = Scope(
                 self._comm,
                 previous_event,
@@ -1298,10 +1344,17 @@ class Buffer:
             )
         else:
             scope = CurrentStream(self._comm)
-        last, self._last_stream = self._last_stream, scope.stream
-        if last not in (None, scope.stream):
-            self._comm.follow(last, scope.stream)
+        self._follow(scope.stream, event)
         return scope
+
+    def _follow(self, stream: int, event: EventHandle | None = None) -> None:
+        """What a call queues on `stream` waits for the call before, unless `event` says enough."""
+        last, self._last_stream = self._last_stream, stream
+        if self._comm is None or last in (None, stream):
+            return
+        # An event that was recorded there since stands for the call, and not for what came later.
+        if event is None or not event.covers(last, self._comm.last_call):
+            self._comm.follow(last, stream)
 
     def _check_experts(self, num_experts: int) -> None:
         several = self._num_domains > 1

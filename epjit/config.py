@@ -20,9 +20,8 @@ MAX_LOCAL_EXPERTS = 8192  # of one rank
 MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS = 1024  # bounds what the ranks tell each other before a dispatch
 # The limits of one low-latency call.
 MAX_LOW_LATENCY_EXPERTS = 8192
-MAX_LOW_LATENCY_TOKENS = 65536  # of all ranks, at their maximum
+MAX_LOW_LATENCY_TOKENS = 262144  # of all ranks, at their maximum
 MAX_LOW_LATENCY_CHOICES = 131072  # of one rank, at its maximum of tokens
-MAX_REDUCED_CHOICES = 196608  # of all ranks, at their maximum, if combine sums before the links
 
 _ALIGNMENT = 128
 # V1's hint leaves room for this much beside each row, whatever is really sent.

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import itertools
 from types import TracebackType
 from typing import Any
 
 import torch
+
+next_number = itertools.count(1).__next__  # tells what was queued before from what came after
 
 
 class EventHandle:
@@ -18,13 +21,19 @@ class EventHandle:
         stream: Stream to record on; the current stream when None.
     """
 
-    __slots__ = ("_event",)
+    __slots__ = ("_event", "_number", "_stream")
 
     def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
         self._event: torch.cuda.Event | None = None
         if torch.cuda.is_available():
             self._event = torch.cuda.Event()
-            self._event.record(stream if stream is not None else torch.cuda.current_stream())
+            stream = stream if stream is not None else torch.cuda.current_stream()
+            self._event.record(stream)
+            self._stream, self._number = stream.cuda_stream, next_number()
+
+    def covers(self, stream: int, number: int) -> bool:
+        """Whether it stands for all that was on a stream when a number was drawn."""
+        return self._event is not None and self._stream == stream and self._number > number
 
     def current_stream_wait(self) -> None:
         """Makes the stream that is current now wait for the event."""

@@ -195,7 +195,8 @@ def row_bound(num_tokens: int, num_topk: int, num_experts: int, alignment: int) 
         num_experts: `E` of this rank.
         alignment: Of each expert's rows.
     """
-    rows = num_tokens * min(num_topk, num_experts) + num_experts * (alignment - 1)
+    # All of a token's selections may be here, also more than there are experts: one may repeat.
+    rows = num_tokens * num_topk + num_experts * (alignment - 1)
     return (rows + alignment - 1) // alignment * alignment
 
 

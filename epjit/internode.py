@@ -504,6 +504,9 @@ class Internode(NormalMode):
         num_ranks, num_tokens = self._group.size, x.shape[0]
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
         launch = self.launch(dispatch_shape(x, scales, topk_idx))
+        config = launch.kernel.config
+        assert isinstance(config, InternodeDispatchConfig)
+        _check_warps(config, num_sms)
         experts_per_rank = num_tokens_per_expert.shape[0] // num_ranks
         with scope.allocating():
             ints: dict[str, Any] = {"dtype": torch.int32, "device": self._device}
@@ -535,37 +538,41 @@ class Internode(NormalMode):
             experts_per_rank=experts_per_rank,
             expert_alignment=expert_alignment,
         )
-        num_rows, num_passing = num_worst_tokens, num_local * num_worst_tokens
-        per_expert: list[int] = []
-        if waits:
-            num_rows, num_passing, *per_expert = self._wait_for_counts(2 + experts_per_rank)
-        with scope.allocating():
-            recv_src_meta = torch.empty((num_rows, 8), dtype=torch.uint8, device=self._device)
-            passing = torch.empty(num_passing, **ints)
-        handle = (
-            is_token_in_rank,
-            send_tokens,
-            channel_tokens,
-            send_head,
-            passing_prefix,
-            expert_counts,
-            rank_prefix,
-            recv_src_meta,
-            send_domain_head,
-            passing,
-        )
-        received = self._dispatch_rows(
-            scope,
-            launch,
-            x,
-            scales,
-            topk_idx,
-            topk_weights,
-            handle,
-            experts_per_rank=experts_per_rank,
-            num_sms=num_sms,
-            fills_handle=True,
-        )
+        try:
+            num_rows, num_passing = num_worst_tokens, num_local * num_worst_tokens
+            per_expert: list[int] = []
+            if waits:
+                num_rows, num_passing, *per_expert = self._wait_for_counts(2 + experts_per_rank)
+            with scope.allocating():
+                recv_src_meta = torch.empty((num_rows, 8), dtype=torch.uint8, device=self._device)
+                passing = torch.empty(num_passing, **ints)
+            handle = (
+                is_token_in_rank,
+                send_tokens,
+                channel_tokens,
+                send_head,
+                passing_prefix,
+                expert_counts,
+                rank_prefix,
+                recv_src_meta,
+                send_domain_head,
+                passing,
+            )
+            received = self._dispatch_rows(
+                scope,
+                launch,
+                x,
+                scales,
+                topk_idx,
+                topk_weights,
+                handle,
+                experts_per_rank=experts_per_rank,
+                num_sms=num_sms,
+                fills_handle=True,
+            )
+        except BaseException as error:  # also an interrupt, or no memory for the outputs
+            self._half_way = repr(error)
+            raise
         return Dispatched(*received, per_expert, handle)
 
     def cached_dispatch(

@@ -459,31 +459,35 @@ class Intranode(NormalMode):
             experts_per_rank=experts_per_rank,
             expert_alignment=expert_alignment,
         )
-        # Done while the counts are on their way: the GPU idles from then to the launch.
-        launch.prepare(
-            {
-                **self._inputs(x, scales, topk_idx, topk_weights),
-                **self._routing(rank_prefix, source_tokens, send_head),
-                "experts_per_rank": experts_per_rank,
-            }
-        )
-        num_rows = num_worst_tokens
-        per_expert: list[int] = []
-        if waits:
-            num_rows, *per_expert = self._wait_for_counts(1 + experts_per_rank)
-        outputs = self._allocate_outputs(
-            scope, launch, num_rows, x, scales, topk_idx, with_src_idx=True
-        )
-        self._dispatch_rows(scope, launch, outputs, num_sms=num_sms)
-        assert outputs.src_idx is not None
-        handle = (
-            rank_prefix,
-            source_tokens,
-            expert_counts,
-            outputs.src_idx,
-            is_token_in_rank,
-            send_head,
-        )
+        try:
+            # Done while the counts are on their way: the GPU idles from then to the launch.
+            launch.prepare(
+                {
+                    **self._inputs(x, scales, topk_idx, topk_weights),
+                    **self._routing(rank_prefix, source_tokens, send_head),
+                    "experts_per_rank": experts_per_rank,
+                }
+            )
+            num_rows = num_worst_tokens
+            per_expert: list[int] = []
+            if waits:
+                num_rows, *per_expert = self._wait_for_counts(1 + experts_per_rank)
+            outputs = self._allocate_outputs(
+                scope, launch, num_rows, x, scales, topk_idx, with_src_idx=True
+            )
+            self._dispatch_rows(scope, launch, outputs, num_sms=num_sms)
+            assert outputs.src_idx is not None
+            handle = (
+                rank_prefix,
+                source_tokens,
+                expert_counts,
+                outputs.src_idx,
+                is_token_in_rank,
+                send_head,
+            )
+        except BaseException as error:  # also an interrupt, or no memory for the outputs
+            self._half_way = repr(error)
+            raise
         return Dispatched(*outputs.received, per_expert, handle)
 
     def cached_dispatch(

@@ -21,7 +21,6 @@ from epjit.config import (
     MAX_LOW_LATENCY_EXPERTS,
     MAX_LOW_LATENCY_TOKENS,
     MAX_RANKS,
-    MAX_REDUCED_CHOICES,
 )
 from epjit.formats import BF16, FORMATS, FP8, NVFP4, RowFormat
 from epjit.low_latency_checks import CombineCall, DispatchCall
@@ -48,6 +47,8 @@ _ALIGNMENT = 128
 _LOG_BLOCK = 128  # channels
 _CAST_ELEMENTS = 16
 _STEP = 256  # channels that a warp adds at a time
+# Of a half: one a token or a choice; for `reduced` one a piece of a row and one a weight.
+_NUM_WORDS = max(MAX_LOW_LATENCY_TOKENS, MAX_LOW_LATENCY_CHOICES)
 
 Forms = TypeVar("Forms", DispatchedForms, tuple[Form])
 
@@ -251,17 +252,18 @@ class LowLatencyReducedCombineConfig(KernelConfig):
         Raises:
             ValueError: There is no room for so many weights.
         """
-        choices = self.num_ranks * max_tokens * self.num_topk
-        if choices > MAX_REDUCED_CHOICES:
-            raise ValueError(
-                f"low_latency_combine: {env.low_latency_combine_variant.name}=reduced holds the "
-                f"weights of {MAX_REDUCED_CHOICES} choices, but {self.num_ranks} ranks of "
-                f"{max_tokens} tokens have {choices} with top-{self.num_topk}; take fewer tokens "
-                "a rank, or ldst or tma"
-            )
         steps = -(-self.hidden // _STEP)
         steps_a_part = -(-steps // max(1, min(steps, 2048 // max_tokens)))
-        return -(-steps // steps_a_part)
+        num_parts = -(-steps // steps_a_part)
+        num_words = self.num_ranks * max_tokens * (num_parts + self.num_topk)
+        if num_words > _NUM_WORDS:
+            raise ValueError(
+                f"low_latency_combine: {env.low_latency_combine_variant.name}=reduced has room for "
+                f"{_NUM_WORDS} weights and pieces of rows, but {self.num_ranks} ranks of "
+                f"{max_tokens} tokens with top-{self.num_topk} have {num_words}; take fewer tokens "
+                "a rank, or ldst or tma"
+            )
+        return num_parts
 
     @property
     def tag(self) -> str:
@@ -415,10 +417,7 @@ class _Arena:
         counts_bytes = 2 * num_ranks * self.counts_stride * 8
         self.staged_counts = _align(self.counts + counts_bytes)
         self.words = _align(self.staged_counts + (counts_bytes if remote else 0))
-        # One a token, one a choice, or what `reduced` takes: one a piece of a row, one a weight.
-        self.words_stride = max(
-            MAX_LOW_LATENCY_CHOICES, MAX_LOW_LATENCY_TOKENS + MAX_REDUCED_CHOICES
-        )
+        self.words_stride = _NUM_WORDS
         self.total = self.words + 2 * self.words_stride * 8
 
 

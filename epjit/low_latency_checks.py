@@ -298,7 +298,7 @@ class LowLatencyChecks:
     def _handle(self, handle: Any) -> int:
         """What `low_latency_dispatch` returned; gives the top-k of that call."""
         src_info, layout_range, max_tokens, hidden, num_experts = self._entries(handle)
-        if not all(isinstance(each, int) for each in (max_tokens, hidden, num_experts)):
+        if not all(hasattr(each, "__index__") for each in (max_tokens, hidden, num_experts)):
             raise TypeError(
                 f"handle[2:] is {tuple(handle[2:])}, expected the three numbers that "
                 "low_latency_dispatch returned"

@@ -214,7 +214,19 @@ def _destroy(buffer: Buffer) -> None:
 
 
 def _name(group: GroupLike) -> str:
-    return group if isinstance(group, str) else group.group_name
+    name = group if isinstance(group, str) else getattr(group, "group_name", None)
+    if not isinstance(name, str):
+        raise TypeError(
+            f"group is a {type(group).__name__}, expected a process group, its name, or a name "
+            "given to register_buffer"
+        )
+    return name
+
+
+def _check_rows(x: Tensor, num_rows: int, why: str) -> None:
+    """A kernel reads a row of `x` for each of the handle's."""
+    if x.dim() != 2 or x.shape[0] != num_rows:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected {num_rows} rows: {why}")
 
 
 def _resolve(name: str) -> dist.ProcessGroup:
@@ -521,6 +533,7 @@ def _(topk_idx: Tensor, num_experts: int, alignment: int, num_rows: int) -> tupl
 )
 def _permute(x: Tensor, row_of: Tensor, source: Tensor, ends: Tensor) -> Tensor:
     """See `expert_major.permute`."""
+    _check_rows(x, row_of.shape[0], "one for each row of topk_idx")
     return by_expert.permute(x, source, ends, num_topk=row_of.shape[1])
 
 
@@ -536,6 +549,7 @@ def _(x: Tensor, row_of: Tensor, source: Tensor, ends: Tensor) -> Tensor:
 )
 def _unpermute(rows: Tensor, row_of: Tensor, source: Tensor, ends: Tensor) -> Tensor:
     """See `expert_major.unpermute`."""
+    _check_rows(rows, source.shape[0], "as many as the rows by expert that the handle is of")
     return by_expert.unpermute(rows, row_of)
 
 
@@ -655,6 +669,11 @@ def dispatch(
     """
     if expert_alignment < 1:
         raise ValueError(f"expert_alignment is {expert_alignment}, but must be at least 1")
+    if expert_alignment > 1 and not expert_major:
+        raise ValueError(
+            f"expert_alignment is {expert_alignment}, which needs expert_major=True: other rows "
+            "are in the order of their sources"
+        )
     if num_expert_rows and not (expert_major and num_worst_tokens):
         raise ValueError(
             f"num_expert_rows is {num_expert_rows}, which needs expert_major=True and "
@@ -707,6 +726,10 @@ def combine(x: Tensor, handle: Handle | ExpertHandle, *, group: GroupLike) -> Te
         TypeError, ValueError: Arguments that do not fit; nothing was sent.
         CommunicationError: A peer did not come.
     """
+    if not isinstance(handle, tuple | list) or isinstance(handle, Dispatched | ExpertRows):
+        raise TypeError(
+            f"handle is a {type(handle).__name__}, expected the .handle of what dispatch returned"
+        )
     if isinstance(handle, ExpertHandle):
         x = unpermute(x, handle.placement)
         handle = handle.routing

@@ -118,6 +118,7 @@ class NormalMode(ABC):
         self._num_counts = num_counts
         self._host_counts = PinnedArray(2 * num_counts, device=device.index)
         self._launches: dict[DispatchShape | CombineShape, Launch] = {}
+        self._half_way = ""  # why a dispatch ended between its two kernels
 
     def _everywhere(self, offset: int) -> list[int]:
         """The address of the same part on every rank that shares `memory`."""
@@ -305,6 +306,13 @@ class NormalMode(ABC):
             CommunicationError: Names operation, rank and peer.
         """
         self._fault.raise_if_set()
+        if self._half_way:
+            raise CommunicationError(
+                f"a dispatch of rank {self._group.rank} ended half way ({self._half_way}), so that "
+                "its peers are ahead of it; call reset() on all ranks",
+                op="dispatch",
+                rank=self._group.rank,
+            )
 
     @abstractmethod
     def _control(self) -> list[torch.Tensor]:
@@ -319,6 +327,7 @@ class NormalMode(ABC):
         self._local.zero_()
         torch.cuda.synchronize(self._device)
         self._fault.clear()
+        self._half_way = ""
         self._group.barrier()
 
     def close(self) -> None:
@@ -334,7 +343,9 @@ class NormalMode(ABC):
         deadline = time.monotonic() + self._timeout_seconds
         while not self._fault.is_set and time.monotonic() < deadline:
             finished = [value >> 32 & 0xFFFFFFFF for value in signals.tolist()]
-            if all(value == epoch for rank, value in enumerate(finished) if rank != own):
+            # A peer may be ahead: it does not wait for a rank that has no rows for it.
+            ahead = [(value - epoch) & 0xFFFFFFFF for value in finished]
+            if all(steps < 1 << 31 for rank, steps in enumerate(ahead) if rank != own):
                 break
             time.sleep(0.001)
         self._launches.clear()

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from epjit.event import EventHandle, EventOverlap
+from epjit.event import EventHandle, EventOverlap, next_number
 
 if TYPE_CHECKING:
     from epjit.runtime.stream import CommStream, Event
@@ -49,12 +49,7 @@ class Scope:
         # The raw handle: torch.cuda.current_stream() makes a stream object, 2.5 us of a call of 25.
         self._current = torch._C._cuda_getCurrentRawStream(comm.device)
         self.stream = comm.handle
-        if allocate_on_comm_stream and not (self._previous is not None and async_finish):
-            raise RuntimeError(
-                "allocate_on_comm_stream=True needs a previous_event that holds an event, and "
-                "async_finish=True; got previous_event "
-                f"{'with' if self._previous is not None else 'without'} an event, {async_finish=}"
-            )
+        _check_flags(self._previous, async_finish, allocate_on_comm_stream)
         if self._previous is None and self._current == self.stream:
             raise RuntimeError(
                 "the communication stream is current, and a stream cannot wait for itself; call "
@@ -63,11 +58,17 @@ class Scope:
 
     def allocating(self) -> AbstractContextManager[object]:
         """Where outputs are allocated."""
-        return torch.cuda.stream(self._comm.torch_stream) if self._allocate_on_comm else _NOWHERE
+        if not self._allocate_on_comm:
+            return _NOWHERE
+        # Now: from the first wait on, a capture of the event's stream captures this one, too, and
+        # the allocator gives what a graph writes to no one else.
+        assert self._previous is not None
+        self._previous.stream_wait(self._comm.torch_stream)
+        return torch.cuda.stream(self._comm.torch_stream)
 
     def start(self) -> None:
         """Makes the communication stream wait for the inputs and the outputs."""
-        if self._previous is not None:
+        if self._previous is not None and not self._allocate_on_comm:
             self._previous.stream_wait(self._comm.torch_stream)
         if self._previous is None or (_torch_fills() and not self._allocate_on_comm):
             self._comm.wait_for(self._current)
@@ -132,6 +133,7 @@ class CurrentStream:
     def finish(self, tensors: Iterable[torch.Tensor | None]) -> EventOverlap:
         """Nothing waits; the caller's own references keep the tensors."""
         del tensors
+        self._comm.last_call = next_number()
         return EventOverlap()
 
     finish_keeping = finish
@@ -148,6 +150,19 @@ class CpuScope:
 
     def __init__(self, *, async_finish: bool) -> None:
         self._async = async_finish
+
+    @classmethod
+    def of_call(
+        cls, previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool
+    ) -> CpuScope:
+        """The scope of a call with these flags, which must go together as on a GPU.
+
+        Raises:
+            RuntimeError: They do not.
+        """
+        previous = None if previous_event is None else previous_event.event
+        _check_flags(previous, async_finish, allocate_on_comm_stream)
+        return cls(async_finish=async_finish)
 
     def start(self) -> None:
         """Nothing to wait for."""
@@ -166,6 +181,17 @@ class CpuScope:
 
 GpuScope: TypeAlias = Scope | CurrentStream
 AnyScope: TypeAlias = GpuScope | CpuScope
+
+
+def _check_flags(
+    previous: EventHandle | None, async_finish: bool, allocate_on_comm_stream: bool
+) -> None:
+    if allocate_on_comm_stream and not (previous is not None and async_finish):
+        raise RuntimeError(
+            "allocate_on_comm_stream=True needs a previous_event that holds an event, and "
+            "async_finish=True; got previous_event "
+            f"{'with' if previous is not None else 'without'} an event, {async_finish=}"
+        )
 
 
 def _torch_fills() -> bool:

@@ -321,7 +321,7 @@ class CpuLowLatency:
             (x, topk_idx, global_scale),
         )
 
-        @torch.no_grad()
+        @torch.inference_mode()  # outputs of a call made there can be written to there alone
         def receive() -> None:
             low_latency.dispatch(
                 [low_latency.RankInput(*tensors) for tensors in worlds],
@@ -393,7 +393,7 @@ class CpuLowLatency:
             tuple(low_latency.collect(x, src_info, self._group.size)),
         )
 
-        @torch.no_grad()
+        @torch.inference_mode()  # outputs of a call made there can be written to there alone
         def receive() -> None:
             combined.copy_(
                 low_latency.combine(

@@ -316,7 +316,7 @@ class Launch:
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._record))
         self._arguments = ctypes.addressof(self._pointers)
         self._lock = threading.Lock()
-        self._fixed = bound
+        self._fixed: dict[str, Any] | None = bound
         self._set(bound)
 
     def __call__(self, stream: int, grid: int, **values: Any) -> None:
@@ -363,6 +363,7 @@ class Launch:
         """
         with self._lock:
             if fixed is not None and fixed is not self._fixed:
+                self._fixed = None  # an interrupt in between leaves some of both
                 self._set(fixed)
                 self._fixed = fixed
             self._set(values)

@@ -62,17 +62,23 @@ class CommStream:
         device: As passed.
         torch_stream: The same as a torch stream.
         handle: The CUstream, as an integer.
+        last_call: A number that was drawn when the last call on another stream was queued.
     """
 
     def __init__(self, device: int) -> None:
         self.device = device
         self.torch_stream = high_priority_stream(device)
         self.handle = int(self.torch_stream.cuda_stream)
+        self.last_call = 0
         cuda = driver.load()
         self._record, self._wait = cuda.cuEventRecord, cuda.cuStreamWaitEvent
         with driver.using(device):
             # A wait keeps what its event stood for at that time, so an event can be recorded again.
             self._before, self._after = Event(), Event()
+
+    def is_current(self) -> bool:
+        """Whether it is torch's current stream."""
+        return bool(torch._C._cuda_getCurrentRawStream(self.device) == self.handle)
 
     def wait_for(self, stream_handle: int) -> None:
         """What is queued on this stream from now on waits for all that `stream_handle` has now."""

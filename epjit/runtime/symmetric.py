@@ -107,11 +107,13 @@ class SymmetricMemory:
         self._ipc_opened: list[int] = []
         self._mapped: list[tuple[int, int, Any]] = []  # address, size, allocation: fabric only
         self._closed = False
-        own = self._share()
-        regions = group.allgather(own)
-        # Each rank tells the others what went wrong, so that none waits for a peer that gave up.
-        problems = self._map(regions)
-        everyone = group.allgather(problems)
+        try:
+            regions = group.allgather(self._share())
+            # Each rank tells the others what went wrong; none waits for a peer that gave up.
+            everyone = group.allgather(self._map(regions))
+        except BaseException:  # a peer that does not come
+            self.close()
+            raise
         if any(everyone):
             self.close()
             kind = ValueError if any(self._disagreements(regions)) else RuntimeError

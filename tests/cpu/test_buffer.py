@@ -10,6 +10,7 @@ import weakref
 from collections.abc import Iterator
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -221,7 +222,7 @@ def test_the_last_reference_frees_and_warns() -> None:
     gone = weakref.ref(alone())
     assert gone() is None
     buffers = [alone(explicitly_destroy=True)]
-    with pytest.warns(ResourceWarning, match="never destroyed"):
+    with pytest.warns(RuntimeWarning, match="never destroyed"):
         buffers.clear()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -461,3 +462,48 @@ def withheld_thread(comm: Any) -> None:
 def test_withheld_thread(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPJIT_TIMEOUT_SECONDS", "1")
     launch.run_threads(withheld_thread, 2)
+
+
+def test_keywords_and_members_of_branches_of_v1() -> None:
+    def body(comm: Any) -> None:
+        buffer = Buffer(None, 1024, comm=comm, allow_nvlink_for_normal_mode=False, num_nvl_peers=8)
+        assert not hasattr(buffer, "nvshmem_qp_depth")
+        assert buffer.runtime is not None
+        buffer.runtime.destroy()
+        assert buffer.runtime is None
+        buffer = Buffer(None, 0, 1 << 20, True, comm=comm)
+        assert buffer.nvshmem_qp_depth == 1024
+
+    launch.run_threads(body, 1)
+
+
+def test_a_buffer_that_is_made_in_inference_mode() -> None:
+    """Warm-ups make it there, and what they allocate must be written to elsewhere, too."""
+
+    def body(comm: Any) -> None:
+        with torch.inference_mode():
+            buffer = Buffer(None, 0, 1 << 20, True, enable_shrink=True, comm=comm)
+            x, idx = (
+                torch.zeros((2, 128), dtype=torch.bfloat16),
+                torch.zeros((2, 1), dtype=torch.int64),
+            )
+            *_, hook = buffer.low_latency_dispatch(x, idx, 2, 1, return_recv_hook=True)
+        hook()
+        buffer.low_latency_clean_mask_buffer()
+        buffer.reset()
+
+    launch.run_threads(body, 1)
+
+
+def test_numbers_of_numpy() -> None:
+    def body(comm: Any) -> None:
+        buffer = Buffer(None, 0, 1 << 20, True, comm=comm)
+        x, idx = torch.zeros((2, 128), dtype=torch.bfloat16), torch.zeros((2, 1), dtype=torch.int64)
+        _, _, handle, _, _ = buffer.low_latency_dispatch(
+            x, idx, np.int64(2), np.int64(1), use_fp8=False
+        )
+        assert [type(each) for each in handle[2:]] == [int, int, int]
+        y = torch.zeros((1, 2, 128), dtype=torch.bfloat16)
+        buffer.low_latency_combine(y, idx, torch.ones((2, 1)), handle)
+
+    launch.run_threads(body, 1)

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from epjit import Buffer, CommunicationError, check
-from epjit.config import MAX_LOW_LATENCY_CHOICES, MAX_LOW_LATENCY_TOKENS, MAX_REDUCED_CHOICES
+from epjit.config import MAX_LOW_LATENCY_CHOICES, MAX_LOW_LATENCY_TOKENS
 from epjit.low_latency import LowLatencyCombineShape, LowLatencyReducedCombineConfig, _Arena
 from epjit.reference import low_latency as reference
 from tests import bodies, bodies_low_latency, launch
@@ -119,15 +119,14 @@ def test_words_of_sums_before_the_links(num_ranks: int, num_topk: int) -> None:
     shape = LowLatencyCombineShape(8 * num_ranks, 7168, num_topk, True, False)
     config = LowLatencyReducedCombineConfig.choose(shape, num_ranks=num_ranks)
     most = min(MAX_LOW_LATENCY_TOKENS // num_ranks, MAX_LOW_LATENCY_CHOICES // num_topk)
-    room = MAX_REDUCED_CHOICES // (num_ranks * num_topk)
-    for max_tokens in {1, 8, 128, 300, min(room, most)}:
-        num_words = num_ranks * max_tokens * (config.num_parts(max_tokens) + num_topk)
-        assert num_words <= _Arena(num_ranks, 0).words_stride
-    if room < most:
-        with pytest.raises(
-            ValueError, match=rf"196608 choices, but {num_ranks} ranks of {room + 1}"
-        ):
-            config.num_parts(room + 1)
+    for max_tokens in (1, 8, 128, 300, 2048, most):
+        num_words = num_ranks * max_tokens * num_topk  # and at least one a row
+        room = _Arena(num_ranks, 0).words_stride - num_words
+        if room < num_ranks * max_tokens:
+            with pytest.raises(ValueError, match=f"{max_tokens} tokens with top-{num_topk} have"):
+                config.num_parts(max_tokens)
+        else:
+            assert num_ranks * max_tokens * config.num_parts(max_tokens) <= room
 
 
 def test_rows_to_other_domains_need_the_send_buffer() -> None:

@@ -184,5 +184,30 @@ def test_rows_that_do_not_fit_are_dropped_and_told(name: str) -> None:
 
 
 def test_import_does_not_touch_cuda() -> None:
-    assert expert_major.row_bound(10, 8, 4, 16) == 112
+    assert expert_major.row_bound(10, 8, 4, 16) == 144
     assert not torch.cuda.is_initialized()
+
+
+def test_a_token_that_names_an_expert_twice_loses_no_row() -> None:
+    """Also where the sizes are static, and there are fewer experts than choices."""
+    x = torch.ones((3, 16), dtype=torch.bfloat16)
+    idx, weights = torch.zeros((3, 2), dtype=torch.int64), torch.full((3, 2), 0.5)
+    rows = moe.permute(x, idx, weights, num_experts=1)
+    total = moe.unpermute(rows.x * rows.weights[:, None].to(x.dtype), rows.handle)
+    assert torch.equal(total, x)
+
+
+def test_mistakes_of_callers() -> None:
+    x = torch.ones((3, 16), dtype=torch.bfloat16)
+    idx, weights = torch.zeros((4, 2), dtype=torch.int64), torch.full((4, 2), 0.5)
+    with pytest.raises(ValueError, match=r"x has shape \(3, 16\), expected 4 rows"):
+        moe.permute(x, idx, weights, num_experts=1)
+    rows = moe.permute(torch.ones((4, 16), dtype=torch.bfloat16), idx, weights, num_experts=1)
+    with pytest.raises(ValueError, match=r"x has shape \(3, 16\), expected 8 rows"):
+        moe.unpermute(rows.x[:3], rows.handle)
+    with pytest.raises(TypeError, match="group is a NoneType"):
+        moe.dispatch(x, idx[:3], weights[:3], num_experts=1, group=None)  # type: ignore[call-overload]
+    with pytest.raises(TypeError, match=r"handle is a NoneType, expected the \.handle"):
+        moe.combine(x, None, group="nobody")  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="expert_alignment is 16, which needs expert_major"):
+        moe.dispatch(x, idx[:3], weights[:3], num_experts=1, group="nobody", expert_alignment=16)
