@@ -1154,7 +1154,9 @@ class Buffer:
         self._low_latency_checks.sizes(num_max_dispatch_tokens_per_rank, num_experts)
         self._low_latency_checks.hidden(hidden)
         with self._lock:
-            mode.clean(self._low_latency_scope(False).stream)
+            scope = self._low_latency_scope(False)
+            mode.clean(scope.stream)
+            scope.finish(())
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Masks a rank in the low-latency calls of this rank, or takes the mask away.
@@ -1174,7 +1176,10 @@ class Buffer:
             raise ValueError(
                 f"rank_to_mask is {rank_to_mask}, but must be between 0 and {self.group_size - 1}"
             )
-        mode.mask[rank_to_mask].fill_(int(mask))
+        with self._lock:
+            scope = self._low_latency_scope(False)  # after the calls before, on any stream
+            mode.mask[rank_to_mask].fill_(int(mask))
+            scope.finish(())
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
         """Copies the mask of this rank, which also has the ranks that did not answer in time.
@@ -1195,7 +1200,10 @@ class Buffer:
             device=self.device,
             why="one word for each rank",
         )
-        mask_status.copy_(mode.mask)
+        with self._lock:
+            scope = self._low_latency_scope(False)
+            mask_status.copy_(mode.mask)
+            scope.finish(())
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Takes all masks of this rank away. Local, on the current stream.
@@ -1203,7 +1211,11 @@ class Buffer:
         Raises:
             RuntimeError: The buffer was made without `enable_shrink`.
         """
-        self._masking_mode("low_latency_clean_mask_buffer").mask.zero_()
+        mode = self._masking_mode("low_latency_clean_mask_buffer")
+        with self._lock:
+            scope = self._low_latency_scope(False)
+            mode.mask.zero_()
+            scope.finish(())
 
     def low_latency_warmup(
         self,

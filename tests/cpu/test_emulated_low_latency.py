@@ -434,7 +434,7 @@ def test_log_format(per_domain: int) -> None:
     for seed in range(4):
         world = World(Shape(logfmt=True, num_parts=1 + seed, per_domain=per_domain), seed=seed)
         routing = world.route()
-        routing.combine(routing.dispatch())
+        routing.combine(routing.dispatch(), split=seed % 2 == 1)
         world.run(seed)
 
 
@@ -756,3 +756,134 @@ def test_random_histories(first_seed: int, several: bool) -> None:
             yield_percent=rng.choice([0, 20, 60]),
             basic_blocks=rng.choice([0, 30, 200, 1000]),
         )
+
+
+# ---- what reviews found ----------------------------------------------------------------
+
+
+@VARIANTS
+def test_x_is_the_callers_after_the_send(variant: str, per_domain: int) -> None:
+    """Between a combine's send and its hook the next micro-batch writes its outputs there."""
+    shape = Shape(tokens=(7, 5, 11), variant=variant, per_domain=per_domain, zero_copy=True)
+    world = World(shape, seed=1)
+    routing = world.route()
+    sent = routing.dispatch()
+    world.run(1)
+    routing.combine(sent, split=True)
+    launches = [rank.launches for rank in world.ranks]
+    emulated.compile_all({each.config: each for of_rank in launches for each in of_rank})
+    emulate([first for first, _ in launches], seed=1)
+    for memory in world.ranks:
+        memory.send_buffer.fill_(torch.nan)
+    emulate([second for _, second in launches], seed=2)
+    check([each for memory in world.ranks for each in memory.checks])
+
+
+@pytest.mark.parametrize("chooser", [0, 1])
+@pytest.mark.parametrize("variant", ["tma", "ldst", "reduced"])
+def test_rows_beyond_a_slab_are_missed(variant: str, chooser: int) -> None:
+    """Of another rank or of the own: a sum without them is never taken for whole."""
+    shape = Shape(
+        num_ranks=2, tokens=(2, 2), max_tokens=2, experts_a_rank=2, hidden=64, variant=variant
+    )
+    world = World(shape, seed=1, timeout_ns=300_000)
+    idx = {chooser: [[0, 0, 0, 1]] * 2, 1 - chooser: [[3, -1, -1, -1]] * 2}
+    common: dict[str, Any] = {"num_tokens": 2, "num_parts": 1, "sends": True, "receives": True}
+    for rank in range(2):
+        received = _guarded_outputs(shape)
+        topk_idx, routes = copy(torch.tensor(idx[rank])), _routes(received.src_info, shape)
+        world.queue(
+            rank,
+            shape.dispatch,
+            2,
+            x=copy(torch.ones(2, 64, dtype=torch.bfloat16)),
+            topk_idx=topk_idx,
+            global_scale=copy(torch.tensor([1.0])),
+            recv_x=received.recv_x,
+            recv_scales=None,
+            recv_count=received.recv_count,
+            src_info=received.src_info,
+            layout_range=received.layout_range,
+            **routes,
+            recv_stats=None,
+            wait_cost=None,
+            **common,
+        )
+        world.queue(
+            rank,
+            shape.combine,
+            2,
+            x=copy(torch.ones(2, 4, 64, dtype=torch.bfloat16)),
+            topk_idx=topk_idx,
+            topk_weights=copy(torch.ones(2, 4)),
+            **routes,
+            out=guarded(2, 64, dtype=torch.bfloat16),
+            wait_cost=None,
+            **common,
+        )
+    world.run(1, compare=False)
+    state, tag, own, peer, *_ = world.ranks[chooser].fault.tolist()
+    assert (state, own, peer) == (1, chooser, 0)  # rank 0 has the slab
+    assert tag == (28 if chooser == 0 else 16)
+
+
+@pytest.mark.parametrize("variant", ["ldst", "reduced"])
+def test_a_lost_rank_gets_no_other_masked(variant: str) -> None:
+    """A rank that waits for the weights of a lost one sends its own sums late."""
+    for seed, delay in ((seed, delay) for delay in (0, 3000) for seed in range(12)):
+        shape = Shape(tokens=(9, 9, 3), hidden=64, variant=variant, hole=0.0)
+        world = World(shape, seed=seed, timeout_ns=300_000, shrink=True)
+        routing = world.route()
+        sent = routing.dispatch()
+        for memory in world.ranks:
+            memory.launches.clear()
+            memory.checks.clear()
+        lost = torch.tensor([0, 0, 1])
+        routing.combine(sent, masked=lost)
+        world.ranks[2].launches.clear()
+        world.ranks[2].checks.clear()
+        world.run(seed, compare=False, delay={1: delay})
+        for memory in world.ranks[:2]:
+            check(memory.checks)
+            assert memory.local[192:195].tolist() == lost.tolist()
+
+
+@pytest.mark.parametrize(("late", "seed"), [(6200, 2), (6600, 2), (6700, 0), (6700, 1), (7000, 0)])
+def test_blocks_agree_on_a_rank_that_comes_just_in_time(late: int, seed: int) -> None:
+    """Some blocks see its counts, others have given up on it: the rows of others lie where said."""
+    shape = Shape(tokens=(9, 9, 9), hidden=64, grid=4, hole=0.0)
+    world = World(shape, seed=seed * 1000 + late, timeout_ns=FOREVER, shrink=True)
+    routing = world.route()
+    routing.dispatch()  # leave counts of other epochs behind
+    routing.dispatch()
+    world.run(seed * 1000 + late)
+    world.keep.clear()
+    world.timeout_ns = 60_000
+    expected = world.route().dispatch()
+    received = [each[0] for each in world.keep if isinstance(each, tuple) and len(each) == 2]
+    world.run(seed * 1000 + late, compare=False, delay={0: late})
+    for rank in (1, 2):
+        layout_range, src_info = received[rank].layout_range, received[rank].src_info
+        for e in range(shape.experts_a_rank):
+            for source in (1, 2):
+                begin, count = divmod(int(layout_range[e, source]), 1 << 32)
+                at, want = divmod(int(expected[rank].layout_range[e, source]), 1 << 32)
+                rows = expected[rank].src_info[e, at : at + want]
+                assert src_info[e, begin : begin + count].tolist() == rows.tolist()
+
+
+def test_a_peer_with_more_tokens_than_fit_writes_nowhere_else() -> None:
+    """Called with another maximum: what is beyond this rank's own has no place."""
+    for seed in range(3):
+        shape = Shape(num_ranks=2, tokens=(3, 24), hidden=64, max_tokens=24, hole=0.0)
+        world = World(shape, seed=seed)
+        world.route().dispatch()
+        (more,) = world.ranks[1].launches
+        for memory in world.ranks:
+            memory.launches.clear()
+            memory.checks.clear()
+        world.timeout_ns = 50_000
+        world.shape = Shape(num_ranks=2, tokens=(3, 3), hidden=64, hole=0.0, grid=6)
+        world.route().dispatch()
+        (fewer,) = world.ranks[0].launches
+        emulate([more, fewer], seed=seed)

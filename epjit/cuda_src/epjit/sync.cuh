@@ -60,6 +60,7 @@ enum WaitTag : int32_t {
   kWaitCombineArrival = 25,            // combine: the sum of its NVLink domain for token
   kWaitDispatchPlace = 26,             // dispatch: where its outputs lie
   kWaitDispatchRows = 27,              // dispatch: the last of its rows
+  kWaitLowLatencyCombineSlab = 28,     // low_latency_combine: room in a slab for selection
 };
 
 // ---- signals ------------------------------------------------------------------------------------
@@ -143,6 +144,21 @@ __device__ __forceinline__ bool has_reached(uint64_t signal, uint64_t expected) 
   return static_cast<int64_t>(signal - expected) >= 0;
 }
 
+// Whether this rank may write to a peer in a mode without waits before writing: the peer is not
+// masked, nor so far ahead (which it can be when it has masked this rank) that it uses the half of
+// this operation again. A peer that gets there between this and the write is not noticed.
+__device__ __forceinline__ bool may_send(const Waiter& waiter, int peer) {
+  if (waiter.mask == nullptr || peer == waiter.rank) return true;
+  return ptx::ld_relaxed_gpu(waiter.mask + peer) == 0 &&
+         !has_reached(ptx::ld_acquire_sys(entered_signal(waiter.signals, peer)),
+                      stamp(waiter.epoch + 2, 0));
+}
+
+// The same for all lanes of a warp.
+__device__ __forceinline__ bool warp_may_send(const Waiter& waiter, int peer) {
+  return __all_sync(kFullMask, may_send(waiter, peer));
+}
+
 // Rank i of all domains: its number, and what says which operation it has started.
 __device__ inline const uint64_t* entered_by(const Waiter& waiter, int i, int& number) {
   const int domain = i / waiter.num_ranks, rank = i % waiter.num_ranks;
@@ -150,6 +166,20 @@ __device__ inline const uint64_t* entered_by(const Waiter& waiter, int i, int& n
   if (domain == waiter.domains.domain) return entered_signal(waiter.signals, rank);
   return reinterpret_cast<const uint64_t*>(waiter.domains.rails[rank]) + 2 * domain +
          (waiter.epoch & 1);
+}
+
+__device__ inline void write_fault(const Waiter& waiter, WaitTag tag, int peer, uint64_t index,
+                                   uint64_t expected, uint64_t seen) {
+  const uint64_t record[8] = {1,
+                              static_cast<uint64_t>(tag),
+                              static_cast<uint64_t>(waiter.name(waiter.rank)),
+                              static_cast<uint64_t>(peer),
+                              index,
+                              expected,
+                              seen,
+                              waiter.epoch};
+  for (int i = 1; i < 8; ++i) ptx::st_relaxed_sys(waiter.fault + i, record[i]);
+  ptx::st_release_sys(waiter.fault, record[0]);
 }
 
 __device__ inline void report_fault(const Waiter& waiter, WaitTag tag, int peer, uint64_t index,
@@ -165,16 +195,13 @@ __device__ inline void report_fault(const Waiter& waiter, WaitTag tag, int peer,
     expected = stamp(waiter.epoch, 0), seen = entered;
     break;
   }
-  const uint64_t record[8] = {1,
-                              static_cast<uint64_t>(tag),
-                              static_cast<uint64_t>(waiter.name(waiter.rank)),
-                              static_cast<uint64_t>(peer),
-                              index,
-                              expected,
-                              seen,
-                              waiter.epoch};
-  for (int i = 1; i < 8; ++i) ptx::st_relaxed_sys(waiter.fault + i, record[i]);
-  ptx::st_release_sys(waiter.fault, record[0]);
+  write_fault(waiter, tag, peer, index, expected, seen);
+}
+
+// What this rank finds out by itself, without a wait.
+__device__ inline void report_at_once(const Waiter& waiter, WaitTag tag, uint64_t index) {
+  if (ptx::atom_cas_sys(waiter.abort, 0, 1) == 0)
+    write_fault(waiter, tag, waiter.rank, index, stamp(waiter.epoch, 0), 0);
 }
 
 // Polls until reached(value of *word) holds. False: the peer is masked, out of time, or another wait

@@ -14,7 +14,8 @@
 //             0)
 //
 // Push    the first warps of a block: draw (token, owner, group of its rows), tokens ascending; rows
-//         of x -> slots, then the words (release). Rows that stay are read where they lie.
+//         of x -> slots, then the words (release). Rows that stay are read where they lie; with a
+//         hook they are pushed as well, to this rank's own slots: x is the caller's after the send.
 //         Between NVLink domains (peers.cuh) they draw (selections in a row, owner): with many ranks
 //         few selections of an owner are here. Rows for another domain go to the send buffer, to the
 //         place that they have in x (unless x is the send buffer), and are put from there, each
@@ -56,7 +57,7 @@ struct LowLatencyCombineParams {
   const float* topk_weights;     // [num_tokens, num_topk]
   const int32_t* source_tokens;  // [num_ranks]: tokens of each owner
   const int32_t* source_rows;    // [num_ranks, max_tokens, num_topk]: row of x of each selection of
-                                 // each owner, -1 = none here
+                                 // each owner, -1 = none here, -2 = beyond the slab
   char* out;                     // [num_tokens, hidden] bf16
   int64_t* wait_cost;            // [num_ranks], += cycles until it had begun; or null
   uint64_t slots[8];             // symmetric, of each rank of the domain
@@ -126,16 +127,16 @@ class LowLatencyCombine {
 
   __device__ void run() {
     const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);
-    const bool pushes = kRanks > 1 && p.sends && warp < kCfg.num_push_warps;
+    const bool pushes = p.sends && num_owners() > 0 && warp < kCfg.num_push_warps;
     // Loaded and drawn early: all of it is on its way at once.
-    int tokens = pushes && lane < kRanks && lane != p.rank ? p.source_tokens[lane] : 0;
+    int tokens = pushes && lane < kRanks && is_pushed_to(lane) ? p.source_tokens[lane] : 0;
     const uint32_t unit = pushes ? next_unit(p.counters + 1, lane) : 0;
     if (__all_sync(kFullMask, aborted == 0)) {
       if constexpr (kRemote) {
         for (int owner = lane + kWarpSize; pushes && owner < kRanks; owner += kWarpSize)
-          if (owner != p.rank) tokens = max(tokens, p.source_tokens[owner]);
+          if (is_pushed_to(owner)) tokens = max(tokens, p.source_tokens[owner]);
         if (pushes) push_between(unit, __reduce_max_sync(kFullMask, tokens));
-      } else if constexpr (kRanks > 1) {
+      } else {
         if (pushes) push(unit, tokens);
       }
       if (p.receives && (!is_herald() || meet_peers<kRanks>(waiter, p.wait_cost, lane))) reduce();
@@ -147,6 +148,11 @@ class LowLatencyCombine {
   __device__ int half() const { return waiter.epoch & 1; }
 
   __device__ int own() const { return own_index<kRemote>(p); }
+
+  // Rows that stay are read where they lie, and not from slots.
+  __device__ bool is_whole() const { return p.sends && p.receives; }
+  __device__ int num_owners() const { return kRanks - is_whole(); }
+  __device__ bool is_pushed_to(int owner) const { return owner != p.rank || !is_whole(); }
 
   // Of selection token * kTopk + k of an owner of this domain, by its index in `slots`.
   __device__ char* slot(int owner, int selection) const {
@@ -164,13 +170,14 @@ class LowLatencyCombine {
   // Lane s has the number of tokens of owner s.
   __device__ void push(uint32_t unit, int tokens) {
     Copier copier(ptx::dynamic_shared(), warp, lane);
-    const uint32_t num_units = __reduce_max_sync(kFullMask, tokens) * (kRanks - 1) * kGroups;
+    const uint32_t owners = num_owners();
+    const uint32_t num_units = __reduce_max_sync(kFullMask, tokens) * owners * kGroups;
     while (unit < num_units) {
       // Drawn early: its latency hides behind the copy.
       const uint32_t next = next_unit(p.counters + 1, lane);
-      const int owner = (p.rank + 1 + unit % (kRanks - 1)) % kRanks;
-      const int token = unit / (kRanks - 1) / kGroups, group = unit / (kRanks - 1) % kGroups;
-      if (token < __shfl_sync(kFullMask, tokens, owner) && !is_masked(waiter, owner))
+      const int owner = (p.rank + 1 + unit % owners) % kRanks;
+      const int token = unit / owners / kGroups, group = unit / owners % kGroups;
+      if (token < __shfl_sync(kFullMask, tokens, owner) && warp_may_send(waiter, owner))
         push_rows(copier, owner, token, group * kRows);
       unit = next;
     }
@@ -214,12 +221,13 @@ class LowLatencyCombine {
   // `tokens`: the most that any owner has.
   __device__ void push_between(uint32_t unit, int tokens) {
     Copier copier(ptx::dynamic_shared(), warp, lane);
-    const uint32_t num_units = ceil_div(tokens * kTopk, kChunk) * (kRanks - 1);
+    const uint32_t owners = num_owners();
+    const uint32_t num_units = ceil_div(tokens * kTopk, kChunk) * owners;
     bool has_put = false;
     while (unit < num_units) {
       const uint32_t next = next_unit(p.counters + 1, lane);
-      const int owner = (p.rank + 1 + unit % (kRanks - 1)) % kRanks;
-      const int first = unit / (kRanks - 1) * kChunk;
+      const int owner = (p.rank + 1 + unit % owners) % kRanks;
+      const int first = unit / owners * kChunk;
       // Lane i has the row of selection first + i.
       int row = -1;
       if (lane < kChunk && first + lane < p.source_tokens[owner] * kTopk)
@@ -315,12 +323,16 @@ class LowLatencyCombine {
       const int e = selected_expert<kCfg.topk_is_int64, kExperts>(p.topk_idx, selection);
       const int peer = e / kLocal;
       weight = p.topk_weights[selection];
-      is_own = e >= 0 && peer == p.rank;
-      if (is_own) {
-        const int64_t own =
-            p.source_rows[static_cast<int64_t>(p.rank) * p.max_tokens * kTopk + selection];
-        if (own >= 0) row = p.x + own * kRowBytes;
-      } else if (e >= 0 && !is_masked(waiter, peer)) {
+      int64_t stays = -1;
+      if (e >= 0 && peer == p.rank)
+        stays = p.source_rows[static_cast<int64_t>(p.rank) * p.max_tokens * kTopk + selection];
+      is_own = is_whole() && stays >= 0;
+      if (stays == -2) {  // of other ranks such a row does not come
+        report_at_once(waiter, kWaitLowLatencyCombineSlab, selection);
+        ok = false;
+      } else if (is_own) {
+        row = p.x + stays * kRowBytes;
+      } else if (e >= 0 && !is_masked(waiter, peer) && (peer != p.rank || stays >= 0)) {
         uint64_t seen;
         const bool here = wait_until(waiter, kWaitLowLatencyCombineRow, peer, selection,
                                      stamp(waiter.epoch, 0), word(own(), selection), seen,

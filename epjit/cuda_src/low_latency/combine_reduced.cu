@@ -17,7 +17,8 @@
 //
 // Units of a warp, drawn from one counter: 32 of this rank's weights, each to the rank of its expert;
 // then (token, owner, piece of the row): wait for the owner's weights, add, write. When none is left,
-// (token, piece): wait for the ranks of the token, add.
+// (token, piece): wait for the ranks of the token, add. What this rank makes of its own rows needs no
+// slot; with a hook it has one, for x is the caller's after the send.
 //
 // Progress: sending weights waits for nothing and is drawn first, so whoever waits for weights waits
 // for a peer that has them on their way once it runs; adding up waits for that alone. The send
@@ -45,7 +46,7 @@ struct LowLatencyReducedCombineParams {
   const float* topk_weights;     // [num_tokens, num_topk]
   const int32_t* source_tokens;  // [num_ranks]: tokens of each owner
   const int32_t* source_rows;    // [num_ranks, max_tokens, num_topk]: row of x of each selection of
-                                 // each owner, -1 = none here
+                                 // each owner, -1 = none here, -2 = beyond the slab
   char* out;                     // [num_tokens, hidden] bf16
   int64_t* wait_cost;            // [num_ranks], += cycles until it had begun; or null
   uint64_t slots[8];             // symmetric, of each rank
@@ -82,8 +83,9 @@ class LowLatencyReducedCombine {
   static constexpr int kTopk = kCfg.num_topk;
   static constexpr int kRowBytes = 2 * kCfg.hidden;
   static constexpr int kVecs = kRowBytes / 16;
-  // Rows in flight: a token seldom has more on one rank; whoever receives has a row of each rank, too.
-  static constexpr int kBatch = 4, kReceiveBatch = 2;
+  // Rows in flight: a token seldom has more on one rank. Whoever receives has a row of each rank as
+  // well, and with two spills 24 bytes (sm_89, four ranks).
+  static constexpr int kBatch = 4, kReceiveBatch = 1;
   static_assert(kRanks >= 1 && kRanks <= kMaxRanks && kExperts % kRanks == 0);
   static_assert(kTopk >= 1 && kTopk <= kMaxTopk);
   static_assert(kRowBytes % 16 == 0, "a row is moved in pieces of 16 bytes");
@@ -96,14 +98,13 @@ class LowLatencyReducedCombine {
 
   __device__ void run() {
     const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);
-    const bool sends = kRanks > 1 && p.sends;
+    const bool sends = p.sends && num_owners() > 0;
     // Loaded and drawn early: all of it is on its way at once.
-    const int tokens = sends && lane < kRanks && lane != p.rank ? p.source_tokens[lane] : 0;
+    const bool has_part = lane < kRanks && (lane != p.rank || !is_whole());
+    const int tokens = sends && has_part ? p.source_tokens[lane] : 0;
     const uint32_t unit = sends ? next_unit(p.counters + 1, lane) : 0;
     if (__all_sync(kFullMask, aborted == 0)) {
-      bool ok = true;
-      if constexpr (kRanks > 1)
-        if (sends) ok = send(unit, tokens);
+      const bool ok = !sends || send(unit, tokens);
       if (ok && p.receives && (!is_herald() || meet_peers<kRanks>(waiter, p.wait_cost, lane)))
         receive();
     }
@@ -112,6 +113,9 @@ class LowLatencyReducedCombine {
 
  private:
   __device__ int half() const { return waiter.epoch & 1; }
+
+  __device__ bool is_whole() const { return p.sends && p.receives; }
+  __device__ int num_owners() const { return kRanks - is_whole(); }
 
   // The row that `writer` makes of the owner's token.
   __device__ char* slot(int owner, int writer, int token) const {
@@ -138,9 +142,12 @@ class LowLatencyReducedCombine {
     return p.source_rows[(static_cast<int64_t>(owner) * p.max_tokens + token) * kTopk + k];
   }
 
-  // Waits for a word of this operation; `seen` is what it says.
-  __device__ bool wait_stamp(int peer, int index, const uint64_t* word, uint64_t& seen) const {
-    return wait_until(waiter, kWaitLowLatencyCombineRow, peer, index, stamp(waiter.epoch, 0), word,
+  // Waits for a word of this operation, `patience` times as long as others do; `seen` is what it says.
+  __device__ bool wait_stamp(int peer, int index, const uint64_t* word, uint64_t& seen,
+                             int patience) const {
+    Waiter patient = waiter;
+    patient.timeout_ns *= patience;
+    return wait_until(patient, kWaitLowLatencyCombineRow, peer, index, stamp(waiter.epoch, 0), word,
                       seen, [&](uint64_t value) { return value >> 32 == waiter.epoch; });
   }
 
@@ -149,16 +156,17 @@ class LowLatencyReducedCombine {
   // Lane s has the number of tokens of owner s.
   __device__ bool send(uint32_t unit, int tokens) const {
     const uint32_t weight_units = ceil_div(p.num_tokens * kTopk, kWarpSize);
+    const uint32_t owners = num_owners();
     const uint32_t num_units =
-        weight_units + __reduce_max_sync(kFullMask, tokens) * (kRanks - 1) * p.num_parts;
+        weight_units + __reduce_max_sync(kFullMask, tokens) * owners * p.num_parts;
     while (unit < num_units) {
       const uint32_t next = next_unit(p.counters + 1, lane);
       if (unit < weight_units) {
         send_weight(unit * kWarpSize + lane);
       } else {
         const uint32_t row = (unit - weight_units) / p.num_parts;
-        const int part = (unit - weight_units) % p.num_parts, token = row / (kRanks - 1);
-        const int owner = (p.rank + 1 + row % (kRanks - 1)) % kRanks;
+        const int part = (unit - weight_units) % p.num_parts, token = row / owners;
+        const int owner = (p.rank + 1 + row % owners) % kRanks;
         if (token < __shfl_sync(kFullMask, tokens, owner) && !send_part(owner, token, part))
           return false;
       }
@@ -172,7 +180,7 @@ class LowLatencyReducedCombine {
     const float weight = p.topk_weights[selection];
     const int e = selected_expert<kCfg.topk_is_int64, kExperts>(p.topk_idx, selection);
     const int reader = e / kLocal;
-    if (e >= 0 && reader != p.rank && !is_masked(waiter, reader))
+    if (e >= 0 && reader != p.rank && may_send(waiter, reader))
       ptx::st_relaxed_sys(weight_word(reader, p.rank, selection),
                           stamp(waiter.epoch, __float_as_uint(weight)));
   }
@@ -180,11 +188,15 @@ class LowLatencyReducedCombine {
   __device__ bool send_part(int owner, int token, int part) const {
     const int row = lane < kTopk ? source_row(owner, token, lane) : -1;
     const uint32_t rows = __ballot_sync(kFullMask, row >= 0);
-    if (rows == 0 || is_masked(waiter, owner)) return true;
+    // A sum without the rows beyond a slab is none: it does not come, and its owner says so.
+    if (rows == 0 || __any_sync(kFullMask, row == -2) || !warp_may_send(waiter, owner)) return true;
     uint64_t weight = 0;
     const int selection = token * kTopk + lane;
-    const bool ok =
-        row < 0 || wait_stamp(owner, selection, weight_word(p.rank, owner, selection), weight);
+    bool ok = true;
+    if (row >= 0 && owner == p.rank)
+      weight = __float_as_uint(p.topk_weights[selection]);
+    else if (row >= 0)
+      ok = wait_stamp(owner, selection, weight_word(p.rank, owner, selection), weight, 1);
     if (!all_lanes(ok)) return __all_sync(kFullMask, is_masked(waiter, owner));
     const char* const src = row >= 0 ? p.x + static_cast<int64_t>(row) * kRowBytes : nullptr;
     char* const dst = slot(owner, p.rank, token);
@@ -225,17 +237,27 @@ class LowLatencyReducedCombine {
     const uint32_t ranks = __reduce_or_sync(kFullMask, peer >= 0 ? 1u << peer : 0);
     const char* own = nullptr;
     float weight = 0.0f;
-    if (peer == p.rank) {
-      const int row = source_row(p.rank, token, lane);
-      weight = p.topk_weights[selection];
-      if (row >= 0) own = p.x + static_cast<int64_t>(row) * kRowBytes;
-    }
-    // Lane r has what rank r has made of it.
     bool ok = true;
+    int stays = -1;
+    if (peer == p.rank) stays = source_row(p.rank, token, lane);
+    if (stays == -2) {  // of other ranks such a sum does not come
+      report_at_once(waiter, kWaitLowLatencyCombineSlab, selection);
+      ok = false;
+    } else if (stays >= 0 && is_whole()) {
+      weight = p.topk_weights[selection];
+      own = p.x + static_cast<int64_t>(stays) * kRowBytes;
+    }
+    if (!all_lanes(ok)) return false;
+    // Lane r has what rank r has made of it. A peer that waits for the weights of a lost rank before
+    // it sends shall not be masked for that: it gives up on the lost rank first.
+    const int patience = waiter.mask == nullptr ? 1 : 2;
+    const bool stays_here = __any_sync(kFullMask, stays >= 0);
+    const bool has_part =
+        lane == p.rank ? stays_here && !is_whole() : lane < kRanks && (ranks >> lane & 1) != 0;
     const char* row = nullptr;
-    if (lane < kRanks && lane != p.rank && (ranks >> lane & 1) != 0 && !is_masked(waiter, lane)) {
+    if (has_part && !is_masked(waiter, lane)) {
       uint64_t seen;
-      if (wait_stamp(lane, token, word(p.rank, lane, token, part), seen))
+      if (wait_stamp(lane, token, word(p.rank, lane, token, part), seen, patience))
         row = slot(p.rank, lane, token);
       else
         ok = is_masked(waiter, lane);
@@ -243,7 +265,6 @@ class LowLatencyReducedCombine {
     if (!all_lanes(ok)) return false;
 
     char* const out = p.out + static_cast<int64_t>(token) * kRowBytes;
-    const bool has_own = (ranks >> p.rank & 1) != 0;
     const uint32_t own_rows = __ballot_sync(kFullMask, own != nullptr);
     for_each_vec<kVecs>(part, p.num_parts, lane, [&](int vec, bool valid) {
       Vec16 v[kRanks];
@@ -256,8 +277,8 @@ class LowLatencyReducedCombine {
       float total[8] = {};
 #pragma unroll
       for (int r = 0; r < kRanks; ++r) {
-        const bool is_own = r == p.rank;
-        if (is_own ? !has_own : of_lane(row, r) == nullptr) continue;
+        const bool is_own = r == p.rank && own_rows != 0;
+        if (!is_own && of_lane(row, r) == nullptr) continue;
         add_weighted(total, 1.0f, is_own ? mine : v[r]);
       }
       if (valid) ptx::st_v4(out + vec * 16, to_bf16(total));

@@ -8,7 +8,8 @@
 //
 // So the order of rows is always the same: source rank, token, selection. layout_range[e, s] holds
 // begin << 32 | count, src_info the token of each row. For the combine, source_rows[s, t, k] is the
-// row that selection k of token t of rank s has become, counted over all slabs, -1 = none here.
+// row that selection k of token t of rank s has become, counted over all slabs; -1 = none here, -2 =
+// beyond its slab.
 //
 //   slots[d]   two halves of half_bytes: operations of even and of odd epoch
 //              [num_ranks, max_tokens, slot_bytes]; (s, t) on rank d is written by s:
@@ -90,7 +91,8 @@ struct LowLatencyDispatchParams {
   uint64_t* staged_counts;  // symmetric, own, as counts; null in one domain
   const int32_t* peers;     // local [num_ranks], see peers.cuh; null in one domain
   uint64_t transport;
-  uint32_t* decisions;  // local [num_ranks]: epoch << 1 | whether the source is received
+  uint32_t* decisions;  // local [num_ranks]: epoch << 2 | whether it was dropped after all << 1 |
+                        // whether the source is received
   uint32_t* counters;   // local [3]: ticket, next unit, next row; zero on entry and on exit
   uint32_t* epoch;      // local [1]
   uint64_t* fault;      // host [8]
@@ -289,7 +291,7 @@ class LowLatencyDispatch {
     count_selections(p.num_tokens);
     for (int i = threadIdx.x; i < kRanks * (kLocal + 1); i += kThreads) {
       const int r = i / (kLocal + 1), e = i % (kLocal + 1);
-      if (is_masked(waiter, r)) continue;
+      if (!may_send(waiter, r)) continue;
       const uint32_t value = e < kLocal ? histogram()[r * kLocal + e] : p.num_tokens;
       const int index = index_of<kRemote>(p, r);
       if (!kRemote || index >= 0)
@@ -356,7 +358,7 @@ class LowLatencyDispatch {
       const uint32_t readers = shared_readers();
       store(token, kRemote ? slots_of(readers) : readers, part);
       __syncthreads();
-      if (threadIdx.x < kRanks && !is_masked(waiter, threadIdx.x)) {
+      if (threadIdx.x < kRanks && may_send(waiter, threadIdx.x)) {
         const int index = index_of<kRemote>(p, threadIdx.x);
         if (!kRemote || index >= 0)
           ptx::st_release_sys(word(index, p.rank, token),
@@ -413,7 +415,7 @@ class LowLatencyDispatch {
     } else {
       readers = __reduce_or_sync(kFullMask, e >= 0 ? 1u << e / kLocal : 0);
       for (int r = 0; r < kRanks; ++r) {
-        if (is_masked(waiter, r)) readers &= ~(1u << r);
+        if (!warp_may_send(waiter, r)) readers &= ~(1u << r);
         if ((readers >> r & 1) != 0 && lane < kTopk) write_selection(r, token, e, position);
       }
     }
@@ -489,7 +491,18 @@ class LowLatencyDispatch {
     }
     if (!__syncthreads_and(ok)) return false;
     if (p.mask != nullptr) {
-      if (threadIdx.x < kRanks) shared_arrived(threadIdx.x) = decide(threadIdx.x);
+      if (threadIdx.x < kRanks) {
+        const bool mine = shared_arrived(threadIdx.x) != 0;
+        shared_arrived(threadIdx.x) = !decide(threadIdx.x) ? 0 : mine ? 1 : 2;
+      }
+      __syncthreads();
+      // Of 2 another block has all counts, so they are here, and this block gave up too early.
+      for (int i = threadIdx.x; i < kRanks * (kLocal + 1); i += kThreads) {
+        const int source = i / (kLocal + 1), e = i % (kLocal + 1);
+        if (shared_arrived(source) == 2)
+          planned(source, e) =
+              static_cast<uint32_t>(ptx::ld_acquire_sys(counts(own(), source) + count_word(e)));
+      }
       __syncthreads();
     }
 
@@ -510,7 +523,9 @@ class LowLatencyDispatch {
     }
     if (threadIdx.x < kRanks) {
       uint32_t& tokens = planned(threadIdx.x, kLocal);
-      if (shared_arrived(threadIdx.x) == 0) tokens = 0;
+      // A peer that was called with another maximum has no places for more.
+      tokens =
+          shared_arrived(threadIdx.x) == 0 ? 0 : min(tokens, static_cast<uint32_t>(p.max_tokens));
       if (tells) p.source_tokens[threadIdx.x] = static_cast<int32_t>(tokens);
     }
     __syncthreads();
@@ -519,9 +534,9 @@ class LowLatencyDispatch {
 
   // Whether a source is received: what the first block has found.
   __device__ bool decide(int source) const {
-    const uint32_t mine = waiter.epoch << 1 | shared_arrived(source);
+    const uint32_t mine = waiter.epoch << 2 | shared_arrived(source);
     const uint32_t before = ptx::ld_relaxed_gpu(p.decisions + source);
-    if (before >> 1 == mine >> 1) return before & 1;
+    if (before >> 2 == mine >> 2) return before & 1;
     const uint32_t now = atomicCAS(p.decisions + source, before, mine);
     return (now == before ? mine : now) & 1;
   }
@@ -529,7 +544,7 @@ class LowLatencyDispatch {
   // A source that was masked after its counts came has sent nothing.
   __device__ void drop_masked() const {
     for (int source = 0; source < kRanks; ++source) {
-      if (ptx::ld_relaxed_gpu(p.decisions + source) != waiter.epoch << 1) continue;
+      if (ptx::ld_relaxed_gpu(p.decisions + source) == (waiter.epoch << 2 | 1)) continue;
       p.source_tokens[source] = 0;
       for (int e = lane; e < kLocal; e += kWarpSize)
         reinterpret_cast<uint32_t*>(p.layout_range)[2 * (e * kRanks + source)] = 0;
@@ -573,7 +588,8 @@ class LowLatencyDispatch {
     if (comes(source, token) && !all_lanes(wait_stamp(kWaitLowLatencyDispatchToken, source, token,
                                                       word(own(), source, token), seen))) {
       const bool masked = __all_sync(kFullMask, is_masked(waiter, source));
-      if (masked && lane == 0) atomicExch(p.decisions + source, waiter.epoch << 1);
+      // Blocks that plan later still count its rows, as those before did.
+      if (masked && lane == 0) atomicExch(p.decisions + source, waiter.epoch << 2 | 3);
       return masked;
     }
     if (static_cast<uint32_t>(seen) == 0) {
@@ -599,7 +615,7 @@ class LowLatencyDispatch {
       const int e = selection[0] - p.rank * kLocal;
       if (selection[0] >= 0 && e >= 0 && e < kLocal) {
         const uint32_t position = planned(source, e) + selection[1];
-        if (position < rows_a_slab()) row = static_cast<int>(e * rows_a_slab() + position);
+        row = position < rows_a_slab() ? static_cast<int>(e * rows_a_slab() + position) : -2;
       }
     }
     const uint32_t here = __ballot_sync(kFullMask, row >= 0);
