@@ -174,7 +174,8 @@ class Buffer:
             and the others go on without it, instead of a `CommunicationError`.
         comm: Communicator with mpi4py's `Get_rank`, `Get_size` and `allgather`, when `group` is
             None.
-        timeout_seconds: How long a wait for a peer lasts; None reads ``EPJIT_TIMEOUT_SECONDS``.
+        timeout_seconds: How long a wait of the GPU for a peer lasts; None reads
+            ``EPJIT_TIMEOUT_SECONDS``, which is also how long the hosts wait for each other.
         allow_nvlink_for_normal_mode: Accepted for the sake of a branch of V1.
         num_nvl_peers: Accepted likewise; the domains are found out.
         nvlink_domain: Cuts each NVLink domain that is found into domains of this many ranks; 0
@@ -235,7 +236,7 @@ class Buffer:
         self.low_latency_mode, self.enable_shrink = low_latency_mode, enable_shrink
         if num_rdma_bytes or low_latency_mode:
             self.nvshmem_qp_depth = env.nvshmem_qp_depth()
-        _check_buffer(links.size, num_nvl_bytes, num_rdma_bytes, nvlink_domain)
+        _check_buffer(links.size, num_nvl_bytes, num_rdma_bytes, nvlink_domain, timeout_seconds)
 
         self._links = links
         self._lock = threading.RLock()
@@ -1603,13 +1604,21 @@ def use_gpu() -> bool:
 
 
 def _check_buffer(
-    num_ranks: int, num_nvl_bytes: int, num_rdma_bytes: int, nvlink_domain: int | None
+    num_ranks: int,
+    num_nvl_bytes: int,
+    num_rdma_bytes: int,
+    nvlink_domain: int | None,
+    timeout_seconds: float | None,
 ) -> None:
     reasons = [
-        f"{name} is {value}, but must be a multiple of {_SIZE_ALIGNMENT} and not negative"
+        f"{name} is {value!r}, but must be an int, a multiple of {_SIZE_ALIGNMENT} and not negative"
         for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes))
-        if value < 0 or value % _SIZE_ALIGNMENT
+        if not hasattr(value, "__index__") or value < 0 or value % _SIZE_ALIGNMENT
     ]
+    if timeout_seconds is not None and not (
+        isinstance(timeout_seconds, int | float) and timeout_seconds > 0
+    ):
+        reasons.append(f"timeout_seconds is {timeout_seconds!r}, but must be greater than 0")
     if num_ranks > MAX_GROUP:
         reasons.append(f"the group has {num_ranks} ranks, but may have up to {MAX_GROUP}")
     if nvlink_domain is not None and nvlink_domain < 0:

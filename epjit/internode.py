@@ -684,9 +684,13 @@ class Internode(NormalMode):
             self.rdma_memory.tensor(torch.uint8)[self._rings.control :],
         ]
 
+    def _drain(self) -> None:
+        self._transport.quiet()  # all ranks are here
+        self._group.barrier()
+
     def _close_memory(self) -> None:
         del self._notify
-        if not self._fault.is_set:
+        if not self._is_lost:
             self._transport.quiet()  # the memory may be another Buffer's next
         self.memory.close()
         self.rdma_memory.close()

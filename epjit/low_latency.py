@@ -852,6 +852,9 @@ class LowLatency:
         """Forgets everything that was under way; collective."""
         torch.cuda.synchronize(self._device)
         self._group.reset()
+        if self._transport is not None:
+            self._transport.quiet()  # what is on its way must not come after the zeros
+            self._group.barrier()
         self.memory.tensor(torch.uint8)[self._arena.signals :].zero_()
         self._words[: self._peers_at].zero_()
         torch.cuda.synchronize(self._device)

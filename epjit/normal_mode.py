@@ -119,6 +119,7 @@ class NormalMode(ABC):
         self._host_counts = PinnedArray(2 * num_counts, device=device.index)
         self._launches: dict[DispatchShape | CombineShape, Launch] = {}
         self._half_way = ""  # why a dispatch ended between its two kernels
+        self._is_lost = False  # a peer, when this rank closes
 
     def _everywhere(self, offset: int) -> list[int]:
         """The address of the same part on every rank that shares `memory`."""
@@ -322,6 +323,7 @@ class NormalMode(ABC):
         """Forgets everything that was under way; collective."""
         torch.cuda.synchronize(self._device)
         self._group.reset()
+        self._drain()
         for control in self._control():
             control.zero_()
         self._local.zero_()
@@ -329,6 +331,10 @@ class NormalMode(ABC):
         self._fault.clear()
         self._half_way = ""
         self._group.barrier()
+
+    def _drain(self) -> None:
+        """Nothing of what this rank has sent is on its way afterwards; collective."""
+        return
 
     def close(self) -> None:
         """Frees the memory once the peers have finished the last operation; not collective.
@@ -348,6 +354,8 @@ class NormalMode(ABC):
             if all(steps < 1 << 31 for rank, steps in enumerate(ahead) if rank != own):
                 break
             time.sleep(0.001)
+        else:
+            self._is_lost = True
         self._launches.clear()
         del signals
         self._close_memory()

@@ -1250,9 +1250,9 @@ LOW_LATENCY_DISPATCH = [
             f"max tokens {value}",
             lambda b, value=value: b.ll_dispatch(num_max_dispatch_tokens_per_rank=value),
             ValueError,
-            rf"num_max_dispatch_tokens_per_rank is {value}, .*between 1 and 32768 for 2 ranks",
+            rf"num_max_dispatch_tokens_per_rank is {value}, .*between 1 and 131072 for 2 ranks",
         )
-        for value in (0, -1, 32769)
+        for value in (0, -1, 131073)
     ),
     BadInput(
         "more tokens than the maximum",

@@ -16,6 +16,7 @@ import stat
 import struct
 import tarfile
 import tempfile
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -27,6 +28,7 @@ _FORMAT = b"epjit cubin 1"
 _LENGTHS = struct.Struct("<III")
 _DIGEST_BYTES = 32
 _SUFFIX = ".cubin"
+_WRITING_SECONDS = 600  # no longer does a process write an entry
 _KEY = re.compile("[0-9a-f]{64}")
 _MAX_ENTRY_BYTES = 256 << 20
 
@@ -115,6 +117,10 @@ class CubinCache:
         """
         removed = 0
         for path in list(self.directory.iterdir()) if self.directory.is_dir() else ():
+            if path.suffix == "":  # a temporary file, perhaps of a process that is writing it
+                with contextlib.suppress(FileNotFoundError):
+                    if time.time() - path.stat().st_mtime < _WRITING_SECONDS:
+                        continue
             path.unlink(missing_ok=True)
             removed += path.suffix == _SUFFIX
         return removed

@@ -10,7 +10,7 @@ from typing import Any
 from epjit.errors import require
 
 _contexts: dict[int, Any] = {}
-_contexts_lock = threading.Lock()
+_contexts_lock = threading.RLock()  # a finalizer may come back to it
 
 
 @functools.cache

@@ -5,6 +5,7 @@ Everything here runs on the CPU and is used while something is set up, never on 
 
 from __future__ import annotations
 
+import contextlib
 import hmac
 import os
 import pickle
@@ -162,7 +163,14 @@ class _StoreGroup(Group):
             )
             invitation = (host_id(), _addresses(), self._store.port, secrets.token_bytes(32))
         invitations: list[Any] = [None] * self.size
-        dist.all_gather_object(invitations, invitation, group=process_group)
+        try:
+            dist.all_gather_object(invitations, invitation, group=process_group)
+        except RuntimeError as error:
+            raise CommunicationError(
+                f"rank {self.rank}: not all ranks came to meet in the process group, whose own "
+                f"timeout holds here ({error})",
+                rank=self.rank,
+            ) from error
         host, addresses, port, self._key = invitations[0]
         if self._store is None:
             candidates = ["localhost"] if host == host_id() else addresses
@@ -180,12 +188,21 @@ class _StoreGroup(Group):
             return [obj]
         self._round += 1
         names = [f"{self._round}/{rank}" for rank in range(self.size)]
+        failed = f"{self._round}/failed"
         try:
             self._put(self._store, names[self.rank], pickle.dumps(obj))
             self._wait(self._store, names, names)
+            if self._store.check([failed]):  # a rank that comes late must not take it for whole
+                raise CommunicationError(
+                    f"rank {self.rank} came when others had given up; call reset() on all ranks",
+                    rank=self.rank,
+                )
             received = [self._get(self._store, name) for name in names]
             self._finish(self._store, [key for _, keys in received for key in keys], names)
         except CommunicationError:
+            with contextlib.suppress(RuntimeError):  # the store may be what was lost
+                self._left.append(failed)
+                self._store.set(failed, "")
             raise
         except RuntimeError as error:  # what torch raises when the connection breaks
             raise self._lost(error) from error

@@ -243,7 +243,8 @@ def is_initialized() -> bool:
 
 # ---- beginning and end --------------------------------------------------------------------------
 
-_lock = threading.Lock()
+# A thread can come back to it: the collector runs anywhere, and what it finds hands blocks back.
+_lock = threading.RLock()
 _begun_here = False  # whether `initialize` began NVSHMEM, not torch or the user
 
 
@@ -515,7 +516,7 @@ def allocate(group: Group, nbytes: int, *, device: int) -> HeapMemory:
         RuntimeError: There is not enough memory. Both the same on all ranks.
     """
     with _lock:
-        free = {number: _blocks[number].nbytes for number in _free}
+        free = {number: _blocks[number].nbytes for number in tuple(_free)}
     offers: list[tuple[int, dict[int, int]]] = group.allgather((nbytes, free))
     sizes = [size for size, _ in offers]
     if len(set(sizes)) > 1:
@@ -535,8 +536,9 @@ def allocate(group: Group, nbytes: int, *, device: int) -> HeapMemory:
         ptr = library.nvshmem_malloc(nbytes) or 0
     without = [rank for rank, ok in enumerate(group.allgather(bool(ptr))) if not ok]
     if without:
-        if ptr:
-            _keep(ptr, nbytes, free=True)
+        # The number is drawn on all ranks: it means the same memory on each. What some ranks got
+        # stays theirs, for to free it all would have to have it.
+        _keep(ptr, nbytes, is_whole=False)
         raise RuntimeError(
             f"NVSHMEM has no {nbytes} bytes of symmetric memory for ranks "
             f"{', '.join(map(str, without))}; is the GPU full? (NVSHMEM_SYMMETRIC_SIZE bounds the "
@@ -560,12 +562,11 @@ def choose_block(offers: Sequence[Mapping[int, int]], nbytes: int) -> tuple[int 
     return (min(fitting)[1] if fitting else None), common
 
 
-def _keep(ptr: int, nbytes: int, *, free: bool = False) -> int:
+def _keep(ptr: int, nbytes: int, *, is_whole: bool = True) -> int:
     """Numbers a new block."""
     global _num_blocks
     with _lock:
         number, _num_blocks = _num_blocks, _num_blocks + 1
-        _blocks[number] = _Block(ptr, nbytes)
-        if free:
-            _free.add(number)
+        if is_whole:
+            _blocks[number] = _Block(ptr, nbytes)
         return number

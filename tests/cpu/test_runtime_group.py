@@ -161,8 +161,11 @@ def stay_away(rank: int, size: int, file: str, queue: Any) -> None:
     group = make_group(rank, size, file)
     os.environ["EPJIT_TIMEOUT_SECONDS"] = "1"
     if rank == 2:
-        time.sleep(4)
-        queue.put((rank, None))
+        time.sleep(2)
+        try:
+            group.barrier()
+        except CommunicationError as error:
+            queue.put((rank, (error.missing, str(error))))
         return
     try:
         group.barrier()
@@ -175,6 +178,7 @@ def test_torch_group_names_the_missing(tmp_path: Path) -> None:
     results = run_processes(3, tmp_path, stay_away)
     assert [result[0] for result in results[:2]] == [(2,), (2,)]
     assert "rank 0 waited 1 s for rank 2, which did not come" in results[0][1]
+    assert "rank 2 came when others had given up; call reset()" in results[2][1]
 
 
 def forge(rank: int, size: int, file: str, queue: Any) -> None:

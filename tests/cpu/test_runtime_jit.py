@@ -336,3 +336,23 @@ ptxas info    : Used 64 registers
     0 bytes stack frame, 0 bytes spill stores, 0 bytes spill loads"""
     assert nvrtc.usage(log) == (64, 16)
     assert nvrtc.usage("") == (0, 0)
+
+
+def test_clear_leaves_an_entry_that_is_being_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, replace = CubinCache(tmp_path / "own"), os.replace
+
+    def clear_first(source: str, target: Path) -> None:
+        CubinCache(tmp_path / "own").clear()  # another process
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", clear_first)
+    entry = Entry("symbol", "log", b"code")
+    assert cache.get_or_compile("0" * 64, lambda: entry, what="a kernel") == (entry, False)
+    assert cache.get("0" * 64) == entry
+    left = cache.directory / "left-by-a-crash"
+    left.write_bytes(b"")
+    os.utime(left, (0, 0))
+    assert cache.clear() == 1
+    assert not left.exists()

@@ -473,6 +473,26 @@ def test_a_full_gpu_is_said(heap: Heap) -> None:
         nvshmem.allocate(alone(), 101, device=0)
 
 
+def test_numbers_mean_the_same_memory_where_only_some_got_it(heap: Heap) -> None:
+    """A block that one rank has and the others have not is offered to nobody."""
+    heap.room = 100
+    with pytest.raises(RuntimeError, match="no 101 bytes"):
+        nvshmem.allocate(alone(), 101, device=0)  # a rank that gets nothing
+    assert nvshmem._keep(0x1000, 101, is_whole=False) == 1  # as on one that does
+    first = nvshmem.allocate(alone(), 50, device=0)
+    assert first._number == 2
+    first.close()
+    assert nvshmem.allocate(alone(), 40, device=0)._number == 2
+
+
+def test_a_block_is_handed_back_while_the_lock_is_held(heap: Heap) -> None:
+    """The collector may find a Buffer in the middle of `allocate`."""
+    memory = nvshmem.allocate(alone(), 10, device=0)
+    with nvshmem._lock:
+        memory.close()
+    assert memory.ptr == 0
+
+
 def test_ranks_that_ask_for_different_sizes(heap: Heap) -> None:
     found = run_threads(2, lambda group: nvshmem.allocate(group, 10 + group.rank, device=0))
     for error in found:
