@@ -184,10 +184,10 @@ low_latency_combine_variant: Variable[str] = Variable(
 )
 low_latency_num_sms: Variable[int] = Variable(
     "EPJIT_LOW_LATENCY_NUM_SMS",
-    "a whole number greater than 0",
+    "a whole number, 0 or more",
     0,
-    "Most SMs (blocks) of a low-latency kernel; by default all that the GPU has.",
-    _positive_int,
+    "Most SMs (blocks) of a low-latency kernel; 0 means all that the GPU has.",
+    _natural,
 )
 disable_sm90_features: Variable[bool] = Variable(
     "DISABLE_SM90_FEATURES",
@@ -220,10 +220,10 @@ transport: Variable[str] = Variable(
 )
 nvlink_domain: Variable[int] = Variable(
     "EPJIT_NVLINK_DOMAIN",
-    "a whole number greater than 0",
+    "a whole number, 0 or more",
     0,
-    "Cuts each NVLink domain that is found into pieces of so many ranks.",
-    _positive_int,
+    "Cuts each NVLink domain that is found into pieces of so many ranks; 0 means no cut.",
+    _natural,
 )
 loopback_seed: Variable[int] = Variable(
     "EPJIT_LOOPBACK_SEED",

@@ -49,7 +49,7 @@ _PLACES_BYTES = MAX_RANKS * 64
 _LINK_BOUND_BYTES = 300_000
 # With more, a token is better staged once and pulled: 4096 tokens of BF16 on four H200s, 586 us
 # instead of 602 with 24 SMs, 620 instead of 692 with 12; on two, 223 instead of 207.
-_MOST_PUSHING_RANKS = 2
+MOST_PUSHING_RANKS = 2
 
 for _variant in (
     variants.Variant("dispatch", "push", 90, "tokens are pushed to peers by TMA bulk copies"),
@@ -268,7 +268,7 @@ def _config(
     limit = shared_limit(arch)
     op = "dispatch" if isinstance(shape, DispatchShape) else "combine"
     best = tuned.best(op, gpu=gpu, num_ranks=num_ranks, hidden_bytes=shape.hidden_bytes)
-    preferred = "tma" if num_ranks > _MOST_PUSHING_RANKS else None
+    preferred = "tma" if num_ranks > MOST_PUSHING_RANKS else None
     variant = variants.resolve(op, arch, preferred=preferred if best is None else best.variant)
     if isinstance(shape, DispatchShape):
         return DispatchConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)

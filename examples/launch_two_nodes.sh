@@ -6,7 +6,7 @@
 # RANKS is the number of ranks a node; by default that of its GPUs.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-python=${PYTHON:-python3}
+python=${PYTHON:-$([ -x .venv/bin/python ] && echo .venv/bin/python || echo python3)}  # what `make` uses
 gpus=$(nvidia-smi -L 2>/dev/null | grep -c '^GPU' || true)
 node=${1:?0, 1 or try}
 shift

@@ -6,6 +6,7 @@ import ctypes
 import importlib
 import importlib.metadata
 import json
+import os
 import platform
 import re
 import resource
@@ -52,6 +53,7 @@ class Check:
 _STYLES = {Status.ok: "green", Status.warning: "yellow", Status.wrong: "bold red"}
 _CUDA_EXTRAS = {12: "cu12", 13: "cu13"}
 _RDMA = "between NVLink domains (RDMA)"
+_OF_TESTS = ("EPJIT_TEST_", "EPJIT_DEEPEP_TESTS")
 _SLOW_LINK = 20.0  # GB/s: less than any NVLink
 _NVSHMEM_PACKAGES = ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
 _CUPY_PACKAGES = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
@@ -404,14 +406,25 @@ def check_cache() -> Iterator[Check]:
 
 def check_environment() -> Iterator[Check]:
     """Every variable that is set, and whether it can be read."""
-    from epjit import env
+    from epjit import env, expert_major, intranode, low_latency  # noqa: F401  (register variants)
+    from epjit.runtime import variants
 
+    known = {variable.name for variable in env.VARIABLES}
+    for name in sorted(os.environ):
+        if name.startswith("EPJIT_") and name not in known and not name.startswith(_OF_TESTS):
+            yield Check(
+                "environment", name, Status.warning, "no variable of epjit", "is it misspelt?"
+            )
+    implementations = {env.variant_name(op): variants.names(op) for op in variants.operations()}
     for variable in env.VARIABLES:
         text = variable.text()
         if not text:
             continue
         try:
-            variable()
+            value = variable()
+            allowed = ("auto", *implementations.get(variable.name, ()))
+            if variable.name in implementations and value not in allowed:
+                raise ValueError(f"{text!r} is none of {', '.join(allowed)}")
         except ValueError as error:
             remedy = f"unset {variable.name}, or correct it: {variable.description}"
             yield Check("environment", variable.name, Status.wrong, str(error), remedy)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
-from rich.console import Console
+from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
@@ -31,7 +31,8 @@ def table(
     """
     grid = Table(title=title, title_justify="left", title_style="bold")
     for index, head in enumerate(heads):
-        grid.add_column(head, justify="left" if index < text_columns else "right")
+        justify: JustifyMethod = "left" if index < text_columns else "right"
+        grid.add_column(head, justify=justify, overflow="fold")
     for row in rows:
         grid.add_row(*("" if cell is None else str(cell) for cell in row))
     console().print(grid)

@@ -23,13 +23,14 @@ def variants(
     arch = arch or _arch_of_gpu()
     rows = []
     for each in registry.registered():
-        chosen = arch is not None and registry.resolve(each.op, arch) == each.name
+        taken = "" if arch is None else _taken(each.op, each.name, arch)
         rows.append(
             {
                 "op": each.op,
                 "variant": each.name,
                 "from": f"sm_{each.min_arch}",
-                "chosen": chosen,
+                "chosen": taken != "",
+                "taken": taken,
                 "set": f"{env.variant_name(each.op)}={each.name}",
                 "description": each.description,
             }
@@ -47,7 +48,7 @@ def variants(
                 r["op"],
                 r["variant"],
                 r["from"],
-                "yes" if r["chosen"] else "",
+                r["taken"],
                 r["set"],
                 r["description"],
             )
@@ -55,6 +56,19 @@ def variants(
         ],
         text_columns=len(heads),
     )
+
+
+def _taken(op: str, name: str, arch: str) -> str:
+    """For which groups `auto`, or the environment, takes a variant; nothing: for none."""
+    from epjit import intranode
+    from epjit.runtime.variants import resolve
+
+    most = intranode.MOST_PUSHING_RANKS
+    few = resolve(op, arch) == name
+    many = resolve(op, arch, preferred="tma") == name if op == "dispatch" else few
+    if few and many:
+        return "yes"
+    return f"up to {most} ranks" if few else f"more than {most}" if many else ""
 
 
 def _arch_of_gpu() -> str | None:

@@ -18,11 +18,18 @@ if TYPE_CHECKING:
 
 
 class Dtype(str, Enum):
-    """Rows of dispatch."""
+    """Rows of dispatch: the first three of the normal mode, all but fp16 of low-latency calls."""
 
     bf16 = "bf16"
     fp16 = "fp16"
     fp8 = "fp8"
+    fp8_round = "fp8_round"
+    fp8_ue8m0 = "fp8_ue8m0"
+    mxfp8 = "mxfp8"
+    nvfp4 = "nvfp4"
+
+
+_NORMAL = (Dtype.bf16, Dtype.fp16, Dtype.fp8)
 
 
 def warmup(
@@ -48,6 +55,9 @@ def warmup(
     low_latency: Annotated[
         bool, typer.Option("--low-latency", help="The low-latency kernels instead; see --experts.")
     ] = False,
+    logfmt: Annotated[
+        bool, typer.Option("--logfmt", help="With --low-latency: also combine with use_logfmt.")
+    ] = False,
     topk_bits: Annotated[int, typer.Option(help="64 or 32: width of a choice.")] = 64,
 ) -> None:
     """Compile the kernels of given shapes into the cache; needs no GPU."""
@@ -58,7 +68,7 @@ def warmup(
 
     if topk_bits not in (32, 64):
         raise ValueError(f"--topk-bits is {topk_bits}, but must be 32 or 64")
-    gpus = dict.fromkeys(arch, "") if arch else _default_archs()
+    gpus = dict.fromkeys(map(_full_name, arch), "") if arch else _default_archs()
     archs = list(gpus)
     jobs = [
         (config, each)
@@ -74,6 +84,7 @@ def warmup(
             dtypes=dtype,
             wide=topk_bits == 64,
             low_latency=low_latency,
+            logfmt=logfmt,
         )
     ]
     # auto takes loopback only for ranks of one process
@@ -111,6 +122,7 @@ def configs(
     dtypes: Iterable[Dtype],
     wide: bool,
     low_latency: bool = False,
+    logfmt: bool = False,
 ) -> list[KernelConfig]:
     """What Buffers of these shapes compile on an architecture, each kernel once.
 
@@ -133,6 +145,10 @@ def configs(
         found |= dict.fromkeys(_normal([], num_ranks, domains, arch, gpu))  # of every Buffer
         for elements in hidden:
             for dtype in dtypes:
+                if not low_latency and dtype not in _NORMAL:
+                    raise ValueError(
+                        f"rows of {dtype.value} are of the low-latency mode: add --low-latency"
+                    )
                 row_bytes = elements * (1 if dtype is Dtype.fp8 else 2)
                 num_local = num_ranks // domains
                 if not 1 <= num_local <= MAX_RANKS or not 0 <= topk <= MAX_TOPK:
@@ -159,6 +175,7 @@ def configs(
                             topk,
                             dtype=dtype,
                             wide=wide,
+                            logfmt=logfmt,
                         )
                     )
                     continue
@@ -211,30 +228,43 @@ def _low_latency(
     *,
     dtype: Dtype,
     wide: bool,
+    logfmt: bool,
 ) -> list[KernelConfig]:
-    """What low-latency calls compile; their rows arrive as bf16 or FP8."""
+    """What low-latency calls compile."""
     from epjit import low_latency
-    from epjit.formats import BF16, FP8
+    from epjit.formats import BF16, FORMATS
     from epjit.low_latency_checks import check_variant
 
     check_variant(domains)
-    row_format = FP8 if dtype is Dtype.fp8 else BF16
-    if dtype is Dtype.fp16 or topk < 1 or hidden % row_format.granularity:
+    row_format = {each.name: each for each in FORMATS}.get(dtype.value, BF16)
+    granularity = max(row_format.granularity, 128 if logfmt else 1)
+    if dtype is Dtype.fp16 or topk < 1 or hidden % granularity:
         raise ValueError(
-            f"low-latency rows of {hidden} {dtype.value} with top-{topk}: they are bf16 with a "
-            f"multiple of {BF16.granularity} channels or fp8 with one of {FP8.granularity}, and "
-            "top-k is at least 1"
+            f"low-latency rows of {hidden} {dtype.value} with top-{topk}: there is no fp16, these "
+            f"rows have a multiple of {granularity} channels, and top-k is at least 1"
         )
-    shapes = low_latency.warmup_shapes(
-        hidden=hidden,
-        num_experts=experts,
-        num_topk=topk,
-        topk_is_int64=wide,
-        row_format=row_format,
-    )
+    shapes = [
+        shape
+        for use_logfmt in (False, True)[: 1 + logfmt]
+        for shape in low_latency.warmup_shapes(
+            hidden=hidden,
+            num_experts=experts,
+            num_topk=topk,
+            topk_is_int64=wide,
+            row_format=row_format,
+            use_logfmt=use_logfmt,
+        )
+    ]
     return list(
         low_latency.warmup_configs(shapes, num_ranks=num_ranks, arch=arch, remote=domains > 1)
     )
+
+
+def _full_name(arch: str) -> str:
+    """What a GPU asks for: from sm_90 on with an `a`."""
+    from epjit.runtime.device import arch_name, arch_number
+
+    return arch_name(*divmod(arch_number(arch), 10)) if arch[-1].isdigit() else arch
 
 
 def _default_archs() -> dict[str, str]:

@@ -197,9 +197,30 @@ def test_low_latency_warmup() -> None:
     shape = ("--low-latency", "--arch", "sm_80", "--ranks", 2, "--hidden", 128, "--topk", 2)
     with pytest.raises(ValueError, match="--low-latency needs --experts"):
         invoke("warmup", *shape)
-    with pytest.raises(ValueError, match=r"64 fp8 with top-2.*bf16.*fp8"):
+    with pytest.raises(ValueError, match=r"64 fp8 with top-2.*multiple of 128 channels"):
         invoke("warmup", *shape, "--experts", 8, "--hidden", 64)
     assert "7 compiled" in invoke("warmup", *shape, "--experts", 8)
+
+
+def test_warmup_of_every_low_latency_format(cache_dir: Path) -> None:
+    """And by the name that a GPU asks for, whatever the user writes."""
+    options = ("warmup", "--low-latency", "--ranks", "2", "--hidden", "512", "--topk", "2")
+    shape = (*options, "--experts", "8")
+    for dtype in ("bf16", "fp8", "fp8_round", "fp8_ue8m0", "mxfp8", "nvfp4"):
+        invoke(*shape, "--arch", "sm_90", "--dtype", dtype, "--logfmt")
+    said = invoke(*shape, "--arch", "sm_90a", "--dtype", "nvfp4", "--logfmt")
+    assert "0 compiled" in said
+    with pytest.raises(ValueError, match="rows of mxfp8 are of the low-latency mode"):
+        invoke("warmup", "--arch", "sm_90a", "--dtype", "mxfp8")
+
+
+def test_doctor_names_what_is_misspelt(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPJIT_TIMEOUT", "5")
+    monkeypatch.setenv("EPJIT_DISPATCH_VARIANT", "fast")
+    found = {each.name: each for each in doctor.check_environment()}
+    assert found["EPJIT_TIMEOUT"].status is doctor.Status.warning
+    assert found["EPJIT_DISPATCH_VARIANT"].status is doctor.Status.wrong
+    assert "none of auto, push, tma, ldst, direct" in found["EPJIT_DISPATCH_VARIANT"].value
 
 
 def test_warmup_takes_the_archs_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:

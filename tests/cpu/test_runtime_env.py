@@ -85,7 +85,7 @@ def test_values(
         (env.assert_compile, "maybe", "EPJIT_ASSERT_COMPILE='maybe' is not a flag: 1, true"),
         (env.backend, "gpu", "EPJIT_BACKEND='gpu' is not 'auto', 'cuda' or 'cpu'"),
         (env.transport, "ucx", "EPJIT_TRANSPORT='ucx' is not 'auto', 'nvshmem' or 'loopback'"),
-        (env.nvlink_domain, "0", "EPJIT_NVLINK_DOMAIN='0' is not a whole number greater than 0"),
+        (env.nvlink_domain, "-1", "EPJIT_NVLINK_DOMAIN='-1' is not a whole number, 0 or more"),
         (env.loopback_seed, "-1", "EPJIT_LOOPBACK_SEED='-1' is not a whole number, 0 or more"),
         (env.topk_idx_bits, "16", "TOPK_IDX_BITS='16' is not '64' or '32'"),
         (env.torch_cuda_arch_list, "Hopper", "TORCH_CUDA_ARCH_LIST='Hopper' is not a list such"),
