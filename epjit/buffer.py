@@ -1376,6 +1376,11 @@ class Buffer:
         check_experts(num_experts, self.group_size, most)
 
     def _check_config(self, config: Config) -> None:
+        if not isinstance(config, Config):
+            raise TypeError(
+                f"config is a {type(config).__name__}, expected a Config such as "
+                "Buffer.get_dispatch_config(num_ranks)"
+            )
         value, available = config.num_sms, self._available_sms
         if value < 2 or value % 2 or value > available:
             raise ValueError(

@@ -604,6 +604,12 @@ DISPATCH = [
         "x device", lambda b: b.dispatch(x=b.x.to("meta")), ValueError, r"x is on meta.*\.to\("
     ),
     BadInput(
+        "config a number",
+        lambda b: b.dispatch(config=24),
+        TypeError,
+        r"config is a int, expected a Config",
+    ),
+    BadInput(
         "x strides",
         lambda b: b.dispatch(x=b.x[:, ::2]),
         ValueError,

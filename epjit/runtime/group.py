@@ -80,8 +80,14 @@ class Group(ABC):
             process_group: Any backend; this process must be a member.
 
         Raises:
-            CommunicationError: The store cannot be reached.
+            TypeError: It is no process group.
+            CommunicationError: The store cannot be reached, or a rank does not come.
         """
+        if not hasattr(process_group, "rank"):
+            raise TypeError(
+                f"group is a {type(process_group).__name__}, expected a torch.distributed process "
+                "group; for a communicator like mpi4py's pass comm=..."
+            )
         return _StoreGroup(process_group)
 
 

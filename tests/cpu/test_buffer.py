@@ -507,3 +507,12 @@ def test_numbers_of_numpy() -> None:
         buffer.low_latency_combine(y, idx, torch.ones((2, 1)), handle)
 
     launch.run_threads(body, 1)
+
+
+def test_a_group_and_a_size_that_are_none() -> None:
+    with pytest.raises(TypeError, match=r"group is a int, expected a torch\.distributed process"):
+        Buffer(3, 1024)
+    with pytest.raises(
+        launch.RankFailedError, match=r"num_nvl_bytes is 2000000000\.0, but must be"
+    ):
+        launch.run_threads(lambda comm: Buffer(None, 2e9, comm=comm), 1)  # type: ignore[arg-type]
