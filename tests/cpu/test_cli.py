@@ -223,6 +223,13 @@ def test_doctor_names_what_is_misspelt(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "none of auto, push, tma, ldst, direct" in found["EPJIT_DISPATCH_VARIANT"].value
 
 
+def test_doctor_needs_no_torch_to_look_at_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "epjit.expert_major", None)
+    monkeypatch.setenv("EPJIT_TIMEOUT_SECONDS", "5")
+    found = {each.name: each for each in doctor.check_environment()}
+    assert found["EPJIT_TIMEOUT_SECONDS"].status is doctor.Status.ok
+
+
 def test_warmup_takes_the_archs_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.0;9.0")
     text = invoke("warmup", "--ranks", 1, "--hidden", 64, "--topk", 0, "--dtype", "fp16")
