@@ -413,11 +413,11 @@ class LowLatencyDispatch {
       for (uint32_t left = slots_of(readers); left != 0; left &= left - 1)
         if (lane < kTopk) write_selection(__ffs(left) - 1, token, e, position);
     } else {
-      readers = __reduce_or_sync(kFullMask, e >= 0 ? 1u << e / kLocal : 0);
-      for (int r = 0; r < kRanks; ++r) {
-        if (!warp_may_send(waiter, r)) readers &= ~(1u << r);
-        if ((readers >> r & 1) != 0 && lane < kTopk) write_selection(r, token, e, position);
-      }
+      // Lane r looks whether rank r may be sent to.
+      readers = __reduce_or_sync(kFullMask, e >= 0 ? 1u << e / kLocal : 0) &
+                __ballot_sync(kFullMask, lane < kRanks && may_send(waiter, lane));
+      for (uint32_t left = readers; left != 0; left &= left - 1)
+        if (lane < kTopk) write_selection(__ffs(left) - 1, token, e, position);
     }
     if (lane == 0) shared_readers() = readers;
   }
