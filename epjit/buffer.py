@@ -6,7 +6,8 @@ import operator
 import threading
 import warnings
 import weakref
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -1154,10 +1155,8 @@ class Buffer:
         mode = self._low_latency_mode("clean_low_latency_buffer")
         self._low_latency_checks.sizes(num_max_dispatch_tokens_per_rank, num_experts)
         self._low_latency_checks.hidden(hidden)
-        with self._lock:
-            scope = self._low_latency_scope(False)
-            mode.clean(scope.stream)
-            scope.finish(())
+        with self._in_order() as stream:
+            mode.clean(stream)
 
     def low_latency_update_mask_buffer(self, rank_to_mask: int, mask: bool = False) -> None:
         """Masks a rank in the low-latency calls of this rank, or takes the mask away.
@@ -1177,10 +1176,8 @@ class Buffer:
             raise ValueError(
                 f"rank_to_mask is {rank_to_mask}, but must be between 0 and {self.group_size - 1}"
             )
-        with self._lock:
-            scope = self._low_latency_scope(False)  # after the calls before, on any stream
+        with self._in_order():
             mode.mask[rank_to_mask].fill_(int(mask))
-            scope.finish(())
 
     def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
         """Copies the mask of this rank, which also has the ranks that did not answer in time.
@@ -1201,10 +1198,8 @@ class Buffer:
             device=self.device,
             why="one word for each rank",
         )
-        with self._lock:
-            scope = self._low_latency_scope(False)
+        with self._in_order():
             mask_status.copy_(mode.mask)
-            scope.finish(())
 
     def low_latency_clean_mask_buffer(self) -> None:
         """Takes all masks of this rank away. Local, on the current stream.
@@ -1213,10 +1208,8 @@ class Buffer:
             RuntimeError: The buffer was made without `enable_shrink`.
         """
         mode = self._masking_mode("low_latency_clean_mask_buffer")
-        with self._lock:
-            scope = self._low_latency_scope(False)
+        with self._in_order():
             mode.mask.zero_()
-            scope.finish(())
 
     def low_latency_warmup(
         self,
@@ -1295,6 +1288,18 @@ class Buffer:
         if self._comm is None:
             return CpuScope(async_finish=async_finish)
         return self._scope(None, async_finish, False, is_low_latency=True)
+
+    @contextmanager
+    def _in_order(self) -> Iterator[int]:
+        """What is queued on the current stream meanwhile follows the calls before, on any stream.
+
+        Yields:
+            Handle of the current stream.
+        """
+        with self._lock:
+            scope = self._low_latency_scope(False)
+            yield scope.stream
+            scope.finish(())
 
     def _hook(self, op: str, receive: Hook | None, stream: int) -> Hook | None:
         """What the caller gets for `receive`: it can be called once, and until reset()."""

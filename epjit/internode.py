@@ -503,10 +503,7 @@ class Internode(NormalMode):
         """Notify, then dispatch; the host waits for the counts unless there is a worst case."""
         num_ranks, num_tokens = self._group.size, x.shape[0]
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
-        launch = self.launch(dispatch_shape(x, scales, topk_idx))
-        config = launch.kernel.config
-        assert isinstance(config, InternodeDispatchConfig)
-        _check_warps(config, num_sms)
+        launch = self._dispatch_launch(dispatch_shape(x, scales, topk_idx), num_sms)
         experts_per_rank = num_tokens_per_expert.shape[0] // num_ranks
         with scope.allocating():
             ints: dict[str, Any] = {"dtype": torch.int32, "device": self._device}
@@ -587,7 +584,7 @@ class Internode(NormalMode):
         """Dispatches another payload along the routing of a handle."""
         received = self._dispatch_rows(
             scope,
-            self.launch(dispatch_shape(x, scales, None)),
+            self._dispatch_launch(dispatch_shape(x, scales, None), num_sms),
             x,
             scales,
             None,
@@ -598,6 +595,18 @@ class Internode(NormalMode):
             fills_handle=False,
         )
         return received.recv_x, received.recv_scales
+
+    def _dispatch_launch(self, shape: DispatchShape, num_sms: int) -> Launch:
+        """The launch of a shape, before anything is queued.
+
+        Raises:
+            ValueError: The SMs are too few.
+        """
+        launch = self.launch(shape)
+        config = launch.kernel.config
+        assert isinstance(config, InternodeDispatchConfig)
+        _check_warps(config, num_sms)
+        return launch
 
     def _dispatch_rows(
         self,
@@ -617,7 +626,6 @@ class Internode(NormalMode):
         recv_src_meta, passing = handle[7], handle[9]
         config = launch.kernel.config
         assert isinstance(config, InternodeDispatchConfig)
-        _check_warps(config, num_sms)
         forms = self._forms(recv_src_meta.shape[0], x, scales, topk_idx)
         with scope.allocating():
             received = Received(*self._empty(forms))
