@@ -90,13 +90,14 @@ def _streams() -> list[torch.cuda.Stream]:
     """
     device = torch.cuda.current_device()
     flag = driver.load().CUstream_flags.CU_STREAM_NON_BLOCKING
-    return [
-        torch.cuda.ExternalStream(
-            int(driver.call("cuStreamCreateWithPriority", flag, -1 if i else 0)), device=device
-        )
-        for i in range(_STREAMS_A_RANK)
-        for _ in range(_NUM_QUEUES)
-    ]
+    with driver.using(device):
+        return [
+            torch.cuda.ExternalStream(
+                int(driver.call("cuStreamCreateWithPriority", flag, -1 if i else 0)), device=device
+            )
+            for i in range(_STREAMS_A_RANK)
+            for _ in range(_NUM_QUEUES)
+        ]
 
 
 def _next_stream(device: int) -> torch.cuda.Stream:
