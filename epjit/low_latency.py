@@ -97,6 +97,7 @@ class LowLatencyDispatchConfig(KernelConfig):
 
     source: ClassVar[str] = "low_latency/dispatch.cu"
     op: ClassVar[str] = "dispatch"
+    starts_early: ClassVar[bool] = True
 
     num_ranks: int
     num_experts: int
@@ -152,6 +153,7 @@ class LowLatencyCombineConfig(KernelConfig):
 
     source: ClassVar[str] = "low_latency/combine.cu"
     op: ClassVar[str] = "combine"
+    starts_early: ClassVar[bool] = True
 
     num_ranks: int
     num_experts: int
@@ -219,6 +221,7 @@ class LowLatencyReducedCombineConfig(KernelConfig):
 
     source: ClassVar[str] = "low_latency/combine_reduced.cu"
     op: ClassVar[str] = "combine"
+    starts_early: ClassVar[bool] = True
 
     num_ranks: int
     num_experts: int

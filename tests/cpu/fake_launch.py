@@ -23,7 +23,7 @@ class LastLaunch(ctypes.Structure):
         ("grid", ctypes.c_uint32),
         ("block", ctypes.c_uint32),
         ("shared_bytes", ctypes.c_uint32),
-        ("status", ctypes.c_uint32),
+        ("starts_early", ctypes.c_uint32),
         ("record", ctypes.c_uint8 * 4096),
     )
 
@@ -42,7 +42,9 @@ def main(root: Path) -> None:
     next_status = ctypes.c_uint32.in_dll(fake, "fake_next_status")
     ctypes.c_uint32.in_dll(fake, "fake_record_bytes").value = ctypes.sizeof(params)
     config = SimpleNamespace(op="scale", threads=64, shared_bytes=512)
-    kernel: Any = SimpleNamespace(config=config, params=params, function=0x1234, device=3)
+    kernel: Any = SimpleNamespace(
+        config=config, params=params, function=0x1234, device=3, starts_early=False
+    )
 
     raises(TypeError, "['y']", "factor", call=lambda: jit.Launch(kernel, y=1))
     raises(ValueError, "peers", call=lambda: jit.Launch(kernel, peers=[1, 2]))
@@ -55,7 +57,7 @@ def main(root: Path) -> None:
     launch(7, 2, x=2**64 - 1, num=-3, stamp=-5)
     seen = params.from_buffer_copy(last.record)
     assert (last.function, last.stream, last.grid) == (0x1234, 7, 2)
-    assert (last.block, last.shared_bytes) == (64, 512)
+    assert (last.block, last.shared_bytes, last.starts_early) == (64, 512, 0)
     assert (seen.x, seen.num, seen.stamp, seen.factor, seen.wide) == (2**64 - 1, -3, -5, 1.5, True)
     assert list(seen.peers) == [2**63 + i for i in range(4)]
     launch(8, 1, num=4)  # the others keep their values
@@ -81,6 +83,11 @@ def main(root: Path) -> None:
     next_status.value = 1
     raises(RuntimeError, "CUDA_ERROR_INVALID_VALUE", "9 blocks of 64", call=lambda: launch(8, 9))
     next_status.value = 0
+    kernel.starts_early = True
+    jit.Launch(kernel, **dict.fromkeys(("x", "num", "stamp"), 1), peers=[0] * 4, factor=1, wide=0)(
+        9, 5
+    )
+    assert (last.stream, last.grid, last.block, last.starts_early) == (9, 5, 64, 1)
 
     rounds = 20000
     start = time.perf_counter()

@@ -44,6 +44,9 @@ EMULATE_INLINE void fence_proxy_async() {}
 EMULATE_INLINE void fence_proxy_async_shared() {}
 EMULATE_INLINE void fence_mbarrier_init() {}
 
+EMULATE_INLINE void griddepcontrol_wait() {}
+EMULATE_INLINE void griddepcontrol_launch_dependents() {}
+
 EMULATE_INLINE uint64_t clock64() { return emulate::nanoseconds(); }
 EMULATE_INLINE uint64_t globaltimer() { return emulate::nanoseconds(); }
 

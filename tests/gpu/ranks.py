@@ -44,8 +44,9 @@ def run_ranks(
     torch.cuda._sleep(1)
     torch.cuda.synchronize()
 
-    # Low-latency kernels take all SMs that there are, and those of all ranks must run at once.
-    os.environ["EPJIT_LOW_LATENCY_NUM_SMS"] = str(SMS if SMALL else 120 // num_ranks)
+    # Low-latency kernels take all SMs that there are, and those of all ranks must run at once, with
+    # the next one of each rank, which starts early, beside them.
+    os.environ["EPJIT_LOW_LATENCY_NUM_SMS"] = str(SMS if SMALL else 60 // num_ranks)
 
     def worker(comm: Any) -> Any:
         _rank.number, _rank.num_streams = comm.Get_rank(), 0

@@ -88,6 +88,24 @@ __device__ __forceinline__ uint64_t globaltimer() {
   return value;
 }
 
+// ---- the kernel ahead in the stream ---------------------------------------------------------------
+
+// griddepcontrol.wait (sm_90 and newer; before, no kernel starts early): returns when that kernel has
+// ended and all that it has written is visible
+__device__ __forceinline__ void griddepcontrol_wait() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+#endif
+}
+
+// griddepcontrol.launch_dependents: the blocks of the kernel behind may start once all blocks of this
+// one are here
+__device__ __forceinline__ void griddepcontrol_launch_dependents() {
+#if __CUDA_ARCH__ >= 900
+  asm volatile("griddepcontrol.launch_dependents;" ::: "memory");
+#endif
+}
+
 // ---- 16 bytes at a time -------------------------------------------------------------------------
 
 // ld.global.v4.u32

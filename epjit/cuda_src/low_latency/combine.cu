@@ -232,7 +232,7 @@ class LowLatencyCombine {
       int row = -1;
       if (lane < kChunk && first + lane < p.source_tokens[owner] * kTopk)
         row = p.source_rows[static_cast<int64_t>(owner) * p.max_tokens * kTopk + first + lane];
-      if (__any_sync(kFullMask, is_masked(waiter, owner))) row = -1;
+      if (!warp_may_send(waiter, owner)) row = -1;
       const int index = p.peers[owner];
       for (uint32_t left = __ballot_sync(kFullMask, row >= 0); left != 0;) {
         // Now lane i has the i-th of them.

@@ -83,9 +83,8 @@ class LowLatencyReducedCombine {
   static constexpr int kTopk = kCfg.num_topk;
   static constexpr int kRowBytes = 2 * kCfg.hidden;
   static constexpr int kVecs = kRowBytes / 16;
-  // Rows in flight: a token seldom has more on one rank. Whoever receives has a row of each rank as
-  // well, and with two spills 24 bytes (sm_89, four ranks).
-  static constexpr int kBatch = 4, kReceiveBatch = 1;
+  // Rows in flight: a token seldom has more on one rank; whoever receives has a row of each rank, too.
+  static constexpr int kBatch = 4, kReceiveBatch = 2;
   static_assert(kRanks >= 1 && kRanks <= kMaxRanks && kExperts % kRanks == 0);
   static_assert(kTopk >= 1 && kTopk <= kMaxTopk);
   static_assert(kRowBytes % 16 == 0, "a row is moved in pieces of 16 bytes");
@@ -235,26 +234,21 @@ class LowLatencyReducedCombine {
         lane < kTopk ? selected_expert<kCfg.topk_is_int64, kExperts>(p.topk_idx, selection) : -1;
     const int peer = e >= 0 ? e / kLocal : -1;
     const uint32_t ranks = __reduce_or_sync(kFullMask, peer >= 0 ? 1u << peer : 0);
-    const char* own = nullptr;
-    float weight = 0.0f;
-    bool ok = true;
+    // On their way while it waits.
     int stays = -1;
-    if (peer == p.rank) stays = source_row(p.rank, token, lane);
-    if (stays == -2) {  // of other ranks such a sum does not come
-      report_at_once(waiter, kWaitLowLatencyCombineSlab, selection);
-      ok = false;
-    } else if (stays >= 0 && is_whole()) {
+    float weight = 0.0f;
+    if (peer == p.rank) {
+      stays = source_row(p.rank, token, lane);
       weight = p.topk_weights[selection];
-      own = p.x + static_cast<int64_t>(stays) * kRowBytes;
     }
-    if (!all_lanes(ok)) return false;
+    const bool own_comes =
+        !is_whole() && __any_sync(kFullMask, stays >= 0) && !__any_sync(kFullMask, stays == -2);
     // Lane r has what rank r has made of it. A peer that waits for the weights of a lost rank before
     // it sends shall not be masked for that: it gives up on the lost rank first.
     const int patience = waiter.mask == nullptr ? 1 : 2;
-    const bool stays_here = __any_sync(kFullMask, stays >= 0);
-    const bool has_part =
-        lane == p.rank ? stays_here && !is_whole() : lane < kRanks && (ranks >> lane & 1) != 0;
+    const bool has_part = lane == p.rank ? own_comes : lane < kRanks && (ranks >> lane & 1) != 0;
     const char* row = nullptr;
+    bool ok = true;
     if (has_part && !is_masked(waiter, lane)) {
       uint64_t seen;
       if (wait_stamp(lane, token, word(p.rank, lane, token, part), seen, patience))
@@ -262,9 +256,15 @@ class LowLatencyReducedCombine {
       else
         ok = is_masked(waiter, lane);
     }
+    if (stays == -2) {  // of other ranks such a sum does not come
+      report_at_once(waiter, kWaitLowLatencyCombineSlab, selection);
+      ok = false;
+    }
     if (!all_lanes(ok)) return false;
 
     char* const out = p.out + static_cast<int64_t>(token) * kRowBytes;
+    const char* const own =
+        stays >= 0 && is_whole() ? p.x + static_cast<int64_t>(stays) * kRowBytes : nullptr;
     const uint32_t own_rows = __ballot_sync(kFullMask, own != nullptr);
     for_each_vec<kVecs>(part, p.num_parts, lane, [&](int vec, bool valid) {
       Vec16 v[kRanks];

@@ -390,9 +390,9 @@ class LowLatencyDispatch {
     }
   }
 
-  // Of an expert, or of none (-1): its rank, unless that is masked.
+  // Of an expert, or of none (-1): its rank, if that may be sent to.
   __device__ int selected_rank(int e) const {
-    return e >= 0 && !is_masked(waiter, e / kLocal) ? e / kLocal : -1;
+    return e >= 0 && may_send(waiter, e / kLocal) ? e / kLocal : -1;
   }
 
   // Where each selection comes among those of its expert, to all ranks of the token; lane k has the
