@@ -81,11 +81,10 @@ def eager(fn: Callable[[], Any], group: dist.ProcessGroup, *, device: str = "cud
 
 
 def join(rank: int, num_ranks: int, port: int, *, device: str = "cuda") -> dist.ProcessGroup:
-    """Takes GPU `rank` (or a share of the CPU) and meets the other ranks."""
+    """Takes GPU `rank` and a share of the CPU, and meets the other ranks."""
+    torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
     if device == "cuda":
         torch.cuda.set_device(rank)
-    else:
-        torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
     dist.init_process_group(
         "nccl" if device == "cuda" else "gloo",
         init_method=f"tcp://127.0.0.1:{port}",
