@@ -168,7 +168,8 @@ def replays(
 ) -> None:
     """One capture of three operations, replayed with changed inputs between eager calls.
 
-    Three, since with V1 a graph had to hold an even number. Without a GPU they run eagerly.
+    Three, since with V1 a graph had to hold an even number. Each reads what the one before it has
+    written, with nothing in between: kernels start early. Without a GPU they run eagerly.
 
     Args:
         buffer: Of this rank.
@@ -195,7 +196,7 @@ def replays(
     def step() -> tuple[tuple[Any, ...], torch.Tensor, tuple[Any, ...]]:
         first = call(buffer.low_latency_dispatch, x, idx, tokens, experts, use_fp8=False)
         (combined,) = call(buffer.low_latency_combine, outputs, idx, weights, first[2])
-        second = call(buffer.low_latency_dispatch, x, idx, tokens, experts)
+        second = call(buffer.low_latency_dispatch, combined, idx, tokens, experts)
         return first, combined, second
 
     def load(seed: int) -> list[MadeLowLatency]:
@@ -222,10 +223,18 @@ def replays(
         bodies.synchronize(buffer)
         first, combined, second = results
         prefix, sizes = f"rank {rank}, replay {seed}", (tokens, hidden, experts)
-        for name, got, each in zip(("bf16", "fp8"), (first, second), made, strict=True):
-            want = each.exchanges[0].dispatched[rank]
-            compare_dispatched(f"{prefix}, {name}", got, want, BY_NAME[name], sizes)
-        assert_rows_equal(combined, made[0].exchanges[0].combined[rank], f"{prefix}: combined_x")
+        exchange = made[0].exchanges[0]
+        want = exchange.dispatched[rank]
+        compare_dispatched(f"{prefix}, first", first, want, BY_NAME["bf16"], sizes)
+        assert_rows_equal(combined, exchange.combined[rank], f"{prefix}: combined_x")
+        inputs = [
+            reference.RankInput(rows, given.topk_idx)
+            for rows, given in zip(exchange.combined, exchange.inputs, strict=True)
+        ]
+        want = reference.dispatch(
+            inputs, rank, max_tokens=tokens, num_experts=experts, row_format=BY_NAME["fp8"]
+        )
+        compare_dispatched(f"{prefix}, second", second, want, BY_NAME["fp8"], sizes)
 
     made = load(0)
     compare(step(), 0, made)  # compiles
