@@ -242,6 +242,11 @@ def compile_kernel(config: KernelConfig, *, arch: str, transport: str = "nvshmem
     return Compiled(entry.cubin, entry.symbol, entry.log, registers, spill_bytes, from_cache)
 
 
+def can_start_early(config: KernelConfig, arch: str) -> bool:
+    """Whether a kernel is launched as its `starts_early` says."""
+    return config.starts_early and arch_number(arch) >= 90 and not env.disable_sm90_features()
+
+
 class Kernel:
     """A kernel that is compiled and loaded on one device.
 
@@ -273,7 +278,7 @@ class Kernel:
                 f"{device} has {limit}"
             )
         arch = arch_of(device)
-        self.starts_early = config.starts_early and arch_number(arch) >= 90
+        self.starts_early = can_start_early(config, arch)
         self.params = params_type(config.source, _params_name(config))
         self.compiled = compile_kernel(config, arch=arch, transport=transport)
         cupy_function = require("cupy.cuda.function", package="cupy-cuda13x (cupy-cuda12x)")

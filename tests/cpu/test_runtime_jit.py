@@ -82,6 +82,21 @@ scale(const __grid_constant__ ScaleParams params) {{ epjit::scale<kConfig>(param
     )
 
 
+def test_early_start(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that starts early waits before anything else; only Hopper and newer start it so."""
+    config = ScaleConfig()
+    assert "griddepcontrol" not in jit.render(config)
+    assert not jit.can_start_early(config, "sm_90a")
+    monkeypatch.setattr(ScaleConfig, "starts_early", True)
+    waits = "{ ptx::griddepcontrol_wait(); ptx::griddepcontrol_launch_dependents(); epjit::scale<"
+    assert waits in jit.render(config)
+    monkeypatch.delenv("DISABLE_SM90_FEATURES", raising=False)
+    archs = ("sm_80", "sm_89", "sm_90a", "sm_120a")
+    assert [jit.can_start_early(config, arch) for arch in archs] == [False, False, True, True]
+    monkeypatch.setenv("DISABLE_SM90_FEATURES", "1")
+    assert not jit.can_start_early(config, "sm_90a")
+
+
 def test_render_refuses_a_field_that_is_no_number() -> None:
     config = ScaleConfig(twice="yes")  # type: ignore[arg-type]
     with pytest.raises(
