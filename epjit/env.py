@@ -193,7 +193,7 @@ disable_sm90_features: Variable[bool] = Variable(
     "DISABLE_SM90_FEATURES",
     _FLAG,
     False,
-    "Leaves out every variant that needs Hopper (bulk copies), as in DeepEP; starts no kernel early.",
+    "Leaves out every variant that needs Hopper (bulk copies), as in DeepEP, and the early start.",
     _flag,
 )
 disable_aggressive_ptx_instrs: Variable[bool] = Variable(
