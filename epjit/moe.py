@@ -29,6 +29,7 @@ from torch import Tensor
 
 from epjit import expert_major as by_expert
 from epjit.buffer import SLOTS, SLOTS_BETWEEN_DOMAINS, Buffer, Slots, use_gpu
+from epjit.check import check
 from epjit.config import MAX_RANKS
 from epjit.reference.expert_major import Placement
 from epjit.reference.intranode import Handle
@@ -221,12 +222,6 @@ def _name(group: GroupLike) -> str:
             "given to register_buffer"
         )
     return name
-
-
-def _check_rows(x: Tensor, num_rows: int, why: str) -> None:
-    """A kernel reads a row of `x` for each of the handle's."""
-    if x.dim() != 2 or x.shape[0] != num_rows:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected {num_rows} rows: {why}")
 
 
 def _resolve(name: str) -> dist.ProcessGroup:
@@ -533,7 +528,8 @@ def _(topk_idx: Tensor, num_experts: int, alignment: int, num_rows: int) -> tupl
 )
 def _permute(x: Tensor, row_of: Tensor, source: Tensor, ends: Tensor) -> Tensor:
     """See `expert_major.permute`."""
-    _check_rows(x, row_of.shape[0], "one for each row of topk_idx")
+    why = "one row for each row of topk_idx"
+    check("x", x, shape=(row_of.shape[0], "hidden"), contiguous=False, why=why)
     return by_expert.permute(x, source, ends, num_topk=row_of.shape[1])
 
 
@@ -549,7 +545,8 @@ def _(x: Tensor, row_of: Tensor, source: Tensor, ends: Tensor) -> Tensor:
 )
 def _unpermute(rows: Tensor, row_of: Tensor, source: Tensor, ends: Tensor) -> Tensor:
     """See `expert_major.unpermute`."""
-    _check_rows(rows, source.shape[0], "as many as the rows by expert that the handle is of")
+    why = "the rows by expert that the handle is of"
+    check("x", rows, shape=(source.shape[0], "hidden"), contiguous=False, why=why)
     return by_expert.unpermute(rows, row_of)
 
 
