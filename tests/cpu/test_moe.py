@@ -200,10 +200,14 @@ def test_a_token_that_names_an_expert_twice_loses_no_row() -> None:
 def test_mistakes_of_callers() -> None:
     x = torch.ones((3, 16), dtype=torch.bfloat16)
     idx, weights = torch.zeros((4, 2), dtype=torch.int64), torch.full((4, 2), 0.5)
-    with pytest.raises(ValueError, match=r"x has shape \(3, 16\), expected \(4, hidden\): one row for each"):
+    with pytest.raises(
+        ValueError, match=r"x has shape \(3, 16\), expected \(4, hidden\): one row for each"
+    ):
         moe.permute(x, idx, weights, num_experts=1)
     rows = moe.permute(torch.ones((4, 16), dtype=torch.bfloat16), idx, weights, num_experts=1)
-    with pytest.raises(ValueError, match=r"x has shape \(3, 16\), expected \(8, hidden\): the rows by expert"):
+    with pytest.raises(
+        ValueError, match=r"x has shape \(3, 16\), expected \(8, hidden\): the rows by expert"
+    ):
         moe.unpermute(rows.x[:3], rows.handle)
     with pytest.raises(TypeError, match="group is a NoneType"):
         moe.dispatch(x, idx[:3], weights[:3], num_experts=1, group=None)  # type: ignore[call-overload]
