@@ -535,7 +535,7 @@ class Internode(NormalMode):
             experts_per_rank=experts_per_rank,
             expert_alignment=expert_alignment,
         )
-        try:
+        with self._between_kernels():
             num_rows, num_passing = num_worst_tokens, num_local * num_worst_tokens
             per_expert: list[int] = []
             if waits:
@@ -567,9 +567,6 @@ class Internode(NormalMode):
                 num_sms=num_sms,
                 fills_handle=True,
             )
-        except BaseException as error:  # also an interrupt, or no memory for the outputs
-            self._half_way = repr(error)
-            raise
         return Dispatched(*received, per_expert, handle)
 
     def cached_dispatch(

@@ -261,6 +261,11 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
                 )
 
 
+def preferred_variant(num_ranks: int) -> str | None:
+    """What ``auto`` takes before all others."""
+    return "tma" if num_ranks > MOST_PUSHING_RANKS else None
+
+
 def _config(
     shape: DispatchShape | CombineShape, num_ranks: int, arch: str, *, gpu: str = ""
 ) -> DispatchConfig | CombineConfig:
@@ -268,8 +273,8 @@ def _config(
     limit = shared_limit(arch)
     op = "dispatch" if isinstance(shape, DispatchShape) else "combine"
     best = tuned.best(op, gpu=gpu, num_ranks=num_ranks, hidden_bytes=shape.hidden_bytes)
-    preferred = "tma" if num_ranks > MOST_PUSHING_RANKS else None
-    variant = variants.resolve(op, arch, preferred=preferred if best is None else best.variant)
+    preferred = preferred_variant(num_ranks) if best is None else best.variant
+    variant = variants.resolve(op, arch, preferred=preferred)
     if isinstance(shape, DispatchShape):
         return DispatchConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
     return CombineConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
@@ -459,7 +464,7 @@ class Intranode(NormalMode):
             experts_per_rank=experts_per_rank,
             expert_alignment=expert_alignment,
         )
-        try:
+        with self._between_kernels():
             # Done while the counts are on their way: the GPU idles from then to the launch.
             launch.prepare(
                 {
@@ -485,9 +490,6 @@ class Intranode(NormalMode):
                 is_token_in_rank,
                 send_head,
             )
-        except BaseException as error:  # also an interrupt, or no memory for the outputs
-            self._half_way = repr(error)
-            raise
         return Dispatched(*outputs.received, per_expert, handle)
 
     def cached_dispatch(

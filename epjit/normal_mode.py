@@ -8,6 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -314,6 +315,15 @@ class NormalMode(ABC):
                 op="dispatch",
                 rank=self._group.rank,
             )
+
+    @contextmanager
+    def _between_kernels(self) -> Iterator[None]:
+        """What a dispatch does once its notify is queued: who leaves it early wants a reset()."""
+        try:
+            yield
+        except BaseException as error:  # also an interrupt, or no memory for the outputs
+            self._half_way = repr(error)
+            raise
 
     @abstractmethod
     def _control(self) -> list[torch.Tensor]:

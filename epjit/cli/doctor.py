@@ -420,15 +420,15 @@ def check_environment() -> Iterator[Check]:
             yield Check(
                 "environment", name, Status.warning, "no variable of epjit", "is it misspelt?"
             )
-    implementations = {env.variant_name(op): variants.names(op) for op in variants.operations()}
+    choices = {env.variant_name(op): variants.choices(op) for op in variants.operations()}
     for variable in env.VARIABLES:
         text = variable.text()
         if not text:
             continue
         try:
             value = variable()
-            allowed = ("auto", *implementations.get(variable.name, ()))
-            if variable.name in implementations and value not in allowed:
+            allowed = choices.get(variable.name)
+            if allowed is not None and value not in allowed:
                 raise ValueError(f"{text!r} is none of {', '.join(allowed)}")
         except ValueError as error:
             remedy = f"unset {variable.name}, or correct it: {variable.description}"

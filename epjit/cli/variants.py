@@ -65,7 +65,8 @@ def _taken(op: str, name: str, arch: str) -> str:
 
     most = intranode.MOST_PUSHING_RANKS
     few = resolve(op, arch) == name
-    many = resolve(op, arch, preferred="tma") == name if op == "dispatch" else few
+    preferred = intranode.preferred_variant(most + 1) if op == "dispatch" else None
+    many = resolve(op, arch, preferred=preferred) == name
     if few and many:
         return "yes"
     return f"up to {most} ranks" if few else f"more than {most}" if many else ""

@@ -64,6 +64,11 @@ def is_opt_in(op: str, name: str) -> bool:
     return _registry[op, name].opt_in
 
 
+def choices(op: str) -> tuple[str, ...]:
+    """What ``EPJIT_<OP>_VARIANT`` may say."""
+    return (_AUTO, *names(op))
+
+
 def runs_on(op: str, name: str, arch: str) -> bool:
     """Whether an architecture such as ``"sm_90a"`` can run a variant.
 
@@ -95,7 +100,7 @@ def resolve(op: str, arch: str, *, preferred: str | None = None) -> str:
     without_sm90 = env.disable_sm90_features()
     if wanted != _AUTO:
         if wanted not in names(op):
-            allowed = ", ".join((_AUTO, *names(op)))
+            allowed = ", ".join(choices(op))
             raise ValueError(f"{variable}={wanted!r} is not a variant of {op}; valid are {allowed}")
         min_arch = _registry[op, wanted].min_arch
         if not runs_on(op, wanted, arch):
