@@ -20,7 +20,9 @@ endif
 CLANG_FORMAT := $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)))clang-format
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-SANITIZED = --error-exitcode 9 --target-processes all $(PYTHON) -m pytest tests/gpu --timeout 1800 $(ARGS)
+# No host stacks: for one of Python the tool asks for the interpreter lock in the middle of a launch, whose locks
+# a thread may want that holds it (torch allocates so).
+SANITIZED = --show-backtrace device --error-exitcode 9 --target-processes all $(PYTHON) -m pytest tests/gpu --timeout 1800 $(ARGS)
 
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12

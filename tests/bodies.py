@@ -25,7 +25,16 @@ import torch.distributed as dist
 from epjit import Buffer, CommunicationError, Config
 from epjit.reference import intranode as reference
 from tests.data import ROUTING_KINDS, assert_rows_equal
-from tests.rounds import Oracle, Round, check_round, make_world, random_round, to_device
+from tests.rounds import (
+    Oracle,
+    Round,
+    check_round,
+    line_up,
+    make_world,
+    random_round,
+    settle,
+    to_device,
+)
 
 MB = 1 << 20
 
@@ -452,16 +461,15 @@ def replays(
         x.copy_(world[rank].x)
         idx.copy_(world[rank].topk_idx)
         weights.copy_(world[rank].topk_weights)
+        line_up(buffer)
         return world
 
     def compare(
         outputs: tuple[torch.Tensor, ...], seed: int, world: list[reference.RankInput]
     ) -> None:
-        if on_gpu:
-            # Not left to the copies below: one that waits for a kernel holds up the copies of other
-            # threads of this process, and such a thread may be the rank that the kernel waits for.
-            torch.cuda.current_stream().synchronize()
-        buffer.check_fault()
+        # Not left to the copies below: one that waits for a kernel holds up the copies of other
+        # threads of this process, and such a thread may be the rank that the kernel waits for.
+        settle(buffer)
         want = [
             oracle.dispatch(world, r, num_experts=experts, num_worst_tokens=worst)
             for r in range(num_ranks)

@@ -28,7 +28,7 @@ from deep_ep.utils.math import (
 from epjit import Buffer, Config
 from tests import bodies
 from tests.data import ROUTING_KINDS, assert_rows_equal
-from tests.rounds import Round, check_round, to_device
+from tests.rounds import Round, check_round, line_up, settle, to_device
 
 # What bfloat16 (8 bits) and FP8 (4 bits) lose, as `calc_diff` measures it. V1's script means to ask
 # for 5e-6 of bfloat16, but by the precedence of its `if` asks for nothing.
@@ -120,7 +120,9 @@ def check_as_v1(buffer: Buffer, inputs: Inputs, *, num_sms: int) -> int:
     shape = (num_tokens, hidden)
 
     def on_device(tensor: Tensor) -> Tensor:
-        return to_device(tensor, device)
+        moved = to_device(tensor, device)
+        line_up(buffer)
+        return moved
 
     def on_cpu(results: tuple[Any, ...], is_async: bool) -> tuple[Any, ...]:
         """Results once the event has come; the handle stays where it is."""
@@ -128,9 +130,7 @@ def check_as_v1(buffer: Buffer, inputs: Inputs, *, num_sms: int) -> int:
         assert (event.event is not None) is is_async
         if is_async:
             event.current_stream_wait()
-        if device.type == "cuda":
-            torch.cuda.current_stream().synchronize()
-        buffer.check_fault()
+        settle(buffer)
         return tuple(each.cpu() if isinstance(each, Tensor) else each for each in values)
 
     def rows_of(received: Any) -> Tensor:

@@ -22,7 +22,7 @@ from epjit import Buffer, CommunicationError
 from epjit.reference import low_latency as reference
 from tests import bodies
 from tests.data import ROUTING_KINDS, assert_rows_equal
-from tests.rounds import check_round, random_round, to_device
+from tests.rounds import check_round, line_up, random_round, settle, to_device
 from tests.rounds_low_latency import (
     BY_NAME,
     FLAGS,
@@ -217,10 +217,11 @@ def replays(
         idx.copy_(own.inputs[rank].topk_idx)
         weights.copy_(own.weights[rank])
         outputs.copy_(own.outputs[rank])
+        line_up(buffer)
         return made
 
     def compare(results: Any, seed: int, made: list[MadeLowLatency]) -> None:
-        bodies.synchronize(buffer)
+        settle(buffer)
         first, combined, second = results
         prefix, sizes = f"rank {rank}, replay {seed}", (tokens, hidden, experts)
         exchange = made[0].exchanges[0]
@@ -258,7 +259,7 @@ def replays(
             # An odd number of eager calls, so that parity cannot hold by luck.
             name = "fp8" if seed % 2 else "bf16"
             got = call(buffer.low_latency_dispatch, x, idx, tokens, experts, **FLAGS[name])
-            bodies.synchronize(buffer)
+            settle(buffer)
             want = made[seed % 2].exchanges[0].dispatched[rank]
             sizes = (tokens, hidden, experts)
             compare_dispatched(f"rank {rank}, eager {seed}", got, want, BY_NAME[name], sizes)
@@ -307,7 +308,7 @@ def expect_error(buffer: Buffer, op: str, absent: int, limit_seconds: float) -> 
     ranked = RankRound(buffer, steady(buffer.group_size))
     if op == "low_latency_combine":
         ranked.dispatch(0)
-        bodies.synchronize(buffer)
+        settle(buffer)
     if buffer.rank == absent:
         return ""
     start = time.monotonic()
@@ -391,6 +392,8 @@ def shrink(buffer: Buffer, op: str, absent: int, limit_seconds: float, meet: Any
             round_without(buffer, dataclasses.replace(case, seed=seed), masked, at)
         elif seed == 2:
             round_up_to(buffer, dataclasses.replace(case, seed=seed), at)
+        else:
+            line_up(buffer)
     assert time.monotonic() - start < limit_seconds
     if rank != absent:
         buffer.low_latency_query_mask_buffer(status)
@@ -467,6 +470,7 @@ def round_without(
         to_device(each, device)
         for each in (own.x, own.topk_idx, exchange.weights[rank], outputs[rank])
     )
+    line_up(buffer)
     *got, _, _ = buffer.low_latency_dispatch(
         x, idx, made.max_tokens, case.num_experts, **FLAGS[case.row_format]
     )

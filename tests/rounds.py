@@ -10,6 +10,7 @@ virtual ranks a torch kernel that is loaded while another rank's kernel spins wo
 from __future__ import annotations
 
 import functools
+import os
 import random
 import threading
 from collections.abc import Iterator, Sequence
@@ -238,6 +239,31 @@ def random_round(num_ranks: int, seed: int, *, num_sms: int, max_tokens: int) ->
     )
 
 
+SMALL = os.environ.get("EPJIT_TEST_SMALL") == "1"  # under compute-sanitizer
+
+
+def line_up(buffer: Buffer) -> None:
+    """Under compute-sanitizer: all ranks are here, and none waits for the GPU any more.
+
+    Whoever has waited for a stream waits, in memcheck, for all kernels that run, too, and meanwhile
+    none can be launched: virtual ranks must not wait between their first and their last launch.
+    """
+    if SMALL:
+        buffer.group.allgather(None)
+
+
+def settle(buffer: Buffer) -> None:
+    """What this rank has queued is done.
+
+    Raises:
+        CommunicationError: A kernel gave up.
+    """
+    line_up(buffer)
+    if buffer.device.type == "cuda":
+        torch.cuda.current_stream().synchronize()
+    buffer.check_fault()
+
+
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """A copy with the same strides, by one plain copy of the storage."""
     storage = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(tensor.untyped_storage())
@@ -380,6 +406,7 @@ def check_round(buffer: Buffer, case: Round) -> None:
     )
     biases_on_device = tuple(to_device(each, device) for each in biases)
 
+    line_up(buffer)
     layout = call(buffer.get_dispatch_layout, idx, case.num_experts)
     per_rank, per_rdma_rank, per_expert, in_rank = layout
     dispatched = call(
@@ -405,9 +432,7 @@ def check_round(buffer: Buffer, case: Round) -> None:
         bias=_as_bias(biases_on_device),
         config=config,
     )
-    if device.type == "cuda":
-        torch.cuda.current_stream().synchronize()
-    buffer.check_fault()
+    settle(buffer)
 
     prefix = f"rank {rank}, seed {case.seed}"
     want_layout = oracle.layout(made.topk_idx[rank], case.num_experts)

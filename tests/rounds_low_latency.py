@@ -19,7 +19,7 @@ from epjit import Buffer, env
 from epjit.formats import BF16, FORMATS, NVFP4, RowFormat
 from epjit.reference import low_latency as reference
 from tests.data import ROUTING_KINDS, RoutingKind, assert_rows_equal, routing, topk_weights
-from tests.rounds import to_device
+from tests.rounds import line_up, settle, to_device
 
 BY_NAME: dict[str, RowFormat] = {each.name: each for each in FORMATS}
 FLAGS: dict[str, dict[str, Any]] = {
@@ -311,6 +311,7 @@ class RankRound:
         self.costs = [to_device(costs, device) for _ in range(2)]
         nan = torch.full((1,), torch.nan, dtype=torch.bfloat16, device="cpu")
         self._ignored = to_device(nan.expand(self._given[0][3].shape).contiguous(), device)
+        line_up(buffer)
 
     def dispatch(self, index: int) -> None:
         """Queues dispatch `index`, its receiving included."""
@@ -407,9 +408,7 @@ def check_low_latency_round(buffer: Buffer, case: LowLatencyRound) -> None:
         ranked.dispatch(index)
     for index in reversed(range(case.num_dispatches)):
         ranked.combine(index)
-    if buffer.device.type == "cuda":
-        torch.cuda.current_stream().synchronize()
-    buffer.check_fault()
+    settle(buffer)
     ranked.compare()
 
 

@@ -15,12 +15,12 @@ import torch
 from epjit import Buffer
 from epjit.runtime import driver, stream
 from tests.launch import run_threads
+from tests.rounds import SMALL, line_up
 
 _NUM_QUEUES = int(os.environ["CUDA_DEVICE_MAX_CONNECTIONS"])  # set by conftest.py
 _STREAMS_A_RANK = 8
 _rank = threading.local()
 
-SMALL = os.environ.get("EPJIT_TEST_SMALL") == "1"  # under compute-sanitizer
 SMS = 4 if SMALL else 12
 
 
@@ -63,8 +63,7 @@ def run_ranks(
                 for _ in range(num_buffers)
             ]
             result = body(*buffers, *args)
-            torch.cuda.current_stream().synchronize()
-            comm.allgather(None)  # nobody frees what a peer may still read
+            meet(buffers[0])  # nobody frees what a peer may still read
             for buffer in buffers:
                 buffer.destroy()
             return result
@@ -78,6 +77,13 @@ def run_ranks(
             return run_threads(worker, num_ranks, timeout=timeout)
     finally:
         gc.enable()
+
+
+def meet(buffer: Buffer) -> None:
+    """All ranks are through with what they have queued."""
+    line_up(buffer)
+    torch.cuda.current_stream().synchronize()
+    buffer.group.allgather(None)
 
 
 @functools.cache

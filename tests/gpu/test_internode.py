@@ -18,8 +18,8 @@ from epjit import Buffer, CommunicationError, Config
 from tests import bodies_internode
 from tests.bodies import replays
 from tests.data import ROUTING_KINDS
-from tests.gpu.ranks import SMALL, run_ranks
-from tests.rounds import Round, check_round, make_world, random_round, to_device
+from tests.gpu.ranks import meet, run_ranks
+from tests.rounds import SMALL, Round, check_round, line_up, make_world, random_round, to_device
 
 WORLDS = ((2, 2), (4, 2), (2, 4), (8, 2))  # domains, ranks of each
 SMS = {4: 12, 8: 8, 16: 6}  # of a rank: the blocks of all run at once
@@ -98,8 +98,7 @@ def test_small_buffers(num_domains: int, num_local: int) -> None:
 
         small = make(**bodies_internode.smallest_sizes(make, 512, 2))
         bodies_internode.check_small(small, tokens=TOKENS, num_rounds=2 if SMALL else 6)
-        torch.cuda.current_stream().synchronize()
-        buffer.group.allgather(None)
+        meet(buffer)
         small.destroy()
 
     run_domains(num_domains, num_local, body)
@@ -170,6 +169,7 @@ def test_withheld_peer(op: str, withheld: int) -> None:
         world = make_world(case)
         x = to_device(world[buffer.rank].x, buffer.device)
         idx = to_device(world[buffer.rank].topk_idx, buffer.device)
+        line_up(buffer)
         config = Config(4)
         per_rank, per_domain, per_expert, in_rank, _ = buffer.get_dispatch_layout(
             idx, case.num_experts
@@ -183,8 +183,7 @@ def test_withheld_peer(op: str, withheld: int) -> None:
         recv_x, _, _, _, handle, _ = buffer.dispatch(x, config=config, **layout)
         # Compiled now: that is where all ranks must meet on the host.
         buffer.combine(recv_x, handle, config=config)
-        torch.cuda.current_stream().synchronize()
-        buffer.group.allgather(None)
+        meet(buffer)
         if buffer.rank != withheld:
             start = time.monotonic()
             with pytest.raises(CommunicationError) as caught:  # noqa: PT012
@@ -220,11 +219,9 @@ def test_local_buffer_tensors() -> None:
             view = buffer.get_local_buffer_tensor(torch.int8, use_rdma_buffer=use_rdma_buffer)
             assert view.is_cuda
             assert view.numel() == NUM_BYTES
-            torch.cuda.current_stream().synchronize()
-            buffer.group.allgather(None)
+            meet(buffer)
             view.copy_(torch.full((NUM_BYTES,), 0x5A, dtype=torch.int8))
-            torch.cuda.current_stream().synchronize()
-            buffer.group.allgather(None)
+            meet(buffer)
             check_round(buffer, dataclasses.replace(case, seed=4))
 
     run_domains(2, 2, body)
@@ -239,8 +236,7 @@ def test_two_buffers_of_different_sizes() -> None:
         bigger = Buffer(None, *sizes, comm=buffer.group, nvlink_domain=2)
         check_round(bigger, Round(num_tokens=(50, 0, 3, 9), seed=4, num_sms=4))
         check_round(buffer, Round(num_tokens=(7, 9, 0, 2), seed=5, num_sms=4))
-        torch.cuda.current_stream().synchronize()
-        buffer.group.allgather(None)
+        meet(buffer)
         del bigger  # the destructor frees it
         check_round(buffer, Round(num_tokens=(7, 9, 0, 2), seed=6, num_sms=4))
 

@@ -12,13 +12,16 @@ import torch
 from epjit import Buffer, CommunicationError, Config
 from tests.bodies import replays
 from tests.data import ROUTING_KINDS, payload, routing, topk_weights
-from tests.gpu.ranks import SMALL, SMS, run_ranks
+from tests.gpu.ranks import SMS, meet, run_ranks
 from tests.rounds import (
     DISPATCH_VARIANTS,
+    SMALL,
     Round,
     check_round,
+    line_up,
     make_world,
     random_round,
+    settle,
     to_device,
     variant_environ,
 )
@@ -128,6 +131,7 @@ def test_outputs_outlive_the_buffer(num_ranks: int, monkeypatch: pytest.MonkeyPa
     def body(buffer: Buffer) -> tuple[torch.Tensor, torch.Tensor]:
         x = payload(buffer.rank, TOKENS, 256, torch.bfloat16).cuda()
         idx = torch.arange(2 * num_ranks).repeat(TOKENS, 1)[:, ::2].contiguous().cuda()
+        line_up(buffer)
         per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, 2 * num_ranks)
         recv_x, *_ = buffer.dispatch(
             x,
@@ -137,6 +141,7 @@ def test_outputs_outlive_the_buffer(num_ranks: int, monkeypatch: pytest.MonkeyPa
             config=Config(4),
         )
         assert isinstance(recv_x, torch.Tensor)
+        settle(buffer)
         return recv_x, recv_x.cpu()
 
     for rows, before in run_ranks(num_ranks, body):  # buffers are destroyed by now
@@ -193,6 +198,7 @@ def test_withheld_peer(num_ranks: int, op: str, variant: str) -> None:
         world = make_world(case)
         x = to_device(world[buffer.rank].x, buffer.device)
         idx = to_device(world[buffer.rank].topk_idx, buffer.device)
+        line_up(buffer)
         config = Config(4)
         per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, case.num_experts)
         layout = {
@@ -203,8 +209,7 @@ def test_withheld_peer(num_ranks: int, op: str, variant: str) -> None:
         recv_x, _, _, _, handle, _ = buffer.dispatch(x, config=config, **layout)
         # Compiled now: that is where all ranks must meet on the host.
         buffer.combine(recv_x, handle, config=config)
-        torch.cuda.current_stream().synchronize()
-        buffer.group.allgather(None)
+        meet(buffer)
         if buffer.rank != withheld:
             start = time.monotonic()
             with pytest.raises(CommunicationError) as caught:  # noqa: PT012
@@ -254,8 +259,7 @@ def test_two_buffers_of_different_sizes() -> None:
         bigger = Buffer(None, 2 * buffer.num_nvl_bytes, comm=buffer.group)
         check_round(bigger, Round(num_tokens=(50, 0), seed=4, num_sms=4))
         check_round(buffer, Round(num_tokens=(7, 9), seed=5, num_sms=4))
-        torch.cuda.current_stream().synchronize()
-        buffer.group.allgather(None)
+        meet(buffer)
         del bigger  # the destructor frees it
         check_round(buffer, Round(num_tokens=(7, 9), seed=6, num_sms=4))
 
@@ -273,11 +277,9 @@ def test_local_buffer_tensor_and_streams() -> None:
         shaped = buffer.get_local_buffer_tensor(torch.bfloat16, torch.Size((4, 8)), offset=256)
         assert shaped.shape == (4, 8)
         assert shaped.data_ptr() == view.data_ptr() + 256
-        torch.cuda.current_stream().synchronize()
-        buffer.group.allgather(None)
+        meet(buffer)
         view.copy_(torch.full((buffer.num_nvl_bytes,), 0x5A, dtype=torch.int8))  # a user's scratch
-        torch.cuda.current_stream().synchronize()
-        buffer.group.allgather(None)
+        meet(buffer)
         check_round(buffer, Round(num_tokens=(40, 50), seed=4, num_sms=4))
         assert buffer.get_comm_stream().cuda_stream == buffer.runtime.get_comm_stream().cuda_stream
         assert Buffer.is_sm90_compiled() == (torch.cuda.get_device_capability()[0] >= 9)
@@ -313,6 +315,7 @@ def test_calls_from_several_streams_follow_each_other() -> None:
         want = x * owners.sum(1, keepdim=True)  # exact: at most two
         streams = [torch.cuda.Stream() for _ in range(3)]
         torch.cuda.synchronize()
+        line_up(buffer)
         per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, num_experts)
         kept = []
         for turn in range(12):
@@ -327,6 +330,7 @@ def test_calls_from_several_streams_follow_each_other() -> None:
             with torch.cuda.stream(streams[(turn + 1) % 3]):
                 combined, _, _ = buffer.combine(rows, handle)
             kept.append((rows, handle, event, combined))  # torch knows of one stream each
+        line_up(buffer)
         torch.cuda.synchronize()
         assert all(torch.equal(combined, want) for *_, combined in kept)
 

@@ -5,6 +5,7 @@ Where they are cut into NVLink domains the transport is loopback, late by a seed
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +17,8 @@ from epjit import Buffer
 from epjit.reference import low_latency as reference
 from tests import bodies_low_latency
 from tests.data import ROUTING_KINDS, assert_rows_equal
-from tests.gpu.ranks import SMALL, run_ranks
+from tests.gpu.ranks import meet, run_ranks
+from tests.rounds import SMALL, line_up, settle
 from tests.rounds_low_latency import (
     BY_NAME,
     FLAGS,
@@ -29,7 +31,10 @@ from tests.rounds_low_latency import (
 )
 
 # Ranks, and how many of them share an NVLink domain (None: all).
-WORLDS = ((1, None), (2, None), (3, None), (4, None), (8, None), (2, 1), (4, 2), (8, 2), (15, 5))
+WORLDS = (
+    *((1, None), (2, None), (3, None), (4, None), (8, None)),
+    *((2, 1), (4, 2), (8, 2), (8, 4), (15, 5), (16, 2)),
+)
 TOKENS = 8 if SMALL else 48
 HIDDEN = 512
 
@@ -59,16 +64,6 @@ def run_low_latency(
     given: dict[str, Any] = {"num_rdma_bytes": ROOM, "low_latency_mode": True, **options}
     given["nvlink_domain"] = domain
     return run_ranks(num_ranks, body, num_nvl_bytes=num_nvl_bytes, **given)
-
-
-def meeting(buffer: Buffer) -> Callable[[], object]:
-    """What lets a rank wait for the others on the host, its own work done."""
-
-    def meet() -> None:
-        torch.cuda.current_stream().synchronize()
-        buffer.group.allgather(None)
-
-    return meet
 
 
 @worlds(1, 2, 4, 8)
@@ -142,7 +137,7 @@ def test_model_shapes(num_ranks: int, domain: int | None) -> None:
     run_low_latency(num_ranks, body, domain=domain)
 
 
-@worlds(2, 3, 4, 8, 15)
+@worlds(2, 3, 4, 8, 15, 16)
 def test_random_rounds(num_ranks: int, domain: int | None) -> None:
     """300 fresh rounds, some of the normal mode on the same buffer between them."""
     num_rounds = 10 if SMALL else 300
@@ -176,7 +171,7 @@ def test_scratch_over_the_whole_buffer(num_ranks: int, domain: int | None) -> No
     """What a user writes to the exposed memory breaks nothing, cleaned up or not."""
 
     def body(buffer: Buffer) -> None:
-        bodies_low_latency.overwrite(buffer, meeting(buffer))
+        bodies_low_latency.overwrite(buffer, functools.partial(meet, buffer))
 
     run_low_latency(num_ranks, body, domain=domain)
 
@@ -188,12 +183,11 @@ def test_withheld_peer(num_ranks: int, domain: int | None, op: str) -> None:
     absent = num_ranks - 1
 
     def body(buffer: Buffer) -> None:
-        meet = meeting(buffer)
         check_low_latency_round(buffer, bodies_low_latency.steady(num_ranks))
-        meet()
+        meet(buffer)
         text = bodies_low_latency.expect_error(buffer, op, absent, 10)
         assert bool(text) is (buffer.rank != absent)
-        meet()
+        meet(buffer)
         buffer.reset()
         for seed in range(2, 5):
             check_low_latency_round(buffer, bodies_low_latency.steady(num_ranks, seed))
@@ -208,7 +202,7 @@ def test_shrink(num_ranks: int, domain: int | None, op: str) -> None:
     absent = num_ranks - 1
 
     def body(buffer: Buffer) -> None:
-        bodies_low_latency.shrink(buffer, op, absent, 30, meeting(buffer))
+        bodies_low_latency.shrink(buffer, op, absent, 30, functools.partial(meet, buffer))
 
     run_low_latency(num_ranks, body, domain=domain, timeout_seconds=2, enable_shrink=True)
 
@@ -218,17 +212,19 @@ def test_masks_by_hand() -> None:
     masked = torch.tensor([0, 0, 1], dtype=torch.int32, device="cpu")
 
     def body(buffer: Buffer) -> None:
-        meet, case = meeting(buffer), bodies_low_latency.steady(3)
+        case = bodies_low_latency.steady(3)
         check_low_latency_round(buffer, case)
-        meet()
+        meet(buffer)
         if buffer.rank != 2:
             buffer.low_latency_update_mask_buffer(2, True)
-        meet()  # that is a kernel of torch's, which could not be loaded while a peer's spins
+        meet(buffer)  # that is a kernel of torch's, which could not be loaded while a peer's spins
         if buffer.rank != 2:
             bodies_low_latency.round_without(buffer, case, masked, 0)
-        meet()
+        else:
+            line_up(buffer)
+        meet(buffer)
         buffer.low_latency_clean_mask_buffer()
-        meet()
+        meet(buffer)
         buffer.clean_low_latency_buffer(16, case.hidden, case.num_experts)
         check_low_latency_round(buffer, case)
 
@@ -246,6 +242,7 @@ def test_hook_runs_on_the_stream_of_the_call() -> None:
         own = made.exchanges[0].inputs[buffer.rank]
         x, idx = own.x.to(buffer.device), own.topk_idx.to(buffer.device)
         torch.cuda.current_stream().synchronize()
+        line_up(buffer)
         side = torch.cuda.Stream()
         with torch.cuda.stream(side):
             *got, _, hook = buffer.low_latency_dispatch(
@@ -253,12 +250,14 @@ def test_hook_runs_on_the_stream_of_the_call() -> None:
             )
         assert hook is not None
         hook()
+        line_up(buffer)
         side.synchronize()
         want = made.exchanges[0].dispatched[buffer.rank]
         assert_rows_equal(got[1], want.recv_count, f"rank {buffer.rank}: recv_count")
+        line_up(buffer)
         ranked.dispatch(0)
         ranked.combine(0)
-        torch.cuda.current_stream().synchronize()
+        settle(buffer)
         ranked.compare()
 
     run_low_latency(2, body)
@@ -268,12 +267,12 @@ def test_sending_ends_without_the_peer() -> None:
     """After the sending half no kernel waits: the stream runs dry before the peer has come."""
 
     def body(buffer: Buffer) -> None:
-        meet, case = meeting(buffer), bodies_low_latency.steady(2)
+        case = bodies_low_latency.steady(2)
         check_low_latency_round(buffer, case)
         made = make_low_latency(case)
         own = made.exchanges[0].inputs[buffer.rank]
         x, idx = own.x.to(buffer.device), own.topk_idx.to(buffer.device)
-        meet()
+        meet(buffer)
 
         def send() -> Any:
             return buffer.low_latency_dispatch(
@@ -283,12 +282,11 @@ def test_sending_ends_without_the_peer() -> None:
         if buffer.rank == 0:
             results = send()
             torch.cuda.current_stream().synchronize()  # returns, though rank 1 has sent nothing
-        meet()
+        meet(buffer)
         if buffer.rank == 1:
             results = send()
         results[-1]()
-        torch.cuda.current_stream().synchronize()
-        buffer.check_fault()
+        settle(buffer)
         want = made.exchanges[0].dispatched[buffer.rank]
         assert_rows_equal(results[1], want.recv_count, f"rank {buffer.rank}: recv_count")
 
@@ -322,6 +320,7 @@ def test_members() -> None:
         assert whole.numel() == buffer.num_rdma_bytes
         x = torch.zeros((4, HIDDEN), dtype=torch.bfloat16, device="cpu").to(buffer.device)
         idx = torch.zeros((4, 1), dtype=torch.int64, device="cpu").to(buffer.device)
+        line_up(buffer)
         (rows, scales), _, handle, event, hook = buffer.low_latency_dispatch(x, idx, 4, 4)
         assert event.event is None
         assert hook is None

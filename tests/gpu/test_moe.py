@@ -9,8 +9,8 @@ from epjit import expert_major
 from epjit.expert_major import row_bound
 from epjit.reference import expert_major as reference
 from tests import moe_bodies
-from tests.gpu.ranks import SMALL
 from tests.launch import run
+from tests.rounds import SMALL
 
 SHAPES = ((333, 8, 32, 128), (1, 1, 1, 1), (0, 4, 7, 16), (5000, 8, 3, 1), (64, 32, 256, 8))
 
