@@ -51,6 +51,19 @@ class Case:
         factor = torch.where(local_idx >= 0, 1 + local_idx + self.rank * EXPERTS_A_RANK, 0)
         return (rows.float() * (factor * weights).sum(1, keepdim=True)).bfloat16()
 
+    def slab_experts(self, rows: Tensor, scales: Tensor | None) -> Tensor:
+        """This rank's experts on the slabs of a low-latency dispatch."""
+        values = rows.float()
+        if scales is not None:
+            blocks = values.view(*values.shape[:2], -1, 128) * scales[..., None]
+            values = blocks.view(values.shape)
+        factor = 1 + self.rank * EXPERTS_A_RANK + torch.arange(EXPERTS_A_RANK)
+        return (values * factor[:, None, None]).bfloat16()
+
+    def only_powers_of_two(self, hidden: int) -> None:
+        """Tokens that FP8 with a scale of amax / 448 holds exactly, with `hidden` columns."""
+        self.x = (self.x.sign() * 2 ** (self.x.abs() // 2)).repeat(1, hidden // HIDDEN)
+
     def check(self, out: Tensor) -> None:
         """Compares a result, all of it."""
         assert torch.equal(out, self.wanted)
@@ -188,76 +201,128 @@ def vllm_high_throughput(group: Any) -> None:
     buffer.destroy()
 
 
-def sglang_normal(group: Any) -> None:
-    """SGLang: the normal-mode dispatcher, dispatch_a/b and combine_a/b, bfloat16 and FP8."""
-    case = Case(group)
-    base = "sglang.srt.layers.moe.token_dispatcher"
-    target = f"{base}.deepep"
-    real = (target, f"{base}.base", "sglang.srt.environ")
-    kinds = {name: name.lower() for name in ("BF16", "FP8", "INT8", "NVFP4", "MXFP4", "MXFP8")}
-    output = SimpleNamespace(**kinds)
+class SGLang:
+    """SGLang's deepep.py, and what it asks the rest of SGLang for.
+
+    Attributes:
+        module: The file.
+        mode: SGLang's DeepEPMode.
+        dtype: Of rows that arrive: "bf16" or "fp8".
+        is_extend: Whether the batch is one of prefill.
+    """
 
     class Mode(enum.Enum):
+        """As SGLang has it."""
+
         NORMAL = "normal"
         LOW_LATENCY = "low_latency"
         AUTO = "auto"
 
         def enable_normal(self) -> bool:
-            return self is not Mode.LOW_LATENCY
+            return self is not SGLang.Mode.LOW_LATENCY
 
         def enable_low_latency(self) -> bool:
-            return self is not Mode.NORMAL
+            return self is not SGLang.Mode.NORMAL
 
-    buffers: dict[str, Any] = {}
-    chosen = {"dtype": output.BF16}
-    given = {
-        "sglang.kernels.ops.quantization.fp8_kernel": {
-            "sglang_per_token_group_quant_fp8": quantised
-        },
-        "sglang.srt.layers.moe.utils": {
-            "DeepEPMode": Mode,
-            "DispatcherOutputDtype": output,
-            "get_deepep_output_dtype": lambda _: chosen["dtype"],
-            "get_deepep_config": lambda: "",
-        },
-        "sglang.srt.layers.deep_gemm_wrapper": {"ENABLE_JIT_DEEPGEMM": True},
-        "sglang.srt.runtime_context": {"get_resources": lambda: SimpleNamespace(buffers=buffers)},
-        "sglang.srt.utils": {"get_cuda_version": lambda: (13, 0)},
-    }
-    if case.x.device.type == "cpu":
-        properties = SimpleNamespace(multi_processor_count=132)
-        torch.cuda.get_device_properties = lambda device=None: properties  # type: ignore
-    with Island(FOLDER / "sglang", "sglang", real=real, given=given):
-        module = importlib.import_module(target)
-        assert module.use_deepep, module._deepep_import_error
-        for async_finish, dtype in itertools.product((False, True), (output.BF16, output.FP8)):
-            chosen["dtype"] = dtype
-            dispatcher = module._DeepEPDispatcherImplNormal(
-                async_finish=async_finish,
-                group=group,
-                router_topk=TOPK,
-                permute_fusion=True,
-                num_experts=case.num_experts,
-                num_local_experts=EXPERTS_A_RANK,
-                hidden_size=HIDDEN,
-                params_dtype=torch.bfloat16,
-                deepep_mode=Mode.NORMAL,
-            )
-            topk = SimpleNamespace(topk_weights=case.weights, topk_ids=case.topk_idx.int())
-            got = dispatcher.dispatch_b(*dispatcher.dispatch_a(case.x, topk))
-            aligned = [-(-int((got.topk_ids == e).sum()) // 128) * 128 for e in range(2)]
-            assert got.num_recv_tokens_per_expert == aligned
-            rows, scales = got.hidden_states, got.hidden_states_scale
-            assert (scales is not None) == (dtype == output.FP8)
-            rows = rows if scales is None else dequantised(rows, scales)
-            y = case.experts(rows, got.topk_ids, got.topk_weights)
-            out = dispatcher.combine_b(*dispatcher.combine_a(y, got.topk_ids, got.topk_weights))
-            case.check(out)
+        def resolve(self, is_extend: bool) -> SGLang.Mode:
+            if self is not SGLang.Mode.AUTO:
+                return self
+            return SGLang.Mode.NORMAL if is_extend else SGLang.Mode.LOW_LATENCY
+
+    def __init__(self, case: Case) -> None:
+        self.case, self.dtype, self.is_extend = case, "bf16", True
+        base = "sglang.srt.layers.moe.token_dispatcher"
+        kinds = {name: name.lower() for name in ("BF16", "FP8", "INT8", "NVFP4", "MXFP4", "MXFP8")}
+        resources = SimpleNamespace(buffers={})
+        given = {
+            "sglang.kernels.ops.quantization.fp8_kernel": {
+                "sglang_per_token_group_quant_fp8": quantised
+            },
+            "sglang.srt.layers.dp_attention": {"get_is_extend_in_batch": lambda: self.is_extend},
+            "sglang.srt.layers.moe.utils": {
+                "DeepEPMode": SGLang.Mode,
+                "DispatcherOutputDtype": SimpleNamespace(**kinds),
+                "get_deepep_output_dtype": lambda _: self.dtype,
+                "get_deepep_config": lambda: "",
+            },
+            "sglang.srt.layers.deep_gemm_wrapper": {
+                "ENABLE_JIT_DEEPGEMM": True,
+                "DEEPGEMM_BLACKWELL": False,
+            },
+            "sglang.srt.runtime_context": {"get_resources": lambda: resources},
+            "sglang.srt.utils": {"get_cuda_version": lambda: (13, 0)},
+        }
+        if case.x.device.type == "cpu":
+            properties = SimpleNamespace(multi_processor_count=132)
+            torch.cuda.get_device_properties = lambda device=None: properties  # type: ignore
+        real = (f"{base}.deepep", f"{base}.base", "sglang.srt.environ")
+        with Island(FOLDER / "sglang", "sglang", real=real, given=given):
+            self.module = importlib.import_module(f"{base}.deepep")
+            assert self.module.use_deepep, self.module._deepep_import_error
+
+    def dispatcher(self, kind: str, *, mode: SGLang.Mode, **options: Any) -> Any:
+        """One of the file's classes, for rows of `dtype`."""
+        return getattr(self.module, kind)(
+            group=self.case.group,
+            router_topk=TOPK,
+            permute_fusion=True,
+            num_experts=self.case.num_experts,
+            num_local_experts=EXPERTS_A_RANK,
+            hidden_size=self.case.x.shape[1],
+            params_dtype=torch.bfloat16,
+            deepep_mode=mode,
+            **options,
+        )
+
+    @property
+    def topk(self) -> Any:
+        """What the router says."""
+        return SimpleNamespace(topk_weights=self.case.weights, topk_ids=self.case.topk_idx.int())
 
 
-def lmdeploy_normal(group: Any) -> None:
-    """LMDeploy: DeepEPTokenDispatcher, to expert-major rows and back, and its async calls."""
+def sglang_normal(group: Any) -> None:
+    """SGLang: the normal-mode dispatcher, dispatch_a/b and combine_a/b, bfloat16 and FP8."""
     case = Case(group)
+    sglang = SGLang(case)
+    for async_finish, sglang.dtype in itertools.product((False, True), ("bf16", "fp8")):
+        dispatcher = sglang.dispatcher(
+            "_DeepEPDispatcherImplNormal", mode=SGLang.Mode.NORMAL, async_finish=async_finish
+        )
+        got = dispatcher.dispatch_b(*dispatcher.dispatch_a(case.x, sglang.topk))
+        aligned = [-(-int((got.topk_ids == e).sum()) // 128) * 128 for e in range(2)]
+        assert got.num_recv_tokens_per_expert == aligned
+        rows, scales = got.hidden_states, got.hidden_states_scale
+        assert (scales is not None) == (sglang.dtype == "fp8")
+        rows = rows if scales is None else dequantised(rows, scales)
+        y = case.experts(rows, got.topk_ids, got.topk_weights)
+        out = dispatcher.combine_b(*dispatcher.combine_a(y, got.topk_ids, got.topk_weights))
+        case.check(out)
+
+
+def sglang_auto(group: Any) -> None:
+    """SGLang: DeepEPDispatcher that takes turns of prefill and decoding on one buffer."""
+    case = Case(group)
+    case.only_powers_of_two(2048)
+    sglang = SGLang(case)
+    for with_hook, sglang.dtype in itertools.product((False, True), ("bf16", "fp8")):
+        dispatcher = sglang.dispatcher(
+            "DeepEPDispatcher", mode=SGLang.Mode.AUTO, return_recv_hook=with_hook
+        )
+        for sglang.is_extend in (False, True, False, False):
+            got = dispatcher.dispatch(case.x, sglang.topk)
+            rows, scales = got.hidden_states, got.hidden_states_scale
+            assert (scales is not None) == (sglang.dtype == "fp8")
+            if sglang.is_extend:
+                rows = rows if scales is None else dequantised(rows, scales)
+                y = case.experts(rows, got.topk_ids, got.topk_weights)
+            else:
+                assert got.masked_m.shape == (EXPERTS_A_RANK,)
+                y = case.slab_experts(rows, scales)
+            case.check(dispatcher.combine((y, got.topk_ids, got.topk_weights)))
+
+
+def lmdeploy() -> Any:
+    """LMDeploy's token_dispatcher.py."""
     target = "lmdeploy.pytorch.backends.cuda.token_dispatcher"
     backends = "lmdeploy.pytorch.backends"
     real = (target, f"{backends}.default.token_dispatcher", f"{backends}.token_dispatcher")
@@ -265,6 +330,13 @@ def lmdeploy_normal(group: Any) -> None:
     with Island(FOLDER / "lmdeploy", "lmdeploy", real=real):
         module = importlib.import_module(target)
     assert module.use_deepep
+    return module
+
+
+def lmdeploy_normal(group: Any) -> None:
+    """LMDeploy: DeepEPTokenDispatcher, to expert-major rows and back, and its async calls."""
+    case = Case(group)
+    module = lmdeploy()
     dispatcher = module.DeepEPTokenDispatcher(
         group, case.num_experts, EXPERTS_A_RANK, HIDDEN, torch.bfloat16
     )
@@ -284,6 +356,38 @@ def lmdeploy_normal(group: Any) -> None:
         y = case.experts(rows, idx, weights)
         out, done = dispatcher.combine_normal_async(y, handle, previous_event=capture())
         done.current_stream_wait()
+        case.check(out)
+
+
+def lmdeploy_low_latency(group: Any) -> None:
+    """LMDeploy: DeepEPTokenDispatcherLowLatency, with and without hooks, and its async calls."""
+    case = Case(group)
+    case.only_powers_of_two(2048)
+    module = lmdeploy()
+    for with_hook in (False, True):
+        dispatcher = module.DeepEPTokenDispatcherLowLatency(
+            group,
+            case.num_experts,
+            EXPERTS_A_RANK,
+            case.x.shape[1],
+            torch.bfloat16,
+            return_recv_hook=with_hook,
+        )
+        (rows, scales), idx, weights, counts, _ = dispatcher.dispatch(
+            case.x, case.topk_idx, case.weights, case.num_experts
+        )
+        assert counts.shape == (EXPERTS_A_RANK,)
+        y = case.slab_experts(rows.value, scales.value)
+        case.check(dispatcher.combine(y, idx, weights))
+        (rows, scales), _, handle, event, hook = dispatcher.dispatch_async(
+            case.x, case.topk_idx, async_finish=not with_hook
+        )
+        hook() if with_hook else event.current_stream_wait()
+        y = case.slab_experts(rows.value, scales.value)
+        out, event, hook = dispatcher.combine_async(
+            y, case.topk_idx, case.weights, handle, async_finish=not with_hook
+        )
+        hook() if with_hook else event.current_stream_wait()
         case.check(out)
 
 
@@ -327,10 +431,8 @@ def vllm_low_latency(group: Any) -> None:
         reduce = importlib.import_module(f"{layers}.topk_weight_and_reduce")
     import deep_ep
 
-    # Powers of two: FP8 with a scale of amax / 448 holds them exactly.
-    signs = case.x.sign()
-    case.x = (signs * 2 ** (case.x.abs() // 2)).repeat(1, 8)
-    max_tokens, hidden = 16, case.x.shape[1]
+    max_tokens, hidden = 16, 2048
+    case.only_powers_of_two(hidden)
     size = deep_ep.Buffer.get_low_latency_rdma_size_hint(
         num_max_dispatch_tokens_per_rank=max_tokens,
         hidden=hidden,
@@ -354,7 +456,6 @@ def vllm_low_latency(group: Any) -> None:
         per_act_token_quant=False,
         block_shape=[128, 128],
     )
-    factor = 1 + case.rank * EXPERTS_A_RANK + torch.arange(EXPERTS_A_RANK)
     for is_async, is_fp8 in itertools.product((False, True), (False, True)):
         both = module.DeepEPLLPrepareAndFinalize(
             buffer, max_tokens, case.size, use_fp8_dispatch=is_fp8
@@ -367,11 +468,7 @@ def vllm_low_latency(group: Any) -> None:
         else:
             rows, scales, meta, _, _ = both.prepare(*start)
         assert meta.expert_num_tokens.shape == (EXPERTS_A_RANK,)
-        values = rows.float()
-        if is_fp8:
-            blocks = values.view(*values.shape[:2], -1, 128) * scales[..., None]
-            values = blocks.view(values.shape)
-        y = (values * factor[:, None, None]).bfloat16()
+        y = case.slab_experts(rows, scales if is_fp8 else None)
         out = torch.empty_like(case.x)
         end = (out, y, case.weights, case.topk_idx, False, reduce.TopKWeightAndReduceDelegate())
         if is_async:

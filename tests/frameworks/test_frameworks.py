@@ -28,7 +28,9 @@ def needs(framework: str) -> None:
         ("vllm", bodies.vllm_high_throughput),
         ("vllm", bodies.vllm_low_latency),
         ("sglang", bodies.sglang_normal),
+        ("sglang", bodies.sglang_auto),
         ("lmdeploy", bodies.lmdeploy_normal),
+        ("lmdeploy", bodies.lmdeploy_low_latency),
         ("xtuner", bodies.xtuner_op),
     ],
 )
