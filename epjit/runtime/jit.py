@@ -242,9 +242,13 @@ def compile_kernel(config: KernelConfig, *, arch: str, transport: str = "nvshmem
     return Compiled(entry.cubin, entry.symbol, entry.log, registers, spill_bytes, from_cache)
 
 
-def can_start_early(config: KernelConfig, arch: str) -> bool:
-    """Whether a kernel is launched as its `starts_early` says."""
-    return config.starts_early and arch_number(arch) >= 90 and not env.disable_sm90_features()
+def can_start_early(config: KernelConfig, arch: str, *, driver_version: int) -> bool:
+    """Whether a kernel is launched as its `starts_early` says.
+
+    Not with a driver, by cuDriverGetVersion, of before CUDA 12.3, whose graphs have no such edges.
+    """
+    wanted = config.starts_early and not env.disable_sm90_features()
+    return wanted and arch_number(arch) >= 90 and driver_version >= 12030
 
 
 class Kernel:
@@ -278,7 +282,8 @@ class Kernel:
                 f"{device} has {limit}"
             )
         arch = arch_of(device)
-        self.starts_early = can_start_early(config, arch)
+        version = driver.call("cuDriverGetVersion")
+        self.starts_early = can_start_early(config, arch, driver_version=version)
         self.params = params_type(config.source, _params_name(config))
         self.compiled = compile_kernel(config, arch=arch, transport=transport)
         cupy_function = require("cupy.cuda.function", package="cupy-cuda13x (cupy-cuda12x)")

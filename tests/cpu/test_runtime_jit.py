@@ -86,15 +86,17 @@ def test_early_start(monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that starts early waits before anything else; only Hopper and newer start it so."""
     config = ScaleConfig()
     assert "griddepcontrol" not in jit.render(config)
-    assert not jit.can_start_early(config, "sm_90a")
+    assert not jit.can_start_early(config, "sm_90a", driver_version=13000)
     monkeypatch.setattr(ScaleConfig, "starts_early", True)
     waits = "{ ptx::griddepcontrol_wait(); ptx::griddepcontrol_launch_dependents(); epjit::scale<"
     assert waits in jit.render(config)
     monkeypatch.delenv("DISABLE_SM90_FEATURES", raising=False)
     archs = ("sm_80", "sm_89", "sm_90a", "sm_120a")
-    assert [jit.can_start_early(config, arch) for arch in archs] == [False, False, True, True]
+    for version, newer in ((12020, False), (12030, True), (13000, True)):
+        can = [jit.can_start_early(config, arch, driver_version=version) for arch in archs]
+        assert can == [False, False, newer, newer]
     monkeypatch.setenv("DISABLE_SM90_FEATURES", "1")
-    assert not jit.can_start_early(config, "sm_90a")
+    assert not jit.can_start_early(config, "sm_90a", driver_version=13000)
 
 
 def test_render_refuses_a_field_that_is_no_number() -> None:
