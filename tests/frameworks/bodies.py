@@ -206,7 +206,6 @@ class SGLang:
 
     Attributes:
         module: The file.
-        mode: SGLang's DeepEPMode.
         dtype: Of rows that arrive: "bf16" or "fp8".
         is_extend: Whether the batch is one of prefill.
     """
