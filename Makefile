@@ -20,8 +20,8 @@ endif
 CLANG_FORMAT := $(if $(findstring /,$(PYTHON)),$(dir $(PYTHON)))clang-format
 export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 
-# No host stacks: for one of Python the tool asks for the interpreter lock in the middle of a launch, whose locks
-# a thread may want that holds it (torch allocates so).
+# No host stacks: to get Python's, the tool takes the interpreter lock inside a launch, that is, with the driver's
+# locks held; torch allocates the other way round, and virtual ranks are threads of one process.
 SANITIZED = --show-backtrace device --error-exitcode 9 --target-processes all $(PYTHON) -m pytest tests/gpu --timeout 1800 $(ARGS)
 
 help: ## list the targets

@@ -508,4 +508,5 @@ def replays(
             outputs = step()
         compare(outputs, seed, world)
         if seed % 10 == 0:
+            line_up(buffer)
             compare(step(), seed, world)

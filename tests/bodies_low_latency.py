@@ -258,6 +258,7 @@ def replays(
         if seed % 3 == 0:
             # An odd number of eager calls, so that parity cannot hold by luck.
             name = "fp8" if seed % 2 else "bf16"
+            line_up(buffer)
             got = call(buffer.low_latency_dispatch, x, idx, tokens, experts, **FLAGS[name])
             settle(buffer)
             want = made[seed % 2].exchanges[0].dispatched[rank]
@@ -393,7 +394,7 @@ def shrink(buffer: Buffer, op: str, absent: int, limit_seconds: float, meet: Any
         elif seed == 2:
             round_up_to(buffer, dataclasses.replace(case, seed=seed), at)
         else:
-            line_up(buffer)
+            line_up(buffer)  # as `round_without` does
     assert time.monotonic() - start < limit_seconds
     if rank != absent:
         buffer.low_latency_query_mask_buffer(status)

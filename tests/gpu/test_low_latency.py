@@ -221,7 +221,7 @@ def test_masks_by_hand() -> None:
         if buffer.rank != 2:
             bodies_low_latency.round_without(buffer, case, masked, 0)
         else:
-            line_up(buffer)
+            line_up(buffer)  # as `round_without` does
         meet(buffer)
         buffer.low_latency_clean_mask_buffer()
         meet(buffer)
