@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import gc
 import os
 import threading
+import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
+import pytest
 import torch
 
-from epjit import Buffer
+from epjit import Buffer, CommunicationError, Config
 from epjit.runtime import driver, stream
 from tests.launch import run_threads
-from tests.rounds import SMALL, line_up
+from tests.rounds import SMALL, Round, check_round, line_up, make_world, settle, to_device
 
 _NUM_QUEUES = int(os.environ["CUDA_DEVICE_MAX_CONNECTIONS"])  # set by conftest.py
 _STREAMS_A_RANK = 8
@@ -84,6 +88,54 @@ def meet(buffer: Buffer) -> None:
     line_up(buffer)
     torch.cuda.current_stream().synchronize()
     buffer.group.allgather(None)
+
+
+def check_withheld_peer(buffer: Buffer, op: str, withheld: int) -> None:
+    """Rank `withheld` does not come to `op`: the others name it, and all work after reset()."""
+    num_tokens = (32,) * buffer.group_size
+    case = Round(num_tokens=num_tokens, hidden=256, seed=1, num_sms=4, kind="balanced")
+    check_round(buffer, case)
+    own = make_world(case)[buffer.rank]
+    x, idx = to_device(own.x, buffer.device), to_device(own.topk_idx, buffer.device)
+    line_up(buffer)
+    config = Config(4)
+    per_rank, per_domain, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, case.num_experts)
+    layout = {
+        "num_tokens_per_rank": per_rank,
+        "num_tokens_per_rdma_rank": per_domain,
+        "is_token_in_rank": in_rank,
+        "num_tokens_per_expert": per_expert,
+    }
+    recv_x, _, _, _, handle, _ = buffer.dispatch(x, config=config, **layout)
+    # Compiled now: that is where all ranks must meet on the host.
+    buffer.combine(recv_x, handle, config=config)
+    meet(buffer)
+
+    calls = {
+        "notify": lambda: buffer.dispatch(x, config=config, **layout),  # waits on the host
+        "dispatch": lambda: buffer.dispatch(x, handle=handle, config=config),
+        "combine": lambda: buffer.combine(recv_x, handle, config=config),
+    }
+    comes, start = buffer.rank != withheld, time.monotonic()
+    with pytest.raises(CommunicationError) if comes else contextlib.nullcontext() as caught:
+        if comes:
+            calls[op]()
+        if op != "notify":
+            settle(buffer)
+    elapsed = time.monotonic() - start
+    line_up(buffer)
+    if comes:
+        error = caught.value
+        assert (error.op, error.rank) == (op, buffer.rank), str(error)
+        # Also where a rank waits for one that waits.
+        assert error.peer == withheld, str(error)
+        assert f"rank {withheld}" in str(error)
+        assert elapsed < 10, elapsed
+        with pytest.raises(CommunicationError):
+            buffer.dispatch(x, handle=handle, config=config)  # broken until reset
+    buffer.reset()
+    for seed in range(2, 5):
+        check_round(buffer, dataclasses.replace(case, seed=seed))
 
 
 @functools.cache

@@ -137,6 +137,7 @@ def test_model_shapes(num_ranks: int, domain: int | None) -> None:
     run_low_latency(num_ranks, body, domain=domain)
 
 
+@pytest.mark.timeout(600)
 @worlds(2, 3, 4, 8, 15, 16)
 def test_random_rounds(num_ranks: int, domain: int | None) -> None:
     """300 fresh rounds, some of the normal mode on the same buffer between them."""

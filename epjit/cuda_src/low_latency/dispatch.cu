@@ -468,28 +468,31 @@ class LowLatencyDispatch {
     if (threadIdx.x < kRanks) shared_arrived(threadIdx.x) = !is_masked(waiter, threadIdx.x);
     __syncthreads();
     const uint64_t start = ptx::clock64();
-    bool ok = true;
-    for (int i = threadIdx.x; i < kRanks * (kLocal + 1) && ok; i += kThreads) {
-      const int source = i / (kLocal + 1), e = i % (kLocal + 1);
-      if (shared_arrived(source) == 0) continue;
-      // Between domains all of a row has come when the word of the tokens has.
-      const uint64_t* const row = counts(own(), source);
-      const bool is_remote = kRemote && index_of<kRemote>(p, source) < 0;
-      const int word = is_remote ? kTokensWord : count_word(e);
-      uint64_t seen;
-      if (!wait_stamp(kWaitLowLatencyDispatchCounts, source, e, row + word, seen)) {
-        shared_arrived(source) = 0;
-        ok = is_masked(waiter, source);
-      } else if (is_remote) {
-        seen = row[count_word(e)];
-        if (e == kLocal)
-          ptx::st_relaxed_sys(entered_signal(waiter.signals, source), stamp(waiter.epoch, 0));
+    constexpr int kWords = kRanks * (kLocal + 1);
+    for (int first = 0; first < kWords; first += kThreads) {
+      const int i = first + threadIdx.x, source = i / (kLocal + 1), e = i % (kLocal + 1);
+      bool is_late = false;
+      if (i < kWords && shared_arrived(source) != 0) {
+        // Between domains all of a row has come when the word of the tokens has.
+        const uint64_t* const row = counts(own(), source);
+        const bool is_remote = kRemote && index_of<kRemote>(p, source) < 0;
+        const int word = is_remote ? kTokensWord : count_word(e);
+        uint64_t seen;
+        is_late = !wait_stamp(kWaitLowLatencyDispatchCounts, source, e, row + word, seen);
+        if (is_remote && !is_late) {
+          seen = row[count_word(e)];
+          if (e == kLocal)
+            ptx::st_relaxed_sys(entered_signal(waiter.signals, source), stamp(waiter.epoch, 0));
+        }
+        planned(source, e) = static_cast<uint32_t>(seen);
+        if (tells && e == kLocal && p.wait_cost != nullptr && source != p.rank)
+          p.wait_cost[source] += static_cast<int64_t>(ptx::clock64() - start);
       }
-      planned(source, e) = static_cast<uint32_t>(seen);
-      if (tells && e == kLocal && p.wait_cost != nullptr && source != p.rank)
-        p.wait_cost[source] += static_cast<int64_t>(ptx::clock64() - start);
+      if (!__syncthreads_and(!is_late || is_masked(waiter, source))) return false;
+      if (p.mask == nullptr) continue;
+      if (is_late) shared_arrived(source) = 0;
+      __syncthreads();
     }
-    if (!__syncthreads_and(ok)) return false;
     if (p.mask != nullptr) {
       if (threadIdx.x < kRanks) {
         const bool mine = shared_arrived(threadIdx.x) != 0;
