@@ -26,7 +26,6 @@ _STREAMS_A_RANK = 8
 _rank = threading.local()
 
 SMS = 4 if SMALL else 12
-WITHHELD_SECONDS = 5.0 if SMALL else 2.0  # timeout where a rank does not come
 
 
 def run_ranks(

@@ -17,7 +17,7 @@ from epjit import Buffer
 from tests import bodies_internode
 from tests.bodies import replays
 from tests.data import ROUTING_KINDS
-from tests.gpu.ranks import WITHHELD_SECONDS, check_withheld_peer, meet, run_ranks
+from tests.gpu.ranks import check_withheld_peer, meet, run_ranks
 from tests.rounds import SMALL, Round, check_round, random_round
 
 WORLDS = ((2, 2), (4, 2), (2, 4), (8, 2))  # domains, ranks of each
@@ -163,7 +163,7 @@ def test_as_v1(num_domains: int, num_local: int) -> None:
 def test_withheld_peer(op: str, withheld: int) -> None:
     """A rank does not come: those that meet it name it, and all work again after reset()."""
 
-    run_domains(2, 2, check_withheld_peer, op, withheld, timeout_seconds=WITHHELD_SECONDS)
+    run_domains(2, 2, check_withheld_peer, op, withheld, timeout_seconds=2)
 
 
 def test_local_buffer_tensors() -> None:

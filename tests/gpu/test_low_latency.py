@@ -17,7 +17,7 @@ from epjit import Buffer
 from epjit.reference import low_latency as reference
 from tests import bodies_low_latency
 from tests.data import ROUTING_KINDS, assert_rows_equal
-from tests.gpu.ranks import WITHHELD_SECONDS, meet, run_ranks
+from tests.gpu.ranks import meet, run_ranks
 from tests.rounds import SMALL, line_up, settle
 from tests.rounds_low_latency import (
     BY_NAME,
@@ -193,7 +193,7 @@ def test_withheld_peer(num_ranks: int, domain: int | None, op: str) -> None:
         for seed in range(2, 5):
             check_low_latency_round(buffer, bodies_low_latency.steady(num_ranks, seed))
 
-    run_low_latency(num_ranks, body, domain=domain, timeout_seconds=WITHHELD_SECONDS)
+    run_low_latency(num_ranks, body, domain=domain, timeout_seconds=2)
 
 
 @pytest.mark.parametrize("op", ["dispatch", "combine", "clean"])
