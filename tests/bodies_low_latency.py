@@ -310,6 +310,7 @@ def expect_error(buffer: Buffer, op: str, absent: int, limit_seconds: float) -> 
     if op == "low_latency_combine":
         ranked.dispatch(0)
         settle(buffer)
+        line_up(buffer)
     if buffer.rank == absent:
         if on_gpu:
             line_up(buffer)  # as `settle` does

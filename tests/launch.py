@@ -20,6 +20,10 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as mp
 
+from epjit.bench.timing import free_port
+
+_ROOT = Path(__file__).parents[1]
+
 # After the first failure, what the other ranks still say is often the consequence; a short while
 # is given to them because it is sometimes the cause.
 _GRACE_SECONDS = 2.0
@@ -173,6 +177,16 @@ def _rank_main(
         message = _dumps((False, traceback.format_exc()))
     sender.send_bytes(message)
     sender.close()
+
+
+def script_environ() -> dict[str, str]:
+    """Of a script that imports epjit and `deep_ep`, and whose ranks meet at a port of their own."""
+    paths = [str(_ROOT), str(_ROOT / "compat"), os.environ.get("PYTHONPATH", "")]
+    return {
+        **os.environ,
+        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
+        "MASTER_PORT": str(free_port()),
+    }
 
 
 def _dumps(message: object) -> bytes:

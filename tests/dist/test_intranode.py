@@ -139,12 +139,10 @@ def test_deepeps_own_test(two_or_more: int) -> None:
 
 
 def _succeeds(command: list[str], *, cwd: Path, seconds: float) -> None:
-    paths = [str(ROOT), str(ROOT / "compat"), os.environ.get("PYTHONPATH", "")]
-    environ = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     done = subprocess.run(
         command,
         cwd=cwd,
-        env=environ,
+        env=launch.script_environ(),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,

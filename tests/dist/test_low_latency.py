@@ -18,7 +18,6 @@ import pytest
 
 from tests import bodies, bodies_low_latency, launch
 
-ROOT = Path(__file__).parents[2]
 SHAPES = ((7168, 256), (2880, 128), (8192, 64), (16384, 32), (16, 32))
 TIMEOUT_SECONDS = 2.0
 
@@ -169,16 +168,10 @@ def _run_script(
     Returns:
         What it said, and its exit code; None when it was stopped: at `until`, or with that, late.
     """
-    paths = [str(ROOT), str(ROOT / "compat"), os.environ.get("PYTHONPATH", "")]
-    environ = {
-        **os.environ,
-        "PYTHONPATH": os.pathsep.join(filter(None, paths)),
-        "PYTHONUNBUFFERED": "1",
-    }
     process = subprocess.Popen(
         [sys.executable, str(script), "--num-processes", str(num_ranks), *options],
         cwd=script.parent,
-        env=environ,
+        env={**launch.script_environ(), "PYTHONUNBUFFERED": "1"},
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
