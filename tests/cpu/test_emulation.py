@@ -291,6 +291,23 @@ def test_wrong_kernels_are_named(kind: str, message: str) -> None:
         assert re.search(r"selftest\.cu:\d+", str(caught.value))
 
 
+@pytest.mark.parametrize("seed", range(6))
+def test_barriers_order_shared_memory(seed: int) -> None:
+    out = words(128)
+    emulate([selftest("kExchange", out=out)], seed=seed)
+    expected = [t // 32 * 32 + (t + 1) % 32 + (t + 32) % 128 + 128 for t in range(128)]
+    assert out.tolist() == expected
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("kind", ["kReadRace", "kWriteRace", "kWarpRace", "kAtomicRace"])
+def test_races_in_shared_memory_are_named(kind: str, seed: int) -> None:
+    with pytest.raises(EmulationError, match=r"race: (reads|writes) byte \d+ of shared") as caught:
+        emulate([selftest(kind, out=words(128))], seed=seed)
+    if shutil.which("addr2line"):
+        assert re.search(r"selftest\.cu:\d+", str(caught.value))
+
+
 def test_after_a_failure_the_next_run_is_clean() -> None:
     signal = torch.zeros(1, dtype=torch.int64)
     with pytest.raises(EmulationError):

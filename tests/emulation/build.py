@@ -38,10 +38,11 @@ FLAGS = [
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-unused-function"),
     *("-Wno-maybe-uninitialized", "-Wno-ignored-qualifiers"),
 ]
-# Undefined behaviour traps; the signal becomes a message. Each basic block may yield.
+# Undefined behaviour traps; the signal becomes a message. Each basic block may yield; each access is
+# shown to emulate.cpp, which stands in for the library of the thread sanitizer.
 KERNEL_FLAGS = [
     *("-O1", "-fsanitize=undefined", "-fno-sanitize=vptr", "-fsanitize-undefined-trap-on-error"),
-    "-fsanitize-coverage=trace-pc",
+    *("-fsanitize-coverage=trace-pc", "-fsanitize=thread", "-nodefaultlibs", "-lc"),
 ]
 
 params_type = functools.cache(jit.params_type)

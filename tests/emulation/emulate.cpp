@@ -139,10 +139,24 @@ struct Warp {
   Block* block;
   std::vector<Fiber*> lanes;
   unsigned runnable = 0, done = 0;
+  unsigned meetings = 0;  // collectives of all lanes
   int ready = -1;  // place in the list of warps that can run
   uint64_t id;
   uint64_t number;    // no other warp of the run has it
   unsigned puts = 0;  // that are sent
+};
+
+// A plain access to shared memory: by a lane, kNobody or kSeveral of them, between two meetings of
+// its warp and two barriers of its block.
+constexpr int kNobody = -1, kSeveral = -2;
+struct Access {
+  int warp = 0, lane = kNobody;
+  unsigned meeting = 0, phase = 0;
+};
+
+// The last accesses to a byte: reads of two warps.
+struct Byte {
+  Access write, read, other_read;
 };
 
 struct Kernel;
@@ -157,6 +171,8 @@ struct Block {
   size_t shared_map_bytes = 0;
   unsigned arrived = 0, arrived_true = 0, done = 0, runnable = 0;
   int loads = 0;  // bulk loads into shared memory under way
+  unsigned phase = 1;       // barriers so far, and one
+  std::vector<Byte> bytes;  // of shared memory, from the first plain access on
 };
 
 struct Kernel {
@@ -543,6 +559,7 @@ bool release_warp(Warp& warp, unsigned mask, int kind) {
     if (kind != kSync) memcpy(other.values, values, sizeof(values));
     set_runnable(other);
   }
+  if (mask == ~0u >> (32 - warp.lanes.size())) ++warp.meetings;
   return true;
 }
 
@@ -550,12 +567,68 @@ bool release_block(Block& block) {
   if (block.arrived == 0 || block.arrived + block.done != block.fibers.size()) return false;
   const unsigned count = block.arrived_true;
   block.arrived = block.arrived_true = 0;
+  ++block.phase;
   for (auto& fiber : block.fibers) {
     if (fiber->state != State::kAtBlock) continue;
     fiber->count = count;
     set_runnable(*fiber);
   }
   return true;
+}
+
+// ---- races in shared memory ---------------------------------------------------------------------
+//
+// As racecheck of compute-sanitizer sees them: a read and a write of one byte by two threads with no
+// barrier of the block between them, nor a collective of the warp when it is one warp's. Atomics
+// count as writes. Two writes are let pass, for they may write the same.
+
+bool is_race(const Access& before, const Access& now) {
+  if (before.phase != now.phase || before.lane == kNobody) return false;
+  if (before.warp != now.warp) return true;
+  return before.meeting == now.meeting && before.lane != now.lane;
+}
+
+void note_read(Byte& byte, const Access& now) {
+  if (byte.read.phase == now.phase && byte.read.warp != now.warp) byte.other_read = byte.read;
+  const bool is_joined = byte.read.phase == now.phase && byte.read.warp == now.warp &&
+                         byte.read.meeting == now.meeting && byte.read.lane != now.lane;
+  byte.read = now;
+  if (is_joined) byte.read.lane = kSeveral;
+}
+
+// What the running thread is about to do.
+void access(const void* address, size_t size, bool is_write, void* place) {
+  if (!running) return;
+  const size_t begin =
+      reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(running->shared);
+  if (begin >= running->shared_bytes) return;
+  const bool is_atomic = !is_preemptible;
+  if (is_atomic && !is_write) return;
+  Block& block = *running->block;
+  if (block.bytes.empty()) block.bytes.resize(running->shared_bytes);
+  const Warp& warp = *block.warps[static_cast<size_t>(running->warp)];
+  const Access now{running->warp, running->lane, warp.meetings, block.phase};
+  const size_t end = std::min<size_t>(begin + size, running->shared_bytes);
+  for (size_t i = begin; i < end; ++i) {
+    Byte& byte = block.bytes[i];
+    const Access* before = nullptr;
+    if (!is_write) {
+      if (is_race(byte.write, now)) before = &byte.write;
+    } else if (is_race(byte.read, now)) {
+      before = &byte.read;
+    } else if (is_race(byte.other_read, now)) {
+      before = &byte.other_read;
+    }
+    if (before) {
+      running->place = place;
+      fail("race: %s byte %zu of shared memory, which warp %d has %s since the last barrier",
+           is_write ? "writes" : "reads", i, before->warp, is_write ? "read" : "written");
+    }
+    if (is_write)
+      byte.write = now;
+    else
+      note_read(byte, now);
+  }
 }
 
 // ---- bulk copies --------------------------------------------------------------------------------
@@ -1127,6 +1200,7 @@ void named_barrier(int id, unsigned count) {
     block_here(State::kAtNamed, __builtin_return_address(0));
     return;
   }
+  ++block.phase;
   for (auto& other : block.fibers)
     if (other->state == State::kAtNamed && other->barrier_id == id) set_runnable(*other);
   fiber.place = __builtin_return_address(0);
@@ -1300,6 +1374,35 @@ void __sanitizer_cov_trace_pc() {
   running->place = __builtin_return_address(0);
   yield();
 }
+
+// Called before each plain access of a kernel (g++ -fsanitize=thread, without its library).
+#define EMULATE_ACCESS(size)                                                \
+  void __tsan_read##size(void* address) {                                   \
+    emulate::access(address, size, false, __builtin_return_address(0));     \
+  }                                                                         \
+  void __tsan_write##size(void* address) {                                  \
+    emulate::access(address, size, true, __builtin_return_address(0));      \
+  }                                                                         \
+  void __tsan_unaligned_read##size(void* address) {                         \
+    emulate::access(address, size, false, __builtin_return_address(0));     \
+  }                                                                         \
+  void __tsan_unaligned_write##size(void* address) {                        \
+    emulate::access(address, size, true, __builtin_return_address(0));      \
+  }
+EMULATE_ACCESS(1)
+EMULATE_ACCESS(2)
+EMULATE_ACCESS(4)
+EMULATE_ACCESS(8)
+EMULATE_ACCESS(16)
+void __tsan_read_range(void* address, size_t size) {
+  emulate::access(address, size, false, __builtin_return_address(0));
+}
+void __tsan_write_range(void* address, size_t size) {
+  emulate::access(address, size, true, __builtin_return_address(0));
+}
+void __tsan_init() {}
+void __tsan_func_entry(void*) {}
+void __tsan_func_exit() {}
 
 void emulate_launch(const char* name, int rank, unsigned grid, unsigned threads,
                     unsigned shared_bytes, emulate::Entry entry, const void* params,

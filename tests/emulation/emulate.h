@@ -5,10 +5,10 @@
 // inside the functions declared here (a poll, a collective, an atomic) and, seldom, at the end of a
 // basic block (-fsanitize-coverage=trace-pc), in an order drawn from a seed; emulate.cpp is the
 // scheduler. A launch that is wrong (a barrier that cannot complete, a misaligned bulk copy, a wild
-// pointer) ends with a message that names rank, block, thread and place.
+// pointer, a race in shared memory) ends with a message that names rank, block, thread and place.
 //
-// What it cannot say: memory order (fences do nothing; every write is seen at once, by everybody)
-// and speed.
+// What it cannot say: order of global memory (fences do nothing; every write is seen at once, by
+// everybody) and speed.
 #pragma once
 #include <stdint.h>
 

@@ -42,6 +42,11 @@ enum Case : int32_t {
   kPutUnequal,
   kPutOutside,
   kPutMisaligned,
+  kExchange,
+  kReadRace,
+  kWriteRace,
+  kWarpRace,
+  kAtomicRace,
 };
 
 struct SelftestParams {
@@ -195,6 +200,25 @@ __device__ void take_rows(const SelftestParams& p, int warp, int lane) {
   atomicAdd(p.out, wrong);
 }
 
+// Every thread reads the word of a neighbour: across a warp and across the block. Wrong ones leave a
+// barrier out.
+__device__ inline void exchange(const SelftestParams& p, int thread, int lane) {
+  uint32_t* const words = reinterpret_cast<uint32_t*>(ptx::dynamic_shared());
+  const int num_threads = static_cast<int>(blockDim.x);
+  uint32_t& own = words[thread];
+  own = thread;
+  if (p.kind != kWarpRace) __syncwarp();
+  uint32_t sum = words[thread - lane + (lane + 1) % kWarpSize];
+  if (p.kind != kReadRace) __syncthreads();
+  sum += words[(thread + kWarpSize) % num_threads];
+  if (p.kind != kWriteRace) __syncthreads();
+  own = 0;
+  __syncthreads();
+  atomicAdd(&words[0], 1u);
+  if (p.kind != kAtomicRace) __syncthreads();
+  p.out[thread] = sum + words[0];
+}
+
 template <SelftestConfig kCfg>
 __device__ void selftest(const SelftestParams& p) {
   const int thread = threadIdx.x, warp = thread / kWarpSize, lane = thread % kWarpSize;
@@ -250,6 +274,13 @@ __device__ void selftest(const SelftestParams& p) {
         put_rows<kCfg>(p, warp, lane);
       else
         take_rows<kCfg>(p, warp, lane);
+      break;
+    case kExchange:
+    case kReadRace:
+    case kWriteRace:
+    case kWarpRace:
+    case kAtomicRace:
+      exchange(p, thread, lane);
       break;
     case kRing:
       ring(p);
