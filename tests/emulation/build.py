@@ -38,7 +38,7 @@ FLAGS = [
     *("-Wall", "-Wextra", "-Wno-unknown-pragmas", "-Wno-unused-parameter", "-Wno-unused-function"),
     *("-Wno-maybe-uninitialized", "-Wno-ignored-qualifiers"),
 ]
-# Undefined behaviour traps; the signal becomes a message. Each basic block may yield; each access is
+# Undefined behaviour traps; the signal becomes a message. Each basic block may yield. Accesses are
 # shown to emulate.cpp, which stands in for the library of the thread sanitizer.
 KERNEL_FLAGS = [
     *("-O1", "-fsanitize=undefined", "-fno-sanitize=vptr", "-fsanitize-undefined-trap-on-error"),
