@@ -27,13 +27,13 @@ from epjit.reference import intranode as reference
 from tests.data import ROUTING_KINDS, assert_rows_equal
 from tests.rounds import (
     Oracle,
+    Prepared,
     Round,
     check_round,
     line_up,
     make_world,
     random_round,
     settle,
-    to_device,
 )
 
 MB = 1 << 20
@@ -221,53 +221,6 @@ def outlives_group(group: dist.ProcessGroup, environ: Mapping[str, str]) -> None
     del second
 
 
-class Prepared:
-    """A buffer, the arguments of all operations, and one good round of each behind it."""
-
-    def __init__(self, group: dist.ProcessGroup, timeout_seconds: float) -> None:
-        self.case = Round(
-            num_tokens=(32,) * group.size(),
-            hidden=256,
-            num_experts=4 * group.size(),
-            seed=1,
-            num_sms=4,
-            kind="balanced",
-        )
-        self.buffer = make_buffer(group, timeout_seconds=timeout_seconds)
-        check_round(self.buffer, self.case)
-        own = make_world(self.case)[group.rank()]
-        self.config = Config(4)
-        self.x = to_device(own.x, self.buffer.device)
-        idx = to_device(own.topk_idx, self.buffer.device)
-        per_rank, per_rdma_rank, per_expert, in_rank, _ = self.buffer.get_dispatch_layout(
-            idx, self.case.num_experts
-        )
-        self.layout = {
-            "num_tokens_per_rank": per_rank,
-            "num_tokens_per_rdma_rank": per_rdma_rank,
-            "is_token_in_rank": in_rank,
-            "num_tokens_per_expert": per_expert,
-        }
-        self.recv_x, _, _, _, self.handle, _ = self.buffer.dispatch(
-            self.x, config=self.config, **self.layout
-        )
-        for op in ("notify", "dispatch", "combine"):
-            self.call(
-                op
-            )  # all are compiled then: the first call of a kind meets the peers on the host
-
-    def call(self, op: str) -> None:
-        """One operation, to its end on the device; what went wrong there is raised."""
-        if op == "notify":
-            self.buffer.dispatch(self.x, config=self.config, **self.layout)
-        elif op == "dispatch":
-            self.buffer.dispatch(self.x, handle=self.handle, config=self.config)
-        else:
-            self.buffer.combine(self.recv_x, self.handle, config=self.config)
-        synchronize(self.buffer)
-        self.buffer.check_fault()
-
-
 def expect_error(
     prepared: Prepared,
     op: str,
@@ -280,7 +233,7 @@ def expect_error(
     on_gpu = buffer.device.type == "cuda"
     start = time.monotonic()
     with pytest.raises(CommunicationError) as caught:
-        prepared.call(op)
+        prepared.complete(op)
     elapsed = time.monotonic() - start
     error = caught.value
     assert error.rank == buffer.rank, str(error)
@@ -299,7 +252,7 @@ def expect_error(
     assert float((ones * 2).sum()) == 2000
     if on_gpu:
         with pytest.raises(CommunicationError):
-            prepared.call("dispatch")  # broken until reset
+            prepared.queue("dispatch")  # broken until reset
     return error
 
 
@@ -323,7 +276,7 @@ def withheld(
     on_gpu = set_up(group, environ)
     if not on_gpu:
         os.environ["EPJIT_TIMEOUT_SECONDS"] = "30"
-    prepared = Prepared(group, seconds)
+    prepared = Prepared(make_buffer(group, timeout_seconds=seconds))
     texts = []
     for op, absent in cases:
         dist.barrier(group)
@@ -364,7 +317,7 @@ def killed(
 ) -> None:
     """A rank dies, or several: the others name one, compute on, free the buffer and end."""
     on_gpu = set_up(group, environ)
-    prepared = Prepared(group, seconds)
+    prepared = Prepared(make_buffer(group, timeout_seconds=seconds))
     dist.barrier(group)
     if group.rank() in (victim, *more_victims):
         time.sleep(0.5)  # the others have surely left the barrier

@@ -454,6 +454,52 @@ def check_round(buffer: Buffer, case: Round) -> None:
         assert_rows_equal(combined[1], want_weights, f"{prefix}: combined_topk_weights")
 
 
+class Prepared:
+    """The arguments of all operations on `buffer`, all compiled, and a good round behind them."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        self.buffer = buffer
+        self.case = Round(
+            num_tokens=(32,) * buffer.group_size,
+            hidden=256,
+            num_experts=4 * buffer.group_size,
+            seed=1,
+            num_sms=4,
+            kind="balanced",
+        )
+        check_round(buffer, self.case)
+        own = make_world(self.case)[buffer.rank]
+        self._config = Config(self.case.num_sms)
+        self._x, idx = to_device(own.x, buffer.device), to_device(own.topk_idx, buffer.device)
+        line_up(buffer)
+        per_rank, per_rdma_rank, per_expert, in_rank, _ = buffer.get_dispatch_layout(
+            idx, self.case.num_experts
+        )
+        self._layout = {
+            "num_tokens_per_rank": per_rank,
+            "num_tokens_per_rdma_rank": per_rdma_rank,
+            "is_token_in_rank": in_rank,
+            "num_tokens_per_expert": per_expert,
+        }
+        self._recv_x, _, _, _, self._handle, _ = self.queue("notify")
+        # Compiled now: the first call of a kind meets the peers on the host.
+        self.queue("combine")
+        settle(buffer)
+
+    def queue(self, op: str) -> tuple[Any, ...]:
+        """One operation; "notify" is a dispatch that waits for counts on the host."""
+        if op == "notify":
+            return self.buffer.dispatch(self._x, config=self._config, **self._layout)
+        if op == "dispatch":
+            return self.buffer.dispatch(self._x, handle=self._handle, config=self._config)
+        return self.buffer.combine(self._recv_x, self._handle, config=self._config)
+
+    def complete(self, op: str) -> None:
+        """One operation, to its end; what went wrong there is raised."""
+        self.queue(op)
+        settle(self.buffer)
+
+
 def _topk_idx(case: Round, rank: int) -> torch.Tensor:
     return routing(
         case.kind,

@@ -16,10 +16,10 @@ from unittest import mock
 import pytest
 import torch
 
-from epjit import Buffer, CommunicationError, Config
+from epjit import Buffer, CommunicationError
 from epjit.runtime import driver, stream
 from tests.launch import run_threads
-from tests.rounds import SMALL, Round, check_round, line_up, make_world, settle, to_device
+from tests.rounds import SMALL, Prepared, check_round, line_up, settle
 
 _NUM_QUEUES = int(os.environ["CUDA_DEVICE_MAX_CONNECTIONS"])  # set by conftest.py
 _STREAMS_A_RANK = 8
@@ -92,35 +92,13 @@ def meet(buffer: Buffer) -> None:
 
 def check_withheld_peer(buffer: Buffer, op: str, withheld: int) -> None:
     """Rank `withheld` does not come to `op`: the others name it, and all work after reset()."""
-    num_tokens = (32,) * buffer.group_size
-    case = Round(num_tokens=num_tokens, hidden=256, seed=1, num_sms=4, kind="balanced")
-    check_round(buffer, case)
-    own = make_world(case)[buffer.rank]
-    x, idx = to_device(own.x, buffer.device), to_device(own.topk_idx, buffer.device)
-    line_up(buffer)
-    config = Config(4)
-    per_rank, per_domain, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, case.num_experts)
-    layout = {
-        "num_tokens_per_rank": per_rank,
-        "num_tokens_per_rdma_rank": per_domain,
-        "is_token_in_rank": in_rank,
-        "num_tokens_per_expert": per_expert,
-    }
-    recv_x, _, _, _, handle, _ = buffer.dispatch(x, config=config, **layout)
-    # Compiled now: that is where all ranks must meet on the host.
-    buffer.combine(recv_x, handle, config=config)
+    prepared = Prepared(buffer)
     meet(buffer)
-
-    calls = {
-        "notify": lambda: buffer.dispatch(x, config=config, **layout),  # waits on the host
-        "dispatch": lambda: buffer.dispatch(x, handle=handle, config=config),
-        "combine": lambda: buffer.combine(recv_x, handle, config=config),
-    }
     comes, start = buffer.rank != withheld, time.monotonic()
     with pytest.raises(CommunicationError) if comes else contextlib.nullcontext() as caught:
         if comes:
-            calls[op]()
-        if op != "notify":
+            prepared.queue(op)
+        if op != "notify":  # that one waits on the host
             settle(buffer)
     elapsed = time.monotonic() - start
     line_up(buffer)
@@ -132,10 +110,10 @@ def check_withheld_peer(buffer: Buffer, op: str, withheld: int) -> None:
         assert f"rank {withheld}" in str(error)
         assert elapsed < 10, elapsed
         with pytest.raises(CommunicationError):
-            buffer.dispatch(x, handle=handle, config=config)  # broken until reset
+            prepared.queue("dispatch")  # broken until reset
     buffer.reset()
     for seed in range(2, 5):
-        check_round(buffer, dataclasses.replace(case, seed=seed))
+        check_round(buffer, dataclasses.replace(prepared.case, seed=seed))
 
 
 @functools.cache
