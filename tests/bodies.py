@@ -24,6 +24,7 @@ import torch.distributed as dist
 
 from epjit import Buffer, CommunicationError, Config
 from epjit.reference import intranode as reference
+from tests import launch
 from tests.data import ROUTING_KINDS, assert_rows_equal
 from tests.rounds import (
     Oracle,
@@ -49,7 +50,7 @@ def set_up(group: dist.ProcessGroup, environ: Mapping[str, str]) -> bool:
     if os.environ.get("EPJIT_BACKEND") == "cpu" or not torch.cuda.is_available():
         os.environ["EPJIT_BACKEND"] = "cpu"
         return False
-    torch.cuda.set_device(group.rank())
+    launch.take_gpu(group.rank())
     return True
 
 

@@ -165,7 +165,7 @@ def _rank_main(
     os.environ.setdefault("EPJIT_TIMEOUT_SECONDS", "30")
     try:
         if backend == "nccl":
-            torch.cuda.set_device(rank)
+            take_gpu(rank)
         dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=num_ranks)
         try:
             result = worker(dist.group.WORLD, *args)
@@ -177,6 +177,13 @@ def _rank_main(
         message = _dumps((False, traceback.format_exc()))
     sender.send_bytes(message)
     sender.close()
+
+
+def take_gpu(rank: int) -> torch.device:
+    """Makes the GPU of a rank the current one; ranks share GPUs where there are fewer of them."""
+    device = torch.device("cuda", rank % torch.cuda.device_count())
+    torch.cuda.set_device(device)
+    return device
 
 
 def script_environ() -> dict[str, str]:

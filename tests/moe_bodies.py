@@ -18,6 +18,7 @@ from torch.utils.checkpoint import (
 )
 
 from epjit import Buffer, env, moe
+from tests import launch
 
 HIDDEN, EXPERTS_A_RANK, TOPK = 32, 3, 2
 # bfloat16 has 8 significant bits; a result is rounded about six times on its way, a gradient twice
@@ -29,8 +30,7 @@ def device_of(rank: int) -> torch.device:
     """The GPU of this rank, if there is one; made current."""
     if not torch.cuda.is_available() or env.backend() == "cpu":
         return torch.device("cpu")
-    torch.cuda.set_device(rank)
-    return torch.device("cuda", rank)
+    return launch.take_gpu(rank)
 
 
 class Case:

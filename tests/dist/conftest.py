@@ -1,4 +1,8 @@
-"""N GPUs, one process each. `EPJIT_TEST_RANKS` says how many; without it, all that are there."""
+"""N GPUs, one process each. `EPJIT_TEST_RANKS` says how many; without it, all that are there.
+
+Where that are more than there are GPUs, ranks share them: their kernels take turns, milliseconds
+each, and tests that need a GPU for each rank are skipped.
+"""
 
 from __future__ import annotations
 
@@ -22,28 +26,30 @@ def _on_cpu() -> bool:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Skips this tier where there are fewer GPUs than ranks."""
+    """Skips what this machine has too few GPUs for."""
     here = [item for item in items if _HERE in item.path.parents]
     if not here:
         return
-    on_cpu, num_gpus = _on_cpu(), _num_gpus()
-    wanted = int(os.environ.get("EPJIT_TEST_RANKS") or (2 if on_cpu else max(num_gpus, 2)))
+    on_cpu, num_gpus, chosen = _on_cpu(), _num_gpus(), os.environ.get("EPJIT_TEST_RANKS")
     for item in here:
-        if on_cpu and item.get_closest_marker("needs_gpu"):
-            item.add_marker(pytest.mark.skip(reason="EPJIT_BACKEND=cpu, and this needs GPUs"))
-        elif not on_cpu and num_gpus < wanted:
-            reason = (
-                f"needs {wanted} GPUs, {num_gpus} found (EPJIT_TEST_RANKS chooses another number)"
-            )
+        if on_cpu:
+            if item.get_closest_marker("needs_gpu"):
+                item.add_marker(pytest.mark.skip(reason="EPJIT_BACKEND=cpu, and this needs GPUs"))
+            continue
+        shares = chosen and not item.get_closest_marker("needs_own_gpu")
+        needed = 1 if shares else int(chosen or 2)
+        if num_gpus < needed:
+            reason = f"needs {needed} GPUs, {num_gpus} found (EPJIT_TEST_RANKS: another number)"
             item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def pytest_configure(config: pytest.Config) -> None:
     """The marks of this tier."""
+    config.addinivalue_line("markers", "needs_own_gpu: not on GPUs that ranks share")
     config.addinivalue_line("markers", "needs_gpu: means nothing on the CPU backend")
 
 
 @pytest.fixture(scope="session")
 def num_ranks() -> int:
-    """Number of processes, each with its GPU."""
+    """Number of processes."""
     return int(os.environ.get("EPJIT_TEST_RANKS") or (2 if _on_cpu() else _num_gpus()))

@@ -110,6 +110,7 @@ def test_buffer_is_replaced_by_a_bigger_one(num_ranks: int, transport: dict[str,
     launch.run(bodies.replaced, num_ranks, transport, timeout=200)
 
 
+@pytest.mark.needs_own_gpu
 def test_buffers_come_and_go(num_ranks: int, transport: dict[str, str]) -> None:
     """Twenty times; the device has as much free memory as before, give or take the driver's own."""
     grown = launch.run(bodies.recreated, num_ranks, transport, 20, timeout=400)

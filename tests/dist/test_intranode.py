@@ -49,6 +49,7 @@ def test_random_rounds(num_ranks: int, variant: dict[str, str]) -> None:
     assert done == [100] * num_ranks
 
 
+@pytest.mark.needs_own_gpu
 @pytest.mark.needs_gpu
 def test_random_rounds_with_a_nccl_group(num_ranks: int) -> None:
     """The process group may be of any backend; nothing of ours goes through it later."""
@@ -105,6 +106,7 @@ def test_buffer_is_replaced_by_a_bigger_one(num_ranks: int) -> None:
     launch.run(bodies.replaced, num_ranks, {}, timeout=200)
 
 
+@pytest.mark.needs_own_gpu
 def test_buffers_come_and_go(num_ranks: int) -> None:
     """Ten times; the device has as much free memory as before, give or take the driver's own."""
     grown = launch.run(bodies.recreated, num_ranks, {}, 10, timeout=200)
@@ -116,6 +118,7 @@ def test_buffer_outlives_the_process_group(num_ranks: int) -> None:
     launch.run(bodies.outlives_group, num_ranks, {}, timeout=200)
 
 
+@pytest.mark.needs_own_gpu
 def test_example(num_ranks: int) -> None:
     """`examples/moe_layer.py` compares itself with a dense layer."""
     _succeeds(
@@ -123,6 +126,7 @@ def test_example(num_ranks: int) -> None:
     )
 
 
+@pytest.mark.needs_own_gpu
 @pytest.mark.needs_gpu
 def test_deepeps_own_test(two_or_more: int) -> None:
     """DeepEP's `test_intranode.py`, unmodified, through the package `deep_ep` of compat/."""

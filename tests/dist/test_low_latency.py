@@ -74,6 +74,7 @@ def test_random_rounds_beside_the_normal_mode(num_ranks: int, world: dict[str, s
     assert done == [100] * num_ranks
 
 
+@pytest.mark.needs_own_gpu
 @pytest.mark.needs_gpu
 def test_random_rounds_with_a_nccl_group(num_ranks: int) -> None:
     """The process group may be of any backend; nothing of ours goes through it later."""
@@ -134,6 +135,7 @@ def script() -> Path:
     return path
 
 
+@pytest.mark.needs_own_gpu
 @pytest.mark.needs_gpu
 @pytest.mark.parametrize("options", [(), ("--use-logfmt",)], ids=["plain", "logfmt"])
 def test_deepeps_own_test(two_or_more: int, script: Path, options: tuple[str, ...]) -> None:
@@ -142,6 +144,7 @@ def test_deepeps_own_test(two_or_more: int, script: Path, options: tuple[str, ..
     assert code == 0, f"exit code {code}:\n{text[-6000:]}"
 
 
+@pytest.mark.needs_own_gpu
 @pytest.mark.needs_gpu
 def test_deepeps_pressure_test(two_or_more: int, script: Path) -> None:
     """It never ends by itself, only by an error: stopped after 20 seeds of 20 repeats each.

@@ -39,6 +39,7 @@ def test_ring_after_somebody_has_begun_nvshmem(num_ranks: int) -> None:
     assert all(joined for *_, joined in found)
 
 
+@pytest.mark.needs_own_gpu
 def test_ring_after_torch_has_begun_nvshmem(num_ranks: int) -> None:
     found = launch.run(
         bodies.ring, num_ranks, {}, "torch", 5, 1, timeout=300, backend="nccl"
@@ -48,6 +49,7 @@ def test_ring_after_torch_has_begun_nvshmem(num_ranks: int) -> None:
     assert all(joined for *_, joined in found)
 
 
+@pytest.mark.needs_own_gpu
 def test_created_again_without_a_leak(num_ranks: int, environment: dict[str, str]) -> None:
     found = launch.run(bodies.create_again, num_ranks, environment, 20, timeout=500)
     for free, attached in found:

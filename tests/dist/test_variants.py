@@ -6,14 +6,13 @@ import os
 from typing import Any
 
 import pytest
-import torch
 
 from epjit import Buffer
 from tests import launch
 
 
 def chooses_differently(group: Any) -> None:
-    torch.cuda.set_device(group.rank())
+    launch.take_gpu(group.rank())
     os.environ["EPJIT_DISPATCH_VARIANT"] = "ldst" if group.rank() else "auto"
     buffer = Buffer(group, 16 << 20, explicitly_destroy=True)
     with pytest.raises(RuntimeError, match="the ranks chose different kernels for dispatch"):

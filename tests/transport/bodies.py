@@ -13,6 +13,7 @@ from epjit.runtime.group import Group, process_id
 from epjit.runtime.symmetric import tensor_over
 from epjit.runtime.topology import find_topology
 from epjit.runtime.transport import make_transport
+from tests import launch
 from tests.transport.ring import Ring, ring_sources
 
 SKIPPED = "skipped"
@@ -22,8 +23,7 @@ def begin(process_group: Any, environment: dict[str, str]) -> tuple[Group, int]:
     """The group of ranks, and the GPU of this one."""
     # NVLS (multicast) stays off, whoever begins NVSHMEM.
     os.environ.update({"NVSHMEM_DISABLE_NVLS": "1", **environment})
-    device = process_group.rank() % torch.cuda.device_count()
-    torch.cuda.set_device(device)
+    device = launch.take_gpu(process_group.rank()).index
     torch.zeros(1, device="cuda")
     return Group.from_torch(process_group), device
 
