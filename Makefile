@@ -27,7 +27,7 @@ SANITIZED = --show-backtrace device --error-exitcode 9 --target-processes all $(
 help: ## list the targets
 	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
 
-run: $(READY) ## a MoE layer over N processes: GPUs if there are any, else 4 on the CPU
+run: $(READY) ## a MoE layer over N processes: GPUs if there are any (or one for all), else the CPU
 	$(PYTHON) examples/moe_layer.py $(if $(filter file,$(origin N)),,--ranks $(N)) $(ARGS)
 
 test: $(READY) $(CU12) ## what needs no GPU: CPU backend, emulated kernels, compiles

@@ -343,11 +343,12 @@ def show_table(title: str, header: tuple[str, ...], rows: Sequence[tuple[str, ..
 
 def rank_main(rank: int, num_ranks: int, use_gpu: bool, rendezvous: str, layer: Layer) -> None:
     """One rank of the layer; exits with 1 on every rank when a check failed."""
-    device = f"cuda:{rank}" if use_gpu else "cpu"
+    device = "cpu"
     if use_gpu:
-        torch.cuda.set_device(rank)
+        device = f"cuda:{rank % torch.cuda.device_count()}"  # where there are fewer, ranks share
+        torch.cuda.set_device(device)
     else:
-        os.environ["EPJIT_BACKEND"] = "cpu"  # there may be GPUs, though fewer than ranks
+        os.environ["EPJIT_BACKEND"] = "cpu"  # also where there are GPUs
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // num_ranks))
     dist.init_process_group("gloo", init_method=rendezvous, rank=rank, world_size=num_ranks)
     group = dist.group.WORLD
@@ -476,7 +477,9 @@ def report(
         )
         for name, error in errors.items()
     ]
-    where = torch.cuda.get_device_name() if device != "cpu" else "CPU"
+    where = "CPU"
+    if device != "cpu":
+        where = f"{min(num_ranks, torch.cuda.device_count())} x {torch.cuda.get_device_name()}"
     ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
     show_table(
         f"MoE layer on {ranks} ({where}), {layer.num_experts} experts, top-{layer.num_topk}, "
@@ -501,7 +504,7 @@ def parse_arguments() -> tuple[int, bool, Layer]:
     parser.add_argument("--steps", type=int, default=4, help="forward and backward passes")
     args = parser.parse_args()
 
-    use_gpu = not args.cpu and num_gpus >= args.ranks
+    use_gpu = not args.cpu and num_gpus > 0
     layer = Layer(
         num_tokens=(2048 if use_gpu else 128) if args.tokens is None else args.tokens,
         hidden=args.hidden or (2048 if use_gpu else 512),

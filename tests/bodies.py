@@ -50,7 +50,7 @@ def set_up(group: dist.ProcessGroup, environ: Mapping[str, str]) -> bool:
     if os.environ.get("EPJIT_BACKEND") == "cpu" or not torch.cuda.is_available():
         os.environ["EPJIT_BACKEND"] = "cpu"
         return False
-    launch.take_gpu(group.rank())
+    launch.take_gpu(group.rank(), group.size())
     return True
 
 

@@ -165,7 +165,7 @@ def _rank_main(
     os.environ.setdefault("EPJIT_TIMEOUT_SECONDS", "30")
     try:
         if backend == "nccl":
-            take_gpu(rank)
+            take_gpu(rank, num_ranks)
         dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=num_ranks)
         try:
             result = worker(dist.group.WORLD, *args)
@@ -179,9 +179,10 @@ def _rank_main(
     sender.close()
 
 
-def take_gpu(rank: int) -> torch.device:
-    """Makes the GPU of a rank the current one; ranks share GPUs where there are fewer of them."""
-    device = torch.device("cuda", rank % torch.cuda.device_count())
+def take_gpu(rank: int, num_ranks: int) -> torch.device:
+    """Makes the GPU of a rank the current one; where there are fewer, as many ranks share each."""
+    num_gpus = next(n for n in range(torch.cuda.device_count(), 0, -1) if num_ranks % n == 0)
+    device = torch.device("cuda", rank % num_gpus)
     torch.cuda.set_device(device)
     return device
 

@@ -26,11 +26,11 @@ HIDDEN, EXPERTS_A_RANK, TOPK = 32, 3, 2
 TOLERANCE = 2.0**-5
 
 
-def device_of(rank: int) -> torch.device:
+def device_of(group: Any) -> torch.device:
     """The GPU of this rank, if there is one; made current."""
     if not torch.cuda.is_available() or env.backend() == "cpu":
         return torch.device("cpu")
-    return launch.take_gpu(rank)
+    return launch.take_gpu(group.rank(), group.size())
 
 
 class Case:
@@ -38,7 +38,7 @@ class Case:
 
     def __init__(self, group: Any, num_tokens: int, *, seed: int = 0, holes: bool = True) -> None:
         self.group, self.rank, self.size = group, group.rank(), group.size()
-        self.device = device_of(self.rank)
+        self.device = device_of(group)
         self.num_experts = EXPERTS_A_RANK * self.size
         generator = torch.Generator().manual_seed(100 * seed + self.rank)
         everywhere = torch.Generator().manual_seed(seed)
@@ -275,7 +275,7 @@ def compiled_once(group: Any) -> None:
 
 def managed(group: Any) -> None:
     """Buffers grow, follow a group that was made again, and are freed."""
-    device_of(group.rank())
+    device_of(group)
     small = moe.get_buffer(group, 64)
     assert moe.get_buffer(group, 64) is small
     assert moe.get_buffer(group, 32) is small

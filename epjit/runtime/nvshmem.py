@@ -18,11 +18,13 @@ import threading
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from epjit import env
 from epjit.errors import missing_package
+from epjit.runtime import device as gpu
 from epjit.runtime import driver
 from epjit.runtime.group import Group, host_id, process_id
 
@@ -259,6 +261,7 @@ class _Member(NamedTuple):
     host: str = ""
     hostname: str = ""
     process: str = ""
+    gpu: bytes = b""
 
 
 def initialize(group: Group, *, device: int | None, settings: Mapping[str, str]) -> list[int]:
@@ -279,11 +282,12 @@ def initialize(group: Group, *, device: int | None, settings: Mapping[str, str])
         RuntimeError: The ranks' libraries do not go together, or NVSHMEM works already with other
             members, or does not begin. The same reasons on all ranks.
     """
-    members: list[_Member] = group.allgather(_introduce())
+    members: list[_Member] = group.allgather(_introduce(device))
     _check_members(members)
     if members[0].initialized:
         return [member.pe for member in members]
     pes = number_ranks([member.host for member in members])
+    _check_gpus(members, pes)
     for name, value in settings.items():
         env.set_default(name, value)
     if len({member.host for member in members}) == 1:
@@ -302,7 +306,7 @@ def number_ranks(hosts: Sequence[str]) -> list[int]:
     return [order.index(rank) for rank in range(len(hosts))]
 
 
-def _introduce() -> _Member:
+def _introduce(device: int | None) -> _Member:
     try:
         library = load()
     except (ImportError, RuntimeError) as error:
@@ -316,6 +320,7 @@ def _introduce() -> _Member:
         host=host_id(),
         hostname=socket.gethostname(),
         process=process_id(),
+        gpu=b"" if device is None else gpu.uuid(device),
     )
 
 
@@ -364,6 +369,25 @@ def _check_hosts(members: Sequence[_Member]) -> None:
         raise RuntimeError(
             "NVSHMEM tells hosts apart by their names, and different ones are called "
             f"{', '.join(sorted(set(names.values())))}; give each its own (docker run --hostname)"
+        )
+
+
+def _check_gpus(members: Sequence[_Member], pes: Sequence[int]) -> None:
+    """Refuses shared GPUs with which NVSHMEM would wait for ever, or end the process.
+
+    It lets the processes of a GPU meet by barriers of all processes, in which one that is alone on
+    its GPU takes no part, and numbers them with one step.
+    """
+    shared: dict[bytes, list[int]] = {}
+    for pe, member in sorted(zip(pes, members, strict=True)):
+        shared.setdefault(member.gpu, []).append(pe)
+    on_gpus = list(shared.values())
+    steps = {after - before for on_gpu in on_gpus for before, after in pairwise(on_gpu)}
+    if len({len(on_gpu) for on_gpu in on_gpus}) > 1 or len(steps) > 1:
+        listed = "; ".join(", ".join(map(str, on_gpu)) for on_gpu in on_gpus)
+        raise RuntimeError(
+            "NVSHMEM wants as many processes on every GPU, in even steps, and its PEs are, GPU by "
+            f"GPU: {listed}; give each rank a GPU of its own, or rank i GPU i modulo their number"
         )
 
 

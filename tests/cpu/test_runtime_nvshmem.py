@@ -325,7 +325,7 @@ def members(monkeypatch: pytest.MonkeyPatch) -> list[nvshmem._Member]:
         for rank in range(4)
     ]
     local = threading.local()
-    monkeypatch.setattr(nvshmem, "_introduce", lambda: found[local.rank])
+    monkeypatch.setattr(nvshmem, "_introduce", lambda device: found[local.rank])
 
     def initialize(group: Any) -> list[int]:
         local.rank = group.rank
@@ -354,6 +354,7 @@ def test_nvshmem_that_works_already_is_joined(members: list[nvshmem._Member]) ->
         (2, {"process": "1"}, ValueError, "threads of one process.*EPJIT_TRANSPORT=loopback"),
         (2, {"version": (3, 8, 0)}, RuntimeError, r"by rank: 3\.4\.5, 3\.4\.5, 3\.8\.0, 3\.4\.5"),
         (2, {"host": "b", "hostname": "b"}, RuntimeError, "there are 3 on a, 1 on b"),
+        (2, {"gpu": b"b"}, RuntimeError, "its PEs are, GPU by GPU: 0, 1, 3; 2; give each rank"),
         (2, {"initialized": True}, RuntimeError, r"works already on ranks \[2\], but not on"),
     ],
 )
@@ -372,6 +373,12 @@ def test_ranks_that_do_not_go_together(
 def test_hosts_of_one_name_are_refused(members: list[nvshmem._Member]) -> None:
     members[:] = [each._replace(host=str(rank % 2)) for rank, each in enumerate(members)]
     with pytest.raises(RuntimeError, match="different ones are called a; give each its own"):
+        raise outcome(members)
+
+
+def test_gpus_that_are_shared_in_uneven_steps_are_refused(members: list[nvshmem._Member]) -> None:
+    members[:] = [each._replace(gpu=b"abba"[i : i + 1]) for i, each in enumerate(members)]
+    with pytest.raises(RuntimeError, match="GPU by GPU: 0, 3; 1, 2; give each"):
         raise outcome(members)
 
 

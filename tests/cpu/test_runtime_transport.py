@@ -89,7 +89,7 @@ def test_threads_get_loopback(device: Device, monkeypatch: pytest.MonkeyPatch) -
     assert found[0].pes == [0, 1, 2, 3]
     monkeypatch.setenv("EPJIT_TRANSPORT", "nvshmem")
     member = transports.nvshmem._Member(process="this")
-    monkeypatch.setattr(transports.nvshmem, "_introduce", lambda: member)
+    monkeypatch.setattr(transports.nvshmem, "_introduce", lambda device: member)
     for error in make(2, ((0,), (1,))):
         with pytest.raises(ValueError, match="some ranks are threads of one process"):
             raise error

@@ -118,7 +118,6 @@ def test_buffer_outlives_the_process_group(num_ranks: int) -> None:
     launch.run(bodies.outlives_group, num_ranks, {}, timeout=200)
 
 
-@pytest.mark.needs_own_gpu
 def test_example(num_ranks: int) -> None:
     """`examples/moe_layer.py` compares itself with a dense layer."""
     _succeeds(

@@ -12,7 +12,7 @@ from tests import launch
 
 
 def chooses_differently(group: Any) -> None:
-    launch.take_gpu(group.rank())
+    launch.take_gpu(group.rank(), group.size())
     os.environ["EPJIT_DISPATCH_VARIANT"] = "ldst" if group.rank() else "auto"
     buffer = Buffer(group, 16 << 20, explicitly_destroy=True)
     with pytest.raises(RuntimeError, match="the ranks chose different kernels for dispatch"):

@@ -32,7 +32,7 @@ class Case:
         sys.path.insert(0, str(ROOT / "compat"))
         self.group, self.size, self.rank = group, group.size(), group.rank()
         self.num_experts = EXPERTS_A_RANK * self.size
-        device = device_of(self.rank)
+        device = device_of(group)
         torch.set_default_device(device)  # also for what the frameworks make
         cpu = {"generator": torch.Generator("cpu").manual_seed(self.rank), "device": "cpu"}
         self.x = torch.randint(-4, 5, (TOKENS, HIDDEN), **cpu).bfloat16().to(device)

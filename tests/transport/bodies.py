@@ -23,7 +23,7 @@ def begin(process_group: Any, environment: dict[str, str]) -> tuple[Group, int]:
     """The group of ranks, and the GPU of this one."""
     # NVLS (multicast) stays off, whoever begins NVSHMEM.
     os.environ.update({"NVSHMEM_DISABLE_NVLS": "1", **environment})
-    device = launch.take_gpu(process_group.rank()).index
+    device = launch.take_gpu(process_group.rank(), process_group.size()).index
     torch.zeros(1, device="cuda")
     return Group.from_torch(process_group), device
 
