@@ -95,6 +95,9 @@ def ranks_and_device(ranks: int) -> tuple[int, str]:
 
     Args:
         ranks: 0 = all GPUs, or two ranks without any.
+
+    Raises:
+        ValueError: More ranks than GPUs, which would take turns.
     """
     import torch
 
@@ -102,7 +105,12 @@ def ranks_and_device(ranks: int) -> tuple[int, str]:
 
     gpus = torch.cuda.device_count() if env.backend() != "cpu" else 0
     wanted = ranks or gpus or 2
-    return wanted, "cuda" if gpus >= wanted else "cpu"
+    if 0 < gpus < wanted:
+        raise ValueError(
+            f"--ranks is {wanted}, but times need a GPU for each rank, and there are {gpus}; "
+            "EPJIT_BACKEND=cpu takes the CPU backend"
+        )
+    return wanted, "cuda" if gpus else "cpu"
 
 
 def default_nvl_bytes(device: str) -> int:

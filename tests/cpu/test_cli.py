@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from typer.testing import CliRunner
 
 from epjit import tuned
@@ -352,7 +353,16 @@ def test_bench_says_what_a_rank_died_of() -> None:
         low_latency.run(settings, on_row=len)
 
 
-def test_bench_refuses_before_it_starts() -> None:
+@pytest.mark.parametrize("command", ["bench", "tune"])
+def test_times_need_a_gpu_for_each_rank(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("EPJIT_BACKEND", raising=False)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    with pytest.raises(ValueError, match=r"--ranks is 4, but times need .* and there are 2"):
+        invoke(command, "--ranks", 4)
+
+
+def test_bench_refuses_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPJIT_BACKEND", "cpu")
     with pytest.raises(ValueError, match=r"3 ranks do not divide 8 experts.*must be even"):
         invoke("bench", "--ranks", 3, "--experts", 8, "--topk", 2, "--sms", 5)
 
