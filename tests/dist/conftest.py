@@ -1,7 +1,7 @@
 """N GPUs, one process each. `EPJIT_TEST_RANKS` says how many; without it, all that are there.
 
-Where that are more than there are GPUs, ranks share them: their kernels take turns, milliseconds
-each, and tests that need a GPU for each rank are skipped.
+Ranks share GPUs where EPJIT_TEST_RANKS says more than there are: their kernels take turns, some
+milliseconds each, and tests that need a GPU for each rank are skipped.
 """
 
 from __future__ import annotations

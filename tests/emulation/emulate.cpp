@@ -580,7 +580,8 @@ bool release_block(Block& block) {
 //
 // As racecheck of compute-sanitizer sees them: a read and a write of one byte by two threads with no
 // barrier of the block between them, nor a collective of the warp when it is one warp's. Atomics
-// count as writes. Two writes are let pass, for they may write the same.
+// count as writes. Two writes are let pass, for they may write the same. A barrier of some threads
+// counts as one of the whole block, which can hide a race.
 
 bool is_race(const Access& before, const Access& now) {
   if (before.phase != now.phase || before.lane == kNobody) return false;
@@ -603,7 +604,7 @@ void access(const void* address, size_t size, bool is_write, void* place) {
       reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(running->shared);
   if (begin >= running->shared_bytes) return;
   const bool is_atomic = !is_preemptible;
-  if (is_atomic && !is_write) return;
+  if (is_atomic && !is_write) return;  // its other half follows
   Block& block = *running->block;
   if (block.bytes.empty()) block.bytes.resize(running->shared_bytes);
   const Warp& warp = *block.warps[static_cast<size_t>(running->warp)];
