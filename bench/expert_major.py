@@ -9,7 +9,6 @@ compared before a time is taken.
 from __future__ import annotations
 
 import argparse
-import os
 from collections.abc import Callable
 from typing import Any
 
@@ -40,8 +39,6 @@ def torch_permute(
 
 def worker(rank: int, args: argparse.Namespace, device: str, port: int, queue: Any) -> None:
     """One rank: compares both ways and times their parts."""
-    if device == "cpu":
-        os.environ["EPJIT_BACKEND"] = "cpu"  # there may be GPUs, though fewer than ranks
     from epjit import moe
 
     group = timing.join(rank, args.ranks, port, device=device)
@@ -108,9 +105,8 @@ def worker(rank: int, args: argparse.Namespace, device: str, port: int, queue: A
 
 def main() -> None:
     """Command line."""
-    gpus = torch.cuda.device_count()
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--ranks", type=int, default=gpus or 2)
+    parser.add_argument("--ranks", type=int, default=0, help="0 = all GPUs, or two without any")
     parser.add_argument("--tokens", type=int, default=4096, help="a rank")
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--intermediate", type=int, default=2048)
@@ -118,7 +114,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--alignment", type=int, default=128)
     args = parser.parse_args()
-    device = "cuda" if gpus >= args.ranks else "cpu"
+    args.ranks, device = timing.ranks_and_device(args.ranks)
     where = torch.cuda.get_device_name() if device == "cuda" else "CPU backend"
     print(f"{args.ranks} x {where}, {args.tokens} tokens, eager, the slowest rank")
     timing.run_ranks(

@@ -324,7 +324,7 @@ def start(rank: int, settings: Settings, port: int, queue: Any) -> tuple[dist.Pr
 
     on_cpu = settings.device == "cpu"
     if on_cpu:
-        os.environ[env.backend.name] = "cpu"  # there may be GPUs, though fewer than ranks
+        os.environ[env.backend.name] = "cpu"  # also where there are GPUs
     group = join(rank, settings.ranks, port, device=settings.device)
 
     def say(**row: Any) -> None:

@@ -104,6 +104,27 @@ def free_port() -> int:
         return int(listener.getsockname()[1])
 
 
+def ranks_and_device(ranks: int) -> tuple[int, str]:
+    """How many ranks, and "cuda" or "cpu": what was asked for, or what there is.
+
+    Args:
+        ranks: 0 = all GPUs, or two ranks without any.
+
+    Raises:
+        ValueError: More ranks than GPUs, which would take turns.
+    """
+    from epjit import env
+
+    gpus = torch.cuda.device_count() if env.backend() != "cpu" else 0
+    wanted = ranks or gpus or 2
+    if 0 < gpus < wanted:
+        raise ValueError(
+            f"--ranks is {wanted}, but times need a GPU for each rank, and there are {gpus}; "
+            "EPJIT_BACKEND=cpu takes the CPU backend"
+        )
+    return wanted, "cuda" if gpus else "cpu"
+
+
 def run_ranks(
     worker: Callable[..., None],
     num_ranks: int,

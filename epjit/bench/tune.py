@@ -74,7 +74,7 @@ def worker(rank: int, settings: Settings, port: int, queue: Any) -> None:
     """One rank: measures, and rank 0 reports."""
     on_cpu = settings.device == "cpu"
     if on_cpu:
-        os.environ[env.backend.name] = "cpu"  # there may be GPUs, though fewer than ranks
+        os.environ[env.backend.name] = "cpu"  # also where there are GPUs
     import epjit
 
     group = join(rank, settings.ranks, port, device=settings.device)

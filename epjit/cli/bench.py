@@ -54,6 +54,7 @@ def bench(
     """Time every operation; on the CPU backend where there is no GPU."""
     from epjit.bench import low_latency as low_latency_bench
     from epjit.bench import normal
+    from epjit.bench.timing import ranks_and_device
 
     ranks, device = ranks_and_device(ranks)
     if device == "cpu":
@@ -88,29 +89,6 @@ def bench(
     if plot is not None:
         draw(rows, plot)
         typer.echo(f"plot in {plot}")
-
-
-def ranks_and_device(ranks: int) -> tuple[int, str]:
-    """How many ranks, and "cuda" or "cpu": what was asked for, or what there is.
-
-    Args:
-        ranks: 0 = all GPUs, or two ranks without any.
-
-    Raises:
-        ValueError: More ranks than GPUs, which would take turns.
-    """
-    import torch
-
-    from epjit import env
-
-    gpus = torch.cuda.device_count() if env.backend() != "cpu" else 0
-    wanted = ranks or gpus or 2
-    if 0 < gpus < wanted:
-        raise ValueError(
-            f"--ranks is {wanted}, but times need a GPU for each rank, and there are {gpus}; "
-            "EPJIT_BACKEND=cpu takes the CPU backend"
-        )
-    return wanted, "cuda" if gpus else "cpu"
 
 
 def default_nvl_bytes(device: str) -> int:

@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from epjit.cli import show
-from epjit.cli.bench import default_nvl_bytes, ranks_and_device
+from epjit.cli.bench import default_nvl_bytes
 
 
 def tune(
@@ -29,6 +29,7 @@ def tune(
     from epjit import tuned
     from epjit.bench import normal
     from epjit.bench import tune as search
+    from epjit.bench.timing import ranks_and_device
 
     if slack < 0:
         raise ValueError(f"--slack is {slack}, but must not be negative")
