@@ -1,7 +1,8 @@
 """What rows by expert cost: dispatch(expert_major=True) beside dispatch and torch's own permute.
 
 All GPUs of this machine (or two ranks of the CPU backend, to try it). Results of both ways are
-compared before a time is taken.
+compared before a time is taken. What crosses the links has its part of the link ceiling, that of a
+plain copy with as many SMs in the same run.
 
     python bench/expert_major.py --tokens 4096 --hidden 7168
 """
@@ -15,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from epjit.bench import timing
+from epjit.bench import normal, timing
 
 
 def torch_permute(
@@ -39,13 +40,32 @@ def torch_permute(
 
 def worker(rank: int, args: argparse.Namespace, device: str, port: int, queue: Any) -> None:
     """One rank: compares both ways and times their parts."""
+    import epjit
     from epjit import moe
 
+    def say(**row: Any) -> None:
+        if rank == 0:
+            queue.put(row)
+
+    settings = normal.Settings(
+        ranks=args.ranks,
+        hidden=args.hidden,
+        topk=args.topk,
+        experts=args.experts,
+        tokens=(args.tokens,),
+        device=device,
+    )
     group = timing.join(rank, args.ranks, port, device=device)
-    torch.manual_seed(rank)
-    x = torch.randn(args.tokens, args.hidden, device=device, dtype=torch.bfloat16)
-    scores = torch.rand(args.tokens, args.experts, device=device)
-    weights, idx = scores.topk(args.topk, dim=1)
+    case = normal.Case(epjit, None, group, settings, args.tokens)
+    x, idx, weights = case.payloads["bf16"], case.topk_idx, case.weights
+    assert isinstance(x, Tensor)
+    shape = {"hidden_bytes": normal.row_bytes(x), "num_tokens": args.tokens}
+    configs = {
+        "dispatch": epjit.Buffer.get_dispatch_config(args.ranks, **shape),
+        "combine": epjit.Buffer.get_combine_config(args.ranks, **shape),
+    }
+    all_sms = sorted({config.num_sms for config in configs.values()})
+    ceilings = normal.measure_ceilings(group, settings, all_sms, say)
     local = args.experts // args.ranks
     matrices = torch.randn(
         local, args.hidden, args.intermediate, device=device, dtype=torch.bfloat16
@@ -97,10 +117,21 @@ def worker(rank: int, args: argparse.Namespace, device: str, port: int, queue: A
     }
     for name, part in parts.items():
         us = timing.eager(part, group, device=device)
-        if rank == 0:
-            queue.put({"op": name, "us": round(us, 1)})
+        row = {"op": name, "us": round(us, 1)}
+        op = name.split(",")[0]
+        best = max(ceilings[configs[op].num_sms].values()) if op in configs else 0
+        if best and part is not layer:
+            row["ratio"] = round(case.remote_rows * normal.row_bytes(x) / us / 1e3 / best, 3)
+        say(**row)
     moe.free_buffers()
     torch.distributed.destroy_process_group()
+
+
+def show(row: timing.Row) -> None:
+    """One line."""
+    ratio = f", {row['ratio']} of the ceiling" if "ratio" in row else ""
+    rate = f", {row['sms']} SMs: {row['remote_GBps']} GB/s" if "remote_GBps" in row else ""
+    print(f"{row['us']:10.1f} us  {row['op']}{ratio}{rate}", flush=True)
 
 
 def main() -> None:
@@ -123,7 +154,7 @@ def main() -> None:
         args,
         device,
         timing.free_port(),
-        on_row=lambda row: print(f"{row['us']:10.1f} us  {row['op']}", flush=True),
+        on_row=show,
     )
 
 
