@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import random
 import socket
 import statistics
 import time
@@ -98,10 +100,16 @@ def join(rank: int, num_ranks: int, port: int, *, device: str = "cuda") -> dist.
 
 
 def free_port() -> int:
-    """A port of this host that nobody listens on."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port of this host that nobody listens on.
+
+    Not one of those that the system hands out (Linux: from 32768 on): another process may get it
+    before the rank that shall listen on it has started.
+    """
+    while True:
+        port = random.SystemRandom().randrange(20_000, 32_768)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def ranks_and_device(ranks: int) -> tuple[int, str]:
