@@ -38,41 +38,32 @@ def torch_permute(
     return rows, row_weights, ends.to(torch.int32)
 
 
-def worker(rank: int, args: argparse.Namespace, device: str, port: int, queue: Any) -> None:
+def worker(
+    rank: int, args: argparse.Namespace, settings: normal.Settings, port: int, queue: Any
+) -> None:
     """One rank: compares both ways and times their parts."""
     import epjit
     from epjit import moe
 
-    def say(**row: Any) -> None:
-        if rank == 0:
-            queue.put(row)
-
-    settings = normal.Settings(
-        ranks=args.ranks,
-        hidden=args.hidden,
-        topk=args.topk,
-        experts=args.experts,
-        tokens=(args.tokens,),
-        device=device,
-    )
-    group = timing.join(rank, args.ranks, port, device=device)
+    group, say = normal.start(rank, settings, port, queue)
+    device = settings.device
     case = normal.Case(epjit, None, group, settings, args.tokens)
     x, idx, weights = case.payloads["bf16"], case.topk_idx, case.weights
     assert isinstance(x, Tensor)
     shape = {"hidden_bytes": normal.row_bytes(x), "num_tokens": args.tokens}
     configs = {
-        "dispatch": epjit.Buffer.get_dispatch_config(args.ranks, **shape),
-        "combine": epjit.Buffer.get_combine_config(args.ranks, **shape),
+        "dispatch": epjit.Buffer.get_dispatch_config(settings.ranks, **shape),
+        "combine": epjit.Buffer.get_combine_config(settings.ranks, **shape),
     }
     all_sms = sorted({config.num_sms for config in configs.values()})
     ceilings = normal.measure_ceilings(group, settings, all_sms, say)
-    local = args.experts // args.ranks
+    local = args.experts // settings.ranks
     matrices = torch.randn(
         local, args.hidden, args.intermediate, device=device, dtype=torch.bfloat16
     )
     matrices *= args.hidden**-0.5
     common = {"num_experts": args.experts, "group": group}
-    worst = {"num_worst_tokens": args.ranks * args.tokens}
+    worst = {"num_worst_tokens": settings.ranks * args.tokens}
     by_expert = {"expert_major": True, "expert_alignment": args.alignment}
 
     def fused(**options: Any) -> Any:
@@ -117,21 +108,22 @@ def worker(rank: int, args: argparse.Namespace, device: str, port: int, queue: A
     }
     for name, part in parts.items():
         us = timing.eager(part, group, device=device)
-        row = {"op": name, "us": round(us, 1)}
-        op = name.split(",")[0]
-        best = max(ceilings[configs[op].num_sms].values()) if op in configs else 0
-        if best and part is not layer:
-            row["ratio"] = round(case.remote_rows * normal.row_bytes(x) / us / 1e3 / best, 3)
-        say(**row)
+        config = configs.get(name.split(",")[0]) if part is not layer else None
+        rates = case.rates(x, us, max(ceilings[config.num_sms].values())) if config else {}
+        say(op=name, us=us, **rates)
     moe.free_buffers()
     torch.distributed.destroy_process_group()
 
 
 def show(row: timing.Row) -> None:
     """One line."""
-    ratio = f", {row['ratio']} of the ceiling" if "ratio" in row else ""
-    rate = f", {row['sms']} SMs: {row['remote_GBps']} GB/s" if "remote_GBps" in row else ""
-    print(f"{row['us']:10.1f} us  {row['op']}{ratio}{rate}", flush=True)
+    if row["op"] == "run":
+        print(f"{row['ranks']} x {row['device']}", flush=True)
+        return
+    sms = f", {row['sms']} SMs" if "sms" in row else ""
+    rate = f": {row['remote_GBps']} GB/s" if "remote_GBps" in row else ""
+    ratio = f", {row['ratio']} of the ceiling" if row.get("ratio") else ""
+    print(f"{row['us']:10.1f} us  {row['op']}{sms}{rate}{ratio}", flush=True)
 
 
 def main() -> None:
@@ -145,17 +137,17 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--alignment", type=int, default=128)
     args = parser.parse_args()
-    args.ranks, device = timing.ranks_and_device(args.ranks)
-    where = torch.cuda.get_device_name() if device == "cuda" else "CPU backend"
-    print(f"{args.ranks} x {where}, {args.tokens} tokens, eager, the slowest rank")
-    timing.run_ranks(
-        worker,
-        args.ranks,
-        args,
-        device,
-        timing.free_port(),
-        on_row=show,
+    ranks, device = timing.ranks_and_device(args.ranks)
+    settings = normal.Settings(
+        ranks=ranks,
+        hidden=args.hidden,
+        topk=args.topk,
+        experts=args.experts,
+        tokens=(args.tokens,),
+        device=device,
     )
+    print(f"{args.tokens} tokens, eager, the slowest rank", flush=True)
+    timing.run_ranks(worker, ranks, args, settings, timing.free_port(), on_row=show)
 
 
 if __name__ == "__main__":

@@ -174,6 +174,18 @@ class Case:
         dist.all_reduce(total, group=group)
         self.remote_rows, self.logical_rows = (total / self.size).tolist()  # means over the ranks
 
+    def rates(self, payload: Payload, us: float, best: float) -> Row:
+        """GB/s of a call that took `us`, and its part of a ceiling of `best` GB/s (0 = none)."""
+        remote, logical = (
+            rows * row_bytes(payload) / us / 1e3 for rows in (self.remote_rows, self.logical_rows)
+        )
+        return {
+            "remote_GBps": round(remote, 1),
+            "logical_GBps": round(logical, 1),
+            "ceiling_GBps": best or None,
+            "ratio": round(remote / best, 3) if best else None,
+        }
+
     def layout(self) -> Any:
         """The layout call."""
         return self.buffer.get_dispatch_layout(self.topk_idx, self.num_experts)
@@ -242,16 +254,6 @@ def bench_tokens(case: Case, sms_list: list[int], ceilings: dict[int, Row], say:
         common = {"tokens": case.num_tokens, "sms": sms}
         best = max(ceilings[sms].values())
 
-        def rates(payload: Payload, us: float, best: float = best) -> Row:
-            remote = case.remote_rows * row_bytes(payload) / us / 1e3
-            logical = case.logical_rows * row_bytes(payload) / us / 1e3
-            return {
-                "remote_GBps": round(remote, 1),
-                "logical_GBps": round(logical, 1),
-                "ceiling_GBps": best or None,
-                "ratio": round(remote / best, 3) if best else None,
-            }
-
         for name, payload in case.payloads.items():
             received, idx, weights, counts, handle, _ = case.full_dispatch(payload)
             case.check_dispatch(received, payload, name)
@@ -259,7 +261,7 @@ def bench_tokens(case: Case, sms_list: list[int], ceilings: dict[int, Row], say:
             cached = functools.partial(case.buffer.dispatch, payload, handle=handle)
             case.check_dispatch(cached()[0], payload, f"{name} cached")
             us, host = clock(cached)
-            rate = rates(payload, us)
+            rate = case.rates(payload, us, best)
             say(op="dispatch cached", dtype=name, **common, us=us, host_us=host, **rate)
             us = eager(
                 functools.partial(case.full_dispatch, payload), case.group, device=case.device
@@ -274,7 +276,7 @@ def bench_tokens(case: Case, sms_list: list[int], ceilings: dict[int, Row], say:
                 say(op="layout", tokens=case.num_tokens, us=us, host_us=host)
             case.check_combine(tensors(payload)[0], weights, handle)
             us, host = clock(functools.partial(case.buffer.combine, received, handle))
-            rate = rates(payload, us)
+            rate = case.rates(payload, us, best)
             say(op="combine", dtype=name, **common, us=us, host_us=host, **rate)
 
 
@@ -319,7 +321,7 @@ def measure_ceilings(
 
 def start(rank: int, settings: Settings, port: int, queue: Any) -> tuple[dist.ProcessGroup, Say]:
     """Meets the other ranks; returns the group, and what reports a row (of rank 0)."""
-    from epjit import __version__, env, intranode, low_latency  # noqa: F401  (they have variants)
+    from epjit import __version__, env, intranode, low_latency, tuned  # noqa: F401  (two have variants)
     from epjit.runtime import variants
 
     on_cpu = settings.device == "cpu"
@@ -335,7 +337,7 @@ def start(rank: int, settings: Settings, port: int, queue: Any) -> tuple[dist.Pr
         op="run",
         module=f"epjit {__version__}",
         compare=list(settings.compare),
-        device="CPU backend" if on_cpu else torch.cuda.get_device_name(),
+        device=tuned.CPU if on_cpu else torch.cuda.get_device_name(),
         ranks=settings.ranks,
         hidden=settings.hidden,
         topk=settings.topk,

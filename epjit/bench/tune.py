@@ -11,9 +11,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from epjit import env, intranode, tuned  # noqa: F401  (intranode registers the variants)
-from epjit.bench.normal import Case, Settings, tensors
-from epjit.bench.timing import Row, free_port, join, run_ranks, timed
+from epjit import env, tuned
+from epjit.bench.normal import Case, Settings, start, tensors
+from epjit.bench.timing import Row, free_port, run_ranks, timed
 from epjit.runtime import variants
 
 OPS = ("dispatch", "combine")
@@ -72,28 +72,18 @@ def winners(rows: list[Row], *, slack: float) -> list[tuned.Tuned]:
 
 def worker(rank: int, settings: Settings, port: int, queue: Any) -> None:
     """One rank: measures, and rank 0 reports."""
-    on_cpu = settings.device == "cpu"
-    if on_cpu:
-        os.environ[env.backend.name] = "cpu"  # also where there are GPUs
     import epjit
 
-    group = join(rank, settings.ranks, port, device=settings.device)
-
-    def say(**row: Any) -> None:
-        if rank == 0:
-            queue.put(row)
-
-    device = tuned.CPU if on_cpu else torch.cuda.get_device_name()
-    say(op="run", device=device, ranks=settings.ranks, hidden=settings.hidden)
+    group, say = start(rank, settings, port, queue)
     for op in OPS:
-        for variant in names(op, on_cpu=on_cpu):
+        for variant in names(op, on_cpu=settings.device == "cpu"):
             with _variant(op, variant):
                 buffer = epjit.Buffer(group, settings.nvl_bytes, explicitly_destroy=True)
                 for tokens in settings.tokens:
                     case = Case(epjit, buffer, group, settings, tokens)
                     for sms in settings.sms:
                         us = _time(case, op, sms)
-                        say(op=op, variant=variant, tokens=tokens, sms=sms, us=round(us, 1))
+                        say(op=op, variant=variant, tokens=tokens, sms=sms, us=us)
                 dist.barrier(group)
                 buffer.destroy()
     dist.destroy_process_group()

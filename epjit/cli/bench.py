@@ -58,7 +58,7 @@ def bench(
 
     ranks, device = ranks_and_device(ranks)
     if device == "cpu":
-        typer.echo("no GPU for each rank: the CPU backend, whose times say nothing", err=True)
+        typer.echo("this is the CPU backend, whose times say nothing", err=True)
     settings = normal.Settings(
         ranks=ranks,
         hidden=hidden,

@@ -134,9 +134,9 @@ def test_deepeps_own_test(two_or_more: int) -> None:
         pytest.skip("EPJIT_DEEPEP_TESTS names no folder that holds DeepEP's test_intranode.py")
     script = Path(folder).resolve() / "test_intranode.py"
     assert script.is_file(), f"EPJIT_DEEPEP_TESTS={folder} holds no test_intranode.py"
+    num_experts = 256 // two_or_more * two_or_more  # the script's own number, if the ranks divide it
     _succeeds(
-        [sys.executable, str(script), "--num-processes", str(two_or_more)]
-        + ["--num-experts", str(256 // two_or_more * two_or_more)],  # its 256, or what the ranks divide
+        [sys.executable, str(script), f"--num-processes={two_or_more}", f"--num-experts={num_experts}"],
         cwd=script.parent,
         seconds=800,
     )
