@@ -7,7 +7,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -36,6 +36,7 @@ from epjit.config import (
 )
 from epjit.event import EventHandle, EventOverlap, next_number
 from epjit.formats import choose_format
+from epjit.life import Resources, give_back_left, is_ending, watch
 from epjit.low_latency_checks import LowLatencyChecks, LowLatencyHandle, check_forms, check_variant
 from epjit.reference.cpu_backend import CpuBackend, CpuLowLatency, CpuMemory
 from epjit.reference.intranode import Handle
@@ -239,6 +240,8 @@ class Buffer:
             self.nvshmem_qp_depth = env.nvshmem_qp_depth()
         _check_buffer(links.size, num_nvl_bytes, num_rdma_bytes, nvlink_domain, timeout_seconds)
 
+        self._resources = Resources()
+        give_back_left()
         self._links = links
         self._lock = threading.RLock()
         self._cpu: CpuBackend | None = None
@@ -256,11 +259,18 @@ class Buffer:
         _check_topology(self._topology, num_rdma_bytes, num_qps_per_rank, low_latency_mode)
         if low_latency_mode:
             check_variant(self._num_domains)
+        self._empty = empty_on(self.device)
+        self._passed: dict[Hashable, bool] = {}  # arguments of the normal mode, see `signature`
+        self._slots = SLOTS if self._num_domains == 1 else SLOTS_BETWEEN_DOMAINS
+        self._low_latency_checks = LowLatencyChecks(
+            links.size, num_rdma_bytes, self.device, self._num_domains
+        )
         if on_gpu:
             try:
                 self._make_on_gpu(timeout_seconds, use_fabric, num_qps_per_rank)
-            except BaseException:
-                self._release()  # what was made; whoever catches this may try a smaller size
+            except BaseException as error:  # whoever catches it may try a smaller size
+                self._let_go().abandon(error)
+                self._comm = None
                 raise
         else:
             self._available_sms = _CPU_SMS
@@ -272,12 +282,6 @@ class Buffer:
                 self._low_latency = CpuLowLatency(
                     links, num_rdma_bytes=num_rdma_bytes, enable_shrink=enable_shrink
                 )
-        self._empty = empty_on(self.device)
-        self._passed: dict[Hashable, bool] = {}  # arguments of the normal mode, see `signature`
-        self._slots = SLOTS if self._num_domains == 1 else SLOTS_BETWEEN_DOMAINS
-        self._low_latency_checks = LowLatencyChecks(
-            links.size, num_rdma_bytes, self.device, self._num_domains
-        )
         self.runtime = BufferRuntime(self)
 
     def _make_on_gpu(
@@ -290,12 +294,14 @@ class Buffer:
         properties = torch.cuda.get_device_properties(self.device)
         self._available_sms = properties.multi_processor_count
         self._comm = CommStream(self.device.index)
+        watch(self)
         several = self._num_domains > 1
         self._layout = Layout(
             self.group_size, self.device, self._topology.domains if several else None
         )
         if timeout_seconds is None:
             timeout_seconds = env.timeout_seconds()
+        timeout_seconds = min(timeout_seconds, env.MOST_SECONDS)
         self._mode: Intranode | Internode
         if several:
             from epjit.internode import Internode
@@ -303,6 +309,7 @@ class Buffer:
             self._mode = Internode(
                 self._links,
                 self._topology,
+                self._resources,
                 num_nvl_bytes=self.num_nvl_bytes,
                 num_rdma_bytes=self.num_rdma_bytes,
                 device=self.device,
@@ -315,6 +322,7 @@ class Buffer:
 
             self._mode = Intranode(
                 self._links,
+                self._resources,
                 num_nvl_bytes=self.num_nvl_bytes,
                 device=self.device,
                 timeout_seconds=timeout_seconds,
@@ -326,6 +334,7 @@ class Buffer:
             self._low_latency = LowLatency(
                 self._links,
                 self._topology,
+                self._resources,
                 num_rdma_bytes=self.num_rdma_bytes,
                 device=self.device,
                 timeout_seconds=timeout_seconds,
@@ -510,32 +519,75 @@ class Buffer:
         self._release()
 
     def _release(self) -> None:
-        self.runtime = None
-        mode: Intranode | Internode | None = getattr(self, "_mode", None)
-        try:
-            if self._low_latency is not None:
-                self._low_latency.close()
-        finally:
+        if self._cpu is None and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a Buffer cannot be destroyed while a CUDA graph is captured, for nothing may be "
+                "freed meanwhile; destroy it after the capture"
+            )
+        self._let_go().close()
+
+    def _let_go(self) -> Resources:
+        """Ends the use of what was made; the caller gives it back."""
+        self.runtime, self._low_latency = None, None
+        vars(self).pop("_mode", None)
+        vars(self).pop("_layout", None)
+        return self._resources
+
+    def __enter__(self) -> Buffer:
+        """The Buffer itself, to be destroyed at the end of the block, however it was made."""
+        self._check_alive()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Destroys the Buffer; after an exception, without a wait for peers that may not come."""
+        if self.runtime is None:
+            return
+        if kind is None:
+            self._release()
+            return
+        for mode in (vars(self).get("_mode"), self._low_latency):
             if mode is not None:
-                mode.close()
+                with suppress(Exception):  # the exception of the block is the one to see
+                    mode.give_up()
+        with suppress(Exception):
+            self._let_go().drop()
+
+    def __repr__(self) -> str:
+        if not hasattr(self, "_slots"):
+            return "<Buffer, not made>"
+        facts = [
+            f"rank {self.rank} of {self.group_size} on {self.device}",
+            f"num_nvl_bytes={self.num_nvl_bytes}",
+            f"num_rdma_bytes={self.num_rdma_bytes}",
+        ]
+        if self._num_domains > 1:
+            facts.append(f"{self._num_domains} NVLink domains")
+        if self.low_latency_mode:
+            facts.append("low_latency_mode" + ", enable_shrink" * self.enable_shrink)
+        if self.runtime is None:
+            facts.append("destroyed")
+        return f"<Buffer: {', '.join(facts)}>"
 
     def __del__(self) -> None:
-        """Frees what is left; waits for no peer that is gone, does nothing in a graph capture."""
-        if getattr(self, "runtime", None) is None:
+        """Frees what is left, if need be after a graph capture; waits for no peer that is gone."""
+        if getattr(self, "runtime", None) is None or not self._resources.is_ours():
             return
         if self.explicitly_destroy:
-            warnings.warn(
-                "a Buffer with explicitly_destroy=True was never destroyed; its memory leaks",
-                RuntimeWarning,
-                stacklevel=1,
-            )
+            if not is_ending():
+                warnings.warn(
+                    "a Buffer with explicitly_destroy=True was never destroyed; its memory leaks",
+                    RuntimeWarning,
+                    stacklevel=1,
+                )
             return
         try:
-            if self._cpu is None and torch.cuda.is_current_stream_capturing():
-                return
-            self._release()
+            self._let_go().drop()
         except Exception as error:  # nothing may leave a destructor
             warnings.warn(f"a Buffer could not be freed: {error}", RuntimeWarning, stacklevel=1)
+
+    def _is_captured(self) -> bool:
+        """Whether a graph is being captured, by any thread, on a stream that a call ran on."""
+        return self._comm is not None and self._comm.is_captured(self._last_stream)
 
     def reset(self) -> None:
         """Makes the buffer usable again after a `CommunicationError`; collective.
@@ -616,6 +668,7 @@ class Buffer:
     def _check_alive(self, *, fault: bool = True) -> None:
         if self.runtime is None:
             raise RuntimeError("this Buffer is destroyed")
+        give_back_left()
         if fault and self._cpu is None:
             self._mode.raise_fault()
             if self._low_latency is not None:

@@ -80,6 +80,11 @@ class CommStream:
         """Whether it is torch's current stream."""
         return bool(torch._C._cuda_getCurrentRawStream(self.device) == self.handle)
 
+    def is_captured(self, last: int | None) -> bool:
+        """Whether this stream is being captured, by any thread, or `last`, another one."""
+        with driver.using(self.device):
+            return any(_is_capturing(each) for each in (self.handle, last) if each is not None)
+
     def wait_for(self, stream_handle: int) -> None:
         """What is queued on this stream from now on waits for all that `stream_handle` has now."""
         self._order(self._before, stream_handle, self.handle)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
@@ -111,14 +112,14 @@ class SymmetricMemory:
             regions = group.allgather(self._share())
             # Each rank tells the others what went wrong; none waits for a peer that gave up.
             everyone = group.allgather(self._map(regions))
-        except BaseException:  # a peer that does not come
-            self.close()
+            if any(everyone):
+                kind = ValueError if any(self._disagreements(regions)) else RuntimeError
+                lines = dict.fromkeys(line for rank_problems in everyone for line in rank_problems)
+                raise kind("symmetric memory cannot be made:\n  " + "\n  ".join(lines))
+        except BaseException:  # also a peer that does not come
+            with contextlib.suppress(RuntimeError):  # the first error is the one to see
+                self.close()
             raise
-        if any(everyone):
-            self.close()
-            kind = ValueError if any(self._disagreements(regions)) else RuntimeError
-            lines = dict.fromkeys(line for rank_problems in everyone for line in rank_problems)
-            raise kind("symmetric memory cannot be made:\n  " + "\n  ".join(lines))
 
     def tensor(self, dtype: torch.dtype) -> torch.Tensor:
         """This rank's memory as a one-dimensional tensor.
@@ -226,12 +227,12 @@ class SymmetricMemory:
         cuda = driver.load()
         try:
             address = driver.call("cuMemAddressReserve", size, 0, 0, 0)
-        except RuntimeError:
+        except BaseException:
             driver.call("cuMemRelease", allocation)
             raise
         try:
             driver.call("cuMemMap", address, size, 0, allocation, 0)
-        except RuntimeError:
+        except BaseException:
             driver.call("cuMemAddressFree", address, size)
             driver.call("cuMemRelease", allocation)
             raise
@@ -280,9 +281,10 @@ class SymmetricMemory:
         if own.host == region.host:
             self._check_peer_access(region)
         if self._fabric:
+            size, _ = self._fabric_size()
             kind = driver.load().CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_FABRIC
             allocation = driver.call("cuMemImportFromShareableHandle", region.handle, kind)
-            return self._map_allocation(allocation, self._fabric_size()[0])
+            return self._map_allocation(allocation, size)
         if same_process:
             _enable_peer_access(region.device)
             return region.ptr
