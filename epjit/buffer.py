@@ -36,7 +36,7 @@ from epjit.config import (
 )
 from epjit.event import EventHandle, EventOverlap, next_number
 from epjit.formats import choose_format
-from epjit.life import Resources, give_back_left, is_ending, watch
+from epjit.life import Resources, give_back_left, is_capturing, is_ending, watch
 from epjit.low_latency_checks import LowLatencyChecks, LowLatencyHandle, check_forms, check_variant
 from epjit.reference.cpu_backend import CpuBackend, CpuLowLatency, CpuMemory
 from epjit.reference.intranode import Handle
@@ -270,7 +270,6 @@ class Buffer:
                 self._make_on_gpu(timeout_seconds, use_fabric, num_qps_per_rank)
             except BaseException as error:  # whoever catches it may try a smaller size
                 self._let_go().abandon(error)
-                self._comm = None
                 raise
         else:
             self._available_sms = _CPU_SMS
@@ -299,6 +298,7 @@ class Buffer:
         self._layout = Layout(
             self.group_size, self.device, self._topology.domains if several else None
         )
+        self._resources.hold(self._comm, self._layout)
         if timeout_seconds is None:
             timeout_seconds = env.timeout_seconds()
         timeout_seconds = min(timeout_seconds, env.MOST_SECONDS)
@@ -442,6 +442,8 @@ class Buffer:
         Raises:
             RuntimeError: The buffer lives on the CPU, where there are no streams.
         """
+        if self.runtime is None:
+            raise RuntimeError("this Buffer is destroyed")
         if self._comm is None:
             raise RuntimeError(
                 "this Buffer lives on the CPU, where there is no communication stream"
@@ -528,10 +530,19 @@ class Buffer:
 
     def _let_go(self) -> Resources:
         """Ends the use of what was made; the caller gives it back."""
-        self.runtime, self._low_latency = None, None
+        self.runtime, self._low_latency, self._comm = None, None, None
         vars(self).pop("_mode", None)
         vars(self).pop("_layout", None)
         return self._resources
+
+    def _drop(self) -> None:
+        """Frees everything, if need be after the capture of a CUDA graph."""
+        captures = is_capturing()  # looks at the streams, too, which go next
+        resources = self._let_go()
+        if captures:
+            resources.leave()
+        else:
+            resources.close()
 
     def __enter__(self) -> Buffer:
         """The Buffer itself, to be destroyed at the end of the block, however it was made."""
@@ -550,7 +561,7 @@ class Buffer:
                 with suppress(Exception):  # the exception of the block is the one to see
                     mode.give_up()
         with suppress(Exception):
-            self._let_go().drop()
+            self._drop()
 
     def __repr__(self) -> str:
         if not hasattr(self, "_slots"):
@@ -581,7 +592,7 @@ class Buffer:
                 )
             return
         try:
-            self._let_go().drop()
+            self._drop()
         except Exception as error:  # nothing may leave a destructor
             warnings.warn(f"a Buffer could not be freed: {error}", RuntimeWarning, stacklevel=1)
 

@@ -52,12 +52,13 @@ class Resources(ExitStack):
             self.close()
         traceback.clear_frames(error.__traceback__)
 
-    def drop(self) -> None:
-        """Gives everything back from a destructor, or later if a CUDA graph is captured now."""
-        if is_capturing():
-            _left.append(self)
-        else:
-            self.close()
+    def hold(self, *objects: object) -> None:
+        """Keeps objects that free what they have with their last reference."""
+        self.callback(lambda *_: None, *objects)
+
+    def leave(self) -> None:
+        """Gives everything back later, for now a CUDA graph is captured."""
+        _left.append(self)
 
 
 _left: deque[Resources] = deque()

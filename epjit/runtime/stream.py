@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from typing import Any
 
@@ -23,9 +24,11 @@ class Event:
 
     def __init__(self) -> None:
         self.handle = driver.call("cuEventCreate", _DISABLE_TIMING)
+        self._pid = os.getpid()
 
     def __del__(self) -> None:
-        if self.handle is not None and not sys.is_finalizing():  # then the driver may be gone
+        # At the end the driver may be gone, and a forked child has none.
+        if self.handle is not None and not sys.is_finalizing() and os.getpid() == self._pid:
             driver.load().cuEventDestroy(self.handle)
 
 

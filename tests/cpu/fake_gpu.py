@@ -69,6 +69,7 @@ class FakeGpu:
         self._handles = itertools.count(0x1000, 0x1000)
         self._host: dict[int, Any] = {}
         self._cuda = mock.MagicMock()
+        self._cuda.cuStreamIsCapturing = lambda stream: (0, 0)
         handle = ctypes.create_string_buffer(64)
         self._cuda.CUipcMemHandle = lambda: SimpleNamespace(getPtr=lambda: ctypes.addressof(handle))
         self._cuda.cuEventDestroy = lambda handle: self.call("cuEventDestroy", handle)
@@ -167,6 +168,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 5, raising=False)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     monkeypatch.setattr(
