@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import operator
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -44,7 +43,7 @@ from epjit.reference.low_latency import size_hint
 from epjit.runtime.empty import empty_on, matrix, vector
 from epjit.runtime.group import Group
 from epjit.runtime.topology import Topology, find_topology
-from epjit.scope import AnyScope, CpuScope, CurrentStream, GpuScope, Scope
+from epjit.scope import AnyScope, CpuScope, CurrentStream, GpuScope, Scope, Turns
 
 if TYPE_CHECKING:
     from epjit.internode import Internode
@@ -240,10 +239,7 @@ class Buffer:
             self.nvshmem_qp_depth = env.nvshmem_qp_depth()
         _check_buffer(links.size, num_nvl_bytes, num_rdma_bytes, nvlink_domain, timeout_seconds)
 
-        self._resources = Resources()
-        give_back_left()
         self._links = links
-        self._lock = threading.RLock()
         self._cpu: CpuBackend | None = None
         self._comm: CommStream | None = None
         self._low_latency: LowLatency | CpuLowLatency | None = None
@@ -252,6 +248,9 @@ class Buffer:
         self._shows_comm = False  # get_comm_stream() was called
         on_gpu = use_gpu()
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else _CPU
+        self._entered = Turns(self.device.index)
+        self._resources = Resources(self._entered)
+        give_back_left()
         self._topology = find_topology(
             links, device=self.device.index, domain_size=nvlink_domain, use_fabric=use_fabric
         )
@@ -474,7 +473,8 @@ class Buffer:
         """
         self._check_alive()
         num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-        whole = self._memory(use_rdma_buffer).tensor(torch.uint8)
+        with self._entered():
+            whole = self._memory(use_rdma_buffer).tensor(torch.uint8)
         available = (num_bytes - offset) // dtype.itemsize
         if offset < 0 or offset % dtype.itemsize or available < 0:
             raise ValueError(
@@ -521,12 +521,13 @@ class Buffer:
         self._release()
 
     def _release(self) -> None:
-        if self._cpu is None and torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                "a Buffer cannot be destroyed while a CUDA graph is captured, for nothing may be "
-                "freed meanwhile; destroy it after the capture"
-            )
-        self._let_go().close()
+        with self._entered():
+            if self._cpu is None and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a Buffer cannot be destroyed while a CUDA graph is captured, for nothing may "
+                    "be freed meanwhile; destroy it after the capture"
+                )
+            self._let_go().close()
 
     def _let_go(self) -> Resources:
         """Ends the use of what was made; the caller gives it back."""
@@ -537,12 +538,13 @@ class Buffer:
 
     def _drop(self) -> None:
         """Frees everything, if need be after the capture of a CUDA graph."""
-        captures = is_capturing()  # looks at the streams, too, which go next
-        resources = self._let_go()
-        if captures:
-            resources.leave()
-        else:
-            resources.close()
+        with self._entered():
+            captures = is_capturing()  # looks at the streams, too, which go next
+            resources = self._let_go()
+            if captures:
+                resources.leave()
+            else:
+                resources.close()
 
     def __enter__(self) -> Buffer:
         """The Buffer itself, to be destroyed at the end of the block, however it was made."""
@@ -610,13 +612,14 @@ class Buffer:
             CommunicationError: A rank does not come; names it.
         """
         self._check_alive(fault=False)
-        self._unreceived = None
-        if self._cpu is not None:
-            self._links.reset()
-        else:
-            self._mode.reset()
-        if self._low_latency is not None:
-            self._low_latency.reset()
+        with self._entered():
+            self._unreceived = None
+            if self._cpu is not None:
+                self._links.reset()
+            else:
+                self._mode.reset()
+            if self._low_latency is not None:
+                self._low_latency.reset()
 
     def check_fault(self) -> None:
         """Raises what a wait on the device left behind, as the next operation would.
@@ -666,15 +669,17 @@ class Buffer:
             return
         from epjit.normal_mode import warmup_shapes
 
-        for shape in warmup_shapes(
+        shapes = warmup_shapes(
             hidden_bytes,
             num_topk=num_topk,
             num_scales=num_scales,
             topk_is_int64=topk_idx_dtype == torch.int64,
             is_f16=combine_dtype == torch.float16,
-        ):
-            self._mode.launch(shape)
-        self._mode.compile_ahead(env.torch_cuda_arch_list())
+        )
+        with self._entered():
+            for shape in shapes:
+                self._mode.launch(shape)
+            self._mode.compile_ahead(env.torch_cuda_arch_list())
 
     def _check_alive(self, *, fault: bool = True) -> None:
         if self.runtime is None:
@@ -735,13 +740,15 @@ class Buffer:
             vector(torch.int32, num_experts),
             matrix(torch.bool, topk_idx.shape[0], self.group_size),
         )
-        with self._lock:
-            scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
+        with (
+            self._entered(),
+            self._scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
+        ):
             with scope.allocating():
                 per_rank, per_rdma_rank, per_expert, in_rank = self._empty(forms)
             scope.start()
             self._layout(scope.stream, topk_idx, per_rank, per_rdma_rank, per_expert, in_rank)
-            event = scope.finish((topk_idx, per_rank, per_rdma_rank, per_expert, in_rank))
+            event = scope.finish((topk_idx,), (per_rank, per_rdma_rank, per_expert, in_rank))
         return per_rank, per_rdma_rank, per_expert, in_rank, event
 
     def dispatch(
@@ -832,12 +839,14 @@ class Buffer:
                 recv_x, recv_scales = self._cpu.cached_dispatch(rows, scales, handle)
                 event = cpu_scope.finish()
             else:
-                with self._lock:
-                    scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
+                with (
+                    self._entered(),
+                    self._scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
+                ):
                     recv_x, recv_scales = self._mode.cached_dispatch(
                         scope, rows, scales, handle, num_sms=config.num_sms
                     )
-                event = scope.finish((rows, scales, recv_x, recv_scales, *handle))
+                    event = scope.finish((rows, scales, *handle), (recv_x, recv_scales))
             return _payload(recv_x, recv_scales), None, None, None, None, event
 
         self._check_routing(
@@ -869,17 +878,19 @@ class Buffer:
             )
             event = cpu_scope.finish()
         else:
-            if num_worst_tokens == 0 and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "dispatch must read the number of received rows on the host, which a CUDA "
-                    "graph cannot; pass num_worst_tokens (rows enough for the worst case), or a "
-                    "handle"
-                )
             counts = [num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert]
             if per_rdma_rank is not None:
                 counts.insert(1, per_rdma_rank)
-            with self._lock:
-                scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
+            with (
+                self._entered(),
+                self._scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
+            ):
+                if num_worst_tokens == 0 and torch.cuda.is_current_stream_capturing():
+                    raise RuntimeError(
+                        "dispatch must read the number of received rows on the host, which a CUDA "
+                        "graph cannot; pass num_worst_tokens (rows enough for the worst case), or "
+                        "a handle"
+                    )
                 result = self._mode.dispatch(
                     scope,
                     rows,
@@ -891,15 +902,14 @@ class Buffer:
                     num_worst_tokens=num_worst_tokens,
                     num_sms=config.num_sms,
                 )
-            outputs = (
-                result.recv_x,
-                result.recv_scales,
-                result.recv_topk_idx,
-                result.recv_topk_weights,
-            )
-            event = scope.finish(
-                (rows, scales, topk_idx, topk_weights, *counts, *outputs, *result.handle)
-            )
+                outputs = (
+                    result.recv_x,
+                    result.recv_scales,
+                    result.recv_topk_idx,
+                    result.recv_topk_weights,
+                    *result.handle,
+                )
+                event = scope.finish((rows, scales, topk_idx, topk_weights, *counts), outputs)
         return (
             _payload(result.recv_x, result.recv_scales),
             result.recv_topk_idx,
@@ -964,13 +974,17 @@ class Buffer:
                 x, handle, topk_weights, (bias_0, bias_1)
             )
             return combined_x, combined_weights, cpu_scope.finish()
-        with self._lock:
-            scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
+        with (
+            self._entered(),
+            self._scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
+        ):
             combined_x, combined_weights = self._mode.combine(
                 scope, x, handle, topk_weights, (bias_0, bias_1), num_sms=config.num_sms
             )
-        tensors = (x, topk_weights, bias_0, bias_1, combined_x, combined_weights, *handle)
-        return combined_x, combined_weights, scope.finish(tensors)
+            event = scope.finish(
+                (x, topk_weights, bias_0, bias_1, *handle), (combined_x, combined_weights)
+            )
+        return combined_x, combined_weights, event
 
     # V1's names for a group that spans nodes; there `dispatch` and `combine` lead to them.
     internode_dispatch = dispatch
@@ -1061,8 +1075,7 @@ class Buffer:
             recv_stats=cumulative_local_expert_recv_stats,
             wait_cost=dispatch_wait_recv_cost_stats,
         )
-        with self._lock:
-            scope = self._low_latency_scope(async_finish)
+        with self._entered(), self._low_latency_scope(async_finish) as scope:
             received, receive = mode.dispatch(
                 scope,
                 call,
@@ -1074,16 +1087,16 @@ class Buffer:
                 split=return_recv_hook,
             )
             hook = self._hook("low_latency_dispatch", receive, scope.stream)
-        event = scope.finish_keeping(
-            (
-                x,
-                topk_idx,
-                global_scale,
-                cumulative_local_expert_recv_stats,
-                dispatch_wait_recv_cost_stats,
-                *received,
+            event = scope.finish_keeping(
+                (
+                    x,
+                    topk_idx,
+                    global_scale,
+                    cumulative_local_expert_recv_stats,
+                    dispatch_wait_recv_cost_stats,
+                    *received,
+                )
             )
-        )
         handle = (
             received.src_info,
             received.layout_range,
@@ -1150,8 +1163,7 @@ class Buffer:
             wait_cost=combine_wait_recv_cost_stats,
         )
         src_info = handle[0]
-        with self._lock:
-            scope = self._low_latency_scope(async_finish)
+        with self._entered(), self._low_latency_scope(async_finish) as scope:
             combined_x, receive = mode.combine(
                 scope,
                 call,
@@ -1164,16 +1176,16 @@ class Buffer:
                 split=return_recv_hook,
             )
             hook = self._hook("low_latency_combine", receive, scope.stream)
-        event = scope.finish_keeping(
-            (
-                x,
-                topk_idx,
-                topk_weights,
-                src_info,
-                combined_x,
-                combine_wait_recv_cost_stats,
+            event = scope.finish_keeping(
+                (
+                    x,
+                    topk_idx,
+                    topk_weights,
+                    src_info,
+                    combined_x,
+                    combine_wait_recv_cost_stats,
+                )
             )
-        )
         return combined_x, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
@@ -1195,7 +1207,8 @@ class Buffer:
         mode = self._low_latency_mode("get_next_low_latency_combine_buffer", received=False)
         self._low_latency_checks.send_buffer(handle)
         _, _, max_tokens, hidden, num_experts = handle
-        return mode.send_buffer(num_experts=num_experts, max_tokens=max_tokens, hidden=hidden)
+        with self._entered():
+            return mode.send_buffer(num_experts=num_experts, max_tokens=max_tokens, hidden=hidden)
 
     def clean_low_latency_buffer(
         self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
@@ -1322,15 +1335,16 @@ class Buffer:
             raise ValueError(f"num_topk is {num_topk}, but must be between 1 and {MAX_TOPK}")
         if isinstance(mode, CpuLowLatency):
             return
-        mode.warmup(
-            hidden=hidden,
-            num_experts=num_experts,
-            num_topk=num_topk,
-            topk_is_int64=topk_idx_dtype == torch.int64,
-            row_format=row_format,
-            use_logfmt=use_logfmt,
-            archs=env.torch_cuda_arch_list(),
-        )
+        with self._entered():
+            mode.warmup(
+                hidden=hidden,
+                num_experts=num_experts,
+                num_topk=num_topk,
+                topk_is_int64=topk_idx_dtype == torch.int64,
+                row_format=row_format,
+                use_logfmt=use_logfmt,
+                archs=env.torch_cuda_arch_list(),
+            )
 
     def _low_latency_mode(self, op: str, *, received: bool = True) -> LowLatency | CpuLowLatency:
         """What runs the low-latency calls; `received`: no hook may be left to call."""
@@ -1348,7 +1362,7 @@ class Buffer:
         return self._low_latency
 
     def _low_latency_scope(self, async_finish: bool) -> AnyScope:
-        """Where a low-latency call runs. To be called under the lock."""
+        """Where a low-latency call runs. To be called in its turn."""
         if self._comm is None:
             return CpuScope(async_finish=async_finish)
         return self._scope(None, async_finish, False, is_low_latency=True)
@@ -1360,10 +1374,9 @@ class Buffer:
         Yields:
             Handle of the current stream.
         """
-        with self._lock:
-            scope = self._low_latency_scope(False)
+        with self._entered(), self._low_latency_scope(False) as scope:
             yield scope.stream
-            scope.finish(())
+            scope.finish()
 
     def _hook(self, op: str, receive: Hook | None, stream: int) -> Hook | None:
         """What the caller gets for `receive`: it can be called once, and until reset()."""
@@ -1373,7 +1386,7 @@ class Buffer:
 
         def hook() -> None:
             self._check_alive()
-            with self._lock:
+            with self._entered():
                 if self._unreceived is not unreceived:
                     raise RuntimeError(
                         f"this hook of {op} was called already, or the Buffer was reset since; "
@@ -1381,9 +1394,11 @@ class Buffer:
                     )
                 self._unreceived = None
                 self._follow(stream)
-                receive()
-                if self._comm is not None:
-                    self._comm.last_call = next_number()
+                try:
+                    receive()
+                finally:
+                    if self._comm is not None:
+                        self._comm.last_call = next_number()
 
         return hook
 
@@ -1410,8 +1425,8 @@ class Buffer:
         """Where a call runs: only what overlaps with the caller needs a stream of its own.
 
         (From one stream to another and back costs the GPU 3 us, and 20 to 35 on slow hosts.) Calls
-        follow each other on the device, whatever streams they are made from. To be called under
-        the lock, where the call is queued.
+        follow each other on the device, whatever streams they are made from. To be called in the
+        turn in which the call is queued.
         """
         assert self._comm is not None
         event = None if previous_event is None else previous_event.event

@@ -524,26 +524,26 @@ class Internode(NormalMode):
             send_domain_head = torch.empty((num_tokens, num_domains), **ints)
         scope.start()
         waits = num_worst_tokens == 0
-        self._notify(
-            scope.stream,
-            1 + num_ranks + num_domains,
-            num_tokens_per_rank=num_tokens_per_rank.data_ptr(),
-            num_tokens_per_domain=num_tokens_per_rdma_rank.data_ptr(),
-            num_tokens_per_expert=num_tokens_per_expert.data_ptr(),
-            is_token_in_rank=is_token_in_rank.data_ptr(),
-            rank_prefix=rank_prefix.data_ptr(),
-            channel_tokens=channel_tokens.data_ptr(),
-            passing_prefix=passing_prefix.data_ptr(),
-            expert_counts=expert_counts.data_ptr(),
-            send_head=send_head.data_ptr(),
-            send_domain_head=send_domain_head.data_ptr(),
-            send_tokens=send_tokens.data_ptr(),
-            host_counts=self._ask_for_counts(waits),
-            num_tokens=num_tokens,
-            experts_per_rank=experts_per_rank,
-            expert_alignment=expert_alignment,
-        )
         with self._between_kernels():
+            self._notify(
+                scope.stream,
+                1 + num_ranks + num_domains,
+                num_tokens_per_rank=num_tokens_per_rank.data_ptr(),
+                num_tokens_per_domain=num_tokens_per_rdma_rank.data_ptr(),
+                num_tokens_per_expert=num_tokens_per_expert.data_ptr(),
+                is_token_in_rank=is_token_in_rank.data_ptr(),
+                rank_prefix=rank_prefix.data_ptr(),
+                channel_tokens=channel_tokens.data_ptr(),
+                passing_prefix=passing_prefix.data_ptr(),
+                expert_counts=expert_counts.data_ptr(),
+                send_head=send_head.data_ptr(),
+                send_domain_head=send_domain_head.data_ptr(),
+                send_tokens=send_tokens.data_ptr(),
+                host_counts=self._ask_for_counts(waits),
+                num_tokens=num_tokens,
+                experts_per_rank=experts_per_rank,
+                expert_alignment=expert_alignment,
+            )
             num_rows, num_passing = num_worst_tokens, num_local * num_worst_tokens
             per_expert: list[int] = []
             if waits:

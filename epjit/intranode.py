@@ -455,22 +455,22 @@ class Intranode(NormalMode):
             rank_prefix, source_tokens, expert_counts, send_head = self._empty(forms)
         scope.start()
         waits = num_worst_tokens == 0
-        self._notify(
-            scope.stream,
-            1 + num_ranks,
-            num_tokens_per_rank=num_tokens_per_rank.data_ptr(),
-            num_tokens_per_expert=num_tokens_per_expert.data_ptr(),
-            is_token_in_rank=is_token_in_rank.data_ptr(),
-            rank_prefix=rank_prefix.data_ptr(),
-            source_tokens=source_tokens.data_ptr(),
-            expert_counts=expert_counts.data_ptr(),
-            send_head=send_head.data_ptr(),
-            host_counts=self._ask_for_counts(waits),
-            num_tokens=x.shape[0],
-            experts_per_rank=experts_per_rank,
-            expert_alignment=expert_alignment,
-        )
         with self._between_kernels():
+            self._notify(
+                scope.stream,
+                1 + num_ranks,
+                num_tokens_per_rank=num_tokens_per_rank.data_ptr(),
+                num_tokens_per_expert=num_tokens_per_expert.data_ptr(),
+                is_token_in_rank=is_token_in_rank.data_ptr(),
+                rank_prefix=rank_prefix.data_ptr(),
+                source_tokens=source_tokens.data_ptr(),
+                expert_counts=expert_counts.data_ptr(),
+                send_head=send_head.data_ptr(),
+                host_counts=self._ask_for_counts(waits),
+                num_tokens=x.shape[0],
+                experts_per_rank=experts_per_rank,
+                expert_alignment=expert_alignment,
+            )
             # Done while the counts are on their way: the GPU idles from then to the launch.
             launch.prepare(
                 {
@@ -569,7 +569,7 @@ class Intranode(NormalMode):
         # One row at least: an empty tensor comes from CuPy without strides.
         some = (max(shape[0], 1), *shape[1:])
         in_bytes = (*some[:-1], some[-1] * dtype.itemsize)
-        block = pool.take(math.prod(in_bytes))
+        block = pool.take(math.prod(in_bytes), scope.owners)
         for event in block.events:
             scope.wait_for(event)
         address = self.memory.ptr + self._arena.outputs + block.offset

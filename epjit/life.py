@@ -16,6 +16,7 @@ import torch
 
 if TYPE_CHECKING:
     from epjit.buffer import Buffer
+    from epjit.scope import Turns
 
 
 class Resources(ExitStack):
@@ -23,11 +24,14 @@ class Resources(ExitStack):
 
     A forked child has copies of these objects, and nothing of what they stand for: it gives nothing
     back.
+
+    Args:
+        entered: The Buffer's turns: its GPU is current meanwhile.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, entered: Turns) -> None:
         super().__init__()
-        self._pid = os.getpid()
+        self._entered, self._pid = entered, os.getpid()
 
     def is_ours(self) -> bool:
         """Whether this process made them."""
@@ -40,7 +44,8 @@ class Resources(ExitStack):
             RuntimeError: What the last of those that could not be given back has raised.
         """
         if self.is_ours():
-            super().close()
+            with self._entered():
+                super().close()
 
     def abandon(self, error: BaseException) -> None:
         """Gives everything back because of an error, which is the one that the caller shall see.

@@ -20,6 +20,7 @@ from __future__ import annotations
 import atexit
 import functools
 import itertools
+from contextlib import nullcontext
 from typing import Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
@@ -231,7 +232,11 @@ def _resolve(name: str) -> dist.ProcessGroup:
 
 def _buffer(name: str, x: Tensor) -> Buffer:
     found = _registered.get(name)
-    return found or get_buffer(_resolve(name), x.shape[1] * x.element_size())
+    if found is not None:
+        return found
+    # A Buffer lives on the GPU that is current where it is made: that of x, in any thread.
+    with nullcontext() if x.device.type == "cpu" else torch.cuda.device(x.device):
+        return get_buffer(_resolve(name), x.shape[1] * x.element_size())
 
 
 def _num_ranks(name: str) -> int:

@@ -323,7 +323,7 @@ class NormalMode(ABC):
 
     @contextmanager
     def _between_kernels(self) -> Iterator[None]:
-        """What a dispatch does once its notify is queued: who leaves it early wants a reset()."""
+        """What a dispatch does from its notify on: who leaves it early wants a reset()."""
         try:
             yield
         except BaseException as error:  # also an interrupt, or no memory for the outputs

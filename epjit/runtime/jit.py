@@ -414,8 +414,12 @@ class Launch:
         return result
 
     def _recover(self, status: Any, stream: int, grid: int) -> None:
-        """A thread that has not used the device yet has no context: the one refusal to repair."""
-        if status == driver.load().CUresult.CUDA_ERROR_INVALID_CONTEXT:
+        """Launches again with the kernel's GPU current, if that may be what was missing.
+
+        A thread has no context before it first uses a GPU, or another GPU is current in it.
+        """
+        results = driver.load().CUresult
+        if status in (results.CUDA_ERROR_INVALID_CONTEXT, results.CUDA_ERROR_INVALID_HANDLE):
             with driver.using(self.kernel.device):
                 (status,) = self._launch(stream, grid)
         if status:

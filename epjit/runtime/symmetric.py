@@ -154,6 +154,10 @@ class SymmetricMemory:
                 errors.append(str(error))
 
         with driver.using(self._device):
+            if self._mapped:
+                # cuMemFree waits for what is queued; cuMemUnmap does not, and a kernel that still
+                # reads would fault. (The last tensor over the memory may go at any time.)
+                attempt("cuCtxSynchronize")
             for pointer in self._ipc_opened:
                 attempt("cuIpcCloseMemHandle", pointer)
             for pointer, size, allocation in reversed(self._mapped):

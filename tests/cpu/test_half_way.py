@@ -16,14 +16,16 @@ from epjit.runtime.empty import empty_on
 from epjit.runtime.symmetric import SymmetricMemory
 
 
-def test_an_interrupted_dispatch_leaves_a_buffer_that_wants_reset() -> None:
+@pytest.mark.parametrize("at", ["_notify", "_wait_for_counts"])
+def test_an_interrupted_dispatch_leaves_a_buffer_that_wants_reset(at: str) -> None:
     """Its notify runs later, and the next dispatch would take those counts for its own."""
     mode: Any = Intranode.__new__(Intranode)
     mode._group = SimpleNamespace(size=2, rank=1)
     mode._fault, mode._half_way, mode._notify = mock.Mock(), "", mock.Mock()
     mode._empty = empty_on(torch.device("cpu"))
     mode.launch, mode._ask_for_counts = mock.Mock(), mock.Mock(return_value=0)
-    mode._wait_for_counts = mock.Mock(side_effect=KeyboardInterrupt)
+    mode._wait_for_counts = mock.Mock()
+    getattr(mode, at).side_effect = KeyboardInterrupt
     scope = mock.Mock(allocating=contextlib.nullcontext)
     counts = torch.zeros(2, dtype=torch.int32)
     with pytest.raises(KeyboardInterrupt):
