@@ -441,9 +441,8 @@ class Buffer:
         Raises:
             RuntimeError: The buffer lives on the CPU, where there are no streams.
         """
-        if self.runtime is None:
-            raise RuntimeError("this Buffer is destroyed")
         if self._comm is None:
+            self._check_alive()
             raise RuntimeError(
                 "this Buffer lives on the CPU, where there is no communication stream"
             )

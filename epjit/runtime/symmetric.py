@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import functools
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -107,7 +108,7 @@ class SymmetricMemory:
         self._rank, self._device, self._fabric = group.rank, device, fabric
         self._ipc_opened: list[int] = []
         self._mapped: list[tuple[int, int, Any]] = []  # address, size, allocation: fabric only
-        self._closed = False
+        self._closed, self._pid = False, os.getpid()
         try:
             regions = group.allgather(self._share())
             # Each rank tells the others what went wrong; none waits for a peer that gave up.
@@ -142,7 +143,7 @@ class SymmetricMemory:
         Raises:
             RuntimeError: The driver refuses; everything else has been freed all the same.
         """
-        if self._closed:
+        if self._closed or os.getpid() != self._pid:  # a forked child has only a copy of this
             return
         self._closed = True
         errors: list[str] = []

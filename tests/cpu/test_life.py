@@ -243,7 +243,7 @@ def test_only_a_normal_run_is_told_of_a_buffer_that_was_not_destroyed(
 def test_a_forked_child_frees_nothing(gpu: FakeGpu) -> None:
     """Nor does it warn: what it has are copies of its parent's objects."""
     buffers = [make(gpu, explicitly_destroy=True), make(gpu)]
-    kept = buffers[1]._mode
+    kept, num_modules = buffers[1]._mode, len(gpu.modules)
     reader, writer = os.pipe()
     child = os.fork()
     if not child:
@@ -253,11 +253,13 @@ def test_a_forked_child_frees_nothing(gpu: FakeGpu) -> None:
             buffers.clear()
             del kept
             gc.collect()
-            os.write(writer, repr((gpu.calls, [str(each.message) for each in told])).encode())
+            unloaded = num_modules - len(gpu.modules)
+            said = [str(each.message) for each in told]
+            os.write(writer, repr((gpu.calls, unloaded, said)).encode())
         os._exit(0)
     os.waitpid(child, 0)
     os.close(writer)
-    assert os.read(reader, 4096) == b"([], [])"
+    assert os.read(reader, 4096) == b"([], 0, [])"
     os.close(reader)
     del kept
     buffers[0].destroy()
