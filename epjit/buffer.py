@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -33,10 +32,11 @@ from epjit.config import (
     default_combine_config,
     default_dispatch_config,
 )
-from epjit.event import EventHandle, EventOverlap, next_number
+from epjit.event import EventHandle, EventOverlap, event_of, next_number
 from epjit.formats import choose_format
 from epjit.life import Resources, give_back_left, is_capturing, is_ending, watch
 from epjit.low_latency_checks import LowLatencyChecks, LowLatencyHandle, check_forms, check_variant
+from epjit.numbers import as_int, as_seconds
 from epjit.reference.cpu_backend import CpuBackend, CpuLowLatency, CpuMemory
 from epjit.reference.intranode import Handle
 from epjit.reference.low_latency import size_hint
@@ -233,11 +233,18 @@ class Buffer:
         links = Group.from_torch(group) if group is not None else Group.from_comm(comm)
         self.group = group if group is not None else comm
         self.rank, self.group_size = links.rank, links.size
+        num_nvl_bytes = as_int("num_nvl_bytes", num_nvl_bytes)
+        num_rdma_bytes = as_int("num_rdma_bytes", num_rdma_bytes)
+        num_qps_per_rank = as_int("num_qps_per_rank", num_qps_per_rank)
+        if nvlink_domain is not None:
+            nvlink_domain = as_int("nvlink_domain", nvlink_domain)
+        if timeout_seconds is not None:
+            timeout_seconds = as_seconds("timeout_seconds", timeout_seconds)
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.enable_shrink = low_latency_mode, enable_shrink
         if num_rdma_bytes or low_latency_mode:
             self.nvshmem_qp_depth = env.nvshmem_qp_depth()
-        _check_buffer(links.size, num_nvl_bytes, num_rdma_bytes, nvlink_domain, timeout_seconds)
+        _check_buffer(links.size, num_nvl_bytes, num_rdma_bytes, nvlink_domain)
 
         self._links = links
         self._cpu: CpuBackend | None = None
@@ -300,7 +307,6 @@ class Buffer:
         self._resources.hold(self._comm, self._layout)
         if timeout_seconds is None:
             timeout_seconds = env.timeout_seconds()
-        timeout_seconds = min(timeout_seconds, env.MOST_SECONDS)
         self._mode: Intranode | Internode
         if several:
             from epjit.internode import Internode
@@ -359,6 +365,7 @@ class Buffer:
         Raises:
             AssertionError: Odd.
         """
+        new_num_sms = as_int("num_sms", new_num_sms)
         if new_num_sms % 2:
             raise AssertionError(f"num_sms must be even, got {new_num_sms}")
         Buffer.num_sms, Buffer._sms_are_set = new_num_sms, True
@@ -377,6 +384,7 @@ class Buffer:
         `num_sms` is what `set_num_sms` said, else what ``python -m epjit tune`` found for this GPU
         and the shape nearest to the given one (0 = any), else V1's 20.
         """
+        num_ranks = as_int("num_ranks", num_ranks)
         num_sms = _num_sms("dispatch", num_ranks, hidden_bytes, num_tokens)
         return default_dispatch_config(num_ranks, num_sms)
 
@@ -387,6 +395,7 @@ class Buffer:
         `num_sms` is what `set_num_sms` said, else what ``python -m epjit tune`` found for this GPU
         and the shape nearest to the given one (0 = any), else V1's 20.
         """
+        num_ranks = as_int("num_ranks", num_ranks)
         num_sms = _num_sms("combine", num_ranks, hidden_bytes, num_tokens)
         return default_combine_config(num_ranks, num_sms)
 
@@ -417,10 +426,11 @@ class Buffer:
             "num_ranks": num_ranks,
             "num_experts": num_experts,
         }
-        reasons = [f"{name} is {value}" for name, value in sizes.items() if value <= 0]
+        numbers = {name: as_int(name, value) for name, value in sizes.items()}
+        reasons = [f"{name} is {value}" for name, value in numbers.items() if value <= 0]
         if reasons:
             raise ValueError(f"{', '.join(reasons)}, but must be at least 1")
-        return size_hint(*sizes.values())
+        return size_hint(*numbers.values())
 
     @staticmethod
     def _unpack_bias(bias: Bias) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -471,6 +481,7 @@ class Buffer:
             ValueError: `size` does not fit.
         """
         self._check_alive()
+        offset = as_int("offset", offset)
         num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
         with self._entered():
             whole = self._memory(use_rdma_buffer).tensor(torch.uint8)
@@ -655,6 +666,8 @@ class Buffer:
             combine_dtype: bfloat16 or float16.
         """
         self._check_alive()
+        hidden_bytes = as_int("hidden_bytes", hidden_bytes)
+        num_topk, num_scales = as_int("num_topk", num_topk), as_int("num_scales", num_scales)
         if hidden_bytes <= 0 or hidden_bytes % 16 or hidden_bytes > MAX_ROW_BYTES:
             raise ValueError(
                 f"hidden_bytes is {hidden_bytes}, but must be a multiple of 16, "
@@ -718,6 +731,7 @@ class Buffer:
             CommunicationError: An earlier operation of this buffer failed.
         """
         self._check_alive()
+        num_experts = as_int("num_experts", num_experts)
         arguments = (signature(topk_idx), num_experts)
         if arguments not in self._passed:
             check(
@@ -860,7 +874,12 @@ class Buffer:
         assert num_tokens_per_rank is not None
         assert is_token_in_rank is not None
         assert num_tokens_per_expert is not None
-        _check_counts(expert_alignment, num_worst_tokens, topk_idx)
+        expert_alignment = as_int("expert_alignment", expert_alignment, least=1)
+        num_worst_tokens = as_int("num_worst_tokens", num_worst_tokens, least=0)
+        if num_worst_tokens > 0 and topk_idx is None:
+            raise ValueError(
+                "num_worst_tokens needs topk_idx: without it nothing says which rows arrived"
+            )
         layout = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
         per_rdma_rank = num_tokens_per_rdma_rank if self._num_domains > 1 else None
         if self._cpu is not None:
@@ -1056,8 +1075,8 @@ class Buffer:
         """
         mode = self._low_latency_mode("low_latency_dispatch")
         check_forms(async_finish=async_finish, return_recv_hook=return_recv_hook)
-        max_tokens = operator.index(num_max_dispatch_tokens_per_rank)
-        num_experts = operator.index(num_experts)
+        max_tokens = as_int("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank)
+        num_experts = as_int("num_experts", num_experts)
         row_format = choose_format(
             use_fp8=use_fp8,
             round_scale=round_scale,
@@ -1204,8 +1223,7 @@ class Buffer:
             RuntimeError: Not in low-latency mode, or destroyed.
         """
         mode = self._low_latency_mode("get_next_low_latency_combine_buffer", received=False)
-        self._low_latency_checks.send_buffer(handle)
-        _, _, max_tokens, hidden, num_experts = handle
+        max_tokens, hidden, num_experts = self._low_latency_checks.send_buffer(handle)
         with self._entered():
             return mode.send_buffer(num_experts=num_experts, max_tokens=max_tokens, hidden=hidden)
 
@@ -1248,6 +1266,7 @@ class Buffer:
             RuntimeError: The buffer was made without `enable_shrink`.
         """
         mode = self._masking_mode("low_latency_update_mask_buffer")
+        rank_to_mask = as_int("rank_to_mask", rank_to_mask)
         if not 0 <= rank_to_mask < self.group_size:
             raise ValueError(
                 f"rank_to_mask is {rank_to_mask}, but must be between 0 and {self.group_size - 1}"
@@ -1322,6 +1341,8 @@ class Buffer:
             RuntimeError: Not in low-latency mode, or a hook has not been called.
         """
         mode = self._low_latency_mode("low_latency_warmup")
+        hidden, num_experts = as_int("hidden", hidden), as_int("num_experts", num_experts)
+        num_topk = as_int("num_topk", num_topk)
         row_format = choose_format(
             use_fp8=use_fp8,
             round_scale=round_scale,
@@ -1428,7 +1449,7 @@ class Buffer:
         turn in which the call is queued.
         """
         assert self._comm is not None
-        event = None if previous_event is None else previous_event.event
+        event = event_of(previous_event)
         shows = self._shows_comm and not is_low_latency and not self._comm.is_current()
         scope: GpuScope
         if async_finish or allocate_on_comm_stream or event is not None or shows:
@@ -1674,7 +1695,11 @@ def _num_sms(op: str, num_ranks: int, hidden_bytes: int, num_tokens: int) -> int
         return Buffer.num_sms
     gpu = torch.cuda.get_device_name() if use_gpu() else tuned.CPU
     found = tuned.best(
-        op, gpu=gpu, num_ranks=num_ranks, hidden_bytes=hidden_bytes, num_tokens=num_tokens
+        op,
+        gpu=gpu,
+        num_ranks=num_ranks,
+        hidden_bytes=as_int("hidden_bytes", hidden_bytes, least=0),
+        num_tokens=as_int("num_tokens", num_tokens, least=0),
     )
     return Buffer.num_sms if found is None else found.num_sms
 
@@ -1696,17 +1721,12 @@ def _check_buffer(
     num_nvl_bytes: int,
     num_rdma_bytes: int,
     nvlink_domain: int | None,
-    timeout_seconds: float | None,
 ) -> None:
     reasons = [
-        f"{name} is {value!r}, but must be an int, a multiple of {_SIZE_ALIGNMENT} and not negative"
+        f"{name} is {value}, but must be a multiple of {_SIZE_ALIGNMENT} and not negative"
         for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes))
-        if not hasattr(value, "__index__") or value < 0 or value % _SIZE_ALIGNMENT
+        if value < 0 or value % _SIZE_ALIGNMENT
     ]
-    if timeout_seconds is not None and not (
-        isinstance(timeout_seconds, int | float) and timeout_seconds > 0
-    ):
-        reasons.append(f"timeout_seconds is {timeout_seconds!r}, but must be greater than 0")
     if num_ranks > MAX_GROUP:
         reasons.append(f"the group has {num_ranks} ranks, but may have up to {MAX_GROUP}")
     if nvlink_domain is not None and nvlink_domain < 0:
@@ -1738,19 +1758,6 @@ def _check_topology(
         )
     if reasons:
         raise ValueError("Buffer: " + "; ".join(reasons))
-
-
-def _check_counts(
-    expert_alignment: int, num_worst_tokens: int, topk_idx: torch.Tensor | None
-) -> None:
-    if expert_alignment < 1:
-        raise ValueError(f"expert_alignment is {expert_alignment}, but must be at least 1")
-    if num_worst_tokens < 0:
-        raise ValueError(f"num_worst_tokens is {num_worst_tokens}, but must not be negative")
-    if num_worst_tokens > 0 and topk_idx is None:
-        raise ValueError(
-            "num_worst_tokens needs topk_idx: without it nothing says which rows arrived"
-        )
 
 
 def _payload(rows: torch.Tensor, scales: torch.Tensor | None) -> Payload:

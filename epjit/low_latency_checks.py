@@ -17,6 +17,7 @@ from epjit.config import (
     MAX_ROW_BYTES,
 )
 from epjit.formats import BF16, NVFP4, RowFormat
+from epjit.numbers import as_int
 from epjit.reference.low_latency import routed_topk, size_hint
 
 LowLatencyHandle: TypeAlias = tuple[torch.Tensor, torch.Tensor, int, int, int]
@@ -96,6 +97,8 @@ class LowLatencyChecks:
 
     def sizes(self, max_tokens: int, num_experts: int) -> None:
         """`M` and `E`."""
+        max_tokens = as_int("num_max_dispatch_tokens_per_rank", max_tokens)
+        num_experts = as_int("num_experts", num_experts)
         if max_tokens < 1 or max_tokens * self.num_ranks > MAX_LOW_LATENCY_TOKENS:
             raise ValueError(
                 f"num_max_dispatch_tokens_per_rank is {max_tokens}, but must be between 1 and "
@@ -105,6 +108,7 @@ class LowLatencyChecks:
 
     def hidden(self, hidden: int, row_format: RowFormat = BF16) -> None:
         """`H`, for a format."""
+        hidden = as_int("hidden", hidden)
         if hidden <= 0 or hidden % row_format.granularity or 2 * hidden > MAX_ROW_BYTES:
             raise ValueError(
                 f"hidden is {hidden}, but rows in {row_format.name} must have a multiple of "
@@ -275,10 +279,13 @@ class LowLatencyChecks:
         )
         return remember(self._combines, arguments, call)
 
-    def send_buffer(self, handle: LowLatencyHandle) -> None:
-        """What `get_next_low_latency_combine_buffer` takes."""
+    def send_buffer(self, handle: LowLatencyHandle) -> tuple[int, int, int]:
+        """What `get_next_low_latency_combine_buffer` takes; gives `M`, `H` and `E`."""
+        _, _, *sizes = self._entries(handle)
         self._handle(handle)
-        self._room_to_send(handle[2:])
+        max_tokens, hidden, num_experts = sizes
+        self._room_to_send((max_tokens, hidden, num_experts))
+        return max_tokens, hidden, num_experts
 
     @staticmethod
     def _entries(handle: Any) -> tuple[Any, Any, Any, Any, Any]:
@@ -293,16 +300,17 @@ class LowLatencyChecks:
                 f"handle is a {got}, expected the tuple of 5 that low_latency_dispatch returned"
             )
         src_info, layout_range, max_tokens, hidden, num_experts = handle
-        return src_info, layout_range, max_tokens, hidden, num_experts
+        return (
+            src_info,
+            layout_range,
+            as_int("handle[2]", max_tokens),
+            as_int("handle[3]", hidden),
+            as_int("handle[4]", num_experts),
+        )
 
     def _handle(self, handle: Any) -> int:
         """What `low_latency_dispatch` returned; gives the top-k of that call."""
         src_info, layout_range, max_tokens, hidden, num_experts = self._entries(handle)
-        if not all(hasattr(each, "__index__") for each in (max_tokens, hidden, num_experts)):
-            raise TypeError(
-                f"handle[2:] is {tuple(handle[2:])}, expected the three numbers that "
-                "low_latency_dispatch returned"
-            )
         self.sizes(max_tokens, num_experts)
         self.hidden(hidden)
         shape = (num_experts // self.num_ranks, self.num_ranks * max_tokens)

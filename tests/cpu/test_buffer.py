@@ -513,6 +513,6 @@ def test_a_group_and_a_size_that_are_none() -> None:
     with pytest.raises(TypeError, match=r"group is a int, expected a torch\.distributed process"):
         Buffer(3, 1024)
     with pytest.raises(
-        launch.RankFailedError, match=r"num_nvl_bytes is 2000000000\.0, but must be"
+        launch.RankFailedError, match=r"num_nvl_bytes is 2000000000\.0, a float, but must be an int"
     ):
         launch.run_threads(lambda comm: Buffer(None, 2e9, comm=comm), 1)  # type: ignore[arg-type]
