@@ -47,6 +47,9 @@ _ALIGNMENT = 128
 _LOG_BLOCK = 128  # channels
 _CAST_ELEMENTS = 16
 _STEP = 256  # channels that a warp adds at a time
+# So many low-latency kernels may wait for late peers at once, and less one leave SMs to what runs
+# beside them. The blocks that stay (16 of 132) move what comes after a wait of 1 ms or more.
+_WAITING_KERNELS = 8
 # Of a half: one a token or a choice; for `reduced` one a piece of a row and one a weight.
 _NUM_WORDS = max(MAX_LOW_LATENCY_TOKENS, MAX_LOW_LATENCY_CHOICES)
 
@@ -518,7 +521,9 @@ class LowLatency:
         self._timeout_seconds = timeout_seconds
         self._shrink = enable_shrink
         self._arch = arch_of(device.index)
-        self._num_sms = min(env.low_latency_num_sms() or MAX_RANKS << 10, num_sms(device.index))
+        sms = num_sms(device.index)
+        self._num_sms = min(env.low_latency_num_sms() or sms, sms)
+        self._num_staying = max(1, sms // _WAITING_KERNELS)
         self._arena = _Arena(group.size, num_rdma_bytes, remote=self._remote)
         clean_kernel = self._kernel(CleanConfig(group.size, self._remote))
         self.memory: SymmetricMemory | RemoteMemory
@@ -619,6 +624,7 @@ class LowLatency:
             counters=self._words.data_ptr(),
             half_bytes=arena.half_bytes,
             words_stride=arena.words_stride,
+            num_staying=self._num_staying,
         )
         own = self.memory.ptr if self._remote else 0
         if isinstance(config, LowLatencyDispatchConfig):

@@ -288,6 +288,55 @@ def graph(
     return num_replays
 
 
+# ---- kernels that wait beside others ---------------------------------------------------------
+
+
+def in_another_order(buffers: Sequence[Buffer], streams: Sequence[Any]) -> None:
+    """Each rank begins with another one of its Buffers, whose kernels wait when the next ones come.
+
+    Of 160 tokens a kernel takes all SMs. What follows it at once starts early.
+
+    Args:
+        buffers: Of this rank.
+        streams: Of this rank, one for each of them.
+    """
+    ranks, first = buffers[0].group_size, buffers[0].rank
+    cases = [
+        steady(ranks, seed, num_tokens=(160,) * ranks, num_topk=8, num_experts=16 * ranks)
+        for seed in range(len(buffers))
+    ]
+    for buffer, case, stream in zip(buffers, cases, streams, strict=True):
+        with torch.cuda.stream(stream):
+            check_low_latency_round(buffer, case)
+    for ops in (("dispatch", "combine"), ("dispatch",), ("combine",)):
+        if ops[0] == "dispatch":
+            rounds = [RankRound(*each) for each in zip(buffers, cases, strict=True)]
+        buffers[0].group.allgather(None)
+        for i in range(len(buffers)):
+            index = (first + i) % len(buffers)
+            with torch.cuda.stream(streams[index]):
+                for op in ops:
+                    getattr(rounds[index], op)(0)
+            time.sleep(0.1)  # until it waits
+        for buffer, stream, ranked in zip(buffers, streams, rounds, strict=True):
+            with torch.cuda.stream(stream):
+                settle(buffer)
+            ranked.compare()
+
+
+def crossed(group: dist.ProcessGroup, environ: Mapping[str, str], num_buffers: int) -> None:
+    """`in_another_order`, one process a rank."""
+    bodies.set_up(group, environ)
+    options = {"num_rdma_bytes": ROOM, "low_latency_mode": True}
+    buffers = [
+        bodies.make_buffer(group, 0, timeout_seconds=10, **options) for _ in range(num_buffers)
+    ]
+    in_another_order(buffers, [torch.cuda.Stream() for _ in buffers])
+    for buffer in buffers:
+        bodies.synchronize(buffer)
+        buffer.destroy()
+
+
 # ---- ranks that do not come --------------------------------------------------------------
 
 
