@@ -732,6 +732,7 @@ class LowLatency:
         outputs = dispatched_forms(
             row_format,
             num_ranks=num_ranks,
+            num_tokens=call.num_tokens,
             max_tokens=call.max_tokens,
             num_experts=call.num_experts,
             num_topk=call.num_topk,

@@ -17,12 +17,13 @@ from epjit.config import (
     MAX_ROW_BYTES,
 )
 from epjit.formats import BF16, NVFP4, RowFormat
-from epjit.reference.low_latency import routed_topk, size_hint
+from epjit.reference.low_latency import dispatched_sizes, size_hint
 
 LowLatencyHandle: TypeAlias = tuple[torch.Tensor, torch.Tensor, int, int, int]
 """What `low_latency_dispatch` leaves for `low_latency_combine`: `src_info` int32 `[E // R, R * M]`,
 `layout_range` int64 `[E // R, R]`, `M`, `H`, `E`. The tensors must be those that the dispatch made:
-behind `src_info`, in its storage, lie the `Routes` that the combine follows."""
+behind `src_info`, in its storage, lie the `Routes` that the combine follows; their length says what
+was dispatched."""
 
 _LOGFMT_BLOCK = 128
 _QUARTERS = 4  # two of them take turns to receive; the other two are the send buffer
@@ -214,7 +215,7 @@ class LowLatencyChecks:
             if out is not None:
                 check_aligned("out", out)
             return passed
-        dispatched_topk = self._handle(handle)
+        dispatched_tokens, dispatched_topk = self._handle(handle)
         shape = (num_experts // self.num_ranks, self.num_ranks * max_tokens, hidden)
         why = "one row for each row of the dispatch, received or not"
         check("x", x, shape=shape, dtype=torch.bfloat16, device=self.device, why=why)
@@ -225,6 +226,11 @@ class LowLatencyChecks:
             raise ValueError(
                 f"topk_idx has {num_topk} choices a token, but the handle is of a dispatch with "
                 f"{dispatched_topk}; pass the topk_idx of that dispatch"
+            )
+        if num_tokens != dispatched_tokens:
+            raise ValueError(
+                f"topk_idx has {num_tokens} tokens, but the handle is of a dispatch of "
+                f"{dispatched_tokens} by this rank; pass the topk_idx of that dispatch"
             )
         check(
             "topk_weights",
@@ -295,8 +301,8 @@ class LowLatencyChecks:
         src_info, layout_range, max_tokens, hidden, num_experts = handle
         return src_info, layout_range, max_tokens, hidden, num_experts
 
-    def _handle(self, handle: Any) -> int:
-        """What `low_latency_dispatch` returned; gives the top-k of that call."""
+    def _handle(self, handle: Any) -> tuple[int, int]:
+        """What `low_latency_dispatch` returned; gives tokens and top-k of that call."""
         src_info, layout_range, max_tokens, hidden, num_experts = self._entries(handle)
         if not all(hasattr(each, "__index__") for each in (max_tokens, hidden, num_experts)):
             raise TypeError(
@@ -323,7 +329,7 @@ class LowLatencyChecks:
             device=self.device,
             why=why,
         )
-        return routed_topk(src_info, self.num_ranks)
+        return dispatched_sizes(src_info, self.num_ranks)
 
     def _choices(
         self, topk_idx: torch.Tensor, max_tokens: int, num_tokens: int | str, why: str
