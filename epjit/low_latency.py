@@ -594,17 +594,22 @@ class LowLatency:
 
     # ---- launches --------------------------------------------------------------------------------
 
-    def launch(self, shape: LowLatencyDispatchShape | LowLatencyCombineShape) -> Launch:
+    def launch(
+        self, shape: LowLatencyDispatchShape | LowLatencyCombineShape, max_tokens: int
+    ) -> Launch:
         """The launch of a shape; collective when it is the first of its kind.
 
         Raises:
-            RuntimeError: It would have to be compiled while a CUDA graph is captured.
+            RuntimeError: It would have to be compiled while a CUDA graph is captured; the ranks
+                chose different kernels, or have another `max_tokens` in this call.
             CommunicationError: A rank does not come; names it.
         """
         found = self._launches.get(shape)
-        return found if found is not None else self._build(shape)
+        return found if found is not None else self._build(shape, max_tokens)
 
-    def _build(self, shape: LowLatencyDispatchShape | LowLatencyCombineShape) -> Launch:
+    def _build(
+        self, shape: LowLatencyDispatchShape | LowLatencyCombineShape, max_tokens: int
+    ) -> Launch:
         """Compiles and loads, then meets the group: nobody may wait for a peer that compiles.
 
         With `enable_shrink` a rank may be gone for good, so ranks do not meet.
@@ -639,13 +644,19 @@ class LowLatency:
             bound.update(**self._reach(), send_buffer=own and own + arena.send_buffer)
         launch = Launch(self._kernel(config), **bound)
         if not self._shrink:
-            self._group.barrier()
+            self._group.agree(
+                f"kernels for low_latency_{config.op}",
+                f"{config}, num_max_dispatch_tokens_per_rank={max_tokens}",
+                remedy="make the same call on all ranks, with the same environment (above all "
+                f"{env.low_latency_combine_variant.name})",
+            )
         self._launches[shape] = launch
         return launch
 
     def warmup(
         self,
         *,
+        max_tokens: int,
         hidden: int,
         num_experts: int,
         num_topk: int,
@@ -664,7 +675,7 @@ class LowLatency:
             use_logfmt=use_logfmt,
         )
         for shape in shapes:
-            self.launch(shape)
+            self.launch(shape, max_tokens)
         for arch in archs:
             for config in warmup_configs(
                 shapes, num_ranks=self._group.size, arch=arch, remote=self._remote
@@ -722,7 +733,8 @@ class LowLatency:
         launch = self.launch(
             LowLatencyDispatchShape(
                 call.num_experts, call.hidden, row_format.code, call.num_topk, call.topk_is_int64
-            )
+            ),
+            call.max_tokens,
         )
         config = launch.kernel.config
         assert isinstance(config, LowLatencyDispatchConfig)
@@ -746,7 +758,8 @@ class LowLatency:
         launch = self.launch(
             LowLatencyCombineShape(
                 call.num_experts, call.hidden, call.num_topk, call.topk_is_int64, call.use_logfmt
-            )
+            ),
+            call.max_tokens,
         )
         config = launch.kernel.config
         assert isinstance(config, LowLatencyCombineConfig | LowLatencyReducedCombineConfig)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -18,6 +18,9 @@ from epjit.config import (
 )
 from epjit.formats import BF16, NVFP4, RowFormat
 from epjit.reference.low_latency import dispatched_sizes, size_hint
+
+if TYPE_CHECKING:
+    from epjit.runtime.group import Group
 
 LowLatencyHandle: TypeAlias = tuple[torch.Tensor, torch.Tensor, int, int, int]
 """What `low_latency_dispatch` leaves for `low_latency_combine`: `src_info` int32 `[E // R, R * M]`,
@@ -397,16 +400,30 @@ def _end(src_info: object) -> object:
     return src_info.untyped_storage().nbytes(), src_info.storage_offset()
 
 
+def agree_on_variant(group: Group) -> None:
+    """All ranks are asked for the same variant of combine. Collective.
+
+    Raises:
+        RuntimeError: They are not.
+        CommunicationError: Ranks did not come; names them.
+    """
+    variable = env.low_latency_combine_variant
+    group.agree(
+        f"values of {variable.name}", variable(), remedy="set it to the same value on all ranks"
+    )
+
+
 def check_variant(num_domains: int) -> None:
     """The variant of combine that the environment asks for.
 
     Raises:
         ValueError: It does not work between NVLink domains.
     """
-    if num_domains > 1 and env.low_latency_combine_variant() == "reduced":
+    variable = env.low_latency_combine_variant
+    if num_domains > 1 and variable() == "reduced":
         raise ValueError(
-            f"{env.low_latency_combine_variant.name}=reduced works in one NVLink domain only, and "
-            f"these ranks span {num_domains}; unset it, or take ldst or tma"
+            f"{variable.name}=reduced works in one NVLink domain only, and these ranks span "
+            f"{num_domains}; unset it, or take ldst or tma"
         )
 
 

@@ -54,7 +54,7 @@ class StubComm:
     """A communicator that knows who takes part and refuses to communicate.
 
     The first `answers` gathers succeed, as if all ranks had said the same: that is how the ranks
-    find out which of them share NVLink.
+    find out which of them share NVLink, and whether they are set up alike.
     """
 
     def __init__(self, size: int, rank: int = 0, *, answers: int = 0) -> None:

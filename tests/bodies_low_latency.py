@@ -337,6 +337,39 @@ def crossed(group: dist.ProcessGroup, environ: Mapping[str, str], num_buffers: i
         buffer.destroy()
 
 
+# ---- ranks that are set up differently --------------------------------------------------------
+
+_VARIANT = "EPJIT_LOW_LATENCY_COMBINE_VARIANT"
+
+
+def set_up_differently(group: dist.ProcessGroup, environ: Mapping[str, str]) -> None:
+    """The ranks have other variants when they make a Buffer, or only when they use it."""
+    on_gpu = bodies.set_up(group, environ)
+    mine = os.environ[_VARIANT] = ("ldst", "reduced")[group.rank() % 2]
+    both = r"rank 0: ldst\n +rank 1: reduced\n"
+    for enable_shrink in (False, True):
+        with pytest.raises(RuntimeError, match=f"different values of {_VARIANT}:\n +{both}"):
+            make_buffer(group, enable_shrink=enable_shrink)
+    os.environ[_VARIANT] = "ldst"
+    buffer = make_buffer(group)
+    ranked = RankRound(buffer, steady(group.size())) if not on_gpu else None
+    os.environ[_VARIANT] = mine
+    if ranked is None:
+        both = "LowLatencyCombineConfig.*LowLatencyReducedCombineConfig"
+        with pytest.raises(RuntimeError, match=f"kernels for low_latency_combine(?s:.*){both}"):
+            RankRound(buffer, steady(group.size()))
+        different = 8 + group.rank() % 2
+        both = "tokens_per_rank=8(?s:.*)tokens_per_rank=9"
+        with pytest.raises(RuntimeError, match=f"kernels for low_latency_dispatch(?s:.*){both}"):
+            buffer.low_latency_warmup(different, 1024, 4 * group.size(), num_topk=2)
+    else:
+        ranked.dispatch(0)
+        with pytest.raises(ValueError, match=rf"disagree on {_VARIANT}: rank 0 has ldst, rank 1"):
+            ranked.combine(0)
+    bodies.synchronize(buffer)
+    buffer.destroy()
+
+
 # ---- ranks that do not come --------------------------------------------------------------
 
 
