@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from epjit.formats import BF16, FP8, FP8_ROUND, FP8_UE8M0, MXFP8, NVFP4, RowFormat
+from epjit.formats import BF16, FP8, FP8_ROUND, MXFP8, NVFP4, RowFormat
 from epjit.reference.intranode import experts_per_rank
 from epjit.runtime.empty import Empty, Form, empty_on, matrix, vector
 
@@ -419,45 +419,6 @@ def encode(
     exponents = (bits.squeeze(2) >> 23).to(torch.uint8)
     assert row_format.scale_dtype is not None
     return values, exponents.view(row_format.scale_dtype)
-
-
-def decode(
-    x: Tensor,
-    scales: Tensor | None,
-    row_format: RowFormat,
-    global_scale: Tensor | None = None,
-) -> Tensor:
-    """The float32 values of rows.
-
-    Args:
-        x: `[..., columns]`.
-        scales: `[..., S]`, any strides, or None.
-        row_format: What the rows are.
-        global_scale: float32 `[1]`, for `NVFP4` only.
-
-    Returns:
-        `[..., H]`.
-    """
-    if row_format is BF16:
-        return x.to(torch.float32)
-    scales = _given(scales).contiguous()
-    if row_format is NVFP4:
-        nibbles = torch.stack((x & 15, x >> 4), dim=-1).to(torch.int64)
-        table = torch.tensor(
-            [*_E2M1_VALUES, *(-value for value in _E2M1_VALUES)], dtype=torch.float32, device="cpu"
-        )
-        values = table[nibbles].flatten(-2)
-    else:
-        values = x.to(torch.float32)
-    if row_format in (FP8_UE8M0, MXFP8):
-        bits = scales.view(torch.uint8).to(torch.int32) << 23
-        factors = bits.masked_fill(bits == 0, 1 << 22).view(torch.float32)  # byte 0 is 2**-127
-    else:
-        factors = scales.to(torch.float32)
-    blocks = values.unflatten(-1, (factors.shape[-1], row_format.block)) * factors.unsqueeze(-1)
-    if row_format is NVFP4:
-        blocks = _divide(blocks, _given(global_scale))
-    return blocks.flatten(-2)
 
 
 def logfmt_round_trip(rows: Tensor) -> Tensor:
