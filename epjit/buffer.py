@@ -265,6 +265,7 @@ class Buffer:
         _check_topology(self._topology, num_rdma_bytes, num_qps_per_rank, low_latency_mode)
         if low_latency_mode:
             check_variant(self._num_domains)
+        self._agree(use_fabric, num_qps_per_rank)
         self._empty = empty_on(self.device)
         self._passed: dict[Hashable, bool] = {}  # arguments of the normal mode, see `signature`
         self._slots = SLOTS if self._num_domains == 1 else SLOTS_BETWEEN_DOMAINS
@@ -278,16 +279,45 @@ class Buffer:
                 self._let_go().abandon(error)
                 raise
         else:
+            from epjit.chosen import ChosenKernels
+
             self._available_sms = _CPU_SMS
+            self._chosen = ChosenKernels(
+                links,
+                self._topology,
+                num_nvl_bytes=num_nvl_bytes,
+                num_rdma_bytes=num_rdma_bytes,
+            )
             domains = self._topology.domains
             self._cpu = CpuBackend(links, domains if len(domains) > 1 else None)
             self._cpu_memory = CpuMemory(num_nvl_bytes)
             self._cpu_rdma_memory = CpuMemory(num_rdma_bytes)
             if low_latency_mode:
                 self._low_latency = CpuLowLatency(
-                    links, num_rdma_bytes=num_rdma_bytes, enable_shrink=enable_shrink
+                    links,
+                    self._chosen,
+                    num_rdma_bytes=num_rdma_bytes,
+                    enable_shrink=enable_shrink,
                 )
         self.runtime = BufferRuntime(self)
+
+    def _agree(self, use_fabric: bool, num_qps_per_rank: int) -> None:
+        """All ranks make the same Buffer; collective."""
+        variant = env.low_latency_combine_variant
+        values = {
+            "num_nvl_bytes": self.num_nvl_bytes,
+            "num_rdma_bytes": self.num_rdma_bytes,
+            "low_latency_mode": bool(self.low_latency_mode),
+            "enable_shrink": bool(self.enable_shrink),
+            "use_fabric": bool(use_fabric),
+            "num_qps_per_rank": num_qps_per_rank,
+            "NVLink domains": self._topology.domains,
+            variant.name: variant() if self.low_latency_mode else None,
+        }
+        self._links.agree_on(
+            {f"values of {name}": value for name, value in values.items()},
+            remedy="make Buffers with the same arguments and environment on all ranks",
+        )
 
     def _make_on_gpu(
         self, timeout_seconds: float | None, use_fabric: bool, num_qps_per_rank: int
@@ -677,8 +707,6 @@ class Buffer:
             raise ValueError(
                 f"num_topk is {num_topk} (0 to {MAX_TOPK}) and num_scales {num_scales} (0 or more)"
             )
-        if self._cpu is not None:
-            return
         from epjit.normal_mode import warmup_shapes
 
         shapes = warmup_shapes(
@@ -688,6 +716,10 @@ class Buffer:
             topk_is_int64=topk_idx_dtype == torch.int64,
             is_f16=combine_dtype == torch.float16,
         )
+        if self._cpu is not None:
+            for shape in shapes:
+                self._chosen.launch(shape)
+            return
         with self._entered():
             for shape in shapes:
                 self._mode.launch(shape)
@@ -849,6 +881,7 @@ class Buffer:
             self._check_handle(handle, num_tokens=rows.shape[0])
             if self._cpu is not None:
                 cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
+                self._chosen.check_dispatch(rows, scales, None, num_sms=config.num_sms)
                 recv_x, recv_scales = self._cpu.cached_dispatch(rows, scales, handle)
                 event = cpu_scope.finish()
             else:
@@ -884,6 +917,7 @@ class Buffer:
         per_rdma_rank = num_tokens_per_rdma_rank if self._num_domains > 1 else None
         if self._cpu is not None:
             cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
+            self._chosen.check_dispatch(rows, scales, topk_idx, num_sms=config.num_sms)
             result = self._cpu.dispatch(
                 rows,
                 scales,
@@ -988,6 +1022,7 @@ class Buffer:
         self._check_config(config)
         if self._cpu is not None:
             cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
+            self._chosen.check_combine(x, topk_weights, num_sms=config.num_sms)
             combined_x, combined_weights = self._cpu.combine(
                 x, handle, topk_weights, (bias_0, bias_1)
             )
@@ -1341,6 +1376,7 @@ class Buffer:
             RuntimeError: Not in low-latency mode, or a hook has not been called.
         """
         mode = self._low_latency_mode("low_latency_warmup")
+        max_tokens = as_int("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank)
         hidden, num_experts = as_int("hidden", hidden), as_int("num_experts", num_experts)
         num_topk = as_int("num_topk", num_topk)
         row_format = choose_format(
@@ -1357,6 +1393,7 @@ class Buffer:
             return
         with self._entered():
             mode.warmup(
+                max_tokens=max_tokens,
                 hidden=hidden,
                 num_experts=num_experts,
                 num_topk=num_topk,

@@ -18,12 +18,13 @@ from epjit.config import (
 )
 from epjit.formats import BF16, NVFP4, RowFormat
 from epjit.numbers import as_int
-from epjit.reference.low_latency import routed_topk, size_hint
+from epjit.reference.low_latency import dispatched_sizes, size_hint
 
 LowLatencyHandle: TypeAlias = tuple[torch.Tensor, torch.Tensor, int, int, int]
 """What `low_latency_dispatch` leaves for `low_latency_combine`: `src_info` int32 `[E // R, R * M]`,
 `layout_range` int64 `[E // R, R]`, `M`, `H`, `E`. The tensors must be those that the dispatch made:
-behind `src_info`, in its storage, lie the `Routes` that the combine follows."""
+behind `src_info`, in its storage, lie the `Routes` that the combine follows; their length says what
+was dispatched."""
 
 _LOGFMT_BLOCK = 128
 _QUARTERS = 4  # two of them take turns to receive; the other two are the send buffer
@@ -218,7 +219,7 @@ class LowLatencyChecks:
             if out is not None:
                 check_aligned("out", out)
             return passed
-        dispatched_topk = self._handle(handle)
+        dispatched_tokens, dispatched_topk = self._handle(handle)
         shape = (num_experts // self.num_ranks, self.num_ranks * max_tokens, hidden)
         why = "one row for each row of the dispatch, received or not"
         check("x", x, shape=shape, dtype=torch.bfloat16, device=self.device, why=why)
@@ -229,6 +230,11 @@ class LowLatencyChecks:
             raise ValueError(
                 f"topk_idx has {num_topk} choices a token, but the handle is of a dispatch with "
                 f"{dispatched_topk}; pass the topk_idx of that dispatch"
+            )
+        if num_tokens != dispatched_tokens:
+            raise ValueError(
+                f"topk_idx has {num_tokens} tokens, but the handle is of a dispatch of "
+                f"{dispatched_tokens} by this rank; pass the topk_idx of that dispatch"
             )
         check(
             "topk_weights",
@@ -308,8 +314,8 @@ class LowLatencyChecks:
             as_int("handle[4]", num_experts),
         )
 
-    def _handle(self, handle: Any) -> int:
-        """What `low_latency_dispatch` returned; gives the top-k of that call."""
+    def _handle(self, handle: Any) -> tuple[int, int]:
+        """What `low_latency_dispatch` returned; gives tokens and top-k of that call."""
         src_info, layout_range, max_tokens, hidden, num_experts = self._entries(handle)
         self.sizes(max_tokens, num_experts)
         self.hidden(hidden)
@@ -331,7 +337,7 @@ class LowLatencyChecks:
             device=self.device,
             why=why,
         )
-        return routed_topk(src_info, self.num_ranks)
+        return dispatched_sizes(src_info, self.num_ranks)
 
     def _choices(
         self, topk_idx: torch.Tensor, max_tokens: int, num_tokens: int | str, why: str
@@ -399,16 +405,39 @@ def _end(src_info: object) -> object:
     return src_info.untyped_storage().nbytes(), src_info.storage_offset()
 
 
+def check_source(x: torch.Tensor, begin: int, end: int, *, use_logfmt: bool) -> None:
+    """The rows of a combine between domains, which are staged in the send buffer.
+
+    Args:
+        x: The rows.
+        begin: Address of the send buffer.
+        end: The address behind it.
+        use_logfmt: Whether they are encoded there.
+
+    Raises:
+        ValueError: They lie there already, and not each where it would be staged.
+    """
+    first = x.data_ptr()
+    if first >= end or first + x.nbytes <= begin or (first == begin and not use_logfmt):
+        return
+    raise ValueError(
+        "x overlaps the buffer of get_next_low_latency_combine_buffer, which between NVLink "
+        "domains the rows are sent from; pass another tensor, or that buffer with "
+        "zero_copy=True and without use_logfmt"
+    )
+
+
 def check_variant(num_domains: int) -> None:
     """The variant of combine that the environment asks for.
 
     Raises:
         ValueError: It does not work between NVLink domains.
     """
-    if num_domains > 1 and env.low_latency_combine_variant() == "reduced":
+    variable = env.low_latency_combine_variant
+    if num_domains > 1 and variable() == "reduced":
         raise ValueError(
-            f"{env.low_latency_combine_variant.name}=reduced works in one NVLink domain only, and "
-            f"these ranks span {num_domains}; unset it, or take ldst or tma"
+            f"{variable.name}=reduced works in one NVLink domain only, and these ranks span "
+            f"{num_domains}; unset it, or take ldst or tma"
         )
 
 

@@ -22,6 +22,7 @@ from epjit.reference.low_latency import LowLatencyDispatched
 from epjit.runtime.empty import empty_on
 
 if TYPE_CHECKING:
+    from epjit.chosen import ChosenKernels
     from epjit.low_latency_checks import CombineCall, DispatchCall
     from epjit.runtime.group import Group
     from epjit.scope import AnyScope
@@ -244,6 +245,7 @@ class CpuLowLatency:
 
     Args:
         group: The ranks.
+        chosen: What a GPU would run.
         num_rdma_bytes: Bytes of `memory`.
         enable_shrink: Whether `mask` counts.
 
@@ -258,8 +260,10 @@ class CpuLowLatency:
             together; the text names the ranks and their values.
     """
 
-    def __init__(self, group: Group, *, num_rdma_bytes: int, enable_shrink: bool) -> None:
-        self._group = group
+    def __init__(
+        self, group: Group, chosen: ChosenKernels, *, num_rdma_bytes: int, enable_shrink: bool
+    ) -> None:
+        self._group, self._chosen = group, chosen
         self._num_rdma_bytes = num_rdma_bytes
         self._enable_shrink = enable_shrink
         self.memory = CpuMemory(num_rdma_bytes)
@@ -297,6 +301,7 @@ class CpuLowLatency:
         forms = low_latency.dispatched_forms(
             call.row_format,
             num_ranks=self._group.size,
+            num_tokens=call.num_tokens,
             max_tokens=call.max_tokens,
             num_experts=call.num_experts,
             num_topk=call.num_topk,
@@ -371,6 +376,8 @@ class CpuLowLatency:
             bfloat16 `[T, H]`, and what receives, or None.
         """
         del wait_cost
+        half = self.memory.tensor(torch.uint8)[self._num_rdma_bytes // 2 :]
+        self._chosen.check_low_latency_combine(call, x, half)
         combined = out
         if combined is None:
             shape = (call.num_tokens, call.hidden)
@@ -389,6 +396,7 @@ class CpuLowLatency:
                 "num_experts": call.num_experts,
                 "num_topk": call.num_topk,
                 "use_logfmt": call.use_logfmt,
+                env.low_latency_combine_variant.name: env.low_latency_combine_variant(),
             },
             tuple(low_latency.collect(x, src_info, self._group.size)),
         )

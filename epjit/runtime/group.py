@@ -13,7 +13,7 @@ import secrets
 import socket
 import threading
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -55,6 +55,29 @@ class Group(ABC):
             CommunicationError: Ranks did not come within ``EPJIT_TIMEOUT_SECONDS``; names them.
         """
         self.allgather(None)
+
+    def agree(self, what: str, value: object, *, remedy: str) -> None:
+        """Returns when all ranks have called it with the same value. Collective.
+
+        Args:
+            what: Names the value, in the plural.
+            value: What this rank has chosen.
+            remedy: What to do where the ranks have chosen differently.
+
+        Raises:
+            RuntimeError: They have; says what each has.
+            CommunicationError: Ranks did not come within ``EPJIT_TIMEOUT_SECONDS``; names them.
+        """
+        self.agree_on({what: value}, remedy=remedy)
+
+    def agree_on(self, values: Mapping[str, object], *, remedy: str) -> None:
+        """Like `agree`, for several values by what they are called. Collective."""
+        everyone = self.allgather(dict(values))
+        for what, value in values.items():
+            chosen = [each.get(what) for each in everyone]
+            if any(each != value for each in chosen):
+                lines = "\n  ".join(f"rank {rank}: {each}" for rank, each in enumerate(chosen))
+                raise RuntimeError(f"the ranks chose different {what}:\n  {lines}\n{remedy}")
 
     def reset(self) -> None:
         """Meets again after a collective call that not all ranks made. Collective.

@@ -34,7 +34,8 @@ def bench() -> Iterator[Bench]:
     """A buffer of two ranks of which nothing but the checks works."""
 
     def make(**options: Any) -> Buffer:
-        return Buffer(None, 1 << 16, comm=StubComm(NUM_RANKS, rank=1, answers=1), **options)
+        comm = StubComm(NUM_RANKS, rank=1, answers=2)  # who shares NVLink, and what is made
+        return Buffer(None, 1 << 16, comm=comm, **options)
 
     destroyed = make(explicitly_destroy=True)
     destroyed.destroy()
