@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 
-from epjit import env, tuned
+from epjit import env, signatures, tuned
 from epjit.check import (
     check,
     check_aligned,
@@ -796,6 +796,7 @@ class Buffer:
             event = scope.finish((topk_idx,), (per_rank, per_rdma_rank, per_expert, in_rank))
         return per_rank, per_rdma_rank, per_expert, in_rank, event
 
+    @signatures.dispatch
     def dispatch(
         self,
         x: Payload,
@@ -1045,6 +1046,7 @@ class Buffer:
 
     # ---- low latency -----------------------------------------------------------------------------
 
+    @signatures.low_latency_dispatch
     def low_latency_dispatch(
         self,
         x: torch.Tensor,
@@ -1160,6 +1162,7 @@ class Buffer:
         recv_x = _payload(received.recv_x, received.recv_scales)
         return recv_x, received.recv_count, handle, event, hook
 
+    @signatures.low_latency_combine
     def low_latency_combine(
         self,
         x: torch.Tensor,
