@@ -148,7 +148,8 @@ class Buffer:
 
     Construction is collective. On a machine with a GPU the buffer lives on the current device;
     without one (or with ``EPJIT_BACKEND=cpu``) the same interface works on CPU tensors with the
-    same results.
+    same results, and refuses what a GPU refuses. ``with Buffer(...) as buffer:`` destroys the
+    buffer at the end of the block, whatever `explicitly_destroy` says.
 
     Ranks that reach each other over NVLink are a domain. With several domains (several hosts, or
     `nvlink_domain`) rows travel between them by RDMA, and the normal mode's handles have ten
@@ -195,8 +196,11 @@ class Buffer:
         device: Where the tensors live.
 
     Raises:
+        TypeError: A number that is no int.
         ValueError: Sizes or ranks that cannot work; all reasons at once.
-        RuntimeError: Two ranks' GPUs cannot reach each other; names the pair.
+        RuntimeError: The ranks make different Buffers, which says what each has; or two ranks' GPUs
+            cannot reach each other, which names the pair. Whatever is raised, nothing is left
+            behind.
     """
 
     num_sms: ClassVar[int] = _DEFAULT_SMS

@@ -11,6 +11,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,9 @@ import torch
 from epjit import Buffer
 from epjit.runtime import stream as streams
 from epjit.runtime import symmetric
+from epjit.runtime import transport as transports
+from epjit.runtime.group import Group
+from epjit.runtime.topology import Topology
 from tests.cpu.fake_gpu import FakeGpu, fake_gpu
 
 KINDS: dict[str, dict[str, Any]] = {
@@ -263,3 +267,52 @@ def test_a_forked_child_frees_nothing(gpu: FakeGpu) -> None:
     os.close(reader)
     del kept
     buffers[0].destroy()
+
+
+# ---- NVSHMEM's heap
+
+
+class Heap:
+    """A piece of the heap that knows whether it was handed back."""
+
+    ptr, nbytes = 0x1000, 256
+
+    def __init__(self) -> None:
+        self.is_closed = False
+
+    def address_at(self, pe: int) -> int:
+        return 0x1000
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def test_memory_of_the_heap_goes_back_when_a_peer_does_not_come(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    heap = Heap()
+    monkeypatch.setattr(transports.nvshmem, "allocate", lambda *_, **__: heap)
+    made: Any = transports.NvshmemTransport.__new__(transports.NvshmemTransport)
+    made._group = Group.from_comm(Twin(gpu))
+    made._device, made._topology, made.pes = 0, Topology(0, ((0,), (1,))), [0, 1]
+    assert made.allocate(256).ptr == heap.ptr
+    assert not heap.is_closed
+    for step in range(1, gpu.num_steps + 1):
+        gpu.num_steps, gpu.fails_at, heap.is_closed = 0, step, False
+        with pytest.raises(RuntimeError):
+            made.allocate(256)
+        assert heap.is_closed, gpu.failed
+
+
+def test_a_block_whose_peer_does_not_come_has_a_number(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The other ranks draw one, too: it means the same memory on each."""
+    nvshmem = transports.nvshmem
+    monkeypatch.setattr(nvshmem, "load", lambda: SimpleNamespace(nvshmem_malloc=lambda n: 0x1000))
+    monkeypatch.setattr(nvshmem, "_blocks", {})
+    monkeypatch.setattr(nvshmem, "_num_blocks", 5)
+    gpu.num_steps, gpu.fails_at = 0, 2  # the second gather
+    with pytest.raises(RuntimeError, match="allgather"):
+        nvshmem.allocate(Group.from_comm(Twin(gpu)), 256, device=0)
+    assert nvshmem._num_blocks == 6

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import itertools
+import os
 import threading
 import time
 from collections import Counter
@@ -141,7 +142,7 @@ def test_a_rank_without_memory_fails_all(driver: Driver) -> None:
 def test_mapped_memory_goes_when_what_is_queued_is_done(driver: Driver) -> None:
     """Unlike cuMemFree, cuMemUnmap waits for nothing, and kernels may still read."""
     memory: Any = SymmetricMemory.__new__(SymmetricMemory)
-    memory._device, memory._fabric, memory._closed = 0, True, False
+    memory._device, memory._fabric, memory._closed, memory._pid = 0, True, False, os.getpid()
     memory.ptr, memory._ipc_opened, memory._mapped = 0x1000, [], [(0x1000, 256, 7)]
     memory.close()
     assert list(driver.calls) == [
