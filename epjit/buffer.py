@@ -145,6 +145,12 @@ class Buffer:
     in a low-latency call, `H` elements a row, `K` top-k choices, `E` experts (expert `e` lives on
     rank `e // (E // R)`), `S` scales a token, `n` received rows, `D` NVLink domains.
 
+    Calls come from any thread, whichever GPU is current there, and from any stream, by which the
+    current stream of the Buffer's GPU is meant; on the GPU each runs after the one before. Only
+    replays of a CUDA graph are not seen by the Buffer. They use what the calls use, so replay a
+    graph that has captured calls on the stream of the other calls, or make that stream wait for the
+    replay, and the replay for the calls before it; out of order, each takes the other's rows.
+
     Construction is collective. On a machine with a GPU the buffer lives on the current device;
     without one (or with ``EPJIT_BACKEND=cpu``) the same interface works on CPU tensors with the
     same results.
@@ -356,7 +362,7 @@ class Buffer:
 
     @staticmethod
     def capture() -> EventOverlap:
-        """An event recorded on the current stream."""
+        """An event recorded on the current stream, with the GPU of the Buffer current."""
         return EventOverlap(EventHandle())
 
     @staticmethod
@@ -641,9 +647,10 @@ class Buffer:
         Args:
             topk_idx: int64 or int32 `[T, K]`; anything outside `[0, E)` is no selection.
             num_experts: `E`, a multiple of `R`.
-            previous_event: What to wait for instead of the current stream.
+            previous_event: What to wait for instead of the current stream. Outputs then belong to
+                the communication stream, and torch's allocator knows who else uses them.
             async_finish: Return an event instead of making the current stream wait.
-            allocate_on_comm_stream: Outputs belong to the communication stream.
+            allocate_on_comm_stream: V1's flag, which `previous_event` includes.
 
         Returns:
             `num_tokens_per_rank` int32 `[R]`, `num_tokens_per_rdma_rank` int32 `[D]` (None in one
@@ -741,9 +748,10 @@ class Buffer:
                 wait (capturable), and the list is empty; rows that nothing arrived for are -1 in
                 `recv_topk_idx`, undefined elsewhere.
             config: Only `num_sms` matters; None is `get_dispatch_config`.
-            previous_event: What to wait for instead of the current stream.
+            previous_event: What to wait for instead of the current stream. Outputs then belong to
+                the communication stream, and torch's allocator knows who else uses them.
             async_finish: Return an event instead of making the current stream wait.
-            allocate_on_comm_stream: Outputs belong to the communication stream.
+            allocate_on_comm_stream: V1's flag, which `previous_event` includes.
 
         Returns:
             `recv_x` `[n, H]` (with scales: a tuple with float32 or int32 `[n, S]`, row-major),
@@ -878,9 +886,10 @@ class Buffer:
             topk_weights: float32 `[n, K]`, summed over ranks as well, or None.
             bias: `[T, H]` of x's dtype, or a pair of them, or None.
             config: Only `num_sms` matters; None is `get_combine_config`.
-            previous_event: What to wait for instead of the current stream.
+            previous_event: What to wait for instead of the current stream. Outputs then belong to
+                the communication stream, and torch's allocator knows who else uses them.
             async_finish: Return an event instead of making the current stream wait.
-            allocate_on_comm_stream: Outputs belong to the communication stream.
+            allocate_on_comm_stream: V1's flag, which `previous_event` includes.
 
         Returns:
             `combined_x` `[T, H]`, `combined_topk_weights` float32 `[T, K]` or None, the event.
