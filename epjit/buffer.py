@@ -35,7 +35,13 @@ from epjit.config import (
 )
 from epjit.event import EventHandle, EventOverlap, next_number
 from epjit.formats import choose_format
-from epjit.low_latency_checks import LowLatencyChecks, LowLatencyHandle, check_forms, check_variant
+from epjit.low_latency_checks import (
+    LowLatencyChecks,
+    LowLatencyHandle,
+    agree_on_variant,
+    check_forms,
+    check_variant,
+)
 from epjit.reference.cpu_backend import CpuBackend, CpuLowLatency, CpuMemory
 from epjit.reference.intranode import Handle
 from epjit.reference.low_latency import size_hint
@@ -261,6 +267,7 @@ class Buffer:
         _check_topology(self._topology, num_rdma_bytes, num_qps_per_rank, low_latency_mode)
         if low_latency_mode:
             check_variant(self._num_domains)
+            agree_on_variant(links)
         if on_gpu:
             try:
                 self._make_on_gpu(timeout_seconds, use_fabric, num_qps_per_rank)
@@ -1282,6 +1289,7 @@ class Buffer:
             return
         with self._entered():
             mode.warmup(
+                max_tokens=num_max_dispatch_tokens_per_rank,
                 hidden=hidden,
                 num_experts=num_experts,
                 num_topk=num_topk,

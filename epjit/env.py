@@ -186,7 +186,8 @@ low_latency_num_sms: Variable[int] = Variable(
     "EPJIT_LOW_LATENCY_NUM_SMS",
     "a whole number, 0 or more",
     0,
-    "Most SMs (blocks) of a low-latency kernel; 0 means all that the GPU has.",
+    "Most SMs (blocks) of a low-latency kernel; 0 means all that the GPU has. While a peer is late "
+    "most of them are free for other kernels.",
     _natural,
 )
 disable_sm90_features: Variable[bool] = Variable(

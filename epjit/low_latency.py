@@ -47,6 +47,9 @@ _ALIGNMENT = 128
 _LOG_BLOCK = 128  # channels
 _CAST_ELEMENTS = 16
 _STEP = 256  # channels that a warp adds at a time
+# So many low-latency kernels may wait for late peers at once, and less one leave SMs to what runs
+# beside them. The blocks that stay (16 of 132) move what comes after a wait of 1 ms or more.
+_WAITING_KERNELS = 8
 # Of a half: one a token or a choice; for `reduced` one a piece of a row and one a weight.
 _NUM_WORDS = max(MAX_LOW_LATENCY_TOKENS, MAX_LOW_LATENCY_CHOICES)
 
@@ -518,7 +521,9 @@ class LowLatency:
         self._timeout_seconds = timeout_seconds
         self._shrink = enable_shrink
         self._arch = arch_of(device.index)
-        self._num_sms = min(env.low_latency_num_sms() or MAX_RANKS << 10, num_sms(device.index))
+        sms = num_sms(device.index)
+        self._num_sms = min(env.low_latency_num_sms() or sms, sms)
+        self._num_staying = max(1, sms // _WAITING_KERNELS)
         self._arena = _Arena(group.size, num_rdma_bytes, remote=self._remote)
         clean_kernel = self._kernel(CleanConfig(group.size, self._remote))
         self.memory: SymmetricMemory | RemoteMemory
@@ -589,17 +594,22 @@ class LowLatency:
 
     # ---- launches --------------------------------------------------------------------------------
 
-    def launch(self, shape: LowLatencyDispatchShape | LowLatencyCombineShape) -> Launch:
+    def launch(
+        self, shape: LowLatencyDispatchShape | LowLatencyCombineShape, max_tokens: int
+    ) -> Launch:
         """The launch of a shape; collective when it is the first of its kind.
 
         Raises:
-            RuntimeError: It would have to be compiled while a CUDA graph is captured.
+            RuntimeError: It would have to be compiled while a CUDA graph is captured; the ranks
+                chose different kernels, or have another `max_tokens` in this call.
             CommunicationError: A rank does not come; names it.
         """
         found = self._launches.get(shape)
-        return found if found is not None else self._build(shape)
+        return found if found is not None else self._build(shape, max_tokens)
 
-    def _build(self, shape: LowLatencyDispatchShape | LowLatencyCombineShape) -> Launch:
+    def _build(
+        self, shape: LowLatencyDispatchShape | LowLatencyCombineShape, max_tokens: int
+    ) -> Launch:
         """Compiles and loads, then meets the group: nobody may wait for a peer that compiles.
 
         With `enable_shrink` a rank may be gone for good, so ranks do not meet.
@@ -619,6 +629,7 @@ class LowLatency:
             counters=self._words.data_ptr(),
             half_bytes=arena.half_bytes,
             words_stride=arena.words_stride,
+            num_staying=self._num_staying,
         )
         own = self.memory.ptr if self._remote else 0
         if isinstance(config, LowLatencyDispatchConfig):
@@ -633,13 +644,19 @@ class LowLatency:
             bound.update(**self._reach(), send_buffer=own and own + arena.send_buffer)
         launch = Launch(self._kernel(config), **bound)
         if not self._shrink:
-            self._group.barrier()
+            self._group.agree(
+                f"kernels for low_latency_{config.op}",
+                f"{config}, num_max_dispatch_tokens_per_rank={max_tokens}",
+                remedy="make the same call on all ranks, with the same environment (above all "
+                f"{env.low_latency_combine_variant.name})",
+            )
         self._launches[shape] = launch
         return launch
 
     def warmup(
         self,
         *,
+        max_tokens: int,
         hidden: int,
         num_experts: int,
         num_topk: int,
@@ -658,7 +675,7 @@ class LowLatency:
             use_logfmt=use_logfmt,
         )
         for shape in shapes:
-            self.launch(shape)
+            self.launch(shape, max_tokens)
         for arch in archs:
             for config in warmup_configs(
                 shapes, num_ranks=self._group.size, arch=arch, remote=self._remote
@@ -716,7 +733,8 @@ class LowLatency:
         launch = self.launch(
             LowLatencyDispatchShape(
                 call.num_experts, call.hidden, row_format.code, call.num_topk, call.topk_is_int64
-            )
+            ),
+            call.max_tokens,
         )
         config = launch.kernel.config
         assert isinstance(config, LowLatencyDispatchConfig)
@@ -726,6 +744,7 @@ class LowLatency:
         outputs = dispatched_forms(
             row_format,
             num_ranks=num_ranks,
+            num_tokens=call.num_tokens,
             max_tokens=call.max_tokens,
             num_experts=call.num_experts,
             num_topk=call.num_topk,
@@ -739,7 +758,8 @@ class LowLatency:
         launch = self.launch(
             LowLatencyCombineShape(
                 call.num_experts, call.hidden, call.num_topk, call.topk_is_int64, call.use_logfmt
-            )
+            ),
+            call.max_tokens,
         )
         config = launch.kernel.config
         assert isinstance(config, LowLatencyCombineConfig | LowLatencyReducedCombineConfig)

@@ -177,14 +177,12 @@ class NormalMode(ABC):
                 "capture, or call Buffer.warmup()"
             )
         launch = self._bind(shape, config)
-        chosen = self._group.allgather(config)
-        if any(each != config for each in chosen):
-            each = "\n  ".join(f"rank {rank}: {one}" for rank, one in enumerate(chosen))
-            raise RuntimeError(
-                f"the ranks chose different kernels for {config.op}:\n  {each}\nset "
-                f"{env.variant_name(config.op)} to the same value everywhere, or give all ranks "
-                "the same EPJIT_CACHE_DIR (tuned.json is in it)"
-            )
+        self._group.agree(
+            f"kernels for {config.op}",
+            config,
+            remedy=f"set {env.variant_name(config.op)} to the same value everywhere, or give all "
+            "ranks the same EPJIT_CACHE_DIR (tuned.json is in it)",
+        )
         self._launches[shape] = launch
         return launch
 

@@ -54,7 +54,7 @@ class StubComm:
     """A communicator that knows who takes part and refuses to communicate.
 
     The first `answers` gathers succeed, as if all ranks had said the same: that is how the ranks
-    find out which of them share NVLink.
+    find out which of them share NVLink, and whether they are set up alike.
     """
 
     def __init__(self, size: int, rank: int = 0, *, answers: int = 0) -> None:
@@ -208,11 +208,14 @@ class Bench:
         """clean_low_latency_buffer."""
         return self.buffer.clean_low_latency_buffer(*sizes or (MAX_TOKENS, LL_HIDDEN, NUM_EXPERTS))
 
-    def src_info(self, max_tokens: int, num_experts: int, num_topk: int) -> torch.Tensor:
+    def src_info(
+        self, max_tokens: int, num_experts: int, num_topk: int, num_tokens: int = NUM_TOKENS
+    ) -> torch.Tensor:
         """Of a dispatch with other sizes, with nothing in it."""
         forms = low_latency.dispatched_forms(
             BF16,
             num_ranks=NUM_RANKS,
+            num_tokens=num_tokens,
             max_tokens=max_tokens,
             num_experts=num_experts,
             num_topk=num_topk,
@@ -1529,6 +1532,18 @@ LOW_LATENCY_COMBINE = [
         lambda b: b.ll_combine(topk_idx=b.full(6, 2, dtype=torch.int64)),
         ValueError,
         r"topk_idx has 2 choices a token, but the handle is of a dispatch with 4; pass the",
+    ),
+    BadInput(
+        "more tokens than were dispatched",
+        lambda b: b.ll_combine(topk_idx=b.full(7, 4, dtype=torch.int64)),
+        ValueError,
+        r"topk_idx has 7 tokens, but the handle is of a dispatch of 6 by this rank; pass the",
+    ),
+    BadInput(
+        "fewer tokens than were dispatched",
+        lambda b: b.ll_combine(topk_idx=b.full(0, 4, dtype=torch.int64)),
+        ValueError,
+        r"topk_idx has 0 tokens, but the handle is of a dispatch of 6 by this rank; pass the",
     ),
     BadInput(
         "weights dtype",

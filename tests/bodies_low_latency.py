@@ -289,6 +289,88 @@ def graph(
     return num_replays
 
 
+# ---- kernels that wait beside others ---------------------------------------------------------
+
+
+def in_another_order(buffers: Sequence[Buffer], streams: Sequence[Any]) -> None:
+    """Each rank begins with another one of its Buffers, whose kernels wait when the next ones come.
+
+    Of 160 tokens a kernel takes all SMs. What follows it at once starts early.
+
+    Args:
+        buffers: Of this rank.
+        streams: Of this rank, one for each of them.
+    """
+    ranks, first = buffers[0].group_size, buffers[0].rank
+    cases = [
+        steady(ranks, seed, num_tokens=(160,) * ranks, num_topk=8, num_experts=16 * ranks)
+        for seed in range(len(buffers))
+    ]
+    for buffer, case, stream in zip(buffers, cases, streams, strict=True):
+        with torch.cuda.stream(stream):
+            check_low_latency_round(buffer, case)
+    for ops in (("dispatch", "combine"), ("dispatch",), ("combine",)):
+        if ops[0] == "dispatch":
+            rounds = [RankRound(*each) for each in zip(buffers, cases, strict=True)]
+        buffers[0].group.allgather(None)
+        for i in range(len(buffers)):
+            index = (first + i) % len(buffers)
+            with torch.cuda.stream(streams[index]):
+                for op in ops:
+                    getattr(rounds[index], op)(0)
+            time.sleep(0.1)  # until it waits
+        for buffer, stream, ranked in zip(buffers, streams, rounds, strict=True):
+            with torch.cuda.stream(stream):
+                settle(buffer)
+            ranked.compare()
+
+
+def crossed(group: dist.ProcessGroup, environ: Mapping[str, str], num_buffers: int) -> None:
+    """`in_another_order`, one process a rank."""
+    bodies.set_up(group, environ)
+    options = {"num_rdma_bytes": ROOM, "low_latency_mode": True}
+    buffers = [
+        bodies.make_buffer(group, 0, timeout_seconds=10, **options) for _ in range(num_buffers)
+    ]
+    in_another_order(buffers, [torch.cuda.Stream() for _ in buffers])
+    for buffer in buffers:
+        bodies.synchronize(buffer)
+        buffer.destroy()
+
+
+# ---- ranks that are set up differently --------------------------------------------------------
+
+_VARIANT = "EPJIT_LOW_LATENCY_COMBINE_VARIANT"
+
+
+def set_up_differently(group: dist.ProcessGroup, environ: Mapping[str, str]) -> None:
+    """The ranks have other variants when they make a Buffer, or only when they use it."""
+    on_gpu = bodies.set_up(group, environ)
+    mine = os.environ[_VARIANT] = ("ldst", "reduced")[group.rank() % 2]
+    both = r"rank 0: ldst\n +rank 1: reduced\n"
+    for enable_shrink in (False, True):
+        with pytest.raises(RuntimeError, match=f"different values of {_VARIANT}:\n +{both}"):
+            make_buffer(group, enable_shrink=enable_shrink)
+    os.environ[_VARIANT] = "ldst"
+    buffer = make_buffer(group)
+    ranked = RankRound(buffer, steady(group.size())) if not on_gpu else None
+    os.environ[_VARIANT] = mine
+    if ranked is None:
+        both = "LowLatencyCombineConfig.*LowLatencyReducedCombineConfig"
+        with pytest.raises(RuntimeError, match=f"kernels for low_latency_combine(?s:.*){both}"):
+            RankRound(buffer, steady(group.size()))
+        different = 8 + group.rank() % 2
+        both = "tokens_per_rank=8(?s:.*)tokens_per_rank=9"
+        with pytest.raises(RuntimeError, match=f"kernels for low_latency_dispatch(?s:.*){both}"):
+            buffer.low_latency_warmup(different, 1024, 4 * group.size(), num_topk=2)
+    else:
+        ranked.dispatch(0)
+        with pytest.raises(ValueError, match=rf"disagree on {_VARIANT}: rank 0 has ldst, rank 1"):
+            ranked.combine(0)
+    bodies.synchronize(buffer)
+    buffer.destroy()
+
+
 # ---- ranks that do not come --------------------------------------------------------------
 
 

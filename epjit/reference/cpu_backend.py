@@ -297,6 +297,7 @@ class CpuLowLatency:
         forms = low_latency.dispatched_forms(
             call.row_format,
             num_ranks=self._group.size,
+            num_tokens=call.num_tokens,
             max_tokens=call.max_tokens,
             num_experts=call.num_experts,
             num_topk=call.num_topk,
@@ -389,6 +390,7 @@ class CpuLowLatency:
                 "num_experts": call.num_experts,
                 "num_topk": call.num_topk,
                 "use_logfmt": call.use_logfmt,
+                env.low_latency_combine_variant.name: env.low_latency_combine_variant(),
             },
             tuple(low_latency.collect(x, src_info, self._group.size)),
         )

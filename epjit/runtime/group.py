@@ -56,6 +56,23 @@ class Group(ABC):
         """
         self.allgather(None)
 
+    def agree(self, what: str, value: object, *, remedy: str) -> None:
+        """Returns when all ranks have called it with the same value. Collective.
+
+        Args:
+            what: Names the value, in the plural.
+            value: What this rank has chosen.
+            remedy: What to do where the ranks have chosen differently.
+
+        Raises:
+            RuntimeError: They have; says what each has.
+            CommunicationError: Ranks did not come within ``EPJIT_TIMEOUT_SECONDS``; names them.
+        """
+        chosen = self.allgather(value)
+        if any(each != value for each in chosen):
+            lines = "\n  ".join(f"rank {rank}: {each}" for rank, each in enumerate(chosen))
+            raise RuntimeError(f"the ranks chose different {what}:\n  {lines}\n{remedy}")
+
     def reset(self) -> None:
         """Meets again after a collective call that not all ranks made. Collective.
 

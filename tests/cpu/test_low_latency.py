@@ -261,6 +261,10 @@ def test_scratch_over_the_whole_buffer() -> None:
     launch.run(bodies_low_latency.overwritten, 2, CPU)
 
 
+def test_ranks_that_are_set_up_differently() -> None:
+    launch.run(bodies_low_latency.set_up_differently, 2, CPU)
+
+
 def test_cumulative_stats_add_up() -> None:
     def body(buffer: Buffer) -> None:
         case = LowLatencyRound(num_tokens=(5, 8), num_dispatches=2, with_extras=True)

@@ -88,7 +88,7 @@ def test_early_start(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "griddepcontrol" not in jit.render(config)
     assert not jit.can_start_early(config, "sm_90a", driver_version=13000)
     monkeypatch.setattr(ScaleConfig, "starts_early", True)
-    waits = "{ ptx::griddepcontrol_wait(); ptx::griddepcontrol_launch_dependents(); epjit::scale<"
+    waits = "{ ptx::griddepcontrol_wait(); epjit::scale<"
     assert waits in jit.render(config)
     monkeypatch.delenv("DISABLE_SM90_FEATURES", raising=False)
     archs = ("sm_80", "sm_89", "sm_90a", "sm_120a")

@@ -117,6 +117,20 @@ def test_withheld_peer(two_or_more: int, world: dict[str, str]) -> None:
 
 
 @pytest.mark.needs_gpu
+@pytest.mark.parametrize("variant", ["ldst", "tma", "reduced"])
+@pytest.mark.parametrize("num_buffers", [2, 3])
+def test_buffers_in_another_order(two_or_more: int, num_buffers: int, variant: str) -> None:
+    """A kernel that waits for a peer leaves SMs to the kernel that the peer waits for."""
+    environ = {"EPJIT_LOW_LATENCY_COMBINE_VARIANT": variant}
+    launch.run(bodies_low_latency.crossed, two_or_more, environ, num_buffers, timeout=200)
+
+
+def test_ranks_that_are_set_up_differently(two_or_more: int) -> None:
+    """They say so, with both values, instead of waiting for each other."""
+    launch.run(bodies_low_latency.set_up_differently, two_or_more, {}, timeout=120)
+
+
+@pytest.mark.needs_gpu
 def test_shrink(two_or_more: int, world: dict[str, str]) -> None:
     """A rank that stops answering is masked, the others go on, and it comes back."""
     cases = bodies.cases_of(("dispatch", "combine", "clean"), two_or_more)
