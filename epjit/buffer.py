@@ -6,7 +6,7 @@ import operator
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -35,6 +35,7 @@ from epjit.config import (
 )
 from epjit.event import EventHandle, EventOverlap, next_number
 from epjit.formats import choose_format
+from epjit.life import Resources, give_back_left, is_capturing, is_ending, watch
 from epjit.low_latency_checks import (
     LowLatencyChecks,
     LowLatencyHandle,
@@ -260,6 +261,8 @@ class Buffer:
         on_gpu = use_gpu()
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else _CPU
         self._entered = Turns(self.device.index)
+        self._resources = Resources(self._entered)
+        give_back_left()
         self._topology = find_topology(
             links, device=self.device.index, domain_size=nvlink_domain, use_fabric=use_fabric
         )
@@ -268,11 +271,17 @@ class Buffer:
         if low_latency_mode:
             check_variant(self._num_domains)
             agree_on_variant(links)
+        self._empty = empty_on(self.device)
+        self._passed: dict[Hashable, bool] = {}  # arguments of the normal mode, see `signature`
+        self._slots = SLOTS if self._num_domains == 1 else SLOTS_BETWEEN_DOMAINS
+        self._low_latency_checks = LowLatencyChecks(
+            links.size, num_rdma_bytes, self.device, self._num_domains
+        )
         if on_gpu:
             try:
                 self._make_on_gpu(timeout_seconds, use_fabric, num_qps_per_rank)
-            except BaseException:
-                self._release()  # what was made; whoever catches this may try a smaller size
+            except BaseException as error:  # whoever catches it may try a smaller size
+                self._let_go().abandon(error)
                 raise
         else:
             self._available_sms = _CPU_SMS
@@ -284,12 +293,6 @@ class Buffer:
                 self._low_latency = CpuLowLatency(
                     links, num_rdma_bytes=num_rdma_bytes, enable_shrink=enable_shrink
                 )
-        self._empty = empty_on(self.device)
-        self._passed: dict[Hashable, bool] = {}  # arguments of the normal mode, see `signature`
-        self._slots = SLOTS if self._num_domains == 1 else SLOTS_BETWEEN_DOMAINS
-        self._low_latency_checks = LowLatencyChecks(
-            links.size, num_rdma_bytes, self.device, self._num_domains
-        )
         self.runtime = BufferRuntime(self)
 
     def _make_on_gpu(
@@ -302,12 +305,15 @@ class Buffer:
         properties = torch.cuda.get_device_properties(self.device)
         self._available_sms = properties.multi_processor_count
         self._comm = CommStream(self.device.index)
+        watch(self)
         several = self._num_domains > 1
         self._layout = Layout(
             self.group_size, self.device, self._topology.domains if several else None
         )
+        self._resources.hold(self._comm, self._layout)
         if timeout_seconds is None:
             timeout_seconds = env.timeout_seconds()
+        timeout_seconds = min(timeout_seconds, env.MOST_SECONDS)
         self._mode: Intranode | Internode
         if several:
             from epjit.internode import Internode
@@ -315,6 +321,7 @@ class Buffer:
             self._mode = Internode(
                 self._links,
                 self._topology,
+                self._resources,
                 num_nvl_bytes=self.num_nvl_bytes,
                 num_rdma_bytes=self.num_rdma_bytes,
                 device=self.device,
@@ -327,6 +334,7 @@ class Buffer:
 
             self._mode = Intranode(
                 self._links,
+                self._resources,
                 num_nvl_bytes=self.num_nvl_bytes,
                 device=self.device,
                 timeout_seconds=timeout_seconds,
@@ -338,6 +346,7 @@ class Buffer:
             self._low_latency = LowLatency(
                 self._links,
                 self._topology,
+                self._resources,
                 num_rdma_bytes=self.num_rdma_bytes,
                 device=self.device,
                 timeout_seconds=timeout_seconds,
@@ -446,6 +455,7 @@ class Buffer:
             RuntimeError: The buffer lives on the CPU, where there are no streams.
         """
         if self._comm is None:
+            self._check_alive()
             raise RuntimeError(
                 "this Buffer lives on the CPU, where there is no communication stream"
             )
@@ -523,34 +533,86 @@ class Buffer:
         self._release()
 
     def _release(self) -> None:
-        self.runtime = None
-        mode: Intranode | Internode | None = getattr(self, "_mode", None)
         with self._entered():
-            try:
-                if self._low_latency is not None:
-                    self._low_latency.close()
-            finally:
-                if mode is not None:
-                    mode.close()
+            if self._cpu is None and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a Buffer cannot be destroyed while a CUDA graph is captured, for nothing may "
+                    "be freed meanwhile; destroy it after the capture"
+                )
+            self._let_go().close()
+
+    def _let_go(self) -> Resources:
+        """Ends the use of what was made; the caller gives it back."""
+        self.runtime, self._low_latency, self._comm = None, None, None
+        vars(self).pop("_mode", None)
+        vars(self).pop("_layout", None)
+        return self._resources
+
+    def _drop(self) -> None:
+        """Frees everything, if need be after the capture of a CUDA graph."""
+        with self._entered():
+            captures = is_capturing()  # looks at the streams, too, which go next
+            resources = self._let_go()
+            if captures:
+                resources.leave()
+            else:
+                resources.close()
+
+    def __enter__(self) -> Buffer:
+        """The Buffer itself, to be destroyed at the end of the block, however it was made."""
+        self._check_alive()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Destroys the Buffer; after an exception, without a wait for peers that may not come."""
+        if self.runtime is None:
+            return
+        if kind is None:
+            self._release()
+            return
+        for mode in (vars(self).get("_mode"), self._low_latency):
+            if mode is not None:
+                with suppress(Exception):  # the exception of the block is the one to see
+                    mode.give_up()
+        with suppress(Exception):
+            self._drop()
+
+    def __repr__(self) -> str:
+        if not hasattr(self, "_slots"):
+            return "<Buffer, not made>"
+        facts = [
+            f"rank {self.rank} of {self.group_size} on {self.device}",
+            f"num_nvl_bytes={self.num_nvl_bytes}",
+            f"num_rdma_bytes={self.num_rdma_bytes}",
+        ]
+        if self._num_domains > 1:
+            facts.append(f"{self._num_domains} NVLink domains")
+        if self.low_latency_mode:
+            facts.append("low_latency_mode" + ", enable_shrink" * self.enable_shrink)
+        if self.runtime is None:
+            facts.append("destroyed")
+        return f"<Buffer: {', '.join(facts)}>"
 
     def __del__(self) -> None:
-        """Frees what is left; waits for no peer that is gone, does nothing in a graph capture."""
-        if getattr(self, "runtime", None) is None:
+        """Frees what is left, if need be after a graph capture; waits for no peer that is gone."""
+        if getattr(self, "runtime", None) is None or not self._resources.is_ours():
             return
         if self.explicitly_destroy:
-            warnings.warn(
-                "a Buffer with explicitly_destroy=True was never destroyed; its memory leaks",
-                RuntimeWarning,
-                stacklevel=1,
-            )
+            if not is_ending():
+                warnings.warn(
+                    "a Buffer with explicitly_destroy=True was never destroyed; its memory leaks",
+                    RuntimeWarning,
+                    stacklevel=1,
+                )
             return
         try:
-            with self._entered():
-                if self._cpu is None and torch.cuda.is_current_stream_capturing():
-                    return
-                self._release()
+            self._drop()
         except Exception as error:  # nothing may leave a destructor
             warnings.warn(f"a Buffer could not be freed: {error}", RuntimeWarning, stacklevel=1)
+
+    def _is_captured(self) -> bool:
+        """Whether a graph is being captured, by any thread, on a stream that a call ran on."""
+        return self._comm is not None and self._comm.is_captured(self._last_stream)
 
     def reset(self) -> None:
         """Makes the buffer usable again after a `CommunicationError`; collective.
@@ -634,6 +696,7 @@ class Buffer:
     def _check_alive(self, *, fault: bool = True) -> None:
         if self.runtime is None:
             raise RuntimeError("this Buffer is destroyed")
+        give_back_left()
         if fault and self._cpu is None:
             self._mode.raise_fault()
             if self._low_latency is not None:

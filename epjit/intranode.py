@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -335,6 +336,7 @@ class Intranode(NormalMode):
 
     Args:
         group: The ranks.
+        resources: Gets what this makes; its owner closes it, also when this cannot be made.
         num_nvl_bytes: Bytes of slots.
         device: The GPU of this rank.
         timeout_seconds: Of one wait for a peer.
@@ -344,6 +346,7 @@ class Intranode(NormalMode):
     def __init__(
         self,
         group: Group,
+        resources: ExitStack,
         *,
         num_nvl_bytes: int,
         device: torch.device,
@@ -352,6 +355,7 @@ class Intranode(NormalMode):
     ) -> None:
         super().__init__(
             group,
+            resources,
             device=device,
             timeout_seconds=timeout_seconds,
             num_counters=32,
@@ -364,10 +368,11 @@ class Intranode(NormalMode):
         self.memory = SymmetricMemory(
             self._arena.total, group=group, device=device.index, fabric=use_fabric
         )
+        resources.callback(self._close_memory)
         self._pool: BlockPool | None = None
         if num_output_bytes:
             self._pool = _output_pool(num_output_bytes, device.index)
-            # The memory lives as long as a tensor over one of the blocks, after close() too.
+            # The memory lives as long as a tensor over one of the blocks, after the end too.
             end = weakref.finalize(self._pool, self.memory.close)
             end.atexit = False
         self._notify = Launch(
@@ -378,6 +383,7 @@ class Intranode(NormalMode):
         )
         torch.cuda.synchronize(device)
         group.barrier()
+        resources.callback(self._leave)
 
     def _common(self) -> dict[str, object]:
         return {**super()._common(), "signals": self._everywhere(self._arena.signals)}
@@ -641,7 +647,6 @@ class Intranode(NormalMode):
         return [self.memory.tensor(torch.uint8)[self._arena.signals : self._arena.outputs]]
 
     def _close_memory(self) -> None:
-        del self._notify
         if self._pool is None:
             self.memory.close()
         self._pool = None  # closes the memory, unless a tensor still lies there: then that does

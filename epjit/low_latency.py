@@ -9,6 +9,7 @@ by RDMA (`peers.cuh`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -33,7 +34,7 @@ from epjit.reference.low_latency import (
 from epjit.runtime import variants
 from epjit.runtime.device import arch_of, num_sms, shared_limit
 from epjit.runtime.empty import Form, empty_on, matrix
-from epjit.runtime.fault import FaultRecord
+from epjit.runtime.fault import FaultRecord, raise_abort
 from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import RemoteMemory, Transport, make_transport
@@ -480,6 +481,7 @@ class LowLatency:
     Args:
         group: The ranks.
         topology: Their NVLink domains.
+        resources: Gets what this makes; its owner closes it, also when this cannot be made.
         num_rdma_bytes: Bytes of slots and send buffer.
         device: The GPU of this rank.
         timeout_seconds: Of one wait for a peer.
@@ -496,6 +498,7 @@ class LowLatency:
         self,
         group: Group,
         topology: Topology,
+        resources: ExitStack,
         *,
         num_rdma_bytes: int,
         device: torch.device,
@@ -515,7 +518,9 @@ class LowLatency:
                 num_qps_per_rank=num_qps_per_rank,
                 use_fabric=use_fabric,
             )
+            resources.callback(self._transport.close)
         self._body = "nvshmem" if self._transport is None else self._transport.name
+        self._is_lost = False  # a peer, when this rank closes
         self._most_tokens = 0  # of a rank, that the transport is known to serve
         self._device = device
         self._timeout_seconds = timeout_seconds
@@ -533,6 +538,7 @@ class LowLatency:
             self.memory = SymmetricMemory(
                 self._arena.total, group=group, device=device.index, fabric=use_fabric
             )
+        resources.callback(self.memory.close)
         # Counters 0..2, epoch 32, abort 33, state of clean from 40; then parts of a word each rank.
         ranks = max(group.size, MAX_RANKS)
         self._words = torch.zeros(48 + 5 * ranks, dtype=torch.int32, device=device)
@@ -547,6 +553,7 @@ class LowLatency:
             ]
             self._peers.copy_(torch.tensor(peers, dtype=torch.int32, device="cpu"))
         self._fault = FaultRecord()
+        resources.callback(self._fault.close)
         self._launches: dict[LowLatencyDispatchShape | LowLatencyCombineShape, Launch] = {}
         self._dispatch_plans: dict[DispatchCall, _Plan[DispatchedForms]] = {}
         self._combine_plans: dict[CombineCall, _Plan[tuple[Form]]] = {}
@@ -560,6 +567,7 @@ class LowLatency:
         )
         torch.cuda.synchronize(device)
         group.barrier()
+        resources.callback(self._leave)
 
     def _kernel(self, config: KernelConfig) -> Kernel:
         """Compiled and loaded, and linked with the transport when it needs one."""
@@ -884,8 +892,13 @@ class LowLatency:
         self._fault.clear()
         self._group.barrier()
 
-    def close(self) -> None:
-        """Frees the memory; not collective.
+    def give_up(self) -> None:
+        """Ends the waits of what is queued, as a fault does; what was sent is not waited for."""
+        self._is_lost = True
+        raise_abort(self._words[33:].data_ptr(), self._device.index)
+
+    def _leave(self) -> None:
+        """Waits for what this rank has queued and sent; not collective.
 
         What peers write here in an operation, this rank waits for in the same one, so nothing is
         on its way to it when its own streams are done. What it has sent to other domains may be:
@@ -895,14 +908,10 @@ class LowLatency:
         self._dispatch_plans.clear()
         self._combine_plans.clear()
         self._launches.clear()
-        del self._clean
-        lost = self._fault.is_set or (self._shrink and bool(self.mask.any()))
-        if self._transport is not None and not lost:
+        if self._transport is None or self._is_lost or self._fault.is_set:
+            return
+        if not (self._shrink and bool(self.mask.any())):
             self._transport.quiet()
-        self.memory.close()
-        if self._transport is not None:
-            self._transport.close()
-        self._fault.close()
 
 
 def _config(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import threading
 from collections.abc import Iterable, Iterator
@@ -202,7 +203,7 @@ class KeepingOverlap(EventOverlap):
     ) -> None:
         super().__init__(event, tensors)
         self._comm, self._current = comm, current
-        self._is_waited_for = False
+        self._is_waited_for, self._pid = False, os.getpid()
 
     def current_stream_wait(self) -> None:
         """Makes the stream that is current now wait for the event."""
@@ -211,7 +212,7 @@ class KeepingOverlap(EventOverlap):
         self._is_waited_for |= stream == self._current
 
     def __del__(self) -> None:
-        if not self._is_waited_for and not sys.is_finalizing():
+        if not self._is_waited_for and not sys.is_finalizing() and os.getpid() == self._pid:
             _record(self.extra_tensors or (), self._comm.torch_stream)
 
 

@@ -433,8 +433,8 @@ class CpuLowLatency:
         """Takes all masks away; no operation is under way here."""
         self.mask.zero_()
 
-    def close(self) -> None:
-        """Nothing to free."""
+    def give_up(self) -> None:
+        """Nothing: no wait is queued here."""
 
     def _masked(self) -> Tensor | None:
         return self.mask if self._enable_shrink else None

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import functools
+import os
 import re
 import threading
 import weakref
@@ -289,6 +291,8 @@ class Kernel:
         cupy_function = require("cupy.cuda.function", package="cupy-cuda13x (cupy-cuda12x)")
         with driver.using(device):
             self._module = cupy_function.Module()  # unloads the code when it is collected
+            _keep_in_children()
+            _kernels.add(self)
             self._module.load(self.compiled.cubin)
             if config.transport and transport == "nvshmem":
                 nvshmem.attach(self._module.ptr)
@@ -449,6 +453,23 @@ def _launch_shape(config: KernelConfig, *, starts_early: bool) -> Any:
 
 def _detach(module: Any, device: int) -> None:
     nvshmem.detach(module.ptr, device)
+
+
+_kernels: weakref.WeakSet[Kernel] = weakref.WeakSet()
+
+
+@functools.cache
+def _keep_in_children() -> None:
+    """Lets a forked child never collect its copies of modules, as when a data loader ends.
+
+    CuPy would unload them, and tell of each on stderr that the child has no CUDA.
+    """
+
+    def keep() -> None:
+        for kernel in list(_kernels):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(kernel))
+
+    os.register_at_fork(after_in_child=keep)
 
 
 def _params_name(config: KernelConfig) -> str:

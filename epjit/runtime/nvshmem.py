@@ -558,7 +558,11 @@ def allocate(group: Group, nbytes: int, *, device: int) -> HeapMemory:
                 _free.discard(each)
             library.nvshmem_free(block.ptr)
         ptr = library.nvshmem_malloc(nbytes) or 0
-    without = [rank for rank, ok in enumerate(group.allgather(bool(ptr))) if not ok]
+    try:
+        without = [rank for rank, ok in enumerate(group.allgather(bool(ptr))) if not ok]
+    except BaseException:  # a peer that does not come
+        _keep(ptr, nbytes, is_whole=False)
+        raise
     if without:
         # The number is drawn on all ranks: it means the same memory on each. What some ranks got
         # stays theirs, for to free it all would have to have it.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 import sys
 from bisect import insort
 from collections import deque
@@ -78,7 +79,8 @@ class Block:
         self.events = [mark.event for mark in piece.marks.values()]
 
     def __del__(self) -> None:
-        if not sys.is_finalizing():  # else the driver may be gone
+        # At the end the driver may be gone, and a forked child has none.
+        if not sys.is_finalizing() and os.getpid() == self._pool.pid:
             self._pool.give_back(self.offset, self.nbytes, self._streams)
 
 
@@ -116,6 +118,7 @@ class BlockPool:
     ) -> None:
         self.nbytes = nbytes // _ALIGNMENT * _ALIGNMENT
         self._current_stream, self._record = current_stream, record
+        self.pid = os.getpid()
         self._numbers = itertools.count()
         self._free = [_Piece(0, self.nbytes, {})]  # ascending, no two adjacent
         # The collector runs anywhere, even within `take`, so it only appends here.

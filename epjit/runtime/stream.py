@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -42,9 +43,11 @@ class Event:
 
     def __init__(self) -> None:
         self.handle = driver.call("cuEventCreate", _DISABLE_TIMING)
+        self._pid = os.getpid()
 
     def __del__(self) -> None:
-        if self.handle is not None and not sys.is_finalizing():  # then the driver may be gone
+        # At the end the driver may be gone, and a forked child has none.
+        if self.handle is not None and not sys.is_finalizing() and os.getpid() == self._pid:
             driver.load().cuEventDestroy(self.handle)
 
 
@@ -121,6 +124,11 @@ class CommStream:
     def is_current(self) -> bool:
         """Whether it is torch's current stream."""
         return bool(torch._C._cuda_getCurrentRawStream(self.device) == self.handle)
+
+    def is_captured(self, last: int | None) -> bool:
+        """Whether this stream is being captured, by any thread, or `last`, another one."""
+        with driver.using(self.device):
+            return any(_is_capturing(each) for each in (self.handle, last) if each is not None)
 
     def wait_for(self, stream_handle: int) -> None:
         """What is queued on this stream from now on waits for all that `stream_handle` has now."""
