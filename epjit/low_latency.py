@@ -633,7 +633,7 @@ class LowLatency:
             bound.update(**self._reach(), send_buffer=own and own + arena.send_buffer)
         launch = Launch(self._kernel(config), **bound)
         if not self._shrink:
-            self._group.barrier()
+            self._group.barrier(op=f"low_latency_{config.op}")
         self._launches[shape] = launch
         return launch
 
@@ -857,12 +857,12 @@ class LowLatency:
         self._group.reset()
         if self._transport is not None:
             self._transport.quiet()  # what is on its way must not come after the zeros
-            self._group.barrier()
+            self._group.barrier(op="reset")
         self.memory.tensor(torch.uint8)[self._arena.signals :].zero_()
         self._words[: self._peers_at].zero_()
         torch.cuda.synchronize(self._device)
         self._fault.clear()
-        self._group.barrier()
+        self._group.barrier(op="reset")
 
     def close(self) -> None:
         """Frees the memory; not collective.

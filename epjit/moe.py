@@ -29,11 +29,11 @@ from torch import Tensor
 
 from epjit import expert_major as by_expert
 from epjit.buffer import SLOTS, SLOTS_BETWEEN_DOMAINS, Buffer, Slots, use_gpu
-from epjit.check import check
+from epjit.check import check, check_dry_rows, is_dry
 from epjit.config import MAX_RANKS
 from epjit.reference.expert_major import Placement
 from epjit.reference.intranode import Handle
-from epjit.runtime.group import Group
+from epjit.runtime.group import Group, as_process_group
 from epjit.runtime.topology import find_topology
 
 __all__ = [
@@ -216,12 +216,7 @@ def _destroy(buffer: Buffer) -> None:
 
 def _name(group: GroupLike) -> str:
     name = group if isinstance(group, str) else getattr(group, "group_name", None)
-    if not isinstance(name, str):
-        raise TypeError(
-            f"group is a {type(group).__name__}, expected a process group, its name, or a name "
-            "given to register_buffer"
-        )
-    return name
+    return name if isinstance(name, str) else as_process_group(group).group_name
 
 
 def _resolve(name: str) -> dist.ProcessGroup:
@@ -239,11 +234,11 @@ def _num_ranks(name: str) -> int:
     return _resolve(name).size() if found is None else found.group_size
 
 
-def _num_domains(name: str) -> int:
+def _num_domains(name: str, *, dry: bool) -> int:
     """NVLink domains of a group: what its handles look like. Collective the first time.
 
-    Not under `torch.export`, which one rank may do alone: there, one domain when nobody has asked
-    before; the run notices if that was wrong.
+    Not where one rank may be alone, under `torch.export` or when only shapes are asked for (`dry`):
+    there, one domain when nobody has asked before; the run notices if that was wrong.
     """
     registered = _registered.get(name)
     if registered is not None:
@@ -251,7 +246,8 @@ def _num_domains(name: str) -> int:
     group = _resolve(name)
     found = _cuts.get(name)
     is_known = found is not None and found.group is group
-    return 1 if torch.compiler.is_exporting() and not is_known else _cut(group).num_domains
+    alone = dry or torch.compiler.is_exporting()
+    return 1 if alone and not is_known else _cut(group).num_domains
 
 
 # torch.compiler.assume_constant_result without its import of the compiler, which takes a second.
@@ -677,7 +673,10 @@ def dispatch(
             "num_worst_tokens: without them the number of rows is what arrives"
         )
     name = _name(group)
-    num_domains = _num_domains(name)
+    dry = not torch.compiler.is_compiling() and is_dry(x)
+    if dry:
+        check_dry_rows(x, num_worst_tokens)
+    num_domains = _num_domains(name, dry=dry)
     recv_x, recv_idx, recv_weights, row_of, source, ends, *tensors = torch.ops.epjit.dispatch(
         x,
         topk_idx,

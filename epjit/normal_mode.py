@@ -177,7 +177,7 @@ class NormalMode(ABC):
                 "capture, or call Buffer.warmup()"
             )
         launch = self._bind(shape, config)
-        chosen = self._group.allgather(config)
+        chosen = self._group.allgather(config, op=config.op)
         if any(each != config for each in chosen):
             each = "\n  ".join(f"rank {rank}: {one}" for rank, one in enumerate(chosen))
             raise RuntimeError(
@@ -340,7 +340,7 @@ class NormalMode(ABC):
         torch.cuda.synchronize(self._device)
         self._fault.clear()
         self._half_way = ""
-        self._group.barrier()
+        self._group.barrier(op="reset")
 
     def _drain(self) -> None:
         """Nothing of what this rank has sent is on its way afterwards; collective."""
