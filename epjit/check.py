@@ -17,6 +17,7 @@ MOST_REMEMBERED = 4096  # a few MB
 _num_modes, _mode = torch._C._len_torch_dispatch_stack, torch._C._get_dispatch_mode
 _FAKE = torch._C._TorchDispatchModeKey.FAKE
 _transform = torch._C._functorch.peek_interpreter_stack
+_is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
 
 
 def check_runs(what: str) -> None:
@@ -56,6 +57,20 @@ def check_dry_rows(x: torch.Tensor, num_worst_tokens: int) -> None:
         )
 
 
+def check_no_transform(name: str, tensor: torch.Tensor) -> None:
+    """Checks that a tensor belongs to no transform of torch.func.
+
+    Raises:
+        ValueError: It does; torch would say so in other words, or not.
+    """
+    if _is_transformed(tensor):
+        raise ValueError(
+            f"{name} belongs to a transform of torch.func (grad, vjp, vmap, ...), which can see "
+            "nothing of communication; take gradients of epjit.moe's functions by torch.autograd "
+            "(requires_grad_() and backward(), or torch.autograd.grad)"
+        )
+
+
 def _check_values(name: str, tensor: torch.Tensor) -> None:
     """Checks that a tensor has values, not only a shape.
 
@@ -68,11 +83,7 @@ def _check_values(name: str, tensor: torch.Tensor) -> None:
             "no values to send; pass a real tensor, or call epjit.moe's functions, which give "
             "shapes for it"
         )
-    if torch._C._functorch.is_functorch_wrapped_tensor(tensor):
-        raise ValueError(
-            f"{name} belongs to a transform of torch.func (grad, vmap, ...), which sees nothing of "
-            "what a Buffer does; call epjit.moe's functions, which have gradients"
-        )
+    check_no_transform(name, tensor)
 
 
 def check(

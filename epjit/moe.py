@@ -20,7 +20,7 @@ from __future__ import annotations
 import atexit
 import functools
 import itertools
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 import torch.distributed as dist
@@ -29,12 +29,15 @@ from torch import Tensor
 
 from epjit import expert_major as by_expert
 from epjit.buffer import SLOTS, SLOTS_BETWEEN_DOMAINS, Buffer, Slots, use_gpu
-from epjit.check import check, check_dry_rows, is_dry
+from epjit.check import check, check_dry_rows, check_no_transform, is_dry
 from epjit.config import MAX_RANKS
 from epjit.reference.expert_major import Placement
 from epjit.reference.intranode import Handle
 from epjit.runtime.group import Group, as_process_group
 from epjit.runtime.topology import find_topology
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
     "Dispatched",
@@ -53,7 +56,7 @@ __all__ = [
     "unregister_buffer",
 ]
 
-GroupLike: TypeAlias = "dist.ProcessGroup | str"
+GroupLike: TypeAlias = "dist.ProcessGroup | DeviceMesh | str"
 
 
 class Dispatched(NamedTuple):
@@ -643,7 +646,8 @@ def dispatch(
         topk_idx: int64 or int32 `[T, K]`; anything outside `[0, E)` is no choice.
         topk_weights: float32 `[T, K]`; gets a gradient too.
         num_experts: `E`, a multiple of `R`.
-        group: Process group, its name, or a name of `register_buffer`.
+        group: Process group, a DeviceMesh of one dimension, its name, or a name of
+            `register_buffer`.
         num_worst_tokens: 0, or the number of rows of every output (at least what can arrive,
             `R * max(T)`; the same on all ranks): the host waits for nothing and sizes are static.
             Rows that nothing arrived for have `topk_idx` -1 and are undefined; `combine` gives them
@@ -673,9 +677,12 @@ def dispatch(
             "num_worst_tokens: without them the number of rows is what arrives"
         )
     name = _name(group)
-    dry = not torch.compiler.is_compiling() and is_dry(x)
-    if dry:
-        check_dry_rows(x, num_worst_tokens)
+    dry = False
+    if not torch.compiler.is_compiling():
+        check_no_transform("x", x)
+        dry = is_dry(x)
+        if dry:
+            check_dry_rows(x, num_worst_tokens)
     num_domains = _num_domains(name, dry=dry)
     recv_x, recv_idx, recv_weights, row_of, source, ends, *tensors = torch.ops.epjit.dispatch(
         x,
@@ -726,6 +733,8 @@ def combine(x: Tensor, handle: Handle | ExpertHandle, *, group: GroupLike) -> Te
         raise TypeError(
             f"handle is a {type(handle).__name__}, expected the .handle of what dispatch returned"
         )
+    if not torch.compiler.is_compiling():
+        check_no_transform("x", x)
     if isinstance(handle, ExpertHandle):
         x = unpermute(x, handle.placement)
         handle = handle.routing

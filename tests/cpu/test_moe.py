@@ -209,7 +209,7 @@ def test_mistakes_of_callers() -> None:
         ValueError, match=r"x has shape \(3, 16\), expected \(8, hidden\): the rows by expert"
     ):
         moe.unpermute(rows.x[:3], rows.handle)
-    with pytest.raises(TypeError, match="group is a NoneType"):
+    with pytest.raises(ValueError, match="group is None"):
         moe.dispatch(x, idx[:3], weights[:3], num_experts=1, group=None)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match=r"handle is a NoneType, expected the \.handle"):
         moe.combine(x, None, group="nobody")  # type: ignore[arg-type]
