@@ -16,6 +16,7 @@ from epjit.check import (
     check,
     check_aligned,
     check_experts,
+    check_runs,
     check_topk,
     remember,
     signature,
@@ -47,7 +48,7 @@ from epjit.reference.cpu_backend import CpuBackend, CpuLowLatency, CpuMemory
 from epjit.reference.intranode import Handle
 from epjit.reference.low_latency import size_hint
 from epjit.runtime.empty import empty_on, matrix, vector
-from epjit.runtime.group import Group
+from epjit.runtime.group import Group, as_process_group
 from epjit.runtime.topology import Topology, find_topology
 from epjit.scope import AnyScope, CpuScope, CurrentStream, GpuScope, Scope, Turns
 
@@ -167,8 +168,8 @@ class Buffer:
     tensors instead of six.
 
     Args:
-        group: `torch.distributed` process group of any backend. Only its rank, its size and one
-            ``all_gather_object`` are used.
+        group: `torch.distributed` process group of any backend, or a DeviceMesh of one dimension.
+            Only its rank, its size and one ``all_gather_object`` are used.
         num_nvl_bytes: Bytes of the NVLink buffer, a multiple of 128.
             `Config.get_nvl_buffer_size_hint` gives a good value; with less (or more) everything
             works too, in more (or fewer) rounds. About 5 MB are added.
@@ -195,7 +196,7 @@ class Buffer:
             cuts none, None reads ``EPJIT_NVLINK_DOMAIN``. Meant for tests.
 
     Attributes:
-        group: As passed (`comm` when there is no group).
+        group: The process group (`comm` when there is none).
         rank: This rank.
         group_size: `R`.
         num_nvl_bytes: As passed.
@@ -238,12 +239,13 @@ class Buffer:
         del allow_nvlink_for_normal_mode, num_nvl_peers
         self.runtime: BufferRuntime | None = None
         self.explicitly_destroy = explicitly_destroy
-        if group is None and comm is None:
-            raise ValueError(
-                "Buffer needs a process group (group=...) or an mpi4py-like communicator (comm=...)"
-            )
-        links = Group.from_torch(group) if group is not None else Group.from_comm(comm)
-        self.group = group if group is not None else comm
+        check_runs("making a Buffer")
+        if group is None and comm is not None:
+            links = Group.from_comm(comm)
+            self.group = comm
+        else:
+            self.group = as_process_group(group)
+            links = Group.from_torch(self.group)
         self.rank, self.group_size = links.rank, links.size
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.enable_shrink = low_latency_mode, enable_shrink
@@ -694,6 +696,7 @@ class Buffer:
             self._mode.compile_ahead(env.torch_cuda_arch_list())
 
     def _check_alive(self, *, fault: bool = True) -> None:
+        check_runs("a call of a Buffer")
         if self.runtime is None:
             raise RuntimeError("this Buffer is destroyed")
         give_back_left()

@@ -31,7 +31,7 @@ from epjit.normal_mode import (
 from epjit.reference.intranode import Dispatched
 from epjit.runtime import variants
 from epjit.runtime.device import shared_limit
-from epjit.runtime.group import Group
+from epjit.runtime.group import BUFFER, Group
 from epjit.runtime.jit import KernelConfig, Launch
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import make_transport
@@ -292,8 +292,8 @@ class _DomainGroup(Group):
         self._whole, self._ranks = whole, ranks
         self.rank, self.size = ranks.index(whole.rank), len(ranks)
 
-    def allgather(self, obj: Any) -> list[Any]:
-        everyone = self._whole.allgather(obj)
+    def allgather(self, obj: Any, *, op: str = BUFFER) -> list[Any]:
+        everyone = self._whole.allgather(obj, op=op)
         return [everyone[rank] for rank in self._ranks]
 
     def reset(self) -> None:
@@ -699,7 +699,7 @@ class Internode(NormalMode):
 
     def _drain(self) -> None:
         self._transport.quiet()  # all ranks are here
-        self._group.barrier()
+        self._group.barrier(op="reset")
 
     def _leave(self) -> None:
         super()._leave()

@@ -657,6 +657,7 @@ class LowLatency:
                 f"{config}, num_max_dispatch_tokens_per_rank={max_tokens}",
                 remedy="make the same call on all ranks, with the same environment (above all "
                 f"{env.low_latency_combine_variant.name})",
+                op=f"low_latency_{config.op}",
             )
         self._launches[shape] = launch
         return launch
@@ -885,12 +886,12 @@ class LowLatency:
         self._group.reset()
         if self._transport is not None:
             self._transport.quiet()  # what is on its way must not come after the zeros
-            self._group.barrier()
+            self._group.barrier(op="reset")
         self.memory.tensor(torch.uint8)[self._arena.signals :].zero_()
         self._words[: self._peers_at].zero_()
         torch.cuda.synchronize(self._device)
         self._fault.clear()
-        self._group.barrier()
+        self._group.barrier(op="reset")
 
     def give_up(self) -> None:
         """Ends the waits of what is queued, as a fault does; what was sent is not waited for."""

@@ -187,6 +187,7 @@ class NormalMode(ABC):
             config,
             remedy=f"set {env.variant_name(config.op)} to the same value everywhere, or give all "
             "ranks the same EPJIT_CACHE_DIR (tuned.json is in it)",
+            op=config.op,
         )
         self._launches[shape] = launch
         return launch
@@ -343,7 +344,7 @@ class NormalMode(ABC):
         torch.cuda.synchronize(self._device)
         self._fault.clear()
         self._half_way = ""
-        self._group.barrier()
+        self._group.barrier(op="reset")
 
     def _drain(self) -> None:
         """Nothing of what this rank has sent is on its way afterwards; collective."""

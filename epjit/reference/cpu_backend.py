@@ -444,7 +444,7 @@ def _exchange(
     group: Group, op: str, facts: Mapping[str, object], tensors: tuple[Tensor | None, ...]
 ) -> list[tuple[Any, ...]]:
     """Every rank's `tensors`, once all ranks are known to agree on `op` and on `facts`."""
-    messages = group.allgather((op, dict(facts), [_pack(each) for each in tensors]))
+    messages = group.allgather((op, dict(facts), [_pack(each) for each in tensors]), op=op)
     _agree(op, "operation", [message[0] for message in messages])
     for name in facts:
         _agree(op, name, [message[1][name] for message in messages])
