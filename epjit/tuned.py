@@ -92,7 +92,7 @@ def store(winners: Iterable[Tuned]) -> Path:
     """
     file = path()
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    filelock = require("filelock", package="filelock")
+    filelock = require("filelock", package="filelock", extra="")
     with filelock.FileLock(file.with_suffix(".lock"), timeout=_LOCK_SECONDS):
         try:
             known = {each.shape: each for each in _read(file)}

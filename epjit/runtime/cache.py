@@ -57,7 +57,7 @@ def cache_folder() -> Path:
     chosen = env.cache_dir()
     if chosen is not None:
         return chosen
-    platformdirs = require("platformdirs", package="platformdirs")
+    platformdirs = require("platformdirs", package="platformdirs", extra="")
     return Path(platformdirs.user_cache_dir("epjit", appauthor=False))
 
 
@@ -203,7 +203,7 @@ class CubinCache:
                 f"{what} is not in the cache {self.directory} and EPJIT_ASSERT_COMPILE=1 forbids "
                 "to compile it now; compile it before, with the same EPJIT_CACHE_DIR"
             )
-        filelock = require("filelock", package="filelock")
+        filelock = require("filelock", package="filelock", extra="")
         lock = filelock.FileLock(self.directory / f"{key}.lock")
         try:
             lock.acquire(timeout=env.timeout_seconds())

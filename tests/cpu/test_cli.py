@@ -75,13 +75,13 @@ def test_doctor_says_what_is_there() -> None:
 
 
 def test_doctor_without_nvshmem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Missing is a warning, for one node needs none; two packages in one folder are wrong."""
+    """Missing is a warning where it was asked for; two packages in one folder are wrong."""
     monkeypatch.setenv("NVSHMEM_DIR", str(tmp_path))
     found = {check.name: check for check in doctor.check_rdma()}
     for name in ("NVSHMEM", "kernels with NVSHMEM"):
         assert found[name].status is doctor.Status.warning
         assert f"NVSHMEM_DIR={tmp_path}" in found[name].remedy
-        assert "pip install 'epjit[cu13-rdma]'" in found[name].remedy
+        assert f"pip install -e '{ROOT}[cu13-rdma]'" in found[name].remedy
     monkeypatch.setattr(doctor, "_version", lambda name: "3.4.5")
     found = {check.name: check for check in doctor.check_rdma()}
     assert found["NVSHMEM"].status is doctor.Status.wrong
@@ -127,7 +127,12 @@ def test_doctor_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "torch", None)
     found = {check.name: check for check in doctor.check_packages()}
     assert found["torch"].status is doctor.Status.wrong
-    assert found["torch"].remedy == "pip install 'epjit[torch]'"
+    assert found["torch"].remedy.startswith(f"pip install -e '{ROOT}[torch]'")
+    for name in ("epjit.buffer", "epjit.intranode"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    last = doctor.verdict([])
+    assert last.status is doctor.Status.wrong
+    assert "cannot be made: " in last.value
 
 
 def test_doctor_on_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,12 +156,93 @@ def test_doctor_on_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["GPU 0"].value == "NVIDIA H200, sm_90a, 132 SMs"
     assert found["GPU 1"].status is doctor.Status.wrong
     assert found["torch"].status is doctor.Status.wrong, "torch sees no GPU here"
+    assert "built for the CPU: take the one for CUDA" in found["torch"].remedy
     assert found["GPU 0 reads GPU 1"].value == "388.0 GB/s, 1.3 us a load"
     assert found["GPU 1 reads GPU 0"].status is doctor.Status.warning
     assert "CUDA_VISIBLE_DEVICES" in found["GPU 1 reads GPU 2"].remedy
     fits = {check.name: check for check in doctor.check_compiler()}["fits the driver"]
     assert fits.status is doctor.Status.wrong
-    assert "epjit[cu12]" in fits.remedy
+    assert "[cu12]" in fits.remedy
+
+
+def test_doctor_has_nothing_to_say_against_a_machine_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The packages that only GPUs and nodes need may be missing: nothing is to be done."""
+    from epjit.runtime import nvshmem
+
+    monkeypatch.delenv("EPJIT_BACKEND", raising=False)
+    monkeypatch.setattr(doctor, "_nics", list)
+    monkeypatch.setattr(doctor, "_version", lambda name: "")
+    monkeypatch.setattr(nvshmem, "package_folders", lambda name: [])
+    for module in ("cuda.bindings", "cuda.bindings.driver", "cuda.bindings.nvrtc", "cupy"):
+        monkeypatch.setitem(sys.modules, module, None)
+    checks = json.loads(invoke("doctor", "--json"))["checks"]
+    todo = [check for check in checks if check["status"] not in ("ok", "info") or check["remedy"]]
+    assert not todo
+    absent = {check["name"] for check in checks if check["status"] == "info"}
+    assert {"cuda-bindings", "cupy-cuda13x", "NVRTC", "driver", "NVSHMEM", "NICs"} <= absent
+    assert checks[-1]["section"] == "verdict"
+    assert checks[-1]["value"].startswith("runs on the CPU backend (torch finds no GPU)")
+
+
+def test_doctor_stays_with_the_cuda_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing it says would bring packages of CUDA 13 beside a torch for CUDA 12."""
+    from epjit.runtime import device
+
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(device, "count", lambda: 1)
+    monkeypatch.setattr(doctor, "_version", {"cuda-bindings": "12.9"}.get)
+    for module in ("cuda.bindings", "cupy"):
+        monkeypatch.setitem(sys.modules, module, None)
+    found = {check.name: check for check in doctor.check_packages()}
+    for name in ("cuda-bindings", "cupy-cuda12x"):
+        assert found[name].status is doctor.Status.wrong
+        assert found[name].remedy == f"pip install -e '{ROOT}[cu12]'"
+    assert found["CUDA versions"].status is doctor.Status.ok
+    versions = {"cuda-bindings": "12.9", "cupy-cuda13x": "14.2"}
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    mixed = {check.name: check for check in doctor.check_packages()}["CUDA versions"]
+    assert mixed.status is doctor.Status.warning
+    assert mixed.remedy.startswith("take those of CUDA 12: pip uninstall -y cupy-cuda13x, then ")
+
+
+def test_the_verdict_names_gpus_and_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    from epjit import buffer
+    from epjit.runtime import device
+
+    monkeypatch.setattr(buffer, "use_gpu", lambda: True)
+    monkeypatch.setattr(device, "count", lambda: 2)
+    monkeypatch.setattr(device, "arch_of", lambda index: "sm_90a")
+    monkeypatch.setattr(device, "name", lambda index: "NVIDIA H200")
+    last = doctor.verdict([])
+    assert last.status is doctor.Status.ok
+    assert last.value.startswith("runs on 2 x NVIDIA H200 (dispatch push, combine tma")
+    wrong = doctor.verdict([doctor.Check("s", "n", doctor.Status.wrong, "v", "r")])
+    assert wrong.status is doctor.Status.wrong
+
+
+def test_the_verdict_on_a_backend_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPJIT_BACKEND", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text = invoke("doctor", "--no-peers", code=1)
+    assert text.splitlines()[-2].startswith("wrong    a Buffer here: cannot be made: EPJIT_BACKEND")
+
+
+def test_no_line_of_doctor_is_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A command can be copied from a narrow terminal."""
+    from rich.console import Console
+
+    monkeypatch.setattr(doctor.show, "console", lambda: Console(width=20, color_system=None))
+    remedy = "pip install -e '/a/very/long path/to a/checkout[cu13-rdma]' and more words behind it"
+    value = "a value of several words"
+    check = doctor.Check("section", "a long name of it", doctor.Status.wrong, value, remedy)
+    doctor.print_checks([check, check])
+    text = capsys.readouterr().out
+    assert text.count(remedy) == 2
+    assert text.count(f"wrong    a long name of it: {value}\n") == 2
 
 
 # ---- warmup and cache ---------------------------------------------------------------------------
