@@ -64,6 +64,7 @@ Hook: TypeAlias = Callable[[], None]
 
 _SIZE_ALIGNMENT = 128
 _DEFAULT_SMS = 20
+_DEFAULT_ROW_BYTES, _DEFAULT_TOKENS = 14336, 4096  # what V1's default configs were made for
 _CPU = torch.device("cpu")
 _CPU_SMS = 132  # the CPU backend checks a config as an H200 would
 _INDEX_DTYPES = (torch.int64, torch.int32)
@@ -390,7 +391,7 @@ class Buffer:
         """The config of dispatch for 1 to 256 ranks; `AssertionError` for others.
 
         `num_sms` is what `set_num_sms` said, else what ``python -m epjit tune`` found for this GPU
-        and the shape nearest to the given one (0 = any), else V1's 20.
+        and a shape like the given one (`epjit.tuned`; 0 = 14336 bytes, 4096 tokens), else V1's 20.
         """
         num_sms = _num_sms("dispatch", num_ranks, hidden_bytes, num_tokens)
         return default_dispatch_config(num_ranks, num_sms)
@@ -400,7 +401,7 @@ class Buffer:
         """The config of combine for 1 to 256 ranks; `AssertionError` for others.
 
         `num_sms` is what `set_num_sms` said, else what ``python -m epjit tune`` found for this GPU
-        and the shape nearest to the given one (0 = any), else V1's 20.
+        and a shape like the given one (`epjit.tuned`; 0 = 14336 bytes, 4096 tokens), else V1's 20.
         """
         num_sms = _num_sms("combine", num_ranks, hidden_bytes, num_tokens)
         return default_combine_config(num_ranks, num_sms)
@@ -1690,11 +1691,14 @@ class Buffer:
 
 
 def _num_sms(op: str, num_ranks: int, hidden_bytes: int, num_tokens: int) -> int:
-    if Buffer._sms_are_set or Buffer.num_sms != _DEFAULT_SMS or not tuned.load():
+    if Buffer._sms_are_set or Buffer.num_sms != _DEFAULT_SMS or not tuned.load() or not use_gpu():
         return Buffer.num_sms
-    gpu = torch.cuda.get_device_name() if use_gpu() else tuned.CPU
     found = tuned.best(
-        op, gpu=gpu, num_ranks=num_ranks, hidden_bytes=hidden_bytes, num_tokens=num_tokens
+        op,
+        gpu=torch.cuda.get_device_name(),
+        num_ranks=num_ranks,
+        hidden_bytes=hidden_bytes or _DEFAULT_ROW_BYTES,
+        num_tokens=num_tokens or _DEFAULT_TOKENS,
     )
     return Buffer.num_sms if found is None else found.num_sms
 

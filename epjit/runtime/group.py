@@ -235,7 +235,7 @@ class _StoreGroup(Group):
     """
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
-        require("torch", package="torch")
+        require("torch", package="torch", extra="torch")
         import torch.distributed as dist
 
         self.rank, self.size = process_group.rank(), process_group.size()
