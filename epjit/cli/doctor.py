@@ -247,8 +247,11 @@ def check_gpus() -> Iterator[Check]:
         return
     except RuntimeError as error:
         if Path("/dev/nvidiactl").exists():
-            remedy = "install the libraries of NVIDIA's driver, in the version that is loaded"
-            yield Check("GPUs", "driver", Status.wrong, f"there is a GPU, but {error}", remedy)
+            remedy = (
+                "unset CUDA_VISIBLE_DEVICES if it hides the GPU, else install the libraries of "
+                "NVIDIA's driver, in the version that is loaded"
+            )
+            yield Check("GPUs", "driver", Status.warning, f"there is a GPU, but {error}", remedy)
         else:
             yield Check("GPUs", "driver", Status.info, _NO_DRIVER)
         return
