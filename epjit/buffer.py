@@ -141,6 +141,16 @@ SLOTS = Slots(number=6, ranks=0, rows=3, tokens=5, experts=2)
 SLOTS_BETWEEN_DOMAINS = Slots(number=10, ranks=6, rows=7, tokens=8, experts=5)
 
 
+def _handle_sizes(num_ranks: int, num_domains: int) -> tuple[tuple[int, int, int], ...]:
+    """Elements of a handle's tensors: index, how many in any case, how many more a token."""
+    if num_domains == 1:
+        return (0, num_ranks**2, 0), (1, num_ranks, 0), (5, 0, num_ranks)
+    return (
+        *((1, num_domains, num_domains), (2, num_ranks, 0), (3, 0, num_ranks)),
+        *((4, num_domains, 0), (6, num_ranks, 0)),
+    )
+
+
 class Unreceived(NamedTuple):
     """A low-latency operation whose hook has not been called; told from others by identity."""
 
@@ -277,6 +287,7 @@ class Buffer:
         self._empty = empty_on(self.device)
         self._passed: dict[Hashable, bool] = {}  # arguments of the normal mode, see `signature`
         self._slots = SLOTS if self._num_domains == 1 else SLOTS_BETWEEN_DOMAINS
+        self._handle_sizes = _handle_sizes(links.size, self._num_domains)
         self._low_latency_checks = LowLatencyChecks(
             links.size, num_rdma_bytes, self.device, self._num_domains
         )
@@ -1614,11 +1625,19 @@ class Buffer:
                 f"handle is of {routed.shape[1]} NVLink domains, but this Buffer has "
                 f"{self._num_domains}; use it with the Buffer that made it"
             )
-        if num_tokens is not None and routed.shape[0] != num_tokens:
+        tokens = routed.shape[0]
+        if num_tokens is not None and tokens != num_tokens:
             raise ValueError(
-                f"x has {num_tokens} tokens, but the handle routes {routed.shape[0]}: "
+                f"x has {num_tokens} tokens, but the handle routes {tokens}: "
                 "a cached dispatch sends a row for each token of the first one"
             )
+        for index, size, size_a_token in self._handle_sizes:
+            if handle[index].numel() != size + size_a_token * tokens:
+                raise ValueError(
+                    f"handle[{index}] has {handle[index].numel()} elements, but that of a dispatch "
+                    f"of {tokens} tokens between {ranks} ranks has "
+                    f"{size + size_a_token * tokens}; pass the handle as dispatch returned it"
+                )
 
     def _check_routing(
         self,

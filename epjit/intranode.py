@@ -161,10 +161,14 @@ class DispatchConfig(KernelConfig):
         return self.num_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
 
     @property
+    def slot_bytes(self) -> int:
+        """Bytes of one token in a slot."""
+        return _align(self.hidden_bytes + 4 * self.num_scales + 8 * self.num_topk)
+
+    @property
     def bytes_a_token(self) -> int:
         """Bytes of slots for one token of every rank that shares them."""
-        slot = _align(self.hidden_bytes + 4 * self.num_scales + 8 * self.num_topk)
-        return self.num_ranks * slot if self.push else slot
+        return self.num_ranks * self.slot_bytes if self.push else self.slot_bytes
 
     @property
     def tag(self) -> str:
@@ -214,9 +218,14 @@ class CombineConfig(KernelConfig):
         return self.num_push_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
 
     @property
+    def slot_bytes(self) -> int:
+        """Bytes of one row in a slot."""
+        return _align(self.hidden_bytes + 4 * self.num_topk)
+
+    @property
     def bytes_a_token(self) -> int:
         """Bytes of slots that a token takes: one row from each rank."""
-        return self.num_ranks * _align(self.hidden_bytes + 4 * self.num_topk)
+        return self.num_ranks * self.slot_bytes
 
     @property
     def tag(self) -> str:
