@@ -51,6 +51,7 @@ from epjit.runtime.empty import empty_on, matrix, vector
 from epjit.runtime.group import Group, as_process_group
 from epjit.runtime.topology import Topology, find_topology
 from epjit.scope import AnyScope, CpuScope, CurrentStream, GpuScope, Scope, Turns
+from epjit.value_checks import ValueChecks
 
 if TYPE_CHECKING:
     from epjit.internode import Internode
@@ -307,6 +308,9 @@ class Buffer:
                 self._low_latency = CpuLowLatency(
                     links, num_rdma_bytes=num_rdma_bytes, enable_shrink=enable_shrink
                 )
+        self._values: ValueChecks | None = None
+        if env.check_values():
+            self._values = ValueChecks(links.rank, self._topology.domains, self._in_order)
         self.runtime = BufferRuntime(self)
 
     def _make_on_gpu(
@@ -764,6 +768,8 @@ class Buffer:
             check_topk(topk_idx)
             self._check_experts(num_experts)
             remember(self._passed, arguments, True)
+        if self._values is not None:
+            self._values.get_dispatch_layout(topk_idx, num_experts, after=previous_event)
         if self._cpu is not None:
             cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
             return *self._cpu.layout(topk_idx, num_experts), cpu_scope.finish()
@@ -871,6 +877,8 @@ class Buffer:
                     "a cached dispatch (handle=...) takes no topk_idx and no topk_weights"
                 )
             self._check_handle(handle, num_tokens=rows.shape[0])
+            if self._values is not None:
+                self._values.handle(handle, after=previous_event)
             if self._cpu is not None:
                 cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
                 recv_x, recv_scales = self._cpu.cached_dispatch(rows, scales, handle)
@@ -901,6 +909,16 @@ class Buffer:
         _check_counts(expert_alignment, num_worst_tokens, topk_idx)
         layout = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
         per_rdma_rank = num_tokens_per_rdma_rank if self._num_domains > 1 else None
+        if self._values is not None:
+            self._values.dispatch(
+                topk_idx,
+                topk_weights,
+                num_tokens_per_rank,
+                is_token_in_rank,
+                num_tokens_per_expert,
+                per_rdma_rank,
+                after=previous_event,
+            )
         if self._cpu is not None:
             cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
             result = self._cpu.dispatch(
@@ -1006,6 +1024,8 @@ class Buffer:
                 num_tokens=num_tokens,
             )
         self._check_config(config)
+        if self._values is not None:
+            self._values.handle(handle, after=previous_event)
         if self._cpu is not None:
             cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
             combined_x, combined_weights = self._cpu.combine(
@@ -1113,6 +1133,8 @@ class Buffer:
             recv_stats=cumulative_local_expert_recv_stats,
             wait_cost=dispatch_wait_recv_cost_stats,
         )
+        if self._values is not None:
+            self._values.low_latency_dispatch(x, topk_idx, num_experts)
         with self._entered(), self._low_latency_scope(async_finish) as scope:
             received, receive = mode.dispatch(
                 scope,
@@ -1201,6 +1223,8 @@ class Buffer:
             wait_cost=combine_wait_recv_cost_stats,
         )
         src_info = handle[0]
+        if self._values is not None:
+            self._values.low_latency_combine(topk_idx, topk_weights, src_info, call.num_experts)
         with self._entered(), self._low_latency_scope(async_finish) as scope:
             combined_x, receive = mode.combine(
                 scope,

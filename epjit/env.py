@@ -148,6 +148,15 @@ dump: Variable[Path | None] = Variable(
     "Folder that receives the generated unit, the cubin and the compiler's log of every kernel.",
     _path,
 )
+check_values: Variable[bool] = Variable(
+    "EPJIT_CHECK",
+    _FLAG,
+    False,
+    "Looks at the values of each call's arguments before anything is launched (experts in range, a "
+    "layout that fits the choices, finite rows and weights, handles as they were returned); the "
+    "host waits for the stream, so for debugging. Read when a Buffer is made.",
+    _flag,
+)
 backend: Variable[str] = Variable(
     "EPJIT_BACKEND",
     "'auto', 'cuda' or 'cpu'",
