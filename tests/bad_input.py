@@ -1434,7 +1434,7 @@ LOW_LATENCY_COMBINE = [
         "handle numbers",
         lambda b: b.ll_combine(handle=b.ll_changed(3, "512")),
         TypeError,
-        r"handle\[2:\] is \(8, '512', 8\)",
+        r"handle\[3\] is '512', a str, but must be an int",
     ),
     BadInput(
         "handle tokens",
