@@ -17,8 +17,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from epjit.errors import require
-from epjit.runtime.cache import cache_folder
+from epjit.runtime.cache import cache_folder, lock
 
 CPU = "CPU backend"
 """What stands for the product name where there is no GPU."""
@@ -67,14 +66,13 @@ def path() -> Path:
 @functools.cache
 def load() -> tuple[Tuned, ...]:
     """All winners; empty, with a warning, when the file cannot be read."""
-    file = path()
     try:
-        return _read(file)
-    except FileNotFoundError:
+        return _read(path())
+    except FileNotFoundError:  # or there is no home folder to have one
         return ()
     except (OSError, ValueError) as error:
         warnings.warn(
-            f"{file} cannot be used ({error}), so the default configs are; remove it, and run "
+            f"{path()} cannot be used ({error}), so the default configs are; remove it, and run "
             "`python -m epjit tune` again",
             stacklevel=2,
         )
@@ -92,8 +90,7 @@ def store(winners: Iterable[Tuned]) -> Path:
     """
     file = path()
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    filelock = require("filelock", package="filelock")
-    with filelock.FileLock(file.with_suffix(".lock"), timeout=_LOCK_SECONDS):
+    with lock(file.with_suffix(".lock"), seconds=_LOCK_SECONDS):
         try:
             known = {each.shape: each for each in _read(file)}
         except (FileNotFoundError, ValueError):
