@@ -52,10 +52,10 @@ class FakeGroup:
 
     rank, size = 0, RANKS
 
-    def allgather(self, obj: Any) -> list[Any]:
+    def allgather(self, obj: Any, *, op: str = "Buffer") -> list[Any]:
         return [obj] * self.size
 
-    def barrier(self) -> None:
+    def barrier(self, *, op: str = "Buffer") -> None:
         """Nobody is missing."""
 
 
