@@ -10,6 +10,7 @@ look at and write to the bytes that they asked for between operations. The kerne
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,7 +31,7 @@ from epjit.normal_mode import (
 from epjit.reference.intranode import Dispatched
 from epjit.runtime import variants
 from epjit.runtime.device import shared_limit
-from epjit.runtime.group import Group
+from epjit.runtime.group import BUFFER, Group
 from epjit.runtime.jit import KernelConfig, Launch
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import make_transport
@@ -291,8 +292,8 @@ class _DomainGroup(Group):
         self._whole, self._ranks = whole, ranks
         self.rank, self.size = ranks.index(whole.rank), len(ranks)
 
-    def allgather(self, obj: Any) -> list[Any]:
-        everyone = self._whole.allgather(obj)
+    def allgather(self, obj: Any, *, op: str = BUFFER) -> list[Any]:
+        everyone = self._whole.allgather(obj, op=op)
         return [everyone[rank] for rank in self._ranks]
 
     def reset(self) -> None:
@@ -340,6 +341,7 @@ class Internode(NormalMode):
     Args:
         group: The ranks.
         topology: Their domains, more than one.
+        resources: Gets what this makes; its owner closes it, also when this cannot be made.
         num_nvl_bytes: Bytes of slots.
         num_rdma_bytes: Bytes of inboxes and stages.
         device: The GPU of this rank.
@@ -355,6 +357,7 @@ class Internode(NormalMode):
         self,
         group: Group,
         topology: Topology,
+        resources: ExitStack,
         *,
         num_nvl_bytes: int,
         num_rdma_bytes: int,
@@ -366,6 +369,7 @@ class Internode(NormalMode):
         num_domains, num_local = topology.num_domains, topology.num_local
         super().__init__(
             group,
+            resources,
             device=device,
             timeout_seconds=timeout_seconds,
             num_counters=2 + 2 * group.size + 5 * num_domains,
@@ -381,16 +385,19 @@ class Internode(NormalMode):
             num_qps_per_rank=num_qps_per_rank,
             use_fabric=use_fabric,
         )
+        resources.callback(self._transport.close)
         notify_kernel = self._kernel(
             InternodeNotifyConfig(num_domains, num_local), self._transport.name
         )
         self.rdma_memory = self._transport.allocate(self._rings.total)
+        resources.callback(self.rdma_memory.close)
         self.memory = SymmetricMemory(
             self._arena.total,
             group=_DomainGroup(group, topology.domains[topology.domain]),
             device=device.index,
             fabric=use_fabric,
         )
+        resources.callback(self.memory.close)
         ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
         self._ranks = torch.tensor(topology.domains, **ints)
         self._pes = torch.tensor(self._transport.pes, **ints)
@@ -404,6 +411,7 @@ class Internode(NormalMode):
         )
         torch.cuda.synchronize(device)
         group.barrier()
+        resources.callback(self._leave)
 
     def _inboxes(self, offset: int) -> list[int]:
         """The address of the same part of the transport's memory on every rank of the domain."""
@@ -516,26 +524,26 @@ class Internode(NormalMode):
             send_domain_head = torch.empty((num_tokens, num_domains), **ints)
         scope.start()
         waits = num_worst_tokens == 0
-        self._notify(
-            scope.stream,
-            1 + num_ranks + num_domains,
-            num_tokens_per_rank=num_tokens_per_rank.data_ptr(),
-            num_tokens_per_domain=num_tokens_per_rdma_rank.data_ptr(),
-            num_tokens_per_expert=num_tokens_per_expert.data_ptr(),
-            is_token_in_rank=is_token_in_rank.data_ptr(),
-            rank_prefix=rank_prefix.data_ptr(),
-            channel_tokens=channel_tokens.data_ptr(),
-            passing_prefix=passing_prefix.data_ptr(),
-            expert_counts=expert_counts.data_ptr(),
-            send_head=send_head.data_ptr(),
-            send_domain_head=send_domain_head.data_ptr(),
-            send_tokens=send_tokens.data_ptr(),
-            host_counts=self._ask_for_counts(waits),
-            num_tokens=num_tokens,
-            experts_per_rank=experts_per_rank,
-            expert_alignment=expert_alignment,
-        )
         with self._between_kernels():
+            self._notify(
+                scope.stream,
+                1 + num_ranks + num_domains,
+                num_tokens_per_rank=num_tokens_per_rank.data_ptr(),
+                num_tokens_per_domain=num_tokens_per_rdma_rank.data_ptr(),
+                num_tokens_per_expert=num_tokens_per_expert.data_ptr(),
+                is_token_in_rank=is_token_in_rank.data_ptr(),
+                rank_prefix=rank_prefix.data_ptr(),
+                channel_tokens=channel_tokens.data_ptr(),
+                passing_prefix=passing_prefix.data_ptr(),
+                expert_counts=expert_counts.data_ptr(),
+                send_head=send_head.data_ptr(),
+                send_domain_head=send_domain_head.data_ptr(),
+                send_tokens=send_tokens.data_ptr(),
+                host_counts=self._ask_for_counts(waits),
+                num_tokens=num_tokens,
+                experts_per_rank=experts_per_rank,
+                expert_alignment=expert_alignment,
+            )
             num_rows, num_passing = num_worst_tokens, num_local * num_worst_tokens
             per_expert: list[int] = []
             if waits:
@@ -691,15 +699,12 @@ class Internode(NormalMode):
 
     def _drain(self) -> None:
         self._transport.quiet()  # all ranks are here
-        self._group.barrier()
+        self._group.barrier(op="reset")
 
-    def _close_memory(self) -> None:
-        del self._notify
+    def _leave(self) -> None:
+        super()._leave()
         if not self._is_lost:
             self._transport.quiet()  # the memory may be another Buffer's next
-        self.memory.close()
-        self.rdma_memory.close()
-        self._transport.close()
 
 
 def _check_warps(config: InternodeDispatchConfig | InternodeCombineConfig, num_sms: int) -> None:

@@ -297,6 +297,7 @@ class CpuLowLatency:
         forms = low_latency.dispatched_forms(
             call.row_format,
             num_ranks=self._group.size,
+            num_tokens=call.num_tokens,
             max_tokens=call.max_tokens,
             num_experts=call.num_experts,
             num_topk=call.num_topk,
@@ -389,6 +390,7 @@ class CpuLowLatency:
                 "num_experts": call.num_experts,
                 "num_topk": call.num_topk,
                 "use_logfmt": call.use_logfmt,
+                env.low_latency_combine_variant.name: env.low_latency_combine_variant(),
             },
             tuple(low_latency.collect(x, src_info, self._group.size)),
         )
@@ -431,8 +433,8 @@ class CpuLowLatency:
         """Takes all masks away; no operation is under way here."""
         self.mask.zero_()
 
-    def close(self) -> None:
-        """Nothing to free."""
+    def give_up(self) -> None:
+        """Nothing: no wait is queued here."""
 
     def _masked(self) -> Tensor | None:
         return self.mask if self._enable_shrink else None
@@ -442,7 +444,7 @@ def _exchange(
     group: Group, op: str, facts: Mapping[str, object], tensors: tuple[Tensor | None, ...]
 ) -> list[tuple[Any, ...]]:
     """Every rank's `tensors`, once all ranks are known to agree on `op` and on `facts`."""
-    messages = group.allgather((op, dict(facts), [_pack(each) for each in tensors]))
+    messages = group.allgather((op, dict(facts), [_pack(each) for each in tensors]), op=op)
     _agree(op, "operation", [message[0] for message in messages])
     for name in facts:
         _agree(op, name, [message[1][name] for message in messages])

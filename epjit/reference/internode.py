@@ -135,7 +135,8 @@ def notify(
     for each, channel in zip(inputs, channels, strict=True):
         tokens = torch.nonzero(each.is_token_in_rank[:, rank]).flatten().to(torch.int32)
         meta.append(torch.stack([positions(channel)[tokens], tokens], dim=1))
-    recv_src_meta = torch.cat(meta).view(torch.uint8)
+    recv_src_meta = torch.empty((sum(map(len, meta)), 8), dtype=torch.uint8, device="cpu")
+    torch.cat(meta, out=recv_src_meta.view(torch.int32))
 
     passing = []
     for source in (each[local] for each in domains):

@@ -310,7 +310,7 @@ def _segments(handle: Handle, rank: int) -> list[slice]:
 
 
 def _gather(sources: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor:
-    """Rows `tokens[i]` of `sources[i]`, one source after the other, bit for bit."""
+    """Rows `tokens[i]` of `sources[i]`, one source after the other, bit for bit; no view."""
     dtype, width = sources[0].dtype, sources[0].shape[1]
     # As bytes, so that no dtype needs an indexing kernel of its own. Flat first: torch calls a
     # tensor with one column contiguous whatever its stride, and then cannot view it as bytes. Then
@@ -320,8 +320,11 @@ def _gather(sources: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor:
         each.view(torch.uint8).view(source.shape[0], width * dtype.itemsize)[token]
         for each, source, token in zip(flat, sources, tokens, strict=True)
     ]
-    received = torch.cat(rows)
-    return received.view(-1).view(dtype).view(received.shape[0], width)
+    # The base is what is returned: autograd refuses to write to a view that an operator returns.
+    received = torch.empty((sum(map(len, rows)), width), dtype=dtype, device="cpu")
+    elements = received.view(-1).view(torch.uint8)
+    torch.cat(rows, out=elements.view(len(received), width * dtype.itemsize))
+    return received
 
 
 def pad_rows(rows: Tensor, num_rows: int, *, value: int = 0) -> Tensor:

@@ -11,6 +11,7 @@ from epjit.errors import require
 
 _contexts: dict[int, Any] = {}
 _contexts_lock = threading.RLock()  # a finalizer may come back to it
+_thread = threading.local()
 
 
 @functools.cache
@@ -69,6 +70,13 @@ def primary_context(device: int) -> Any:
             # Retained for the life of the process, as the CUDA runtime does.
             _contexts[device] = call("cuDevicePrimaryCtxRetain", call("cuDeviceGet", device))
         return _contexts[device]
+
+
+def has_context() -> bool:
+    """Whether this thread has a context; a fresh one has none before it first uses a GPU."""
+    if not getattr(_thread, "has_context", False):
+        _thread.has_context = int(call("cuCtxGetCurrent")) != 0
+    return bool(_thread.has_context)
 
 
 class _Using:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import re
 from typing import Any
@@ -10,8 +11,9 @@ import numpy as np
 
 from epjit import env
 from epjit.errors import CommunicationError
-from epjit.runtime import sources
+from epjit.runtime import driver, sources
 from epjit.runtime.host import PinnedArray
+from epjit.runtime.symmetric import own_stream
 
 NUM_WORDS = 8  # state, tag, rank, peer, index, expected, seen, epoch
 _TAGS_SOURCE = "epjit/sync.cuh"
@@ -60,6 +62,18 @@ class FaultRecord:
         if self._memory is not None:
             self._words, self._state, self.device_ptr = None, None, 0
             self._memory.close()
+
+
+def raise_abort(word: int, device: int) -> None:
+    """Ends the waits of kernels: sets their abort word (sync.cuh) while they run.
+
+    Args:
+        word: Its address in device memory.
+        device: Number of the GPU.
+    """
+    one = ctypes.c_uint32(1)
+    with driver.using(device), own_stream() as stream:
+        driver.call("cuMemcpyHtoDAsync", word, ctypes.addressof(one), ctypes.sizeof(one), stream)
 
 
 def decode(words: list[int]) -> CommunicationError:

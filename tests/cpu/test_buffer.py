@@ -510,7 +510,9 @@ def test_numbers_of_numpy() -> None:
 
 
 def test_a_group_and_a_size_that_are_none() -> None:
-    with pytest.raises(TypeError, match=r"group is a int, expected a torch\.distributed process"):
+    with pytest.raises(
+        TypeError, match=r"group is 3 of type int, expected a torch\.distributed process"
+    ):
         Buffer(3, 1024)
     with pytest.raises(
         launch.RankFailedError, match=r"num_nvl_bytes is 2000000000\.0, but must be"

@@ -211,5 +211,6 @@ def test_blank_kernel(row_bytes: int, num_rows: int, count: int) -> None:
     expert_major.blank(wanted, arrived)
     assert torch.equal(wanted[:count], rows[:count])
     assert int(wanted[count:].sum()) == 0
-    run(BlankConfig(row_bytes), 2, num_rows, rows=rows, count=copied(arrived), num_rows=num_rows)
+    sizes = {"num_rows": num_rows, "row_bytes": row_bytes}
+    run(BlankConfig(), 2, num_rows, rows=rows, count=copied(arrived), **sizes)
     assert torch.equal(rows, wanted)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -108,8 +108,11 @@ class World:
         launches = [launch for rank in self.ranks for launch in rank.launches]
         compile_all({launch.config: launch for launch in launches})
         emulate(launches, seed=seed, **options)
-        if not compare:
-            return
+        if compare:
+            self.compare()
+
+    def compare(self) -> None:
+        """Compares all results of what has run."""
         for rank in self.ranks:
             counters, state = rank.local[: self.counters], rank.local[self.counters :][:2]
             assert rank.fault.tolist() == [0] * 8
@@ -127,6 +130,24 @@ class World:
             rank.checks.clear()
             for name in (*self.zeroed, "local", "fault"):
                 getattr(rank, name).zero_()
+
+
+def run_beside(worlds: Sequence[World], seed: int, **options: Any) -> None:
+    """Runs what was queued in several worlds of the same GPUs, each on a stream of its own.
+
+    The emulation's rank of rank r of world i is i * num_ranks + r.
+    """
+    num_ranks = len(worlds[0].ranks)
+    launches = [
+        replace(launch, rank=i * num_ranks + launch.rank)
+        for i, world in enumerate(worlds)
+        for rank in world.ranks
+        for launch in rank.launches
+    ]
+    compile_all({launch.config: launch for launch in launches})
+    emulate(launches, seed=seed, num_gpus=num_ranks, **options)
+    for world in worlds:
+        world.compare()
 
 
 def draw_input(

@@ -36,9 +36,13 @@ def run_ranks(
     num_buffers: int = 1,
     timeout_seconds: float = 20,
     timeout: float = 240,
+    low_latency_sms: int | None = None,
     **options: Any,
 ) -> list[Any]:
     """Runs ``body(buffer, ..., *args)`` on every rank; `options` are those of `Buffer`.
+
+    `low_latency_sms` are those of a low-latency kernel, by default so few that those of all ranks
+    run at once.
 
     Each thread has its own streams: with a shared one, a rank would wait for what another rank has
     queued.
@@ -50,7 +54,9 @@ def run_ranks(
 
     # Low-latency kernels take all SMs that there are, and those of all ranks must run at once, with
     # the next one of each rank, which starts early, beside them.
-    os.environ["EPJIT_LOW_LATENCY_NUM_SMS"] = str(SMS if SMALL else 60 // num_ranks)
+    if low_latency_sms is None:
+        low_latency_sms = SMS if SMALL else 60 // num_ranks
+    os.environ["EPJIT_LOW_LATENCY_NUM_SMS"] = str(low_latency_sms)
 
     def worker(comm: Any) -> Any:
         _rank.number, _rank.num_streams = comm.Get_rank(), 0
@@ -135,6 +141,11 @@ def _streams() -> list[torch.cuda.Stream]:
             for i in range(_STREAMS_A_RANK)
             for _ in range(_NUM_QUEUES)
         ]
+
+
+def next_stream() -> torch.cuda.Stream:
+    """Another stream of the rank whose thread this is."""
+    return _next_stream(torch.cuda.current_device())
 
 
 def _next_stream(device: int) -> torch.cuda.Stream:

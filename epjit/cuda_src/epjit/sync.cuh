@@ -109,6 +109,7 @@ struct Waiter {
   WaitTag start_tag;  // what a record calls a peer that never started
   uint32_t* mask;     // local [num_ranks], 1 = masked; null: a late peer is a fault
   Domains domains;
+  bool leaves = false;  // a wait that runs out of time says nothing: the block leaves
 
   // What a fault record calls a rank that shares the signals.
   __device__ __forceinline__ int name(int peer) const {
@@ -219,6 +220,7 @@ __device__ __forceinline__ bool wait_until(const Waiter& waiter, WaitTag tag, in
     if (polls % 64 != 0) continue;
     if (ptx::ld_relaxed_gpu(waiter.abort) != 0 || is_masked(waiter, peer)) return false;
     if (ptx::globaltimer() - start > waiter.timeout_ns) {
+      if (waiter.leaves) return false;
       if (waiter.mask != nullptr)
         atomicExch(waiter.mask + peer, 1u);
       else
@@ -233,6 +235,32 @@ __device__ __forceinline__ bool wait_signal(const Waiter& waiter, WaitTag tag, i
   uint64_t seen;
   return wait_until(waiter, tag, peer, 0, expected, signal, seen,
                     [&](uint64_t value) { return has_reached(value, expected); });
+}
+
+// ---- blocks that leave --------------------------------------------------------------------------
+
+// A low-latency kernel takes all SMs, and a peer may be late. Were all of its blocks to wait for that
+// peer, no other kernel of this GPU could start, and the peer may be waiting for one of those: two
+// Buffers that two ranks use in different order, or a collective of another library beside them. So
+// most blocks leave when a peer has not begun within kPatienceNs, and the first `num_staying` blocks,
+// which are few, do their work: all work is drawn from counters, and no block waits for another one
+// of its grid, so any blocks will do. A block waits so before it draws what depends on a peer; once
+// all peers have begun, nothing that it waits for needs an SM that is not held already.
+//
+// For the same reason the next kernel in the stream, which starts early, is not let in before all
+// peers have begun: its blocks would take the SMs that others have left.
+constexpr uint64_t kPatienceNs = 1'000'000;
+
+template <typename Params>
+__device__ __forceinline__ bool is_staying(const Params& p) {
+  return static_cast<int32_t>(blockIdx.x) < p.num_staying;
+}
+
+// A waiter of a block that leaves.
+__device__ __forceinline__ Waiter leaving(Waiter waiter) {
+  waiter.timeout_ns = kPatienceNs;
+  waiter.leaves = true;
+  return waiter;
 }
 
 // Waits for the bulk loads that complete on `bar`. They read mapped memory and need no peer to act,
