@@ -630,19 +630,20 @@ class Buffer:
         with self._entered():
             self._unreceived = None
             if self._cpu is not None:
-                self._links.reset()
+                self._cpu.reset()
             else:
                 self._mode.reset()
             if self._low_latency is not None:
                 self._low_latency.reset()
 
     def check_fault(self) -> None:
-        """Raises what a wait on the device left behind, as the next operation would.
+        """Raises what an operation on the device left behind, as the next one would.
 
         A host that only replays CUDA graphs calls this where it synchronises.
 
         Raises:
-            CommunicationError: Names operation, rank and peer.
+            CommunicationError: A peer did not come: names operation, rank and peer. Or more rows
+                came than `num_worst_tokens`: names operation, rank, how many came and how many fit.
         """
         self._check_alive()
 
@@ -701,10 +702,14 @@ class Buffer:
         if self.runtime is None:
             raise RuntimeError("this Buffer is destroyed")
         give_back_left()
-        if fault and self._cpu is None:
-            self._mode.raise_fault()
-            if self._low_latency is not None:
-                self._low_latency.raise_fault()
+        if not fault:
+            return
+        if self._cpu is not None:
+            self._cpu.raise_fault()
+            return
+        self._mode.raise_fault()
+        if self._low_latency is not None:
+            self._low_latency.raise_fault()
 
     # ---- operations ------------------------------------------------------------------------------
 
@@ -818,9 +823,12 @@ class Buffer:
             topk_idx: int64 or int32 `[T, K]`, `K <= 32`, with `topk_weights` or not at all.
             topk_weights: float32 `[T, K]`.
             expert_alignment: Counts in the returned list are rounded up to a multiple of it.
-            num_worst_tokens: Rows of every output, at least what arrives. The host then does not
-                wait (capturable), and the list is empty; rows that nothing arrived for are -1 in
-                `recv_topk_idx`, undefined elsewhere.
+            num_worst_tokens: Rows of every output, at least what arrives: `R` times the most tokens
+                of any rank. The host then does not wait (capturable), and the list is empty; rows
+                that nothing arrived for are -1 in `recv_topk_idx`, undefined elsewhere. If more
+                arrive, the last ones are left out here and in the sums of `combine`, all else goes
+                on, on the other ranks too, and the next call of this rank (or `check_fault`) raises
+                a `CommunicationError` that says how many came. The Buffer needs no `reset`.
             config: Only `num_sms` matters; None is `get_dispatch_config`.
             previous_event: What to wait for instead of the current stream. Outputs then belong to
                 the communication stream, and torch's allocator knows who else uses them.

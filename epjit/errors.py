@@ -8,7 +8,7 @@ from typing import Any
 
 
 class CommunicationError(RuntimeError):
-    """A peer did not come, or did not answer in time.
+    """A peer did not come, or did not answer in time; or more rows came than there was room for.
 
     Attributes:
         op: Operation that waited, such as ``"dispatch"``; None when it is not known.
@@ -16,8 +16,8 @@ class CommunicationError(RuntimeError):
         peer: Rank that was waited for, or None when there was not exactly one.
         missing: All ranks that were waited for.
         index: What of the peer was waited for (token, expert, ...), or None.
-        expected: Value that the wait expected, or None.
-        seen: Value that the wait saw last, or None.
+        expected: Value that the wait expected, or how many rows there was room for; or None.
+        seen: Value that the wait saw last, or how many rows came; or None.
         epoch: Number of the call on the waiting rank, or None.
     """
 

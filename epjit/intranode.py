@@ -307,7 +307,7 @@ class _Arena:
         self.places = self.signals + SIGNALS_BYTES
         self.words = self.places + _PLACES_BYTES
         self.notify = self.words + num_ranks * _MAX_SLOTS * 8
-        self.notify_stride = num_ranks + 1 + MAX_LOCAL_EXPERTS
+        self.notify_stride = num_ranks + 2 + MAX_LOCAL_EXPERTS
         # What lies here is the caller's, who got it from a dispatch; reset() leaves it alone.
         self.outputs = _align(self.notify + num_ranks * self.notify_stride * 4)
         self.total = self.outputs + num_output_bytes
@@ -468,6 +468,7 @@ class Intranode(NormalMode):
                 send_head=send_head.data_ptr(),
                 host_counts=self._ask_for_counts(waits),
                 num_tokens=x.shape[0],
+                num_recv_rows=num_worst_tokens,
                 experts_per_rank=experts_per_rank,
                 expert_alignment=expert_alignment,
             )

@@ -847,7 +847,8 @@ class LowLatency:
     ) -> Callable[[], None]:
         """A launch of the first phase; what is returned launches the second.
 
-        Until then it holds on to `tensors`.
+        Until then it holds on to `tensors`. If it is dropped instead, they are free in the order of
+        `stream`, where the first phase runs, and what only the second writes is written by nobody.
         """
         plan.launch.start(stream, plan.grid, values, plan.sends)
 

@@ -16,6 +16,7 @@ import torch
 from epjit import env
 from epjit.config import MAX_RANKS
 from epjit.errors import CommunicationError
+from epjit.reference.intranode import no_room
 from epjit.runtime.device import arch_of
 from epjit.runtime.empty import Form, empty_on, matrix
 from epjit.runtime.fault import FaultRecord, raise_abort
@@ -273,6 +274,7 @@ class NormalMode(ABC):
             "bias_1": pointer(bias[1]),
             "combined_x": combined_x.data_ptr(),
             "combined_topk_weights": pointer(combined_weights),
+            "num_rows": x.shape[0],
             "num_tokens": num_tokens,
         }
         return (combined_x, combined_weights), values
@@ -291,7 +293,7 @@ class NormalMode(ABC):
         start = time.monotonic()
         deadline = start + 2 * self._timeout_seconds + 10
         while counts[0] < 0:
-            self.raise_fault()
+            self._raise_failed_wait()
             now = time.monotonic()
             if now > deadline:
                 raise CommunicationError(
@@ -306,11 +308,19 @@ class NormalMode(ABC):
         return counts[:num_counts].tolist()
 
     def raise_fault(self) -> None:
-        """Raises what a wait on the device left behind.
+        """Raises what an operation on the device left behind; rows without room once.
 
         Raises:
-            CommunicationError: Names operation, rank and peer.
+            CommunicationError: Names operation, rank and peer; or operation, rank, how many rows
+                came, and how many fit.
         """
+        self._raise_failed_wait()
+        overflow = self._fault.take_overflow()
+        if overflow is not None:
+            raise no_room(overflow)
+
+    def _raise_failed_wait(self) -> None:
+        """Raises what makes the buffer unusable until `reset`."""
         self._fault.raise_if_set()
         if self._half_way:
             raise CommunicationError(
@@ -368,9 +378,10 @@ class NormalMode(ABC):
         deadline = time.monotonic() + self._patience
         while not self._fault.is_set and time.monotonic() < deadline:
             finished = [value >> 32 & 0xFFFFFFFF for value in signals.tolist()]
-            # A peer may be ahead: it does not wait for a rank that has no rows for it.
+            # A peer may be one ahead (has_reached of sync.cuh): it does not wait for a rank that
+            # has no rows for it.
             ahead = [(value - epoch) & 0xFFFFFFFF for value in finished]
-            if all(steps < 1 << 31 for rank, steps in enumerate(ahead) if rank != own):
+            if all(steps <= 1 for rank, steps in enumerate(ahead) if rank != own):
                 break
             time.sleep(0.001)
         else:

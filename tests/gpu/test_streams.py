@@ -37,6 +37,12 @@ class Calls:
         self.x = values[:, None].expand(TOKENS, HIDDEN).bfloat16().contiguous()
         self.idx = torch.arange(0, 2 * ranks, 2, device=buffer.device).repeat(TOKENS, 1)
         self.weights = torch.ones((TOKENS, ranks), device=buffer.device)
+        # Loaded now: what is first loaded while a kernel spins for a peer waits for that kernel.
+        negative = torch.cat([-self.x, torch.full_like(self.x, -7)])
+        assert not torch.equal(negative, negative.clone() + 1)
+        ints = torch.full((4,), 1, dtype=torch.int32, device=buffer.device)
+        assert bool((ints == 1).all())
+        assert bool((negative != 7).all())
         line_up(buffer)
         per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(self.idx, self.num_experts)
         self.layout: dict[str, Any] = {
