@@ -24,7 +24,7 @@ from epjit.config import (
     MAX_RANKS,
 )
 from epjit.formats import BF16, FORMATS, FP8, NVFP4, RowFormat
-from epjit.low_latency_checks import CombineCall, DispatchCall
+from epjit.low_latency_checks import CombineCall, DispatchCall, check_source
 from epjit.reference.low_latency import (
     DispatchedForms,
     LowLatencyDispatched,
@@ -831,15 +831,7 @@ class LowLatency:
         Unless each lies where it would be staged.
         """
         begin = self.memory.ptr + self._arena.send_buffer
-        end = self.memory.ptr + self._arena.signals
-        first = x.data_ptr()
-        if first >= end or first + x.nbytes <= begin or (first == begin and not use_logfmt):
-            return
-        raise ValueError(
-            "x overlaps the buffer of get_next_low_latency_combine_buffer, which between NVLink "
-            "domains the rows are sent from; pass another tensor, or that buffer with "
-            "zero_copy=True and without use_logfmt"
-        )
+        check_source(x, begin, self.memory.ptr + self._arena.signals, use_logfmt=use_logfmt)
 
     @staticmethod
     def _split(

@@ -283,60 +283,6 @@ def _destroy(buffer: Buffer) -> None:
         buffer.destroy()
 
 
-def _moved(x: Tensor) -> Tensor:
-    """Rows as the kernels take them: x, or a copy where it is not contiguous or at an odd address.
-
-    In the operators, so that it sees the addresses of the run, those of gradients too.
-    """
-    x = x.contiguous()
-    return x.clone() if x.data_ptr() % 16 else x
-
-
-def _autocast(x: Tensor) -> Tensor:
-    """Rows as a matrix product under torch.autocast takes them.
-
-    Not torch.library.register_autocast: it has one dtype for all time, and casts weights too.
-    """
-    kind = x.device.type
-    if x.dtype not in _AUTOCAST_DTYPES or kind == "meta" or not torch.is_autocast_enabled(kind):
-        return x
-    return x.to(torch.get_autocast_dtype(kind))
-
-
-def _rows(x: Tensor) -> Tensor:
-    """A matrix of rows, cast under torch.autocast."""
-    if not isinstance(x, Tensor):
-        raise TypeError(
-            f"x is a {type(x).__name__}, expected a torch.Tensor (rows with scales travel by "
-            "Buffer.dispatch)"
-        )
-    if x.dim() != 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (number of rows, hidden)")
-    if not torch.compiler.is_compiling():
-        check_no_transform("x", x)
-    return _autocast(x)
-
-
-def _check_gradient(x: Tensor, weights: Tensor) -> None:
-    """The gradient of rows that are moved is a sum, which has kernels for two dtypes."""
-    if x.dtype in by_expert.SUM_DTYPES or not torch.is_grad_enabled():
-        return
-    if x.requires_grad or weights.requires_grad:
-        raise TypeError(_no_sum("x", x))
-
-
-def _no_sum(name: str, x: Tensor) -> str:
-    return (
-        f"{name} has dtype {x.dtype}, but what comes back is summed in bfloat16 or float16; "
-        "convert it with .to(torch.bfloat16), or run the layer under torch.autocast"
-    )
-
-
-def _size(name: str, value: int, least: int) -> int:
-    """A number that a caller passes; sizes that are traced stay symbols."""
-    return value if isinstance(value, torch.SymInt) else as_int(name, value, least=least)
-
-
 def _name(group: GroupLike) -> str:
     name = group if isinstance(group, str) else getattr(group, "group_name", None)
     return name if isinstance(name, str) else as_process_group(group).group_name
@@ -379,6 +325,58 @@ def _num_domains(name: str, *, dry: bool) -> int:
 
 # torch.compiler.assume_constant_result without its import of the compiler, which takes a second.
 _num_domains._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# ---- arguments ----------------------------------------------------------------------------------
+
+
+def _moved(x: Tensor) -> Tensor:
+    """Rows as the kernels take them: x, or a copy where it is not contiguous or at an odd address.
+
+    In the operators, so that it sees the addresses of the run, those of gradients too.
+    """
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Rows as a matrix product under torch.autocast takes them.
+
+    Not torch.library.register_autocast: it has one dtype for all time, and casts weights too.
+    """
+    kind = x.device.type
+    if x.dtype not in _AUTOCAST_DTYPES or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A matrix of rows, cast under torch.autocast."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"x is a {type(x).__name__}, expected a torch.Tensor (rows with scales travel by "
+            "Buffer.dispatch)"
+        )
+    if x.dim() != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (number of rows, hidden)")
+    if not torch.compiler.is_compiling():
+        check_no_transform("x", x)
+    return _autocast(x)
+
+
+def _check_comes_back(x: Tensor, weights: Tensor, *, is_combined: bool) -> None:
+    """Checks that rows are of a dtype that is summed: by combine, and by the gradient of a copy."""
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
+    if x.dtype not in by_expert.SUM_DTYPES and (is_combined or needs_grad):
+        raise TypeError(
+            f"x has dtype {x.dtype}, but what comes back is summed in bfloat16 or float16; convert "
+            "it with .to(torch.bfloat16), or run the layer under torch.autocast"
+        )
+
+
+def _size(name: str, value: int, least: int) -> int:
+    """A number that a caller passes; sizes that are traced stay symbols."""
+    return value if isinstance(value, torch.SymInt) else as_int(name, value, least=least)
 
 
 # ---- operators: communication -------------------------------------------------------------------
@@ -882,9 +880,7 @@ def dispatch(
         CommunicationError: A peer did not come.
     """
     x = _rows(x)
-    if x.dtype not in by_expert.SUM_DTYPES and x.element_size() > 1:
-        raise TypeError(_no_sum("x", x))
-    _check_gradient(x, topk_weights)
+    _check_comes_back(x, topk_weights, is_combined=x.element_size() > 1)
     num_experts = _size("num_experts", num_experts, least=1)
     num_worst_tokens = _size("num_worst_tokens", num_worst_tokens, least=0)
     expert_alignment = _size("expert_alignment", expert_alignment, least=1)
@@ -988,7 +984,7 @@ def permute(
     """
     x = _rows(x)
     if x.is_cuda:
-        _check_gradient(x, topk_weights)
+        _check_comes_back(x, topk_weights, is_combined=False)
     num_experts = _size("num_experts", num_experts, least=1)
     alignment = _size("alignment", alignment, least=1)
     num_rows = _size("num_rows", num_rows, least=0)

@@ -183,13 +183,7 @@ class NormalMode(ABC):
                 "capture, or call Buffer.warmup()"
             )
         launch = self._bind(shape, config)
-        self._group.agree(
-            f"kernels for {config.op}",
-            config,
-            remedy=f"set {env.variant_name(config.op)} to the same value everywhere, or give all "
-            "ranks the same EPJIT_CACHE_DIR (tuned.json is in it)",
-            op=config.op,
-        )
+        agree_on_kernel(self._group, config)
         self._launches[shape] = launch
         return launch
 
@@ -387,6 +381,22 @@ class NormalMode(ABC):
         else:
             self._is_lost = True
         self._launches.clear()
+
+
+def agree_on_kernel(group: Group, config: KernelConfig) -> None:
+    """All ranks have chosen the same kernel; collective.
+
+    Raises:
+        RuntimeError: They have not.
+        CommunicationError: A rank does not come; names it.
+    """
+    group.agree(
+        f"kernels for {config.op}",
+        config,
+        remedy=f"set {env.variant_name(config.op)} to the same value everywhere, or give all "
+        "ranks the same EPJIT_CACHE_DIR (tuned.json is in it)",
+        op=config.op,
+    )
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

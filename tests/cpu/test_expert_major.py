@@ -202,7 +202,7 @@ def test_unpermute_kernel(
 
 
 @needs_gxx
-@pytest.mark.parametrize("row_bytes", [16, 8208])
+@pytest.mark.parametrize("row_bytes", [16, 8208, 57344])
 @pytest.mark.parametrize(("num_rows", "count"), [(0, 0), (1, 0), (7, 7), (9, 4), (40, 0)])
 def test_blank_kernel(row_bytes: int, num_rows: int, count: int) -> None:
     rows = copied(torch.randint(1, 256, (num_rows, row_bytes), dtype=torch.uint8))

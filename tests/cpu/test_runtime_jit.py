@@ -7,6 +7,7 @@ import os
 import subprocess
 import sys
 import threading
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -105,6 +106,23 @@ def test_render_refuses_a_field_that_is_no_number() -> None:
         CompileError, match=r"ScaleConfig\.twice is 'yes', expected an int or a bool"
     ):
         jit.render(config)
+
+
+@pytest.mark.parametrize(
+    ("struct", "message"),
+    [
+        ("int32_t num_warps; bool twice; bool more;", "field `None` where .* has `c_bool more`"),
+        ("int32_t num_warps;", "field `c_bool twice` where .* has `None`"),
+        ("bool twice; int32_t num_warps;", "field `c_int num_warps` where .* has `c_bool twice`"),
+        ("int32_t num_warps; int32_t twice;", "field `c_bool twice` where .* has `c_int twice`"),
+    ],
+)
+def test_render_refuses_a_config_whose_struct_has_other_fields(
+    tree: Path, struct: str, message: str
+) -> None:
+    replace_in(tree / "toy" / "scale.cu", "int32_t num_warps; bool twice;", struct)
+    with pytest.raises(CompileError, match=f"the dataclass ScaleConfig has the {message}"):
+        jit.render(ScaleConfig())
 
 
 def test_digest_sees_headers_of_headers(tree: Path) -> None:
@@ -215,6 +233,21 @@ def test_drift_between_python_and_cpp_is_an_error(tree: Path, old: str, new: str
         jit.compile_kernel(ScaleConfig(), arch="sm_90a")
     assert "toy_w2.scale.sm_90a.cu" in str(caught.value)
     assert caught.value.log
+
+
+@pytest.mark.parametrize(("slot_bytes", "fits"), [(64, True), (128, False)])
+def test_slots_of_another_size_are_an_error(
+    tree: Path, monkeypatch: pytest.MonkeyPatch, slot_bytes: int, fits: bool
+) -> None:
+    replace_in(
+        tree / "toy" / "scale.cu",
+        "template <ScaleConfig kCfg>",
+        "constexpr int scale_slot_bytes(ScaleConfig config) { return 32 * config.num_warps; }\n"
+        "template <ScaleConfig kCfg>",
+    )
+    monkeypatch.setattr(ScaleConfig, "slot_bytes", slot_bytes)
+    with nullcontext() if fits else pytest.raises(CompileError, match="static assertion failed"):
+        jit.compile_kernel(ScaleConfig(), arch="sm_90a")
 
 
 def test_unknown_arch_is_said_by_the_compiler() -> None:

@@ -52,7 +52,7 @@ def test_permute_and_unpermute(
         assert torch.equal(expert_major.unpermute(y.cuda(), on_gpu[0]).cpu(), wanted)
 
 
-@pytest.mark.parametrize("hidden", [64] if SMALL else [7168, 16384, 8])
+@pytest.mark.parametrize("hidden", [64] if SMALL else [7168, 16384, 8, 28672])
 def test_blank(hidden: int) -> None:
     for num_rows, count in ((0, 0), (1, 0), (333, 333), (1000, 17)):
         rows = torch.randn(num_rows, hidden).bfloat16()
