@@ -15,6 +15,7 @@ from epjit.check import (
     check,
     check_aligned,
     check_experts,
+    check_runs,
     check_topk,
     remember,
     signature,
@@ -41,9 +42,11 @@ from epjit.reference.cpu_backend import CpuBackend, CpuLowLatency, CpuMemory
 from epjit.reference.intranode import Handle
 from epjit.reference.low_latency import size_hint
 from epjit.runtime.empty import empty_on, matrix, vector
-from epjit.runtime.group import Group
+from epjit.runtime.group import Group, as_process_group
+from epjit.runtime.interrupt import synchronize
 from epjit.runtime.topology import Topology, find_topology
 from epjit.scope import AnyScope, CpuScope, CurrentStream, GpuScope, Scope, Turns
+from epjit.value_checks import ValueChecks
 
 if TYPE_CHECKING:
     from epjit.internode import Internode
@@ -57,6 +60,7 @@ Hook: TypeAlias = Callable[[], None]
 
 _SIZE_ALIGNMENT = 128
 _DEFAULT_SMS = 20
+_DEFAULT_ROW_BYTES, _DEFAULT_TOKENS = 14336, 4096  # what V1's default configs were made for
 _CPU = torch.device("cpu")
 _CPU_SMS = 132  # the CPU backend checks a config as an H200 would
 _INDEX_DTYPES = (torch.int64, torch.int32)
@@ -133,6 +137,16 @@ SLOTS = Slots(number=6, ranks=0, rows=3, tokens=5, experts=2)
 SLOTS_BETWEEN_DOMAINS = Slots(number=10, ranks=6, rows=7, tokens=8, experts=5)
 
 
+def _handle_sizes(num_ranks: int, num_domains: int) -> tuple[tuple[int, int, int], ...]:
+    """Elements of a handle's tensors: index, how many in any case, how many more a token."""
+    if num_domains == 1:
+        return (0, num_ranks**2, 0), (1, num_ranks, 0), (5, 0, num_ranks)
+    return (
+        *((1, num_domains, num_domains), (2, num_ranks, 0), (3, 0, num_ranks)),
+        *((4, num_domains, 0), (6, num_ranks, 0)),
+    )
+
+
 class Unreceived(NamedTuple):
     """A low-latency operation whose hook has not been called; told from others by identity."""
 
@@ -146,6 +160,12 @@ class Buffer:
     in a low-latency call, `H` elements a row, `K` top-k choices, `E` experts (expert `e` lives on
     rank `e // (E // R)`), `S` scales a token, `n` received rows, `D` NVLink domains.
 
+    Calls come from any thread, whichever GPU is current there, and from any stream, by which the
+    current stream of the Buffer's GPU is meant; on the GPU each runs after the one before. Only
+    replays of a CUDA graph are not seen by the Buffer. They use what the calls use, so replay a
+    graph that has captured calls on the stream of the other calls, or make that stream wait for the
+    replay, and the replay for the calls before it; out of order, each takes the other's rows.
+
     Construction is collective. On a machine with a GPU the buffer lives on the current device;
     without one (or with ``EPJIT_BACKEND=cpu``) the same interface works on CPU tensors with the
     same results, and refuses what a GPU refuses. ``with Buffer(...) as buffer:`` destroys the
@@ -156,8 +176,8 @@ class Buffer:
     tensors instead of six.
 
     Args:
-        group: `torch.distributed` process group of any backend. Only its rank, its size and one
-            ``all_gather_object`` are used.
+        group: `torch.distributed` process group of any backend, or a DeviceMesh of one dimension.
+            Only its rank, its size and one ``all_gather_object`` are used.
         num_nvl_bytes: Bytes of the NVLink buffer, a multiple of 128.
             `Config.get_nvl_buffer_size_hint` gives a good value; with less (or more) everything
             works too, in more (or fewer) rounds. About 5 MB are added.
@@ -184,7 +204,7 @@ class Buffer:
             cuts none, None reads ``EPJIT_NVLINK_DOMAIN``. Meant for tests.
 
     Attributes:
-        group: As passed (`comm` when there is no group).
+        group: The process group (`comm` when there is none).
         rank: This rank.
         group_size: `R`.
         num_nvl_bytes: As passed.
@@ -230,12 +250,13 @@ class Buffer:
         del allow_nvlink_for_normal_mode, num_nvl_peers
         self.runtime: BufferRuntime | None = None
         self.explicitly_destroy = explicitly_destroy
-        if group is None and comm is None:
-            raise ValueError(
-                "Buffer needs a process group (group=...) or an mpi4py-like communicator (comm=...)"
-            )
-        links = Group.from_torch(group) if group is not None else Group.from_comm(comm)
-        self.group = group if group is not None else comm
+        check_runs("making a Buffer")
+        if group is None and comm is not None:
+            links = Group.from_comm(comm)
+            self.group = comm
+        else:
+            self.group = as_process_group(group)
+            links = Group.from_torch(self.group)
         self.rank, self.group_size = links.rank, links.size
         num_nvl_bytes = as_int("num_nvl_bytes", num_nvl_bytes)
         num_rdma_bytes = as_int("num_rdma_bytes", num_rdma_bytes)
@@ -273,6 +294,7 @@ class Buffer:
         self._empty = empty_on(self.device)
         self._passed: dict[Hashable, bool] = {}  # arguments of the normal mode, see `signature`
         self._slots = SLOTS if self._num_domains == 1 else SLOTS_BETWEEN_DOMAINS
+        self._handle_sizes = _handle_sizes(links.size, self._num_domains)
         self._low_latency_checks = LowLatencyChecks(
             links.size, num_rdma_bytes, self.device, self._num_domains
         )
@@ -303,6 +325,9 @@ class Buffer:
                     num_rdma_bytes=num_rdma_bytes,
                     enable_shrink=enable_shrink,
                 )
+        self._values: ValueChecks | None = None
+        if env.check_values():
+            self._values = ValueChecks(links.rank, self._topology.domains, self._in_order)
         self.runtime = BufferRuntime(self)
 
     def _agree(self, use_fabric: bool, num_qps_per_rank: int) -> None:
@@ -406,7 +431,7 @@ class Buffer:
 
     @staticmethod
     def capture() -> EventOverlap:
-        """An event recorded on the current stream."""
+        """An event recorded on the current stream, with the GPU of the Buffer current."""
         return EventOverlap(EventHandle())
 
     @staticmethod
@@ -416,7 +441,7 @@ class Buffer:
         """The config of dispatch for 1 to 256 ranks; `AssertionError` for others.
 
         `num_sms` is what `set_num_sms` said, else what ``python -m epjit tune`` found for this GPU
-        and the shape nearest to the given one (0 = any), else V1's 20.
+        and a shape like the given one (`epjit.tuned`; 0 = 14336 bytes, 4096 tokens), else V1's 20.
         """
         num_ranks = as_int("num_ranks", num_ranks)
         num_sms = _num_sms("dispatch", num_ranks, hidden_bytes, num_tokens)
@@ -427,7 +452,7 @@ class Buffer:
         """The config of combine for 1 to 256 ranks; `AssertionError` for others.
 
         `num_sms` is what `set_num_sms` said, else what ``python -m epjit tune`` found for this GPU
-        and the shape nearest to the given one (0 = any), else V1's 20.
+        and a shape like the given one (`epjit.tuned`; 0 = 14336 bytes, 4096 tokens), else V1's 20.
         """
         num_ranks = as_int("num_ranks", num_ranks)
         num_sms = _num_sms("combine", num_ranks, hidden_bytes, num_tokens)
@@ -562,6 +587,8 @@ class Buffer:
             )
         if self.runtime is None:
             raise AssertionError("this Buffer is destroyed already")
+        if self._cpu is None:
+            synchronize(self.device)  # before anything is freed: here Ctrl-C may end it
         self._release()
 
     def _release(self) -> None:
@@ -659,19 +686,20 @@ class Buffer:
         with self._entered():
             self._unreceived = None
             if self._cpu is not None:
-                self._links.reset()
+                self._cpu.reset()
             else:
                 self._mode.reset()
             if self._low_latency is not None:
                 self._low_latency.reset()
 
     def check_fault(self) -> None:
-        """Raises what a wait on the device left behind, as the next operation would.
+        """Raises what an operation on the device left behind, as the next one would.
 
         A host that only replays CUDA graphs calls this where it synchronises.
 
         Raises:
-            CommunicationError: Names operation, rank and peer.
+            CommunicationError: A peer did not come: names operation, rank and peer. Or more rows
+                came than `num_worst_tokens`: names operation, rank, how many came and how many fit.
         """
         self._check_alive()
 
@@ -730,13 +758,18 @@ class Buffer:
             self._mode.compile_ahead(env.torch_cuda_arch_list())
 
     def _check_alive(self, *, fault: bool = True) -> None:
+        check_runs("a call of a Buffer")
         if self.runtime is None:
             raise RuntimeError("this Buffer is destroyed")
         give_back_left()
-        if fault and self._cpu is None:
-            self._mode.raise_fault()
-            if self._low_latency is not None:
-                self._low_latency.raise_fault()
+        if not fault:
+            return
+        if self._cpu is not None:
+            self._cpu.raise_fault()
+            return
+        self._mode.raise_fault()
+        if self._low_latency is not None:
+            self._low_latency.raise_fault()
 
     # ---- operations ------------------------------------------------------------------------------
 
@@ -753,9 +786,10 @@ class Buffer:
         Args:
             topk_idx: int64 or int32 `[T, K]`; anything outside `[0, E)` is no selection.
             num_experts: `E`, a multiple of `R`.
-            previous_event: What to wait for instead of the current stream.
+            previous_event: What to wait for instead of the current stream. Outputs then belong to
+                the communication stream, and torch's allocator knows who else uses them.
             async_finish: Return an event instead of making the current stream wait.
-            allocate_on_comm_stream: Outputs belong to the communication stream.
+            allocate_on_comm_stream: V1's flag, which `previous_event` includes.
 
         Returns:
             `num_tokens_per_rank` int32 `[R]`, `num_tokens_per_rdma_rank` int32 `[D]` (None in one
@@ -780,6 +814,8 @@ class Buffer:
             check_topk(topk_idx)
             self._check_experts(num_experts)
             remember(self._passed, arguments, True)
+        if self._values is not None:
+            self._values.get_dispatch_layout(topk_idx, num_experts, after=previous_event)
         if self._cpu is not None:
             cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
             return *self._cpu.layout(topk_idx, num_experts), cpu_scope.finish()
@@ -851,13 +887,17 @@ class Buffer:
             topk_idx: int64 or int32 `[T, K]`, `K <= 32`, with `topk_weights` or not at all.
             topk_weights: float32 `[T, K]`.
             expert_alignment: Counts in the returned list are rounded up to a multiple of it.
-            num_worst_tokens: Rows of every output, at least what arrives. The host then does not
-                wait (capturable), and the list is empty; rows that nothing arrived for are -1 in
-                `recv_topk_idx`, undefined elsewhere.
+            num_worst_tokens: Rows of every output, at least what arrives: `R` times the most tokens
+                of any rank. The host then does not wait (capturable), and the list is empty; rows
+                that nothing arrived for are -1 in `recv_topk_idx`, undefined elsewhere. If more
+                arrive, the last ones are left out here and in the sums of `combine`, all else goes
+                on, on the other ranks too, and the next call of this rank (or `check_fault`) raises
+                a `CommunicationError` that says how many came. The Buffer needs no `reset`.
             config: Only `num_sms` matters; None is `get_dispatch_config`.
-            previous_event: What to wait for instead of the current stream.
+            previous_event: What to wait for instead of the current stream. Outputs then belong to
+                the communication stream, and torch's allocator knows who else uses them.
             async_finish: Return an event instead of making the current stream wait.
-            allocate_on_comm_stream: Outputs belong to the communication stream.
+            allocate_on_comm_stream: V1's flag, which `previous_event` includes.
 
         Returns:
             `recv_x` `[n, H]` (with scales: a tuple with float32 or int32 `[n, S]`, row-major),
@@ -884,6 +924,8 @@ class Buffer:
                     "a cached dispatch (handle=...) takes no topk_idx and no topk_weights"
                 )
             self._check_handle(handle, num_tokens=rows.shape[0])
+            if self._values is not None:
+                self._values.handle(handle, after=previous_event)
             if self._cpu is not None:
                 cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
                 self._chosen.check_dispatch(rows, scales, None, num_sms=config.num_sms)
@@ -920,6 +962,16 @@ class Buffer:
             )
         layout = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
         per_rdma_rank = num_tokens_per_rdma_rank if self._num_domains > 1 else None
+        if self._values is not None:
+            self._values.dispatch(
+                topk_idx,
+                topk_weights,
+                num_tokens_per_rank,
+                is_token_in_rank,
+                num_tokens_per_expert,
+                per_rdma_rank,
+                after=previous_event,
+            )
         if self._cpu is not None:
             cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
             self._chosen.check_dispatch(rows, scales, topk_idx, num_sms=config.num_sms)
@@ -999,9 +1051,10 @@ class Buffer:
             topk_weights: float32 `[n, K]`, summed over ranks as well, or None.
             bias: `[T, H]` of x's dtype, or a pair of them, or None.
             config: Only `num_sms` matters; None is `get_combine_config`.
-            previous_event: What to wait for instead of the current stream.
+            previous_event: What to wait for instead of the current stream. Outputs then belong to
+                the communication stream, and torch's allocator knows who else uses them.
             async_finish: Return an event instead of making the current stream wait.
-            allocate_on_comm_stream: Outputs belong to the communication stream.
+            allocate_on_comm_stream: V1's flag, which `previous_event` includes.
 
         Returns:
             `combined_x` `[T, H]`, `combined_topk_weights` float32 `[T, K]` or None, the event.
@@ -1025,6 +1078,8 @@ class Buffer:
                 num_tokens=num_tokens,
             )
         self._check_config(config)
+        if self._values is not None:
+            self._values.handle(handle, after=previous_event)
         if self._cpu is not None:
             cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
             self._chosen.check_combine(x, topk_weights, num_sms=config.num_sms)
@@ -1134,6 +1189,8 @@ class Buffer:
             recv_stats=cumulative_local_expert_recv_stats,
             wait_cost=dispatch_wait_recv_cost_stats,
         )
+        if self._values is not None:
+            self._values.low_latency_dispatch(x, topk_idx, num_experts)
         with self._entered(), self._low_latency_scope(async_finish) as scope:
             received, receive = mode.dispatch(
                 scope,
@@ -1223,6 +1280,8 @@ class Buffer:
             wait_cost=combine_wait_recv_cost_stats,
         )
         src_info = handle[0]
+        if self._values is not None:
+            self._values.low_latency_combine(topk_idx, topk_weights, src_info, call.num_experts)
         with self._entered(), self._low_latency_scope(async_finish) as scope:
             combined_x, receive = mode.combine(
                 scope,
@@ -1650,11 +1709,19 @@ class Buffer:
                 f"handle is of {routed.shape[1]} NVLink domains, but this Buffer has "
                 f"{self._num_domains}; use it with the Buffer that made it"
             )
-        if num_tokens is not None and routed.shape[0] != num_tokens:
+        tokens = routed.shape[0]
+        if num_tokens is not None and tokens != num_tokens:
             raise ValueError(
-                f"x has {num_tokens} tokens, but the handle routes {routed.shape[0]}: "
+                f"x has {num_tokens} tokens, but the handle routes {tokens}: "
                 "a cached dispatch sends a row for each token of the first one"
             )
+        for index, size, size_a_token in self._handle_sizes:
+            if handle[index].numel() != size + size_a_token * tokens:
+                raise ValueError(
+                    f"handle[{index}] has {handle[index].numel()} elements, but that of a dispatch "
+                    f"of {tokens} tokens between {ranks} ranks has "
+                    f"{size + size_a_token * tokens}; pass the handle as dispatch returned it"
+                )
 
     def _check_routing(
         self,
@@ -1735,15 +1802,14 @@ class Buffer:
 
 
 def _num_sms(op: str, num_ranks: int, hidden_bytes: int, num_tokens: int) -> int:
-    if Buffer._sms_are_set or Buffer.num_sms != _DEFAULT_SMS or not tuned.load():
+    if Buffer._sms_are_set or Buffer.num_sms != _DEFAULT_SMS or not tuned.load() or not use_gpu():
         return Buffer.num_sms
-    gpu = torch.cuda.get_device_name() if use_gpu() else tuned.CPU
     found = tuned.best(
         op,
-        gpu=gpu,
+        gpu=torch.cuda.get_device_name(),
         num_ranks=num_ranks,
-        hidden_bytes=as_int("hidden_bytes", hidden_bytes, least=0),
-        num_tokens=as_int("num_tokens", num_tokens, least=0),
+        hidden_bytes=as_int("hidden_bytes", hidden_bytes, least=0) or _DEFAULT_ROW_BYTES,
+        num_tokens=as_int("num_tokens", num_tokens, least=0) or _DEFAULT_TOKENS,
     )
     return Buffer.num_sms if found is None else found.num_sms
 

@@ -86,7 +86,10 @@ def _natural(text: str) -> int:
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # there is no such home folder
+        raise ValueError from None
 
 
 def _choice(*allowed: str) -> Callable[[str], str]:
@@ -172,6 +175,15 @@ dump: Variable[Path | None] = Variable(
     None,
     "Folder that receives the generated unit, the cubin and the compiler's log of every kernel.",
     _path,
+)
+check_values: Variable[bool] = Variable(
+    "EPJIT_CHECK",
+    _FLAG,
+    False,
+    "Looks at the values of each call's arguments before anything is launched (experts in range, a "
+    "layout that fits the choices, finite rows and weights, handles as they were returned); the "
+    "host waits for the stream, so for debugging. Read when a Buffer is made.",
+    _flag,
 )
 backend: Variable[str] = Variable(
     "EPJIT_BACKEND",

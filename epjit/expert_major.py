@@ -1,7 +1,7 @@
 """Received rows in the order of the experts: kernels on the GPU, the reference on the CPU.
 
 `place` numbers the selections, `permute` copies rows, `unpermute` sums them; the two are each
-other's gradient. `blank` zeroes the gradient of rows that did not arrive. The host waits for
+other's gradient. `blank` zeroes the rows that did not arrive or no expert has. The host waits for
 nothing. `epjit.moe` has them with autograd.
 """
 
@@ -26,7 +26,7 @@ from epjit.runtime.jit import Kernel, KernelConfig, Launch
 
 _INT32_MAX = (1 << 31) - 1
 _INDEX_DTYPES = (torch.int64, torch.int32)
-_SUM_DTYPES = (torch.bfloat16, torch.float16)  # that the unpermute kernel adds
+SUM_DTYPES = (torch.bfloat16, torch.float16)  # that the unpermute kernel adds
 
 for _variant in (
     variants.Variant("permute", "tma", 90, "rows are copied by TMA bulk copies"),
@@ -129,12 +129,12 @@ class BlankConfig(KernelConfig):
     source: ClassVar[str] = "moe/blank.cu"
     op: ClassVar[str] = "blank"
 
-    row_bytes: int
+    num_warps: int = 16
 
     @property
     def threads(self) -> int:
         """Threads a block."""
-        return 512
+        return self.num_warps * 32
 
     @property
     def shared_bytes(self) -> int:
@@ -144,7 +144,7 @@ class BlankConfig(KernelConfig):
     @property
     def tag(self) -> str:
         """Namespace of the kernel."""
-        return f"moe_h{self.row_bytes}"
+        return "moe"
 
 
 def example_configs(arch: str) -> Iterator[KernelConfig]:
@@ -156,11 +156,11 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
     limit = shared_limit(arch)
     for num_experts, wide in ((1, True), (32, True), (32, False), (MAX_LOCAL_EXPERTS, True)):
         yield PlaceConfig(num_experts, wide)
+    yield BlankConfig()
     for row_bytes in (16, 7168, 14336, MAX_ROW_BYTES):
         for variant in variants.names("permute"):
             if variants.runs_on("permute", variant, arch):
                 yield PermuteConfig.choose(row_bytes, variant=variant, limit=limit)
-        yield BlankConfig(row_bytes)
         for num_topk in (1, 8, MAX_TOPK):
             yield UnpermuteConfig(row_bytes, num_topk, is_f16=num_topk == 1)
 
@@ -182,7 +182,7 @@ def warmup_configs(
         PlaceConfig(num_experts, topk_is_int64),
         _permute_config(row_bytes, arch),
         UnpermuteConfig(row_bytes, num_topk, is_f16),
-        BlankConfig(row_bytes),
+        BlankConfig(),
     ]
 
 
@@ -305,7 +305,7 @@ def unpermute(rows: Tensor, row_of: Tensor) -> Tensor:
         TypeError, ValueError: Arguments that do not fit; nothing was launched.
     """
     on_gpu = rows.device.type == "cuda"
-    dtypes = _SUM_DTYPES if on_gpu else (*_SUM_DTYPES, torch.float32, torch.float64)
+    dtypes = SUM_DTYPES if on_gpu else (*SUM_DTYPES, torch.float32, torch.float64)
     check("rows", rows, shape=("num_rows", "hidden"), dtype=dtypes)
     check("row_of", row_of, shape=("num_tokens", "num_topk"), dtype=torch.int32, device=rows.device)
     if not on_gpu:
@@ -326,10 +326,10 @@ def unpermute(rows: Tensor, row_of: Tensor) -> Tensor:
 
 
 def blank(rows: Tensor, count: Tensor) -> None:
-    """Writes zeros to the rows that nothing arrived for, in place.
+    """Writes zeros to the rows that nothing arrived for or no expert has, in place.
 
     Args:
-        rows: `[n, H]` of any dtype, rows a multiple of 16 bytes.
+        rows: `[n, H]` of any dtype, rows a multiple of 16 bytes of any length.
         count: int32 `[1]`: how many arrived, the first ones.
 
     Raises:
@@ -340,13 +340,14 @@ def blank(rows: Tensor, count: Tensor) -> None:
     if rows.device.type != "cuda":
         rows[int(count) :] = 0
     elif rows.shape[0]:
-        config = BlankConfig(_row_bytes("rows", rows))
-        _launch(config, rows.device.index)(
+        row_bytes = _row_bytes("rows", rows, most=None)
+        _launch(BlankConfig(), rows.device.index)(
             _stream(rows.device),
             _num_sms(rows.device),
             rows=rows.data_ptr(),
             count=count.data_ptr(),
             num_rows=rows.shape[0],
+            row_bytes=row_bytes,
         )
 
 
@@ -376,12 +377,12 @@ def _stream(device: torch.device) -> int:
     return int(torch._C._cuda_getCurrentRawStream(device.index))
 
 
-def _row_bytes(name: str, x: Tensor) -> int:
+def _row_bytes(name: str, x: Tensor, *, most: int | None = MAX_ROW_BYTES) -> int:
     row_bytes = x.shape[1] * x.element_size()
-    if row_bytes == 0 or row_bytes % 16 or row_bytes > MAX_ROW_BYTES:
+    if row_bytes == 0 or row_bytes % 16 or (most is not None and row_bytes > most):
         raise ValueError(
             f"{name} has rows of {row_bytes} bytes ({x.shape[1]} x {x.dtype}); they must be a "
-            f"multiple of 16 bytes, at most {MAX_ROW_BYTES}"
+            f"multiple of 16 bytes{f', at most {most}' if most is not None else ''}"
         )
     check_aligned(name, x)
     return row_bytes

@@ -31,7 +31,8 @@ from epjit.normal_mode import (
 from epjit.reference.intranode import Dispatched
 from epjit.runtime import variants
 from epjit.runtime.device import shared_limit
-from epjit.runtime.group import Group
+from epjit.runtime.group import BUFFER, Group
+from epjit.runtime.interrupt import interruptible
 from epjit.runtime.jit import KernelConfig, Launch
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import make_transport
@@ -71,8 +72,8 @@ class InternodeNotifyConfig(KernelConfig):
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: a sum a warp, the rows of each source."""
-        return 4 * (self.threads // 32 + self.num_domains * self.num_local)
+        """Dynamic shared memory: a sum a warp; the rows of each source for each local rank."""
+        return 4 * (self.threads // 32 + (self.num_domains * self.num_local + 1) * self.num_local)
 
     @property
     def tag(self) -> str:
@@ -292,8 +293,8 @@ class _DomainGroup(Group):
         self._whole, self._ranks = whole, ranks
         self.rank, self.size = ranks.index(whole.rank), len(ranks)
 
-    def allgather(self, obj: Any) -> list[Any]:
-        everyone = self._whole.allgather(obj)
+    def allgather(self, obj: Any, *, op: str = BUFFER) -> list[Any]:
+        everyone = self._whole.allgather(obj, op=op)
         return [everyone[rank] for rank in self._ranks]
 
     def reset(self) -> None:
@@ -328,7 +329,7 @@ class _Rings:
         self.arrived = self.notify_arrived + num_domains * 8
         self.staged = self.arrived + num_domains * self.max_slots * 8
         self.notify_inbox = _align(self.staged + num_domains * self.max_slots * 8)
-        self.notify_stride = _align(1 + num_local * (1 + MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS), 4)
+        self.notify_stride = _align(2 + num_local * (1 + MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS), 4)
         self.notify_stage = self.notify_inbox + num_domains * self.notify_stride * 4
         self.total = _align(self.notify_stage + num_domains * self.notify_stride * 4)
 
@@ -399,6 +400,8 @@ class Internode(NormalMode):
         )
         resources.callback(self.memory.close)
         ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
+        # What a notify leaves for its dispatch: how many tokens of each channel fit.
+        self._fits = torch.zeros((num_domains, num_local), **ints)
         self._ranks = torch.tensor(topology.domains, **ints)
         self._pes = torch.tensor(self._transport.pes, **ints)
         self._notify = Launch(
@@ -408,6 +411,7 @@ class Internode(NormalMode):
             stage=self.rdma_memory.ptr + self._rings.notify_stage,
             arrived=self.rdma_memory.ptr + self._rings.notify_arrived,
             notify_stride=self._rings.notify_stride,
+            fits=self._fits.data_ptr(),
         )
         torch.cuda.synchronize(device)
         group.barrier()
@@ -455,6 +459,7 @@ class Internode(NormalMode):
             bound["num_slots"] = combine_slots(config, self._arena.slots_bytes)
         else:
             bound["inbox"] = self._inboxes(self._rings.inbox)
+            bound["fits"] = self._fits.data_ptr()
         return Launch(self._kernel(config, self._transport.name), **bound)
 
     def _ahead(self, arch: str) -> Iterator[tuple[KernelConfig, str]]:
@@ -515,6 +520,7 @@ class Internode(NormalMode):
                 send_tokens=send_tokens.data_ptr(),
                 host_counts=self._ask_for_counts(waits),
                 num_tokens=num_tokens,
+                num_recv_rows=num_worst_tokens,
                 experts_per_rank=experts_per_rank,
                 expert_alignment=expert_alignment,
             )
@@ -613,6 +619,7 @@ class Internode(NormalMode):
             **self._inputs(x, scales, topk_idx, topk_weights),
             **self._outputs(received),
             **self._routing(handle),
+            "send_head": handle[3].data_ptr(),
             "recv_src_meta": recv_src_meta.data_ptr() if fills_handle else 0,
             "passing": passing.data_ptr() if fills_handle else 0,
             "num_passing": passing.shape[0],
@@ -628,7 +635,6 @@ class Internode(NormalMode):
         return {
             "send_tokens": handle[1].data_ptr(),
             "channel_tokens": handle[2].data_ptr(),
-            "send_head": handle[3].data_ptr(),
             "passing_prefix": handle[4].data_ptr(),
             "rank_prefix": handle[6].data_ptr(),
         }
@@ -657,6 +663,7 @@ class Internode(NormalMode):
             "recv_src_meta": handle[7].data_ptr(),
             "send_domain_head": handle[8].data_ptr(),
             "passing": handle[9].data_ptr(),
+            "num_passing": handle[9].shape[0],
             # As inside a domain: with few tokens several warps share the reduction of one.
             "num_parts": max(1, min(4, 6 * reduce_warps // max(num_tokens, 1))),
         }
@@ -672,8 +679,8 @@ class Internode(NormalMode):
         ]
 
     def _drain(self) -> None:
-        self._transport.quiet()  # all ranks are here
-        self._group.barrier()
+        interruptible(self._transport.quiet)  # all ranks are here
+        self._group.barrier(op="reset")
 
     def _leave(self) -> None:
         super()._leave()

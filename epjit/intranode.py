@@ -161,10 +161,14 @@ class DispatchConfig(KernelConfig):
         return self.num_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
 
     @property
+    def slot_bytes(self) -> int:
+        """Bytes of one token in a slot."""
+        return _align(self.hidden_bytes + 4 * self.num_scales + 8 * self.num_topk)
+
+    @property
     def bytes_a_token(self) -> int:
         """Bytes of slots for one token of every rank that shares them."""
-        slot = _align(self.hidden_bytes + 4 * self.num_scales + 8 * self.num_topk)
-        return self.num_ranks * slot if self.push else slot
+        return self.num_ranks * self.slot_bytes if self.push else self.slot_bytes
 
     @property
     def tag(self) -> str:
@@ -214,9 +218,14 @@ class CombineConfig(KernelConfig):
         return self.num_push_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
 
     @property
+    def slot_bytes(self) -> int:
+        """Bytes of one row in a slot."""
+        return _align(self.hidden_bytes + 4 * self.num_topk)
+
+    @property
     def bytes_a_token(self) -> int:
         """Bytes of slots that a token takes: one row from each rank."""
-        return self.num_ranks * _align(self.hidden_bytes + 4 * self.num_topk)
+        return self.num_ranks * self.slot_bytes
 
     @property
     def tag(self) -> str:
@@ -340,7 +349,7 @@ class _Arena:
         self.places = self.signals + SIGNALS_BYTES
         self.words = self.places + _PLACES_BYTES
         self.notify = self.words + num_ranks * _MAX_SLOTS * 8
-        self.notify_stride = num_ranks + 1 + MAX_LOCAL_EXPERTS
+        self.notify_stride = num_ranks + 2 + MAX_LOCAL_EXPERTS
         # What lies here is the caller's, who got it from a dispatch; reset() leaves it alone.
         self.outputs = _align(self.notify + num_ranks * self.notify_stride * 4)
         self.total = self.outputs + num_output_bytes
@@ -492,6 +501,7 @@ class Intranode(NormalMode):
                 send_head=send_head.data_ptr(),
                 host_counts=self._ask_for_counts(waits),
                 num_tokens=x.shape[0],
+                num_recv_rows=num_worst_tokens,
                 experts_per_rank=experts_per_rank,
                 expert_alignment=expert_alignment,
             )

@@ -35,6 +35,7 @@ from epjit.runtime import variants
 from epjit.runtime.device import arch_of, num_sms, shared_limit
 from epjit.runtime.empty import Form, empty_on, matrix
 from epjit.runtime.fault import FaultRecord, raise_abort
+from epjit.runtime.interrupt import interruptible, synchronize
 from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import RemoteMemory, Transport, make_transport
@@ -657,6 +658,7 @@ class LowLatency:
                 f"{config}, num_max_dispatch_tokens_per_rank={max_tokens}",
                 remedy="make the same call on all ranks, with the same environment (above all "
                 f"{env.low_latency_combine_variant.name})",
+                op=f"low_latency_{config.op}",
             )
         self._launches[shape] = launch
         return launch
@@ -838,7 +840,8 @@ class LowLatency:
     ) -> Callable[[], None]:
         """A launch of the first phase; what is returned launches the second.
 
-        Until then it holds on to `tensors`.
+        Until then it holds on to `tensors`. If it is dropped instead, they are free in the order of
+        `stream`, where the first phase runs, and what only the second writes is written by nobody.
         """
         plan.launch.start(stream, plan.grid, values, plan.sends)
 
@@ -873,16 +876,16 @@ class LowLatency:
 
     def reset(self) -> None:
         """Forgets everything that was under way; collective."""
-        torch.cuda.synchronize(self._device)
+        synchronize(self._device)
         self._group.reset()
         if self._transport is not None:
-            self._transport.quiet()  # what is on its way must not come after the zeros
-            self._group.barrier()
+            interruptible(self._transport.quiet)  # what is on its way must not come after the zeros
+            self._group.barrier(op="reset")
         self.memory.tensor(torch.uint8)[self._arena.signals :].zero_()
         self._words[: self._peers_at].zero_()
         torch.cuda.synchronize(self._device)
         self._fault.clear()
-        self._group.barrier()
+        self._group.barrier(op="reset")
 
     def give_up(self) -> None:
         """Ends the waits of what is queued, as a fault does; what was sent is not waited for."""

@@ -11,6 +11,10 @@ A group travels by its name: `group` is a torch process group, its name, or the 
 `register_buffer` gave. The `Buffer` behind it is made at the first call, grows with the rows, and
 is freed at exit or by `free_buffers`.
 
+Rows are bfloat16 or float16. Under `torch.autocast` rows of either, or of float32, are cast to its
+dtype first, as `torch.nn.Linear` does; `topk_weights` stay float32. A tensor that is not
+contiguous, or does not start at a multiple of 16 bytes, is copied, gradients too.
+
 Words in the shapes: `T` tokens of this rank, `H` elements a row, `K` choices a token, `E` experts
 over all ranks, `L` experts of this rank, `R` ranks, `n` received tokens, `M` rows by expert.
 """
@@ -20,8 +24,9 @@ from __future__ import annotations
 import atexit
 import functools
 import itertools
+import logging
 from contextlib import nullcontext
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 import torch.distributed as dist
@@ -30,12 +35,16 @@ from torch import Tensor
 
 from epjit import expert_major as by_expert
 from epjit.buffer import SLOTS, SLOTS_BETWEEN_DOMAINS, Buffer, Slots, use_gpu
-from epjit.check import check
+from epjit.check import check, check_dry_rows, check_no_transform, is_dry
 from epjit.config import MAX_RANKS
+from epjit.numbers import as_int
 from epjit.reference.expert_major import Placement
 from epjit.reference.intranode import Handle
-from epjit.runtime.group import Group
+from epjit.runtime.group import Group, as_process_group
 from epjit.runtime.topology import find_topology
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
     "Dispatched",
@@ -52,9 +61,14 @@ __all__ = [
     "register_buffer",
     "unpermute",
     "unregister_buffer",
+    "worst_tokens",
 ]
 
-GroupLike: TypeAlias = "dist.ProcessGroup | str"
+_log = logging.getLogger(__name__)
+
+GroupLike: TypeAlias = "dist.ProcessGroup | DeviceMesh | str"
+
+_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # torch leaves float64 alone
 
 
 class Dispatched(NamedTuple):
@@ -87,7 +101,8 @@ class ExpertRows(NamedTuple):
 
     Attributes:
         x: `[M, H]`: expert 0's rows, zeros up to a multiple of the alignment, expert 1's rows, ...
-            Undefined behind `ends[-1]`.
+            Behind `ends[-1]` there are zeros where gradients are recorded
+            (`torch.is_grad_enabled()`), so that none becomes NaN; else it is undefined there.
         weights: float32 `[M]`, 0 for padding.
         ends: int32 `[L]`: where each expert's rows end, padding included; `offs` of a grouped
             matrix product.
@@ -114,6 +129,7 @@ class _Cut(NamedTuple):
 
 
 _managed: dict[str, Buffer] = {}
+_in_graphs: dict[Buffer, None] = {}  # a CUDA graph may use them; a dict, for its order
 _registered: dict[str, Buffer] = {}
 _cuts: dict[str, _Cut] = {}
 _numbers = itertools.count()
@@ -122,7 +138,10 @@ _numbers = itertools.count()
 def get_buffer(group: dist.ProcessGroup, hidden_bytes: int) -> Buffer:
     """The Buffer of a group, made or grown so that rows of `hidden_bytes` travel well.
 
-    Collective when it is the first for this group, or when rows are longer than all before.
+    Collective when it is the first for this group, or when rows are longer than all before (or
+    `Buffer.set_num_sms` asks for more). Then the one before is destroyed, unless a CUDA graph may
+    use it: one that was asked for during a capture, as every call of this module asks, stays
+    beside its successor until `free_buffers`.
 
     Args:
         group: The ranks.
@@ -138,27 +157,72 @@ def get_buffer(group: dist.ProcessGroup, hidden_bytes: int) -> Buffer:
     is_usable = found is not None and found.group is group and found.runtime is not None
     has_room = found is not None and found.num_nvl_bytes >= needed and found.num_rdma_bytes >= rdma
     if found is not None and is_usable and has_room:
+        if _is_capturing():
+            _in_graphs[found] = None
         return found
     _refuse_in_capture(group)
-    if not _managed:
-        atexit.register(free_buffers)
+    atexit.unregister(free_buffers)
+    atexit.register(free_buffers)
     if found is not None:
         del _managed[group.group_name]
-        _destroy(found)
+        if found not in _in_graphs:
+            _destroy(found)
     made = Buffer(group, needed, rdma, explicitly_destroy=True)
     _managed[group.group_name] = made
+    _log.info(
+        "%s the Buffer of group %r: rank %d of %d, rows of %d bytes, num_nvl_bytes=%d, "
+        "num_rdma_bytes=%d",
+        "grew" if is_usable else "made",
+        group.group_name,
+        made.rank,
+        made.group_size,
+        hidden_bytes,
+        needed,
+        rdma,
+    )
     return made
+
+
+def worst_tokens(num_tokens: int, *, group: GroupLike) -> int:
+    """Rows that are enough on every rank: a `num_worst_tokens` that all ranks agree on.
+
+    Collective, and the host waits, so call it once, outside of what is compiled or captured.
+
+    Args:
+        num_tokens: The most tokens that this rank will pass to a `dispatch`; other ranks may pass
+            another number.
+        group: As in `dispatch`.
+
+    Returns:
+        The largest `num_tokens` of all ranks times the number of ranks, the same on all of them.
+
+    Raises:
+        CommunicationError: A rank did not come (of a Buffer's own group; a process group raises
+            what it does).
+    """
+    mine, name = as_int("num_tokens", num_tokens, least=0), _name(group)
+    buffer = _registered.get(name)
+    if buffer is not None:
+        return max(buffer._links.allgather(mine)) * buffer.group_size
+    process_group = _resolve(name)
+    everybodys: list[Any] = [None] * process_group.size()
+    dist.all_gather_object(everybodys, mine, group=process_group)
+    return int(max(everybodys)) * len(everybodys)
 
 
 def free_buffers() -> None:
     """Frees the Buffers of `get_buffer`; also done at exit.
 
-    Before or after `destroy_process_group`; a rank that has gone is not waited for long.
+    Before or after `destroy_process_group`; a rank that has gone is not waited for long. CUDA
+    graphs that captured calls of this module must not be replayed afterwards.
     """
     atexit.unregister(free_buffers)
     _cuts.clear()
-    while _managed:
-        _destroy(_managed.popitem()[1])
+    buffers = dict.fromkeys((*_in_graphs, *_managed.values()))
+    _in_graphs.clear()
+    _managed.clear()
+    for buffer in buffers:
+        _destroy(buffer)
 
 
 def register_buffer(buffer: Buffer) -> str:
@@ -203,11 +267,15 @@ def _cut(group: dist.ProcessGroup) -> _Cut:
 
 
 def _refuse_in_capture(group: dist.ProcessGroup) -> None:
-    if torch.cuda.is_available() and torch.cuda.is_current_stream_capturing():
+    if _is_capturing():
         raise RuntimeError(
             f"the group {group.group_name!r} needs a Buffer, which cannot be made while a CUDA "
             "graph is captured; call epjit.moe.get_buffer(group, hidden_bytes) before"
         )
+
+
+def _is_capturing() -> bool:
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 def _destroy(buffer: Buffer) -> None:
@@ -217,12 +285,7 @@ def _destroy(buffer: Buffer) -> None:
 
 def _name(group: GroupLike) -> str:
     name = group if isinstance(group, str) else getattr(group, "group_name", None)
-    if not isinstance(name, str):
-        raise TypeError(
-            f"group is a {type(group).__name__}, expected a process group, its name, or a name "
-            "given to register_buffer"
-        )
-    return name
+    return name if isinstance(name, str) else as_process_group(group).group_name
 
 
 def _resolve(name: str) -> dist.ProcessGroup:
@@ -244,11 +307,11 @@ def _num_ranks(name: str) -> int:
     return _resolve(name).size() if found is None else found.group_size
 
 
-def _num_domains(name: str) -> int:
+def _num_domains(name: str, *, dry: bool) -> int:
     """NVLink domains of a group: what its handles look like. Collective the first time.
 
-    Not under `torch.export`, which one rank may do alone: there, one domain when nobody has asked
-    before; the run notices if that was wrong.
+    Not where one rank may be alone, under `torch.export` or when only shapes are asked for (`dry`):
+    there, one domain when nobody has asked before; the run notices if that was wrong.
     """
     registered = _registered.get(name)
     if registered is not None:
@@ -256,11 +319,64 @@ def _num_domains(name: str) -> int:
     group = _resolve(name)
     found = _cuts.get(name)
     is_known = found is not None and found.group is group
-    return 1 if torch.compiler.is_exporting() and not is_known else _cut(group).num_domains
+    alone = dry or torch.compiler.is_exporting()
+    return 1 if alone and not is_known else _cut(group).num_domains
 
 
 # torch.compiler.assume_constant_result without its import of the compiler, which takes a second.
 _num_domains._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+# ---- arguments ----------------------------------------------------------------------------------
+
+
+def _moved(x: Tensor) -> Tensor:
+    """Rows as the kernels take them: x, or a copy where it is not contiguous or at an odd address.
+
+    In the operators, so that it sees the addresses of the run, those of gradients too.
+    """
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Rows as a matrix product under torch.autocast takes them.
+
+    Not torch.library.register_autocast: it has one dtype for all time, and casts weights too.
+    """
+    kind = x.device.type
+    if x.dtype not in _AUTOCAST_DTYPES or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A matrix of rows, cast under torch.autocast."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"x is a {type(x).__name__}, expected a torch.Tensor (rows with scales travel by "
+            "Buffer.dispatch)"
+        )
+    if x.dim() != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (number of rows, hidden)")
+    if not torch.compiler.is_compiling():
+        check_no_transform("x", x)
+    return _autocast(x)
+
+
+def _check_comes_back(x: Tensor, weights: Tensor, *, is_combined: bool) -> None:
+    """Checks that rows are of a dtype that is summed: by combine, and by the gradient of a copy."""
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
+    if x.dtype not in by_expert.SUM_DTYPES and (is_combined or needs_grad):
+        raise TypeError(
+            f"x has dtype {x.dtype}, but what comes back is summed in bfloat16 or float16; convert "
+            "it with .to(torch.bfloat16), or run the layer under torch.autocast"
+        )
+
+
+def _size(name: str, value: int, least: int) -> int:
+    """A number that a caller passes; sizes that are traced stay symbols."""
+    return value if isinstance(value, torch.SymInt) else as_int(name, value, least=least)
 
 
 # ---- operators: communication -------------------------------------------------------------------
@@ -306,7 +422,8 @@ def _dispatch(
     group: str,
 ) -> tuple[Tensor, ...]:
     """Received rows, their choices and weights; a placement (or three empty tensors); a handle."""
-    buffer = _buffer(group, x)
+    x, buffer = _moved(x), _buffer(group, x)
+    topk_idx, topk_weights = topk_idx.contiguous(), topk_weights.contiguous()
     if buffer.runtime is not None and buffer.runtime.get_num_rdma_ranks() != num_domains:
         raise RuntimeError(
             f"this was traced for {num_domains} NVLink domains, but the group {group!r} has "
@@ -416,7 +533,7 @@ def _combine(x: Tensor, *handle_and_group: Any) -> Tensor:
     """Rows back to their ranks, summed: `[T, H]`."""
     *tensors, group = handle_and_group
     handle, _ = _as_handle(tensors)
-    combined, _, _ = _buffer(group, x).combine(x, handle)
+    combined, _, _ = _buffer(group, x).combine(_moved(x), handle)
     return combined
 
 
@@ -437,7 +554,9 @@ def _dispatch_backward(
     """A token that went to several ranks gets the sum of the gradients of its copies."""
     *tensors, group = handle_and_group
     handle, _ = _as_handle(tensors)
-    x, weights, _ = _buffer(group, grad_x).combine(grad_x, handle, topk_weights=grad_weights)
+    x, weights, _ = _buffer(group, grad_x).combine(
+        _moved(grad_x), handle, topk_weights=grad_weights.contiguous()
+    )
     assert weights is not None
     return x, weights
 
@@ -462,7 +581,7 @@ def _combine_backward(grad: Tensor, *handle_and_group: Any) -> Tensor:
     *tensors, group = handle_and_group
     handle, slots = _as_handle(tensors)
     buffer = _buffer(group, grad)
-    rows, *_ = buffer.dispatch(grad, handle=handle)
+    rows, *_ = buffer.dispatch(_moved(grad), handle=handle)
     assert isinstance(rows, Tensor)
     # Rows of all sources; in one domain there are those of every rank, [R, R].
     arrived = handle[slots.ranks][-1:].view(-1)
@@ -486,9 +605,7 @@ def _grad_dispatch(ctx: Any, grad_x: Tensor, _: Any, grad_weights: Tensor, *othe
     recv_topk_idx, *handle = ctx.saved_tensors
     # The zeros that stand for choices of other ranks depend on no weight.
     grad_weights = grad_weights.float().masked_fill(recv_topk_idx < 0, 0.0)
-    x, weights = torch.ops.epjit.dispatch_backward(
-        grad_x.contiguous(), grad_weights.contiguous(), *handle, ctx.group
-    )
+    x, weights = torch.ops.epjit.dispatch_backward(grad_x, grad_weights, *handle, ctx.group)
     return x, None, weights, *[None] * 6
 
 
@@ -498,7 +615,7 @@ def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
 
 
 def _grad_combine(ctx: Any, grad: Tensor) -> Any:
-    rows = torch.ops.epjit.combine_backward(grad.contiguous(), *ctx.saved_tensors, ctx.group)
+    rows = torch.ops.epjit.combine_backward(grad, *ctx.saved_tensors, ctx.group)
     return rows, *[None] * (_MOST + 1)
 
 
@@ -529,17 +646,20 @@ def _(topk_idx: Tensor, num_experts: int, alignment: int, num_rows: int) -> tupl
 @torch.library.custom_op(
     "epjit::permute",
     mutates_args=(),
-    schema="(Tensor x, Tensor row_of, Tensor source, Tensor ends) -> Tensor",
+    schema="(Tensor x, Tensor row_of, Tensor source, Tensor ends, bool blank) -> Tensor",
 )
-def _permute(x: Tensor, row_of: Tensor, source: Tensor, ends: Tensor) -> Tensor:
-    """See `expert_major.permute`."""
+def _permute(x: Tensor, row_of: Tensor, source: Tensor, ends: Tensor, blank: bool) -> Tensor:
+    """See `expert_major.permute`; with `blank` there are zeros behind the last expert's rows."""
     why = "one row for each row of topk_idx"
     check("x", x, shape=(row_of.shape[0], "hidden"), contiguous=False, why=why)
-    return by_expert.permute(x, source, ends, num_topk=row_of.shape[1])
+    rows = by_expert.permute(_moved(x), source, ends, num_topk=row_of.shape[1])
+    if blank:
+        by_expert.blank(rows, ends[-1:])
+    return rows
 
 
 @_permute.register_fake
-def _(x: Tensor, row_of: Tensor, source: Tensor, ends: Tensor) -> Tensor:
+def _(x: Tensor, row_of: Tensor, source: Tensor, ends: Tensor, blank: bool) -> Tensor:
     return x.new_empty((source.shape[0], x.shape[1]))
 
 
@@ -552,7 +672,7 @@ def _unpermute(rows: Tensor, row_of: Tensor, source: Tensor, ends: Tensor) -> Te
     """See `expert_major.unpermute`."""
     why = "the rows by expert that the handle is of"
     check("x", rows, shape=(source.shape[0], "hidden"), contiguous=False, why=why)
-    return by_expert.unpermute(rows, row_of)
+    return by_expert.unpermute(_moved(rows), row_of)
 
 
 @_unpermute.register_fake
@@ -577,21 +697,19 @@ def _(weights: Tensor, row_of: Tensor, source: Tensor) -> Tensor:
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
     """Values by index; -1 is the zero that stands behind them."""
-    return F.pad(values, (0, 1))[index]
+    return torch.cat([values, values.new_zeros(1)])[index]
 
 
 def _setup_placed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[1:])
+    ctx.save_for_backward(*[each for each in inputs[1:] if isinstance(each, Tensor)])
 
 
 def _grad_permute(ctx: Any, grad: Tensor) -> Any:
-    grad_x = torch.ops.epjit.unpermute(grad.contiguous(), *ctx.saved_tensors)
-    return grad_x, None, None, None
+    return torch.ops.epjit.unpermute(grad, *ctx.saved_tensors), None, None, None, None
 
 
 def _grad_unpermute(ctx: Any, grad: Tensor) -> Any:
-    grad_rows = torch.ops.epjit.permute(grad.contiguous(), *ctx.saved_tensors)
-    return grad_rows, None, None, None
+    return torch.ops.epjit.permute(grad, *ctx.saved_tensors, True), None, None, None
 
 
 def _grad_permute_weights(ctx: Any, grad: Tensor) -> Any:
@@ -602,6 +720,95 @@ def _grad_permute_weights(ctx: Any, grad: Tensor) -> Any:
 _permute.register_autograd(_grad_permute, setup_context=_setup_placed)
 _unpermute.register_autograd(_grad_unpermute, setup_context=_setup_placed)
 _permute_weights.register_autograd(_grad_permute_weights, setup_context=_setup_placed)
+
+
+# torch's grouped product leaves what lies behind the last expert's rows as it was, and its gradient
+# refuses some strides; so these two are operators as well.
+
+
+def _has_grouped_mm(x: Tensor, y: Tensor) -> bool:
+    return hasattr(F, "grouped_mm") and x.dtype == y.dtype == torch.bfloat16
+
+
+def _matrices(weights: Tensor) -> Tensor:
+    """Matrices as torch's product takes them: of rows or columns that are whole, at even addresses.
+
+    Transposed ones stay as they are.
+    """
+    for each in (weights, weights.transpose(1, 2)):
+        if each.stride(2) == 1 and each.stride(1) >= each.shape[2] and each.data_ptr() % 16 == 0:
+            return weights
+    return weights.clone(memory_format=torch.contiguous_format)
+
+
+def _parts(x: Tensor, ends: Tensor) -> list[Tensor]:
+    """Each expert's rows, and those behind; the host reads `ends`."""
+    starts = [0, *ends.tolist(), x.shape[0]]
+    return [x[start:end] for start, end in itertools.pairwise(starts)]
+
+
+@torch.library.custom_op(
+    "epjit::grouped_mm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weights, Tensor ends, bool blank) -> Tensor",
+)
+def _grouped_mm(x: Tensor, weights: Tensor, ends: Tensor, blank: bool) -> Tensor:
+    """Each expert's rows times its matrix; with `blank` there are zeros behind the last ones."""
+    if not _has_grouped_mm(x, weights):
+        *parts, behind = _parts(x, ends)
+        products = [rows @ weight for rows, weight in zip(parts, weights, strict=True)]
+        return torch.cat([*products, x.new_zeros((behind.shape[0], weights.shape[2]))])
+    rows = F.grouped_mm(_moved(x), _matrices(weights), offs=ends)
+    if blank:
+        by_expert.blank(rows, ends[-1:])
+    return rows
+
+
+@_grouped_mm.register_fake
+def _(x: Tensor, weights: Tensor, ends: Tensor, blank: bool) -> Tensor:
+    return x.new_empty((x.shape[0], weights.shape[2]))
+
+
+@torch.library.custom_op(
+    "epjit::grouped_mm_of_rows",
+    mutates_args=(),
+    schema="(Tensor x, Tensor y, Tensor ends) -> Tensor",
+)
+def _grouped_mm_of_rows(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+    """The sum over each expert's rows of the outer products of x and y: `[L, H, F]`."""
+    if not _has_grouped_mm(x, y):
+        pairs = zip(_parts(x, ends)[:-1], _parts(y, ends)[:-1], strict=True)
+        return torch.stack([rows.t() @ others for rows, others in pairs])
+    return F.grouped_mm(_moved(x).t(), _moved(y), offs=ends)
+
+
+@_grouped_mm_of_rows.register_fake
+def _(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty((ends.shape[0], x.shape[1], y.shape[1]))
+
+
+def _setup_grouped_mm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _grad_grouped_mm(ctx: Any, grad: Tensor) -> Any:
+    x, weights, ends = ctx.saved_tensors
+    of_x = of_weights = None
+    if ctx.needs_input_grad[0]:
+        of_x = torch.ops.epjit.grouped_mm(grad, weights.transpose(1, 2), ends, True)
+    if ctx.needs_input_grad[1]:
+        of_weights = torch.ops.epjit.grouped_mm_of_rows(x, grad, ends)
+    return of_x, of_weights, None, None
+
+
+def _grad_grouped_mm_of_rows(ctx: Any, grad: Tensor) -> Any:
+    x, y, ends = ctx.saved_tensors
+    of_x = torch.ops.epjit.grouped_mm(y, grad.transpose(1, 2), ends, True)
+    return of_x, torch.ops.epjit.grouped_mm(x, grad, ends, True), None
+
+
+_grouped_mm.register_autograd(_grad_grouped_mm, setup_context=_setup_grouped_mm)
+_grouped_mm_of_rows.register_autograd(_grad_grouped_mm_of_rows, setup_context=_setup_grouped_mm)
 
 
 # ---- what users call ----------------------------------------------------------------------------
@@ -648,13 +855,16 @@ def dispatch(
     Collective, forward and backward. The results are ready on the current stream.
 
     Args:
-        x: bfloat16 or float16 `[T, H]`, rows a multiple of 16 bytes.
+        x: bfloat16 or float16 `[T, H]`, rows a multiple of 16 bytes. Without gradients also any
+            dtype of one byte, such as float8_e4m3fn.
         topk_idx: int64 or int32 `[T, K]`; anything outside `[0, E)` is no choice.
         topk_weights: float32 `[T, K]`; gets a gradient too.
         num_experts: `E`, a multiple of `R`.
-        group: Process group, its name, or a name of `register_buffer`.
-        num_worst_tokens: 0, or the number of rows of every output (at least what can arrive,
-            `R * max(T)`; the same on all ranks): the host waits for nothing and sizes are static.
+        group: Process group, a DeviceMesh of one dimension, its name, or a name of
+            `register_buffer`.
+        num_worst_tokens: 0, or the number of rows of every output, the same on all ranks and at
+            least what can arrive: `R` times the largest `T` of all ranks, which is what
+            `worst_tokens` returns. The host waits for nothing and sizes are static.
             Rows that nothing arrived for have `topk_idx` -1 and are undefined; `combine` gives them
             a gradient of zeros.
         expert_major: Order the rows by expert instead of by source.
@@ -669,8 +879,12 @@ def dispatch(
         TypeError, ValueError: Arguments that do not fit; nothing was sent.
         CommunicationError: A peer did not come.
     """
-    if expert_alignment < 1:
-        raise ValueError(f"expert_alignment is {expert_alignment}, but must be at least 1")
+    x = _rows(x)
+    _check_comes_back(x, topk_weights, is_combined=x.element_size() > 1)
+    num_experts = _size("num_experts", num_experts, least=1)
+    num_worst_tokens = _size("num_worst_tokens", num_worst_tokens, least=0)
+    expert_alignment = _size("expert_alignment", expert_alignment, least=1)
+    num_expert_rows = _size("num_expert_rows", num_expert_rows, least=0)
     if expert_alignment > 1 and not expert_major:
         raise ValueError(
             f"expert_alignment is {expert_alignment}, which needs expert_major=True: other rows "
@@ -682,7 +896,12 @@ def dispatch(
             "num_worst_tokens: without them the number of rows is what arrives"
         )
     name = _name(group)
-    num_domains = _num_domains(name)
+    dry = False
+    if not torch.compiler.is_compiling():
+        dry = is_dry(x)
+        if dry:
+            check_dry_rows(x, num_worst_tokens)
+    num_domains = _num_domains(name, dry=dry)
     recv_x, recv_idx, recv_weights, row_of, source, ends, *tensors = torch.ops.epjit.dispatch(
         x,
         topk_idx,
@@ -701,7 +920,7 @@ def dispatch(
         return Dispatched(recv_x, recv_idx, recv_weights, counts, routing)
     placement = Placement(row_of, source, ends, counts)
     return ExpertRows(
-        torch.ops.epjit.permute(recv_x, row_of, source, ends),
+        torch.ops.epjit.permute(recv_x, row_of, source, ends, torch.is_grad_enabled()),
         torch.ops.epjit.permute_weights(recv_weights, row_of, source),
         ends,
         counts,
@@ -732,6 +951,7 @@ def combine(x: Tensor, handle: Handle | ExpertHandle, *, group: GroupLike) -> Te
         raise TypeError(
             f"handle is a {type(handle).__name__}, expected the .handle of what dispatch returned"
         )
+    x = _rows(x)
     if isinstance(handle, ExpertHandle):
         x = unpermute(x, handle.placement)
         handle = handle.routing
@@ -751,7 +971,8 @@ def permute(
     """Orders tokens by expert, a row for each choice; local, and the host does not wait.
 
     Args:
-        x: `[n, H]`; with gradients bfloat16 or float16 on the GPU.
+        x: `[n, H]` of any dtype; with gradients bfloat16 or float16 (on the CPU any floating-point
+            dtype).
         topk_idx: int32 or int64 `[n, K]`, local experts; outside `[0, num_experts)` is no choice.
         topk_weights: float32 `[n, K]`.
         num_experts: `L`.
@@ -761,12 +982,18 @@ def permute(
     Returns:
         `ExpertRows`; its handle is for `unpermute`.
     """
+    x = _rows(x)
+    if x.is_cuda:
+        _check_comes_back(x, topk_weights, is_combined=False)
+    num_experts = _size("num_experts", num_experts, least=1)
+    alignment = _size("alignment", alignment, least=1)
+    num_rows = _size("num_rows", num_rows, least=0)
     n, num_topk = topk_idx.shape
     num_rows = num_rows or by_expert.row_bound(n, num_topk, num_experts, alignment)
     placement = Placement(*torch.ops.epjit.place(topk_idx, num_experts, alignment, num_rows))
     row_of, source, ends, counts = placement
     return ExpertRows(
-        torch.ops.epjit.permute(x, row_of, source, ends),
+        torch.ops.epjit.permute(x, row_of, source, ends, torch.is_grad_enabled()),
         torch.ops.epjit.permute_weights(topk_weights, row_of, source),
         ends,
         counts,
@@ -778,13 +1005,14 @@ def unpermute(x: Tensor, handle: Placement) -> Tensor:
     """Sums the rows of each token: the transpose of `permute`, so weigh the rows before.
 
     Args:
-        x: `[M, H]`, bfloat16 or float16 on the GPU.
+        x: `[M, H]`, bfloat16 or float16 (on the CPU any floating-point dtype).
         handle: From `permute`.
 
     Returns:
         `[n, H]`, the sum in fp32, rounded once; zeros for a token with no choice here.
     """
     row_of, source, ends, _ = handle
+    x = _rows(x)
     result: Tensor = torch.ops.epjit.unpermute(x, row_of, source, ends)
     return result
 
@@ -792,25 +1020,21 @@ def unpermute(x: Tensor, handle: Placement) -> Tensor:
 def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Multiplies each expert's rows with its matrix.
 
-    torch's grouped product where there is one for this dtype, without a host wait; else a loop
-    that reads `ends` on the host.
+    bfloat16 is torch's own grouped product, without a host wait; other dtypes are a loop that reads
+    `ends` on the host.
 
     Args:
         x: `[M, H]`, as `dispatch(expert_major=True)` orders it.
-        weights: `[L, H, F]`.
+        weights: `[L, H, F]` of x's dtype; any of its strides. Both are cast under torch.autocast.
         ends: int32 `[L]`.
 
     Returns:
-        `[M, F]`; undefined (in the loop: zeros) behind `ends[-1]`.
+        `[M, F]`. Behind `ends[-1]` there are zeros where gradients are recorded, as in the gradient
+        of x; else it is undefined there.
     """
-    if hasattr(F, "grouped_mm") and x.dtype == weights.dtype == torch.bfloat16:
-        return F.grouped_mm(x, weights, offs=ends)
-    starts = [0, *ends.tolist()]
-    parts = [
-        x[start:end] @ weight
-        for start, end, weight in zip(starts, starts[1:], weights, strict=False)
-    ]
-    return torch.cat([*parts, x.new_zeros((x.shape[0] - starts[-1], weights.shape[2]))])
+    x, weights = _rows(x), _autocast(weights)
+    result: Tensor = torch.ops.epjit.grouped_mm(x, weights, ends, torch.is_grad_enabled())
+    return result
 
 
 def fused_dispatch(

@@ -16,10 +16,12 @@ import torch
 from epjit import env
 from epjit.config import MAX_RANKS
 from epjit.errors import CommunicationError
+from epjit.reference.intranode import no_room
 from epjit.runtime.device import arch_of
 from epjit.runtime.empty import Form, empty_on, matrix
 from epjit.runtime.fault import FaultRecord, raise_abort
 from epjit.runtime.host import PinnedArray, nap
+from epjit.runtime.interrupt import synchronize
 from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
 
 if TYPE_CHECKING:
@@ -267,6 +269,7 @@ class NormalMode(ABC):
             "bias_1": pointer(bias[1]),
             "combined_x": combined_x.data_ptr(),
             "combined_topk_weights": pointer(combined_weights),
+            "num_rows": x.shape[0],
             "num_tokens": num_tokens,
         }
         return (combined_x, combined_weights), values
@@ -285,7 +288,7 @@ class NormalMode(ABC):
         start = time.monotonic()
         deadline = start + 2 * self._timeout_seconds + 10
         while counts[0] < 0:
-            self.raise_fault()
+            self._raise_failed_wait()
             now = time.monotonic()
             if now > deadline:
                 raise CommunicationError(
@@ -300,11 +303,19 @@ class NormalMode(ABC):
         return counts[:num_counts].tolist()
 
     def raise_fault(self) -> None:
-        """Raises what a wait on the device left behind.
+        """Raises what an operation on the device left behind; rows without room once.
 
         Raises:
-            CommunicationError: Names operation, rank and peer.
+            CommunicationError: Names operation, rank and peer; or operation, rank, how many rows
+                came, and how many fit.
         """
+        self._raise_failed_wait()
+        overflow = self._fault.take_overflow()
+        if overflow is not None:
+            raise no_room(overflow)
+
+    def _raise_failed_wait(self) -> None:
+        """Raises what makes the buffer unusable until `reset`."""
         self._fault.raise_if_set()
         if self._half_way:
             raise CommunicationError(
@@ -329,7 +340,7 @@ class NormalMode(ABC):
 
     def reset(self) -> None:
         """Forgets everything that was under way; collective."""
-        torch.cuda.synchronize(self._device)
+        synchronize(self._device)
         self._group.reset()
         self._drain()
         for control in self._control():
@@ -338,7 +349,7 @@ class NormalMode(ABC):
         torch.cuda.synchronize(self._device)
         self._fault.clear()
         self._half_way = ""
-        self._group.barrier()
+        self._group.barrier(op="reset")
 
     def _drain(self) -> None:
         """Nothing of what this rank has sent is on its way afterwards; collective."""
@@ -362,9 +373,10 @@ class NormalMode(ABC):
         deadline = time.monotonic() + self._patience
         while not self._fault.is_set and time.monotonic() < deadline:
             finished = [value >> 32 & 0xFFFFFFFF for value in signals.tolist()]
-            # A peer may be ahead: it does not wait for a rank that has no rows for it.
+            # A peer may be one ahead (has_reached of sync.cuh): it does not wait for a rank that
+            # has no rows for it.
             ahead = [(value - epoch) & 0xFFFFFFFF for value in finished]
-            if all(steps < 1 << 31 for rank, steps in enumerate(ahead) if rank != own):
+            if all(steps <= 1 for rank, steps in enumerate(ahead) if rank != own):
                 break
             time.sleep(0.001)
         else:
@@ -384,6 +396,7 @@ def agree_on_kernel(group: Group, config: KernelConfig) -> None:
         config,
         remedy=f"set {env.variant_name(config.op)} to the same value everywhere, or give all "
         "ranks the same EPJIT_CACHE_DIR (tuned.json is in it)",
+        op=config.op,
     )
 
 

@@ -12,13 +12,14 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from epjit import Buffer, CommunicationError
+from epjit import Buffer, CommunicationError, moe
 from epjit.reference import low_latency as reference
 from tests import bodies
 from tests.data import ROUTING_KINDS, assert_rows_equal
@@ -311,7 +312,7 @@ def in_another_order(buffers: Sequence[Buffer], streams: Sequence[Any]) -> None:
     for ops in (("dispatch", "combine"), ("dispatch",), ("combine",)):
         if ops[0] == "dispatch":
             rounds = [RankRound(*each) for each in zip(buffers, cases, strict=True)]
-        buffers[0].group.allgather(None)
+        buffers[0]._links.barrier()
         for i in range(len(buffers)):
             index = (first + i) % len(buffers)
             with torch.cuda.stream(streams[index]):
@@ -355,7 +356,7 @@ def set_up_differently(group: dist.ProcessGroup, environ: Mapping[str, str]) -> 
     ranked = RankRound(buffer, steady(group.size())) if not on_gpu else None
     os.environ[_VARIANT] = mine
     if ranked is None:
-        both = "LowLatencyCombineConfig.*LowLatencyReducedCombineConfig"
+        both = "LowLatencyCombineConfig.*\n.*LowLatencyReducedCombineConfig"
         with pytest.raises(RuntimeError, match=f"kernels for low_latency_combine(?s:.*){both}"):
             RankRound(buffer, steady(group.size()))
         different = 8 + group.rank() % 2
@@ -581,3 +582,58 @@ def shrunk(
         shrink(buffer, op, absent, 3 * seconds + 10, lambda: dist.barrier(group))
     bodies.synchronize(buffer)
     buffer.destroy()
+
+
+def fresh_threads(group: dist.ProcessGroup, environ: Mapping[str, str]) -> None:
+    """Each step in a thread of its own, where GPU 0 is current: on other ranks, not the Buffer's.
+
+    Both modes, hooks, `epjit.moe` with gradients on autograd's threads, and the end.
+    """
+    on_gpu = bodies.set_up(group, environ)
+    ranks = group.size()
+    buffer = make_buffer(group, 16 * bodies.MB)
+    name = moe.register_buffer(buffer)
+
+    def in_thread(step: Callable[..., Any], *args: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(step, *args).result()
+
+    def layer() -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(group.rank())
+        x = torch.randn((40, 256), generator=generator).bfloat16()
+        idx = torch.rand((40, 2 * ranks), generator=generator).topk(2)[1].to(buffer.device)
+        weights = torch.rand((40, 2), generator=generator).to(buffer.device).requires_grad_()
+        x = x.to(buffer.device).requires_grad_()
+        rows = moe.dispatch(x, idx, weights, num_experts=2 * ranks, group=name, expert_major=True)
+        weighted = rows.x * rows.weights[:, None].bfloat16()
+        out = moe.combine(weighted, rows.handle, group=name)
+        out.float().square().sum().backward()
+        assert x.grad is not None
+        assert weights.grad is not None
+        return [tensor.detach().cpu() for tensor in (out, x.grad, weights.grad)]
+
+    def previous_event() -> None:
+        idx = torch.zeros((4, 1), dtype=torch.int64).to(buffer.device)
+        expected: Any = contextlib.nullcontext()
+        if on_gpu and torch.cuda.current_device() != buffer.device.index:
+            expected = pytest.raises(RuntimeError, match="set_device")
+        with expected:
+            buffer.get_dispatch_layout(idx, ranks, previous_event=Buffer.capture())
+
+    for seed in range(4):
+        case = random_round(ranks, seed, num_sms=4, max_tokens=60)
+        in_thread(check_round, buffer, dataclasses.replace(case, how="sync"))
+    for seed, how in enumerate(("sync", "async", "hook")):
+        few = random_low_latency_round(ranks, seed, max_tokens=16)
+        in_thread(check_low_latency_round, buffer, dataclasses.replace(few, how=how))
+    want = layer()
+    bodies.synchronize(buffer)
+    got = in_thread(layer)
+    assert all(torch.equal(each, other) for each, other in zip(got, want, strict=True))
+    in_thread(previous_event)
+    view = in_thread(buffer.get_local_buffer_tensor, torch.uint8)
+    assert view.device == buffer.device
+    in_thread(buffer.reset)
+    in_thread(check_round, buffer, dataclasses.replace(case, how="sync"))
+    moe.unregister_buffer(name)
+    in_thread(buffer.destroy)

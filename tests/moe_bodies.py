@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
@@ -158,6 +159,106 @@ def eager(group: Any) -> None:
     moe.free_buffers()
 
 
+def watched(group: Any) -> None:
+    """As `eager`, where torch looks for NaN in every gradient and new memory is full of them."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    with torch.autograd.detect_anomaly(check_nan=True):
+        eager(group)
+    torch.use_deterministic_algorithms(False)
+
+
+def at_odd_address(x: Tensor) -> Tensor:
+    """The same values at an address that is no multiple of 16, and so arrives its gradient."""
+    return torch.cat([x.new_zeros(1), x.flatten()])[1:].view_as(x)
+
+
+def odd_addresses(group: Any) -> None:
+    """Rows, and gradients of rows, at addresses that the kernels do not take."""
+    case = Case(group, 9)
+
+    def layer(x: Tensor, idx: Tensor, weights: Tensor, experts: Tensor, form: str) -> Tensor:
+        options: dict[str, Any] = {"num_experts": case.num_experts, "group": group}
+        x = at_odd_address(x)
+        if form == "expert_major":
+            got: Any = moe.dispatch(x, idx, weights, expert_major=True, **options)
+            handle = got.handle
+        else:
+            sent = moe.dispatch(x, idx, weights, **options)
+            of_choices = (sent.topk_idx, at_odd_address(sent.topk_weights))
+            got = moe.permute(at_odd_address(sent.x), *of_choices, num_experts=EXPERTS_A_RANK)
+            handle = sent.handle
+        y = moe.grouped_mm(at_odd_address(got.x), at_odd_address(experts), got.ends).tanh()
+        y = at_odd_address((y * at_odd_address(got.weights)[:, None]).to(x.dtype))
+        if form != "expert_major":
+            y = at_odd_address(moe.unpermute(y, got.handle))
+        return at_odd_address(moe.combine(y, handle, group=group))
+
+    case.check(layer, form="expert_major")
+    case.check(layer, form="permute")
+    # Expanded gradients, as sum() gives them.
+    out = moe.dispatch(
+        case.x, case.topk_idx, case.topk_weights, num_experts=case.num_experts, group=group
+    )
+    out.x.sum().backward()
+    moe.combine(out.x.detach().requires_grad_(), out.handle, group=group).sum().backward()
+    moe.free_buffers()
+
+
+def autocasted(group: Any, compiled: bool) -> None:
+    """float32 tokens and experts under torch.autocast, as of any layer of torch's."""
+    case = Case(group, 9)
+    case.x = case.x.detach().float().requires_grad_()
+    case.experts = case.experts.detach().float().requires_grad_()
+    worst = {"num_worst_tokens": 9 * case.size}
+
+    def under(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def inner(*tensors: Tensor) -> Tensor:
+            with torch.autocast(case.device.type, dtype=torch.bfloat16):
+                out = layer(*tensors)
+            assert out.dtype is torch.bfloat16
+            return out
+
+        return inner
+
+    layer = by_expert(case, **worst)
+    if compiled:
+        inside = torch.compile(under(layer), fullgraph=True, backend="aot_eager")
+        outside = under(torch.compile(layer, fullgraph=True, backend="aot_eager"))
+        case.check(inside)
+        case.check(outside)
+    else:
+        case.check(under(layer))
+        case.check(under(row_major(case)))
+        with pytest.raises(TypeError, match=r"x has dtype torch\.float32, but what comes back"):
+            layer(case.x, case.topk_idx, case.topk_weights, case.experts)
+    assert case.x.grad is not None
+    assert case.x.grad.dtype is torch.float32
+    moe.free_buffers()
+
+
+def agreed(group: Any) -> None:
+    """`worst_tokens` where the ranks have unequal numbers; what it says is enough."""
+    tokens = 3 + 4 * group.rank()
+    case = Case(group, tokens)
+    worst = moe.worst_tokens(tokens, group=group)
+    assert worst == (3 + 4 * (case.size - 1)) * case.size
+    case.topk_idx.zero_()  # all of it to one rank
+    moe.dispatch(
+        case.x,
+        case.topk_idx,
+        case.topk_weights,
+        num_experts=case.num_experts,
+        group=group,
+        num_worst_tokens=worst,
+    )
+    own = Buffer(group, 1 << 20, explicitly_destroy=True)
+    name = moe.register_buffer(own)
+    assert moe.worst_tokens(tokens, group=name) == worst
+    moe.unregister_buffer(name)
+    own.destroy()
+    moe.free_buffers()
+
+
 def as_megatron(group: Any) -> None:
     """Megatron's names."""
     case = Case(group, 6, seed=7)
@@ -291,6 +392,50 @@ def managed(group: Any) -> None:
     assert fresh is not large
     assert fresh.runtime is not None
     # Left to the end of the process: freed at exit, after the launcher destroyed the group.
+
+
+def outgrown(group: Any) -> None:
+    """A Buffer that a capture has used stays beside its successor; without a GPU by name only."""
+    small = moe.get_buffer(group, 64)
+    with mock.patch.object(moe, "_is_capturing", return_value=True):
+        assert moe.get_buffer(group, 64) is small
+        with pytest.raises(RuntimeError, match="cannot be made while a CUDA graph is captured"):
+            moe.get_buffer(group, 14336)
+    large = moe.get_buffer(group, 14336)
+    assert large is not small
+    assert small.runtime is not None
+    largest = moe.get_buffer(group, 28672)
+    assert largest is not large
+    assert large.runtime is None
+    moe.free_buffers()
+    assert small.runtime is None
+    assert largest.runtime is None
+
+
+def replayed(group: Any) -> None:
+    """A graph is replayed after its Buffer was outgrown, twice (on GPUs only)."""
+    case = Case(group, 9)
+    layer = by_expert(case, num_worst_tokens=9 * case.size)
+    arguments = [case.x, case.topk_idx, case.topk_weights, case.experts]
+    arguments = [each.detach().clone() for each in arguments]
+    stream = torch.cuda.Stream()
+    with torch.no_grad(), torch.cuda.stream(stream):
+        layer(*arguments)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out = layer(*arguments)
+        small = moe.get_buffer(group, 2 * HIDDEN)
+        for hidden_bytes in (14336, 28672):
+            assert moe.get_buffer(group, hidden_bytes) is not small
+            arguments[0].mul_(-2)
+            wanted = layer(*arguments)
+            for _ in range(3):
+                out.zero_()
+                graph.replay()
+                assert torch.equal(out, wanted)
+    small.check_fault()
+    moe.free_buffers()
+    assert small.runtime is None
 
 
 def registered(group: Any) -> None:

@@ -72,11 +72,16 @@ def primary_context(device: int) -> Any:
         return _contexts[device]
 
 
-def has_context() -> bool:
-    """Whether this thread has a context; a fresh one has none before it first uses a GPU."""
-    if not getattr(_thread, "has_context", False):
-        _thread.has_context = int(call("cuCtxGetCurrent")) != 0
-    return bool(_thread.has_context)
+def bind(device: int) -> None:
+    """Makes the context of `device` current for good in a thread that has none.
+
+    So does the first use of a GPU, which may be a call of ours: until then the driver refuses what
+    names no stream. Looked up once a thread, as calls come by here.
+    """
+    if not getattr(_thread, "is_bound", False):
+        if not int(call("cuCtxGetCurrent")):
+            call("cuCtxSetCurrent", primary_context(device))
+        _thread.is_bound = True
 
 
 class _Using:

@@ -17,16 +17,18 @@ _LEGACY = (0, 1)  # the default stream, as torch names it, and CU_STREAM_LEGACY
 
 
 def is_current(device: int) -> bool:
-    """Whether a GPU is current in this thread, for torch and for the driver."""
-    return bool(torch._C._cuda_getDevice() == device and driver.has_context())
+    """Whether a GPU is current in this thread; if so, it is for the driver from now on, too."""
+    if torch._C._cuda_getDevice() != device:
+        return False
+    driver.bind(device)
+    return True
 
 
 @contextmanager
 def on_device(device: int) -> Iterator[None]:
     """Makes a GPU current in this thread meanwhile, for torch and for the driver.
 
-    Not for one of them alone: torch may remember a device that it has yet to set, and in a fresh
-    thread there is no context, though torch says that GPU 0 is current.
+    Not for one of them alone: torch may remember a device that it has yet to set.
     """
     with torch.cuda.device(device), driver.using(device):
         yield

@@ -75,7 +75,7 @@ def tensor_over(ptr: int, shape: tuple[int, ...], *, owner: object, device: int)
 @functools.cache
 def _tensor_makers() -> tuple[Any, Any]:
     """CuPy and torch's half of DLPack, looked up once: each call of `direct` makes tensors."""
-    torch = require("torch", package="torch")
+    torch = require("torch", package="torch", extra="torch")
     return require("cupy", package="cupy-cuda13x (cupy-cuda12x)"), torch.utils.dlpack.from_dlpack
 
 

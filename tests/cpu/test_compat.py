@@ -112,7 +112,7 @@ def test_missing_package_is_an_import_error_or_no_matter(package: str) -> None:
     said = run(code).splitlines()
     assert len(said) == len(MODULES)
     if package == "torch":
-        assert all(line.endswith("pip install 'epjit[torch]'") for line in said)
+        assert all("is not installed: pip install -e " in line for line in said)
     elif package in ("cupy", "cuda"):
         assert set(said) == {"imported"}  # the CPU backend needs neither
 

@@ -14,7 +14,7 @@ from epjit.errors import CommunicationError
 from epjit.reference import intranode
 from epjit.reference.cpu_backend import CpuBackend
 from epjit.reference.intranode import Dispatched, RankInput
-from epjit.runtime.group import Group
+from epjit.runtime.group import BUFFER, Group
 from tests import data, launch
 
 NUM_TOPK = 3
@@ -29,8 +29,8 @@ class SlowGroup(Group):
         self.rank, self.size = group.rank, group.size
         self.delay_seconds = delay_seconds
 
-    def allgather(self, obj: Any) -> list[Any]:
-        values = self.group.allgather(obj)
+    def allgather(self, obj: Any, *, op: str = BUFFER) -> list[Any]:
+        values = self.group.allgather(obj, op=op)
         time.sleep(self.rank * self.delay_seconds)
         return values
 
@@ -178,6 +178,45 @@ def process_worker(group: dist.ProcessGroup) -> int:
     """All checks, in a process of its own."""
     check_one_rank(Group.from_torch(group), "holes", "fp8", True)
     return group.rank()
+
+
+@pytest.mark.parametrize("num_domains", [1, 2])
+@pytest.mark.parametrize("worst", [0, 40])
+def test_outputs_are_tensors_of_their_own(num_domains: int, worst: int) -> None:
+    """No views, as on a GPU: autograd refuses to write to a view that an operator returns."""
+    domains = None if num_domains == 1 else ((0,), (1,))
+
+    def body(comm: Any) -> None:
+        group = Group.from_comm(comm)
+        backend = CpuBackend(group, domains)
+        given = make_input("random", group.rank, group.size, payload="fp8")
+        assert given.topk_idx is not None
+        layout = backend.layout(given.topk_idx, 2 * group.size)
+        got = backend.dispatch(
+            given.x,
+            given.scales,
+            given.topk_idx,
+            given.topk_weights,
+            layout[0],
+            given.is_token_in_rank,
+            given.num_tokens_per_expert,
+            num_tokens_per_rdma_rank=layout[1],
+            num_worst_tokens=worst,
+        )
+        again = backend.cached_dispatch(given.x, given.scales, got.handle)
+        back = backend.combine(got.recv_x.bfloat16(), got.handle, got.recv_topk_weights)
+        rows = (got.recv_x, got.recv_scales, got.recv_topk_idx, got.recv_topk_weights)
+        for name, tensors in {
+            "layout": layout,
+            "rows": rows,
+            "handle": got.handle,
+            "cached": again,
+            "combined": back,
+        }.items():
+            views = [each is not None and each._is_view() for each in tensors]
+            assert not any(views), (name, views)
+
+    launch.run_threads(body, 2)
 
 
 def test_processes() -> None:

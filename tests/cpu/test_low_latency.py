@@ -424,6 +424,10 @@ def test_hook_from_another_thread() -> None:
     assert count.tolist() == [4]
 
 
+def test_calls_from_fresh_threads() -> None:
+    launch.run(bodies_low_latency.fresh_threads, 2, CPU)
+
+
 def test_destroy() -> None:
     buffer = make(Alone(), explicitly_destroy=True)
     idx = torch.zeros((4, 1), dtype=torch.int64)

@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import logging
+import re
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
 
 from epjit import Buffer, expert_major, moe
@@ -25,8 +31,8 @@ def test_compiled_in_one_graph(backend: str, quick: bool) -> None:
 
 
 def spoil() -> None:
-    """Rows that nothing arrived for are NaN, as they may be on a GPU."""
-    real = Buffer.dispatch
+    """Rows that nothing arrived for or that no expert has are NaN, as they may be on a GPU."""
+    real, real_permute, real_grouped_mm = Buffer.dispatch, expert_major.permute, F.grouped_mm
 
     def dispatch(self: Buffer, *args: Any, **kwargs: Any) -> Any:
         rows, *rest = real(self, *args, **kwargs)
@@ -35,12 +41,25 @@ def spoil() -> None:
         rows[int(arrived) :] = torch.nan  # type: ignore[index]
         return rows, *rest
 
-    Buffer.dispatch = dispatch  # type: ignore[method-assign]  # of this process, which ends
+    def permute(x: Any, source: Any, ends: Any, **options: Any) -> Any:
+        rows = real_permute(x, source, ends, **options)
+        rows[int(ends[-1]) :] = torch.nan
+        return rows
+
+    def grouped_mm(x: Any, weights: Any, *, offs: Any) -> Any:
+        rows = real_grouped_mm(x, weights, offs=offs)
+        if weights.dim() == 3:
+            rows[int(offs[-1]) :] = torch.nan
+        return rows
+
+    # Of this process, which ends.
+    Buffer.dispatch = dispatch  # type: ignore[method-assign]
+    expert_major.permute, F.grouped_mm = permute, grouped_mm
 
 
-def eager_among_nans(group: Any) -> None:
+def watched_among_nans(group: Any) -> None:
     spoil()
-    moe_bodies.eager(group)
+    moe_bodies.watched(group)
 
 
 def between_domains_among_nans(group: Any) -> None:
@@ -49,7 +68,7 @@ def between_domains_among_nans(group: Any) -> None:
 
 
 def test_what_did_not_arrive_spoils_no_gradient() -> None:
-    run(eager_among_nans, 2)
+    run(watched_among_nans, 2)
 
 
 def test_between_domains() -> None:
@@ -59,6 +78,19 @@ def test_between_domains() -> None:
 def checkpointed_and_registered(group: Any) -> None:
     moe_bodies.checkpointed(group)
     moe_bodies.registered(group)
+
+
+def test_rows_and_gradients_at_odd_addresses() -> None:
+    run(moe_bodies.odd_addresses, 2)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast(compiled: bool) -> None:
+    run(moe_bodies.autocasted, 2, compiled, timeout=240)
+
+
+def test_worst_tokens() -> None:
+    run(moe_bodies.agreed, 3)
 
 
 def test_checkpointed_and_a_buffer_of_ones_own() -> None:
@@ -75,6 +107,34 @@ def test_exported() -> None:
 
 def test_buffers_are_managed() -> None:
     run(moe_bodies.managed, 2)
+
+
+def test_what_a_graph_captured_outlives_its_successor() -> None:
+    run(moe_bodies.outgrown, 2)
+
+
+def told_of_growth(group: Any) -> list[str]:
+    said: list[str] = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    log = logging.getLogger("epjit")
+    log.addHandler(handler)
+    log.setLevel(logging.INFO)
+    for hidden_bytes in (64, 64, 14336):
+        moe.get_buffer(group, hidden_bytes)
+    moe.free_buffers()
+    return said
+
+
+def test_growth_is_logged() -> None:
+    for rank, said in enumerate(run(told_of_growth, 2)):
+        assert len(said) == 2
+        assert re.fullmatch(
+            rf"made the Buffer of group '\w+': rank {rank} of 2, rows of 64 bytes, .*", said[0]
+        )
+        assert re.fullmatch(
+            r"grew the Buffer of .* rows of 14336 bytes, num_nvl_bytes=\d+, .*", said[1]
+        )
 
 
 # ---- one rank, in this process ------------------------------------------------------------------
@@ -119,8 +179,13 @@ def test_opcheck_of_the_other_operators(name: str) -> None:
         (recv.detach(), torch.rand(recv.shape[0], 2), *padded, name),
     )
     opcheck(torch.ops.epjit.place, (idx, 4, 8, 64))
-    opcheck(torch.ops.epjit.permute, (recv.detach().requires_grad_(), row_of, source, ends))
+    for blank in (False, True):
+        leaf = recv.detach().requires_grad_()
+        opcheck(torch.ops.epjit.permute, (leaf, row_of, source, ends, blank))
     opcheck(torch.ops.epjit.unpermute, (rows.requires_grad_(), row_of, source, ends))
+    experts = torch.randn(4, 16, 8).bfloat16().requires_grad_()
+    opcheck(torch.ops.epjit.grouped_mm, (rows, experts, ends, True))
+    opcheck(torch.ops.epjit.grouped_mm_of_rows, (rows, rows.detach(), ends))
     opcheck(
         torch.ops.epjit.permute_weights,
         (torch.rand(recv.shape[0], 2).requires_grad_(), row_of, source),
@@ -149,13 +214,37 @@ def test_grouped_mm_is_the_loop(dtype: torch.dtype) -> None:
     got = moe.grouped_mm(x, weights, ends)
     assert torch.allclose(got[:8], x[:8] @ weights[0], atol=0.1)
     assert torch.allclose(got[8:16], x[8:16] @ weights[2], atol=0.1)
-    assert got.shape == (24, 8)
+    assert torch.equal(got[16:], torch.zeros(8, 8).to(dtype))
+
+
+def test_gradcheck_of_grouped_mm() -> None:
+    x = torch.randn(7, 4, dtype=torch.float64, requires_grad=True)
+    weights = torch.randn(3, 4, 2, dtype=torch.float64, requires_grad=True)
+    ends = torch.tensor([3, 3, 5], dtype=torch.int32)
+    assert torch.autograd.gradcheck(moe.grouped_mm, (x, weights, ends))
+    assert torch.autograd.gradgradcheck(moe.grouped_mm, (x, weights, ends))
+
+
+def test_grouped_mm_takes_any_gradient_and_matrices_transposed() -> None:
+    ends = torch.tensor([8, 8, 16], dtype=torch.int32)
+    wanted, got = [], []
+    for dtype, found in ((torch.float64, wanted), (torch.bfloat16, got)):
+        torch.manual_seed(0)
+        x = torch.randn(24, 16).to(dtype).requires_grad_()
+        weights = torch.randn(3, 8, 16).to(dtype).requires_grad_()
+        with torch.autograd.detect_anomaly(check_nan=True):
+            moe.grouped_mm(x, weights.transpose(1, 2), ends).sum().backward()
+        found += [x.grad, weights.grad]
+    for mine, theirs in zip(got, wanted, strict=True):
+        assert torch.allclose(mine.double(), theirs, atol=0.3)
+    assert torch.equal(got[0][16:], torch.zeros(8, 16).bfloat16())
 
 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
         ({"expert_alignment": 0}, "expert_alignment is 0"),
+        ({"num_worst_tokens": -1}, "num_worst_tokens is -1"),
         ({"num_expert_rows": 8}, "num_expert_rows is 8, which needs expert_major=True"),
         ({"num_expert_rows": 8, "expert_major": True}, "and num_worst_tokens"),
     ],
@@ -164,6 +253,68 @@ def test_dispatch_refuses(name: str, options: dict[str, Any], said: str) -> None
     x, idx, weights = tensors()
     with pytest.raises(ValueError, match=said):
         moe.dispatch(x, idx, weights, num_experts=4, group=name, **options)
+
+
+def test_numbers_of_other_kinds(name: str) -> None:
+    x, idx, weights = tensors()
+    got = moe.dispatch(
+        x,
+        idx,
+        weights,
+        num_experts=np.int32(4),  # type: ignore[arg-type]
+        group=name,
+        num_worst_tokens=torch.tensor(8),  # type: ignore[arg-type]
+        expert_major=True,
+        expert_alignment=np.int64(4),  # type: ignore[arg-type]
+    )
+    assert got.x.shape[0] == expert_major.row_bound(8, 2, 4, 4)
+    for option in ("num_worst_tokens", "expert_alignment", "num_expert_rows"):
+        with pytest.raises(TypeError, match=rf"{option} is 2\.5, a float, but must be an int"):
+            moe.dispatch(
+                x, idx, weights, num_experts=4, group=name, expert_major=True, **{option: 2.5}
+            )
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.int16])
+@pytest.mark.parametrize("needs_grad", [False, True])
+def test_rows_that_cannot_come_back_are_refused_at_once(
+    name: str, dtype: torch.dtype, needs_grad: bool
+) -> None:
+    x, idx, weights = tensors(requires_grad=False)
+    weights.requires_grad_(needs_grad)
+    with pytest.raises(TypeError, match=rf"x has dtype {dtype}, but what comes back is summed in"):
+        moe.dispatch(x.to(dtype), idx, weights, num_experts=4, group=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int8])
+@pytest.mark.parametrize("by_expert", [False, True])
+def test_rows_of_one_byte_travel_without_gradients(
+    name: str, dtype: torch.dtype, by_expert: bool
+) -> None:
+    x, idx, weights = tensors(requires_grad=False)
+    x = (8 * x).to(dtype)
+    got = moe.dispatch(  # type: ignore[call-overload]
+        x, idx, weights, num_experts=4, group=name, expert_major=by_expert
+    )
+    rows = got.x.view(torch.uint8)
+    wanted = x.view(torch.uint8)
+    order = [0, 1, 2, 4, 5] if not by_expert else [0, 4, 1, 2, 0, 4, 2, 5, 5]
+    assert torch.equal(rows, wanted[order])
+    weights.requires_grad_()
+    with pytest.raises(TypeError, match=rf"x has dtype {dtype}, but"):
+        moe.dispatch(x, idx, weights, num_experts=4, group=name)
+    with torch.no_grad():
+        moe.dispatch(x, idx, weights, num_experts=4, group=name)
+
+
+def test_received_rows_can_be_written_to(name: str) -> None:
+    x, idx, weights = tensors()
+    for by_expert in (False, True):
+        got = moe.dispatch(  # type: ignore[call-overload]
+            x, idx, weights, num_experts=4, group=name, expert_major=by_expert
+        )
+        out = moe.combine(got.x.mul_(2), got.handle, group=name).add_(1)
+        out.sum().backward()
 
 
 def test_rows_that_do_not_fit_are_dropped_and_told(name: str) -> None:
@@ -181,6 +332,41 @@ def test_rows_that_do_not_fit_are_dropped_and_told(name: str) -> None:
     assert got.x.shape[0] == 4
     assert got.ends.tolist() == [2, 4, 4, 4]
     assert got.tokens_per_expert.tolist() == [2, 2, 2, 3]
+
+
+@pytest.mark.parametrize("transform", [torch.func.grad, torch.func.vmap])
+def test_transforms_of_torch_func_are_refused(name: str, transform: Any) -> None:
+    """Also where nothing would fail: a jvp would silently be zero."""
+    x, idx, weights = tensors(requires_grad=False)
+
+    def sent(x: torch.Tensor) -> torch.Tensor:
+        return moe.dispatch(x, idx, weights, num_experts=4, group=name).x.float().sum()
+
+    def ordered(x: torch.Tensor) -> torch.Tensor:
+        return moe.permute(x, idx, weights, num_experts=4).x.float().sum()
+
+    for layer in (sent, ordered):
+        with pytest.raises(ValueError, match=r"a transform of torch\.func"):
+            transform(layer)(x if transform is torch.func.grad else torch.stack([x, x]))
+        with pytest.raises(ValueError, match=r"a transform of torch\.func"):
+            torch.func.jvp(layer, (x,), (x,))
+
+
+def test_layer_of_shapes_alone(name: str) -> None:
+    """Sizes that only the run knows are symbols for fake tensors, in the backward too."""
+    with FakeTensorMode(shape_env=ShapeEnv()):
+        x, idx, weights = tensors()
+        got = moe.dispatch(x, idx, weights, num_experts=4, group=name, expert_major=True)
+        y = moe.grouped_mm(got.x, torch.randn(4, 16, 16).bfloat16(), got.ends)
+        out = moe.combine(y * got.weights[:, None].bfloat16(), got.handle, group=name)
+        out.sum().backward()
+        assert weights.grad is not None
+    x, idx, weights = (torch.empty_like(each, device="meta") for each in tensors())
+    got = moe.dispatch(
+        x, idx, weights, num_experts=4, group=name, expert_major=True, num_worst_tokens=6
+    )
+    assert got.x.shape == (12, 16)
+    assert got.x.is_meta
 
 
 def test_import_does_not_touch_cuda() -> None:
@@ -209,7 +395,11 @@ def test_mistakes_of_callers() -> None:
         ValueError, match=r"x has shape \(3, 16\), expected \(8, hidden\): the rows by expert"
     ):
         moe.unpermute(rows.x[:3], rows.handle)
-    with pytest.raises(TypeError, match="group is a NoneType"):
+    with pytest.raises(TypeError, match=r"x is a tuple, .* by Buffer\.dispatch"):
+        moe.dispatch((x, x), idx[:3], weights[:3], num_experts=1, group="a")  # type: ignore[call-overload]
+    with pytest.raises(ValueError, match=r"x has shape \(16,\), expected \(number of rows, hidden"):
+        moe.dispatch(x[0], idx[:3], weights[:3], num_experts=1, group="a")
+    with pytest.raises(ValueError, match="group is None"):
         moe.dispatch(x, idx[:3], weights[:3], num_experts=1, group=None)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match=r"handle is a NoneType, expected the \.handle"):
         moe.combine(x, None, group="nobody")  # type: ignore[arg-type]

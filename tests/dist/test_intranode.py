@@ -119,9 +119,9 @@ def test_buffer_outlives_the_process_group(num_ranks: int) -> None:
 
 
 def test_example(num_ranks: int) -> None:
-    """`examples/moe_layer.py` compares itself with a dense layer."""
+    """`examples/train.py` compares itself with a dense layer."""
     _succeeds(
-        [sys.executable, "examples/moe_layer.py", "--ranks", str(num_ranks)], cwd=ROOT, seconds=400
+        [sys.executable, "examples/train.py", "--ranks", str(num_ranks)], cwd=ROOT, seconds=400
     )
 
 

@@ -75,6 +75,12 @@ def test_random_rounds_beside_the_normal_mode(num_ranks: int, world: dict[str, s
 
 
 @pytest.mark.needs_own_gpu
+def test_calls_from_fresh_threads(num_ranks: int) -> None:
+    """There GPU 0 is current, which on all ranks but the first is not the Buffer's."""
+    launch.run(bodies_low_latency.fresh_threads, num_ranks, {}, timeout=300)
+
+
+@pytest.mark.needs_own_gpu
 @pytest.mark.needs_gpu
 def test_random_rounds_with_a_nccl_group(num_ranks: int) -> None:
     """The process group may be of any backend; nothing of ours goes through it later."""

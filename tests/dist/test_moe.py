@@ -9,9 +9,27 @@ from tests import launch, moe_bodies
 pytestmark = pytest.mark.timeout(900)
 
 
-@pytest.mark.parametrize("body", ["eager", "checkpointed", "exported", "managed", "registered"])
+BODIES = (
+    "eager",
+    "watched",
+    "odd_addresses",
+    "replayed",
+    "agreed",
+    "checkpointed",
+    "exported",
+    "managed",
+    "registered",
+)
+
+
+@pytest.mark.parametrize("body", BODIES)
 def test_layer(num_ranks: int, body: str) -> None:
     launch.run(getattr(moe_bodies, body), num_ranks, timeout=300)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast(num_ranks: int, compiled: bool) -> None:
+    launch.run(moe_bodies.autocasted, num_ranks, compiled, timeout=300)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -96,6 +96,49 @@ def meet(buffer: Buffer) -> None:
     buffer.group.allgather(None)
 
 
+def capture(buffer: Buffer, queue: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """Captures what `queue` queues; returns the replay, and what it returned."""
+    meet(buffer)
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.current_stream()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        outputs = queue()
+    meet(buffer)
+    return graph.replay, outputs
+
+
+def start_at(buffer: Buffer, epoch: int, *, stale: int) -> None:
+    """As after `epoch` operations, when what is not told in each was last told in `stale`.
+
+    A stale signal has the largest window. To be called by all ranks, with nothing under way.
+    """
+    meet(buffer)
+    mode: Any = buffer._mode
+    now, then = (value % (1 << 32) << 32 for value in (epoch, stale))
+    controls = [control.view(torch.int64) for control in mode._control()]
+    for control in controls:
+        control.copy_(torch.full(control.shape, _int64(then | 0x7FFFFFFF)))
+    signals = controls[0]
+    for first in (0, 32):  # finish, entered
+        signals[first : first + 8].copy_(torch.full((8,), _int64(now)))
+    if len(controls) > 1:
+        rings, num_domains = mode._rings, buffer._topology.num_domains
+        before = (epoch - 1) % (1 << 32) << 32
+        words = [before, now] if epoch % 2 else [now, before]  # epoch & 1
+        told = torch.tensor([_int64(word) for word in words] * num_domains)
+        for offset in (rings.ready, rings.entered):
+            first = (offset - rings.control) // 8
+            controls[1][first : first + len(told)].copy_(told)
+    mode._local[:1].copy_(torch.tensor([_int64(now) >> 32], dtype=torch.int32))
+    torch.cuda.current_stream().synchronize()
+    meet(buffer)
+
+
+def _int64(value: int) -> int:
+    """The same 64 bits, as torch has them in an int64."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
+
+
 def check_withheld_peer(buffer: Buffer, op: str, withheld: int) -> None:
     """Rank `withheld` does not come to `op`: the others name it, and all work after reset()."""
     prepared = Prepared(buffer)

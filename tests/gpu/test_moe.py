@@ -52,7 +52,7 @@ def test_permute_and_unpermute(
         assert torch.equal(expert_major.unpermute(y.cuda(), on_gpu[0]).cpu(), wanted)
 
 
-@pytest.mark.parametrize("hidden", [64] if SMALL else [7168, 16384, 8])
+@pytest.mark.parametrize("hidden", [64] if SMALL else [7168, 16384, 8, 28672])
 def test_blank(hidden: int) -> None:
     for num_rows, count in ((0, 0), (1, 0), (333, 333), (1000, 17)):
         rows = torch.randn(num_rows, hidden).bfloat16()
@@ -80,9 +80,16 @@ def test_place_and_permute_in_a_graph() -> None:
     assert torch.equal(out, (4 * x.float()).bfloat16())
 
 
-@pytest.mark.parametrize("body", ["eager", "checkpointed", "exported"])
+@pytest.mark.parametrize(
+    "body", ["eager", "watched", "odd_addresses", "replayed", "checkpointed", "exported"]
+)
 def test_a_layer_of_one_rank(body: str) -> None:
     run(getattr(moe_bodies, body), 1, timeout=240)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_autocast_of_one_rank(compiled: bool) -> None:
+    run(moe_bodies.autocasted, 1, compiled, timeout=240)
 
 
 def test_compiled_layer_of_one_rank() -> None:

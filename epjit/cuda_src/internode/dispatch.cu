@@ -6,7 +6,8 @@
 //
 // and the same for what travels with a token: scales, top-k (as local expert indices, -1
 // elsewhere), its index in the channel and in the source. Rows are bytes: one kernel serves every
-// dtype. Channels, rings and rail peers are explained in rail.cuh.
+// dtype. A row that does not lie below num_recv_rows of d is written nowhere. Channels, rings and rail
+// peers are explained in rail.cuh.
 //
 //   inbox[m, l] [num_domains, ring_slots, slot_bytes]  symmetric; ring n is written by the rail peer
 //               in domain n (its own rank for its own domain), read by all ranks of domain m:
@@ -26,7 +27,7 @@
 //          tokens; inbox of a local rank -> recv_x. A row is not copied between the RDMA and its
 //          final place.
 // Clerk    one warp: tells the rail peers that this domain is ready, and which windows of the inbox
-//          all local ranks have pulled
+//          all local ranks have pulled; and the host what there was no room for
 //
 // Progress: all these warps exist from the start, and each channel to another domain has putting
 // warps of its own. All take chunks in ascending order of their index in the channel, the same for
@@ -78,6 +79,8 @@ struct InternodeDispatchParams {
                                   // handle has it already
   int32_t* passing;     // [num_passing], of the channels (n, local): local ranks that get the token
                         // (8 bits) | its position here << 8; null when the handle has it already
+  const int32_t* fits;  // [num_domains, num_local], from notify: how many tokens of ranks[n, local]
+                        // local rank j has room for; not read where passing is null
   uint64_t inbox[8];    // symmetric, of each local rank, as mapped here
   uint64_t words[8];    // symmetric, of each local rank
   uint64_t signals[8];  // symmetric, of each local rank
@@ -102,7 +105,7 @@ struct InternodeDispatchParams {
   int32_t num_send_warps;  // of num_copy_warps, at least 1, fewer than all
   int32_t num_tokens;
   int32_t num_recv_rows;  // rows of the outputs; those beyond what arrives get topk_idx -1
-  int32_t num_passing;    // enough for passing_prefix[num_domains - 1], or what is beyond is lost
+  int32_t num_passing;    // of passing; tokens beyond are not combined
   int32_t experts_per_rank;
   int32_t rank;
   int32_t domain;
@@ -155,7 +158,7 @@ class InternodeDispatch {
   __device__ void run() {
     // What an operation that failed was to write (rank_prefix, send_head) is garbage.
     if (__all_sync(kFullMask, ptx::ld_relaxed_gpu(p.abort) == 0)) {
-      payload.fill_unused_rows(p.rank_prefix[kRanks - 1]);
+      payload.fill_unused_rows(segment_start(kRanks));
       if (warp < kCopyWarps) {
         Copier copier(ptx::dynamic_shared(), warp, lane);
         if (warp >= p.num_send_warps || send(copier)) pull(copier);
@@ -168,6 +171,9 @@ class InternodeDispatch {
         forward();
       } else if (blockIdx.x == 0) {
         if (rail.announce() && return_credits()) rail.all_ready();
+        if (lane == 0)
+          report_overflow(p, rail.waiter.epoch, kRoomDispatchRows, p.num_recv_rows,
+                          segment_start(kRanks));
       }
     }
     finish_operation<kLocal>(rail.waiter, p.signals, p.counters, 2 + 2 * kRanks, p.epoch);
@@ -205,6 +211,11 @@ class InternodeDispatch {
   // Rows of this rank before those of `source`.
   __device__ int segment_start(int source) const {
     return source == 0 ? 0 : p.rank_prefix[source - 1];
+  }
+
+  // A row of this rank, -1 where its outputs have none.
+  __device__ int row_or_none(int row) const {
+    return static_cast<uint32_t>(row) < static_cast<uint32_t>(p.num_recv_rows) ? row : -1;
   }
 
   __device__ void store_meta(int64_t row, int index, int token) const {
@@ -249,7 +260,7 @@ class InternodeDispatch {
         if (j != p.local)
           chunk.has_slot |= position >= 0;
         else if (position >= 0)
-          chunk.own_row = segment_start(p.rank) + position;
+          chunk.own_row = row_or_none(segment_start(p.rank) + position);
       }
     }
     return chunk;
@@ -395,9 +406,14 @@ class InternodeDispatch {
   // position(j): of the token among those that go to local rank j, or -1.
   template <typename Position>
   __device__ void store_passing(int n, int index, Position position) const {
-    uint32_t value = static_cast<uint32_t>(max(position(p.local), 0)) << 8;
+    uint32_t value = 0;
 #pragma unroll 1
-    for (int j = 0; j < kLocal; ++j) value |= static_cast<uint32_t>(position(j) >= 0) << j;
+    for (int j = 0; j < kLocal; ++j) {
+      const int at = position(j);
+      if (at < 0 || at >= p.fits[n * kLocal + j]) continue;
+      value |= 1u << j;
+      if (j == p.local) value |= static_cast<uint32_t>(at) << 8;
+    }
     const int place = (n == 0 ? 0 : p.passing_prefix[n - 1]) + index;
     if (place < p.num_passing) p.passing[place] = static_cast<int32_t>(value);
   }
@@ -456,7 +472,7 @@ class InternodeDispatch {
       ok = wait_word(rail.waiter, kWaitDispatchToken, source, index, rail.ring_window(index),
                      word(p.local, n, l, index), found);
       if (word_value(found) != kNoRow)
-        row = segment_start(source) + static_cast<int>(word_value(found));
+        row = row_or_none(segment_start(source) + static_cast<int>(word_value(found)));
     }
     if (!all_lanes(ok)) return false;
     copier.acquired();

@@ -72,8 +72,10 @@ __device__ __forceinline__ bool meet_peers(const Waiter& waiter, int64_t* wait_c
   for (int peer = lane; peer < kRanks && ok; peer += kWarpSize) {
     if (peer == waiter.rank || is_masked(waiter, peer)) continue;
     const uint64_t start = ptx::clock64();
-    ok = wait_signal(waiter, waiter.start_tag, peer, entered_signal(waiter.signals, peer),
-                     stamp(waiter.epoch, 0)) ||
+    uint64_t seen;
+    ok = wait_until(waiter, waiter.start_tag, peer, 0, stamp(waiter.epoch, 0),
+                    entered_signal(waiter.signals, peer), seen,
+                    [&](uint64_t value) { return has_started(value, waiter.epoch); }) ||
          is_masked(waiter, peer);
     if (wait_cost != nullptr) wait_cost[peer] += static_cast<int64_t>(ptx::clock64() - start);
   }

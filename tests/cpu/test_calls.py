@@ -1,4 +1,7 @@
-"""Calls from threads in which another GPU is current, with fakes of the GPUs."""
+"""What every call of a Buffer does around its kernels, with fakes of the GPUs.
+
+From a thread in which another GPU is current, and when it is interrupted.
+"""
 
 from __future__ import annotations
 
@@ -61,7 +64,7 @@ class World:
         fake("_cuda_getCurrentRawStream", lambda device: 7 + device)
         monkeypatch.setattr(torch.cuda, "device", TorchDevice)
         monkeypatch.setattr(driver, "using", Context)
-        monkeypatch.setattr(driver, "has_context", lambda: gpus.context is not None)
+        monkeypatch.setattr(driver, "bind", self.bind)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", self.is_capturing)
 
         self.buffer = buffer = Buffer.__new__(Buffer)
@@ -110,6 +113,10 @@ class World:
         for name in ("_check_rows", "_check_routing", "_check_returned", "_check_handle"):
             monkeypatch.setattr(Buffer, name, lambda *args, **kwargs: None)
         monkeypatch.setattr("epjit.buffer.check", lambda *args, **kwargs: None)
+
+    def bind(self, device: int) -> None:
+        if self.gpus.context is None:
+            self.gpus.context = device
 
     def is_capturing(self) -> bool:
         self.ask("is_current_stream_capturing")
@@ -296,24 +303,67 @@ def test_the_buffers_gpu_is_current_in_every_call(
     assert not asks or asks in world.asked, world.asked
 
 
+INTERRUPTED: dict[str, tuple[str, str, Callable[[Buffer], object]]] = {
+    "layout": ("", "_layout", lambda b: b.get_dispatch_layout(IDX, EXPERTS, async_finish=True)),
+    "dispatch": ("_mode", "dispatch", lambda b: b.dispatch(X, **LAYOUT, async_finish=True)),
+    "cached": ("_mode", "cached_dispatch", lambda b: b.dispatch(X, HANDLE, async_finish=True)),
+    "combine": ("_mode", "combine", lambda b: b.combine(X, HANDLE, async_finish=True)),
+    "low_latency_dispatch": (
+        "_low_latency",
+        "dispatch",
+        lambda b: b.low_latency_dispatch(X, IDX, TOKENS, EXPERTS, async_finish=True),
+    ),
+    "low_latency_combine": (
+        "_low_latency",
+        "combine",
+        lambda b: b.low_latency_combine(X, IDX, WEIGHTS, LOW_LATENCY_HANDLE, async_finish=True),
+    ),
+}
+
+
+@pytest.mark.parametrize("op", INTERRUPTED)
+def test_an_interrupted_call_lets_the_current_stream_wait(world: World, op: str) -> None:
+    """For what it has queued, whose tensors nobody keeps; then the next one can come."""
+    part, name, call = INTERRUPTED[op]
+    buffer: Any = world.buffer
+    world.gpus.torch_device = world.gpus.context = OURS
+
+    def interrupted(scope: Any, *args: object, **kwargs: object) -> None:
+        if part:  # the layout is a kernel, and gets no scope
+            scope.start()
+        raise KeyboardInterrupt
+
+    setattr(getattr(buffer, part) if part else buffer, name, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call(buffer)
+    assert buffer._comm.make_wait.call_args_list == [mock.call(7 + OURS)]
+    thread = threading.Thread(target=lambda: buffer._entered().__enter__())
+    thread.start()
+    thread.join(timeout=10)
+    assert not thread.is_alive()
+
+
 def test_a_fresh_thread_of_gpu_0_has_no_context(world: World) -> None:
     """torch says that the GPU is current, but the driver refuses what names no stream."""
     turns = Turns(0)
     assert world.gpus.torch_device == 0
-    with turns():
-        assert world.gpus.context == 0
-    assert world.gpus.context is None
-    world.gpus.context = 0
     assert turns() is turns._lock
+    assert world.gpus.context == 0
 
 
-def test_whether_a_thread_has_a_context_is_asked_until_it_has(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    contexts = iter((0, 5))
+def test_a_thread_is_bound_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls: list[tuple[object, ...]] = []
+
+    def call(*args: object) -> int:
+        calls.append(args)
+        return 0
+
     monkeypatch.setattr(driver, "_thread", threading.local())
-    monkeypatch.setattr(driver, "call", lambda name: next(contexts))
-    assert [driver.has_context() for _ in range(3)] == [False, True, True]
+    monkeypatch.setattr(driver, "call", call)
+    monkeypatch.setattr(driver, "primary_context", lambda device: f"context {device}")
+    driver.bind(2)
+    driver.bind(2)
+    assert calls == [("cuCtxGetCurrent",), ("cuCtxSetCurrent", "context 2")]
 
 
 def test_one_call_at_a_time_and_a_thread_may_come_twice() -> None:

@@ -1,0 +1,112 @@
+"""Trains a mixture-of-experts layer whose experts are spread over the ranks.
+
+    python examples/train.py --ranks 4
+    torchrun --nproc-per-node 4 examples/train.py
+
+Every rank has tokens of its own, a copy of the router, and four of the experts. At the end the
+layer is compared with a dense one: all experts on each rank, in float32.
+"""
+
+import argparse
+import functools
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from ranks import start
+from torch import Tensor, nn
+
+from epjit import moe
+from epjit.config import MAX_RANKS
+
+HIDDEN, EXPERTS_A_RANK, TOPK = 256, 4, 2
+
+
+class Layer(nn.Module):
+    """A router and this rank's experts: `silu(x @ up) @ down`, weighted and summed."""
+
+    def __init__(self, group: dist.ProcessGroup) -> None:
+        super().__init__()
+        self.group, self.num_experts = group, EXPERTS_A_RANK * group.size()
+        torch.manual_seed(0)  # all ranks have the same router
+        self.router = nn.Linear(HIDDEN, self.num_experts, bias=False)
+        torch.manual_seed(1 + group.rank())
+        self.up = nn.Parameter(torch.randn(EXPERTS_A_RANK, HIDDEN, 2 * HIDDEN) / 16)
+        self.down = nn.Parameter(torch.randn(EXPERTS_A_RANK, 2 * HIDDEN, HIDDEN) / 16)
+
+    def route(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The experts of each token and their weights."""
+        with torch.autocast(x.device.type, enabled=False):  # else rounding chooses the experts
+            weights, idx = self.router(x).softmax(-1).topk(TOPK)
+        return idx, weights
+
+    def forward(self, x: Tensor, worst: int) -> Tensor:
+        """With `num_worst_tokens` the host waits for nothing; without, for the number of rows."""
+        static = {"num_worst_tokens": worst, "expert_major": True, "expert_alignment": 16}
+        got = moe.dispatch(
+            x, *self.route(x), num_experts=self.num_experts, group=self.group, **static
+        )
+        y = F.silu(moe.grouped_mm(got.x, self.up, got.ends))
+        y = moe.grouped_mm(y, self.down, got.ends) * got.weights[:, None]
+        return moe.combine(y, got.handle, group=self.group)
+
+    def dense(self, x: Tensor) -> Tensor:
+        """The same with the experts of all ranks here, one after the other."""
+        idx, weights = self.route(x)
+        weight_of = weights.new_zeros(len(x), self.num_experts).scatter(1, idx, weights).T
+        matrices = []
+        for mine in (self.up.detach(), self.down.detach()):
+            everybodys = mine.new_zeros(self.group.size(), *mine.shape)
+            everybodys[self.group.rank()] = mine
+            dist.all_reduce(everybodys)
+            matrices.append(everybodys.flatten(0, 1))
+        experts = zip(*matrices, weight_of, strict=True)
+        return sum(F.silu(x @ up) @ down * weight[:, None] for up, down, weight in experts)
+
+
+def train(group: dist.ProcessGroup, *, tokens: int, steps: int) -> None:
+    """What every rank does."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    autocast = torch.autocast(device.type, dtype=torch.bfloat16)
+    layer = Layer(group).to(device)
+    x = torch.randn(max(1, tokens - 8 * group.rank()), HIDDEN, device=device, requires_grad=True)
+    wanted = x.detach().roll(1, dims=1).tanh()
+    worst = moe.worst_tokens(len(x), group=group)  # ranks may have unequal numbers of tokens
+    optimizer, losses = torch.optim.AdamW(layer.parameters(), lr=1e-3), []
+    for _ in range(steps):
+        with autocast:
+            out = layer(x, worst)
+        loss = F.mse_loss(out.float(), wanted)
+        loss.backward()
+        dist.all_reduce(layer.router.weight.grad)  # the experts have seen all ranks' tokens
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+
+    with autocast:
+        out = layer(x, worst)
+    dense = layer.dense(x)
+    errors = [(out - dense).norm() / dense.norm()]
+    got, right = (torch.autograd.grad(y, x, wanted.to(y.dtype))[0] for y in (out, dense))
+    errors += [(got - right).norm() / right.norm()]
+    print(
+        f"rank {group.rank()} of {group.size()} on {device.type}, {len(x)} tokens: loss "
+        f"{losses[0]:.3f} to {losses[-1]:.3f}; errors of output and gradient, with bfloat16 beside "
+        f"dense float32: {errors[0]:.1e}, {errors[1]:.1e}"
+    )
+    assert losses[-1] < losses[0]
+    assert max(errors) < 2**-6  # a rounding errs by 2**-9; a lost row by about 1
+    moe.free_buffers()
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(usage=argparse.SUPPRESS)
+    parser.add_argument("--ranks", type=int, choices=range(1, MAX_RANKS + 1), help="processes")
+    parser.add_argument("--tokens", type=int, default=512, help="of a rank, at most")
+    parser.add_argument("--steps", type=int, default=20)
+    args = parser.parse_args()
+    if min(args.tokens, args.steps) < 2:
+        parser.error(
+            f"--tokens is {args.tokens} and --steps {args.steps}, but at least 2 are needed"
+        )
+    start(functools.partial(train, tokens=args.tokens, steps=args.steps), args.ranks or 0)
