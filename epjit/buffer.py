@@ -587,8 +587,6 @@ class Buffer:
             )
         if self.runtime is None:
             raise AssertionError("this Buffer is destroyed already")
-        if self._cpu is None:
-            synchronize(self.device)  # before anything is freed: here Ctrl-C may end it
         self._release()
 
     def _release(self) -> None:
@@ -598,6 +596,9 @@ class Buffer:
                     "a Buffer cannot be destroyed while a CUDA graph is captured, for nothing may "
                     "be freed meanwhile; destroy it after the capture"
                 )
+            if self._cpu is None:
+                with suppress(RuntimeError):  # which comes again below, where all is freed
+                    synchronize(self.device)  # before anything is freed: here Ctrl-C may end it
             self._let_go().close()
 
     def _let_go(self) -> Resources:
