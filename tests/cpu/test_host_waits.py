@@ -92,7 +92,7 @@ def test_threads_name_the_operation(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def dispatches_alone(process_group: Any) -> None:
     os.environ.update(EPJIT_TIMEOUT_SECONDS="2", EPJIT_BACKEND="cpu")
-    buffer = Buffer(process_group, 0)
+    buffer = Buffer(process_group, 1 << 20)
     if process_group.rank() == 0:
         layout = buffer.get_dispatch_layout(torch.tensor([[0, 1]]), 2)
         error = caught(
