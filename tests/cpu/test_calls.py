@@ -17,6 +17,7 @@ import torch
 
 from epjit import Buffer
 from epjit.buffer import SLOTS, BufferRuntime
+from epjit.life import Resources
 from epjit.low_latency_checks import LowLatencyChecks
 from epjit.reference.low_latency import LowLatencyDispatched
 from epjit.runtime import driver
@@ -66,10 +67,14 @@ class World:
         monkeypatch.setattr(driver, "using", Context)
         monkeypatch.setattr(driver, "bind", self.bind)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", self.is_capturing)
+        monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+        monkeypatch.setattr("epjit.buffer.synchronize", self.wants("synchronize"))
 
         self.buffer = buffer = Buffer.__new__(Buffer)
         buffer.device = torch.device("cuda", OURS)
         buffer._entered = Turns(OURS)
+        buffer._resources = Resources(buffer._entered)
+        buffer._resources.callback(self.wants("resources.close"))
         buffer.rank, buffer.group_size, buffer._num_domains = 0, RANKS, 1
         buffer.num_nvl_bytes = buffer.num_rdma_bytes = 1 << 20
         buffer.explicitly_destroy, buffer.enable_shrink = True, True
@@ -103,11 +108,12 @@ class World:
             memory=self.part("memory"),
             mask=self.part("mask"),
         )
-        buffer._layout = self.wants("layout")
+        buffer._layout, buffer._values = self.wants("layout"), None
         buffer._empty = lambda forms: [ints for _ in forms]
         buffer._comm = mock.Mock(device=OURS, handle=99, last_call=0)
         checks: Any = mock.Mock(spec=LowLatencyChecks)
         checks.dispatch.return_value = SimpleNamespace(hidden=HIDDEN)
+        checks.send_buffer.return_value = (TOKENS, HIDDEN, EXPERTS)
         buffer._low_latency_checks = checks
         buffer.runtime = BufferRuntime(buffer)
         for name in ("_check_rows", "_check_routing", "_check_returned", "_check_handle"):
@@ -241,9 +247,9 @@ CALLS: dict[str, list[Call]] = {
         Call(lambda b: b.reset(), "low_latency.reset"),
     ],
     "destroy": [
-        Call(lambda b: b.destroy(), "mode.close"),
-        Call(lambda b: b.destroy(), "low_latency.close"),
-        Call(_finalize, "mode.close"),
+        Call(lambda b: b.destroy(), "synchronize"),
+        Call(lambda b: b.destroy(), "resources.close"),
+        Call(_finalize, "resources.close"),
         Call(_finalize, "is_current_stream_capturing"),
     ],
     "get_local_buffer_tensor": [
