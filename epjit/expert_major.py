@@ -338,7 +338,7 @@ def blank(rows: Tensor, count: Tensor) -> None:
     check("rows", rows, shape=("num_rows", "hidden"))
     check("count", count, shape=(1,), dtype=torch.int32, device=rows.device)
     if rows.device.type != "cuda":
-        rows[int(count) :] = 0
+        rows[max(int(count), 0) :] = 0
     elif rows.shape[0]:
         row_bytes = _row_bytes("rows", rows, most=None)
         _launch(BlankConfig(), rows.device.index)(

@@ -203,14 +203,17 @@ def test_unpermute_kernel(
 
 @needs_gxx
 @pytest.mark.parametrize("row_bytes", [16, 8208, 57344])
-@pytest.mark.parametrize(("num_rows", "count"), [(0, 0), (1, 0), (7, 7), (9, 4), (40, 0)])
+@pytest.mark.parametrize(
+    ("num_rows", "count"), [(0, 0), (1, 0), (7, 7), (9, 4), (40, 0), (5, 9), (5, -3)]
+)
 def test_blank_kernel(row_bytes: int, num_rows: int, count: int) -> None:
     rows = copied(torch.randint(1, 256, (num_rows, row_bytes), dtype=torch.uint8))
     wanted = rows.clone()
     arrived = torch.tensor([count], dtype=torch.int32)
     expert_major.blank(wanted, arrived)
-    assert torch.equal(wanted[:count], rows[:count])
-    assert int(wanted[count:].sum()) == 0
+    arrive = max(count, 0)
+    assert torch.equal(wanted[:arrive], rows[:arrive])
+    assert int(wanted[arrive:].sum()) == 0
     sizes = {"num_rows": num_rows, "row_bytes": row_bytes}
     run(BlankConfig(), 2, num_rows, rows=rows, count=copied(arrived), **sizes)
     assert torch.equal(rows, wanted)

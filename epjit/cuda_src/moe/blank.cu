@@ -2,7 +2,7 @@
 // number of rows the other kernels leave them as they were, but where gradients flow they are zero: a
 // product of zero and whatever lies there may be NaN.
 //
-//   rows[r] = 0 for r in [*count, num_rows)
+//   rows[r] = 0 for r in [max(*count, 0), num_rows)
 //
 // Launch: any grid, blank_threads() threads. Where there are no such rows it ends at once.
 #include "epjit/ptx.cuh"
@@ -28,7 +28,7 @@ __device__ void blank(const BlankParams& p) {
   constexpr int kThreads = blank_threads(kCfg);
   const int64_t vecs = p.row_bytes / 16;
   const int64_t last = p.num_rows * vecs;
-  const int64_t first = *p.count * vecs + blockIdx.x * kThreads;
+  const int64_t first = max(*p.count, 0) * vecs + blockIdx.x * kThreads;
   const int64_t step = static_cast<int64_t>(gridDim.x) * kThreads;
   for (int64_t at = first + threadIdx.x; at < last; at += step)
     ptx::st_v4(p.rows + at * 16, Vec16{});
