@@ -1,17 +1,32 @@
-# `make run` and `make test` need nothing installed by hand: they make .venv once, or use the system's
-# python3 where it already has torch and CuPy (a GPU machine). PYTHON=... chooses another interpreter.
+# Nothing has to be installed by hand: `make run` makes .venv with what it needs, the other targets add what they
+# need. Where python3 has that already (a GPU machine), it is used. PYTHON=... chooses another interpreter.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
 .PHONY: help run test test-gpu test-dist test-frameworks bench docs lint type fmt sanitize dist clean
 
 N ?= 4
 ARGS ?=
-CUDA ?= cu13-rdma
-TORCH ?= torch==2.13.0
-NEEDS := torch cupy cuda filelock platformdirs pytest pytest_timeout xdist rich typer
-HAS := python3 -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))'
-ifndef PYTHON
-PYTHON := $(shell $(HAS) $(NEEDS) 2>/dev/null && echo python3 || echo .venv/bin/python)
+CUDA ?= cu13
+GPU := $(shell nvidia-smi -L 2>/dev/null)
+ifneq ($(GPU),)
+TORCH ?= torch==$(if $(filter cu12,$(CUDA)),2.10.0,2.13.0)
+SIZE := 3 GB to download and 7 GB of disk, most of it torch with CUDA
+else
+TORCH ?= torch==2.13.0+cpu --extra-index-url https://download.pytorch.org/whl/cpu
+SIZE := 0.25 GB to download and 1 GB of disk, most of it torch for the CPU
+endif
+RUN_NEEDS := torch numpy filelock platformdirs $(if $(GPU),cupy cuda)
+TEST_NEEDS := $(RUN_NEEDS) cupy cuda pytest pytest_timeout xdist rich typer
+python_with = $(shell python3 -c 'import sys, importlib.util as u; sys.exit(not all(map(u.find_spec, sys.argv[1:])))' \
+	$(1) 2>/dev/null && echo python3 || echo .venv/bin/python)
+ifdef PYTHON
+RUN_PYTHON := $(PYTHON)
+else
+RUN_PYTHON := $(call python_with,$(RUN_NEEDS))
+PYTHON := $(call python_with,$(TEST_NEEDS))
+endif
+ifeq ($(RUN_PYTHON),.venv/bin/python)
+RUN_READY := .venv/.run
 endif
 ifeq ($(PYTHON),.venv/bin/python)
 READY := .venv/.ready
@@ -25,12 +40,12 @@ export PYTHONPATH := $(CURDIR)$(if $(PYTHONPATH),:$(PYTHONPATH))
 SANITIZED = --show-backtrace device --error-exitcode 9 --target-processes all $(PYTHON) -m pytest tests/gpu --timeout 1800 $(ARGS)
 
 help: ## list the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 12
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## /\1\t/' | expand -t 18
 
-run: $(READY) ## a MoE layer over N processes: GPUs if there are any (or one for all), else the CPU
-	$(PYTHON) examples/moe_layer.py $(if $(filter file,$(origin N)),,--ranks $(N)) $(ARGS)
+run: $(RUN_READY) ## train a MoE layer over N processes: GPUs if there are any (or one for all), else the CPU
+	$(RUN_PYTHON) examples/train.py $(if $(filter file,$(origin N)),,--ranks $(N)) $(ARGS)
 
-test: $(READY) $(CU12) ## what needs no GPU: CPU backend, emulated kernels, compiles
+test: $(READY) $(CU12) ## what needs no GPU: CPU backend, emulated kernels, compiles   (a bare pytest: all tiers)
 	$(PYTHON) -m pytest tests/cpu -n auto --dist worksteal $(ARGS)
 
 test-gpu: $(READY) ## one GPU, virtual ranks
@@ -73,15 +88,23 @@ clean: ## remove environments, caches and builds
 format-cuda:
 	git ls-files -co --exclude-standard '*.cu' '*.cuh' '*.h' | xargs -r $(CLANG_FORMAT) $(MODE)
 
-.venv/.ready: pyproject.toml
+.venv/.run:
+	@echo "installing into .venv what \`make run\` needs: $(SIZE)"
 	python3 -m venv .venv
-	.venv/bin/python -m pip install -qq '$(TORCH)' -e '.[$(CUDA),torch,dev]'
+	.venv/bin/python -m pip install -qq $(TORCH)
+	.venv/bin/python -m pip install -qq -e '.$(if $(GPU),[$(CUDA)])'
+	touch $@
+
+.venv/.ready: pyproject.toml | .venv/.run
+	@echo "installing into .venv what tests and docs need: 0.7 GB to download and 1.2 GB of disk more"
+	.venv/bin/python -m pip install -qq -e '.[$(CUDA)-rdma,dev]'
 	touch $@
 
 # A second, tiny environment: the compile tests run every kernel through CUDA 12's NVRTC too. Beside it, the
 # versions of NVSHMEM that the tests link with.
 NVSHMEM_COPIES := $(foreach version,3.4.5 3.8.0,$(version)-cu12 $(version)-cu13)
 .venv-cu12/.ready:
+	@echo "installing into .venv-cu12 compilers of CUDA 12 and four NVSHMEMs to test with: 1.4 GB of disk"
 	python3 -m venv .venv-cu12
 	PYTHONPATH= .venv-cu12/bin/python -m pip install -qq 'cuda-bindings>=12.8,<13' 'nvidia-cuda-nvrtc-cu12==12.8.*' 'nvidia-nvjitlink-cu12==12.8.*' 'nvidia-cuda-runtime-cu12==12.8.*' nvidia-cuda-cccl-cu12 numpy filelock platformdirs
 	for copy in $(NVSHMEM_COPIES); do \

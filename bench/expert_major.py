@@ -130,7 +130,7 @@ def show(row: timing.Row) -> None:
 def main() -> None:
     """Command line."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0] if __doc__ else None)
-    parser.add_argument("--ranks", type=int, default=0, help="0 = all GPUs, or two without any")
+    parser.add_argument("--ranks", type=int, help="by default all GPUs, or two without any")
     parser.add_argument("--tokens", type=int, default=4096, help="a rank")
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--intermediate", type=int, default=2048)
@@ -138,15 +138,18 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--alignment", type=int, default=128)
     args = parser.parse_args()
-    ranks, device = timing.ranks_and_device(args.ranks)
-    settings = normal.Settings(
-        ranks=ranks,
-        hidden=args.hidden,
-        topk=args.topk,
-        experts=args.experts,
-        tokens=(args.tokens,),
-        device=device,
-    )
+    try:
+        ranks, device = timing.ranks_and_device(args.ranks)
+        settings = normal.Settings(
+            ranks=ranks,
+            hidden=args.hidden,
+            topk=args.topk,
+            experts=args.experts,
+            tokens=(args.tokens,),
+            device=device,
+        )
+    except (RuntimeError, ValueError) as error:
+        parser.error(str(error))
     print(f"{args.tokens} tokens, eager, the slowest rank", flush=True)
     timing.run_ranks(worker, ranks, args, settings, timing.free_port(), on_row=show)
 

@@ -63,9 +63,11 @@ def __getattr__(name: str) -> Any:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "torch":
             raise
+        from epjit.remedy import install_command
+
         raise ImportError(
             f"epjit.{name} needs the package torch, which is not installed: "
-            "pip install 'epjit[torch]'",
+            f"{install_command('torch')}",
             name="torch",
         ) from error
     globals()[name] = value

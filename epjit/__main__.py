@@ -15,7 +15,9 @@ def main() -> None:
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] not in ("typer", "rich", "click"):
             raise
-        sys.exit(f"the command line needs the package {error.name}: pip install typer rich")
+        from epjit.remedy import install_command
+
+        sys.exit(f"the command line needs the package {error.name}: {install_command('')}")
     try:
         app()
     except (ImportError, OSError, RuntimeError, ValueError) as error:

@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import operator
-import threading
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
@@ -17,6 +16,7 @@ from epjit.check import (
     check,
     check_aligned,
     check_experts,
+    check_runs,
     check_topk,
     remember,
     signature,
@@ -36,14 +36,21 @@ from epjit.config import (
 )
 from epjit.event import EventHandle, EventOverlap, next_number
 from epjit.formats import choose_format
-from epjit.low_latency_checks import LowLatencyChecks, LowLatencyHandle, check_forms, check_variant
+from epjit.life import Resources, give_back_left, is_capturing, is_ending, watch
+from epjit.low_latency_checks import (
+    LowLatencyChecks,
+    LowLatencyHandle,
+    agree_on_variant,
+    check_forms,
+    check_variant,
+)
 from epjit.reference.cpu_backend import CpuBackend, CpuLowLatency, CpuMemory
 from epjit.reference.intranode import Handle
 from epjit.reference.low_latency import size_hint
 from epjit.runtime.empty import empty_on, matrix, vector
-from epjit.runtime.group import Group
+from epjit.runtime.group import Group, as_process_group
 from epjit.runtime.topology import Topology, find_topology
-from epjit.scope import AnyScope, CpuScope, CurrentStream, GpuScope, Scope
+from epjit.scope import AnyScope, CpuScope, CurrentStream, GpuScope, Scope, Turns
 
 if TYPE_CHECKING:
     from epjit.internode import Internode
@@ -57,6 +64,7 @@ Hook: TypeAlias = Callable[[], None]
 
 _SIZE_ALIGNMENT = 128
 _DEFAULT_SMS = 20
+_DEFAULT_ROW_BYTES, _DEFAULT_TOKENS = 14336, 4096  # what V1's default configs were made for
 _CPU = torch.device("cpu")
 _CPU_SMS = 132  # the CPU backend checks a config as an H200 would
 _INDEX_DTYPES = (torch.int64, torch.int32)
@@ -146,6 +154,12 @@ class Buffer:
     in a low-latency call, `H` elements a row, `K` top-k choices, `E` experts (expert `e` lives on
     rank `e // (E // R)`), `S` scales a token, `n` received rows, `D` NVLink domains.
 
+    Calls come from any thread, whichever GPU is current there, and from any stream, by which the
+    current stream of the Buffer's GPU is meant; on the GPU each runs after the one before. Only
+    replays of a CUDA graph are not seen by the Buffer. They use what the calls use, so replay a
+    graph that has captured calls on the stream of the other calls, or make that stream wait for the
+    replay, and the replay for the calls before it; out of order, each takes the other's rows.
+
     Construction is collective. On a machine with a GPU the buffer lives on the current device;
     without one (or with ``EPJIT_BACKEND=cpu``) the same interface works on CPU tensors with the
     same results.
@@ -155,8 +169,8 @@ class Buffer:
     tensors instead of six.
 
     Args:
-        group: `torch.distributed` process group of any backend. Only its rank, its size and one
-            ``all_gather_object`` are used.
+        group: `torch.distributed` process group of any backend, or a DeviceMesh of one dimension.
+            Only its rank, its size and one ``all_gather_object`` are used.
         num_nvl_bytes: Bytes of the NVLink buffer, a multiple of 128.
             `Config.get_nvl_buffer_size_hint` gives a good value; with less (or more) everything
             works too, in more (or fewer) rounds. About 5 MB are added.
@@ -183,7 +197,7 @@ class Buffer:
             cuts none, None reads ``EPJIT_NVLINK_DOMAIN``. Meant for tests.
 
     Attributes:
-        group: As passed (`comm` when there is no group).
+        group: The process group (`comm` when there is none).
         rank: This rank.
         group_size: `R`.
         num_nvl_bytes: As passed.
@@ -226,12 +240,13 @@ class Buffer:
         del allow_nvlink_for_normal_mode, num_nvl_peers
         self.runtime: BufferRuntime | None = None
         self.explicitly_destroy = explicitly_destroy
-        if group is None and comm is None:
-            raise ValueError(
-                "Buffer needs a process group (group=...) or an mpi4py-like communicator (comm=...)"
-            )
-        links = Group.from_torch(group) if group is not None else Group.from_comm(comm)
-        self.group = group if group is not None else comm
+        check_runs("making a Buffer")
+        if group is None and comm is not None:
+            links = Group.from_comm(comm)
+            self.group = comm
+        else:
+            self.group = as_process_group(group)
+            links = Group.from_torch(self.group)
         self.rank, self.group_size = links.rank, links.size
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.enable_shrink = low_latency_mode, enable_shrink
@@ -240,7 +255,6 @@ class Buffer:
         _check_buffer(links.size, num_nvl_bytes, num_rdma_bytes, nvlink_domain, timeout_seconds)
 
         self._links = links
-        self._lock = threading.RLock()
         self._cpu: CpuBackend | None = None
         self._comm: CommStream | None = None
         self._low_latency: LowLatency | CpuLowLatency | None = None
@@ -249,6 +263,9 @@ class Buffer:
         self._shows_comm = False  # get_comm_stream() was called
         on_gpu = use_gpu()
         self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else _CPU
+        self._entered = Turns(self.device.index)
+        self._resources = Resources(self._entered)
+        give_back_left()
         self._topology = find_topology(
             links, device=self.device.index, domain_size=nvlink_domain, use_fabric=use_fabric
         )
@@ -256,11 +273,18 @@ class Buffer:
         _check_topology(self._topology, num_rdma_bytes, num_qps_per_rank, low_latency_mode)
         if low_latency_mode:
             check_variant(self._num_domains)
+            agree_on_variant(links)
+        self._empty = empty_on(self.device)
+        self._passed: dict[Hashable, bool] = {}  # arguments of the normal mode, see `signature`
+        self._slots = SLOTS if self._num_domains == 1 else SLOTS_BETWEEN_DOMAINS
+        self._low_latency_checks = LowLatencyChecks(
+            links.size, num_rdma_bytes, self.device, self._num_domains
+        )
         if on_gpu:
             try:
                 self._make_on_gpu(timeout_seconds, use_fabric, num_qps_per_rank)
-            except BaseException:
-                self._release()  # what was made; whoever catches this may try a smaller size
+            except BaseException as error:  # whoever catches it may try a smaller size
+                self._let_go().abandon(error)
                 raise
         else:
             self._available_sms = _CPU_SMS
@@ -272,12 +296,6 @@ class Buffer:
                 self._low_latency = CpuLowLatency(
                     links, num_rdma_bytes=num_rdma_bytes, enable_shrink=enable_shrink
                 )
-        self._empty = empty_on(self.device)
-        self._passed: dict[Hashable, bool] = {}  # arguments of the normal mode, see `signature`
-        self._slots = SLOTS if self._num_domains == 1 else SLOTS_BETWEEN_DOMAINS
-        self._low_latency_checks = LowLatencyChecks(
-            links.size, num_rdma_bytes, self.device, self._num_domains
-        )
         self.runtime = BufferRuntime(self)
 
     def _make_on_gpu(
@@ -290,12 +308,15 @@ class Buffer:
         properties = torch.cuda.get_device_properties(self.device)
         self._available_sms = properties.multi_processor_count
         self._comm = CommStream(self.device.index)
+        watch(self)
         several = self._num_domains > 1
         self._layout = Layout(
             self.group_size, self.device, self._topology.domains if several else None
         )
+        self._resources.hold(self._comm, self._layout)
         if timeout_seconds is None:
             timeout_seconds = env.timeout_seconds()
+        timeout_seconds = min(timeout_seconds, env.MOST_SECONDS)
         self._mode: Intranode | Internode
         if several:
             from epjit.internode import Internode
@@ -303,6 +324,7 @@ class Buffer:
             self._mode = Internode(
                 self._links,
                 self._topology,
+                self._resources,
                 num_nvl_bytes=self.num_nvl_bytes,
                 num_rdma_bytes=self.num_rdma_bytes,
                 device=self.device,
@@ -315,6 +337,7 @@ class Buffer:
 
             self._mode = Intranode(
                 self._links,
+                self._resources,
                 num_nvl_bytes=self.num_nvl_bytes,
                 device=self.device,
                 timeout_seconds=timeout_seconds,
@@ -326,6 +349,7 @@ class Buffer:
             self._low_latency = LowLatency(
                 self._links,
                 self._topology,
+                self._resources,
                 num_rdma_bytes=self.num_rdma_bytes,
                 device=self.device,
                 timeout_seconds=timeout_seconds,
@@ -357,7 +381,7 @@ class Buffer:
 
     @staticmethod
     def capture() -> EventOverlap:
-        """An event recorded on the current stream."""
+        """An event recorded on the current stream, with the GPU of the Buffer current."""
         return EventOverlap(EventHandle())
 
     @staticmethod
@@ -367,7 +391,7 @@ class Buffer:
         """The config of dispatch for 1 to 256 ranks; `AssertionError` for others.
 
         `num_sms` is what `set_num_sms` said, else what ``python -m epjit tune`` found for this GPU
-        and the shape nearest to the given one (0 = any), else V1's 20.
+        and a shape like the given one (`epjit.tuned`; 0 = 14336 bytes, 4096 tokens), else V1's 20.
         """
         num_sms = _num_sms("dispatch", num_ranks, hidden_bytes, num_tokens)
         return default_dispatch_config(num_ranks, num_sms)
@@ -377,7 +401,7 @@ class Buffer:
         """The config of combine for 1 to 256 ranks; `AssertionError` for others.
 
         `num_sms` is what `set_num_sms` said, else what ``python -m epjit tune`` found for this GPU
-        and the shape nearest to the given one (0 = any), else V1's 20.
+        and a shape like the given one (`epjit.tuned`; 0 = 14336 bytes, 4096 tokens), else V1's 20.
         """
         num_sms = _num_sms("combine", num_ranks, hidden_bytes, num_tokens)
         return default_combine_config(num_ranks, num_sms)
@@ -434,6 +458,7 @@ class Buffer:
             RuntimeError: The buffer lives on the CPU, where there are no streams.
         """
         if self._comm is None:
+            self._check_alive()
             raise RuntimeError(
                 "this Buffer lives on the CPU, where there is no communication stream"
             )
@@ -463,7 +488,8 @@ class Buffer:
         """
         self._check_alive()
         num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
-        whole = self._memory(use_rdma_buffer).tensor(torch.uint8)
+        with self._entered():
+            whole = self._memory(use_rdma_buffer).tensor(torch.uint8)
         available = (num_bytes - offset) // dtype.itemsize
         if offset < 0 or offset % dtype.itemsize or available < 0:
             raise ValueError(
@@ -510,32 +536,86 @@ class Buffer:
         self._release()
 
     def _release(self) -> None:
-        self.runtime = None
-        mode: Intranode | Internode | None = getattr(self, "_mode", None)
-        try:
-            if self._low_latency is not None:
-                self._low_latency.close()
-        finally:
+        with self._entered():
+            if self._cpu is None and torch.cuda.is_current_stream_capturing():
+                raise RuntimeError(
+                    "a Buffer cannot be destroyed while a CUDA graph is captured, for nothing may "
+                    "be freed meanwhile; destroy it after the capture"
+                )
+            self._let_go().close()
+
+    def _let_go(self) -> Resources:
+        """Ends the use of what was made; the caller gives it back."""
+        self.runtime, self._low_latency, self._comm = None, None, None
+        vars(self).pop("_mode", None)
+        vars(self).pop("_layout", None)
+        return self._resources
+
+    def _drop(self) -> None:
+        """Frees everything, if need be after the capture of a CUDA graph."""
+        with self._entered():
+            captures = is_capturing()  # looks at the streams, too, which go next
+            resources = self._let_go()
+            if captures:
+                resources.leave()
+            else:
+                resources.close()
+
+    def __enter__(self) -> Buffer:
+        """The Buffer itself, to be destroyed at the end of the block, however it was made."""
+        self._check_alive()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Destroys the Buffer; after an exception, without a wait for peers that may not come."""
+        if self.runtime is None:
+            return
+        if kind is None:
+            self._release()
+            return
+        for mode in (vars(self).get("_mode"), self._low_latency):
             if mode is not None:
-                mode.close()
+                with suppress(Exception):  # the exception of the block is the one to see
+                    mode.give_up()
+        with suppress(Exception):
+            self._drop()
+
+    def __repr__(self) -> str:
+        if not hasattr(self, "_slots"):
+            return "<Buffer, not made>"
+        facts = [
+            f"rank {self.rank} of {self.group_size} on {self.device}",
+            f"num_nvl_bytes={self.num_nvl_bytes}",
+            f"num_rdma_bytes={self.num_rdma_bytes}",
+        ]
+        if self._num_domains > 1:
+            facts.append(f"{self._num_domains} NVLink domains")
+        if self.low_latency_mode:
+            facts.append("low_latency_mode" + ", enable_shrink" * self.enable_shrink)
+        if self.runtime is None:
+            facts.append("destroyed")
+        return f"<Buffer: {', '.join(facts)}>"
 
     def __del__(self) -> None:
-        """Frees what is left; waits for no peer that is gone, does nothing in a graph capture."""
-        if getattr(self, "runtime", None) is None:
+        """Frees what is left, if need be after a graph capture; waits for no peer that is gone."""
+        if getattr(self, "runtime", None) is None or not self._resources.is_ours():
             return
         if self.explicitly_destroy:
-            warnings.warn(
-                "a Buffer with explicitly_destroy=True was never destroyed; its memory leaks",
-                RuntimeWarning,
-                stacklevel=1,
-            )
+            if not is_ending():
+                warnings.warn(
+                    "a Buffer with explicitly_destroy=True was never destroyed; its memory leaks",
+                    RuntimeWarning,
+                    stacklevel=1,
+                )
             return
         try:
-            if self._cpu is None and torch.cuda.is_current_stream_capturing():
-                return
-            self._release()
+            self._drop()
         except Exception as error:  # nothing may leave a destructor
             warnings.warn(f"a Buffer could not be freed: {error}", RuntimeWarning, stacklevel=1)
+
+    def _is_captured(self) -> bool:
+        """Whether a graph is being captured, by any thread, on a stream that a call ran on."""
+        return self._comm is not None and self._comm.is_captured(self._last_stream)
 
     def reset(self) -> None:
         """Makes the buffer usable again after a `CommunicationError`; collective.
@@ -547,21 +627,23 @@ class Buffer:
             CommunicationError: A rank does not come; names it.
         """
         self._check_alive(fault=False)
-        self._unreceived = None
-        if self._cpu is not None:
-            self._links.reset()
-        else:
-            self._mode.reset()
-        if self._low_latency is not None:
-            self._low_latency.reset()
+        with self._entered():
+            self._unreceived = None
+            if self._cpu is not None:
+                self._cpu.reset()
+            else:
+                self._mode.reset()
+            if self._low_latency is not None:
+                self._low_latency.reset()
 
     def check_fault(self) -> None:
-        """Raises what a wait on the device left behind, as the next operation would.
+        """Raises what an operation on the device left behind, as the next one would.
 
         A host that only replays CUDA graphs calls this where it synchronises.
 
         Raises:
-            CommunicationError: Names operation, rank and peer.
+            CommunicationError: A peer did not come: names operation, rank and peer. Or more rows
+                came than `num_worst_tokens`: names operation, rank, how many came and how many fit.
         """
         self._check_alive()
 
@@ -603,23 +685,31 @@ class Buffer:
             return
         from epjit.normal_mode import warmup_shapes
 
-        for shape in warmup_shapes(
+        shapes = warmup_shapes(
             hidden_bytes,
             num_topk=num_topk,
             num_scales=num_scales,
             topk_is_int64=topk_idx_dtype == torch.int64,
             is_f16=combine_dtype == torch.float16,
-        ):
-            self._mode.launch(shape)
-        self._mode.compile_ahead(env.torch_cuda_arch_list())
+        )
+        with self._entered():
+            for shape in shapes:
+                self._mode.launch(shape)
+            self._mode.compile_ahead(env.torch_cuda_arch_list())
 
     def _check_alive(self, *, fault: bool = True) -> None:
+        check_runs("a call of a Buffer")
         if self.runtime is None:
             raise RuntimeError("this Buffer is destroyed")
-        if fault and self._cpu is None:
-            self._mode.raise_fault()
-            if self._low_latency is not None:
-                self._low_latency.raise_fault()
+        give_back_left()
+        if not fault:
+            return
+        if self._cpu is not None:
+            self._cpu.raise_fault()
+            return
+        self._mode.raise_fault()
+        if self._low_latency is not None:
+            self._low_latency.raise_fault()
 
     # ---- operations ------------------------------------------------------------------------------
 
@@ -636,9 +726,10 @@ class Buffer:
         Args:
             topk_idx: int64 or int32 `[T, K]`; anything outside `[0, E)` is no selection.
             num_experts: `E`, a multiple of `R`.
-            previous_event: What to wait for instead of the current stream.
+            previous_event: What to wait for instead of the current stream. Outputs then belong to
+                the communication stream, and torch's allocator knows who else uses them.
             async_finish: Return an event instead of making the current stream wait.
-            allocate_on_comm_stream: Outputs belong to the communication stream.
+            allocate_on_comm_stream: V1's flag, which `previous_event` includes.
 
         Returns:
             `num_tokens_per_rank` int32 `[R]`, `num_tokens_per_rdma_rank` int32 `[D]` (None in one
@@ -671,13 +762,15 @@ class Buffer:
             vector(torch.int32, num_experts),
             matrix(torch.bool, topk_idx.shape[0], self.group_size),
         )
-        with self._lock:
-            scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
+        with (
+            self._entered(),
+            self._scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
+        ):
             with scope.allocating():
                 per_rank, per_rdma_rank, per_expert, in_rank = self._empty(forms)
             scope.start()
             self._layout(scope.stream, topk_idx, per_rank, per_rdma_rank, per_expert, in_rank)
-            event = scope.finish((topk_idx, per_rank, per_rdma_rank, per_expert, in_rank))
+            event = scope.finish((topk_idx,), (per_rank, per_rdma_rank, per_expert, in_rank))
         return per_rank, per_rdma_rank, per_expert, in_rank, event
 
     def dispatch(
@@ -730,13 +823,17 @@ class Buffer:
             topk_idx: int64 or int32 `[T, K]`, `K <= 32`, with `topk_weights` or not at all.
             topk_weights: float32 `[T, K]`.
             expert_alignment: Counts in the returned list are rounded up to a multiple of it.
-            num_worst_tokens: Rows of every output, at least what arrives. The host then does not
-                wait (capturable), and the list is empty; rows that nothing arrived for are -1 in
-                `recv_topk_idx`, undefined elsewhere.
+            num_worst_tokens: Rows of every output, at least what arrives: `R` times the most tokens
+                of any rank. The host then does not wait (capturable), and the list is empty; rows
+                that nothing arrived for are -1 in `recv_topk_idx`, undefined elsewhere. If more
+                arrive, the last ones are left out here and in the sums of `combine`, all else goes
+                on, on the other ranks too, and the next call of this rank (or `check_fault`) raises
+                a `CommunicationError` that says how many came. The Buffer needs no `reset`.
             config: Only `num_sms` matters; None is `get_dispatch_config`.
-            previous_event: What to wait for instead of the current stream.
+            previous_event: What to wait for instead of the current stream. Outputs then belong to
+                the communication stream, and torch's allocator knows who else uses them.
             async_finish: Return an event instead of making the current stream wait.
-            allocate_on_comm_stream: Outputs belong to the communication stream.
+            allocate_on_comm_stream: V1's flag, which `previous_event` includes.
 
         Returns:
             `recv_x` `[n, H]` (with scales: a tuple with float32 or int32 `[n, S]`, row-major),
@@ -768,12 +865,14 @@ class Buffer:
                 recv_x, recv_scales = self._cpu.cached_dispatch(rows, scales, handle)
                 event = cpu_scope.finish()
             else:
-                with self._lock:
-                    scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
+                with (
+                    self._entered(),
+                    self._scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
+                ):
                     recv_x, recv_scales = self._mode.cached_dispatch(
                         scope, rows, scales, handle, num_sms=config.num_sms
                     )
-                event = scope.finish((rows, scales, recv_x, recv_scales, *handle))
+                    event = scope.finish((rows, scales, *handle), (recv_x, recv_scales))
             return _payload(recv_x, recv_scales), None, None, None, None, event
 
         self._check_routing(
@@ -805,17 +904,19 @@ class Buffer:
             )
             event = cpu_scope.finish()
         else:
-            if num_worst_tokens == 0 and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "dispatch must read the number of received rows on the host, which a CUDA "
-                    "graph cannot; pass num_worst_tokens (rows enough for the worst case), or a "
-                    "handle"
-                )
             counts = [num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert]
             if per_rdma_rank is not None:
                 counts.insert(1, per_rdma_rank)
-            with self._lock:
-                scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
+            with (
+                self._entered(),
+                self._scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
+            ):
+                if num_worst_tokens == 0 and torch.cuda.is_current_stream_capturing():
+                    raise RuntimeError(
+                        "dispatch must read the number of received rows on the host, which a CUDA "
+                        "graph cannot; pass num_worst_tokens (rows enough for the worst case), or "
+                        "a handle"
+                    )
                 result = self._mode.dispatch(
                     scope,
                     rows,
@@ -827,15 +928,14 @@ class Buffer:
                     num_worst_tokens=num_worst_tokens,
                     num_sms=config.num_sms,
                 )
-            outputs = (
-                result.recv_x,
-                result.recv_scales,
-                result.recv_topk_idx,
-                result.recv_topk_weights,
-            )
-            event = scope.finish(
-                (rows, scales, topk_idx, topk_weights, *counts, *outputs, *result.handle)
-            )
+                outputs = (
+                    result.recv_x,
+                    result.recv_scales,
+                    result.recv_topk_idx,
+                    result.recv_topk_weights,
+                    *result.handle,
+                )
+                event = scope.finish((rows, scales, topk_idx, topk_weights, *counts), outputs)
         return (
             _payload(result.recv_x, result.recv_scales),
             result.recv_topk_idx,
@@ -868,9 +968,10 @@ class Buffer:
             topk_weights: float32 `[n, K]`, summed over ranks as well, or None.
             bias: `[T, H]` of x's dtype, or a pair of them, or None.
             config: Only `num_sms` matters; None is `get_combine_config`.
-            previous_event: What to wait for instead of the current stream.
+            previous_event: What to wait for instead of the current stream. Outputs then belong to
+                the communication stream, and torch's allocator knows who else uses them.
             async_finish: Return an event instead of making the current stream wait.
-            allocate_on_comm_stream: Outputs belong to the communication stream.
+            allocate_on_comm_stream: V1's flag, which `previous_event` includes.
 
         Returns:
             `combined_x` `[T, H]`, `combined_topk_weights` float32 `[T, K]` or None, the event.
@@ -900,13 +1001,17 @@ class Buffer:
                 x, handle, topk_weights, (bias_0, bias_1)
             )
             return combined_x, combined_weights, cpu_scope.finish()
-        with self._lock:
-            scope = self._scope(previous_event, async_finish, allocate_on_comm_stream)
+        with (
+            self._entered(),
+            self._scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
+        ):
             combined_x, combined_weights = self._mode.combine(
                 scope, x, handle, topk_weights, (bias_0, bias_1), num_sms=config.num_sms
             )
-        tensors = (x, topk_weights, bias_0, bias_1, combined_x, combined_weights, *handle)
-        return combined_x, combined_weights, scope.finish(tensors)
+            event = scope.finish(
+                (x, topk_weights, bias_0, bias_1, *handle), (combined_x, combined_weights)
+            )
+        return combined_x, combined_weights, event
 
     # V1's names for a group that spans nodes; there `dispatch` and `combine` lead to them.
     internode_dispatch = dispatch
@@ -997,8 +1102,7 @@ class Buffer:
             recv_stats=cumulative_local_expert_recv_stats,
             wait_cost=dispatch_wait_recv_cost_stats,
         )
-        with self._lock:
-            scope = self._low_latency_scope(async_finish)
+        with self._entered(), self._low_latency_scope(async_finish) as scope:
             received, receive = mode.dispatch(
                 scope,
                 call,
@@ -1010,16 +1114,16 @@ class Buffer:
                 split=return_recv_hook,
             )
             hook = self._hook("low_latency_dispatch", receive, scope.stream)
-        event = scope.finish_keeping(
-            (
-                x,
-                topk_idx,
-                global_scale,
-                cumulative_local_expert_recv_stats,
-                dispatch_wait_recv_cost_stats,
-                *received,
+            event = scope.finish_keeping(
+                (
+                    x,
+                    topk_idx,
+                    global_scale,
+                    cumulative_local_expert_recv_stats,
+                    dispatch_wait_recv_cost_stats,
+                    *received,
+                )
             )
-        )
         handle = (
             received.src_info,
             received.layout_range,
@@ -1086,8 +1190,7 @@ class Buffer:
             wait_cost=combine_wait_recv_cost_stats,
         )
         src_info = handle[0]
-        with self._lock:
-            scope = self._low_latency_scope(async_finish)
+        with self._entered(), self._low_latency_scope(async_finish) as scope:
             combined_x, receive = mode.combine(
                 scope,
                 call,
@@ -1100,16 +1203,16 @@ class Buffer:
                 split=return_recv_hook,
             )
             hook = self._hook("low_latency_combine", receive, scope.stream)
-        event = scope.finish_keeping(
-            (
-                x,
-                topk_idx,
-                topk_weights,
-                src_info,
-                combined_x,
-                combine_wait_recv_cost_stats,
+            event = scope.finish_keeping(
+                (
+                    x,
+                    topk_idx,
+                    topk_weights,
+                    src_info,
+                    combined_x,
+                    combine_wait_recv_cost_stats,
+                )
             )
-        )
         return combined_x, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
@@ -1131,7 +1234,8 @@ class Buffer:
         mode = self._low_latency_mode("get_next_low_latency_combine_buffer", received=False)
         self._low_latency_checks.send_buffer(handle)
         _, _, max_tokens, hidden, num_experts = handle
-        return mode.send_buffer(num_experts=num_experts, max_tokens=max_tokens, hidden=hidden)
+        with self._entered():
+            return mode.send_buffer(num_experts=num_experts, max_tokens=max_tokens, hidden=hidden)
 
     def clean_low_latency_buffer(
         self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
@@ -1258,15 +1362,17 @@ class Buffer:
             raise ValueError(f"num_topk is {num_topk}, but must be between 1 and {MAX_TOPK}")
         if isinstance(mode, CpuLowLatency):
             return
-        mode.warmup(
-            hidden=hidden,
-            num_experts=num_experts,
-            num_topk=num_topk,
-            topk_is_int64=topk_idx_dtype == torch.int64,
-            row_format=row_format,
-            use_logfmt=use_logfmt,
-            archs=env.torch_cuda_arch_list(),
-        )
+        with self._entered():
+            mode.warmup(
+                max_tokens=num_max_dispatch_tokens_per_rank,
+                hidden=hidden,
+                num_experts=num_experts,
+                num_topk=num_topk,
+                topk_is_int64=topk_idx_dtype == torch.int64,
+                row_format=row_format,
+                use_logfmt=use_logfmt,
+                archs=env.torch_cuda_arch_list(),
+            )
 
     def _low_latency_mode(self, op: str, *, received: bool = True) -> LowLatency | CpuLowLatency:
         """What runs the low-latency calls; `received`: no hook may be left to call."""
@@ -1284,7 +1390,7 @@ class Buffer:
         return self._low_latency
 
     def _low_latency_scope(self, async_finish: bool) -> AnyScope:
-        """Where a low-latency call runs. To be called under the lock."""
+        """Where a low-latency call runs. To be called in its turn."""
         if self._comm is None:
             return CpuScope(async_finish=async_finish)
         return self._scope(None, async_finish, False, is_low_latency=True)
@@ -1296,10 +1402,9 @@ class Buffer:
         Yields:
             Handle of the current stream.
         """
-        with self._lock:
-            scope = self._low_latency_scope(False)
+        with self._entered(), self._low_latency_scope(False) as scope:
             yield scope.stream
-            scope.finish(())
+            scope.finish()
 
     def _hook(self, op: str, receive: Hook | None, stream: int) -> Hook | None:
         """What the caller gets for `receive`: it can be called once, and until reset()."""
@@ -1309,7 +1414,7 @@ class Buffer:
 
         def hook() -> None:
             self._check_alive()
-            with self._lock:
+            with self._entered():
                 if self._unreceived is not unreceived:
                     raise RuntimeError(
                         f"this hook of {op} was called already, or the Buffer was reset since; "
@@ -1317,9 +1422,11 @@ class Buffer:
                     )
                 self._unreceived = None
                 self._follow(stream)
-                receive()
-                if self._comm is not None:
-                    self._comm.last_call = next_number()
+                try:
+                    receive()
+                finally:
+                    if self._comm is not None:
+                        self._comm.last_call = next_number()
 
         return hook
 
@@ -1346,8 +1453,8 @@ class Buffer:
         """Where a call runs: only what overlaps with the caller needs a stream of its own.
 
         (From one stream to another and back costs the GPU 3 us, and 20 to 35 on slow hosts.) Calls
-        follow each other on the device, whatever streams they are made from. To be called under
-        the lock, where the call is queued.
+        follow each other on the device, whatever streams they are made from. To be called in the
+        turn in which the call is queued.
         """
         assert self._comm is not None
         event = None if previous_event is None else previous_event.event
@@ -1592,11 +1699,14 @@ class Buffer:
 
 
 def _num_sms(op: str, num_ranks: int, hidden_bytes: int, num_tokens: int) -> int:
-    if Buffer._sms_are_set or Buffer.num_sms != _DEFAULT_SMS or not tuned.load():
+    if Buffer._sms_are_set or Buffer.num_sms != _DEFAULT_SMS or not tuned.load() or not use_gpu():
         return Buffer.num_sms
-    gpu = torch.cuda.get_device_name() if use_gpu() else tuned.CPU
     found = tuned.best(
-        op, gpu=gpu, num_ranks=num_ranks, hidden_bytes=hidden_bytes, num_tokens=num_tokens
+        op,
+        gpu=torch.cuda.get_device_name(),
+        num_ranks=num_ranks,
+        hidden_bytes=hidden_bytes or _DEFAULT_ROW_BYTES,
+        num_tokens=num_tokens or _DEFAULT_TOKENS,
     )
     return Buffer.num_sms if found is None else found.num_sms
 

@@ -5,12 +5,85 @@ from __future__ import annotations
 from typing import TypeVar
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
 from epjit.config import MAX_TOPK
 
 K = TypeVar("K")
 V = TypeVar("V")
 MOST_REMEMBERED = 4096  # a few MB
+
+# torch has no public names for these.
+_num_modes, _mode = torch._C._len_torch_dispatch_stack, torch._C._get_dispatch_mode
+_FAKE = torch._C._TorchDispatchModeKey.FAKE
+_transform = torch._C._functorch.peek_interpreter_stack
+_is_transformed = torch._C._functorch.is_functorch_wrapped_tensor
+
+
+def check_runs(what: str) -> None:
+    """Checks that tensors which are made here have values, as communication needs them.
+
+    Args:
+        what: What is about to be done, for the message.
+
+    Raises:
+        RuntimeError: A FakeTensorMode is active.
+    """
+    if _num_modes() and _mode(_FAKE) is not None:
+        raise RuntimeError(
+            f"{what} communicates, and under FakeTensorMode there is nothing to send; leave the "
+            "mode, or call epjit.moe's functions, which give shapes there"
+        )
+
+
+def is_dry(tensor: torch.Tensor) -> bool:
+    """Whether only shapes are asked for: a meta or fake tensor, or an active FakeTensorMode."""
+    is_active = _num_modes() and _mode(_FAKE) is not None
+    return is_active or tensor.is_meta or isinstance(tensor, FakeTensor)
+
+
+def check_dry_rows(x: torch.Tensor, num_worst_tokens: int) -> None:
+    """Checks that the shape of what a dry run (`is_dry`) receives can be said.
+
+    Raises:
+        ValueError: It depends on values, and there are no symbols for such sizes.
+    """
+    mode = _mode(_FAKE) or getattr(x, "fake_mode", None)
+    if not num_worst_tokens and (mode is None or mode.shape_env is None):
+        raise ValueError(
+            "how many rows arrive is known only when tokens travel, and meta and fake tensors do "
+            "not: pass num_worst_tokens, or use FakeTensorMode(shape_env=ShapeEnv()), where the "
+            "number is a symbol"
+        )
+
+
+def check_no_transform(name: str, tensor: torch.Tensor) -> None:
+    """Checks that a tensor belongs to no transform of torch.func.
+
+    Raises:
+        ValueError: It does; torch would say so in other words, or not.
+    """
+    if _is_transformed(tensor):
+        raise ValueError(
+            f"{name} belongs to a transform of torch.func (grad, vjp, vmap, ...), which can see "
+            "nothing of communication; take gradients of epjit.moe's functions by torch.autograd "
+            "(requires_grad_() and backward(), or torch.autograd.grad)"
+        )
+
+
+def _check_values(name: str, tensor: torch.Tensor) -> None:
+    """Checks that a tensor has values, not only a shape.
+
+    Raises:
+        ValueError: It is a meta or a fake tensor, or belongs to a transform of torch.func.
+    """
+    if is_dry(tensor):
+        raise ValueError(
+            f"{name} is {'on meta' if tensor.is_meta else 'a fake tensor'}, which has a shape and "
+            "no values to send; pass a real tensor, or call epjit.moe's functions, which give "
+            "shapes for it"
+        )
+    check_no_transform(name, tensor)
 
 
 def check(
@@ -39,10 +112,11 @@ def check(
 
     Raises:
         TypeError: Not a tensor, or another dtype.
-        ValueError: Another shape or device, or not contiguous.
+        ValueError: Another shape or device, not contiguous, or without values.
     """
     if not isinstance(tensor, torch.Tensor):
         raise TypeError(f"{name} is a {type(tensor).__name__}, expected a torch.Tensor")
+    _check_values(name, tensor)
     got = tensor.shape
     fits = len(got) == len(shape)
     if fits:  # a loop: any() with a generator takes 1 us more, and a call makes up to six checks
@@ -78,12 +152,14 @@ def check(
 
 def signature(*tensors: torch.Tensor | None) -> tuple[object, ...]:
     """What `check` looks at: where it is equal, the checks that passed once pass again."""
+    if _transform() is not None:  # its tensors look like others
+        return (object(),)
     try:
         return tuple(
             [
                 None
                 if each is None
-                else (each.shape, each.dtype, each.device, each.is_contiguous())
+                else (type(each), each.shape, each.dtype, each.device, each.is_contiguous())
                 for each in tensors
             ]
         )

@@ -6,7 +6,6 @@ of the call, never at import. ``VARIABLES`` lists all of them, for documentation
 
 from __future__ import annotations
 
-import math
 import os
 import re
 from collections.abc import Callable
@@ -17,6 +16,8 @@ from typing import Generic, TypeVar
 from epjit.runtime.device import arch_name
 
 T = TypeVar("T")
+MOST_SECONDS = 1e9
+"""Of a wait: 31 years; ten times as many nanoseconds do not fit into 64 bits with a sign."""
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,9 @@ def _flag(text: str) -> bool:
     raise ValueError
 
 
-def _positive(text: str) -> float:
+def _seconds(text: str) -> float:
     number = float(text)
-    if not (number > 0 and math.isfinite(number)):
+    if not 0 < number <= MOST_SECONDS:
         raise ValueError
     return number
 
@@ -128,10 +129,10 @@ cache_dir: Variable[Path | None] = Variable(
 )
 timeout_seconds: Variable[float] = Variable(
     "EPJIT_TIMEOUT_SECONDS",
-    "a number greater than 0",
+    "a number greater than 0, at most 1e9",
     100.0,
     "Seconds that a wait for a peer lasts before it raises CommunicationError.",
-    _positive,
+    _seconds,
 )
 assert_compile: Variable[bool] = Variable(
     "EPJIT_ASSERT_COMPILE",
@@ -186,7 +187,8 @@ low_latency_num_sms: Variable[int] = Variable(
     "EPJIT_LOW_LATENCY_NUM_SMS",
     "a whole number, 0 or more",
     0,
-    "Most SMs (blocks) of a low-latency kernel; 0 means all that the GPU has.",
+    "Most SMs (blocks) of a low-latency kernel; 0 means all that the GPU has. While a peer is late "
+    "most of them are free for other kernels.",
     _natural,
 )
 disable_sm90_features: Variable[bool] = Variable(

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class CommunicationError(RuntimeError):
-    """A peer did not come, or did not answer in time.
+    """A peer did not come, or did not answer in time; or more rows came than there was room for.
 
     Attributes:
         op: Operation that waited, such as ``"dispatch"``; None when it is not known.
@@ -16,8 +16,8 @@ class CommunicationError(RuntimeError):
         peer: Rank that was waited for, or None when there was not exactly one.
         missing: All ranks that were waited for.
         index: What of the peer was waited for (token, expert, ...), or None.
-        expected: Value that the wait expected, or None.
-        seen: Value that the wait saw last, or None.
+        expected: Value that the wait expected, or how many rows there was room for; or None.
+        seen: Value that the wait saw last, or how many rows came; or None.
         epoch: Number of the call on the waiting rank, or None.
     """
 
@@ -57,31 +57,33 @@ class CompileError(RuntimeError):
         self.log = log
 
 
-def missing_package(package: str, *, reason: str = "", extra: str = "") -> ImportError:
+def missing_package(package: str, *, reason: str = "", extra: str = "cu*") -> ImportError:
     """Builds the error for a package that is not installed.
 
     Args:
         package: Name of the distribution, such as ``"cuda-bindings"``.
         reason: What the import system said.
-        extra: End of the extra's name, after ``cu12`` or ``cu13``.
+        extra: The extra that brings it, as for `remedy.install_command`.
 
     Returns:
         An ImportError that names the package and the command that installs it.
     """
+    from epjit.remedy import install_command
+
     detail = f" ({reason})" if reason else ""
     return ImportError(
         f"epjit needs the package {package}, which cannot be imported{detail}: "
-        f"pip install 'epjit[cu13{extra}]' (with a CUDA 12 driver: pip install "
-        f"'epjit[cu12{extra}]')"
+        f"{install_command(extra)}"
     )
 
 
-def require(module: str, *, package: str) -> Any:
+def require(module: str, *, package: str, extra: str = "cu*") -> Any:
     """Imports a module that only some installations have.
 
     Args:
         module: Dotted name of the module.
         package: Distribution that holds it, for the message.
+        extra: The extra that brings it, as for `remedy.install_command`.
 
     Returns:
         The module.
@@ -92,4 +94,4 @@ def require(module: str, *, package: str) -> Any:
     try:
         return importlib.import_module(module)
     except ImportError as error:
-        raise missing_package(package, reason=str(error)) from error
+        raise missing_package(package, reason=str(error), extra=extra) from error

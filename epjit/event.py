@@ -21,24 +21,40 @@ class EventHandle:
         stream: Stream to record on; the current stream when None.
     """
 
-    __slots__ = ("_event", "_number", "_stream")
+    __slots__ = ("_device", "_event", "_number", "_stream")
 
     def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
         self._event: torch.cuda.Event | None = None
         if torch.cuda.is_available():
             self._event = torch.cuda.Event()
             stream = stream if stream is not None else torch.cuda.current_stream()
+            self._stream, self._device = stream.cuda_stream, stream.device_index
+            # Before it records: of two numbers the higher is that of the event that covers more,
+            # also when another thread queues something, and draws, in between.
+            self._number = next_number()
             self._event.record(stream)
-            self._stream, self._number = stream.cuda_stream, next_number()
 
     def covers(self, stream: int, number: int) -> bool:
         """Whether it stands for all that was on a stream when a number was drawn."""
         return self._event is not None and self._stream == stream and self._number > number
 
+    def check_device(self, device: int) -> None:
+        """Refuses an event of another GPU, where nothing of a call's own GPU was waited for.
+
+        Raises:
+            RuntimeError: It is one.
+        """
+        if self._event is not None and self._device != device:
+            raise RuntimeError(
+                f"previous_event was recorded on cuda:{self._device}, but this Buffer is on "
+                f"cuda:{device}: a thread starts with cuda:0 as its current device; call "
+                f"torch.cuda.set_device({device}) in it before Buffer.capture()"
+            )
+
     def current_stream_wait(self) -> None:
-        """Makes the stream that is current now wait for the event."""
+        """Makes the current stream of the event's GPU wait for the event."""
         if self._event is not None:
-            torch.cuda.current_stream().wait_event(self._event)
+            torch.cuda.current_stream(self._device).wait_event(self._event)
 
     def stream_wait(self, stream: torch.cuda.Stream | None) -> None:
         """Makes `stream` wait for the event."""
@@ -66,7 +82,7 @@ class EventOverlap:
         self.extra_tensors = extra_tensors
 
     def current_stream_wait(self) -> None:
-        """Makes the stream that is current now wait for the event.
+        """Makes the current stream of the event's GPU wait for the event.
 
         Raises:
             AssertionError: There is no event: the operation was not asynchronous.
@@ -90,4 +106,4 @@ class EventOverlap:
     ) -> None:
         """Makes the current stream wait for the event, if there is one."""
         if self.event is not None:
-            self.event.current_stream_wait()
+            self.current_stream_wait()

@@ -1,4 +1,4 @@
-"""Formats of the rows that low-latency dispatch delivers: names, sizes, dtypes and formulas.
+"""Formats of the rows that low-latency dispatch delivers: sizes, dtypes, formulas, `dequantize`.
 
 A row of `H` bfloat16 channels is cast by the sender. Blocks of neighbouring channels share a scale;
 `amax` is the largest magnitude of a block. Every step below is one IEEE operation in float32
@@ -202,3 +202,75 @@ def choose_format(
             "pass round_scale=True too"
         )
     return FP8_UE8M0 if use_ue8m0 else FP8_ROUND if round_scale else FP8
+
+
+def dequantize(
+    rows: torch.Tensor,
+    scales: torch.Tensor | None = None,
+    *,
+    global_scale: torch.Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+) -> torch.Tensor:
+    """The values of rows that a low-latency dispatch delivered; the dtypes say in which format.
+
+    `dequantize(*recv_x)` takes whole slabs, `dequantize(recv_x[0][e, :n], recv_x[1][e, :n])` the
+    rows of one expert. Nothing waits for the device, and a CUDA graph may capture it.
+
+    Args:
+        rows: `[..., columns]`, any strides: bfloat16, float8_e4m3fn, or uint8 (two channels a
+            byte).
+        scales: `[..., S]`, any strides: float32, int32 (four exponents each), float8_e8m0fnu, or
+            with uint8 rows float8_e4m3fn. None with bfloat16 rows.
+        global_scale: float32 `[1]`, what the dispatch was given; with uint8 rows only.
+        dtype: Of the result; the values are made in float32 and rounded once.
+
+    Returns:
+        `[..., H]`, the `value` of the format's formula, bit for bit.
+
+    Raises:
+        TypeError: Dtypes that belong to no format.
+        ValueError: Shapes that do not belong together; `global_scale` is missing, or of no use.
+    """
+    pair = rows.dtype, None if scales is None else scales.dtype
+    row_format = next((each for each in FORMATS if (each.x_dtype, each.scale_dtype) == pair), None)
+    if row_format is None:
+        known = ", ".join(f"{each.x_dtype} and {each.scale_dtype}" for each in FORMATS)
+        raise TypeError(
+            f"rows of {pair[0]} with scales of {pair[1]} are no format; known are {known}; pass "
+            "both as low_latency_dispatch returned them"
+        )
+    if (row_format is NVFP4) is (global_scale is None):
+        raise ValueError(
+            f"global_scale is {'missing' if global_scale is None else 'given'}, but rows in "
+            f"{row_format.name} have {'one' if row_format is NVFP4 else 'none'}; pass what "
+            "low_latency_dispatch was given"
+        )
+    if scales is None:
+        return rows.to(dtype)
+    hidden = rows.shape[-1] * 8 * rows.element_size() // row_format.bits
+    expected = (*rows.shape[:-1], row_format.num_scale_columns(hidden))
+    if scales.shape != expected or hidden % row_format.block:
+        raise ValueError(
+            f"scales have shape {tuple(scales.shape)}, but rows of shape {tuple(rows.shape)} in "
+            f"{row_format.name} have scales of shape {expected}"
+        )
+    if row_format in (FP8_UE8M0, MXFP8):
+        bits = scales.contiguous().view(torch.uint8).to(torch.int32) << 23
+        factors = bits.masked_fill(bits == 0, 1 << 22).view(torch.float32)  # byte 0 is 2**-127
+    else:
+        factors = scales.to(torch.float32)
+    values = _e2m1_values(rows) if row_format is NVFP4 else rows.to(torch.float32)
+    blocks = values.unflatten(-1, (factors.shape[-1], row_format.block)) * factors.unsqueeze(-1)
+    if global_scale is not None:
+        blocks = blocks / global_scale
+    return blocks.flatten(-2).to(dtype)
+
+
+def _e2m1_values(rows: torch.Tensor) -> torch.Tensor:
+    """Two channels a byte, the lower bits first, as float32.
+
+    A code of e2m1 with its bits at the top of those of an e4m3 is the same value over 64.
+    """
+    codes = torch.stack((rows & 15, rows >> 4), dim=-1).flatten(-2)
+    e4m3 = (codes & 7) << 2 | (codes & 8) << 4
+    return e4m3.view(torch.float8_e4m3fn).to(torch.float32) * 64

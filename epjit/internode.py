@@ -10,6 +10,7 @@ look at and write to the bytes that they asked for between operations. The kerne
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -30,7 +31,7 @@ from epjit.normal_mode import (
 from epjit.reference.intranode import Dispatched
 from epjit.runtime import variants
 from epjit.runtime.device import shared_limit
-from epjit.runtime.group import Group
+from epjit.runtime.group import BUFFER, Group
 from epjit.runtime.jit import KernelConfig, Launch
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import make_transport
@@ -70,8 +71,8 @@ class InternodeNotifyConfig(KernelConfig):
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: a sum a warp, the rows of each source."""
-        return 4 * (self.threads // 32 + self.num_domains * self.num_local)
+        """Dynamic shared memory: a sum a warp; the rows of each source for each local rank."""
+        return 4 * (self.threads // 32 + (self.num_domains * self.num_local + 1) * self.num_local)
 
     @property
     def tag(self) -> str:
@@ -291,8 +292,8 @@ class _DomainGroup(Group):
         self._whole, self._ranks = whole, ranks
         self.rank, self.size = ranks.index(whole.rank), len(ranks)
 
-    def allgather(self, obj: Any) -> list[Any]:
-        everyone = self._whole.allgather(obj)
+    def allgather(self, obj: Any, *, op: str = BUFFER) -> list[Any]:
+        everyone = self._whole.allgather(obj, op=op)
         return [everyone[rank] for rank in self._ranks]
 
     def reset(self) -> None:
@@ -327,7 +328,7 @@ class _Rings:
         self.arrived = self.notify_arrived + num_domains * 8
         self.staged = self.arrived + num_domains * self.max_slots * 8
         self.notify_inbox = _align(self.staged + num_domains * self.max_slots * 8)
-        self.notify_stride = _align(1 + num_local * (1 + MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS), 4)
+        self.notify_stride = _align(2 + num_local * (1 + MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS), 4)
         self.notify_stage = self.notify_inbox + num_domains * self.notify_stride * 4
         self.total = _align(self.notify_stage + num_domains * self.notify_stride * 4)
 
@@ -340,6 +341,7 @@ class Internode(NormalMode):
     Args:
         group: The ranks.
         topology: Their domains, more than one.
+        resources: Gets what this makes; its owner closes it, also when this cannot be made.
         num_nvl_bytes: Bytes of slots.
         num_rdma_bytes: Bytes of inboxes and stages.
         device: The GPU of this rank.
@@ -355,6 +357,7 @@ class Internode(NormalMode):
         self,
         group: Group,
         topology: Topology,
+        resources: ExitStack,
         *,
         num_nvl_bytes: int,
         num_rdma_bytes: int,
@@ -366,6 +369,7 @@ class Internode(NormalMode):
         num_domains, num_local = topology.num_domains, topology.num_local
         super().__init__(
             group,
+            resources,
             device=device,
             timeout_seconds=timeout_seconds,
             num_counters=2 + 2 * group.size + 5 * num_domains,
@@ -381,17 +385,22 @@ class Internode(NormalMode):
             num_qps_per_rank=num_qps_per_rank,
             use_fabric=use_fabric,
         )
+        resources.callback(self._transport.close)
         notify_kernel = self._kernel(
             InternodeNotifyConfig(num_domains, num_local), self._transport.name
         )
         self.rdma_memory = self._transport.allocate(self._rings.total)
+        resources.callback(self.rdma_memory.close)
         self.memory = SymmetricMemory(
             self._arena.total,
             group=_DomainGroup(group, topology.domains[topology.domain]),
             device=device.index,
             fabric=use_fabric,
         )
+        resources.callback(self.memory.close)
         ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
+        # What a notify leaves for its dispatch: how many tokens of each channel fit.
+        self._fits = torch.zeros((num_domains, num_local), **ints)
         self._ranks = torch.tensor(topology.domains, **ints)
         self._pes = torch.tensor(self._transport.pes, **ints)
         self._notify = Launch(
@@ -401,9 +410,11 @@ class Internode(NormalMode):
             stage=self.rdma_memory.ptr + self._rings.notify_stage,
             arrived=self.rdma_memory.ptr + self._rings.notify_arrived,
             notify_stride=self._rings.notify_stride,
+            fits=self._fits.data_ptr(),
         )
         torch.cuda.synchronize(device)
         group.barrier()
+        resources.callback(self._leave)
 
     def _inboxes(self, offset: int) -> list[int]:
         """The address of the same part of the transport's memory on every rank of the domain."""
@@ -458,6 +469,7 @@ class Internode(NormalMode):
             bound["num_slots"] = self._combine_slots(shape, config)
         else:
             bound["inbox"] = self._inboxes(self._rings.inbox)
+            bound["fits"] = self._fits.data_ptr()
         return Launch(self._kernel(config, self._transport.name), **bound)
 
     def _combine_slots(self, shape: Any, config: InternodeCombineConfig) -> int:
@@ -516,26 +528,27 @@ class Internode(NormalMode):
             send_domain_head = torch.empty((num_tokens, num_domains), **ints)
         scope.start()
         waits = num_worst_tokens == 0
-        self._notify(
-            scope.stream,
-            1 + num_ranks + num_domains,
-            num_tokens_per_rank=num_tokens_per_rank.data_ptr(),
-            num_tokens_per_domain=num_tokens_per_rdma_rank.data_ptr(),
-            num_tokens_per_expert=num_tokens_per_expert.data_ptr(),
-            is_token_in_rank=is_token_in_rank.data_ptr(),
-            rank_prefix=rank_prefix.data_ptr(),
-            channel_tokens=channel_tokens.data_ptr(),
-            passing_prefix=passing_prefix.data_ptr(),
-            expert_counts=expert_counts.data_ptr(),
-            send_head=send_head.data_ptr(),
-            send_domain_head=send_domain_head.data_ptr(),
-            send_tokens=send_tokens.data_ptr(),
-            host_counts=self._ask_for_counts(waits),
-            num_tokens=num_tokens,
-            experts_per_rank=experts_per_rank,
-            expert_alignment=expert_alignment,
-        )
         with self._between_kernels():
+            self._notify(
+                scope.stream,
+                1 + num_ranks + num_domains,
+                num_tokens_per_rank=num_tokens_per_rank.data_ptr(),
+                num_tokens_per_domain=num_tokens_per_rdma_rank.data_ptr(),
+                num_tokens_per_expert=num_tokens_per_expert.data_ptr(),
+                is_token_in_rank=is_token_in_rank.data_ptr(),
+                rank_prefix=rank_prefix.data_ptr(),
+                channel_tokens=channel_tokens.data_ptr(),
+                passing_prefix=passing_prefix.data_ptr(),
+                expert_counts=expert_counts.data_ptr(),
+                send_head=send_head.data_ptr(),
+                send_domain_head=send_domain_head.data_ptr(),
+                send_tokens=send_tokens.data_ptr(),
+                host_counts=self._ask_for_counts(waits),
+                num_tokens=num_tokens,
+                num_recv_rows=num_worst_tokens,
+                experts_per_rank=experts_per_rank,
+                expert_alignment=expert_alignment,
+            )
             num_rows, num_passing = num_worst_tokens, num_local * num_worst_tokens
             per_expert: list[int] = []
             if waits:
@@ -631,6 +644,7 @@ class Internode(NormalMode):
             **self._inputs(x, scales, topk_idx, topk_weights),
             **self._outputs(received),
             **self._routing(handle),
+            "send_head": handle[3].data_ptr(),
             "recv_src_meta": recv_src_meta.data_ptr() if fills_handle else 0,
             "passing": passing.data_ptr() if fills_handle else 0,
             "num_passing": passing.shape[0],
@@ -646,7 +660,6 @@ class Internode(NormalMode):
         return {
             "send_tokens": handle[1].data_ptr(),
             "channel_tokens": handle[2].data_ptr(),
-            "send_head": handle[3].data_ptr(),
             "passing_prefix": handle[4].data_ptr(),
             "rank_prefix": handle[6].data_ptr(),
         }
@@ -675,6 +688,7 @@ class Internode(NormalMode):
             "recv_src_meta": handle[7].data_ptr(),
             "send_domain_head": handle[8].data_ptr(),
             "passing": handle[9].data_ptr(),
+            "num_passing": handle[9].shape[0],
             # As inside a domain: with few tokens several warps share the reduction of one.
             "num_parts": max(1, min(4, 6 * reduce_warps // max(num_tokens, 1))),
         }
@@ -691,15 +705,12 @@ class Internode(NormalMode):
 
     def _drain(self) -> None:
         self._transport.quiet()  # all ranks are here
-        self._group.barrier()
+        self._group.barrier(op="reset")
 
-    def _close_memory(self) -> None:
-        del self._notify
+    def _leave(self) -> None:
+        super()._leave()
         if not self._is_lost:
             self._transport.quiet()  # the memory may be another Buffer's next
-        self.memory.close()
-        self.rdma_memory.close()
-        self._transport.close()
 
 
 def _check_warps(config: InternodeDispatchConfig | InternodeCombineConfig, num_sms: int) -> None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
@@ -306,7 +307,7 @@ class _Arena:
         self.places = self.signals + SIGNALS_BYTES
         self.words = self.places + _PLACES_BYTES
         self.notify = self.words + num_ranks * _MAX_SLOTS * 8
-        self.notify_stride = num_ranks + 1 + MAX_LOCAL_EXPERTS
+        self.notify_stride = num_ranks + 2 + MAX_LOCAL_EXPERTS
         # What lies here is the caller's, who got it from a dispatch; reset() leaves it alone.
         self.outputs = _align(self.notify + num_ranks * self.notify_stride * 4)
         self.total = self.outputs + num_output_bytes
@@ -335,6 +336,7 @@ class Intranode(NormalMode):
 
     Args:
         group: The ranks.
+        resources: Gets what this makes; its owner closes it, also when this cannot be made.
         num_nvl_bytes: Bytes of slots.
         device: The GPU of this rank.
         timeout_seconds: Of one wait for a peer.
@@ -344,6 +346,7 @@ class Intranode(NormalMode):
     def __init__(
         self,
         group: Group,
+        resources: ExitStack,
         *,
         num_nvl_bytes: int,
         device: torch.device,
@@ -352,6 +355,7 @@ class Intranode(NormalMode):
     ) -> None:
         super().__init__(
             group,
+            resources,
             device=device,
             timeout_seconds=timeout_seconds,
             num_counters=32,
@@ -364,10 +368,11 @@ class Intranode(NormalMode):
         self.memory = SymmetricMemory(
             self._arena.total, group=group, device=device.index, fabric=use_fabric
         )
+        resources.callback(self._close_memory)
         self._pool: BlockPool | None = None
         if num_output_bytes:
             self._pool = _output_pool(num_output_bytes, device.index)
-            # The memory lives as long as a tensor over one of the blocks, after close() too.
+            # The memory lives as long as a tensor over one of the blocks, after the end too.
             end = weakref.finalize(self._pool, self.memory.close)
             end.atexit = False
         self._notify = Launch(
@@ -378,6 +383,7 @@ class Intranode(NormalMode):
         )
         torch.cuda.synchronize(device)
         group.barrier()
+        resources.callback(self._leave)
 
     def _common(self) -> dict[str, object]:
         return {**super()._common(), "signals": self._everywhere(self._arena.signals)}
@@ -449,22 +455,23 @@ class Intranode(NormalMode):
             rank_prefix, source_tokens, expert_counts, send_head = self._empty(forms)
         scope.start()
         waits = num_worst_tokens == 0
-        self._notify(
-            scope.stream,
-            1 + num_ranks,
-            num_tokens_per_rank=num_tokens_per_rank.data_ptr(),
-            num_tokens_per_expert=num_tokens_per_expert.data_ptr(),
-            is_token_in_rank=is_token_in_rank.data_ptr(),
-            rank_prefix=rank_prefix.data_ptr(),
-            source_tokens=source_tokens.data_ptr(),
-            expert_counts=expert_counts.data_ptr(),
-            send_head=send_head.data_ptr(),
-            host_counts=self._ask_for_counts(waits),
-            num_tokens=x.shape[0],
-            experts_per_rank=experts_per_rank,
-            expert_alignment=expert_alignment,
-        )
         with self._between_kernels():
+            self._notify(
+                scope.stream,
+                1 + num_ranks,
+                num_tokens_per_rank=num_tokens_per_rank.data_ptr(),
+                num_tokens_per_expert=num_tokens_per_expert.data_ptr(),
+                is_token_in_rank=is_token_in_rank.data_ptr(),
+                rank_prefix=rank_prefix.data_ptr(),
+                source_tokens=source_tokens.data_ptr(),
+                expert_counts=expert_counts.data_ptr(),
+                send_head=send_head.data_ptr(),
+                host_counts=self._ask_for_counts(waits),
+                num_tokens=x.shape[0],
+                num_recv_rows=num_worst_tokens,
+                experts_per_rank=experts_per_rank,
+                expert_alignment=expert_alignment,
+            )
             # Done while the counts are on their way: the GPU idles from then to the launch.
             launch.prepare(
                 {
@@ -563,7 +570,7 @@ class Intranode(NormalMode):
         # One row at least: an empty tensor comes from CuPy without strides.
         some = (max(shape[0], 1), *shape[1:])
         in_bytes = (*some[:-1], some[-1] * dtype.itemsize)
-        block = pool.take(math.prod(in_bytes))
+        block = pool.take(math.prod(in_bytes), scope.owners)
         for event in block.events:
             scope.wait_for(event)
         address = self.memory.ptr + self._arena.outputs + block.offset
@@ -641,7 +648,6 @@ class Intranode(NormalMode):
         return [self.memory.tensor(torch.uint8)[self._arena.signals : self._arena.outputs]]
 
     def _close_memory(self) -> None:
-        del self._notify
         if self._pool is None:
             self.memory.close()
         self._pool = None  # closes the memory, unless a tensor still lies there: then that does

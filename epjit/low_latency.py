@@ -9,6 +9,7 @@ by RDMA (`peers.cuh`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
 
@@ -33,7 +34,7 @@ from epjit.reference.low_latency import (
 from epjit.runtime import variants
 from epjit.runtime.device import arch_of, num_sms, shared_limit
 from epjit.runtime.empty import Form, empty_on, matrix
-from epjit.runtime.fault import FaultRecord
+from epjit.runtime.fault import FaultRecord, raise_abort
 from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import RemoteMemory, Transport, make_transport
@@ -47,6 +48,9 @@ _ALIGNMENT = 128
 _LOG_BLOCK = 128  # channels
 _CAST_ELEMENTS = 16
 _STEP = 256  # channels that a warp adds at a time
+# So many low-latency kernels may wait for late peers at once, and less one leave SMs to what runs
+# beside them. The blocks that stay (16 of 132) move what comes after a wait of 1 ms or more.
+_WAITING_KERNELS = 8
 # Of a half: one a token or a choice; for `reduced` one a piece of a row and one a weight.
 _NUM_WORDS = max(MAX_LOW_LATENCY_TOKENS, MAX_LOW_LATENCY_CHOICES)
 
@@ -477,6 +481,7 @@ class LowLatency:
     Args:
         group: The ranks.
         topology: Their NVLink domains.
+        resources: Gets what this makes; its owner closes it, also when this cannot be made.
         num_rdma_bytes: Bytes of slots and send buffer.
         device: The GPU of this rank.
         timeout_seconds: Of one wait for a peer.
@@ -493,6 +498,7 @@ class LowLatency:
         self,
         group: Group,
         topology: Topology,
+        resources: ExitStack,
         *,
         num_rdma_bytes: int,
         device: torch.device,
@@ -512,13 +518,17 @@ class LowLatency:
                 num_qps_per_rank=num_qps_per_rank,
                 use_fabric=use_fabric,
             )
+            resources.callback(self._transport.close)
         self._body = "nvshmem" if self._transport is None else self._transport.name
+        self._is_lost = False  # a peer, when this rank closes
         self._most_tokens = 0  # of a rank, that the transport is known to serve
         self._device = device
         self._timeout_seconds = timeout_seconds
         self._shrink = enable_shrink
         self._arch = arch_of(device.index)
-        self._num_sms = min(env.low_latency_num_sms() or MAX_RANKS << 10, num_sms(device.index))
+        sms = num_sms(device.index)
+        self._num_sms = min(env.low_latency_num_sms() or sms, sms)
+        self._num_staying = max(1, sms // _WAITING_KERNELS)
         self._arena = _Arena(group.size, num_rdma_bytes, remote=self._remote)
         clean_kernel = self._kernel(CleanConfig(group.size, self._remote))
         self.memory: SymmetricMemory | RemoteMemory
@@ -528,6 +538,7 @@ class LowLatency:
             self.memory = SymmetricMemory(
                 self._arena.total, group=group, device=device.index, fabric=use_fabric
             )
+        resources.callback(self.memory.close)
         # Counters 0..2, epoch 32, abort 33, state of clean from 40; then parts of a word each rank.
         ranks = max(group.size, MAX_RANKS)
         self._words = torch.zeros(48 + 5 * ranks, dtype=torch.int32, device=device)
@@ -542,6 +553,7 @@ class LowLatency:
             ]
             self._peers.copy_(torch.tensor(peers, dtype=torch.int32, device="cpu"))
         self._fault = FaultRecord()
+        resources.callback(self._fault.close)
         self._launches: dict[LowLatencyDispatchShape | LowLatencyCombineShape, Launch] = {}
         self._dispatch_plans: dict[DispatchCall, _Plan[DispatchedForms]] = {}
         self._combine_plans: dict[CombineCall, _Plan[tuple[Form]]] = {}
@@ -555,6 +567,7 @@ class LowLatency:
         )
         torch.cuda.synchronize(device)
         group.barrier()
+        resources.callback(self._leave)
 
     def _kernel(self, config: KernelConfig) -> Kernel:
         """Compiled and loaded, and linked with the transport when it needs one."""
@@ -589,17 +602,22 @@ class LowLatency:
 
     # ---- launches --------------------------------------------------------------------------------
 
-    def launch(self, shape: LowLatencyDispatchShape | LowLatencyCombineShape) -> Launch:
+    def launch(
+        self, shape: LowLatencyDispatchShape | LowLatencyCombineShape, max_tokens: int
+    ) -> Launch:
         """The launch of a shape; collective when it is the first of its kind.
 
         Raises:
-            RuntimeError: It would have to be compiled while a CUDA graph is captured.
+            RuntimeError: It would have to be compiled while a CUDA graph is captured; the ranks
+                chose different kernels, or have another `max_tokens` in this call.
             CommunicationError: A rank does not come; names it.
         """
         found = self._launches.get(shape)
-        return found if found is not None else self._build(shape)
+        return found if found is not None else self._build(shape, max_tokens)
 
-    def _build(self, shape: LowLatencyDispatchShape | LowLatencyCombineShape) -> Launch:
+    def _build(
+        self, shape: LowLatencyDispatchShape | LowLatencyCombineShape, max_tokens: int
+    ) -> Launch:
         """Compiles and loads, then meets the group: nobody may wait for a peer that compiles.
 
         With `enable_shrink` a rank may be gone for good, so ranks do not meet.
@@ -619,6 +637,7 @@ class LowLatency:
             counters=self._words.data_ptr(),
             half_bytes=arena.half_bytes,
             words_stride=arena.words_stride,
+            num_staying=self._num_staying,
         )
         own = self.memory.ptr if self._remote else 0
         if isinstance(config, LowLatencyDispatchConfig):
@@ -633,13 +652,20 @@ class LowLatency:
             bound.update(**self._reach(), send_buffer=own and own + arena.send_buffer)
         launch = Launch(self._kernel(config), **bound)
         if not self._shrink:
-            self._group.barrier()
+            self._group.agree(
+                f"kernels for low_latency_{config.op}",
+                f"{config}, num_max_dispatch_tokens_per_rank={max_tokens}",
+                remedy="make the same call on all ranks, with the same environment (above all "
+                f"{env.low_latency_combine_variant.name})",
+                op=f"low_latency_{config.op}",
+            )
         self._launches[shape] = launch
         return launch
 
     def warmup(
         self,
         *,
+        max_tokens: int,
         hidden: int,
         num_experts: int,
         num_topk: int,
@@ -658,7 +684,7 @@ class LowLatency:
             use_logfmt=use_logfmt,
         )
         for shape in shapes:
-            self.launch(shape)
+            self.launch(shape, max_tokens)
         for arch in archs:
             for config in warmup_configs(
                 shapes, num_ranks=self._group.size, arch=arch, remote=self._remote
@@ -716,7 +742,8 @@ class LowLatency:
         launch = self.launch(
             LowLatencyDispatchShape(
                 call.num_experts, call.hidden, row_format.code, call.num_topk, call.topk_is_int64
-            )
+            ),
+            call.max_tokens,
         )
         config = launch.kernel.config
         assert isinstance(config, LowLatencyDispatchConfig)
@@ -726,6 +753,7 @@ class LowLatency:
         outputs = dispatched_forms(
             row_format,
             num_ranks=num_ranks,
+            num_tokens=call.num_tokens,
             max_tokens=call.max_tokens,
             num_experts=call.num_experts,
             num_topk=call.num_topk,
@@ -739,7 +767,8 @@ class LowLatency:
         launch = self.launch(
             LowLatencyCombineShape(
                 call.num_experts, call.hidden, call.num_topk, call.topk_is_int64, call.use_logfmt
-            )
+            ),
+            call.max_tokens,
         )
         config = launch.kernel.config
         assert isinstance(config, LowLatencyCombineConfig | LowLatencyReducedCombineConfig)
@@ -818,7 +847,8 @@ class LowLatency:
     ) -> Callable[[], None]:
         """A launch of the first phase; what is returned launches the second.
 
-        Until then it holds on to `tensors`.
+        Until then it holds on to `tensors`. If it is dropped instead, they are free in the order of
+        `stream`, where the first phase runs, and what only the second writes is written by nobody.
         """
         plan.launch.start(stream, plan.grid, values, plan.sends)
 
@@ -857,15 +887,20 @@ class LowLatency:
         self._group.reset()
         if self._transport is not None:
             self._transport.quiet()  # what is on its way must not come after the zeros
-            self._group.barrier()
+            self._group.barrier(op="reset")
         self.memory.tensor(torch.uint8)[self._arena.signals :].zero_()
         self._words[: self._peers_at].zero_()
         torch.cuda.synchronize(self._device)
         self._fault.clear()
-        self._group.barrier()
+        self._group.barrier(op="reset")
 
-    def close(self) -> None:
-        """Frees the memory; not collective.
+    def give_up(self) -> None:
+        """Ends the waits of what is queued, as a fault does; what was sent is not waited for."""
+        self._is_lost = True
+        raise_abort(self._words[33:].data_ptr(), self._device.index)
+
+    def _leave(self) -> None:
+        """Waits for what this rank has queued and sent; not collective.
 
         What peers write here in an operation, this rank waits for in the same one, so nothing is
         on its way to it when its own streams are done. What it has sent to other domains may be:
@@ -875,14 +910,10 @@ class LowLatency:
         self._dispatch_plans.clear()
         self._combine_plans.clear()
         self._launches.clear()
-        del self._clean
-        lost = self._fault.is_set or (self._shrink and bool(self.mask.any()))
-        if self._transport is not None and not lost:
+        if self._transport is None or self._is_lost or self._fault.is_set:
+            return
+        if not (self._shrink and bool(self.mask.any())):
             self._transport.quiet()
-        self.memory.close()
-        if self._transport is not None:
-            self._transport.close()
-        self._fault.close()
 
 
 def _config(

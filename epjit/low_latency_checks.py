@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -17,12 +17,16 @@ from epjit.config import (
     MAX_ROW_BYTES,
 )
 from epjit.formats import BF16, NVFP4, RowFormat
-from epjit.reference.low_latency import routed_topk, size_hint
+from epjit.reference.low_latency import dispatched_sizes, size_hint
+
+if TYPE_CHECKING:
+    from epjit.runtime.group import Group
 
 LowLatencyHandle: TypeAlias = tuple[torch.Tensor, torch.Tensor, int, int, int]
 """What `low_latency_dispatch` leaves for `low_latency_combine`: `src_info` int32 `[E // R, R * M]`,
 `layout_range` int64 `[E // R, R]`, `M`, `H`, `E`. The tensors must be those that the dispatch made:
-behind `src_info`, in its storage, lie the `Routes` that the combine follows."""
+behind `src_info`, in its storage, lie the `Routes` that the combine follows; their length says what
+was dispatched."""
 
 _LOGFMT_BLOCK = 128
 _QUARTERS = 4  # two of them take turns to receive; the other two are the send buffer
@@ -214,7 +218,7 @@ class LowLatencyChecks:
             if out is not None:
                 check_aligned("out", out)
             return passed
-        dispatched_topk = self._handle(handle)
+        dispatched_tokens, dispatched_topk = self._handle(handle)
         shape = (num_experts // self.num_ranks, self.num_ranks * max_tokens, hidden)
         why = "one row for each row of the dispatch, received or not"
         check("x", x, shape=shape, dtype=torch.bfloat16, device=self.device, why=why)
@@ -225,6 +229,11 @@ class LowLatencyChecks:
             raise ValueError(
                 f"topk_idx has {num_topk} choices a token, but the handle is of a dispatch with "
                 f"{dispatched_topk}; pass the topk_idx of that dispatch"
+            )
+        if num_tokens != dispatched_tokens:
+            raise ValueError(
+                f"topk_idx has {num_tokens} tokens, but the handle is of a dispatch of "
+                f"{dispatched_tokens} by this rank; pass the topk_idx of that dispatch"
             )
         check(
             "topk_weights",
@@ -295,8 +304,8 @@ class LowLatencyChecks:
         src_info, layout_range, max_tokens, hidden, num_experts = handle
         return src_info, layout_range, max_tokens, hidden, num_experts
 
-    def _handle(self, handle: Any) -> int:
-        """What `low_latency_dispatch` returned; gives the top-k of that call."""
+    def _handle(self, handle: Any) -> tuple[int, int]:
+        """What `low_latency_dispatch` returned; gives tokens and top-k of that call."""
         src_info, layout_range, max_tokens, hidden, num_experts = self._entries(handle)
         if not all(hasattr(each, "__index__") for each in (max_tokens, hidden, num_experts)):
             raise TypeError(
@@ -323,7 +332,7 @@ class LowLatencyChecks:
             device=self.device,
             why=why,
         )
-        return routed_topk(src_info, self.num_ranks)
+        return dispatched_sizes(src_info, self.num_ranks)
 
     def _choices(
         self, topk_idx: torch.Tensor, max_tokens: int, num_tokens: int | str, why: str
@@ -391,16 +400,30 @@ def _end(src_info: object) -> object:
     return src_info.untyped_storage().nbytes(), src_info.storage_offset()
 
 
+def agree_on_variant(group: Group) -> None:
+    """All ranks are asked for the same variant of combine. Collective.
+
+    Raises:
+        RuntimeError: They are not.
+        CommunicationError: Ranks did not come; names them.
+    """
+    variable = env.low_latency_combine_variant
+    group.agree(
+        f"values of {variable.name}", variable(), remedy="set it to the same value on all ranks"
+    )
+
+
 def check_variant(num_domains: int) -> None:
     """The variant of combine that the environment asks for.
 
     Raises:
         ValueError: It does not work between NVLink domains.
     """
-    if num_domains > 1 and env.low_latency_combine_variant() == "reduced":
+    variable = env.low_latency_combine_variant
+    if num_domains > 1 and variable() == "reduced":
         raise ValueError(
-            f"{env.low_latency_combine_variant.name}=reduced works in one NVLink domain only, and "
-            f"these ranks span {num_domains}; unset it, or take ldst or tma"
+            f"{variable.name}=reduced works in one NVLink domain only, and these ranks span "
+            f"{num_domains}; unset it, or take ldst or tma"
         )
 
 

@@ -25,7 +25,8 @@ import atexit
 import functools
 import itertools
 import logging
-from typing import Any, Literal, NamedTuple, TypeAlias, overload
+from contextlib import nullcontext
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias, overload
 
 import torch
 import torch.distributed as dist
@@ -34,13 +35,16 @@ from torch import Tensor
 
 from epjit import expert_major as by_expert
 from epjit.buffer import SLOTS, SLOTS_BETWEEN_DOMAINS, Buffer, Slots, use_gpu
-from epjit.check import check
+from epjit.check import check, check_dry_rows, check_no_transform, is_dry
 from epjit.config import MAX_RANKS
 from epjit.numbers import as_int
 from epjit.reference.expert_major import Placement
 from epjit.reference.intranode import Handle
-from epjit.runtime.group import Group
+from epjit.runtime.group import Group, as_process_group
 from epjit.runtime.topology import find_topology
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
 
 __all__ = [
     "Dispatched",
@@ -62,7 +66,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-GroupLike: TypeAlias = "dist.ProcessGroup | str"
+GroupLike: TypeAlias = "dist.ProcessGroup | DeviceMesh | str"
 
 _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # torch leaves float64 alone
 
@@ -281,12 +285,7 @@ def _destroy(buffer: Buffer) -> None:
 
 def _name(group: GroupLike) -> str:
     name = group if isinstance(group, str) else getattr(group, "group_name", None)
-    if not isinstance(name, str):
-        raise TypeError(
-            f"group is a {type(group).__name__}, expected a process group, its name, or a name "
-            "given to register_buffer"
-        )
-    return name
+    return name if isinstance(name, str) else as_process_group(group).group_name
 
 
 def _resolve(name: str) -> dist.ProcessGroup:
@@ -296,7 +295,11 @@ def _resolve(name: str) -> dist.ProcessGroup:
 
 def _buffer(name: str, x: Tensor) -> Buffer:
     found = _registered.get(name)
-    return found or get_buffer(_resolve(name), x.shape[1] * x.element_size())
+    if found is not None:
+        return found
+    # A Buffer lives on the GPU that is current where it is made: that of x, in any thread.
+    with nullcontext() if x.device.type == "cpu" else torch.cuda.device(x.device):
+        return get_buffer(_resolve(name), x.shape[1] * x.element_size())
 
 
 def _num_ranks(name: str) -> int:
@@ -304,11 +307,11 @@ def _num_ranks(name: str) -> int:
     return _resolve(name).size() if found is None else found.group_size
 
 
-def _num_domains(name: str) -> int:
+def _num_domains(name: str, *, dry: bool) -> int:
     """NVLink domains of a group: what its handles look like. Collective the first time.
 
-    Not under `torch.export`, which one rank may do alone: there, one domain when nobody has asked
-    before; the run notices if that was wrong.
+    Not where one rank may be alone, under `torch.export` or when only shapes are asked for (`dry`):
+    there, one domain when nobody has asked before; the run notices if that was wrong.
     """
     registered = _registered.get(name)
     if registered is not None:
@@ -316,7 +319,8 @@ def _num_domains(name: str) -> int:
     group = _resolve(name)
     found = _cuts.get(name)
     is_known = found is not None and found.group is group
-    return 1 if torch.compiler.is_exporting() and not is_known else _cut(group).num_domains
+    alone = dry or torch.compiler.is_exporting()
+    return 1 if alone and not is_known else _cut(group).num_domains
 
 
 # torch.compiler.assume_constant_result without its import of the compiler, which takes a second.
@@ -353,14 +357,10 @@ def _rows(x: Tensor) -> Tensor:
             f"x is a {type(x).__name__}, expected a torch.Tensor (rows with scales travel by "
             "Buffer.dispatch)"
         )
+    if not torch.compiler.is_compiling():
+        check_no_transform("x", x)
     if x.dim() != 2:
         raise ValueError(f"x has shape {tuple(x.shape)}, expected (number of rows, hidden)")
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        # A gradient would be torch's error about an autograd.Function, a jvp silently zero.
-        raise NotImplementedError(
-            "epjit.moe has no rules for the transforms of torch.func (grad, vmap, jvp, ...); use "
-            "torch.autograd: backward() or torch.autograd.grad()"
-        )
     return _autocast(x)
 
 
@@ -860,7 +860,8 @@ def dispatch(
         topk_idx: int64 or int32 `[T, K]`; anything outside `[0, E)` is no choice.
         topk_weights: float32 `[T, K]`; gets a gradient too.
         num_experts: `E`, a multiple of `R`.
-        group: Process group, its name, or a name of `register_buffer`.
+        group: Process group, a DeviceMesh of one dimension, its name, or a name of
+            `register_buffer`.
         num_worst_tokens: 0, or the number of rows of every output, the same on all ranks and at
             least what can arrive: `R` times the largest `T` of all ranks, which is what
             `worst_tokens` returns. The host waits for nothing and sizes are static.
@@ -895,7 +896,12 @@ def dispatch(
             "num_worst_tokens: without them the number of rows is what arrives"
         )
     name = _name(group)
-    num_domains = _num_domains(name)
+    dry = False
+    if not torch.compiler.is_compiling():
+        dry = is_dry(x)
+        if dry:
+            check_dry_rows(x, num_worst_tokens)
+    num_domains = _num_domains(name, dry=dry)
     recv_x, recv_idx, recv_weights, row_of, source, ends, *tensors = torch.ops.epjit.dispatch(
         x,
         topk_idx,

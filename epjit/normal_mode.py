@@ -8,7 +8,7 @@ from __future__ import annotations
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
@@ -16,9 +16,10 @@ import torch
 from epjit import env
 from epjit.config import MAX_RANKS
 from epjit.errors import CommunicationError
+from epjit.reference.intranode import no_room
 from epjit.runtime.device import arch_of
 from epjit.runtime.empty import Form, empty_on, matrix
-from epjit.runtime.fault import FaultRecord
+from epjit.runtime.fault import FaultRecord, raise_abort
 from epjit.runtime.host import PinnedArray, nap
 from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
 
@@ -28,6 +29,7 @@ if TYPE_CHECKING:
     from epjit.scope import GpuScope
 
 SIGNALS_BYTES = 512
+GIVE_UP_SECONDS = 1.0  # that a rank which ends by an exception waits for its peers
 _EPOCH, _ABORT, _COUNTERS = 0, 1, 32  # places in the local words
 # The counts come within 50 us, or when the dispatch before is done: 540 us with 4096 tokens. A
 # longer poll without naps starves other threads: giving the GIL away and taking it back at once
@@ -87,6 +89,7 @@ class NormalMode(ABC):
 
     Args:
         group: The ranks.
+        resources: Gets what this makes; its owner closes it, also when this cannot be made.
         device: The GPU of this rank.
         timeout_seconds: Of one wait for a peer.
         num_counters: Words that kernels count in.
@@ -101,6 +104,7 @@ class NormalMode(ABC):
     def __init__(
         self,
         group: Group,
+        resources: ExitStack,
         *,
         device: torch.device,
         timeout_seconds: float,
@@ -109,15 +113,17 @@ class NormalMode(ABC):
     ) -> None:
         self._group = group
         self._device = device
-        self._timeout_seconds = timeout_seconds
+        self._timeout_seconds = self._patience = timeout_seconds
         self._arch = arch_of(device.index)
         self._local = torch.zeros(_COUNTERS + num_counters, dtype=torch.int32, device=device)
         self._empty = empty_on(device)
         self._fault = FaultRecord()
+        resources.callback(self._fault.close)
         # The first half is read by a host that waits for counts; the second takes those that nobody
         # waits for.
         self._num_counts = num_counts
         self._host_counts = PinnedArray(2 * num_counts, device=device.index)
+        resources.callback(self._host_counts.close)
         self._launches: dict[DispatchShape | CombineShape, Launch] = {}
         self._half_way = ""  # why a dispatch ended between its two kernels
         self._is_lost = False  # a peer, when this rank closes
@@ -177,14 +183,13 @@ class NormalMode(ABC):
                 "capture, or call Buffer.warmup()"
             )
         launch = self._bind(shape, config)
-        chosen = self._group.allgather(config)
-        if any(each != config for each in chosen):
-            each = "\n  ".join(f"rank {rank}: {one}" for rank, one in enumerate(chosen))
-            raise RuntimeError(
-                f"the ranks chose different kernels for {config.op}:\n  {each}\nset "
-                f"{env.variant_name(config.op)} to the same value everywhere, or give all ranks "
-                "the same EPJIT_CACHE_DIR (tuned.json is in it)"
-            )
+        self._group.agree(
+            f"kernels for {config.op}",
+            config,
+            remedy=f"set {env.variant_name(config.op)} to the same value everywhere, or give all "
+            "ranks the same EPJIT_CACHE_DIR (tuned.json is in it)",
+            op=config.op,
+        )
         self._launches[shape] = launch
         return launch
 
@@ -269,6 +274,7 @@ class NormalMode(ABC):
             "bias_1": pointer(bias[1]),
             "combined_x": combined_x.data_ptr(),
             "combined_topk_weights": pointer(combined_weights),
+            "num_rows": x.shape[0],
             "num_tokens": num_tokens,
         }
         return (combined_x, combined_weights), values
@@ -287,7 +293,7 @@ class NormalMode(ABC):
         start = time.monotonic()
         deadline = start + 2 * self._timeout_seconds + 10
         while counts[0] < 0:
-            self.raise_fault()
+            self._raise_failed_wait()
             now = time.monotonic()
             if now > deadline:
                 raise CommunicationError(
@@ -302,11 +308,19 @@ class NormalMode(ABC):
         return counts[:num_counts].tolist()
 
     def raise_fault(self) -> None:
-        """Raises what a wait on the device left behind.
+        """Raises what an operation on the device left behind; rows without room once.
 
         Raises:
-            CommunicationError: Names operation, rank and peer.
+            CommunicationError: Names operation, rank and peer; or operation, rank, how many rows
+                came, and how many fit.
         """
+        self._raise_failed_wait()
+        overflow = self._fault.take_overflow()
+        if overflow is not None:
+            raise no_room(overflow)
+
+    def _raise_failed_wait(self) -> None:
+        """Raises what makes the buffer unusable until `reset`."""
         self._fault.raise_if_set()
         if self._half_way:
             raise CommunicationError(
@@ -318,7 +332,7 @@ class NormalMode(ABC):
 
     @contextmanager
     def _between_kernels(self) -> Iterator[None]:
-        """What a dispatch does once its notify is queued: who leaves it early wants a reset()."""
+        """What a dispatch does from its notify on: who leaves it early wants a reset()."""
         try:
             yield
         except BaseException as error:  # also an interrupt, or no memory for the outputs
@@ -340,14 +354,19 @@ class NormalMode(ABC):
         torch.cuda.synchronize(self._device)
         self._fault.clear()
         self._half_way = ""
-        self._group.barrier()
+        self._group.barrier(op="reset")
 
     def _drain(self) -> None:
         """Nothing of what this rank has sent is on its way afterwards; collective."""
         return
 
-    def close(self) -> None:
-        """Frees the memory once the peers have finished the last operation; not collective.
+    def give_up(self) -> None:
+        """Ends the waits of what is queued, as a fault does, and those of the end soon."""
+        self._patience = min(self._patience, GIVE_UP_SECONDS)
+        raise_abort(self._local[_ABORT:].data_ptr(), self._device.index)
+
+    def _leave(self) -> None:
+        """Waits until the peers have finished the last operation; not collective.
 
         A peer may still read this rank's slots when this rank is done. Its `finish` signal says
         when it is not; a peer that never sends it is not waited for longer than the timeout.
@@ -356,25 +375,18 @@ class NormalMode(ABC):
         signals = self._control()[0][: 8 * len(self.memory.peer_ptrs)].view(torch.int64)
         own = self.memory.peer_ptrs.index(self.memory.ptr)
         epoch = int(self._local[_EPOCH]) & 0xFFFFFFFF
-        deadline = time.monotonic() + self._timeout_seconds
+        deadline = time.monotonic() + self._patience
         while not self._fault.is_set and time.monotonic() < deadline:
             finished = [value >> 32 & 0xFFFFFFFF for value in signals.tolist()]
-            # A peer may be ahead: it does not wait for a rank that has no rows for it.
+            # A peer may be one ahead (has_reached of sync.cuh): it does not wait for a rank that
+            # has no rows for it.
             ahead = [(value - epoch) & 0xFFFFFFFF for value in finished]
-            if all(steps < 1 << 31 for rank, steps in enumerate(ahead) if rank != own):
+            if all(steps <= 1 for rank, steps in enumerate(ahead) if rank != own):
                 break
             time.sleep(0.001)
         else:
             self._is_lost = True
         self._launches.clear()
-        del signals
-        self._close_memory()
-        self._host_counts.close()
-        self._fault.close()
-
-    @abstractmethod
-    def _close_memory(self) -> None:
-        """Frees the symmetric memory, and what holds kernels that use it."""
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

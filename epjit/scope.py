@@ -2,36 +2,76 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from contextlib import AbstractContextManager, nullcontext
+import os
+import sys
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from epjit.event import EventHandle, EventOverlap, next_number
+from epjit.runtime.stream import is_current, on_device
 
 if TYPE_CHECKING:
     from epjit.runtime.stream import CommStream, Event
 
+Tensors: TypeAlias = Iterable[torch.Tensor | None]
 _NOWHERE = nullcontext()
+
+
+class Turns:
+    """The way into a Buffer: one call at a time, with its GPU current in the calling thread.
+
+    A thread can come with any GPU current: a fresh one has GPU 0, and a finalizer runs wherever the
+    last reference went. Driver and torch take streams, events and memory for those of the current
+    GPU.
+
+    Args:
+        device: Number of the GPU; None without one.
+    """
+
+    def __init__(self, device: int | None) -> None:
+        self._device, self._lock = device, threading.RLock()
+
+    def __call__(self) -> AbstractContextManager[object]:
+        """Holds the turn for as long as a ``with`` statement lasts; a thread may hold it twice."""
+        # All calls come by here, nearly all from threads that are where they should be: for these
+        # it is the bare lock, so that no more Python runs.
+        if self._device is None or is_current(self._device):
+            return self._lock
+        return self._from_elsewhere(self._device)
+
+    @contextmanager
+    def _from_elsewhere(self, device: int) -> Iterator[None]:
+        with self._lock, on_device(device):
+            yield
 
 
 class Scope:
     """The streams of one call: what kernels wait for, where outputs lie, what is returned.
 
-    Order of a call: allocate; `start`; queue kernels on `stream`; `finish`. Outputs are allocated
-    before the communication stream waits, so that a fill which torch launches for them
-    (deterministic mode) comes first.
+    Order of a call, within a ``with`` statement: allocate; `start`; queue kernels on `stream`;
+    `finish`. Outputs are allocated before the communication stream waits for the current one, so
+    that a fill which torch launches for them (deterministic mode) comes first.
+
+    With a previous event, outputs come from the communication stream's memory, whatever
+    `allocate_on_comm_stream` says. Memory of the current stream is free again in the order of that
+    stream, and the kernels do not wait for what was queued there after the event: it may still use
+    what the allocator hands out.
 
     Args:
         comm: Communication stream.
         previous_event: What the kernels wait for; everything queued on the current stream when it
             holds no event.
         async_finish: Whether the current stream is left alone and an event is returned.
-        allocate_on_comm_stream: Whether outputs belong to the communication stream.
+        allocate_on_comm_stream: V1's flag; with a previous event outputs are allocated there
+            anyway, and without one it is refused.
 
     Raises:
-        RuntimeError: Flags that do not go together, or the communication stream is current.
+        RuntimeError: Flags that do not go together, the communication stream is current, or the
+            event is of another GPU.
     """
 
     def __init__(
@@ -45,67 +85,142 @@ class Scope:
         self._comm = comm
         self._previous = previous_event.event if previous_event is not None else None
         self._async = async_finish
-        self._allocate_on_comm = allocate_on_comm_stream
+        self._waits_for_event = self._is_started = False
         # The raw handle: torch.cuda.current_stream() makes a stream object, 2.5 us of a call of 25.
         self._current = torch._C._cuda_getCurrentRawStream(comm.device)
         self.stream = comm.handle
         _check_flags(self._previous, async_finish, allocate_on_comm_stream)
-        if self._previous is None and self._current == self.stream:
+        if self._previous is not None:
+            self._previous.check_device(comm.device)
+        elif self._current == self.stream:
             raise RuntimeError(
                 "the communication stream is current, and a stream cannot wait for itself; call "
                 "from another stream, or pass previous_event"
             )
 
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """The streams that outputs belong to: work there may use them until they are dropped."""
+        return (self._current,) if self._previous is None else (self._current, self.stream)
+
+    def __enter__(self) -> Scope:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Lets the current stream wait when the call has not come to its end.
+
+        An interrupt, a host that waited for too long, no memory for the outputs: kernels are queued
+        then whose inputs and outputs nobody keeps. The allocator gives memory of the current stream
+        away in the order of that stream.
+        """
+        if kind is not None and self._is_started:
+            with suppress(RuntimeError):  # the first error says why
+                self._comm.make_wait(self._current)
+
     def allocating(self) -> AbstractContextManager[object]:
         """Where outputs are allocated."""
-        if not self._allocate_on_comm:
+        if self._previous is None:
             return _NOWHERE
         # Now: from the first wait on, a capture of the event's stream captures this one, too, and
         # the allocator gives what a graph writes to no one else.
-        assert self._previous is not None
-        self._previous.stream_wait(self._comm.torch_stream)
+        self._wait_for_event(self._previous)
         return torch.cuda.stream(self._comm.torch_stream)
 
     def start(self) -> None:
         """Makes the communication stream wait for the inputs and the outputs."""
-        if self._previous is not None and not self._allocate_on_comm:
-            self._previous.stream_wait(self._comm.torch_stream)
-        if self._previous is None or (_torch_fills() and not self._allocate_on_comm):
+        self._is_started = True
+        if self._previous is None:
             self._comm.wait_for(self._current)
+        else:
+            self._wait_for_event(self._previous)
+
+    def _wait_for_event(self, event: EventHandle) -> None:
+        if not self._waits_for_event:
+            event.stream_wait(self._comm.torch_stream)
+            self._waits_for_event = True
 
     def wait_for(self, event: Event) -> None:
         """Makes the kernels wait for an event."""
         self._comm.wait_event(self.stream, event)
 
-    def finish(self, tensors: Iterable[torch.Tensor | None]) -> EventOverlap:
+    def finish(self, inputs: Tensors = (), outputs: Tensors = ()) -> EventOverlap:
         """Ends the call: an event, or the current stream waits.
 
+        The allocator learns which streams use a tensor beside the one that it was allocated on, so
+        that it does not hand out the memory before these are done.
+
         Args:
-            tensors: Inputs and outputs, which the allocator must not hand out before the kernels
-                are done.
+            inputs: What the kernels read, allocated by the caller.
+            outputs: What they write, allocated by this call.
         """
         event = self._end()
-        for tensor in tensors if event is not None else ():
-            if tensor is not None:
-                tensor.record_stream(self._comm.torch_stream)
-                if self._allocate_on_comm:
-                    tensor.record_stream(torch.cuda.current_stream(self._comm.device))
+        if event is not None:
+            _record(inputs, self._comm.torch_stream)
+        if self._previous is not None:
+            _record(outputs, torch.cuda.current_stream(self._comm.device))
+        elif event is not None:
+            _record(outputs, self._comm.torch_stream)
         return EventOverlap(event)
 
-    def finish_keeping(self, tensors: Iterable[torch.Tensor | None]) -> EventOverlap:
+    def finish_keeping(self, tensors: Tensors) -> EventOverlap:
         """Like `finish`, but the returned object keeps the tensors; the allocator is told nothing.
 
         So do V1's low-latency calls: memory comes back when the caller lets go of the event, not
         when the allocator happens to ask the stream.
         """
         event = self._end()
-        return EventOverlap(event, tuple(tensors) if event is not None else None)
+        if event is None:
+            return EventOverlap()
+        return KeepingOverlap(event, tuple(tensors), self._comm, self._current)
 
     def _end(self) -> EventHandle | None:
         if self._async:
             return EventHandle(self._comm.torch_stream)
         self._comm.make_wait(self._current)
         return None
+
+
+class KeepingOverlap(EventOverlap):
+    """An event that keeps the tensors of its call, also from an allocator that thinks them free.
+
+    Once the stream of the call waits for the event, the tensors can go: their memory is used again
+    in the order of that stream. If this object goes before, the allocator is told that the
+    communication stream uses them.
+
+    Args:
+        event: On the communication stream, behind the kernels.
+        tensors: What the kernels read and write.
+        comm: The communication stream.
+        current: Handle of the stream that was current in the call.
+    """
+
+    def __init__(
+        self,
+        event: EventHandle,
+        tensors: tuple[torch.Tensor | None, ...],
+        comm: CommStream,
+        current: int,
+    ) -> None:
+        super().__init__(event, tensors)
+        self._comm, self._current = comm, current
+        self._is_waited_for, self._pid = False, os.getpid()
+
+    def current_stream_wait(self) -> None:
+        """Makes the stream that is current now wait for the event."""
+        super().current_stream_wait()
+        stream = torch._C._cuda_getCurrentRawStream(self._comm.device)
+        self._is_waited_for |= stream == self._current
+
+    def __del__(self) -> None:
+        if not self._is_waited_for and not sys.is_finalizing() and os.getpid() == self._pid:
+            _record(self.extra_tensors or (), self._comm.torch_stream)
+
+
+def _record(tensors: Tensors, stream: torch.cuda.Stream) -> None:
+    """Tells torch's allocator that a stream uses tensors."""
+    for tensor in tensors:
+        if tensor is not None:
+            tensor.record_stream(stream)
 
 
 class CurrentStream:
@@ -119,6 +234,19 @@ class CurrentStream:
         self._comm = comm
         self.stream = torch._C._cuda_getCurrentRawStream(comm.device)
 
+    @property
+    def owners(self) -> tuple[int, ...]:
+        """The streams that outputs belong to."""
+        return (self.stream,)
+
+    def __enter__(self) -> CurrentStream:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        """Counts a call that has not come to its end, too: some of it may be queued."""
+        if kind is not None:
+            self._comm.last_call = next_number()
+
     def allocating(self) -> AbstractContextManager[object]:
         """Where outputs are allocated."""
         return _NOWHERE
@@ -130,13 +258,15 @@ class CurrentStream:
         """Makes the kernels wait for an event."""
         self._comm.wait_event(self.stream, event)
 
-    def finish(self, tensors: Iterable[torch.Tensor | None]) -> EventOverlap:
-        """Nothing waits; the caller's own references keep the tensors."""
-        del tensors
+    def finish(self, inputs: Tensors = (), outputs: Tensors = ()) -> EventOverlap:
+        """Nothing waits: memory of this stream is used again in its order."""
+        del inputs, outputs
         self._comm.last_call = next_number()
         return EventOverlap()
 
-    finish_keeping = finish
+    def finish_keeping(self, tensors: Tensors) -> EventOverlap:
+        """The same."""
+        return self.finish(tensors)
 
 
 class CpuScope:
@@ -164,15 +294,21 @@ class CpuScope:
         _check_flags(previous, async_finish, allocate_on_comm_stream)
         return cls(async_finish=async_finish)
 
+    def __enter__(self) -> CpuScope:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Nothing is under way."""
+
     def start(self) -> None:
         """Nothing to wait for."""
 
-    def finish(self, tensors: Iterable[torch.Tensor | None] = ()) -> EventOverlap:
+    def finish(self, inputs: Tensors = (), outputs: Tensors = ()) -> EventOverlap:
         """Ends the call."""
-        del tensors
+        del inputs, outputs
         return EventOverlap(EventHandle() if self._async else None)
 
-    def finish_keeping(self, tensors: Iterable[torch.Tensor | None]) -> EventOverlap:
+    def finish_keeping(self, tensors: Tensors) -> EventOverlap:
         """Ends the call; with an event, the returned object keeps the tensors."""
         if not self._async:
             return EventOverlap()
@@ -192,10 +328,3 @@ def _check_flags(
             "async_finish=True; got previous_event "
             f"{'with' if previous is not None else 'without'} an event, {async_finish=}"
         )
-
-
-def _torch_fills() -> bool:
-    """Whether torch writes to new tensors, on the stream where they are allocated."""
-    if not torch.are_deterministic_algorithms_enabled():
-        return False
-    return bool(torch.utils.deterministic.fill_uninitialized_memory)  # type: ignore[attr-defined]

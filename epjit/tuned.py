@@ -2,6 +2,9 @@
 
 One JSON file in the cache folder, written under a lock. It is read once a process, when a config
 or a variant is first asked for; without the file nothing else happens.
+
+A winner holds for shapes like the one it was measured with: rows of half to twice the size, and a
+quarter to four times the tokens. For all others there are V1's defaults.
 """
 
 from __future__ import annotations
@@ -9,20 +12,26 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import logging
 import math
 import os
 import tempfile
 import warnings
 from collections.abc import Iterable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from epjit.errors import require
 from epjit.runtime.cache import cache_folder
 
-CPU = "CPU backend"
-"""What stands for the product name where there is no GPU."""
+MOST_ROWS_FACTOR = 2.0
+"""How many times longer or shorter rows may be than those that were measured."""
+MOST_TOKENS_FACTOR = 4.0
+"""The same for the number of tokens."""
 
+_log = logging.getLogger(__name__)
 _FORMAT = 1
 _LOCK_SECONDS = 10.0
 
@@ -92,8 +101,7 @@ def store(winners: Iterable[Tuned]) -> Path:
     """
     file = path()
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    filelock = require("filelock", package="filelock")
-    with filelock.FileLock(file.with_suffix(".lock"), timeout=_LOCK_SECONDS):
+    with _locked(file):
         try:
             known = {each.shape: each for each in _read(file)}
         except (FileNotFoundError, ValueError):
@@ -107,35 +115,90 @@ def store(winners: Iterable[Tuned]) -> Path:
         with os.fdopen(descriptor, "w") as stream:
             stream.write(text)
         os.replace(temporary, file)
-    load.cache_clear()
-    best.cache_clear()
+    _forget()
     return file
+
+
+def clear() -> bool:
+    """Deletes the file.
+
+    Returns:
+        Whether there was one.
+
+    Raises:
+        OSError: The cache folder cannot be written.
+    """
+    file = path()
+    found = file.exists()
+    if found:
+        with _locked(file):
+            file.unlink(missing_ok=True)
+    _forget()
+    return found
 
 
 @functools.lru_cache(maxsize=1024)
 def best(
-    op: str, *, gpu: str, num_ranks: int, hidden_bytes: int = 0, num_tokens: int = 0
+    op: str, *, gpu: str, num_ranks: int, hidden_bytes: int, num_tokens: int = 0
 ) -> Tuned | None:
-    """The winner for a shape, or for the nearest one that was tuned.
+    """The winner for a shape, or for the nearest one that is like it.
 
     Args:
         op: ``"dispatch"`` or ``"combine"``.
         gpu: Product name.
         num_ranks: Size of the group.
-        hidden_bytes: Bytes of one row; 0 = any.
-        num_tokens: Tokens of each rank; 0 = the most that were tuned.
+        hidden_bytes: Bytes of one row.
+        num_tokens: Tokens of each rank; 0 = any number: the most that were tuned decide.
 
     Returns:
-        None when nothing was tuned for this operation, GPU and number of ranks.
+        None when nothing like it was tuned for this operation, GPU and number of ranks.
     """
-    known = [e for e in load() if (e.op, e.gpu, e.num_ranks) == (op, gpu, num_ranks)]
 
     def distance(each: Tuned) -> tuple[float, float]:
-        rows = abs(math.log2(each.hidden_bytes / hidden_bytes)) if hidden_bytes else 0.0
+        rows = abs(math.log2(each.hidden_bytes / hidden_bytes)) if hidden_bytes else math.inf
         tokens = abs(math.log2(each.num_tokens / num_tokens)) if num_tokens else -each.num_tokens
         return rows, tokens
 
-    return min(known, key=distance, default=None)
+    limits = math.log2(MOST_ROWS_FACTOR), math.log2(MOST_TOKENS_FACTOR)
+    like = [
+        each
+        for each in load()
+        if (each.op, each.gpu, each.num_ranks) == (op, gpu, num_ranks)
+        and all(found <= most for found, most in zip(distance(each), limits, strict=True))
+    ]
+    found = min(like, key=distance, default=None)
+    if found is not None:
+        _say(found)
+    return found
+
+
+@functools.cache  # once for each winner
+def _say(used: Tuned) -> None:
+    _log.info(
+        "%s of %d ranks takes what was tuned for %d tokens of %d bytes: %d SMs, variant %s (%s)",
+        used.op,
+        used.num_ranks,
+        used.num_tokens,
+        used.hidden_bytes,
+        used.num_sms,
+        used.variant,
+        path(),
+    )
+
+
+def _locked(file: Path) -> AbstractContextManager[Any]:
+    """Held by the one process that changes the file."""
+    filelock = require("filelock", package="filelock", extra="")
+    lock: AbstractContextManager[Any] = filelock.FileLock(
+        file.with_suffix(".lock"), timeout=_LOCK_SECONDS
+    )
+    return lock
+
+
+def _forget() -> None:
+    """What this process has read is no longer what the file says."""
+    load.cache_clear()
+    best.cache_clear()
 
 
 def _read(file: Path) -> tuple[Tuned, ...]:

@@ -12,13 +12,14 @@ import os
 import random
 import time
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from epjit import Buffer, CommunicationError
+from epjit import Buffer, CommunicationError, moe
 from epjit.reference import low_latency as reference
 from tests import bodies
 from tests.data import ROUTING_KINDS, assert_rows_equal
@@ -288,6 +289,88 @@ def graph(
     return num_replays
 
 
+# ---- kernels that wait beside others ---------------------------------------------------------
+
+
+def in_another_order(buffers: Sequence[Buffer], streams: Sequence[Any]) -> None:
+    """Each rank begins with another one of its Buffers, whose kernels wait when the next ones come.
+
+    Of 160 tokens a kernel takes all SMs. What follows it at once starts early.
+
+    Args:
+        buffers: Of this rank.
+        streams: Of this rank, one for each of them.
+    """
+    ranks, first = buffers[0].group_size, buffers[0].rank
+    cases = [
+        steady(ranks, seed, num_tokens=(160,) * ranks, num_topk=8, num_experts=16 * ranks)
+        for seed in range(len(buffers))
+    ]
+    for buffer, case, stream in zip(buffers, cases, streams, strict=True):
+        with torch.cuda.stream(stream):
+            check_low_latency_round(buffer, case)
+    for ops in (("dispatch", "combine"), ("dispatch",), ("combine",)):
+        if ops[0] == "dispatch":
+            rounds = [RankRound(*each) for each in zip(buffers, cases, strict=True)]
+        buffers[0]._links.barrier()
+        for i in range(len(buffers)):
+            index = (first + i) % len(buffers)
+            with torch.cuda.stream(streams[index]):
+                for op in ops:
+                    getattr(rounds[index], op)(0)
+            time.sleep(0.1)  # until it waits
+        for buffer, stream, ranked in zip(buffers, streams, rounds, strict=True):
+            with torch.cuda.stream(stream):
+                settle(buffer)
+            ranked.compare()
+
+
+def crossed(group: dist.ProcessGroup, environ: Mapping[str, str], num_buffers: int) -> None:
+    """`in_another_order`, one process a rank."""
+    bodies.set_up(group, environ)
+    options = {"num_rdma_bytes": ROOM, "low_latency_mode": True}
+    buffers = [
+        bodies.make_buffer(group, 0, timeout_seconds=10, **options) for _ in range(num_buffers)
+    ]
+    in_another_order(buffers, [torch.cuda.Stream() for _ in buffers])
+    for buffer in buffers:
+        bodies.synchronize(buffer)
+        buffer.destroy()
+
+
+# ---- ranks that are set up differently --------------------------------------------------------
+
+_VARIANT = "EPJIT_LOW_LATENCY_COMBINE_VARIANT"
+
+
+def set_up_differently(group: dist.ProcessGroup, environ: Mapping[str, str]) -> None:
+    """The ranks have other variants when they make a Buffer, or only when they use it."""
+    on_gpu = bodies.set_up(group, environ)
+    mine = os.environ[_VARIANT] = ("ldst", "reduced")[group.rank() % 2]
+    both = r"rank 0: ldst\n +rank 1: reduced\n"
+    for enable_shrink in (False, True):
+        with pytest.raises(RuntimeError, match=f"different values of {_VARIANT}:\n +{both}"):
+            make_buffer(group, enable_shrink=enable_shrink)
+    os.environ[_VARIANT] = "ldst"
+    buffer = make_buffer(group)
+    ranked = RankRound(buffer, steady(group.size())) if not on_gpu else None
+    os.environ[_VARIANT] = mine
+    if ranked is None:
+        both = "LowLatencyCombineConfig.*\n.*LowLatencyReducedCombineConfig"
+        with pytest.raises(RuntimeError, match=f"kernels for low_latency_combine(?s:.*){both}"):
+            RankRound(buffer, steady(group.size()))
+        different = 8 + group.rank() % 2
+        both = "tokens_per_rank=8(?s:.*)tokens_per_rank=9"
+        with pytest.raises(RuntimeError, match=f"kernels for low_latency_dispatch(?s:.*){both}"):
+            buffer.low_latency_warmup(different, 1024, 4 * group.size(), num_topk=2)
+    else:
+        ranked.dispatch(0)
+        with pytest.raises(ValueError, match=rf"disagree on {_VARIANT}: rank 0 has ldst, rank 1"):
+            ranked.combine(0)
+    bodies.synchronize(buffer)
+    buffer.destroy()
+
+
 # ---- ranks that do not come --------------------------------------------------------------
 
 
@@ -499,3 +582,58 @@ def shrunk(
         shrink(buffer, op, absent, 3 * seconds + 10, lambda: dist.barrier(group))
     bodies.synchronize(buffer)
     buffer.destroy()
+
+
+def fresh_threads(group: dist.ProcessGroup, environ: Mapping[str, str]) -> None:
+    """Each step in a thread of its own, where GPU 0 is current: on other ranks, not the Buffer's.
+
+    Both modes, hooks, `epjit.moe` with gradients on autograd's threads, and the end.
+    """
+    on_gpu = bodies.set_up(group, environ)
+    ranks = group.size()
+    buffer = make_buffer(group, 16 * bodies.MB)
+    name = moe.register_buffer(buffer)
+
+    def in_thread(step: Callable[..., Any], *args: Any) -> Any:
+        with ThreadPoolExecutor(1) as pool:
+            return pool.submit(step, *args).result()
+
+    def layer() -> list[torch.Tensor]:
+        generator = torch.Generator().manual_seed(group.rank())
+        x = torch.randn((40, 256), generator=generator).bfloat16()
+        idx = torch.rand((40, 2 * ranks), generator=generator).topk(2)[1].to(buffer.device)
+        weights = torch.rand((40, 2), generator=generator).to(buffer.device).requires_grad_()
+        x = x.to(buffer.device).requires_grad_()
+        rows = moe.dispatch(x, idx, weights, num_experts=2 * ranks, group=name, expert_major=True)
+        weighted = rows.x * rows.weights[:, None].bfloat16()
+        out = moe.combine(weighted, rows.handle, group=name)
+        out.float().square().sum().backward()
+        assert x.grad is not None
+        assert weights.grad is not None
+        return [tensor.detach().cpu() for tensor in (out, x.grad, weights.grad)]
+
+    def previous_event() -> None:
+        idx = torch.zeros((4, 1), dtype=torch.int64).to(buffer.device)
+        expected: Any = contextlib.nullcontext()
+        if on_gpu and torch.cuda.current_device() != buffer.device.index:
+            expected = pytest.raises(RuntimeError, match="set_device")
+        with expected:
+            buffer.get_dispatch_layout(idx, ranks, previous_event=Buffer.capture())
+
+    for seed in range(4):
+        case = random_round(ranks, seed, num_sms=4, max_tokens=60)
+        in_thread(check_round, buffer, dataclasses.replace(case, how="sync"))
+    for seed, how in enumerate(("sync", "async", "hook")):
+        few = random_low_latency_round(ranks, seed, max_tokens=16)
+        in_thread(check_low_latency_round, buffer, dataclasses.replace(few, how=how))
+    want = layer()
+    bodies.synchronize(buffer)
+    got = in_thread(layer)
+    assert all(torch.equal(each, other) for each, other in zip(got, want, strict=True))
+    in_thread(previous_event)
+    view = in_thread(buffer.get_local_buffer_tensor, torch.uint8)
+    assert view.device == buffer.device
+    in_thread(buffer.reset)
+    in_thread(check_round, buffer, dataclasses.replace(case, how="sync"))
+    moe.unregister_buffer(name)
+    in_thread(buffer.destroy)

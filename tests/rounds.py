@@ -13,13 +13,15 @@ import functools
 import os
 import random
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
+import pytest
 import torch
 
-from epjit import Buffer, Config
+from epjit import Buffer, CommunicationError, Config
 from epjit.reference import internode
 from epjit.reference import intranode as reference
 from tests.data import (
@@ -107,7 +109,7 @@ class Oracle:
         return per_rank, None, per_expert, in_rank
 
     def dispatch(
-        self, world: Sequence[reference.RankInput], rank: int, **options: int
+        self, world: Sequence[reference.RankInput], rank: int, **options: Any
     ) -> reference.Dispatched:
         """What a rank receives."""
         if self.several:
@@ -440,7 +442,7 @@ def check_round(buffer: Buffer, case: Round) -> None:
         assert (got is None) == (want is None), name
         if want is not None:
             assert_rows_equal(got, want, f"{prefix}: layout {name}")
-    _compare_dispatch(prefix, made, oracle, rank, dispatched)
+    _compare_dispatch(prefix, made.dispatched[rank], oracle, rank, dispatched)
     num_rows = oracle.num_recv(made.handles[rank], rank)
     assert cached[1:] == (None, None, None, None)
     want_cached = oracle.cached_dispatch(made.others, made.handles, rank)
@@ -452,6 +454,114 @@ def check_round(buffer: Buffer, case: Round) -> None:
     assert (combined[1] is None) == (want_weights is None)
     if want_weights is not None:
         assert_rows_equal(combined[1], want_weights, f"{prefix}: combined_topk_weights")
+
+
+def check_no_room(
+    buffer: Buffer,
+    case: Round,
+    short: Sequence[int],
+    *,
+    capture: Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]] | None = None,
+) -> None:
+    """Dispatches to ranks of which some have less room than rows come, and what follows.
+
+    They say so, once a dispatch; nothing beside the outputs is touched; all that fits arrives and
+    is combined, and the buffer works on without a reset.
+
+    Args:
+        buffer: Of this rank.
+        case: What is sent; with top-k.
+        short: Ranks that have room for half of their rows. Of the others some let the host wait.
+        capture: Captures what a function queues; returns the replay, and what the function did.
+
+    Raises:
+        AssertionError: Names rank, tensor, row and column of the first difference.
+    """
+    rank, device, oracle = buffer.rank, buffer.device, Oracle.of(buffer)
+    world, config = make_world(case), Config(case.num_sms)
+    came = sum(each.is_token_in_rank.sum(dim=0) for each in world).tolist()
+    rooms = [
+        rows // 2 if r in short else rows + 5 if r % 2 or capture is not None else 0
+        for r, rows in enumerate(came)
+    ]
+    want = [
+        oracle.dispatch(world, r, num_experts=case.num_experts, num_worst_tokens=rooms)
+        for r in range(buffer.group_size)
+    ]
+    handles = [each.handle for each in want]
+    own, n, num_rows = world[rank], oracle.num_recv(handles[rank], rank), len(want[rank].recv_x)
+    x, idx, weights = (to_device(each, device) for each in (own.x, own.topk_idx, own.topk_weights))
+    # What torch gives for recv_x is one of the holes; a canary lies behind it.
+    rows = torch.full((num_rows, case.hidden), 7, dtype=torch.bfloat16)
+    holes, canaries = zip(*[(rows.to(device), rows.to(device)) for _ in range(4)], strict=True)
+    del holes
+
+    def step() -> Any:
+        per_rank, per_rdma_rank, per_expert, in_rank, _ = buffer.get_dispatch_layout(
+            idx, case.num_experts
+        )
+        return buffer.dispatch(
+            x,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_rdma_rank,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            topk_idx=idx,
+            topk_weights=weights,
+            num_worst_tokens=rooms[rank],
+            config=config,
+        )[:-1]
+
+    def follow(recv_x: Any, _: Any, recv_weights: Any, counts: Any, handle: Any) -> Any:
+        del counts
+        cached, *_ = buffer.dispatch(x, handle=handle, config=config)
+        combined, combined_weights, _ = buffer.combine(
+            recv_x, handle, topk_weights=recv_weights, config=config
+        )
+        return cached, combined, combined_weights
+
+    def hear() -> None:
+        """The error, on a rank without room; the operations behind went on."""
+        with pytest.raises(CommunicationError) if rank in short else nullcontext() as caught:
+            settle(buffer)
+        if rank in short:
+            error = caught.value
+            text = f"dispatch: {came[rank]} rows come to rank {rank}, which has room for {n};"
+            assert str(error).startswith(text), error
+            assert (error.op, error.rank, error.peer) == ("dispatch", rank, None)
+            assert (error.seen, error.expected) == (came[rank], n)
+        buffer.check_fault()  # once
+
+    def compare(received: Any, followed: Any) -> None:
+        prefix = f"rank {rank}, seed {case.seed}"
+        cached, combined, combined_weights = followed
+        settle(buffer)
+        _compare_dispatch(prefix, want[rank], oracle, rank, received)
+        assert_rows_equal(cached[:n], want[rank].recv_x[:n], f"{prefix}: cached recv_x")
+        want_x, want_weights = oracle.combine(
+            [each.recv_x for each in want],
+            handles,
+            rank,
+            [each.recv_topk_weights for each in want if each.recv_topk_weights is not None],
+        )
+        assert_rows_equal(combined, want_x, f"{prefix}: combined_x")
+        assert_rows_equal(combined_weights, want_weights, f"{prefix}: combined_topk_weights")
+        for canary in canaries:
+            assert_rows_equal(canary, rows, f"{prefix}: memory of another")
+
+    line_up(buffer)
+    received = step()
+    hear()
+    line_up(buffer)
+    compare(received, follow(*received))
+    if capture is not None:
+        replay, outputs = capture(lambda: (received := step(), follow(*received)))
+        for _ in range(3):
+            line_up(buffer)
+            replay()
+            hear()
+            compare(*outputs)
+    check_round(buffer, case)
 
 
 class Prepared:
@@ -516,8 +626,9 @@ def _as_bias(biases: tuple[torch.Tensor, ...]) -> Any:
     return None if not biases else biases[0] if len(biases) == 1 else biases
 
 
-def _compare_dispatch(prefix: str, made: Made, oracle: Oracle, rank: int, dispatched: Any) -> None:
-    want = made.dispatched[rank]
+def _compare_dispatch(
+    prefix: str, want: reference.Dispatched, oracle: Oracle, rank: int, dispatched: Any
+) -> None:
     got_x, got_idx, got_weights, got_list, handle = dispatched
     num_rows = oracle.num_recv(
         want.handle, rank

@@ -163,7 +163,7 @@ _making = threading.Lock()
 def make_low_latency(case: LowLatencyRound) -> MadeLowLatency:
     """Inputs and expected results of all ranks; made once for the threads of a process."""
     with _making:
-        return _make(case)
+        return _make(case, reduced=sums_before_links())
 
 
 def valid_rows(dispatched: reference.LowLatencyDispatched) -> Tensor:
@@ -181,7 +181,7 @@ def expert_outputs(dispatched: reference.LowLatencyDispatched, hidden: int, *, s
 
 
 @functools.lru_cache(maxsize=4)
-def _make(case: LowLatencyRound) -> MadeLowLatency:
+def _make(case: LowLatencyRound, *, reduced: bool) -> MadeLowLatency:
     num_ranks, row_format = len(case.num_tokens), BY_NAME[case.row_format]
     routings = [
         [
@@ -243,7 +243,7 @@ def _make(case: LowLatencyRound) -> MadeLowLatency:
                 weights[rank],
                 num_experts=case.num_experts,
                 use_logfmt=case.use_logfmt,
-                reduced=not case.use_logfmt and sums_before_links(),
+                reduced=not case.use_logfmt and reduced,
             )
             for rank in range(num_ranks)
         ]

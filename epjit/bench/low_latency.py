@@ -39,6 +39,7 @@ from epjit.bench.timing import (
     timed,
 )
 from epjit.formats import BF16, FP8
+from epjit.low_latency_checks import LowLatencyChecks
 from epjit.reference import low_latency as reference
 
 PAIRS = 10  # in one CUDA graph
@@ -56,8 +57,12 @@ def run(settings: Settings, *, on_row: Callable[[Row], None]) -> list[Row]:
         Rows; the first (`op` "run") says where they were measured.
 
     Raises:
+        ValueError: Sizes that no low-latency call takes; nothing was started.
         RuntimeError: A result is wrong, or a rank failed.
     """
+    checks = LowLatencyChecks(settings.ranks, 0, torch.device(settings.device))
+    for tokens in settings.tokens:
+        checks.sizes(tokens, settings.experts)
     return run_ranks(worker, settings.ranks, settings, free_port(), on_row=on_row)
 
 

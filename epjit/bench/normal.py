@@ -18,6 +18,7 @@ import torch.distributed as dist
 
 from epjit.bench import ceiling
 from epjit.bench.timing import Row, eager, free_port, join, run_ranks, timed
+from epjit.config import MAX_DOMAINS, MAX_EXPERTS, MAX_RANKS, MAX_ROW_BYTES, MAX_TOKENS, MAX_TOPK
 
 Payload: TypeAlias = torch.Tensor | tuple[torch.Tensor, torch.Tensor]
 Say: TypeAlias = Callable[..., None]
@@ -37,7 +38,7 @@ class Settings:
         tokens: Numbers of tokens a rank.
         sms: SMs for each number of tokens.
         sweep: More SMs, for the largest number of tokens.
-        nvl_bytes: `num_nvl_bytes` of every Buffer.
+        nvl_bytes: `num_nvl_bytes` of every Buffer; a multiple of 128.
         ceiling_mb: MiB that the ceiling copies to each peer.
         seed: Of the tokens and their experts.
         compare: Modules with the V1 interface, timed with the same tokens.
@@ -63,17 +64,39 @@ class Settings:
     def __post_init__(self) -> None:
         """Checks the values."""
         reasons = []
-        if self.ranks < 1 or self.experts % max(self.ranks, 1):
+        local = min(domain_size(self.ranks), self.ranks)
+        if self.ranks < 1:
+            reasons.append(f"ranks is {self.ranks}, but must be at least 1")
+        elif local > MAX_RANKS or self.ranks % local or self.ranks // local > MAX_DOMAINS:
+            reasons.append(
+                f"{self.ranks} ranks in NVLink domains of {local}, but a domain has up to "
+                f"{MAX_RANKS}, all the same number, and there are up to {MAX_DOMAINS} "
+                "(EPJIT_NVLINK_DOMAIN cuts them)"
+            )
+        if not 1 <= self.experts <= MAX_EXPERTS:
+            reasons.append(f"experts is {self.experts}, but must be 1 to {MAX_EXPERTS}")
+        elif self.experts % max(self.ranks, 1):
             reasons.append(f"{self.ranks} ranks do not divide {self.experts} experts")
-        if not 1 <= self.topk <= min(self.experts, 32):
-            reasons.append(f"topk is {self.topk}, but must be 1 to {min(self.experts, 32)}")
-        if self.hidden < 128 or self.hidden % 128:
-            reasons.append(f"hidden is {self.hidden}, but must be a multiple of 128 (FP8 blocks)")
+        most = max(1, min(self.experts, MAX_TOPK))
+        if not 1 <= self.topk <= most:
+            reasons.append(f"topk is {self.topk}, but must be 1 to {most}")
+        widest = MAX_ROW_BYTES // 2
+        if not 128 <= self.hidden <= widest or self.hidden % 128:
+            reasons.append(
+                f"hidden is {self.hidden}, but must be a multiple of 128 (FP8 blocks), at most "
+                f"{widest}"
+            )
         odd = [sms for sms in (*self.sms, *self.sweep) if sms < 2 or sms % 2]
         if odd:
             reasons.append(f"numbers of SMs are {odd}, but must be even")
-        if not self.tokens or min(self.tokens) < 1:
-            reasons.append(f"tokens are {self.tokens}, but must be positive")
+        if not all(1 <= each <= MAX_TOKENS for each in self.tokens):
+            reasons.append(f"tokens are {list(self.tokens)}, but must be 1 to {MAX_TOKENS}")
+        if self.nvl_bytes < 1 or self.nvl_bytes % 128:
+            reasons.append(f"nvl_bytes is {self.nvl_bytes}, but must be a multiple of 128")
+        if self.ceiling_mb < 1:
+            reasons.append(f"ceiling_mb is {self.ceiling_mb}, but must be at least 1")
+        if not 0 <= self.seed < 1 << 63:
+            reasons.append(f"seed is {self.seed}, but must be 0 to 2^63 - 1")
         if reasons:
             raise ValueError("; ".join(reasons))
 
@@ -321,7 +344,7 @@ def measure_ceilings(
 
 def start(rank: int, settings: Settings, port: int, queue: Any) -> tuple[dist.ProcessGroup, Say]:
     """Meets the other ranks; returns the group, and what reports a row (of rank 0)."""
-    from epjit import __version__, env, intranode, low_latency, tuned  # noqa: F401  (two have variants)
+    from epjit import __version__, env, intranode, low_latency  # noqa: F401  (two have variants)
     from epjit.runtime import variants
 
     on_cpu = settings.device == "cpu"
@@ -337,7 +360,7 @@ def start(rank: int, settings: Settings, port: int, queue: Any) -> tuple[dist.Pr
         op="run",
         module=f"epjit {__version__}",
         compare=list(settings.compare),
-        device=tuned.CPU if on_cpu else torch.cuda.get_device_name(),
+        device="CPU backend" if on_cpu else torch.cuda.get_device_name(),
         ranks=settings.ranks,
         hidden=settings.hidden,
         topk=settings.topk,

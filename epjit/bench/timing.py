@@ -112,19 +112,20 @@ def free_port() -> int:
             return port
 
 
-def ranks_and_device(ranks: int) -> tuple[int, str]:
+def ranks_and_device(ranks: int | None) -> tuple[int, str]:
     """How many ranks, and "cuda" or "cpu": what was asked for, or what there is.
 
     Args:
-        ranks: 0 = all GPUs, or two ranks without any.
+        ranks: None = all GPUs, or two ranks without any.
 
     Raises:
+        RuntimeError: ``EPJIT_BACKEND=cuda``, and torch finds no GPU.
         ValueError: More ranks than GPUs, which would take turns.
     """
-    from epjit import env
+    from epjit.buffer import use_gpu
 
-    gpus = torch.cuda.device_count() if env.backend() != "cpu" else 0
-    wanted = ranks or gpus or 2
+    gpus = torch.cuda.device_count() if use_gpu() else 0
+    wanted = (gpus or 2) if ranks is None else ranks
     if 0 < gpus < wanted:
         raise ValueError(
             f"--ranks is {wanted}, but times need a GPU for each rank, and there are {gpus}; "
@@ -158,7 +159,7 @@ def run_ranks(
             rows.append(queue.get())
             on_row(rows[-1])
 
-    context = mp.spawn(worker, (*args, queue), num_ranks, join=False)
+    context = mp.spawn(_rank, (worker, *args, queue), num_ranks, join=False)
     try:
         while not context.join(timeout=0.1):
             drain()
@@ -166,6 +167,12 @@ def run_ranks(
         raise RuntimeError(f"rank {error.error_index} failed: {error}") from None
     drain()
     return rows
+
+
+def _rank(rank: int, worker: Callable[..., None], *args: Any) -> None:
+    """A rank's process: libraries (Gloo of torch 2.10) write to stdout, which is for results."""
+    os.dup2(2, 1)
+    worker(rank, *args)
 
 
 def _nothing() -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -25,7 +27,9 @@ _COLUMNS = {
 
 
 def bench(
-    ranks: Annotated[int, typer.Option(help="Processes; 0 = all GPUs, or 2 without any.")] = 0,
+    ranks: Annotated[
+        int | None, typer.Option(help="Processes; by default one for each GPU, or 2 without any.")
+    ] = None,
     hidden: Annotated[int, typer.Option(help="Elements a row.")] = 7168,
     topk: Annotated[int, typer.Option(help="Choices a token.")] = 8,
     experts: Annotated[int, typer.Option(help="Over all ranks.")] = 256,
@@ -56,11 +60,9 @@ def bench(
     from epjit.bench import normal
     from epjit.bench.timing import ranks_and_device
 
-    ranks, device = ranks_and_device(ranks)
-    if device == "cpu":
-        typer.echo("this is the CPU backend, whose times say nothing", err=True)
+    num_ranks, device = ranks_and_device(ranks)
     settings = normal.Settings(
-        ranks=ranks,
+        ranks=num_ranks,
         hidden=hidden,
         topk=topk,
         experts=experts,
@@ -73,8 +75,16 @@ def bench(
         compare=tuple(compare or ()),
         device=device,
     )
+    # Whatever a run of minutes would end with is tried before it starts.
+    check_modules(settings.compare)
+    if plot is not None:
+        if low_latency:
+            raise ValueError("--plot draws GB/s against SMs, which --low-latency does not vary")
+        new_figure()[0].savefig(plot)
     if json_file is not None:
         json_file.write_text("")
+    if device == "cpu":
+        typer.echo("this is the CPU backend, whose times say nothing", err=True)
     with show.steps(None) as steps:
 
         def on_row(row: dict[str, Any]) -> None:
@@ -115,16 +125,46 @@ def print_table(rows: list[dict[str, Any]]) -> None:
     )
 
 
-def draw(rows: list[dict[str, Any]], path: Path) -> None:
-    """Writes a picture: NVLink GB/s against SMs, for the largest number of tokens.
+def check_modules(names: Iterable[str]) -> None:
+    """Imports what is to be compared, and looks for the names of V1's interface.
+
+    Raises:
+        ValueError: A module is missing, or has another interface.
+    """
+    for name in names:
+        try:
+            module = importlib.import_module(name)
+        except (ImportError, TypeError) as error:  # TypeError: a relative name
+            raise ValueError(f"--compare {name}: it cannot be imported ({error})") from error
+        missing = [each for each in ("Buffer", "topk_idx_t") if not hasattr(module, each)]
+        if missing:
+            raise ValueError(
+                f"--compare {name}: it has no {' and no '.join(missing)}, so it does not have the "
+                "interface of DeepEP V1"
+            )
+
+
+def new_figure() -> tuple[Any, Any]:
+    """An empty picture: matplotlib's figure and its axes.
 
     Raises:
         ImportError: matplotlib is missing.
     """
     from epjit.errors import require
 
-    require("matplotlib", package="matplotlib").use("Agg")
-    pyplot = require("matplotlib.pyplot", package="matplotlib")
+    require("matplotlib", package="matplotlib", extra="bench").use("Agg")
+    pyplot = require("matplotlib.pyplot", package="matplotlib", extra="bench")
+    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    pyplot.close(figure)  # pyplot forgets it; it can still be drawn and written
+    return figure, axes
+
+
+def draw(rows: list[dict[str, Any]], path: Path) -> None:
+    """Writes a picture: NVLink GB/s against SMs, for the largest number of tokens.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
     run, *results = rows
     tokens = max(row.get("tokens", 0) for row in results)
     lines: dict[str, dict[int, float]] = {}
@@ -133,7 +173,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             names = [row["op"], row.get("dtype", "")]
             names += [row["module"]] if run["compare"] and "module" in row else []
             lines.setdefault(" ".join(filter(None, names)), {})[row["sms"]] = row["remote_GBps"]
-    figure, axes = pyplot.subplots(figsize=(7, 4.5), layout="constrained")
+    figure, axes = new_figure()
     for name, points in lines.items():
         is_ceiling = name.startswith("ceiling")
         axes.plot(
@@ -152,7 +192,6 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     axes.grid(alpha=0.3)
     axes.legend(loc="lower right")
     figure.savefig(path, dpi=150)
-    pyplot.close(figure)
 
 
 def _case(row: dict[str, Any]) -> tuple[Any, ...]:

@@ -72,12 +72,15 @@ def clear(
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
     """Delete all compiled kernels; they are compiled again when they are needed."""
+    from epjit import tuned
     from epjit.runtime.cache import CubinCache
 
     cache = CubinCache()
     if not yes:
         typer.confirm(f"Delete the kernels in {cache.directory}?", abort=True)
     typer.echo(f"{cache.clear()} kernels deleted")
+    if tuned.path().is_file():
+        typer.echo(f"{tuned.path()} is kept; `python -m epjit tune --clear` deletes it")
 
 
 @app.command("export")
@@ -90,7 +93,7 @@ def export_entries(archive: Annotated[Path, typer.Argument(help="Tar file to wri
 
 @app.command("import")
 def import_entries(
-    archive: Annotated[Path, typer.Argument(help="Tar file from `cache export`.", exists=True)],
+    archive: Annotated[Path, typer.Argument(help="Tar file from `cache export`.")],
 ) -> None:
     """Add the kernels of a tar file; every digest is checked first. Import only what you trust."""
     from epjit.runtime.cache import CubinCache

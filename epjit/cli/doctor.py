@@ -1,9 +1,10 @@
-"""`doctor`: is this machine ready? One line a check: ok, warning or wrong, with the remedy."""
+"""`doctor`: is this machine ready? One line a check, with the remedy; the last is the verdict."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
+import dataclasses
 import importlib
 import importlib.metadata
 import json
@@ -17,17 +18,21 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from enum import Enum
 from pathlib import Path
+from types import ModuleType
 from typing import Annotated, Any
 
 import typer
+from rich.text import Text
 
 from epjit.cli import show
+from epjit.remedy import cuda_major, install_command, upgrade_command
 
 
 class Status(str, Enum):
     """What a check found."""
 
     ok = "ok"
+    info = "info"  # not there, and nothing is to be done about it on this machine
     warning = "warning"  # works, though slower or without something
     wrong = "wrong"
 
@@ -51,9 +56,18 @@ class Check:
     remedy: str = ""
 
 
-_STYLES = {Status.ok: "green", Status.warning: "yellow", Status.wrong: "bold red"}
-_CUDA_EXTRAS = {12: "cu12", 13: "cu13"}
+_STYLES = {
+    Status.ok: "green",
+    Status.info: "cyan",
+    Status.warning: "yellow",
+    Status.wrong: "bold red",
+}
 _RDMA = "between NVLink domains (RDMA)"
+_FABRIC = "fabric (only for use_fabric=True)"
+_NO_DRIVER = (
+    "none, so everything runs on the CPU backend; should there be a GPU, install NVIDIA's driver "
+    "(in a container: docker run --gpus all)"
+)
 _OF_TESTS = ("EPJIT_TEST_", "EPJIT_DEEPEP_TESTS")
 _SLOW_LINK = 20.0  # GB/s: less than any NVLink
 _NVSHMEM_PACKAGES = ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
@@ -82,6 +96,7 @@ def doctor(
             checks += section()
             if not as_json:
                 steps.next(section.__name__.replace("_", " "))
+    checks.append(verdict(checks))
     if as_json:
         typer.echo(json.dumps({"checks": [asdict(check) for check in checks]}))
     else:
@@ -91,20 +106,55 @@ def doctor(
 
 
 def print_checks(checks: list[Check]) -> None:
-    """A line a check, the remedy below it."""
+    """A line a check, the remedy below it; never broken, so that a command can be copied."""
     out = show.console()
     section = ""
-    for check in checks:
+    *lines, last = checks
+    for check in lines:
         if check.section != section:
             section = check.section
             out.print(section, style="bold")
-        mark = f"{check.status.value:8}"
-        out.print(f"  [{_STYLES[check.status]}]{mark}[/] {check.name}: ", end="")
-        out.print(check.value, markup=False, soft_wrap=True)
-        if check.remedy:
-            out.print(f"           -> {check.remedy}", markup=False, soft_wrap=True)
-    counts = {status: sum(check.status is status for check in checks) for status in Status}
+        _print(check, indent="  ")
+    counts = {status: sum(check.status is status for check in lines) for status in Status}
     out.print(", ".join(f"{count} {status.value}" for status, count in counts.items()))
+    _print(last)
+
+
+def _print(check: Check, indent: str = "") -> None:
+    out = show.console()
+    mark = Text(f"{check.status.value:8}", style=_STYLES[check.status])
+    out.print(Text.assemble(indent, mark, f" {check.name}: {check.value}"), soft_wrap=True)
+    if check.remedy:
+        out.print(Text(f"{indent:9} -> {check.remedy}"), soft_wrap=True)
+
+
+def verdict(checks: list[Check]) -> Check:
+    """What a Buffer would run on, after all other checks."""
+    from epjit import env
+
+    section, name = "verdict", "a Buffer here"
+    try:
+        from epjit import intranode
+        from epjit.buffer import use_gpu
+        from epjit.runtime import device, variants
+
+        if not use_gpu():
+            why = "EPJIT_BACKEND=cpu" if env.backend() == "cpu" else "torch finds no GPU"
+            value = f"runs on the CPU backend ({why}): the same results, and not fast"
+            return Check(section, name, Status.ok, value)
+        count, arch = device.count(), device.arch_of(0)
+        preferred = intranode.preferred_variant(count)
+        taken = [
+            f"{op} {variants.resolve(op, arch, preferred=preferred if op == 'dispatch' else None)}"
+            for op in ("dispatch", "combine", "low_latency_combine")
+        ]
+        value = f"runs on {' and '.join(_gpu_names())} ({', '.join(taken)})"
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
+        remedy = "do what the lines above that are wrong say"
+        return Check(section, name, Status.wrong, f"cannot be made: {error}", remedy)
+    if any(check.status is Status.wrong for check in checks):
+        return Check(section, name, Status.wrong, f"{value} once what is wrong above is put right")
+    return Check(section, name, Status.ok, value)
 
 
 # ---- what runs ----------------------------------------------------------------------------------
@@ -121,33 +171,24 @@ def check_platform() -> Iterator[Check]:
     yield Check(
         "platform",
         "system",
-        Status.ok if system == "Linux" else Status.warning,
-        f"{system} {platform.release()} {platform.machine()}",
-        "" if system == "Linux" else "GPUs are only used on Linux",
+        Status.ok if system == "Linux" else Status.info,
+        f"{system} {platform.release()} {platform.machine()}"
+        f"{'' if system == 'Linux' else ': GPUs are only used on Linux'}",
     )
 
 
 def check_packages() -> Iterator[Check]:
     """What epjit stands on: version, and the file that is loaded."""
-    has_gpu = _num_gpus() > 0
-    absent = Status.wrong if has_gpu else Status.warning
-    why = "" if has_gpu else " (only needed with a GPU)"
-    yield _module("torch", "torch", Status.wrong, "pip install 'epjit[torch]'")
-    yield _module("numpy", "numpy", Status.wrong, "pip install numpy")
-    yield _module("cuda.bindings", "cuda-bindings", absent, f"pip install 'epjit[cu13]'{why}")
+    yield _module("torch", "torch", Status.wrong, install_command("torch"))
+    yield _module("numpy", "numpy", Status.wrong, install_command(""))
+    yield _gpu_module("cuda.bindings", "cuda-bindings")
     installed = [name for name in _CUPY_PACKAGES if _version(name)]
     if len(installed) > 1:
         yield Check(
-            "packages",
-            "cupy",
-            Status.wrong,
-            " and ".join(installed),
-            f"two of them overwrite each other: pip uninstall {' '.join(installed)}, then install "
-            "one",
+            "packages", "cupy", Status.wrong, " and ".join(installed), _one_of(installed, "cu*")
         )
     else:
-        name = installed[0] if installed else "cupy-cuda13x"
-        yield _module("cupy", name, absent, f"pip install 'epjit[cu13]'{why}")
+        yield _gpu_module("cupy", installed[0] if installed else f"cupy-cuda{cuda_major() or 13}x")
     yield _cuda_versions()
 
 
@@ -158,8 +199,11 @@ def check_compiler() -> Iterator[Check]:
     try:
         version = nvrtc.version()
     except ImportError as error:
-        status = Status.wrong if _num_gpus() else Status.warning
-        yield Check("compiler", "NVRTC", status, "not found", str(error))
+        if _has_gpu():
+            yield Check("compiler", "NVRTC", Status.wrong, "not found", str(error))
+        else:
+            value = "not found; it is only needed for a GPU, and for `warmup`"
+            yield Check("compiler", "NVRTC", Status.info, value)
         return
     yield Check("compiler", "NVRTC", Status.ok, f"{version[0]}.{version[1]} ({_mapped('nvrtc')})")
     arch = _arch()
@@ -169,20 +213,20 @@ def check_compiler() -> Iterator[Check]:
             "__global__ void probe() {}", "probe.cu", arch=arch, headers={}, name_expression="probe"
         )
     except RuntimeError as error:
-        remedy = f"an NVRTC that knows {arch}: pip install --upgrade 'epjit[cu13]'"
+        remedy = f"an NVRTC that knows {arch}: {upgrade_command('nvidia-cuda-nvrtc')}"
         yield Check("compiler", "compiles", Status.wrong, str(error), remedy)
         return
     ms = (time.perf_counter() - start) * 1e3
     yield Check("compiler", "compiles", Status.ok, f"for {arch}, in {ms:.0f} ms")
     driver = _driver_cuda()
     if driver is not None and version[0] > driver[0]:
-        extra = _CUDA_EXTRAS.get(driver[0], "cu12")
         yield Check(
             "compiler",
             "fits the driver",
             Status.wrong,
             f"NVRTC is of CUDA {version[0]}.{version[1]}, the driver of {driver[0]}.{driver[1]}",
-            f"update the driver, or pip install 'epjit[{extra}]'",
+            f"update the driver, or take torch and all packages of CUDA {driver[0]}: "
+            f"{install_command(f'cu{driver[0]}')}",
         )
 
 
@@ -196,17 +240,20 @@ def check_gpus() -> Iterator[Check]:
     try:
         count = device.count()
     except ImportError as error:
-        yield Check("GPUs", "driver", Status.warning, "cannot be asked", str(error))
+        if _has_gpu():
+            yield Check("GPUs", "driver", Status.wrong, "cannot be asked", str(error))
+        else:
+            yield Check("GPUs", "driver", Status.info, _NO_DRIVER)
         return
     except RuntimeError as error:
-        yield Check(
-            "GPUs",
-            "driver",
-            Status.warning,
-            f"none: {error}",
-            "without a GPU everything runs on the CPU backend; with one, install NVIDIA's driver "
-            "(in a container: docker run --gpus all)",
-        )
+        if Path("/dev/nvidiactl").exists():
+            remedy = (
+                "unset CUDA_VISIBLE_DEVICES if it hides the GPU, else install the libraries of "
+                "NVIDIA's driver, in the version that is loaded"
+            )
+            yield Check("GPUs", "driver", Status.warning, f"there is a GPU, but {error}", remedy)
+        else:
+            yield Check("GPUs", "driver", Status.info, _NO_DRIVER)
         return
     major, minor = divmod(int(driver.call("cuDriverGetVersion")), 1000)
     yield Check("GPUs", "driver", Status.ok, f"{_driver_version()}, CUDA {major}.{minor // 10}")
@@ -262,20 +309,18 @@ def check_fabric() -> Iterator[Check]:
     channels = sorted(Path("/dev/nvidia-caps-imex-channels").glob("channel*"))
     works, reason = _fabric_allocation()
     yield Check(
-        "fabric (only for use_fabric=True)",
+        _FABRIC,
         "allocation with a fabric handle",
-        Status.ok if works else Status.warning,
-        "works" if works else reason,
-        "" if works else "leave use_fabric off: within one host CUDA IPC is used",
+        Status.ok if works else Status.info,
+        "works" if works else f"{reason}; without use_fabric CUDA IPC is used, within one host",
     )
     yield Check(
-        "fabric (only for use_fabric=True)",
+        _FABRIC,
         "IMEX channels",
-        Status.ok if channels else Status.warning,
-        ", ".join(channel.name for channel in channels) or "none",
-        ""
-        if channels
-        else "between hosts of one NVLink domain: start nvidia-imex, then nvidia-modprobe -c 0 -i",
+        Status.ok if channels else Status.info,
+        ", ".join(channel.name for channel in channels)
+        or "none; between hosts of one NVLink domain: start nvidia-imex, then "
+        "nvidia-modprobe -c 0 -i",
     )
 
 
@@ -283,15 +328,15 @@ def check_rdma() -> Iterator[Check]:
     """What several NVLink domains need: NVSHMEM, a linker, NICs, and IBGDA's own things."""
     from epjit import env
 
+    nics = _nics()
     yield _nvshmem()
     yield _nvshmem_kernels()
-    nics = sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))
     yield Check(
         _RDMA,
         "NICs",
-        Status.ok if nics else Status.warning,
-        ", ".join(nics) or "none in /sys/class/infiniband",
-        "" if nics else "nothing to do on one node; else install the NIC's driver (rdma-core)",
+        Status.ok if nics else Status.info,
+        ", ".join(nics)
+        or "none in /sys/class/infiniband; between nodes install the NIC's driver (rdma-core)",
     )
     if not nics and not env.nvshmem_ib_enable_ibgda.text():
         return
@@ -449,6 +494,38 @@ def _num_gpus() -> int:
         return 0
 
 
+def _has_gpu() -> bool:
+    """Whether there is a GPU; without the package that asks the driver, whether it has one."""
+    from epjit.runtime import device
+
+    try:
+        return device.count() > 0
+    except ImportError:
+        return _loads("libcuda.so.1")
+    except RuntimeError:
+        return False
+
+
+def _gpu_names() -> list[str]:
+    """Product names with their numbers, such as ``"4 x NVIDIA H200"``."""
+    from epjit.runtime import device
+
+    names = [device.name(index) for index in range(device.count())]
+    return [f"{names.count(name)} x {name}" for name in dict.fromkeys(names)]
+
+
+def _nics() -> list[str]:
+    return sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))
+
+
+def _torch() -> ModuleType | None:
+    """None when it is missing or broken, which the line of the package says."""
+    try:
+        return importlib.import_module("torch")
+    except (ImportError, OSError):
+        return None
+
+
 def _arch() -> str:
     from epjit.runtime import device
 
@@ -466,36 +543,56 @@ def _module(module: str, distribution: str, absent: Status, remedy: str) -> Chec
     """Version and file of a package; an import that fails is told in its own words."""
     try:
         loaded = importlib.import_module(module)
-    except ImportError as error:
+    except (ImportError, OSError) as error:  # torch without one of its libraries: OSError
         return Check("packages", distribution, absent, f"not there: {error}", remedy)
     version = getattr(loaded, "__version__", "") or _version(distribution)
     where = getattr(loaded, "__file__", None) or next(iter(getattr(loaded, "__path__", [])), "")
     return Check("packages", distribution, Status.ok, f"{version} ({where})")
 
 
+def _gpu_module(module: str, distribution: str) -> Check:
+    """`_module`, for a package that only GPUs need."""
+    if _has_gpu():
+        return _module(module, distribution, Status.wrong, install_command("cu*"))
+    found = _module(module, distribution, Status.info, "")
+    if found.status is Status.info:
+        found = dataclasses.replace(found, value="not there; it is only needed with a GPU")
+    return found
+
+
+def _one_of(installed: list[str], extra: str) -> str:
+    """The remedy when packages overwrite each other's files."""
+    return (
+        f"two of them overwrite each other: pip uninstall -y {' '.join(installed)}, then "
+        f"{install_command(extra)}"
+    )
+
+
 def _cuda_versions() -> Check:
     """Whether torch, CuPy and cuda-bindings are of one CUDA."""
     found: dict[str, int] = {}
-    try:
-        import torch
-
-        if torch.version.cuda:
-            found["torch"] = int(torch.version.cuda.partition(".")[0])
-    except ImportError:
-        pass
+    torch = _torch()
+    if torch is not None and torch.version.cuda:
+        found["torch"] = int(torch.version.cuda.partition(".")[0])
     for name in (*_CUPY_PACKAGES, "cuda-bindings"):
         version = _version(name)
         if version:
             suffix = re.search(r"cuda(\d+)x", name)
             if suffix or name == "cuda-bindings":
                 found[name] = int(suffix[1] if suffix else version.partition(".")[0])
-    agree = len(set(found.values())) <= 1
+    value = ", ".join(f"{name}: {major}" for name, major in found.items())
+    if len(set(found.values())) <= 1:
+        return Check("packages", "CUDA versions", Status.ok, value or "no package of CUDA's")
+    if not _has_gpu():
+        return Check("packages", "CUDA versions", Status.info, value)
+    strangers = [name for name in found if name.startswith("cupy") and found[name] != cuda_major()]
+    first = f"pip uninstall -y {' '.join(strangers)}, then " if strangers else ""
     return Check(
         "packages",
         "CUDA versions",
-        Status.ok if agree else Status.warning,
-        ", ".join(f"{name}: {major}" for name, major in found.items()) or "no package of CUDA's",
-        "" if agree else "take the extra that torch was built for: epjit[cu12] or epjit[cu13]",
+        Status.warning,
+        value,
+        f"take those of CUDA {cuda_major() or 13}: {first}{install_command('cu*')}",
     )
 
 
@@ -510,13 +607,12 @@ def _nvshmem() -> Check:
             "NVSHMEM",
             Status.wrong,
             " and ".join(installed),
-            f"two of them overwrite each other: pip uninstall {' '.join(installed)}, then install "
-            "one",
+            _one_of(installed, "cu*-rdma"),
         )
     try:
         found = nvshmem.find_installation()
     except ImportError as error:
-        return Check(_RDMA, "NVSHMEM", Status.warning, "not found", f"only between nodes: {error}")
+        return _only_between_nodes("NVSHMEM", "not found", str(error))
     except RuntimeError as error:
         return Check(_RDMA, "NVSHMEM", Status.wrong, "cannot be used", str(error))
     version = ".".join(map(str, found.version))
@@ -532,9 +628,7 @@ def _nvshmem_kernels() -> Check:
         linker, compiler = nvjitlink.version(), nvrtc.version()
         nvshmem_device.key()
     except (ImportError, OSError, RuntimeError) as error:
-        return Check(
-            _RDMA, name, Status.warning, "cannot be linked", f"only between nodes: {error}"
-        )
+        return _only_between_nodes(name, "cannot be linked", str(error))
     fits = linker >= compiler
     return Check(
         _RDMA,
@@ -543,9 +637,18 @@ def _nvshmem_kernels() -> Check:
         f"nvJitLink {linker[0]}.{linker[1]} ({_mapped('nvJitLink')})",
         ""
         if fits
-        else f"it is older than NVRTC {compiler[0]}.{compiler[1]}: pip install --upgrade "
-        "nvidia-nvjitlink (CUDA 12: nvidia-nvjitlink-cu12)",
+        else f"it is older than NVRTC {compiler[0]}.{compiler[1]}: "
+        f"{upgrade_command('nvidia-nvjitlink')}",
     )
+
+
+def _only_between_nodes(name: str, value: str, remedy: str) -> Check:
+    """What is missing matters where there is a NIC, or where the user chose an NVSHMEM."""
+    from epjit import env
+
+    if _nics() or env.nvshmem_dir():
+        return Check(_RDMA, name, Status.warning, value, f"only between nodes: {remedy}")
+    return Check(_RDMA, name, Status.info, f"{value}; it is only needed between nodes")
 
 
 def _loads(library: str) -> bool:
@@ -557,19 +660,20 @@ def _loads(library: str) -> bool:
 
 
 def _torch_sees(count: int) -> Check:
-    try:
-        import torch
-    except ImportError as error:
-        remedy = "pip install 'epjit[torch]'"
-        return Check("GPUs", "torch", Status.wrong, f"not there: {error}", remedy)
-    if torch.cuda.device_count() == count:
+    torch = _torch()
+    if torch is None:
+        return Check("GPUs", "torch", Status.wrong, "not there", install_command("torch"))
+    seen = torch.cuda.device_count()
+    if seen == count:
         return Check("GPUs", "torch", Status.ok, f"sees {count}")
+    remedy = (
+        f"it was built for CUDA {torch.version.cuda}: update the driver, or take an older one"
+        if torch.version.cuda
+        else f"it was built for the CPU: take the one for CUDA {cuda_major()} "
+        "(https://pytorch.org/get-started/locally)"
+    )
     return Check(
-        "GPUs",
-        "torch",
-        Status.wrong,
-        f"{torch.__version__} sees {torch.cuda.device_count()} of {count}",
-        "install a torch that was built for CUDA (this one may be for the CPU)",
+        "GPUs", "torch", Status.wrong, f"{torch.__version__} sees {seen} of {count}", remedy
     )
 
 

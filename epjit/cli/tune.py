@@ -3,39 +3,64 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Annotated, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from epjit.cli import show
 from epjit.cli.bench import default_nvl_bytes
 
+if TYPE_CHECKING:
+    from epjit.tuned import Tuned
+
 
 def tune(
-    ranks: Annotated[int, typer.Option(help="Processes; 0 = all GPUs, or 2 without any.")] = 0,
+    ranks: Annotated[
+        int | None, typer.Option(help="Processes; by default one for each GPU, or 2 without any.")
+    ] = None,
     hidden: Annotated[int, typer.Option(help="Elements a row of bfloat16.")] = 7168,
     topk: Annotated[int, typer.Option(help="Choices a token.")] = 8,
     experts: Annotated[int, typer.Option(help="Over all ranks.")] = 256,
     tokens: Annotated[list[int], typer.Option(help="A rank; once for each.")] = [4096, 128],  # noqa: B006
-    sms: Annotated[list[int] | None, typer.Option(help="Even; default 4 to 32.")] = None,
+    sms: Annotated[
+        list[int] | None,
+        typer.Option(help="Even; default 4 to 32. With others nothing is kept."),
+    ] = None,
     slack: Annotated[
         float, typer.Option(help="Fewer SMs win when they are slower by at most this part.")
     ] = 0.02,
-    dry_run: Annotated[bool, typer.Option(help="Keep nothing.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Keep nothing.")] = False,
+    show_kept: Annotated[
+        bool, typer.Option("--show", help="Show what is kept, and search nothing.")
+    ] = False,
+    clear: Annotated[
+        bool, typer.Option("--clear", help="Forget what is kept, and search nothing.")
+    ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """Search SMs and variants; `Buffer.get_dispatch_config` and `get_combine_config` use them."""
     from epjit import tuned
+
+    if show_kept and clear:
+        raise ValueError("--show and --clear exclude each other")
+    if clear:
+        typer.echo(f"{tuned.path()} {'is deleted' if tuned.clear() else 'does not exist'}")
+        return
+    if show_kept:
+        _print(tuned.load(), str(tuned.path()), as_json=as_json, file=tuned.path())
+        return
     from epjit.bench import normal
     from epjit.bench import tune as search
     from epjit.bench.timing import ranks_and_device
 
     if slack < 0:
         raise ValueError(f"--slack is {slack}, but must not be negative")
-    ranks, device = ranks_and_device(ranks)
+    num_ranks, device = ranks_and_device(ranks)
     settings = normal.Settings(
-        ranks=ranks,
+        ranks=num_ranks,
         hidden=hidden,
         topk=topk,
         experts=experts,
@@ -44,6 +69,16 @@ def tune(
         nvl_bytes=default_nvl_bytes(device),
         device=device,
     )
+    if normal.domain_size(num_ranks) < num_ranks:
+        raise ValueError("tune searches within one NVLink domain; unset EPJIT_NVLINK_DOMAIN")
+    reasons = {
+        "this is the CPU backend": device == "cpu",
+        "--sms left out the others": sms is not None,
+        "--dry-run": dry_run,
+    }
+    why_not = [reason for reason, holds in reasons.items() if holds]
+    if not why_not:
+        tuned.store([])  # known before the search: whether the file can be written
     with show.steps(None) as steps:
 
         def on_row(row: dict[str, Any]) -> None:
@@ -51,16 +86,34 @@ def tune(
 
         rows = search.run(settings, on_row=on_row)
     winners = search.winners(rows, slack=slack)
-    file = None if dry_run else tuned.store(winners)
+    file = None if why_not else tuned.store(winners)
+    title = f"{num_ranks} x {winners[0].gpu}, hidden {hidden}, top-{topk} of {experts}"
+    _print(winners, title, as_json=as_json, file=file)
+    if not as_json:
+        typer.echo(f"kept in {file}" if file else f"nothing was kept: {', '.join(why_not)}")
+
+
+def _print(winners: Sequence[Tuned], title: str, *, as_json: bool, file: Path | None) -> None:
+    """A line a winner, or one JSON object; `file` holds them."""
     if as_json:
-        typer.echo(
-            json.dumps({"file": str(file or ""), "winners": [asdict(each) for each in winners]})
-        )
+        found = {"file": str(file or ""), "winners": [asdict(each) for each in winners]}
+        typer.echo(json.dumps(found))
         return
     show.table(
-        f"{ranks} x {winners[0].gpu}, hidden {hidden}, top-{topk} of {experts}",
-        ("operation", "variant", "tokens", "SMs", "us"),
-        [(each.op, each.variant, each.num_tokens, each.num_sms, each.us) for each in winners],
-        text_columns=2,
+        title,
+        ("operation", "GPU", "variant", "ranks", "row bytes", "tokens", "SMs", "us"),
+        [
+            (
+                each.op,
+                each.gpu,
+                each.variant,
+                each.num_ranks,
+                each.hidden_bytes,
+                each.num_tokens,
+                each.num_sms,
+                each.us,
+            )
+            for each in winners
+        ],
+        text_columns=3,
     )
-    typer.echo("nothing was kept" if file is None else f"kept in {file}")

@@ -39,23 +39,14 @@ def variants(
         typer.echo(json.dumps({"arch": arch, "variants": rows}))
         return
     title = f"on {arch}" if arch else "no GPU here: --arch sm_90a shows what one would take"
-    heads = ("operation", "variant", "from", "taken", "chosen by", "what it does")
+    heads = ("operation", "variant", "from", "taken", "what it does")
     show.table(
         title,
         heads,
-        [
-            (
-                r["op"],
-                r["variant"],
-                r["from"],
-                r["taken"],
-                r["set"],
-                r["description"],
-            )
-            for r in rows
-        ],
+        [(r["op"], r["variant"], r["from"], r["taken"], r["description"]) for r in rows],
         text_columns=len(heads),
     )
+    typer.echo(f"another one is chosen by a variable, such as {rows[0]['set']}")
 
 
 def _taken(op: str, name: str, arch: str) -> str:

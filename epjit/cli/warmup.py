@@ -130,7 +130,7 @@ def configs(
         ValueError: A shape that no Buffer takes.
     """
     from epjit import expert_major
-    from epjit.config import MAX_DOMAINS, MAX_RANKS, MAX_ROW_BYTES, MAX_TOPK
+    from epjit.config import MAX_DOMAINS, MAX_EXPERTS, MAX_RANKS, MAX_ROW_BYTES, MAX_TOPK
     from epjit.normal_mode import warmup_shapes
 
     found: dict[KernelConfig, None] = {}
@@ -162,8 +162,11 @@ def configs(
                         f"a row of {elements} {dtype.value} has {row_bytes} bytes, but must have a "
                         f"multiple of 16, at most {MAX_ROW_BYTES}"
                     )
-                if experts < 0 or experts % num_ranks:
-                    raise ValueError(f"--experts is {experts}, no multiple of {num_ranks} ranks")
+                if not 0 <= experts <= MAX_EXPERTS or experts % num_ranks:
+                    raise ValueError(
+                        f"--experts is {experts}, no multiple of {num_ranks} ranks up to "
+                        f"{MAX_EXPERTS}"
+                    )
                 if low_latency:
                     found |= dict.fromkeys(
                         _low_latency(
@@ -264,7 +267,8 @@ def _full_name(arch: str) -> str:
     """What a GPU asks for: from sm_90 on with an `a`."""
     from epjit.runtime.device import arch_name, arch_number
 
-    return arch_name(*divmod(arch_number(arch), 10)) if arch[-1].isdigit() else arch
+    number = arch_number(arch)
+    return arch_name(*divmod(number, 10)) if arch[-1].isdigit() else arch
 
 
 def _default_archs() -> dict[str, str]:

@@ -20,6 +20,7 @@ from epjit.reference.internode import Domains
 from epjit.reference.intranode import Bias, Dispatched, Handle, RankInput
 from epjit.reference.low_latency import LowLatencyDispatched
 from epjit.runtime.empty import empty_on
+from epjit.runtime.fault import Overflow
 
 if TYPE_CHECKING:
     from epjit.low_latency_checks import CombineCall, DispatchCall
@@ -46,6 +47,22 @@ class CpuBackend:
     def __init__(self, group: Group, domains: Domains | None = None) -> None:
         self.group = group
         self.domains = domains
+        self._overflow: Overflow | None = None
+
+    def raise_fault(self) -> None:
+        """Raises once, as a GPU does in the call after, that more rows came than there is room for.
+
+        Raises:
+            CommunicationError: Names operation, rank, how many rows came, and how many fit.
+        """
+        if self._overflow is not None:
+            overflow, self._overflow = self._overflow, None
+            raise intranode.no_room(overflow)
+
+    def reset(self) -> None:
+        """Forgets what went wrong; collective."""
+        self._overflow = None
+        self.group.reset()
 
     def layout(
         self, topk_idx: Tensor, num_experts: int
@@ -109,7 +126,10 @@ class CpuBackend:
                 "num_topk": None if topk_idx is None else topk_idx.shape[1],
                 "topk_idx dtype": None if topk_idx is None else topk_idx.dtype,
             },
-            (x, scales, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert),
+            (
+                *(x, scales, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert),
+                torch.tensor(num_worst_tokens, device="cpu"),
+            ),
         )
         # After the exchange: a rank that raises before it would leave its peers waiting.
         counts = {"num_tokens_per_rank": (num_tokens_per_rank, is_token_in_rank)}
@@ -124,15 +144,33 @@ class CpuBackend:
                     f"{name}={count.tolist()} contradicts is_token_in_rank, which says "
                     f"{sent.sum(dim=0).tolist()}; pass both from one get_dispatch_layout call"
                 )
-        inputs = [RankInput(*tensors) for tensors in worlds]
-        options = {
+        inputs = [RankInput(*tensors[:-1]) for tensors in worlds]
+        options: dict[str, Any] = {
             "num_experts": num_tokens_per_expert.shape[0],
             "expert_alignment": expert_alignment,
-            "num_worst_tokens": num_worst_tokens,
+            "num_worst_tokens": [int(tensors[-1]) for tensors in worlds],
         }
+        rank = self.group.rank
         if self.domains is None:
-            return intranode.dispatch(inputs, self.group.rank, **options)
-        return internode.dispatch(inputs, self.group.rank, self.domains, **options)
+            received = intranode.dispatch(inputs, rank, **options)
+        else:
+            received = internode.dispatch(inputs, rank, self.domains, **options)
+            self._check_room(
+                "tokens pass into the NVLink domain through",
+                came=int(received.handle[4][-1]),
+                room=received.handle[9].shape[0],
+            )
+        self._check_room(
+            "rows come to",
+            came=sum(int(each.is_token_in_rank[:, rank].sum()) for each in inputs),
+            room=received.recv_x.shape[0],
+        )
+        return received
+
+    def _check_room(self, what: str, *, came: int, room: int) -> None:
+        """Remembers what a kernel would report (`WaitTag` of sync.cuh)."""
+        if came > room:
+            self._overflow = Overflow("dispatch", what, self.group.rank, came=came, room=room)
 
     @torch.no_grad()
     def cached_dispatch(
@@ -210,7 +248,9 @@ class CpuBackend:
         sent = torch.stack([handle[0].sum(dim=0) for handle in handles])  # [source, receiver]
         for receiver, handle in enumerate(handles):
             received = handle[6].diff(prepend=handle[6].new_zeros(1))
-            for source in torch.nonzero(received != sent[:, receiver]).flatten().tolist():
+            # The last ones may have been left out for want of room.
+            fit = sent[:, receiver].cumsum(dim=0).clamp(max=handle[7].shape[0])
+            for source in torch.nonzero(handle[6] != fit).flatten().tolist():
                 raise ValueError(
                     f"{op}: by the handle of rank {source} it sends {int(sent[source, receiver])} "
                     f"rows to rank {receiver}, by the handle of rank {receiver} "
@@ -297,6 +337,7 @@ class CpuLowLatency:
         forms = low_latency.dispatched_forms(
             call.row_format,
             num_ranks=self._group.size,
+            num_tokens=call.num_tokens,
             max_tokens=call.max_tokens,
             num_experts=call.num_experts,
             num_topk=call.num_topk,
@@ -389,6 +430,7 @@ class CpuLowLatency:
                 "num_experts": call.num_experts,
                 "num_topk": call.num_topk,
                 "use_logfmt": call.use_logfmt,
+                env.low_latency_combine_variant.name: env.low_latency_combine_variant(),
             },
             tuple(low_latency.collect(x, src_info, self._group.size)),
         )
@@ -431,8 +473,8 @@ class CpuLowLatency:
         """Takes all masks away; no operation is under way here."""
         self.mask.zero_()
 
-    def close(self) -> None:
-        """Nothing to free."""
+    def give_up(self) -> None:
+        """Nothing: no wait is queued here."""
 
     def _masked(self) -> Tensor | None:
         return self.mask if self._enable_shrink else None
@@ -442,7 +484,7 @@ def _exchange(
     group: Group, op: str, facts: Mapping[str, object], tensors: tuple[Tensor | None, ...]
 ) -> list[tuple[Any, ...]]:
     """Every rank's `tensors`, once all ranks are known to agree on `op` and on `facts`."""
-    messages = group.allgather((op, dict(facts), [_pack(each) for each in tensors]))
+    messages = group.allgather((op, dict(facts), [_pack(each) for each in tensors]), op=op)
     _agree(op, "operation", [message[0] for message in messages])
     for name in facts:
         _agree(op, name, [message[1][name] for message in messages])

@@ -39,14 +39,16 @@ Here what is undefined is zero.
 4. `recv_rdma_rank_prefix_sum` int32 `[D]`: tokens that pass through this rank, from the domains
    `0..n`: the inclusive prefix sum of `channel_tokens[:, own local]`.
 5. `recv_expert_counts` int32 `[E // R]`: selections of each local expert, not aligned.
-6. `recv_gbl_rank_prefix_sum` int32 `[R]`: rows here from the ranks `0..s`.
+6. `recv_gbl_rank_prefix_sum` int32 `[R]`: rows here from the ranks `0..s`, at most as many as there
+   is room for.
 7. `recv_src_meta` uint8 `[n or N, 8]`: of each received row two int32 (little endian), its index in
    the channel of its source to this domain, and its source token.
 8. `send_rdma_head` int32 `[T, D]`: index of the token in the channel to domain `n`, or -1.
 9. `send_nvl_head` int32 `[m]`: of each token that passes through this rank (by domain it comes
    from, then by index in the channel), bit `l` = the rank with local index `l` of this domain gets
-   it, and from bit 8 on its place in its source's segment here (0 if it is not for this rank).
-   `m` is the last of slot 4, or `L * N` with `num_worst_tokens`.
+   it and has room for it, and from bit 8 on its place in its source's segment here (0 if it is not
+   for this rank). `m` is the last of slot 4, or `L * N` with `num_worst_tokens`; tokens beyond are
+   not combined.
 """
 
 
@@ -102,7 +104,7 @@ def notify(
     domains: Domains,
     *,
     expert_counts: Tensor,
-    num_worst_tokens: int = 0,
+    num_worst_tokens: int | Sequence[int] = 0,
 ) -> Handle:
     """The handle of `rank`: everything about the routing that it ever needs.
 
@@ -111,7 +113,7 @@ def notify(
         rank: Whose handle.
         domains: Ranks of each domain.
         expert_counts: int32 `[E // R]`, slot 5.
-        num_worst_tokens: 0, or `N`.
+        num_worst_tokens: 0, or `N`; of each rank, when they differ.
 
     Returns:
         See `Handle`.
@@ -130,11 +132,13 @@ def notify(
     lengths = torch.stack([channel.sum(dtype=torch.int32) for channel in channels])
     channel_tokens = lengths[torch.tensor(domains, device="cpu")]
 
-    rows_from = torch.stack([each.is_token_in_rank[:, rank].sum() for each in inputs])
+    fits = intranode.fitting_rows(inputs, num_worst_tokens)
+    rows_from = fits[:, rank]
     meta = []  # [rows, 2] of each source
-    for each, channel in zip(inputs, channels, strict=True):
-        tokens = torch.nonzero(each.is_token_in_rank[:, rank]).flatten().to(torch.int32)
-        meta.append(torch.stack([positions(channel)[tokens], tokens], dim=1))
+    received = intranode.received_tokens(inputs, rank, num_worst_tokens)
+    for tokens, channel in zip(received, channels, strict=True):
+        indices = positions(channel)[tokens]
+        meta.append(torch.stack([indices, tokens.to(torch.int32)], dim=1))
     recv_src_meta = torch.empty((sum(map(len, meta)), 8), dtype=torch.uint8, device="cpu")
     torch.cat(meta, out=recv_src_meta.view(torch.int32))
 
@@ -142,18 +146,17 @@ def notify(
     for source in (each[local] for each in domains):
         sent = inputs[source].is_token_in_rank[channels[source]]  # [length, R]
         head = torch.zeros(len(sent), dtype=torch.int64, device="cpu")
+        place = positions(sent)
+        kept = sent & (place < fits[source])
         for bit, receiver in enumerate(domains[domain]):
-            head |= sent[:, receiver].to(torch.int64) << bit
-        passing.append(head | positions(sent[:, rank]).clamp(min=0).to(torch.int64) << 8)
+            head |= kept[:, receiver].to(torch.int64) << bit
+        own = place[:, rank].masked_fill(~kept[:, rank], 0)
+        passing.append(head | own.to(torch.int64) << 8)
     send_nvl_head = torch.cat(passing).to(torch.int32)
 
-    num_rows = num_worst_tokens or len(recv_src_meta)
-    num_passing = len(domains[domain]) * num_worst_tokens or len(send_nvl_head)
-    if num_passing < len(send_nvl_head):
-        raise ValueError(
-            f"{len(send_nvl_head)} tokens pass through rank {rank} to its domain, more than "
-            f"its ranks receive with num_worst_tokens={num_worst_tokens}; pass the same to all"
-        )
+    worst = intranode.rooms(num_worst_tokens, len(inputs))[rank]
+    num_rows = worst or len(recv_src_meta)
+    num_passing = len(domains[domain]) * worst or len(send_nvl_head)
     return (
         in_rank,
         send_tokens,
@@ -164,7 +167,7 @@ def notify(
         rows_from.cumsum(dim=0).to(torch.int32),
         pad_rows(recv_src_meta, num_rows),
         positions(to_domain),
-        pad_rows(send_nvl_head, num_passing),
+        pad_rows(send_nvl_head[:num_passing], num_passing),
     )
 
 
@@ -175,7 +178,7 @@ def dispatch(
     *,
     num_experts: int,
     expert_alignment: int = 1,
-    num_worst_tokens: int = 0,
+    num_worst_tokens: int | Sequence[int] = 0,
 ) -> Dispatched:
     """What `rank` receives: the rows of `intranode.dispatch`, with another handle.
 
@@ -185,14 +188,13 @@ def dispatch(
         domains: Ranks of each domain.
         num_experts: `E`.
         expert_alignment: Each count of the returned list is rounded up to a multiple of it.
-        num_worst_tokens: 0, or the number of rows of every output.
+        num_worst_tokens: As in `intranode.dispatch`.
 
     Returns:
         See `Dispatched`; its handle is a `Handle` of ten.
 
     Raises:
-        ValueError: `num_experts` or the domains do not fit the ranks, or more than
-            `num_worst_tokens` rows arrive.
+        ValueError: `num_experts` or the domains do not fit the ranks.
     """
     check_domains(domains, len(inputs))
     received = intranode.dispatch(

@@ -19,17 +19,22 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from epjit.errors import CommunicationError
+from epjit.runtime.fault import Overflow
+
 Handle: TypeAlias = tuple[Tensor, ...]
 """What `dispatch` leaves for `combine` and for a cached dispatch; six tensors of one rank.
 
 (Between NVLink domains there are ten: see `epjit.reference.internode.Handle`.)
 
-0. `rank_prefix_matrix` int32 `[R, R]`: entry `[i, j]` = rows that ranks `0..i` send to rank `j`.
+0. `rank_prefix_matrix` int32 `[R, R]`: entry `[i, j]` = rows that ranks `0..i` send to rank `j`,
+   at most as many as it has room for.
 1. `source_tokens` int32 `[R]`: `T` of each rank.
 2. `recv_expert_counts` int32 `[E // R]`: selections of each local expert, not aligned.
 3. `recv_src_idx` int32 `[n or N]`: source token of each received row.
 4. `is_token_in_rank` bool `[T, R]`: the caller's tensor.
-5. `send_head` int32 `[T, R]`: place of the row in this source's segment at that rank, or -1.
+5. `send_head` int32 `[T, R]`: place of the row in this source's segment at that rank, or -1. A
+   place behind the end of the segment is a row that the rank has no room for.
 """
 
 Bias: TypeAlias = "Tensor | tuple[Tensor | None, Tensor | None] | None"
@@ -126,7 +131,7 @@ def dispatch(
     *,
     num_experts: int,
     expert_alignment: int = 1,
-    num_worst_tokens: int = 0,
+    num_worst_tokens: int | Sequence[int] = 0,
 ) -> Dispatched:
     """What `rank` receives.
 
@@ -135,30 +140,24 @@ def dispatch(
         rank: The receiver.
         num_experts: `E`.
         expert_alignment: Each count of the returned list is rounded up to a multiple of it.
-        num_worst_tokens: 0, or the number of rows of every output.
+        num_worst_tokens: 0, or the number of rows of every output; of each rank, when they differ.
+            Rows that come after so many, in their order, are left out.
 
     Returns:
         See `Dispatched`.
 
     Raises:
-        ValueError: `num_experts` does not fit the ranks, or more than `num_worst_tokens` rows
-            arrive.
+        ValueError: `num_experts` does not fit the ranks.
     """
     num_local = experts_per_rank(num_experts, len(inputs))
     first_expert = rank * num_local
     own = inputs[rank]
 
-    rows_sent = torch.stack([each.is_token_in_rank.sum(dim=0) for each in inputs])  # [R, R]
-    rank_prefix_matrix = rows_sent.cumsum(dim=0).to(torch.int32)
-    num_recv = int(rank_prefix_matrix[-1, rank])
-    if 0 < num_worst_tokens < num_recv:
-        raise ValueError(
-            f"rank {rank} receives {num_recv} rows, more than num_worst_tokens={num_worst_tokens}; "
-            "pass at least num_ranks * the largest number of tokens of a rank"
-        )
-    num_rows = num_worst_tokens or num_recv
+    rank_prefix_matrix = fitting_rows(inputs, num_worst_tokens).cumsum(dim=0).to(torch.int32)
+    worst = rooms(num_worst_tokens, len(inputs))[rank]
+    num_rows = worst or int(rank_prefix_matrix[-1, rank])
 
-    tokens = [torch.nonzero(each.is_token_in_rank[:, rank]).flatten() for each in inputs]
+    tokens = received_tokens(inputs, rank, num_worst_tokens)
     recv_topk_idx = recv_topk_weights = None
     if own.topk_idx is not None and own.topk_weights is not None:
         idx = _gather([_given("topk_idx", each.topk_idx) for each in inputs], tokens)
@@ -192,8 +191,51 @@ def dispatch(
         ),
         recv_topk_idx=recv_topk_idx,
         recv_topk_weights=recv_topk_weights,
-        num_recv_tokens_per_expert_list=[] if num_worst_tokens else aligned_counts,
+        num_recv_tokens_per_expert_list=[] if worst else aligned_counts,
         handle=handle,
+    )
+
+
+def rooms(num_worst_tokens: int | Sequence[int], num_ranks: int) -> list[int]:
+    """`num_worst_tokens` of each rank; 0 = room for whatever comes."""
+    if isinstance(num_worst_tokens, int):
+        return [num_worst_tokens] * num_ranks
+    return list(num_worst_tokens)
+
+
+def fitting_rows(inputs: Sequence[RankInput], num_worst_tokens: int | Sequence[int]) -> Tensor:
+    """Rows of each source (dim 0) that each rank (dim 1) has room for: the first ones."""
+    sent = torch.stack([each.is_token_in_rank.sum(dim=0) for each in inputs])
+    ends = sent.cumsum(dim=0)
+    for rank, room in enumerate(rooms(num_worst_tokens, len(inputs))):
+        if room:
+            ends[:, rank].clamp_(max=room)
+    return ends.diff(dim=0, prepend=torch.zeros_like(ends[:1]))
+
+
+def received_tokens(
+    inputs: Sequence[RankInput], rank: int, num_worst_tokens: int | Sequence[int]
+) -> list[Tensor]:
+    """Tokens of each source that `rank` receives and has room for."""
+    counts = fitting_rows(inputs, num_worst_tokens)[:, rank].tolist()
+    return [
+        torch.nonzero(each.is_token_in_rank[:, rank]).flatten()[:count]
+        for each, count in zip(inputs, counts, strict=True)
+    ]
+
+
+def no_room(overflow: Overflow) -> CommunicationError:
+    """The error of a rank that more came to than it had room for, on every backend."""
+    op, what, rank, came, room, epoch = overflow
+    return CommunicationError(
+        f"{op}: {came} {what} rank {rank}, which has room for {room}; what did not fit was left "
+        "out, all else has arrived. num_worst_tokens must be at least the number of ranks times "
+        "the most tokens of any of them, and a handle must be passed on as dispatch returned it",
+        op=op,
+        rank=rank,
+        expected=room,
+        seen=came,
+        epoch=epoch,
     )
 
 

@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from epjit.formats import BF16, FP8, FP8_ROUND, FP8_UE8M0, MXFP8, NVFP4, RowFormat
+from epjit.formats import BF16, FP8, FP8_ROUND, MXFP8, NVFP4, RowFormat
 from epjit.reference.intranode import experts_per_rank
 from epjit.runtime.empty import Empty, Form, empty_on, matrix, vector
 
@@ -137,17 +137,23 @@ def dispatched_forms(
     row_format: RowFormat,
     *,
     num_ranks: int,
+    num_tokens: int,
     max_tokens: int,
     num_experts: int,
     num_topk: int,
     hidden: int,
 ) -> DispatchedForms:
-    """What `allocate_dispatched` shall make."""
+    """What `allocate_dispatched` shall make.
+
+    Behind `src_info` and the `Routes` lie `K + T` words more, so that the length of them all says
+    both to `dispatched_sizes`.
+    """
     num_local, num_rows = experts_per_rank(num_experts, num_ranks), num_ranks * max_tokens
+    num_routes, num_extra = num_ranks + num_rows * num_topk, num_topk + num_tokens
     new = (
         *row_format.forms(num_local, num_rows, hidden),
         vector(torch.int32, num_local),
-        vector(torch.int32, num_local * num_rows + num_ranks + num_rows * num_topk),
+        vector(torch.int32, num_local * num_rows + num_routes + num_extra),
         matrix(torch.int64, num_local, num_ranks),
     )
     return DispatchedForms(new, ((num_local, num_rows), (num_rows, 1)))
@@ -160,20 +166,22 @@ def allocate_dispatched(forms: DispatchedForms, empty: Empty) -> LowLatencyDispa
     return LowLatencyDispatched(recv_x, recv_scales, recv_count, src_info, layout_range)
 
 
-def routed_topk(src_info: Tensor, num_ranks: int) -> int:
-    """`K` of the dispatch that `src_info` came from, by the size of what lies behind it.
+def dispatched_sizes(src_info: Tensor, num_ranks: int) -> tuple[int, int]:
+    """`T` and `K` of the dispatch that `src_info` came from, by the size of what lies behind it.
 
     Raises:
         ValueError: It is a copy: nothing lies behind it.
     """
+    num_rows = src_info.shape[1]
     num_words = int(src_info.untyped_storage().nbytes()) // 4 - int(src_info.storage_offset())
-    num_topk, rest = divmod(num_words - src_info.numel() - num_ranks, src_info.shape[1])
-    if num_topk < 1 or rest:
+    # As dispatched_forms says: K * (R * M + 1) + T, and T is at most M.
+    num_topk, num_tokens = divmod(num_words - src_info.numel() - num_ranks, num_rows + 1)
+    if num_topk < 1 or num_tokens * num_ranks > num_rows:
         raise ValueError(
             "handle[0] (src_info) is a copy, and lacks what low_latency_dispatch stored behind it; "
             "pass the handle as it was returned"
         )
-    return num_topk
+    return num_tokens, num_topk
 
 
 def routes(src_info: Tensor, num_ranks: int) -> Routes:
@@ -186,7 +194,7 @@ def routes(src_info: Tensor, num_ranks: int) -> Routes:
     Raises:
         ValueError: It is a copy: nothing lies behind it.
     """
-    num_rows, num_topk = src_info.shape[1], routed_topk(src_info, num_ranks)
+    num_rows, (_, num_topk) = src_info.shape[1], dispatched_sizes(src_info, num_ranks)
     first = src_info.storage_offset() + src_info.numel()
     return Routes(
         src_info.as_strided((num_ranks,), (1,), first),
@@ -232,6 +240,7 @@ def dispatch(
         forms = dispatched_forms(
             row_format,
             num_ranks=num_ranks,
+            num_tokens=inputs[rank].x.shape[0],
             max_tokens=max_tokens,
             num_experts=num_experts,
             num_topk=inputs[rank].topk_idx.shape[1],
@@ -410,45 +419,6 @@ def encode(
     exponents = (bits.squeeze(2) >> 23).to(torch.uint8)
     assert row_format.scale_dtype is not None
     return values, exponents.view(row_format.scale_dtype)
-
-
-def decode(
-    x: Tensor,
-    scales: Tensor | None,
-    row_format: RowFormat,
-    global_scale: Tensor | None = None,
-) -> Tensor:
-    """The float32 values of rows.
-
-    Args:
-        x: `[..., columns]`.
-        scales: `[..., S]`, any strides, or None.
-        row_format: What the rows are.
-        global_scale: float32 `[1]`, for `NVFP4` only.
-
-    Returns:
-        `[..., H]`.
-    """
-    if row_format is BF16:
-        return x.to(torch.float32)
-    scales = _given(scales).contiguous()
-    if row_format is NVFP4:
-        nibbles = torch.stack((x & 15, x >> 4), dim=-1).to(torch.int64)
-        table = torch.tensor(
-            [*_E2M1_VALUES, *(-value for value in _E2M1_VALUES)], dtype=torch.float32, device="cpu"
-        )
-        values = table[nibbles].flatten(-2)
-    else:
-        values = x.to(torch.float32)
-    if row_format in (FP8_UE8M0, MXFP8):
-        bits = scales.view(torch.uint8).to(torch.int32) << 23
-        factors = bits.masked_fill(bits == 0, 1 << 22).view(torch.float32)  # byte 0 is 2**-127
-    else:
-        factors = scales.to(torch.float32)
-    blocks = values.unflatten(-1, (factors.shape[-1], row_format.block)) * factors.unsqueeze(-1)
-    if row_format is NVFP4:
-        blocks = _divide(blocks, _given(global_scale))
-    return blocks.flatten(-2)
 
 
 def logfmt_round_trip(rows: Tensor) -> Tensor:

@@ -57,7 +57,7 @@ def cache_folder() -> Path:
     chosen = env.cache_dir()
     if chosen is not None:
         return chosen
-    platformdirs = require("platformdirs", package="platformdirs")
+    platformdirs = require("platformdirs", package="platformdirs", extra="")
     return Path(platformdirs.user_cache_dir("epjit", appauthor=False))
 
 
@@ -152,27 +152,17 @@ class CubinCache:
             How many entries the archive holds.
 
         Raises:
-            ValueError: A member is no entry, or is damaged; names it. Nothing was added.
+            ValueError: It is no tar file, or not all of one; or a member is no entry, or is
+                damaged, and is named. Nothing was added.
             PermissionError: The folder is not this user's alone.
         """
-        found: dict[str, Entry] = {}
-        with tarfile.open(archive, "r:") as tar:
-            for member in tar:
-                key = member.name.removesuffix(_SUFFIX)
-                file = tar.extractfile(member) if member.isreg() else None
-                if file is None or not _KEY.fullmatch(key) or member.name != key + _SUFFIX:
-                    raise ValueError(
-                        f"{archive} holds {member.name!r}, which is no entry of this cache; was it "
-                        "made by `python -m epjit cache export`?"
-                    )
-                if member.size > _MAX_ENTRY_BYTES:
-                    raise ValueError(
-                        f"{archive}: {member.name} has {member.size} bytes, more than any entry"
-                    )
-                entry = _decode(file.read())
-                if entry is None:
-                    raise ValueError(f"{archive}: {member.name} is damaged; export it again")
-                found[key] = entry
+        try:
+            found = _read_archive(archive)
+        except (tarfile.TarError, OverflowError) as error:
+            raise ValueError(
+                f"{archive} is not what `python -m epjit cache export` writes, a tar file that is "
+                f"not compressed, or not all of it ({error}); export it again"
+            ) from error
         self.prepare()
         for key, entry in found.items():
             self.put(key, entry)
@@ -203,7 +193,7 @@ class CubinCache:
                 f"{what} is not in the cache {self.directory} and EPJIT_ASSERT_COMPILE=1 forbids "
                 "to compile it now; compile it before, with the same EPJIT_CACHE_DIR"
             )
-        filelock = require("filelock", package="filelock")
+        filelock = require("filelock", package="filelock", extra="")
         lock = filelock.FileLock(self.directory / f"{key}.lock")
         try:
             lock.acquire(timeout=env.timeout_seconds())
@@ -249,6 +239,35 @@ class CubinCache:
             )
 
 
+def _read_archive(archive: Path) -> dict[str, Entry]:
+    """The entries of an archive by key; see `CubinCache.import_archive`."""
+    found: dict[str, Entry] = {}
+    end = 0
+    with archive.open("rb") as whole, tarfile.open(fileobj=whole, mode="r:") as tar:
+        for member in tar:
+            key = member.name.removesuffix(_SUFFIX)
+            file = tar.extractfile(member) if member.isreg() else None
+            if file is None or not _KEY.fullmatch(key) or member.name != key + _SUFFIX:
+                raise ValueError(
+                    f"{archive} holds {member.name!r}, which is no entry of this cache; was it "
+                    "made by `python -m epjit cache export`?"
+                )
+            if member.size > _MAX_ENTRY_BYTES:
+                raise ValueError(
+                    f"{archive}: {member.name} has {member.size} bytes, more than any entry"
+                )
+            entry = _decode(file.read())
+            if entry is None:
+                raise ValueError(f"{archive}: {member.name} is damaged; export it again")
+            found[key] = entry
+            end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+        # Where a file is cut between two members, `tarfile` takes it for the end.
+        whole.seek(end)
+        if whole.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
+            raise tarfile.ReadError("its end is missing")
+    return found
+
+
 def _encode(entry: Entry) -> bytes:
     parts = (entry.symbol.encode(), entry.log.encode(), entry.cubin)
     payload = _LENGTHS.pack(*map(len, parts)) + b"".join(parts)
@@ -264,8 +283,11 @@ def _decode(data: bytes) -> Entry | None:
     cubin_at = log_at + log_bytes
     if cubin_at + cubin_bytes != len(payload):
         return None
-    return Entry(
-        symbol=payload[_LENGTHS.size : log_at].decode(),
-        log=payload[log_at:cubin_at].decode(),
-        cubin=payload[cubin_at:],
-    )
+    try:
+        return Entry(
+            symbol=payload[_LENGTHS.size : log_at].decode(),
+            log=payload[log_at:cubin_at].decode(),
+            cubin=payload[cubin_at:],
+        )
+    except UnicodeDecodeError:
+        return None

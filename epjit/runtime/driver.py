@@ -11,6 +11,7 @@ from epjit.errors import require
 
 _contexts: dict[int, Any] = {}
 _contexts_lock = threading.RLock()  # a finalizer may come back to it
+_thread = threading.local()
 
 
 @functools.cache
@@ -69,6 +70,18 @@ def primary_context(device: int) -> Any:
             # Retained for the life of the process, as the CUDA runtime does.
             _contexts[device] = call("cuDevicePrimaryCtxRetain", call("cuDeviceGet", device))
         return _contexts[device]
+
+
+def bind(device: int) -> None:
+    """Makes the context of `device` current for good in a thread that has none.
+
+    So does the first use of a GPU, which may be a call of ours: until then the driver refuses what
+    names no stream. Looked up once a thread, as calls come by here.
+    """
+    if not getattr(_thread, "is_bound", False):
+        if not int(call("cuCtxGetCurrent")):
+            call("cuCtxSetCurrent", primary_context(device))
+        _thread.is_bound = True
 
 
 class _Using:

@@ -1,27 +1,50 @@
-"""The fault record: what a wait on the device leaves behind when it runs out of time."""
+"""The fault record: what kernels tell the host of a rank about waits and rows that failed."""
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import re
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from epjit import env
 from epjit.errors import CommunicationError
-from epjit.runtime import sources
+from epjit.runtime import driver, sources
 from epjit.runtime.host import PinnedArray
+from epjit.runtime.symmetric import own_stream
 
-NUM_WORDS = 8  # state, tag, rank, peer, index, expected, seen, epoch
+_RECORD_WORDS = 8  # state, tag, rank, peer, index, expected, seen, epoch
+NUM_WORDS = 2 * _RECORD_WORDS  # of a wait that failed, then of an overflow
 _TAGS_SOURCE = "epjit/sync.cuh"
+
+
+class Overflow(NamedTuple):
+    """More came to a rank than it has room for; what did not fit was left out.
+
+    Attributes:
+        op: The operation, such as ``"dispatch"``.
+        what: What came, and how, such as ``"rows come to"``.
+        rank: The rank.
+        came: How many.
+        room: How many fit.
+        epoch: Number of the call on that rank, or None.
+    """
+
+    op: str
+    what: str
+    rank: int
+    came: int
+    room: int
+    epoch: int | None = None
 
 
 class FaultRecord:
     """One rank's fault record, in host memory that kernels write.
 
     Args:
-        words: int64 ``[8]`` to read; by default page-locked memory of its own.
+        words: int64 ``[16]`` to read; by default page-locked memory of its own.
 
     Attributes:
         device_ptr: Address for kernels; 0 when `words` was given.
@@ -48,7 +71,16 @@ class FaultRecord:
         """
         if self._state is not None and self._state[0]:
             assert self._words is not None
-            raise decode([int(word) for word in self._words])
+            raise decode([int(word) for word in self._words[:_RECORD_WORDS]])
+
+    def take_overflow(self) -> Overflow | None:
+        """The first overflow since the last call; None when there was none."""
+        state = self._state
+        if state is None or not state[_RECORD_WORDS]:
+            return None
+        _, tag, rank, _, _, room, came, epoch = state[_RECORD_WORDS:].tolist()
+        state[_RECORD_WORDS] = 0  # last: the device writes the next one when it sees this
+        return Overflow(*_name(tag), rank=rank, came=came, room=room, epoch=epoch)
 
     def clear(self) -> None:
         """Forgets a fault. Nothing that may write the record must run."""
@@ -62,6 +94,18 @@ class FaultRecord:
             self._memory.close()
 
 
+def raise_abort(word: int, device: int) -> None:
+    """Ends the waits of kernels: sets their abort word (sync.cuh) while they run.
+
+    Args:
+        word: Its address in device memory.
+        device: Number of the GPU.
+    """
+    one = ctypes.c_uint32(1)
+    with driver.using(device), own_stream() as stream:
+        driver.call("cuMemcpyHtoDAsync", word, ctypes.addressof(one), ctypes.sizeof(one), stream)
+
+
 def decode(words: list[int]) -> CommunicationError:
     """Puts a record into words.
 
@@ -72,7 +116,7 @@ def decode(words: list[int]) -> CommunicationError:
         The error that says it.
     """
     _, tag, rank, peer, index, expected, seen, epoch = words
-    op, text = tags().get(tag, (f"wait {tag}", "an unknown wait"))
+    op, text = _name(tag)
     return CommunicationError(
         f"{op} timed out: rank {rank} waits for rank {peer} ({text} {index}): expected "
         f"{_stamp(expected)}, seen {_stamp(seen)}. Either rank {peer} failed or did not make the "
@@ -85,6 +129,10 @@ def decode(words: list[int]) -> CommunicationError:
         seen=seen,
         epoch=epoch,
     )
+
+
+def _name(tag: int) -> tuple[str, str]:
+    return tags().get(tag, (f"wait {tag}", "an unknown wait"))
 
 
 def tags() -> dict[int, tuple[str, str]]:

@@ -12,6 +12,7 @@ import pickle
 import secrets
 import socket
 import threading
+import time
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from datetime import timedelta
@@ -20,13 +21,19 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from epjit import env
 from epjit.errors import CommunicationError, require
+from epjit.runtime import line
+from epjit.runtime.interrupt import interruptible
 
 if TYPE_CHECKING:
     import torch.distributed as dist
 
+BUFFER = "Buffer"
+"""What messages call the operation of ranks that make a Buffer."""
+
 _DIGEST_BYTES = 32
 _CHUNK_BYTES = 4 << 20  # the store refuses very large values
-_PROBE_SECONDS = 5.0
+_LEAST_NAP_SECONDS = 50e-6
+_LOOK_SECONDS = 0.1  # between two looks at who is gone
 
 
 class Group(ABC):
@@ -41,28 +48,56 @@ class Group(ABC):
     size: int
 
     @abstractmethod
-    def allgather(self, obj: Any) -> list[Any]:
+    def allgather(self, obj: Any, *, op: str = BUFFER) -> list[Any]:
         """Gives every rank the objects of all ranks, in rank order. Collective.
 
+        Ctrl-C ends the wait; `reset` makes the group usable again.
+
+        Args:
+            obj: Of this rank.
+            op: Operation that this is a part of, for messages.
+
         Raises:
-            CommunicationError: Ranks did not come within ``EPJIT_TIMEOUT_SECONDS``; names them.
+            CommunicationError: Ranks have ended, or did not come within ``EPJIT_TIMEOUT_SECONDS``;
+                names them and the operation.
         """
 
-    def barrier(self) -> None:
+    def barrier(self, *, op: str = BUFFER) -> None:
         """Returns when all ranks have called it. Collective.
 
+        Args:
+            op: Operation that this is a part of, for messages.
+
         Raises:
+            CommunicationError: As `allgather`.
+        """
+        self.allgather(None, op=op)
+
+    def agree(self, what: str, value: object, *, remedy: str, op: str = BUFFER) -> None:
+        """Returns when all ranks have called it with the same value. Collective.
+
+        Args:
+            what: Names the value, in the plural.
+            value: What this rank has chosen.
+            remedy: What to do where the ranks have chosen differently.
+            op: Operation that this is a part of, for messages.
+
+        Raises:
+            RuntimeError: They have; says what each has.
             CommunicationError: Ranks did not come within ``EPJIT_TIMEOUT_SECONDS``; names them.
         """
-        self.allgather(None)
+        chosen = self.allgather(value, op=op)
+        if any(each != value for each in chosen):
+            lines = "\n  ".join(f"rank {rank}: {each}" for rank, each in enumerate(chosen))
+            raise RuntimeError(f"the ranks chose different {what}:\n  {lines}\n{remedy}")
 
     def reset(self) -> None:
         """Meets again after a collective call that not all ranks made. Collective.
 
         Raises:
-            CommunicationError: Ranks did not come within ``EPJIT_TIMEOUT_SECONDS``; names them.
+            CommunicationError: As `allgather`.
         """
-        self.barrier()
+        self.barrier(op="reset")
 
     @staticmethod
     def from_comm(comm: Comm) -> Group:
@@ -77,18 +112,62 @@ class Group(ABC):
         goes through that store, so the group still works after `destroy_process_group`.
 
         Args:
-            process_group: Any backend; this process must be a member.
+            process_group: Any backend whose ranks are there; this process must be a member.
 
         Raises:
-            TypeError: It is no process group.
+            ValueError: Its backend is ``"fake"``: there is nobody to meet.
             CommunicationError: The store cannot be reached, or a rank does not come.
         """
-        if not hasattr(process_group, "rank"):
-            raise TypeError(
-                f"group is a {type(process_group).__name__}, expected a torch.distributed process "
-                "group; for a communicator like mpi4py's pass comm=..."
-            )
         return _StoreGroup(process_group)
+
+
+def as_process_group(group: object) -> dist.ProcessGroup:
+    """What users pass as `group`, as a torch process group.
+
+    Args:
+        group: A process group, or a DeviceMesh of one dimension.
+
+    Raises:
+        TypeError: It is neither; says what it is and what to pass.
+        ValueError: torch.distributed is not initialised, this rank is no member, or the mesh has
+            several dimensions.
+    """
+    require("torch", package="torch")
+    import torch.distributed as dist
+    from torch.distributed.device_mesh import DeviceMesh
+
+    if isinstance(group, dist.ProcessGroup):
+        return group
+    if group is None:
+        raise ValueError(
+            "group is None, expected a process group (or comm=..., an mpi4py-like communicator)"
+            if dist.is_initialized()
+            else "group is None, and torch.distributed is not initialised (dist.group.WORLD is "
+            "None before): call torch.distributed.init_process_group first, or pass an mpi4py-like "
+            "communicator as comm=..."
+        )
+    if group is dist.GroupMember.NON_GROUP_MEMBER:
+        raise ValueError(
+            "group is GroupMember.NON_GROUP_MEMBER: this rank is not among the ranks that were "
+            "passed to torch.distributed.new_group; only those may take part"
+        )
+    if not isinstance(group, DeviceMesh):
+        raise TypeError(
+            f"group is {group!r} of type {type(group).__name__}, expected a torch.distributed "
+            "process group, such as torch.distributed.group.WORLD or what new_group returned, or "
+            "a DeviceMesh of one dimension (for a communicator like mpi4py's: Buffer(None, "
+            "comm=...))"
+        )
+    if group.ndim != 1:
+        names = group.mesh_dim_names
+        one = f"mesh[{names[-1]!r}]" if names else f"mesh.get_group({group.ndim - 1})"
+        raise ValueError(
+            f"group is a DeviceMesh of {group.ndim} dimensions; pass the one whose ranks share "
+            f"the experts, such as {one}"
+        )
+    if group.get_coordinate() is None:
+        raise ValueError(f"group is {group!r}, and this rank is not in it")
+    return group.get_group()
 
 
 class Comm(Protocol):
@@ -134,112 +213,132 @@ class _CommGroup(Group):
         self._comm = comm
         self.rank, self.size = int(comm.Get_rank()), int(comm.Get_size())
 
-    def allgather(self, obj: Any) -> list[Any]:
+    def allgather(self, obj: Any, *, op: str = BUFFER) -> list[Any]:
+        if isinstance(self._comm, ThreadComm):
+            return self._comm.allgather(obj, op=op)
         return list(self._comm.allgather(obj))
 
     def reset(self) -> None:
         if isinstance(self._comm, ThreadComm):
             self._comm.reset()
         else:
-            self.barrier()
+            super().reset()
 
 
 class _StoreGroup(Group):
     """Ranks that meet in a `torch.distributed.TCPStore` of their own.
 
     The store takes values from anybody who reaches its port, so each message carries a digest under
-    a key that only the ranks know; nothing else is unpickled.
+    a key that only the ranks know; nothing else is unpickled. Waits poll the store: to wait inside
+    it would hold up an interrupt. Rank 0 sees by its lines whose process has ended, and leaves that
+    in the store for the others.
     """
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
-        require("torch", package="torch")
+        require("torch", package="torch", extra="torch")
         import torch.distributed as dist
 
         self.rank, self.size = process_group.rank(), process_group.size()
-        self._round = self._resets = 0
+        self._round = 0
         self._left: list[str] = []  # keys that this rank wrote in rounds that did not end
+        self._gone: tuple[int, ...] = ()
         self._store: dist.TCPStore | None = None
+        self._lost = dist.DistError  # what the store raises when the connection breaks
+        if dist.get_backend(process_group) == "fake":
+            raise ValueError(
+                'the process group has the backend "fake", whose ranks are not there; shapes alone '
+                "can be had: call epjit.moe's functions under FakeTensorMode or on meta tensors"
+            )
         if self.size == 1:
             return
-        timeout = timedelta(seconds=env.timeout_seconds())
-        invitation = None
+        seconds = env.timeout_seconds()
+        timeout = timedelta(seconds=seconds)
         if self.rank == 0:
             self._store = dist.TCPStore(
                 "localhost", 0, is_master=True, wait_for_workers=False, timeout=timeout
             )
-            invitation = (host_id(), _addresses(), self._store.port, secrets.token_bytes(32))
-        invitations: list[Any] = [None] * self.size
-        try:
-            dist.all_gather_object(invitations, invitation, group=process_group)
-        except RuntimeError as error:
-            raise CommunicationError(
-                f"rank {self.rank}: not all ranks came to meet in the process group, whose own "
-                f"timeout holds here ({error})",
-                rank=self.rank,
-            ) from error
-        host, addresses, port, self._key = invitations[0]
-        if self._store is None:
-            candidates = ["localhost"] if host == host_id() else addresses
-            self._store = dist.TCPStore(
-                _reachable(candidates, port),
-                port,
-                is_master=False,
-                wait_for_workers=False,
-                timeout=timeout,
+            self._store.set(_RESETS, "0")
+            self._key = secrets.token_bytes(32)
+            with line.listen() as listener:
+                ports = self._store.port, listener.getsockname()[1]
+                _invite(process_group, (host_id(), line.addresses(), ports, self._key))
+                self._lines = line.accept(listener, self._key, size=self.size, seconds=seconds)
+            missing = [rank for rank in range(1, self.size) if rank not in self._lines]
+            if missing:
+                raise _missing(BUFFER, 0, missing, seconds)
+        else:
+            host, addresses, ports, self._key = _invite(process_group, None)
+            if host == host_id():  # in a container of its own, localhost is another one
+                addresses = ["localhost", *addresses]
+            own = line.connect(addresses, ports[1], self._key, rank=self.rank, seconds=seconds)
+            self._lines = {0: own}
+            self._store = interruptible(
+                lambda: dist.TCPStore(
+                    own.getpeername()[0],
+                    ports[0],
+                    is_master=False,
+                    wait_for_workers=False,
+                    timeout=timeout,
+                )
             )
         self.barrier()
 
-    def allgather(self, obj: Any) -> list[Any]:
+    def allgather(self, obj: Any, *, op: str = BUFFER) -> list[Any]:
         if self._store is None:
             return [obj]
+        data = pickle.dumps(obj)
         self._round += 1
         names = [f"{self._round}/{rank}" for rank in range(self.size)]
         failed = f"{self._round}/failed"
         try:
-            self._put(self._store, names[self.rank], pickle.dumps(obj))
-            self._wait(self._store, names, names)
+            self._put(self._store, names[self.rank], data)
+            self._wait(self._store, names, names, op)
             if self._store.check([failed]):  # a rank that comes late must not take it for whole
                 raise CommunicationError(
-                    f"rank {self.rank} came when others had given up; call reset() on all ranks",
+                    f"{op}: rank {self.rank} came when others had given up; call reset() on all "
+                    "ranks",
+                    op=op,
                     rank=self.rank,
                 )
-            received = [self._get(self._store, name) for name in names]
-            self._finish(self._store, [key for _, keys in received for key in keys], names)
-        except CommunicationError:
-            with contextlib.suppress(RuntimeError):  # the store may be what was lost
+            received = [self._get(self._store, name, op) for name in names]
+            self._finish(self._store, [key for _, keys in received for key in keys], names, op)
+        except self._lost as error:
+            raise self._without_store(op, error) from error
+        except BaseException:  # also an interrupt
+            with contextlib.suppress(self._lost):  # the store may be what was lost
                 self._left.append(failed)
                 self._store.set(failed, "")
             raise
-        except RuntimeError as error:  # what torch raises when the connection breaks
-            raise self._lost(error) from error
         self._left.clear()
         return [obj if rank == self.rank else item for rank, (item, _) in enumerate(received)]
 
     def reset(self) -> None:
         if self._store is None:
             return
-        # Ranks that gave up are some rounds ahead of one that never came: all go on behind
-        # the furthest.
-        names = [f"reset {self._resets}/{rank}" for rank in range(self.size)]
         try:
+            # In the store, not counted here: a rank that was interrupted in a reset may be behind.
+            index = int(self._store.get(_RESETS))
+            # Ranks that gave up are some rounds ahead of one that never came: all go on behind
+            # the furthest.
+            names = [f"reset {index}/{rank}" for rank in range(self.size)]
             left, self._left = self._left, []
             self._put(self._store, names[self.rank], pickle.dumps(self._round))
             self._left += left
-            self._wait(self._store, names, names)
-            self._round = max(self._get(self._store, name)[0] for name in names)
-            self._resets += 1
+            self._wait(self._store, names, names, "reset")
+            self._round = max(self._get(self._store, name, "reset")[0] for name in names)
+            self._store.compare_set(_RESETS, str(index), str(index + 1))
             left = list(self._left)
-            self.barrier()  # nobody reads those keys any more
+            self.barrier(op="reset")  # nobody reads those keys any more
             for key in left:
                 self._store.delete_key(key)
-        except CommunicationError:
-            raise
-        except RuntimeError as error:
-            raise self._lost(error) from error
+        except self._lost as error:
+            raise self._without_store("reset", error) from error
 
-    def _lost(self, error: RuntimeError) -> CommunicationError:
+    def _without_store(self, op: str, error: Exception) -> CommunicationError:
         return CommunicationError(
-            f"rank {self.rank} lost the store that rank 0 hosts; did rank 0 end? ({error})",
+            f"{op}: rank {self.rank} lost the store that rank 0 hosts: rank 0 has ended, or has "
+            f"given up its Buffer ({error})",
+            op=op,
             rank=self.rank,
             peer=0,
         )
@@ -247,19 +346,20 @@ class _StoreGroup(Group):
     def _put(self, store: Any, name: str, data: bytes) -> None:
         """Writes a message: its parts, then its head, which says how many parts there are."""
         parts = [data[at : at + _CHUNK_BYTES] for at in range(0, len(data), _CHUNK_BYTES)]
+        self._left += [name, *(f"{name}/{index}" for index in range(len(parts)))]
         for index, part in enumerate(parts):
             store.set(f"{name}/{index}", part)
-        self._left += [name, *(f"{name}/{index}" for index in range(len(parts)))]
         store.set(name, self._digest(name, data) + len(parts).to_bytes(8, "little"))
 
-    def _get(self, store: Any, name: str) -> tuple[Any, list[str]]:
+    def _get(self, store: Any, name: str, op: str) -> tuple[Any, list[str]]:
         """Reads a message; returns it and its keys."""
         head: bytes = store.get(name)
         keys = [f"{name}/{i}" for i in range(int.from_bytes(head[_DIGEST_BYTES:], "little"))]
         data = b"".join(store.get(key) for key in keys)
         if not hmac.compare_digest(head[:_DIGEST_BYTES], self._digest(name, data)):
             raise CommunicationError(
-                f"rank {self.rank} found a message {name!r} that is not from its group",
+                f"{op}: rank {self.rank} found a message {name!r} that is not from its group",
+                op=op,
                 rank=self.rank,
             )
         return pickle.loads(data), [name, *keys]
@@ -267,18 +367,40 @@ class _StoreGroup(Group):
     def _digest(self, name: str, data: bytes) -> bytes:
         return hmac.digest(self._key, name.encode() + b"\0" + data, "sha256")
 
-    def _wait(self, store: Any, keys: Sequence[str], by_rank: Sequence[str]) -> None:
+    def _wait(self, store: Any, keys: Sequence[str], by_rank: Sequence[str], op: str) -> None:
         """Waits for keys; `by_rank` has the key that each rank writes, to say who did not come."""
         seconds = env.timeout_seconds()
-        try:
-            store.wait(list(keys), timedelta(seconds=seconds))
-        except RuntimeError:
-            missing = [rank for rank, key in enumerate(by_rank) if not store.check([key])]
-            if not missing:
-                raise
-            raise _missing(self.rank, missing, seconds) from None
+        start = looked = time.monotonic()
+        while not store.check(list(keys)):
+            now = time.monotonic()
+            if now > looked + _LOOK_SECONDS:
+                looked = now
+                gone = self._look_for_gone(store)
+                missing = [rank for rank in gone if not store.check([by_rank[rank]])]
+                if missing:
+                    raise _ended(op, self.rank, missing)
+            if now > start + seconds:
+                missing = [rank for rank, key in enumerate(by_rank) if not store.check([key])]
+                raise _missing(op, self.rank, missing, seconds)
+            # The longer it takes, the less a late look matters; many ranks keep the store busy.
+            time.sleep(min(max(_LEAST_NAP_SECONDS, (now - start) / 10), max(10, self.size) / 1e3))
 
-    def _finish(self, store: Any, keys: Sequence[str], names: Sequence[str]) -> None:
+    def _look_for_gone(self, store: Any) -> tuple[int, ...]:
+        """Ranks whose process has ended, as rank 0 knows."""
+        if self.rank == 0:
+            gone = tuple(rank for rank, each in self._lines.items() if line.is_closed(each))
+            if gone != self._gone:
+                data = pickle.dumps(gone)
+                store.set(_GONE, self._digest(_GONE, data) + data)
+                self._gone = gone
+        elif store.check([_GONE]):
+            value: bytes = store.get(_GONE)
+            data = value[_DIGEST_BYTES:]
+            if hmac.compare_digest(value[:_DIGEST_BYTES], self._digest(_GONE, data)):
+                self._gone = pickle.loads(data)
+        return self._gone
+
+    def _finish(self, store: Any, keys: Sequence[str], names: Sequence[str], op: str) -> None:
         """The last to read deletes everything; rank 0, which hosts the store, stays until then."""
         readers, done = f"{self._round}/readers", f"{self._round}/done"
         store.set(f"{names[self.rank]}/read", b"")
@@ -288,9 +410,40 @@ class _StoreGroup(Group):
             store.set(done, b"")
         if self.rank == 0:
             read = [f"{name}/read" for name in names]
-            self._wait(store, [done], read)
+            self._wait(store, [done], read, op)
             for key in [*read, done]:
                 store.delete_key(key)
+
+
+_RESETS, _GONE = "resets", "gone"  # keys of the store
+
+
+def _invite(process_group: dist.ProcessGroup, invitation: Any) -> Any:
+    """Gives every rank the invitation of rank 0."""
+    import torch
+    import torch.distributed as dist
+
+    device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
+    invitations: list[Any] = [None] * process_group.size()
+
+    def gather() -> None:
+        if device is not None:
+            torch.cuda.set_device(device)  # each thread has its own
+        dist.all_gather_object(invitations, invitation, group=process_group)
+
+    try:
+        interruptible(gather)  # also out of reach of a FakeTensorMode or transform of the caller
+    except RuntimeError as error:
+        # Gloo has no exception of its own, but names its source.
+        if not isinstance(error, dist.DistError) and "gloo" not in str(error).lower():
+            raise
+        raise CommunicationError(
+            f"{BUFFER}: rank {process_group.rank()}: not all ranks came to meet in the process "
+            f"group, whose own timeout holds here ({error})",
+            op=BUFFER,
+            rank=process_group.rank(),
+        ) from error
+    return invitations[0]
 
 
 class ThreadGroup:
@@ -310,14 +463,21 @@ class ThreadGroup:
         group = cls(num_ranks)
         return [ThreadComm(group, rank) for rank in range(num_ranks)]
 
-    def exchange(self, round_: int, rank: int, obj: Any) -> list[Any]:
+    def exchange(self, round_: int, rank: int, obj: Any, *, op: str) -> list[Any]:
         """One allgather; `round_` counts those of this rank."""
         seconds = env.timeout_seconds()
         with self._condition:
             objects = self._rounds.setdefault(round_, {})
             objects[rank] = obj
             self._condition.notify_all()
-            self._condition.wait_for(lambda: self._failed or len(objects) == self._size, seconds)
+            try:
+                self._condition.wait_for(
+                    lambda: self._failed or len(objects) == self._size, seconds
+                )
+            except BaseException:  # an interrupt: who comes later waits for this rank in vain
+                self._failed = self._failed or (rank,)
+                self._condition.notify_all()
+                raise
             if len(objects) < self._size:
                 # Who comes later must not take a round for whole that others have given up.
                 self._failed = self._failed or tuple(
@@ -325,7 +485,7 @@ class ThreadGroup:
                 )
                 self._condition.notify_all()
             if self._failed:
-                raise _missing(rank, self._failed, seconds)
+                raise _missing(op, rank, self._failed, seconds)
             self._unread[round_] = self._unread.get(round_, self._size) - 1
             if self._unread[round_] == 0:
                 del self._unread[round_], self._rounds[round_]
@@ -349,7 +509,7 @@ class ThreadGroup:
             self._condition.wait_for(lambda: len(arrived) == self._size, seconds)
             if len(arrived) < self._size:
                 missing = [r for r in range(self._size) if r not in arrived]
-                raise _missing(rank, missing, seconds)
+                raise _missing("reset", rank, missing, seconds)
             return max(arrived.values())
 
 
@@ -370,14 +530,18 @@ class ThreadComm:
         """Number of ranks."""
         return self._group._size
 
-    def allgather(self, obj: Any) -> list[Any]:
+    def allgather(self, obj: Any, *, op: str = BUFFER) -> list[Any]:
         """Objects of all ranks, in rank order.
+
+        Args:
+            obj: Of this rank.
+            op: Operation that this is a part of, for messages.
 
         Raises:
             CommunicationError: Ranks did not come within ``EPJIT_TIMEOUT_SECONDS``; names them.
         """
         self._round += 1
-        return self._group.exchange(self._round, self._rank, obj)
+        return self._group.exchange(self._round, self._rank, obj, op=op)
 
     def reset(self) -> None:
         """Makes the group usable again after a `CommunicationError`. Collective.
@@ -389,39 +553,26 @@ class ThreadComm:
         self._resets += 1
 
 
-def _missing(rank: int, missing: Sequence[int], seconds: float) -> CommunicationError:
-    plural = "s" if len(missing) > 1 else ""
+def _missing(op: str, rank: int, missing: Sequence[int], seconds: float) -> CommunicationError:
     return CommunicationError(
-        f"rank {rank} waited {seconds:g} s for rank{plural} {', '.join(map(str, missing))}, which "
-        "did not come: all ranks must make the same collective calls in the same order "
+        f"{op}: rank {rank} waited {seconds:g} s for {_ranks(missing)}, which did not come: all "
+        "ranks must make the same collective calls in the same order "
         f"({env.timeout_seconds.name} sets the time)",
-        op="allgather",
+        op=op,
         rank=rank,
         missing=missing,
     )
 
 
-def _addresses() -> list[str]:
-    """Addresses by which other hosts may reach this one, the likeliest first."""
-    found = [socket.gethostname()]
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect(
-                ("192.0.2.1", 9)
-            )  # sends nothing; picks the interface of the default route
-            found.insert(0, probe.getsockname()[0])
-        except OSError:
-            pass
-    return found
-
-
-def _reachable(candidates: Sequence[str], port: int) -> str:
-    for address in candidates:
-        try:
-            with socket.create_connection((address, port), timeout=_PROBE_SECONDS):
-                return address
-        except OSError:
-            continue
-    raise CommunicationError(
-        f"the store of rank 0 cannot be reached at {', '.join(candidates)}, port {port}", peer=0
+def _ended(op: str, rank: int, ended: Sequence[int]) -> CommunicationError:
+    return CommunicationError(
+        f"{op}: rank {rank} waits for {_ranks(ended)}, which will not come: the process has ended, "
+        "or has given up its Buffer; look at what it said last",
+        op=op,
+        rank=rank,
+        missing=ended,
     )
+
+
+def _ranks(ranks: Sequence[int]) -> str:
+    return f"rank{'s' * (len(ranks) > 1)} {', '.join(map(str, ranks))}"

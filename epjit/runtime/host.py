@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 import time
@@ -62,7 +63,12 @@ class PinnedArray:
                 cuda.CU_MEMHOSTALLOC_PORTABLE | cuda.CU_MEMHOSTALLOC_DEVICEMAP,
             )
         )
-        self.device_ptr = int(driver.call("cuMemHostGetDevicePointer", self._host_ptr, 0))
+        try:
+            self.device_ptr = int(driver.call("cuMemHostGetDevicePointer", self._host_ptr, 0))
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                driver.call("cuMemFreeHost", self._host_ptr)
+            raise
         words = (ctypes.c_int64 * num_words).from_address(self._host_ptr)
         self.array = np.ctypeslib.as_array(words)
         self.array[:] = 0

@@ -74,7 +74,7 @@ def _nvjitlink() -> Any:
     try:
         nvjitlink.version()
     except Exception as error:  # the loader's classes differ between cuda-bindings 12 and 13
-        raise missing_package(_PACKAGE, reason=str(error), extra="-rdma") from error
+        raise missing_package(_PACKAGE, reason=str(error), extra="cu*-rdma") from error
     return nvjitlink
 
 

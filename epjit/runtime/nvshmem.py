@@ -77,7 +77,7 @@ def find_library() -> Path:
             raise missing_package(
                 _PACKAGE,
                 reason=f"NVSHMEM_DIR={folder} has no lib/{_LIBRARY}; unset it, or correct it",
-                extra="-rdma",
+                extra="cu*-rdma",
             )
         chosen = found[0].resolve()
     if loaded:
@@ -92,7 +92,7 @@ def find_library() -> Path:
     for root in package_folders("nvshmem"):
         for library in sorted(root.glob(f"lib/{_LIBRARY}*")):
             return library.resolve()
-    raise missing_package(_PACKAGE, extra="-rdma")
+    raise missing_package(_PACKAGE, extra="cu*-rdma")
 
 
 def find_installation() -> Installation:
@@ -109,7 +109,7 @@ def find_installation() -> Installation:
         raise missing_package(
             _PACKAGE,
             reason=f"{library} comes without {header}: some packages bring a bare copy",
-            extra="-rdma",
+            extra="cu*-rdma",
         )
     text = header.read_text()
     numbers = re.findall(r"define NVSHMEM_VENDOR_(?:MAJOR|MINOR|PATCH)_VERSION (\d+)", text)
@@ -142,10 +142,12 @@ def _loaded_libraries() -> list[Path]:
 
 def _check_version(version: tuple[int, int, int], library: Path) -> None:
     if version < MIN_VERSION or version[0] > MAX_MAJOR:
+        from epjit.remedy import install_command
+
         raise RuntimeError(
             f"NVSHMEM {'.'.join(map(str, version))} ({library}) is not supported: epjit takes "
             f"{'.'.join(map(str, MIN_VERSION))} and newer, below {MAX_MAJOR + 1}; "
-            "pip install 'epjit[cu13-rdma]' (CUDA 12: 'epjit[cu12-rdma]')"
+            f"{install_command('cu*-rdma')}"
         )
 
 
@@ -226,7 +228,7 @@ def load() -> Any:
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
     except (OSError, AttributeError) as error:
-        raise missing_package(_PACKAGE, reason=f"{path}: {error}", extra="-rdma") from error
+        raise missing_package(_PACKAGE, reason=f"{path}: {error}", extra="cu*-rdma") from error
     _check_version(_version_of(library), path)
     return library
 
@@ -558,7 +560,11 @@ def allocate(group: Group, nbytes: int, *, device: int) -> HeapMemory:
                 _free.discard(each)
             library.nvshmem_free(block.ptr)
         ptr = library.nvshmem_malloc(nbytes) or 0
-    without = [rank for rank, ok in enumerate(group.allgather(bool(ptr))) if not ok]
+    try:
+        without = [rank for rank, ok in enumerate(group.allgather(bool(ptr))) if not ok]
+    except BaseException:  # a peer that does not come
+        _keep(ptr, nbytes, is_whole=False)
+        raise
     if without:
         # The number is drawn on all ranks: it means the same memory on each. What some ranks got
         # stays theirs, for to free it all would have to have it.

@@ -85,10 +85,12 @@ def link(kernel: bytes, *, arch: str, name: str) -> tuple[bytes, str]:
         ImportError: NVSHMEM, nvJitLink or CUDA's headers are not installed.
     """
     if nvjitlink.version() < nvrtc.version():
+        from epjit.remedy import upgrade_command
+
         linker, compiler = (".".join(map(str, each.version())) for each in (nvjitlink, nvrtc))
         raise CompileError(
             f"nvJitLink {linker} is older than NVRTC {compiler} and cannot read its output: "
-            "pip install --upgrade nvidia-nvjitlink (CUDA 12: nvidia-nvjitlink-cu12)"
+            f"{upgrade_command('nvidia-nvjitlink')}"
         )
     libraries = []
     if env.nvshmem_ib_enable_ibgda():
@@ -154,7 +156,7 @@ def _cuda_headers() -> tuple[tuple[Path, tuple[str, ...]], ...]:
         raise missing_package(
             "nvidia-cuda-runtime (CUDA 12: nvidia-cuda-runtime-cu12)",
             reason="no cuda_runtime.h in this environment",
-            extra="-rdma",
+            extra="cu*-rdma",
         )
     cccl = _folder_with("cuda/std/cstdint", f"cu{major}/include/cccl", "cuda_cccl/include")
     cccl = cccl or _bundled_cccl()
@@ -162,7 +164,7 @@ def _cuda_headers() -> tuple[tuple[Path, tuple[str, ...]], ...]:
         raise missing_package(
             "nvidia-cuda-cccl (CUDA 12: nvidia-cuda-cccl-cu12)",
             reason="no cuda/std/cstdint in this environment",
-            extra="-rdma",
+            extra="cu*-rdma",
         )
     return (cuda, ("cuda_runtime_api.h", *_CUDA_INTEGERS)), (cccl, ("cuda/std/version",))
 

@@ -1,8 +1,11 @@
-"""The stream that communication runs on."""
+"""The stream that communication runs on, events, and the GPU of the calling thread."""
 
 from __future__ import annotations
 
+import os
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -10,6 +13,25 @@ import torch
 from epjit.runtime import driver
 
 _DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+_LEGACY = (0, 1)  # the default stream, as torch names it, and CU_STREAM_LEGACY
+
+
+def is_current(device: int) -> bool:
+    """Whether a GPU is current in this thread; if so, it is for the driver from now on, too."""
+    if torch._C._cuda_getDevice() != device:
+        return False
+    driver.bind(device)
+    return True
+
+
+@contextmanager
+def on_device(device: int) -> Iterator[None]:
+    """Makes a GPU current in this thread meanwhile, for torch and for the driver.
+
+    Not for one of them alone: torch may remember a device that it has yet to set.
+    """
+    with torch.cuda.device(device), driver.using(device):
+        yield
 
 
 class Event:
@@ -23,15 +45,26 @@ class Event:
 
     def __init__(self) -> None:
         self.handle = driver.call("cuEventCreate", _DISABLE_TIMING)
+        self._pid = os.getpid()
 
     def __del__(self) -> None:
-        if self.handle is not None and not sys.is_finalizing():  # then the driver may be gone
+        # At the end the driver may be gone, and a forked child has none.
+        if self.handle is not None and not sys.is_finalizing() and os.getpid() == self._pid:
             driver.load().cuEventDestroy(self.handle)
 
 
+class BlockedStreamError(RuntimeError):
+    """The default stream cannot be used while a blocking stream is captured."""
+
+
 def record_event(stream_handle: int, device: int) -> Event | None:
-    """An event recorded on a stream of a device; None if the stream is being captured."""
+    """An event recorded on a stream of a device; None if the stream is being captured.
+
+    Raises:
+        BlockedStreamError: It is the default stream, and a blocking one is being captured.
+    """
     with driver.using(device):
+        _check_not_blocked(stream_handle)
         if _is_capturing(stream_handle):
             return None
         event = Event()
@@ -43,6 +76,20 @@ def _is_capturing(stream_handle: int) -> bool:
     status, capturing = driver.load().cuStreamIsCapturing(stream_handle)
     # The legacy stream gives an error while another one of its context is captured.
     return bool(int(status) or int(capturing))
+
+
+def _check_not_blocked(stream_handle: int) -> None:
+    """Refuses the default stream while a blocking stream of its context is captured.
+
+    It waits for such streams (made without CU_STREAM_NON_BLOCKING, unlike torch's), so whatever is
+    queued there, even an event, would end the capture. It is never captured itself.
+    """
+    if stream_handle in _LEGACY and _is_capturing(stream_handle):
+        raise BlockedStreamError(
+            "a blocking stream is being captured, and until that ends nothing can wait for the "
+            "default stream, where the last call was made; capture on a stream of torch or another "
+            "one made with cudaStreamNonBlocking, or make the calls before on such a stream"
+        )
 
 
 def high_priority_stream(device: int) -> torch.cuda.Stream:
@@ -80,6 +127,11 @@ class CommStream:
         """Whether it is torch's current stream."""
         return bool(torch._C._cuda_getCurrentRawStream(self.device) == self.handle)
 
+    def is_captured(self, last: int | None) -> bool:
+        """Whether this stream is being captured, by any thread, or `last`, another one."""
+        with driver.using(self.device):
+            return any(_is_capturing(each) for each in (self.handle, last) if each is not None)
+
     def wait_for(self, stream_handle: int) -> None:
         """What is queued on this stream from now on waits for all that `stream_handle` has now."""
         self._order(self._before, stream_handle, self.handle)
@@ -93,8 +145,15 @@ class CommStream:
 
         What a graph captures does not wait for what it does not capture: it runs after what was
         queued before by the caller's own order.
+
+        Raises:
+            BlockedStreamError: `last` is the default stream, and another thread captures a
+                blocking one.
         """
-        if _is_capturing(last) == torch.cuda.is_current_stream_capturing():
+        captures = torch.cuda.is_current_stream_capturing()
+        if not captures:
+            _check_not_blocked(last)
+        if captures == (last not in _LEGACY and _is_capturing(last)):
             self._order(self._before, last, stream_handle)
 
     def wait_event(self, stream_handle: int, event: Event) -> None:

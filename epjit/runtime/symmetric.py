@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import functools
 import math
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -73,7 +75,7 @@ def tensor_over(ptr: int, shape: tuple[int, ...], *, owner: object, device: int)
 @functools.cache
 def _tensor_makers() -> tuple[Any, Any]:
     """CuPy and torch's half of DLPack, looked up once: each call of `direct` makes tensors."""
-    torch = require("torch", package="torch")
+    torch = require("torch", package="torch", extra="torch")
     return require("cupy", package="cupy-cuda13x (cupy-cuda12x)"), torch.utils.dlpack.from_dlpack
 
 
@@ -106,19 +108,19 @@ class SymmetricMemory:
         self._rank, self._device, self._fabric = group.rank, device, fabric
         self._ipc_opened: list[int] = []
         self._mapped: list[tuple[int, int, Any]] = []  # address, size, allocation: fabric only
-        self._closed = False
+        self._closed, self._pid = False, os.getpid()
         try:
             regions = group.allgather(self._share())
             # Each rank tells the others what went wrong; none waits for a peer that gave up.
             everyone = group.allgather(self._map(regions))
-        except BaseException:  # a peer that does not come
-            self.close()
+            if any(everyone):
+                kind = ValueError if any(self._disagreements(regions)) else RuntimeError
+                lines = dict.fromkeys(line for rank_problems in everyone for line in rank_problems)
+                raise kind("symmetric memory cannot be made:\n  " + "\n  ".join(lines))
+        except BaseException:  # also a peer that does not come
+            with contextlib.suppress(RuntimeError):  # the first error is the one to see
+                self.close()
             raise
-        if any(everyone):
-            self.close()
-            kind = ValueError if any(self._disagreements(regions)) else RuntimeError
-            lines = dict.fromkeys(line for rank_problems in everyone for line in rank_problems)
-            raise kind("symmetric memory cannot be made:\n  " + "\n  ".join(lines))
 
     def tensor(self, dtype: torch.dtype) -> torch.Tensor:
         """This rank's memory as a one-dimensional tensor.
@@ -141,7 +143,7 @@ class SymmetricMemory:
         Raises:
             RuntimeError: The driver refuses; everything else has been freed all the same.
         """
-        if self._closed:
+        if self._closed or os.getpid() != self._pid:  # a forked child has only a copy of this
             return
         self._closed = True
         errors: list[str] = []
@@ -153,6 +155,10 @@ class SymmetricMemory:
                 errors.append(str(error))
 
         with driver.using(self._device):
+            if self._mapped:
+                # cuMemFree waits for what is queued; cuMemUnmap does not, and a kernel that still
+                # reads would fault. (The last tensor over the memory may go at any time.)
+                attempt("cuCtxSynchronize")
             for pointer in self._ipc_opened:
                 attempt("cuIpcCloseMemHandle", pointer)
             for pointer, size, allocation in reversed(self._mapped):
@@ -226,12 +232,12 @@ class SymmetricMemory:
         cuda = driver.load()
         try:
             address = driver.call("cuMemAddressReserve", size, 0, 0, 0)
-        except RuntimeError:
+        except BaseException:
             driver.call("cuMemRelease", allocation)
             raise
         try:
             driver.call("cuMemMap", address, size, 0, allocation, 0)
-        except RuntimeError:
+        except BaseException:
             driver.call("cuMemAddressFree", address, size)
             driver.call("cuMemRelease", allocation)
             raise
@@ -280,9 +286,10 @@ class SymmetricMemory:
         if own.host == region.host:
             self._check_peer_access(region)
         if self._fabric:
+            size, _ = self._fabric_size()
             kind = driver.load().CUmemAllocationHandleType.CU_MEM_HANDLE_TYPE_FABRIC
             allocation = driver.call("cuMemImportFromShareableHandle", region.handle, kind)
-            return self._map_allocation(allocation, self._fabric_size()[0])
+            return self._map_allocation(allocation, size)
         if same_process:
             _enable_peer_access(region.device)
             return region.ptr

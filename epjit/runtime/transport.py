@@ -7,6 +7,7 @@ numbers of `Transport.pes` among its parameters.
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import threading
 from abc import ABC, abstractmethod
@@ -182,16 +183,18 @@ class NvshmemTransport(Transport):
 
     def allocate(self, nbytes: int) -> RemoteMemory:
         """See `Transport.allocate`."""
-        memory = _NvshmemMemory(
-            nvshmem.allocate(self._group, nbytes, device=self._device), self, self._topology
-        )
-        with driver.using(self._device):
-            fill_zero(memory.ptr, nbytes)
-        problems = self._group.allgather(memory.problem)  # and nobody writes before all are zero
-        lines = [line for line in problems if line]
-        if lines:
-            memory.close()
-            raise RuntimeError("symmetric memory cannot be made:\n  " + "\n  ".join(lines))
+        heap = nvshmem.allocate(self._group, nbytes, device=self._device)
+        try:
+            memory = _NvshmemMemory(heap, self, self._topology)
+            with driver.using(self._device):
+                fill_zero(memory.ptr, nbytes)
+            # Nobody writes before all are zero.
+            lines = [line for line in self._group.allgather(memory.problem) if line]
+            if lines:
+                raise RuntimeError("symmetric memory cannot be made:\n  " + "\n  ".join(lines))
+        except BaseException:
+            heap.close()
+            raise
         return memory
 
     def check_queues(self, max_tokens: int) -> None:
@@ -287,7 +290,12 @@ class LoopbackTransport(Transport):
         self._record.seed = seed and (seed << 8 | group.rank)  # ranks draw different delays
         with driver.using(device):
             self.context = int(driver.call("cuMemAlloc", ctypes.sizeof(_Record)))
-        self._write(0, ctypes.sizeof(_Record))
+        try:
+            self._write(0, ctypes.sizeof(_Record))
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                self.close()
+            raise
         self.pes = list(range(group.size))
 
     def allocate(self, nbytes: int) -> RemoteMemory:
@@ -343,8 +351,9 @@ class _LoopbackMemory(RemoteMemory):
         self.peer_ptrs = [ptr if rank in peers else 0 for rank, ptr in enumerate(memory.peer_ptrs)]
         try:
             self._place: int | None = transport.add(memory)
-        except RuntimeError:
-            memory.close()
+        except BaseException:
+            with contextlib.suppress(RuntimeError):
+                memory.close()
             raise
 
     def tensor(self, dtype: torch.dtype) -> torch.Tensor:

@@ -77,9 +77,11 @@ def main(root: Path) -> None:
         assert (seen.num, seen.wide, seen.stamp) == (fixed["num"], fixed["wide"], 6)
     raises(ValueError, "num=2147483648", call=lambda: launch.start(8, 1, {}, {"num": 2**31}))
     last.count = 2
-    next_status.value = 201  # this thread has no context: the fake is content once one is pushed
-    launch(8, 1, num=5)
-    assert last.count == 3
+    # This thread has no context, or one of another GPU: the fake is content once one is pushed.
+    for count, status in ((3, 201), (4, 400)):
+        next_status.value = status
+        launch(8, 1, num=5)
+        assert last.count == count
     next_status.value = 1
     raises(RuntimeError, "CUDA_ERROR_INVALID_VALUE", "9 blocks of 64", call=lambda: launch(8, 9))
     next_status.value = 0

@@ -19,7 +19,7 @@ import epjit
 from epjit import Buffer, CommunicationError, Config, EventHandle, EventOverlap
 from tests import bodies, launch
 from tests.data import assert_rows_equal, payload, routing, topk_weights
-from tests.rounds import Round, check_round, random_round
+from tests.rounds import Round, check_no_room, check_round, random_round
 
 CPU = {"EPJIT_BACKEND": "cpu"}
 
@@ -368,6 +368,21 @@ def test_random_rounds_of_eight_threads() -> None:
     launch.run_threads(rounds_of_threads, 8, 30, timeout=120)
 
 
+@pytest.mark.parametrize(
+    ("tokens", "short"), [((24,), (0,)), ((3, 40), (0,)), ((9, 30, 0, 24), (0, 3))]
+)
+def test_more_rows_than_there_is_room_for(tokens: tuple[int, ...], short: tuple[int, ...]) -> None:
+    """As on a GPU: the rank says so in its next call, and everything else goes on."""
+
+    def worker(comm: Any) -> None:
+        buffer = Buffer(None, 1024, comm=comm)
+        for seed in range(3):
+            case = Round(tokens, num_experts=2 * len(tokens), num_topk=2, seed=seed)
+            check_no_room(buffer, case, short)
+
+    launch.run_threads(worker, len(tokens))
+
+
 def test_ambient_default_dtype() -> None:
     """DeepEP's tests set it; no tensor of ours may change its dtype by it."""
     torch.set_default_dtype(torch.bfloat16)
@@ -510,7 +525,9 @@ def test_numbers_of_numpy() -> None:
 
 
 def test_a_group_and_a_size_that_are_none() -> None:
-    with pytest.raises(TypeError, match=r"group is a int, expected a torch\.distributed process"):
+    with pytest.raises(
+        TypeError, match=r"group is 3 of type int, expected a torch\.distributed process"
+    ):
         Buffer(3, 1024)
     with pytest.raises(
         launch.RankFailedError, match=r"num_nvl_bytes is 2000000000\.0, but must be"

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gzip
+import hashlib
 import json
 import os
 import re
+import struct
 import subprocess
 import sys
 import tarfile
@@ -70,18 +73,19 @@ def test_doctor_says_what_is_there() -> None:
     assert found["torch"]["status"] == "ok"
     assert "torch/__init__.py" in found["torch"]["value"]
     assert re.search(r"libnvrtc\.so", found["NVRTC"]["value"])
-    assert re.match(r"3\.\d+\.\d+ \(/.*libnvshmem_host", found["NVSHMEM"]["value"])
-    assert re.search(r"libnvJitLink\.so", found["kernels with NVSHMEM"]["value"])
+    if any(map(doctor._version, doctor._NVSHMEM_PACKAGES)):  # of the extras -rdma
+        assert re.match(r"3\.\d+\.\d+ \(/.*libnvshmem_host", found["NVSHMEM"]["value"])
+        assert re.search(r"libnvJitLink\.so", found["kernels with NVSHMEM"]["value"])
 
 
 def test_doctor_without_nvshmem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Missing is a warning, for one node needs none; two packages in one folder are wrong."""
+    """Missing is a warning where it was asked for; two packages in one folder are wrong."""
     monkeypatch.setenv("NVSHMEM_DIR", str(tmp_path))
     found = {check.name: check for check in doctor.check_rdma()}
     for name in ("NVSHMEM", "kernels with NVSHMEM"):
         assert found[name].status is doctor.Status.warning
         assert f"NVSHMEM_DIR={tmp_path}" in found[name].remedy
-        assert "pip install 'epjit[cu13-rdma]'" in found[name].remedy
+        assert f"pip install -e '{ROOT}[cu13-rdma]'" in found[name].remedy
     monkeypatch.setattr(doctor, "_version", lambda name: "3.4.5")
     found = {check.name: check for check in doctor.check_rdma()}
     assert found["NVSHMEM"].status is doctor.Status.wrong
@@ -127,7 +131,12 @@ def test_doctor_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "torch", None)
     found = {check.name: check for check in doctor.check_packages()}
     assert found["torch"].status is doctor.Status.wrong
-    assert found["torch"].remedy == "pip install 'epjit[torch]'"
+    assert found["torch"].remedy.startswith(f"pip install -e '{ROOT}[torch]'")
+    for name in ("epjit.buffer", "epjit.intranode"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    last = doctor.verdict([])
+    assert last.status is doctor.Status.wrong
+    assert "cannot be made: " in last.value
 
 
 def test_doctor_on_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -151,12 +160,93 @@ def test_doctor_on_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert found["GPU 0"].value == "NVIDIA H200, sm_90a, 132 SMs"
     assert found["GPU 1"].status is doctor.Status.wrong
     assert found["torch"].status is doctor.Status.wrong, "torch sees no GPU here"
+    assert "built for the CPU: take the one for CUDA" in found["torch"].remedy
     assert found["GPU 0 reads GPU 1"].value == "388.0 GB/s, 1.3 us a load"
     assert found["GPU 1 reads GPU 0"].status is doctor.Status.warning
     assert "CUDA_VISIBLE_DEVICES" in found["GPU 1 reads GPU 2"].remedy
     fits = {check.name: check for check in doctor.check_compiler()}["fits the driver"]
     assert fits.status is doctor.Status.wrong
-    assert "epjit[cu12]" in fits.remedy
+    assert "[cu12]" in fits.remedy
+
+
+def test_doctor_has_nothing_to_say_against_a_machine_without_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The packages that only GPUs and nodes need may be missing: nothing is to be done."""
+    from epjit.runtime import nvshmem
+
+    monkeypatch.delenv("EPJIT_BACKEND", raising=False)
+    monkeypatch.setattr(doctor, "_nics", list)
+    monkeypatch.setattr(doctor, "_version", lambda name: "")
+    monkeypatch.setattr(nvshmem, "package_folders", lambda name: [])
+    for module in ("cuda.bindings", "cuda.bindings.driver", "cuda.bindings.nvrtc", "cupy"):
+        monkeypatch.setitem(sys.modules, module, None)
+    checks = json.loads(invoke("doctor", "--json"))["checks"]
+    todo = [check for check in checks if check["status"] not in ("ok", "info") or check["remedy"]]
+    assert not todo
+    absent = {check["name"] for check in checks if check["status"] == "info"}
+    assert {"cuda-bindings", "cupy-cuda13x", "NVRTC", "driver", "NVSHMEM", "NICs"} <= absent
+    assert checks[-1]["section"] == "verdict"
+    assert checks[-1]["value"].startswith("runs on the CPU backend (torch finds no GPU)")
+
+
+def test_doctor_stays_with_the_cuda_of_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing it says would bring packages of CUDA 13 beside a torch for CUDA 12."""
+    from epjit.runtime import device
+
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(device, "count", lambda: 1)
+    monkeypatch.setattr(doctor, "_version", {"cuda-bindings": "12.9"}.get)
+    for module in ("cuda.bindings", "cupy"):
+        monkeypatch.setitem(sys.modules, module, None)
+    found = {check.name: check for check in doctor.check_packages()}
+    for name in ("cuda-bindings", "cupy-cuda12x"):
+        assert found[name].status is doctor.Status.wrong
+        assert found[name].remedy == f"pip install -e '{ROOT}[cu12]'"
+    assert found["CUDA versions"].status is doctor.Status.ok
+    versions = {"cuda-bindings": "12.9", "cupy-cuda13x": "14.2"}
+    monkeypatch.setattr(doctor, "_version", versions.get)
+    mixed = {check.name: check for check in doctor.check_packages()}["CUDA versions"]
+    assert mixed.status is doctor.Status.warning
+    assert mixed.remedy.startswith("take those of CUDA 12: pip uninstall -y cupy-cuda13x, then ")
+
+
+def test_the_verdict_names_gpus_and_variants(monkeypatch: pytest.MonkeyPatch) -> None:
+    from epjit import buffer
+    from epjit.runtime import device
+
+    monkeypatch.setattr(buffer, "use_gpu", lambda: True)
+    monkeypatch.setattr(device, "count", lambda: 2)
+    monkeypatch.setattr(device, "arch_of", lambda index: "sm_90a")
+    monkeypatch.setattr(device, "name", lambda index: "NVIDIA H200")
+    last = doctor.verdict([])
+    assert last.status is doctor.Status.ok
+    assert last.value.startswith("runs on 2 x NVIDIA H200 (dispatch push, combine tma")
+    wrong = doctor.verdict([doctor.Check("s", "n", doctor.Status.wrong, "v", "r")])
+    assert wrong.status is doctor.Status.wrong
+
+
+def test_the_verdict_on_a_backend_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPJIT_BACKEND", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    text = invoke("doctor", "--no-peers", code=1)
+    assert text.splitlines()[-2].startswith("wrong    a Buffer here: cannot be made: EPJIT_BACKEND")
+
+
+def test_no_line_of_doctor_is_broken(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A command can be copied from a narrow terminal."""
+    from rich.console import Console
+
+    monkeypatch.setattr(doctor.show, "console", lambda: Console(width=20, color_system=None))
+    remedy = "pip install -e '/a/very/long path/to a/checkout[cu13-rdma]' and more words behind it"
+    value = "a value of several words"
+    check = doctor.Check("section", "a long name of it", doctor.Status.wrong, value, remedy)
+    doctor.print_checks([check, check])
+    text = capsys.readouterr().out
+    assert text.count(remedy) == 2
+    assert text.count(f"wrong    a long name of it: {value}\n") == 2
 
 
 # ---- warmup and cache ---------------------------------------------------------------------------
@@ -244,7 +334,9 @@ def test_warmup_takes_the_archs_of_the_environment(monkeypatch: pytest.MonkeyPat
         (["--hidden", "7"], "a row of 7 bf16 has 14 bytes, but must have a multiple of 16"),
         (["--topk-bits", "16"], "--topk-bits is 16"),
         (["--experts", "9"], "--experts is 9, no multiple of 8 ranks"),
+        (["--experts", "80000"], "--experts is 80000, no multiple of 8 ranks up to 65536"),
         (["--arch", "hopper"], "arch is 'hopper'"),
+        (["--arch", ""], "arch is ''"),
     ],
 )
 def test_warmup_refuses(arguments: list[str], said: str) -> None:
@@ -279,6 +371,47 @@ def test_import_refuses_what_is_no_entry(tmp_path: Path, cache_dir: Path) -> Non
         with pytest.raises(ValueError, match=said):
             cache.import_archive(archive)
         assert cache.stored() == [], "an archive that is refused must leave nothing"
+
+
+def test_import_of_what_is_no_archive_is_one_line(tmp_path: Path, cache_dir: Path) -> None:
+    cache = CubinCache()
+    cache.prepare()
+    for key in "ab":
+        cache.put(key * 64, Entry("symbol", "log", b"cubin"))
+    whole = tmp_path / "whole.tar"
+    assert cache.export(whole) == 2
+    cache.clear()
+    content = whole.read_bytes()
+    cases = {
+        "empty": b"",
+        "foreign": b"no archive at all " * 100,
+        "compressed": gzip.compress(content),
+        "cut in a header": content[:100],
+        "cut in an entry": content[: tarfile.BLOCKSIZE + 20],
+        "cut between two": content[: 2 * tarfile.BLOCKSIZE],
+        "cut in the second header": content[: 2 * tarfile.BLOCKSIZE + 20],
+        "without its end": content[: 4 * tarfile.BLOCKSIZE],
+    }
+    for name, data in cases.items():
+        archive = tmp_path / name
+        archive.write_bytes(data)
+        with pytest.raises(ValueError, match=f"{name} is not what .* writes"):
+            cache.import_archive(archive)
+        assert cache.stored() == []
+    done = run("cache", "import", tmp_path / "compressed", code=2)
+    assert len(done.stderr.splitlines()) == 1
+    with pytest.raises(FileNotFoundError):
+        invoke("cache", "import", tmp_path / "nothing")
+    assert "2 kernels added" in invoke("cache", "import", whole)
+
+
+def test_an_entry_that_is_no_text_is_damaged(tmp_path: Path) -> None:
+    cache = CubinCache()
+    cache.prepare()
+    payload = struct.pack("<III", 1, 1, 1) + b"\xff\xff\xff"
+    file = cache.directory / ("a" * 64 + ".cubin")
+    file.write_bytes(hashlib.sha256(payload).digest() + payload)
+    assert cache.get("a" * 64) is None
 
 
 def test_a_damaged_entry_is_listed_and_not_exported(tmp_path: Path) -> None:
@@ -356,34 +489,208 @@ def test_bench_says_what_a_rank_died_of() -> None:
 @pytest.mark.parametrize("command", ["bench", "tune"])
 def test_times_need_a_gpu_for_each_rank(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("EPJIT_BACKEND", raising=False)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     with pytest.raises(ValueError, match=r"--ranks is 4, but times need .* and there are 2"):
         invoke(command, "--ranks", 4)
 
 
-def test_bench_refuses_before_it_starts(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a command refuses must be refused before it starts any."""
+    from epjit.bench import timing
+
+    def spawn(*args: object, **options: object) -> None:
+        raise AssertionError("a process was started")
+
     monkeypatch.setenv("EPJIT_BACKEND", "cpu")
-    with pytest.raises(ValueError, match=r"3 ranks do not divide 8 experts.*must be even"):
-        invoke("bench", "--ranks", 3, "--experts", 8, "--topk", 2, "--sms", 5)
+    monkeypatch.setattr(timing.mp, "spawn", spawn)
 
 
-def test_tune_keeps_what_buffer_then_uses(cache_dir: Path) -> None:
+@pytest.mark.parametrize("command", ["bench", "tune"])
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--ranks", 0], "ranks is 0, but must be at least 1"),
+        (["--ranks", -1], "ranks is -1, but must be at least 1"),
+        (["--ranks", 9, "--experts", 9], "9 ranks in NVLink domains of 9, but a domain has up to"),
+        (["--ranks", 3, "--sms", 5], "3 ranks do not divide 8 experts; numbers of SMs are [5]"),
+        (["--hidden", 0], "hidden is 0, but must be a multiple of 128"),
+        (["--hidden", 7], "hidden is 7, but must be a multiple of 128"),
+        (["--hidden", 16512], "hidden is 16512, but must be"),
+        (["--tokens", 0], "tokens are [0], but must be 1 to"),
+        (["--topk", 99], "topk is 99, but must be 1 to 8"),
+        (["--experts", 7], "2 ranks do not divide 7 experts"),
+        (["--experts", 0], "experts is 0, but must be 1 to 65536"),
+    ],
+)
+@pytest.mark.usefixtures("no_processes")
+def test_sizes_are_refused_before_it_starts(
+    command: str, arguments: list[object], said: str
+) -> None:
+    with pytest.raises(ValueError, match=re.escape(said)):
+        invoke(command, "--experts", 8, "--topk", 2, *arguments)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["--nvl-bytes", 10], "nvl_bytes is 10, but must be a multiple of 128"),
+        (["--ceiling-mb", 0], "ceiling_mb is 0, but must be at least 1"),
+        (["--seed", -1], "seed is -1, but must be 0 to 2^63 - 1"),
+        (["--compare", "nosuchmodule"], "--compare nosuchmodule: it cannot be imported"),
+        (["--compare", ".x"], "--compare .x: it cannot be imported"),
+        (["--compare", "json"], "--compare json: it has no Buffer and no topk_idx_t"),
+        (["--json", "/proc/nothing.json"], "No such file or directory"),
+        (["--plot", "/proc/nothing.png"], "No such file or directory"),
+        (["--plot", "out.nothing"], "is not supported"),
+        (["--plot", "x.png", "--low-latency"], "which --low-latency does not vary"),
+        (["--low-latency", "--tokens", 1 << 20], "num_max_dispatch_tokens_per_rank is 1048576"),
+    ],
+)
+@pytest.mark.usefixtures("no_processes")
+def test_bench_refuses_before_it_starts(
+    arguments: list[object], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises((OSError, ValueError), match=re.escape(said)):
+        invoke("bench", *SMALL, *arguments)
+
+
+@pytest.mark.usefixtures("no_processes")
+def test_a_plot_without_matplotlib_is_refused_before_it_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(ImportError, match=r"package matplotlib.*\[bench\]'"):
+        invoke("bench", *SMALL, "--plot", tmp_path / "out.png")
+
+
+@pytest.mark.parametrize("command", ["bench", "tune"])
+@pytest.mark.usefixtures("no_processes")
+def test_times_of_a_gpu_that_is_not_there(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPJIT_BACKEND", "cuda")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(RuntimeError, match="EPJIT_BACKEND=cuda, but torch finds no GPU"):
+        invoke(command)
+
+
+def noisy(rank: int, queue: Any) -> None:
+    """A rank whose libraries write to stdout, as Gloo does, from C++."""
+    os.write(1, b"[Gloo] Rank is connected\n")
+    queue.put({"op": "run", "rank": rank})
+
+
+def test_what_a_rank_prints_is_no_result(capfd: pytest.CaptureFixture[str]) -> None:
+    from epjit.bench import timing
+
+    rows = timing.run_ranks(noisy, 1, on_row=len)
+    assert rows == [{"op": "run", "rank": 0}]
+    said = capfd.readouterr()
+    assert said.out == ""
+    assert "[Gloo]" in said.err
+
+
+# ---- what tune keeps ----------------------------------------------------------------------------
+
+
+def test_tune_keeps_nothing_of_the_cpu(cache_dir: Path) -> None:
     done = run("tune", *SMALL, "--sms", "6", "--json", EPJIT_BACKEND="cpu")
-    winners = json.loads(done.stdout)["winners"]
-    assert [each["op"] for each in winners] == ["dispatch", "combine"]
-    code = (
-        "from epjit import Buffer\n"
-        "print(Buffer.get_dispatch_config(2).num_sms, Buffer.get_combine_config(2).num_sms,\n"
-        "      Buffer.get_dispatch_config(4).num_sms)\n"
-        "Buffer.set_num_sms(20)\n"
-        "print(Buffer.get_dispatch_config(2).num_sms)\n"
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT), "EPJIT_BACKEND": "cpu"}
-    said = subprocess.run(
-        [sys.executable, "-c", code], env=env, capture_output=True, text=True, check=True
-    ).stdout
-    sms = [each["num_sms"] for each in winners]
-    assert said.split() == [str(sms[0]), str(sms[1]), "20", "20"]
+    found = json.loads(done.stdout)
+    assert [each["op"] for each in found["winners"]] == ["dispatch", "combine"]
+    assert found["file"] == ""
+    assert not (cache_dir / "tuned.json").exists()
+
+
+@pytest.fixture
+def fake_search(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine of two GPUs, whose times are made up."""
+    from epjit.bench import timing
+    from epjit.bench import tune as search
+
+    rows: list[dict[str, Any]] = [{"op": "run", "device": "G", "ranks": 2, "hidden": 7168}]
+    for op in ("dispatch", "combine"):
+        rows.append({"op": op, "variant": "tma", "tokens": 4096, "sms": 16, "us": 1.0})
+    monkeypatch.setattr(timing, "ranks_and_device", lambda ranks: (2, "cuda"))
+    monkeypatch.setattr(search, "run", lambda settings, *, on_row: rows)
+
+
+@pytest.mark.usefixtures("fake_search")
+def test_tune_keeps_what_it_found_and_shows_and_forgets_it(cache_dir: Path) -> None:
+    file = cache_dir / "tuned.json"
+    assert f"{file} does not exist" in invoke("tune", "--clear")
+    assert "nothing was kept: --sms left out the others" in invoke("tune", "--sms", 16)
+    assert "nothing was kept: --dry-run" in invoke("tune", "--dry-run")
+    assert json.loads(invoke("tune", "--show", "--json"))["winners"] == []
+    assert f"kept in {file}" in invoke("tune")
+    shown = json.loads(invoke("tune", "--show", "--json"))
+    assert shown["file"] == str(file)
+    assert [(each["op"], each["num_sms"]) for each in shown["winners"]] == [
+        ("dispatch", 16),
+        ("combine", 16),
+    ]
+    assert "14336" in invoke("tune", "--show")
+    assert f"{file} is kept; `python -m epjit tune --clear`" in invoke("cache", "clear", "--yes")
+    with pytest.raises(ValueError, match="exclude each other"):
+        invoke("tune", "--show", "--clear")
+    assert f"{file} is deleted" in invoke("tune", "--clear")
+    assert tuned.load() == ()
+
+
+@pytest.mark.usefixtures("fake_search")
+def test_tune_knows_first_whether_it_can_keep_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    from epjit.bench import tune as search
+
+    monkeypatch.setenv("EPJIT_CACHE_DIR", "/proc/nothing")
+    monkeypatch.setattr(search, "run", lambda *args, **options: pytest.fail("it searched"))
+    with pytest.raises(OSError, match="/proc/nothing"):
+        invoke("tune")
+
+
+@pytest.mark.parametrize("op", ["dispatch", "combine"])
+def test_buffer_uses_what_was_tuned_for_such_shapes(
+    op: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not that of a toy for everything; without a shape, V1's own is taken."""
+    from epjit import Buffer, buffer
+
+    monkeypatch.setattr(buffer, "use_gpu", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "G")
+    config = getattr(Buffer, f"get_{op}_config")
+    tuned.store([winner(op=op, hidden_bytes=512, num_tokens=16, num_sms=4)])
+    assert config(2).num_sms == 20
+    assert config(2, hidden_bytes=14336, num_tokens=4096).num_sms == 20
+    assert config(2, hidden_bytes=512, num_tokens=16).num_sms == 4
+    tuned.store([winner(op=op, num_sms=24), winner(op=op, num_tokens=128, num_sms=8)])
+    assert config(2).num_sms == 24
+    assert config(4).num_sms == 20
+    assert config(2, hidden_bytes=7168, num_tokens=2048).num_sms == 24
+    assert config(2, hidden_bytes=14336, num_tokens=100).num_sms == 8
+    assert config(2, hidden_bytes=14336, num_tokens=700).num_sms == 20
+    monkeypatch.setattr(Buffer, "_sms_are_set", True)
+    assert config(2).num_sms == 20
+    monkeypatch.setattr(Buffer, "_sms_are_set", False)
+    monkeypatch.setattr(buffer, "use_gpu", lambda: False)
+    assert config(2).num_sms == 20, "the CPU backend has nothing to tune"
+
+
+def test_a_tuned_config_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    tuned.store([winner(gpu="logged")])
+    with caplog.at_level("INFO", logger="epjit"):
+        for tokens in (4096, 4000, 0):
+            used = tuned.best(
+                "dispatch", gpu="logged", num_ranks=2, hidden_bytes=14336, num_tokens=tokens
+            )
+            assert used is not None
+    (record,) = caplog.records
+    assert record.name == "epjit.tuned"
+    assert "24 SMs, variant push" in record.message
+
+
+def test_the_version() -> None:
+    import epjit
+
+    assert run("--version").stdout == f"epjit {epjit.__version__}\n"
 
 
 def test_an_error_is_one_line() -> None:
@@ -429,11 +736,16 @@ def test_tuned_finds_the_nearest_shape() -> None:
     tuned.store([many, winner(gpu="H", num_sms=2)])
     assert len(tuned.load()) == 4
     best = tuned.best
-    assert best("dispatch", gpu="G", num_ranks=2) in (many, narrow)
-    assert best("dispatch", gpu="G", num_ranks=2, hidden_bytes=16384, num_tokens=200) == few
-    assert best("dispatch", gpu="G", num_ranks=2, hidden_bytes=16384, num_tokens=9999) == many
-    assert best("dispatch", gpu="G", num_ranks=2, hidden_bytes=4000, num_tokens=1) == narrow
-    assert best("combine", gpu="G", num_ranks=2) is None
+    group = {"gpu": "G", "num_ranks": 2}
+    assert best("dispatch", **group, hidden_bytes=16384) == many, "the most tokens decide"
+    assert best("dispatch", **group, hidden_bytes=16384, num_tokens=200) == few
+    assert best("dispatch", **group, hidden_bytes=16384, num_tokens=9999) == many
+    assert best("dispatch", **group, hidden_bytes=4000, num_tokens=9999) == narrow
+    assert best("combine", **group, hidden_bytes=14336) is None
+    for far in ({"hidden_bytes": 1024}, {"hidden_bytes": 32768}):
+        assert best("dispatch", **group, **far, num_tokens=4096) is None
+    for tokens in (1, 700, 1 << 16):
+        assert best("dispatch", **group, hidden_bytes=14336, num_tokens=tokens) is None
     tuned.store([winner(num_sms=16)])
     assert len(tuned.load()) == 4, "the winner of a shape is replaced"
 

@@ -27,6 +27,8 @@ BLOCKS = ROWS * HIDDEN * 2 // 128 + 3
 class FakeScope:
     """Says what the communication stream was told to wait for."""
 
+    owners: tuple[int, ...] = (7,)
+
     def __init__(self) -> None:
         self.waited: list[Any] = []
 
@@ -122,6 +124,15 @@ def test_a_view_keeps_the_memory_and_its_end_is_waited_for() -> None:
     del row
     assert world.allocate().has_room
     assert set(world.scope.waited) == {"7"}
+
+
+def test_a_block_is_guarded_by_the_stream_of_the_call_as_well() -> None:
+    """With a previous event another stream is current while the outputs are allocated."""
+    world = World(BLOCKS)
+    world.scope.owners = (5, 99)
+    world.allocate()
+    assert world.allocate().has_room
+    assert set(world.scope.waited) == {"5", "7", "99"}
 
 
 def test_no_rows() -> None:

@@ -1,4 +1,7 @@
-"""README and docs: every block runs, every message that is explained exists, the site builds."""
+"""README and docs: every block runs, every message that is explained exists, the site builds.
+
+README's Python also passes mypy and pyright as a user's own code would.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ import importlib.util
 import os
 import re
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +18,7 @@ from typing import Any
 
 import pytest
 
+from epjit.bench.timing import free_port
 from tests.cpu.test_cli import cache_dir, invoke  # noqa: F401
 from tests.launch import run
 
@@ -71,9 +76,57 @@ def run_page(group: Any, name: str) -> None:
         exec(compile(code, f"{page.name}, block {number}", "exec"), names)
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=ids)
+README, *OTHERS = [page for page in PAGES if blocks(page, "python")]
+
+
+@pytest.mark.parametrize("page", OTHERS, ids=ids)
 def test_python_blocks_run(page: Path) -> None:
     run(run_page, 2, page.relative_to(ROOT).as_posix())
+
+
+@pytest.fixture
+def layer(tmp_path: Path) -> Path:
+    """README's program, saved under the name that README gives it; it needs nothing else."""
+    (program,) = blocks(README, "python")
+    file = tmp_path / "layer.py"
+    file.write_text(program)
+    return file
+
+
+def outside(layer: Path, *command: str) -> str:
+    """Runs a command of this Python's beside the file; returns what it says."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
+    done = subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=layer.parent,
+        env={**os.environ, "PYTHONPATH": path, "EPJIT_BACKEND": "cpu"},
+        capture_output=True,
+        text=True,
+        timeout=250,
+        check=False,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_the_program_of_the_readme_runs(layer: Path) -> None:
+    ranks = ["--nproc-per-node", "2", "--master-port", str(free_port())]
+    said = outside(layer, "torch.distributed.run", *ranks, layer.name)
+    assert len(re.findall(r"^rank [01]: 512 tokens, \d+ rows", said, re.MULTILINE)) == 2
+
+
+def test_the_program_of_the_readme_passes_mypy(layer: Path) -> None:
+    pytest.importorskip("mypy")
+    # torch's own functions are not all typed; what is inside of epjit, `make type` looks at.
+    lenient = ["--allow-untyped-calls", "--follow-imports=silent", f"--cache-dir={layer.parent}"]
+    outside(layer, "mypy", "--strict", *lenient, layer.name)
+
+
+def test_the_program_of_the_readme_passes_pyright(layer: Path) -> None:
+    pytest.importorskip("pyright")
+    if not shutil.which("npm"):
+        pytest.skip("pyright's package fetches the checker itself by npm, which is not here")
+    outside(layer, "pyright", "--pythonpath", sys.executable, layer.name)
 
 
 # ---- commands -----------------------------------------------------------------------------------
@@ -99,7 +152,14 @@ def check_by_reading(command: list[str]) -> str:
         case ["bash", script, *_]:
             syntax = ["bash", "-n", script]
             return subprocess.run(syntax, cwd=ROOT, capture_output=True, text=True).stderr
-        case ["git", "clone", *_] | ["cd", _]:
+        case ["python3", "-m", "venv", folder]:
+            return "" if folder else "a folder is missing"
+        case ["torchrun", "--nproc-per-node", _, script]:
+            known = (ROOT / script).exists() or script == "layer.py"
+            return "" if known else f"there is no {script}"
+        case ["python", script, *_]:
+            return "" if (ROOT / script).exists() else f"there is no {script}"
+        case ["git", "clone", *_] | ["cd", _] | ["source", _]:
             return ""
     return "nothing runs or checks this command"
 
@@ -142,24 +202,25 @@ def test_the_launch_script_runs() -> None:
 
 
 def texts_of(source: Path) -> list[str]:
-    """Every string of a module; what is filled in is ``{}``."""
+    """Every string of a module; what is filled in is ``…``."""
     found = []
     for node in ast.walk(ast.parse(source.read_text())):
         if isinstance(node, ast.Constant) and isinstance(node.value, str):
             found.append(node.value)
         elif isinstance(node, ast.JoinedStr):
-            parts = [p.value if isinstance(p, ast.Constant) else "{}" for p in node.values]
+            parts = [p.value if isinstance(p, ast.Constant) else "…" for p in node.values]
             found.append("".join(map(str, parts)))
     return found
 
 
 def test_every_message_that_is_explained_exists() -> None:
+    """A problem is a heading, and under it stands what is said: in a block, with … for values."""
     texts = "\n".join(t for file in (ROOT / "epjit").rglob("*.py") for t in texts_of(file))
-    headings = re.findall(r"^### (.*)$", (ROOT / "docs/troubleshooting.md").read_text(), re.M)
-    assert len(headings) > 15
-    for heading in headings:
-        pattern = re.sub(r"\\\{\w+\\\}", r"\\{\\}", re.escape(heading))
-        assert re.search(pattern, texts), f"no message says {heading!r}"
+    page = ROOT / "docs/troubleshooting.md"
+    assert len(re.findall("^### ", page.read_text(), re.MULTILINE)) > 20
+    for message in "".join(blocks(page, "text")).splitlines():
+        pattern = r"[^\n]*".join(re.escape(part.strip()) for part in message.split("…"))
+        assert re.search(pattern, texts), f"nothing says {message!r}"
 
 
 # ---- generated parts ----------------------------------------------------------------------------

@@ -7,6 +7,7 @@ time; what arrives is compared bit for bit.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import shutil
 from dataclasses import dataclass
@@ -27,13 +28,16 @@ from tests.emulation.world import (
     EXPERTS_A_RANK,
     FOREVER,
     HIDDEN_BYTES,
+    LONG_RUNS,
     NO_SELECTIONS,
     check,
     copy,
     draw_biases,
     draw_input,
     draw_rows,
+    note_overflows,
     receive,
+    stamp,
     sums,
 )
 
@@ -53,7 +57,7 @@ class Shape:
     tokens: tuple[int, ...] = (40, 33, 0, 57)
     slots: int = 16  # of a dispatch; a combine gets the same bytes
     grid: int = 4  # 2 pushing warps a block: combine needs at least num_ranks - 1 of them
-    num_worst_tokens: int = 0
+    num_worst_tokens: int | tuple[int, ...] = 0  # of all ranks, or of each
     hole: float = 0.2  # part of the selections that are -1
     hot: bool = False  # every token selects expert 0
     no_room: float = 0.0  # direct: part of the dispatches whose outputs peers cannot reach
@@ -135,7 +139,7 @@ class World(emulated.World):
     def __init__(self, shape: Shape, *, seed: int, timeout_ns: int = FOREVER) -> None:
         super().__init__(seed=seed, timeout_ns=timeout_ns)
         self.shape = shape
-        self.notify_stride = shape.num_ranks + 1 + EXPERTS_A_RANK + 2
+        self.notify_stride = shape.num_ranks + 2 + EXPERTS_A_RANK + 2
         num_bytes = shape.slots * shape.dispatch.bytes_a_token
         # A combine has a slot for every rank; at least two windows of one row.
         num_bytes = max(num_bytes, 2 * shape.combine.bytes_a_token)
@@ -147,13 +151,17 @@ class World(emulated.World):
                 places=guarded(shape.num_ranks, 8, dtype=torch.int64, fill=0),
                 notify=guarded(shape.num_ranks, self.notify_stride, dtype=torch.int32, fill=0),
                 local=guarded(64, dtype=torch.int32, fill=0),
-                fault=guarded(8, dtype=torch.int64, fill=0),
+                fault=guarded(16, dtype=torch.int64, fill=0),
                 layout_counters=guarded(
                     1 + shape.num_ranks + shape.num_experts, dtype=torch.int32, fill=0
                 ),
             )
             for _ in range(shape.num_ranks)
         ]
+
+    def refresh(self, rank: Rank, epoch: int) -> None:
+        rank.signals[:8] = stamp(epoch, 0)  # finish
+        rank.signals[32:] = stamp(epoch, 0)  # entered
 
     # ---- operations -----------------------------------------------------------------------------
 
@@ -191,6 +199,9 @@ class Routing:
             for rank in range(shape.num_ranks)
         ]
         self.num_recv = [int(e.handle[0][-1, r]) for r, e in enumerate(self.expected)]
+        self.worst = reference.rooms(shape.num_worst_tokens, shape.num_ranks)
+        came = sum(each.is_token_in_rank.sum(dim=0) for each in self.inputs).tolist()
+        note_overflows(world, came, self.worst)
         self.handles = [self._layout_and_notify(rank) for rank in range(shape.num_ranks)]
         world.epochs += 1
 
@@ -245,11 +256,14 @@ class Routing:
             host_counts=host_counts,
             notify_stride=world.notify_stride,
             num_tokens=num_tokens,
+            num_recv_rows=self.worst[rank],
             experts_per_rank=EXPERTS_A_RANK,
             expert_alignment=ALIGNMENT,
         )
         aligned = [-(-count // ALIGNMENT) * ALIGNMENT for count in expected[2].tolist()]
-        world.expect(rank, "counts", host_counts, torch.tensor([self.num_recv[rank], *aligned]))
+        world.expect(rank, "counts", host_counts[1:], torch.tensor(aligned))
+        if not self.worst[rank]:
+            world.expect(rank, "rows", host_counts[:1], torch.tensor(self.num_recv[rank:][:1]))
         handle = (rank_prefix, source_tokens, expert_counts, src_idx, in_rank, send_head)
         for i, name in (
             (0, "prefix"),
@@ -510,6 +524,67 @@ def test_worst_case_rows(variant: str) -> None:
 
 
 @VARIANTS
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_more_rows_than_there_is_room_for(num_ranks: int, variant: str) -> None:
+    """Nothing is written behind the outputs; all else arrives, is combined, and goes on."""
+    rooms = {1: [(20,)], 2: [(30, 12), (0, 12)], 4: [(70, 4, 9, 1000), (1, 0, 33, 34)]}
+    for seed, worst in enumerate(rooms[num_ranks] * 2):
+        shape = Shape(
+            num_ranks=num_ranks,
+            variant=variant,
+            tokens=TOKENS[num_ranks],
+            num_worst_tokens=worst,
+            slots=(16, 6)[seed // 2 % 2],
+            no_room=seed % 2 * 0.5,
+        )
+        world = World(shape, seed=seed)
+        for _ in range(2):
+            routing = world.route()
+            routing.dispatch(count=True)
+            routing.combine(num_biases=1, num_parts=2)
+            routing.cached_dispatch()
+            assert world.overflows
+            world.run(seed)
+
+
+@VARIANTS
+@pytest.mark.parametrize("op", ["cached_dispatch", "combine"])
+def test_handle_whose_tensors_do_not_fit_together(op: str, variant: str) -> None:
+    """Rows of another dispatch than the counts: nothing is touched that lies outside."""
+    for seed, cut in enumerate((0, 3, 19)):
+        world = World(Shape(variant=variant, slots=64), seed=seed, timeout_ns=400_000)
+        routing = world.route()
+        routing.dispatch()
+        world.run(seed)
+        num_recv = routing.num_recv[1]
+        rank_prefix, source_tokens, counts, src_idx, *rest = routing.handles[1]
+        routing.handles[1] = (rank_prefix, source_tokens, counts, copy(src_idx[:cut]), *rest)
+        routing.expected[1] = dataclasses.replace(
+            routing.expected[1],
+            handle=(*routing.expected[1].handle[:3], src_idx[:cut], *rest),
+        )
+        getattr(routing, op)()
+        world.run(seed, compare=False)
+        record = world.ranks[1].fault[8:].tolist()
+        assert (record[0], record[5], record[6]) == (1, cut, num_recv)
+
+
+@VARIANTS
+@pytest.mark.parametrize(("epoch", "stale"), LONG_RUNS)
+def test_signals_of_long_ago(epoch: int, stale: int, variant: str) -> None:
+    """What only some operations tell is not taken for new, however many others came between."""
+    shape = Shape(variant=variant, tokens=(50, 33, 40, 57), slots=6, no_room=0.3)
+    for seed in range(3):
+        world = World(shape, seed=seed)
+        world.start_at(epoch, stale=stale)
+        routing = world.route()
+        routing.dispatch()
+        routing.combine()
+        routing.cached_dispatch()
+        world.run(seed, delay={seed: 2000})
+
+
+@VARIANTS
 def test_int32_indices_and_half_precision(variant: str) -> None:
     shape = Shape(num_ranks=2, tokens=TOKENS[2], variant=variant, topk_is_int64=False, is_f16=True)
     for seed in range(2):
@@ -578,7 +653,7 @@ def test_withheld_rank_leaves_fault_records(stops_before: str, variant: str) -> 
     del launches[[launch.config.op for launch in launches].index(stops_before) :]
     world.run(1, compare=False)
     for rank, memory in enumerate(world.ranks):
-        state, tag, own, peer, _, expected, seen, epoch = memory.fault.tolist()
+        state, tag, own, peer, _, expected, seen, epoch = memory.fault[:8].tolist()
         if rank == missing:
             assert state == 0
             continue
@@ -610,7 +685,7 @@ def test_rank_that_comes_after_the_timeout(late: int, variant: str) -> None:
         routing.combine()
         routing.cached_dispatch()
         world.run(seed, delay={seed % 4: late}, compare=False)
-        faults = [memory.fault.tolist() for memory in world.ranks]
+        faults = [memory.fault[:8].tolist() for memory in world.ranks]
         for rank, fault in enumerate(faults):
             assert fault[0] in (0, 1)
             assert (fault[0] == 1) == (world.ranks[rank].local[33] == 1)

@@ -53,6 +53,7 @@ class Shape:
     tokens: tuple[int, ...] = (7, 0, 11)
     max_tokens: int = 12
     grid: int = 3
+    num_staying: int = 1
     num_parts: int = 2
     hole: float = 0.2
     kind: str = "random"  # hot: all select expert 0; twice: an expert twice in a row
@@ -213,6 +214,7 @@ class World(emulated.World):
             "words_stride": self.words_stride,
             "counts_stride": self.counts_stride,
             "max_tokens": self.shape.max_tokens,
+            "num_staying": self.shape.num_staying,
         }
 
     def route(self) -> Routing:
@@ -626,6 +628,32 @@ def test_withheld_rank_leaves_fault_records(
     routing = world.route()
     routing.combine(routing.dispatch())
     world.run(1)
+
+
+@VARIANTS
+def test_buffers_in_another_order_on_each_rank(variant: str, per_domain: int) -> None:
+    """Three Buffers, each rank begins with another one, and a grid takes all of a GPU.
+
+    Of each grid two blocks stay: the one that must, and of a dispatch the one that tells.
+    """
+    shape = Shape(variant=variant, per_domain=per_domain, grid=6)
+    for seed in range(2):
+        worlds = [World(shape, seed=3 * seed + i) for i in range(3)]
+        routings = [world.route() for world in worlds]
+        for op in ("dispatch", "combine"):
+            if op == "dispatch":
+                dispatched = [routing.dispatch() for routing in routings]
+            else:
+                for routing, each in zip(routings, dispatched, strict=True):
+                    routing.combine(each)
+            emulated.run_beside(
+                worlds,
+                seed,
+                delay={3 * i + r: 5000 * ((i - r) % 3) for i in range(3) for r in range(3)},
+                nanoseconds_per_pass=1000,
+                places=shape.grid,
+                max_passes=2_000_000,
+            )
 
 
 @VARIANTS

@@ -14,7 +14,7 @@ from epjit import Buffer, CommunicationError, Config
 from epjit.runtime.topology import Topology
 from tests import bodies, bodies_internode, launch
 from tests.data import ROUTING_KINDS
-from tests.rounds import Round, check_round, random_round
+from tests.rounds import Round, check_no_room, check_round, random_round
 
 CPU = {"EPJIT_BACKEND": "cpu"}
 SCATTERED = ((0, 3, 4), (1, 2, 5))
@@ -99,6 +99,17 @@ def no_tokens(comm: Any) -> None:
 
 def test_no_tokens() -> None:
     launch.run_threads(no_tokens, 4)
+
+
+def test_more_rows_than_there_is_room_for() -> None:
+    """As on a GPU: the rank says so in its next call, and everything else goes on."""
+
+    def worker(comm: Any) -> None:
+        buffer = Buffer(None, 1024, 1024, comm=comm, nvlink_domain=2)
+        for seed, short in enumerate(((0,), (1, 2), (3,))):
+            check_no_room(buffer, Round((9, 20, 24, 24), num_experts=8, seed=seed), short)
+
+    launch.run_threads(worker, 4)
 
 
 def test_every_routing() -> None:

@@ -261,6 +261,10 @@ def test_scratch_over_the_whole_buffer() -> None:
     launch.run(bodies_low_latency.overwritten, 2, CPU)
 
 
+def test_ranks_that_are_set_up_differently() -> None:
+    launch.run(bodies_low_latency.set_up_differently, 2, CPU)
+
+
 def test_cumulative_stats_add_up() -> None:
     def body(buffer: Buffer) -> None:
         case = LowLatencyRound(num_tokens=(5, 8), num_dispatches=2, with_extras=True)
@@ -418,6 +422,10 @@ def test_hook_from_another_thread() -> None:
     thread.start()
     thread.join()
     assert count.tolist() == [4]
+
+
+def test_calls_from_fresh_threads() -> None:
+    launch.run(bodies_low_latency.fresh_threads, 2, CPU)
 
 
 def test_destroy() -> None:

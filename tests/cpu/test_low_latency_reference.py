@@ -21,6 +21,7 @@ from epjit.formats import (
     NVFP4,
     RowFormat,
     choose_format,
+    dequantize,
 )
 from epjit.reference import low_latency as reference
 from epjit.reference.low_latency import LowLatencyDispatched, RankInput
@@ -172,17 +173,77 @@ def test_formats_are_their_formulas(row_format: RowFormat, g: float) -> None:
 
 
 @pytest.mark.parametrize("row_format", FORMATS, ids=lambda each: each.name)
-def test_decode_is_close(row_format: RowFormat) -> None:
-    """Within half a step of the format; the padding of a slab plays no part."""
+def test_dequantized_is_close(row_format: RowFormat) -> None:
+    """Within half a step of the format."""
     x = torch.randn((5, 512), generator=torch.Generator().manual_seed(0)).to(torch.bfloat16)
     g = torch.tensor([100.0])
     values, scales = reference.encode(x, row_format, g)
     if scales is not None and row_format.column_major:
         scales = scales.t().contiguous().t()
-    got = reference.decode(values, scales, row_format, g)
+    got = dequantize(values, scales, global_scale=g if row_format is NVFP4 else None)
     error = (got - x.float()).abs() / x.float().abs().amax(dim=1, keepdim=True)
     assert got.dtype == torch.float32
     assert float(error.max()) <= {0: 0.0, 5: 0.2}.get(row_format.code, 0.04)
+
+
+@pytest.mark.parametrize("row_format", QUANTIZED, ids=lambda each: each.name)
+def test_dequantize_is_the_formula(row_format: RowFormat) -> None:
+    """Of every code, one float32 operation after the other, in slabs with strides of a dispatch."""
+    hidden, block, g = 1024, row_format.block, torch.tensor([0.3])
+    rows, scales = empty_on(torch.device("cpu"))(row_format.forms(2, 3, hidden))
+    assert scales is not None
+    codes = torch.arange(rows.view(torch.uint8).numel()) % 256
+    rows.view(torch.uint8).copy_(codes.view(rows.shape))
+    stored = torch.rand(scales.shape, generator=torch.Generator().manual_seed(1))
+    if scales.dtype == torch.float32:
+        scales.copy_(stored)
+    elif scales.dtype == torch.int32:
+        scales.copy_((stored * 2**31).to(torch.int32) & 0x7E7E7E7E)
+    else:  # every scale there is, but for NaN
+        numbers = torch.arange(scales.numel()) % 127
+        scales.view(torch.uint8).copy_(numbers.view(scales.shape))
+    given = g if row_format is NVFP4 else None
+    got = dequantize(rows, scales, global_scale=given)
+    assert (got.shape, got.dtype) == ((2, 3, hidden), torch.float32)
+
+    def value_of(code: int) -> float:
+        table, sign = (E2M1, 8) if row_format is NVFP4 else (E4M3, 0x80)
+        magnitude = code & sign - 1
+        if magnitude >= len(table):
+            return math.nan
+        return -table[magnitude] if code & sign else table[magnitude]
+
+    for e, m in itertools.product(range(2), range(3)):
+        row = rows[e, m].view(torch.uint8).tolist()
+        if row_format is NVFP4:
+            row = [code for byte in row for code in (byte & 15, byte >> 4)]
+        factors = scales[e, m].contiguous()
+        bytes_ = factors.view(torch.uint8).tolist()
+        for index, code in enumerate(row):
+            if row_format is NVFP4:
+                want = f32(f32(value_of(code) * E4M3[bytes_[index // block]]) / f32(0.3))
+            elif scales.dtype == torch.float32:
+                want = f32(value_of(code) * float(factors[index // block]))
+            else:
+                want = f32(value_of(code) * 2.0 ** (bytes_[index // block] - 127))
+            have = float(got[e, m, index])
+            same = bits_of(have) == bits_of(want) or (math.isnan(have) and math.isnan(want))
+            assert same, (e, m, index, have, want)
+    one = dequantize(rows[1, :2], scales[1, :2], global_scale=given, dtype=torch.bfloat16)
+    data.assert_rows_equal(one, got[1, :2].to(torch.bfloat16), "rows of one expert")
+
+
+def test_dequantize_says_what_does_not_belong_together() -> None:
+    fp8 = torch.zeros(2, 256).to(torch.float8_e4m3fn)
+    fp4 = torch.zeros(2, 128, dtype=torch.uint8)
+    with pytest.raises(TypeError, match=r"float8_e4m3fn with scales of None are no format"):
+        dequantize(fp8)
+    with pytest.raises(ValueError, match=r"scales have shape \(2, 1\).*of shape \(2, 2\)"):
+        dequantize(fp8, torch.zeros(2, 1))
+    with pytest.raises(ValueError, match=r"global_scale is given, but rows in fp8 have none"):
+        dequantize(fp8, torch.zeros(2, 2), global_scale=torch.ones(1))
+    with pytest.raises(ValueError, match=r"global_scale is missing, but rows in nvfp4 have one"):
+        dequantize(fp4, torch.zeros(2, 16).to(torch.float8_e4m3fn))
 
 
 def test_row_formats_say_their_sizes() -> None:

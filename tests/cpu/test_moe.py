@@ -346,9 +346,9 @@ def test_transforms_of_torch_func_are_refused(name: str, transform: Any) -> None
         return moe.permute(x, idx, weights, num_experts=4).x.float().sum()
 
     for layer in (sent, ordered):
-        with pytest.raises(NotImplementedError, match="no rules for the transforms"):
+        with pytest.raises(ValueError, match=r"a transform of torch\.func"):
             transform(layer)(x if transform is torch.func.grad else torch.stack([x, x]))
-        with pytest.raises(NotImplementedError, match="no rules for the transforms"):
+        with pytest.raises(ValueError, match=r"a transform of torch\.func"):
             torch.func.jvp(layer, (x,), (x,))
 
 
@@ -399,7 +399,7 @@ def test_mistakes_of_callers() -> None:
         moe.dispatch((x, x), idx[:3], weights[:3], num_experts=1, group="a")  # type: ignore[call-overload]
     with pytest.raises(ValueError, match=r"x has shape \(16,\), expected \(number of rows, hidden"):
         moe.dispatch(x[0], idx[:3], weights[:3], num_experts=1, group="a")
-    with pytest.raises(TypeError, match="group is a NoneType"):
+    with pytest.raises(ValueError, match="group is None"):
         moe.dispatch(x, idx[:3], weights[:3], num_experts=1, group=None)  # type: ignore[call-overload]
     with pytest.raises(TypeError, match=r"handle is a NoneType, expected the \.handle"):
         moe.combine(x, None, group="nobody")  # type: ignore[arg-type]

@@ -1,10 +1,11 @@
-"""The wheel holds every source, and `import epjit` loads nothing but itself."""
+"""What wheel and sdist hold, and what `import epjit` loads."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 
@@ -13,29 +14,34 @@ import pytest
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def build_wheel(project: Path, folder: Path) -> Path:
-    """Builds a wheel without network, in a folder of its own."""
+def build(kind: str, project: Path, folder: Path) -> Path:
+    """Builds a wheel or an sdist without network, in a folder of its own."""
     subprocess.run(
-        [sys.executable, "-m", "build", "--wheel", "--no-isolation", "--outdir", folder, project],
+        [sys.executable, "-m", "build", f"--{kind}", "-n", "--outdir", folder, project],
         check=True,
         capture_output=True,
         text=True,
         timeout=300,
     )
-    (wheel,) = folder.glob("*.whl")
-    return wheel
+    (file,) = folder.iterdir()
+    return file
 
 
-def copy_tree(folder: Path) -> Path:
-    """Copies what a wheel is made of, so that no build folder is left in the working tree."""
-    files = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard", "epjit", "compat", "*.toml", "*.md"],
+def tracked(*patterns: str) -> list[str]:
+    """Files of git, and those that would be."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard", *patterns],
         cwd=ROOT,
         check=True,
         capture_output=True,
         text=True,
-    ).stdout.split("\n")
-    for name in [*filter(None, files), "LICENSE"]:
+    )
+    return [name for name in listed.stdout.splitlines() if (ROOT / name).exists()]
+
+
+def copy_tree(folder: Path) -> Path:
+    """Copies the project, so that no build folder is left in the working tree."""
+    for name in tracked():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
         target.write_bytes((ROOT / name).read_bytes())
@@ -49,7 +55,7 @@ def tree(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_wheel_holds_every_source(tree: Path, tmp_path: Path) -> None:
-    wheel = build_wheel(tree, tmp_path)
+    wheel = build("wheel", tree, tmp_path)
     assert wheel.name.endswith("-py3-none-any.whl")
     packed = set(zipfile.ZipFile(wheel).namelist())
     wanted = {
@@ -64,13 +70,22 @@ def test_wheel_holds_every_source(tree: Path, tmp_path: Path) -> None:
 
 
 def test_compat_wheel_holds_only_the_drop_in(tree: Path, tmp_path: Path) -> None:
-    wheel = build_wheel(tree / "compat", tmp_path)
+    wheel = build("wheel", tree / "compat", tmp_path)
     assert wheel.name.endswith("-py3-none-any.whl")
     packed = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
     assert packed == {
         path.relative_to(tree / "compat").as_posix()
         for path in (tree / "compat").glob("deep_ep*/**/*.py")
     }
+
+
+def test_sdist_holds_what_one_needs_to_work_on_it(tree: Path, tmp_path: Path) -> None:
+    sdist = build("sdist", tree, tmp_path)
+    with tarfile.open(sdist) as archive:
+        packed = {name.partition("/")[2] for name in archive.getnames()}
+    folders = ("bench", "compat", "docs", "epjit", "examples", "tests")
+    files = ("CHANGELOG.md", "CONTRIBUTING.md", "LICENSE", "Makefile", "README.md", "SECURITY.md")
+    assert not set(tracked(*folders, *files)) - packed
 
 
 def test_versions_agree() -> None:
@@ -83,8 +98,11 @@ def test_versions_agree() -> None:
 
 def test_import_loads_no_heavy_package() -> None:
     code = (
-        "import sys, epjit\n"
-        "heavy = {'torch', 'numpy', 'cupy', 'cuda', 'filelock'} & set(sys.modules)\n"
+        "import sys\n"
+        "before = set(sys.modules)  # a .pth file of another package may import it\n"
+        "import epjit\n"
+        "loaded = set(sys.modules) - before\n"
+        "heavy = {'torch', 'numpy', 'cupy', 'cuda', 'filelock'} & loaded\n"
         "assert not heavy, heavy\n"
         "assert set(epjit.__all__) <= set(dir(epjit))\n"
     )

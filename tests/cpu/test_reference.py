@@ -350,10 +350,23 @@ def test_num_worst_tokens_pads_every_output() -> None:
         assert torch.equal(got.handle[3][:received], plain.handle[3])
 
 
-def test_num_worst_tokens_that_do_not_suffice() -> None:
+@pytest.mark.parametrize("worst", [1, 8, 11])
+def test_num_worst_tokens_that_do_not_suffice(worst: int) -> None:
+    """The first rows of all, in their order; handle and combine know of no others."""
     inputs = make_inputs("hot_expert", num_ranks=2, num_tokens=(6,), num_experts=4, num_topk=1)
-    with pytest.raises(ValueError, match="rank 0 receives 12 rows, more than num_worst_tokens=8"):
-        dispatch_all(inputs, 4, worst=8)
+    plain, cut = dispatch_all(inputs, 4), dispatch_all(inputs, 4, worst=worst)
+    assert plain[0].recv_x.shape[0] == 12
+    for name in ("recv_x", "recv_topk_idx", "recv_topk_weights"):
+        data.assert_rows_equal(getattr(cut[0], name), getattr(plain[0], name)[:worst], name)
+    assert torch.equal(cut[0].handle[3], plain[0].handle[3][:worst])
+    for each in cut:
+        assert each.handle[0][:, 0].tolist() == [min(worst, 6), worst]
+    for rank in range(2):
+        handles = [each.handle for each in cut]
+        combined, _ = intranode.combine([each.recv_x for each in cut], handles, rank)
+        kept = min(max(worst - 6 * rank, 0), 6)
+        data.assert_rows_equal(combined[:kept], inputs[rank].x[:kept], "combined")
+        assert not combined[kept:].any()
 
 
 @pytest.mark.parametrize("worst", [0, 64])

@@ -31,13 +31,13 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("tree")
 @pytest.mark.parametrize("is_ctypes", [False, True])
 def test_record_in_words(is_ctypes: bool) -> None:
-    words = np.zeros(8, np.int64)
+    words = np.zeros(fault.NUM_WORDS, np.int64)
     if is_ctypes:  # as page-locked memory is made into an array
-        words = np.ctypeslib.as_array((ctypes.c_int64 * 8)())
+        words = np.ctypeslib.as_array((ctypes.c_int64 * fault.NUM_WORDS)())
     record = FaultRecord(words)
     record.raise_if_set()
     assert not record.is_set
-    words[:] = [1, 1, 3, 5, 17, (12 << 32) | 1, -1, 12]
+    words[:8] = [1, 1, 3, 5, 17, (12 << 32) | 1, -1, 12]
     with pytest.raises(CommunicationError) as caught:
         record.raise_if_set()
     error = caught.value
@@ -53,6 +53,24 @@ def test_record_in_words(is_ctypes: bool) -> None:
     record.raise_if_set()
     record.close()
     assert not record.is_set
+
+
+@pytest.mark.usefixtures("tree")
+def test_an_overflow_is_told_once_and_is_no_fault() -> None:
+    words = np.zeros(fault.NUM_WORDS, np.int64)
+    record = FaultRecord(words)
+    assert record.take_overflow() is None
+    for epoch in (4, 9):
+        words[8:] = [1, 12, 3, 3, 0, 20, 34, epoch]
+        assert not record.is_set
+        record.raise_if_set()
+        overflow = record.take_overflow()
+        assert overflow == fault.Overflow("second", "the end", 3, came=34, room=20, epoch=epoch)
+        assert words[8] == 0  # the device may write the next one
+        assert record.take_overflow() is None
+    words[8:] = 1
+    record.clear()
+    assert record.take_overflow() is None
 
 
 @pytest.mark.usefixtures("tree")

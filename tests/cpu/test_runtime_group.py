@@ -189,7 +189,7 @@ def forge(rank: int, size: int, file: str, queue: Any) -> None:
         head[0] ^= 1
         group._store.set("2/0", bytes(head))
         try:
-            group._get(group._store, "2/0")
+            group._get(group._store, "2/0", "dispatch")
         except CommunicationError as error:
             queue.put((rank, str(error)))
         group._store.set("go", b"")

@@ -236,7 +236,7 @@ def test_no_library_names_package_and_command(
 ) -> None:
     monkeypatch.setattr(nvshmem, "package_folders", lambda name: [])
     with pytest.raises(
-        ImportError, match=r"nvidia-nvshmem-cu13 .*pip install 'epjit\[cu13-rdma\]'"
+        ImportError, match=r"nvidia-nvshmem-cu13 .*pip install -e '/.*\[cu13-rdma\]'"
     ):
         nvshmem.find_library()
 

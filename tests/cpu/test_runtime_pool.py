@@ -6,11 +6,20 @@ import gc
 import random
 import threading
 import weakref
+from collections.abc import Collection
 from typing import Any
 
 import pytest
 
 from epjit.runtime.pool import Block, BlockPool, NoRoomError
+from epjit.runtime.stream import BlockedStreamError
+
+
+class Pool(BlockPool):
+    """A pool whose blocks are used on the stream that is current when they are taken."""
+
+    def take(self, nbytes: int, streams: Collection[Any] | None = None) -> Block:
+        return super().take(nbytes, (self._current_stream(),) if streams is None else streams)
 
 
 class Streams:
@@ -19,16 +28,19 @@ class Streams:
     def __init__(self) -> None:
         self.current = 1
         self.captured: set[int] = set()
+        self.blocked: set[int] = set()
         self.clock = 0
 
     def record(self, stream: int) -> tuple[int, int] | None:
+        if stream in self.blocked:
+            raise BlockedStreamError
         if stream in self.captured:
             return None
         self.clock += 1
         return (stream, self.clock)
 
-    def pool(self, nbytes: int) -> BlockPool:
-        return BlockPool(nbytes, current_stream=lambda: self.current, record=self.record)
+    def pool(self, nbytes: int) -> Pool:
+        return Pool(nbytes, current_stream=lambda: self.current, record=self.record)
 
 
 def test_blocks_do_not_overlap_and_are_aligned() -> None:
@@ -72,6 +84,28 @@ def test_events_are_those_of_taking_and_collecting() -> None:
     assert sorted(stream for stream, _ in again.events) == [1, 2]
     rest = pool.take(128)  # the other part waits for the same work
     assert sorted(rest.events) == sorted(again.events)
+
+
+def test_events_are_on_all_streams_that_a_block_was_taken_for() -> None:
+    streams = Streams()
+    pool = streams.pool(128)
+    block = pool.take(128, (1, 99))
+    streams.current = 2
+    del block
+    assert sorted(stream for stream, _ in pool.take(128).events) == [1, 2, 99]
+
+
+def test_a_block_stays_in_use_while_an_event_cannot_be_recorded() -> None:
+    """The default stream, while a blocking stream is captured."""
+    streams = Streams()
+    pool = streams.pool(128)
+    block = pool.take(128)
+    streams.current, streams.blocked = 2, {1}
+    del block
+    with pytest.raises(NoRoomError):
+        pool.take(128)
+    streams.blocked = set()
+    assert sorted(stream for stream, _ in pool.take(128).events) == [1, 2]
 
 
 def test_one_event_where_taking_and_collecting_are_on_one_stream() -> None:

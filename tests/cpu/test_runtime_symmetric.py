@@ -136,3 +136,17 @@ def test_a_rank_without_memory_fails_all(driver: Driver) -> None:
     assert [type(error) for error in errors] == [RuntimeError] * 2
     assert all("rank 1 (device 13): cuMemAlloc(256) failed" in str(error) for error in errors)
     assert len(driver.freed) == 1
+
+
+def test_mapped_memory_goes_when_what_is_queued_is_done(driver: Driver) -> None:
+    """Unlike cuMemFree, cuMemUnmap waits for nothing, and kernels may still read."""
+    memory: Any = SymmetricMemory.__new__(SymmetricMemory)
+    memory._device, memory._fabric, memory._closed = 0, True, False
+    memory.ptr, memory._ipc_opened, memory._mapped = 0x1000, [], [(0x1000, 256, 7)]
+    memory.close()
+    assert list(driver.calls) == [
+        "cuCtxSynchronize",
+        "cuMemUnmap",
+        "cuMemAddressFree",
+        "cuMemRelease",
+    ]

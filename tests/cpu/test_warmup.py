@@ -18,6 +18,7 @@ from epjit import internode, intranode, layout, low_latency, normal_mode
 from epjit.cli import app
 from epjit.formats import BF16
 from epjit.runtime import nvjitlink, nvrtc
+from epjit.runtime.group import Group
 from epjit.runtime.jit import KernelConfig, compile_kernel
 from epjit.runtime.topology import Topology
 
@@ -47,16 +48,13 @@ def warm_up(*arguments: object) -> str:
     return result.stdout
 
 
-class FakeGroup:
+class FakeGroup(Group):
     """Rank 0, whose peers agree with it."""
 
     rank, size = 0, RANKS
 
     def allgather(self, obj: Any) -> list[Any]:
         return [obj] * self.size
-
-    def barrier(self) -> None:
-        """Nobody is missing."""
 
 
 def asked_by_buffer(
@@ -113,6 +111,7 @@ def asked_by_buffer(
     low_latency.LowLatency(
         group, topology, num_rdma_bytes=1 << 30, enable_shrink=False, **options
     ).warmup(
+        max_tokens=8,
         hidden=HIDDEN,
         num_experts=EXPERTS,
         num_topk=TOPK,

@@ -1,7 +1,7 @@
-"""N GPUs, one process each. `EPJIT_TEST_RANKS` says how many; without it, all that are there.
+"""N ranks, one process each. `EPJIT_TEST_RANKS` says how many; else one a GPU, two at least.
 
-Ranks share GPUs where EPJIT_TEST_RANKS says more than there are: their kernels take turns, some
-milliseconds each, and tests that need a GPU for each rank are skipped.
+Ranks share GPUs where there are fewer: their kernels take turns, some milliseconds each, and tests
+that need a GPU for each rank are skipped.
 """
 
 from __future__ import annotations
@@ -25,19 +25,22 @@ def _on_cpu() -> bool:
     return os.environ.get("EPJIT_BACKEND") == "cpu"
 
 
+def _num_ranks() -> int:
+    return int(os.environ.get("EPJIT_TEST_RANKS") or max(2, 0 if _on_cpu() else _num_gpus()))
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """Skips what this machine has too few GPUs for."""
     here = [item for item in items if _HERE in item.path.parents]
     if not here:
         return
-    on_cpu, num_gpus, chosen = _on_cpu(), _num_gpus(), os.environ.get("EPJIT_TEST_RANKS")
+    on_cpu, num_gpus, num_ranks = _on_cpu(), _num_gpus(), _num_ranks()
     for item in here:
         if on_cpu:
             if item.get_closest_marker("needs_gpu"):
                 item.add_marker(pytest.mark.skip(reason="EPJIT_BACKEND=cpu, and this needs GPUs"))
             continue
-        shares = chosen and not item.get_closest_marker("needs_own_gpu")
-        needed = 1 if shares else int(chosen or 2)
+        needed = num_ranks if item.get_closest_marker("needs_own_gpu") else 1
         if num_gpus < needed:
             reason = f"needs {needed} GPUs, {num_gpus} found (EPJIT_TEST_RANKS: another number)"
             item.add_marker(pytest.mark.skip(reason=reason))
@@ -52,4 +55,4 @@ def pytest_configure(config: pytest.Config) -> None:
 @pytest.fixture(scope="session")
 def num_ranks() -> int:
     """Number of processes."""
-    return int(os.environ.get("EPJIT_TEST_RANKS") or (2 if _on_cpu() else _num_gpus()))
+    return _num_ranks()

@@ -75,6 +75,12 @@ def test_random_rounds_beside_the_normal_mode(num_ranks: int, world: dict[str, s
 
 
 @pytest.mark.needs_own_gpu
+def test_calls_from_fresh_threads(num_ranks: int) -> None:
+    """There GPU 0 is current, which on all ranks but the first is not the Buffer's."""
+    launch.run(bodies_low_latency.fresh_threads, num_ranks, {}, timeout=300)
+
+
+@pytest.mark.needs_own_gpu
 @pytest.mark.needs_gpu
 def test_random_rounds_with_a_nccl_group(num_ranks: int) -> None:
     """The process group may be of any backend; nothing of ours goes through it later."""
@@ -108,6 +114,20 @@ def test_withheld_peer(two_or_more: int, world: dict[str, str]) -> None:
         bodies_low_latency.withheld, two_or_more, world, cases, TIMEOUT_SECONDS, timeout=200
     )
     bodies.assert_all_but_the_absent(texts, cases)
+
+
+@pytest.mark.needs_gpu
+@pytest.mark.parametrize("variant", ["ldst", "tma", "reduced"])
+@pytest.mark.parametrize("num_buffers", [2, 3])
+def test_buffers_in_another_order(two_or_more: int, num_buffers: int, variant: str) -> None:
+    """A kernel that waits for a peer leaves SMs to the kernel that the peer waits for."""
+    environ = {"EPJIT_LOW_LATENCY_COMBINE_VARIANT": variant}
+    launch.run(bodies_low_latency.crossed, two_or_more, environ, num_buffers, timeout=200)
+
+
+def test_ranks_that_are_set_up_differently(two_or_more: int) -> None:
+    """They say so, with both values, instead of waiting for each other."""
+    launch.run(bodies_low_latency.set_up_differently, two_or_more, {}, timeout=120)
 
 
 @pytest.mark.needs_gpu

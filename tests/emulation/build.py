@@ -102,6 +102,8 @@ class _Options(ctypes.Structure):
         ("max_passes", ctypes.c_uint64),
         ("nanoseconds_per_pass", ctypes.c_uint64),
         ("latest_message", ctypes.c_uint64),
+        ("num_gpus", ctypes.c_int32),
+        ("places", ctypes.c_int32),
     )
 
 
@@ -127,6 +129,8 @@ def emulate(
     yield_percent: int = 20,
     basic_blocks: int = 200,
     latest_message: int = 20_000,
+    num_gpus: int = 1,
+    places: int = 0,
 ) -> Report:
     """Runs launches until all have ended.
 
@@ -140,6 +144,8 @@ def emulate(
         yield_percent: Chance to yield at an atomic or a release.
         basic_blocks: Mean number of basic blocks between preemptions; 0 = none.
         latest_message: Passes that a piece of what goes to another rank takes at most.
+        num_gpus: Of `places`; rank r is a stream of GPU r % num_gpus.
+        places: Blocks that one GPU has room for; 0 = any number.
 
     Returns:
         What the run took.
@@ -158,6 +164,8 @@ def emulate(
         max_passes,
         nanoseconds_per_pass,
         latest_message,
+        num_gpus,
+        places,
     )
     report = _Report()
     with _LOCK:

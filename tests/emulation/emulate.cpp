@@ -3,8 +3,8 @@
 //
 // A pass lets the runnable lanes of one warp run once each, up to their next yield; which warp and
 // which lanes first is drawn from the seed. A pass is also the unit of emulated time. Launches of
-// one rank run one after the other, as on a stream; those of different ranks at the same time, all
-// blocks resident.
+// one rank run one after the other, as on a stream; those of different ranks at the same time. All
+// blocks are resident, unless ranks share GPUs that have room for so many.
 #include <dlfcn.h>
 #include <setjmp.h>
 #include <signal.h>
@@ -247,13 +247,22 @@ struct Options {
   uint64_t max_passes;
   uint64_t nanoseconds_per_pass;
   uint64_t latest_message;  // passes that a message takes at most
+  int32_t num_gpus;         // rank r is a stream of GPU r % num_gpus
+  int32_t places;           // blocks that a GPU has room for; 0 = any number
 };
 
 struct Report {
   uint64_t passes, switches, nanoseconds;
 };
 
+// What has no place on a GPU yet, in the order in which it came.
+struct Gpu {
+  int taken = 0;
+  std::deque<Block*> waiting;
+};
+
 std::map<int, Stream> streams;
+std::map<int, Gpu> gpus;
 std::vector<Warp*> ready;
 std::vector<Copy> copies;
 std::vector<int> free_copies;
@@ -944,6 +953,27 @@ void start_kernel(int rank, Stream& stream) {
   }
 }
 
+Gpu& gpu_of(const Block& block) { return gpus[block.kernel->rank % options.num_gpus]; }
+
+void start_block(Block& block) {
+  Gpu& gpu = gpu_of(block);
+  if (options.places != 0 && gpu.taken == options.places) {
+    gpu.waiting.push_back(&block);
+    return;
+  }
+  ++gpu.taken;
+  for (auto& fiber : block.fibers) set_runnable(*fiber);
+}
+
+void finish_block(Block& block) {
+  Gpu& gpu = gpu_of(block);
+  --gpu.taken;
+  if (gpu.waiting.empty()) return;
+  Block& next = *gpu.waiting.front();
+  gpu.waiting.pop_front();
+  start_block(next);
+}
+
 void finish_kernel(int rank, Stream& stream) {
   // The end of a kernel completes its bulk stores.
   for (auto& block : stream.queue.front()->blocks) {
@@ -974,8 +1004,7 @@ void handle_events() {
     } else if (event.type == EventType::kFinish) {
       finish_kernel(event.rank, stream);
     } else {
-      for (auto& fiber : stream.queue.front()->blocks[static_cast<size_t>(event.index)]->fibers)
-        set_runnable(*fiber);
+      start_block(*stream.queue.front()->blocks[static_cast<size_t>(event.index)]);
     }
   }
 }
@@ -1026,6 +1055,7 @@ void run_warp(Warp& warp) {
     if (block.loads != 0)
       fail("rank %d, %s, block %u ended while a bulk load still writes its shared memory",
            block.kernel->rank, block.kernel->name.c_str(), block.index);
+    finish_block(block);
     Kernel& kernel = *block.kernel;
     if (++kernel.done != kernel.grid) return;
     bool has_stores = false;
@@ -1070,6 +1100,7 @@ void forget_everything() {
     for (auto& kernel : stream.queue)
       for (auto& block : kernel->blocks) free_block(*block);
   streams.clear();
+  gpus.clear();
   ready.clear();
   copies.clear();
   free_copies.clear();

@@ -5,7 +5,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from epjit.config import MAX_RANKS
 from epjit.reference.intranode import Dispatched, RankInput
+from epjit.runtime import fault
 from tests.emulation import build
 from tests.emulation.build import Launch, emulate, guarded, params_type
 
@@ -65,6 +66,7 @@ class World:
         self.generator = torch.Generator().manual_seed(seed)
         self.timeout_ns = timeout_ns
         self.epochs = 0
+        self.overflows: dict[int, list[int]] = {}  # of a rank: [tag, rows that fit, rows that came]
         self.keep: list[Any] = []
 
     def common(self, rank: int, config: Any) -> dict[str, Any]:
@@ -108,16 +110,39 @@ class World:
         launches = [launch for rank in self.ranks for launch in rank.launches]
         compile_all({launch.config: launch for launch in launches})
         emulate(launches, seed=seed, **options)
-        if not compare:
-            return
+        if compare:
+            self.compare()
+
+    def compare(self) -> None:
+        """Compares all results of what has run."""
         for rank in self.ranks:
             counters, state = rank.local[: self.counters], rank.local[self.counters :][:2]
-            assert rank.fault.tolist() == [0] * 8
+            assert not rank.fault[:8].any()
             assert not counters.any(), "counters are not zero at the end"
-            assert state.tolist() == [self.epochs, 0]
+            assert state.tolist() == [_int32(self.epochs), 0]
             check(rank.checks)
             rank.launches.clear()
             rank.checks.clear()
+        for number, rank in enumerate(self.ranks):
+            record = rank.fault[8:]
+            assert record[[1, 5, 6]].tolist() == self.overflows.get(number, [0, 0, 0])
+            assert record[[0, 2]].tolist() == ([1, number] if number in self.overflows else [0, 0])
+            record.zero_()  # as the host does when it has raised it
+        self.overflows.clear()
+
+    def start_at(self, epoch: int, *, stale: int) -> None:
+        """As after `epoch` operations, when what is not told in each was last told in `stale`."""
+        self.epochs = epoch
+        for rank in self.ranks:
+            for memory in (getattr(rank, name) for name in self.zeroed):
+                if memory.dtype == torch.int64:
+                    memory.fill_(stamp(stale, 0x7FFFFFFF))
+            self.refresh(rank, epoch)
+            rank.local[self.counters] = _int32(epoch)
+
+    def refresh(self, rank: Any, epoch: int) -> None:
+        """Writes the signals of a rank that the peers raise in every operation."""
+        raise NotImplementedError
 
     def reset(self) -> None:
         """What a collective reset of the buffers does."""
@@ -127,6 +152,39 @@ class World:
             rank.checks.clear()
             for name in (*self.zeroed, "local", "fault"):
                 getattr(rank, name).zero_()
+
+
+def run_beside(worlds: Sequence[World], seed: int, **options: Any) -> None:
+    """Runs what was queued in several worlds of the same GPUs, each on a stream of its own.
+
+    The emulation's rank of rank r of world i is i * num_ranks + r.
+    """
+    num_ranks = len(worlds[0].ranks)
+    launches = [
+        replace(launch, rank=i * num_ranks + launch.rank)
+        for i, world in enumerate(worlds)
+        for rank in world.ranks
+        for launch in rank.launches
+    ]
+    compile_all({launch.config: launch for launch in launches})
+    emulate(launches, seed=seed, num_gpus=num_ranks, **options)
+    for world in worlds:
+        world.compare()
+
+
+def stamp(epoch: int, rest: int) -> int:
+    """A signal or word with the epoch, modulo 2^32, in its upper half; an int64."""
+    return _int32(epoch) << 32 | rest
+
+
+def _int32(value: int) -> int:
+    """The same 32 bits, as torch has them in an int32."""
+    return (value + (1 << 31)) % (1 << 32) - (1 << 31)
+
+
+LONG_RUNS = ((2**31 - 1000, 3), (2**31 + 1000, 3), (3 * 2**30, 3), (2**32 + 1000, 2000))
+LONG_RUNS += ((2**32 + 2**31 - 1000, 2**31 + 5), (2**32 - 2, 3))
+"""Operations so far, and the last one that told what only some tell: see `World.start_at`."""
 
 
 def draw_input(
@@ -197,6 +255,14 @@ def receive(
     }
 
 
+def note_overflows(world: World, came: Sequence[int], rooms: Sequence[int]) -> None:
+    """What the ranks must report that have less room than rows come; rooms of 0 are enough."""
+    tag = next(tag for tag, what in fault.tags().items() if what == ("dispatch", "rows come to"))
+    for rank, (rows, room) in enumerate(zip(came, rooms, strict=True)):
+        if 0 < room < rows:
+            world.overflows.setdefault(rank, [tag, room, rows])
+
+
 def draw_rows(world: World, num_rows: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
     """What each rank gives to a combine: rows and weights."""
     shape, generator = world.shape, world.generator
@@ -233,6 +299,7 @@ def sums(
         "bias_1": bias[1],
         "combined_x": combined_x,
         "combined_topk_weights": combined_weights,
+        "num_rows": x.shape[0],
         "num_tokens": world.shape.tokens[rank],
     }
 

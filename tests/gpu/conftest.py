@@ -12,9 +12,6 @@ _HERE = Path(__file__).parent
 # Two streams a rank; with the default of 8 queues a kernel can end up behind the wait of another
 # rank.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
-# One OpenMP thread a rank: else each of up to 16 threads has as many as there are cores, and a rank
-# that compares its results holds another up for longer than the timeout.
-os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

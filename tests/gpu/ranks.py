@@ -36,9 +36,13 @@ def run_ranks(
     num_buffers: int = 1,
     timeout_seconds: float = 20,
     timeout: float = 240,
+    low_latency_sms: int | None = None,
     **options: Any,
 ) -> list[Any]:
     """Runs ``body(buffer, ..., *args)`` on every rank; `options` are those of `Buffer`.
+
+    `low_latency_sms` are those of a low-latency kernel, by default so few that those of all ranks
+    run at once.
 
     Each thread has its own streams: with a shared one, a rank would wait for what another rank has
     queued.
@@ -50,7 +54,9 @@ def run_ranks(
 
     # Low-latency kernels take all SMs that there are, and those of all ranks must run at once, with
     # the next one of each rank, which starts early, beside them.
-    os.environ["EPJIT_LOW_LATENCY_NUM_SMS"] = str(SMS if SMALL else 60 // num_ranks)
+    if low_latency_sms is None:
+        low_latency_sms = SMS if SMALL else 60 // num_ranks
+    os.environ["EPJIT_LOW_LATENCY_NUM_SMS"] = str(low_latency_sms)
 
     def worker(comm: Any) -> Any:
         _rank.number, _rank.num_streams = comm.Get_rank(), 0
@@ -88,6 +94,49 @@ def meet(buffer: Buffer) -> None:
     line_up(buffer)
     torch.cuda.current_stream().synchronize()
     buffer.group.allgather(None)
+
+
+def capture(buffer: Buffer, queue: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
+    """Captures what `queue` queues; returns the replay, and what it returned."""
+    meet(buffer)
+    graph = torch.cuda.CUDAGraph()
+    stream = torch.cuda.current_stream()
+    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+        outputs = queue()
+    meet(buffer)
+    return graph.replay, outputs
+
+
+def start_at(buffer: Buffer, epoch: int, *, stale: int) -> None:
+    """As after `epoch` operations, when what is not told in each was last told in `stale`.
+
+    A stale signal has the largest window. To be called by all ranks, with nothing under way.
+    """
+    meet(buffer)
+    mode: Any = buffer._mode
+    now, then = (value % (1 << 32) << 32 for value in (epoch, stale))
+    controls = [control.view(torch.int64) for control in mode._control()]
+    for control in controls:
+        control.copy_(torch.full(control.shape, _int64(then | 0x7FFFFFFF)))
+    signals = controls[0]
+    for first in (0, 32):  # finish, entered
+        signals[first : first + 8].copy_(torch.full((8,), _int64(now)))
+    if len(controls) > 1:
+        rings, num_domains = mode._rings, buffer._topology.num_domains
+        before = (epoch - 1) % (1 << 32) << 32
+        words = [before, now] if epoch % 2 else [now, before]  # epoch & 1
+        told = torch.tensor([_int64(word) for word in words] * num_domains)
+        for offset in (rings.ready, rings.entered):
+            first = (offset - rings.control) // 8
+            controls[1][first : first + len(told)].copy_(told)
+    mode._local[:1].copy_(torch.tensor([_int64(now) >> 32], dtype=torch.int32))
+    torch.cuda.current_stream().synchronize()
+    meet(buffer)
+
+
+def _int64(value: int) -> int:
+    """The same 64 bits, as torch has them in an int64."""
+    return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
 def check_withheld_peer(buffer: Buffer, op: str, withheld: int) -> None:
@@ -135,6 +184,11 @@ def _streams() -> list[torch.cuda.Stream]:
             for i in range(_STREAMS_A_RANK)
             for _ in range(_NUM_QUEUES)
         ]
+
+
+def next_stream() -> torch.cuda.Stream:
+    """Another stream of the rank whose thread this is."""
+    return _next_stream(torch.cuda.current_device())
 
 
 def _next_stream(device: int) -> torch.cuda.Stream:

@@ -17,8 +17,9 @@ from epjit import Buffer
 from tests import bodies_internode
 from tests.bodies import replays
 from tests.data import ROUTING_KINDS
-from tests.gpu.ranks import check_withheld_peer, meet, run_ranks
-from tests.rounds import SMALL, Round, check_round, random_round
+from tests.emulation.world import LONG_RUNS
+from tests.gpu.ranks import capture, check_withheld_peer, meet, run_ranks, start_at
+from tests.rounds import SMALL, Round, check_no_room, check_round, random_round
 
 WORLDS = ((2, 2), (4, 2), (2, 4), (8, 2))  # domains, ranks of each
 SMS = {4: 12, 8: 8, 16: 6}  # of a rank: the blocks of all run at once
@@ -79,6 +80,45 @@ def test_random_rounds(num_domains: int, num_local: int) -> None:
             check_round((first, second)[seed % 2], case)
 
     run_domains(num_domains, num_local, body, num_buffers=2, timeout=580)
+
+
+@pytest.mark.parametrize("captured", [False, True])
+def test_more_rows_than_there_is_room_for(captured: bool) -> None:
+    """Uneven ranks, of which some have room for half of their rows."""
+    tokens = (TOKENS // 2, TOKENS, TOKENS, TOKENS)
+
+    def body(buffer: Buffer) -> None:
+        for seed, short in enumerate(((0,), (1, 2), (3,))):
+            case = Round(tokens, hidden=1024, num_experts=8, seed=seed, num_sms=SMS[4])
+            how = (lambda queue: capture(buffer, queue)) if captured else None
+            check_no_room(buffer, case, short, capture=how)
+
+    run_domains(2, 2, body)
+
+
+@pytest.mark.parametrize(("epoch", "stale"), LONG_RUNS)
+def test_signals_of_long_ago(epoch: int, stale: int) -> None:
+    """After billions of operations that tell little, one that needs what they did not tell."""
+
+    def body(buffer: Buffer) -> None:
+        def make(**sizes: int) -> Buffer:
+            return Buffer(
+                None,
+                comm=buffer.group,
+                nvlink_domain=2,
+                explicitly_destroy=True,
+                timeout_seconds=5,
+                **sizes,
+            )
+
+        small = make(**bodies_internode.smallest_sizes(make, 512, 2))
+        bodies_internode.check_small(small, tokens=TOKENS, num_rounds=1)
+        start_at(small, epoch, stale=stale)
+        bodies_internode.check_small(small, tokens=TOKENS, num_rounds=3)
+        meet(buffer)
+        small.destroy()
+
+    run_domains(2, 2, body)
 
 
 @EVERY_WORLD

@@ -11,11 +11,13 @@ import torch
 from epjit import Buffer, Config
 from tests.bodies import replays
 from tests.data import ROUTING_KINDS, payload, routing, topk_weights
-from tests.gpu.ranks import SMS, check_withheld_peer, meet, run_ranks
+from tests.emulation.world import LONG_RUNS
+from tests.gpu.ranks import SMS, capture, check_withheld_peer, meet, run_ranks, start_at
 from tests.rounds import (
     DISPATCH_VARIANTS,
     SMALL,
     Round,
+    check_no_room,
     check_round,
     line_up,
     random_round,
@@ -98,6 +100,46 @@ def test_small_buffers(num_ranks: int, num_rows: int, variant: str) -> None:
             )
 
     run_ranks(num_ranks, body, num_nvl_bytes=num_rows * num_ranks * row_bytes)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_more_rows_than_there_is_room_for(num_ranks: int, variant: str) -> None:
+    """Uneven ranks, of which those with the fewest tokens have room for half of their rows."""
+    tokens = (TOKENS // 8, TOKENS, TOKENS // 2, TOKENS)[:num_ranks]
+
+    def body(buffer: Buffer) -> None:
+        for seed, short in enumerate(((0,), (0, num_ranks - 1), tuple(range(num_ranks)))):
+            case = Round(tokens, hidden=1024, num_experts=4 * num_ranks, seed=seed, num_sms=SMS)
+            check_no_room(buffer, case, short)
+
+    run_ranks(num_ranks, body)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_no_room_in_a_graph(num_ranks: int, variant: str) -> None:
+    """Each replay says so, and everything behind it in the graph goes on."""
+    tokens = (TOKENS // 8, TOKENS, TOKENS // 2, TOKENS)[:num_ranks]
+
+    def body(buffer: Buffer) -> None:
+        case = Round(tokens, num_experts=4 * num_ranks, seed=1, num_sms=SMS)
+        check_no_room(buffer, case, (0,), capture=lambda queue: capture(buffer, queue))
+
+    run_ranks(num_ranks, body)
+
+
+@pytest.mark.parametrize(("epoch", "stale"), LONG_RUNS)
+def test_signals_of_long_ago(epoch: int, stale: int, variant: str) -> None:
+    """After billions of operations that tell little, one that needs what they did not tell."""
+    num_ranks, row_bytes = 2, 512 + 128
+
+    def body(buffer: Buffer) -> None:
+        case = Round((TOKENS,) * num_ranks, num_experts=4, num_topk=2, num_sms=SMS)
+        check_round(buffer, case)
+        start_at(buffer, epoch, stale=stale)
+        for seed in range(3):
+            check_round(buffer, dataclasses.replace(case, seed=seed))
+
+    run_ranks(num_ranks, body, num_nvl_bytes=8 * num_ranks * row_bytes, timeout_seconds=5)
 
 
 @pytest.mark.timeout(600)

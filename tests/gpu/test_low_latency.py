@@ -17,7 +17,7 @@ from epjit import Buffer
 from epjit.reference import low_latency as reference
 from tests import bodies_low_latency
 from tests.data import ROUTING_KINDS, assert_rows_equal
-from tests.gpu.ranks import meet, run_ranks
+from tests.gpu.ranks import meet, next_stream, run_ranks
 from tests.rounds import SMALL, line_up, settle
 from tests.rounds_low_latency import (
     BY_NAME,
@@ -64,6 +64,22 @@ def run_low_latency(
     given: dict[str, Any] = {"num_rdma_bytes": ROOM, "low_latency_mode": True, **options}
     given["nvlink_domain"] = domain
     return run_ranks(num_ranks, body, num_nvl_bytes=num_nvl_bytes, **given)
+
+
+@pytest.mark.skipif(SMALL, reason="virtual ranks must line up between launches")
+@pytest.mark.parametrize("variant", ["ldst", "tma", "reduced"])
+def test_buffers_in_another_order(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A kernel that waits for a peer leaves SMs to the kernel that the peer waits for.
+
+    A kernel of each rank takes all SMs; two of them fill the GPU.
+    """
+    monkeypatch.setenv("EPJIT_LOW_LATENCY_COMBINE_VARIANT", variant)
+
+    def body(*buffers: Buffer) -> None:
+        streams = [next_stream() for _ in buffers]
+        bodies_low_latency.in_another_order(buffers, streams)
+
+    run_low_latency(2, body, num_buffers=3, low_latency_sms=0, timeout_seconds=10)
 
 
 @worlds(1, 2, 4, 8)

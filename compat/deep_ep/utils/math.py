@@ -62,16 +62,15 @@ def per_token_cast_to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Quantises each 128 columns of a row to float8_e4m3fn with a scale of their own.
 
     Args:
-        x: floating `[tokens, hidden]`, hidden a multiple of 128.
+        x: floating `[tokens, hidden]`; the last columns may be fewer than 128.
 
     Returns:
-        The values `[tokens, hidden]` and the float32 scales `[tokens, hidden / 128]`.
+        The values `[tokens, hidden]` and the float32 scales `[tokens, ceil(hidden / 128)]`.
     """
-    tokens, hidden = x.shape
-    blocks = x.float().view(tokens, hidden // _COLUMNS_PER_SCALE, _COLUMNS_PER_SCALE)
+    blocks = _blocks(x.float())
     largest = blocks.abs().amax(dim=2, keepdim=True).clamp(min=1e-4)
     values = (blocks * (_FP8_MAX / largest)).to(torch.float8_e4m3fn)
-    return values.view(tokens, hidden), (largest / _FP8_MAX).view(tokens, -1)
+    return _columns(values, x.shape[1]), (largest / _FP8_MAX).squeeze(2)
 
 
 def per_token_cast_back(x_fp8: torch.Tensor, x_scales: torch.Tensor) -> torch.Tensor:
@@ -79,7 +78,8 @@ def per_token_cast_back(x_fp8: torch.Tensor, x_scales: torch.Tensor) -> torch.Te
 
     Args:
         x_fp8: float8_e4m3fn `[tokens, hidden]`.
-        x_scales: float32 `[tokens, hidden / 128]`, or int32 with four exponents packed in each.
+        x_scales: float32 `[tokens, ceil(hidden / 128)]`, or int32 with four exponents packed in
+            each.
 
     Returns:
         bfloat16 `[tokens, hidden]`.
@@ -90,8 +90,21 @@ def per_token_cast_back(x_fp8: torch.Tensor, x_scales: torch.Tensor) -> torch.Te
         exponents = x_scales.contiguous().view(torch.uint8).to(torch.int32)
         x_scales = (exponents << 23).view(torch.float32)
     scales = x_scales.reshape(x_fp8.shape[0], -1, 1)
-    blocks = x_fp8.float().view(x_fp8.shape[0], -1, _COLUMNS_PER_SCALE)
-    return (blocks * scales).view(x_fp8.shape).to(torch.bfloat16)
+    return _columns(_blocks(x_fp8.float()) * scales, x_fp8.shape[1]).to(torch.bfloat16)
+
+
+def _blocks(rows: torch.Tensor) -> torch.Tensor:
+    """`[tokens, hidden]` as `[tokens, ceil(hidden / 128), 128]`, with zeros at the end."""
+    count = -(-rows.shape[1] // _COLUMNS_PER_SCALE)
+    padding = count * _COLUMNS_PER_SCALE - rows.shape[1]
+    return torch.nn.functional.pad(rows, (0, padding)).view(
+        rows.shape[0], count, _COLUMNS_PER_SCALE
+    )
+
+
+def _columns(blocks: torch.Tensor, hidden: int) -> torch.Tensor:
+    """The first `hidden` columns of what `_blocks` made."""
+    return blocks.flatten(1)[:, :hidden].contiguous()
 
 
 def hash_tensor(t: torch.Tensor) -> int:

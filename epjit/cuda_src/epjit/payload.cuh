@@ -47,7 +47,7 @@ class Payload {
     if constexpr (kTopk > 0) {
       const int64_t last = static_cast<int64_t>(p.num_recv_rows) * kTopk;
       const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
-      const int64_t first = static_cast<int64_t>(num_rows) * kTopk;
+      const int64_t first = static_cast<int64_t>(max(num_rows, 0)) * kTopk;
       for (int64_t i = first + blockIdx.x * blockDim.x + threadIdx.x; i < last; i += num_threads)
         store_topk_idx(i, -1);
     }

@@ -9,7 +9,8 @@
 //   words   [num_ranks, num_slots] u64  one a (source rank, slot): what lies in the slot
 //   places  [num_ranks, 8] u64          a row a peer: where its outputs lie
 //   notify  [num_ranks, notify_stride] i32  counts, written by notify.cu
-// One writer each, values only grow (or are compared for equality), so nothing is ever reset.
+// One writer each, and every comparison tells what an earlier operation has left, however long ago
+// (has_reached, make_word), so nothing is ever reset.
 //
 // An operation (notify, dispatch, combine) has an epoch: one more than the word `epoch` in local
 // memory holds. Its first write to memory that a peer may still use is preceded by enter(): every
@@ -25,6 +26,10 @@
 // leave for the end of the kernel. The record names the peer that never started the operation, if
 // there is one: ranks that wait for it make others wait in turn. With a mask (the low-latency
 // mode's enable_shrink) the peer is masked instead: every wait for it fails, and nothing else.
+//
+// More rows than a rank has room for are no fault of a wait: they are left out, all others go where
+// they belong, and nobody waits for those that were. The rank writes an overflow record, which its
+// host raises once, and no abort word: its peers, and the operations behind, go on.
 #pragma once
 #include "epjit/ptx.cuh"
 
@@ -61,6 +66,10 @@ enum WaitTag : int32_t {
   kWaitDispatchPlace = 26,             // dispatch: where its outputs lie
   kWaitDispatchRows = 27,              // dispatch: the last of its rows
   kWaitLowLatencyCombineSlab = 28,     // low_latency_combine: room in a slab for selection
+  // Not waits: what an overflow record says.
+  kRoomDispatchRows = 29,     // dispatch: rows come to
+  kRoomDispatchPassing = 30,  // dispatch: tokens pass into the NVLink domain through
+  kRoomCombineRows = 31,      // combine: rows are to go back from
 };
 
 // ---- signals ------------------------------------------------------------------------------------
@@ -99,7 +108,8 @@ struct Domains {
 
 // Who waits; the same for a whole kernel.
 struct Waiter {
-  uint64_t* fault;      // host memory, [8]: state, tag, rank, peer, index, expected, seen, epoch
+  uint64_t* fault;      // host memory, [2, 8]: state, tag, rank, peer, index, expected, seen, epoch
+                        // of a wait; the same of an overflow: expected = room, seen = what came
   uint32_t* abort;      // local: not zero once a wait of this rank has failed
   uint64_t timeout_ns;  // of one wait
   uint64_t signals;     // this rank's
@@ -109,12 +119,26 @@ struct Waiter {
   WaitTag start_tag;  // what a record calls a peer that never started
   uint32_t* mask;     // local [num_ranks], 1 = masked; null: a late peer is a fault
   Domains domains;
+  bool leaves = false;  // a wait that runs out of time says nothing: the block leaves
 
   // What a fault record calls a rank that shares the signals.
   __device__ __forceinline__ int name(int peer) const {
     return domains.ranks == nullptr ? peer : domains.ranks[domains.domain * num_ranks + peer];
   }
 };
+
+__device__ __forceinline__ bool is_masked(const Waiter& waiter, int peer) {
+  return waiter.mask != nullptr && ptx::ld_relaxed_gpu(waiter.mask + peer) != 0;
+}
+
+// A peer that is masked may start nothing for ever; its `entered` is drawn along behind this rank, or
+// after 2^31 operations it would look like one of the future.
+__device__ __forceinline__ void draw_along(const Waiter& waiter, int peer) {
+  if (!is_masked(waiter, peer)) return;
+  uint32_t* const epoch = reinterpret_cast<uint32_t*>(entered_signal(waiter.signals, peer)) + 1;
+  const uint32_t seen = ptx::ld_acquire_sys(epoch), oldest = waiter.epoch - (1u << 30);
+  if (static_cast<int32_t>(seen - oldest) < 0) ptx::atom_cas_sys(epoch, seen, oldest);
+}
 
 // From the parameters of a kernel; tells the peers that this rank has started the operation. `rank`
 // and the peers are counted among those that share the signals.
@@ -125,8 +149,10 @@ __device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start
   if constexpr (requires { p.mask; }) mask = p.mask;
   const Waiter waiter{p.fault,      p.abort,   p.timeout_ns, p.signals[rank], rank, kNumRanks,
                       *p.epoch + 1, start_tag, mask,         domains};
-  if (blockIdx.x == 0 && threadIdx.x < kNumRanks && threadIdx.x != rank)
+  if (blockIdx.x == 0 && threadIdx.x < kNumRanks && threadIdx.x != rank) {
     ptx::st_relaxed_sys(entered_signal(p.signals[threadIdx.x], rank), stamp(waiter.epoch, 0));
+    draw_along(waiter, threadIdx.x);
+  }
   return waiter;
 }
 
@@ -135,13 +161,18 @@ __device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start
   return start_operation<kNumRanks>(p, start_tag, p.rank, Domains{nullptr, nullptr, 0, 1});
 }
 
-__device__ __forceinline__ bool is_masked(const Waiter& waiter, int peer) {
-  return waiter.mask != nullptr && ptx::ld_relaxed_gpu(waiter.mask + peer) != 0;
+// Whether a signal of this operation has come, or already one of the next: no peer is further ahead,
+// for it enters no operation before this rank has finished the one before. A signal of any other
+// operation is old, also where the epoch has wrapped around since: `done`, say, is only told in
+// operations with more tokens than slots, and there may be none for 2^31 others.
+__device__ __forceinline__ bool has_reached(uint64_t signal, uint64_t expected) {
+  return signal - expected < uint64_t{2} << 32;
 }
 
-// Signals only grow; the signed difference survives the wrap-around of the epoch.
-__device__ __forceinline__ bool has_reached(uint64_t signal, uint64_t expected) {
-  return static_cast<int64_t>(signal - expected) >= 0;
+// Whether a peer has started an operation, by `entered`. It may be any number ahead (what is queued
+// behind its fault does not wait), and is never far behind, as every operation tells.
+__device__ __forceinline__ bool has_started(uint64_t entered, uint32_t epoch) {
+  return static_cast<int32_t>(static_cast<uint32_t>(entered >> 32) - epoch) >= 0;
 }
 
 // Whether this rank may write to a peer in a mode without waits before writing: the peer is not
@@ -150,8 +181,7 @@ __device__ __forceinline__ bool has_reached(uint64_t signal, uint64_t expected) 
 __device__ __forceinline__ bool may_send(const Waiter& waiter, int peer) {
   if (waiter.mask == nullptr || peer == waiter.rank) return true;
   return ptx::ld_relaxed_gpu(waiter.mask + peer) == 0 &&
-         !has_reached(ptx::ld_acquire_sys(entered_signal(waiter.signals, peer)),
-                      stamp(waiter.epoch + 2, 0));
+         !has_started(ptx::ld_acquire_sys(entered_signal(waiter.signals, peer)), waiter.epoch + 2);
 }
 
 // The same for all lanes of a warp.
@@ -168,18 +198,21 @@ __device__ inline const uint64_t* entered_by(const Waiter& waiter, int i, int& n
          (waiter.epoch & 1);
 }
 
-__device__ inline void write_fault(const Waiter& waiter, WaitTag tag, int peer, uint64_t index,
-                                   uint64_t expected, uint64_t seen) {
-  const uint64_t record[8] = {1,
-                              static_cast<uint64_t>(tag),
-                              static_cast<uint64_t>(waiter.name(waiter.rank)),
-                              static_cast<uint64_t>(peer),
-                              index,
-                              expected,
-                              seen,
-                              waiter.epoch};
-  for (int i = 1; i < 8; ++i) ptx::st_relaxed_sys(waiter.fault + i, record[i]);
-  ptx::st_release_sys(waiter.fault, record[0]);
+constexpr int kRecordWords = 8;
+constexpr int kNoBound = 0x7fffffff;  // room for whatever comes
+
+__device__ inline void write_record(const Waiter& waiter, uint64_t* to, WaitTag tag, int peer,
+                                    uint64_t index, uint64_t expected, uint64_t seen) {
+  const uint64_t record[kRecordWords] = {1,
+                                         static_cast<uint64_t>(tag),
+                                         static_cast<uint64_t>(waiter.name(waiter.rank)),
+                                         static_cast<uint64_t>(peer),
+                                         index,
+                                         expected,
+                                         seen,
+                                         waiter.epoch};
+  for (int i = 1; i < kRecordWords; ++i) ptx::st_relaxed_sys(to + i, record[i]);
+  ptx::st_release_sys(to, record[0]);
 }
 
 __device__ inline void report_fault(const Waiter& waiter, WaitTag tag, int peer, uint64_t index,
@@ -190,18 +223,27 @@ __device__ inline void report_fault(const Waiter& waiter, WaitTag tag, int peer,
     if (i == waiter.domains.domain * waiter.num_ranks + waiter.rank) continue;
     int number;
     const uint64_t entered = ptx::ld_acquire_sys(entered_by(waiter, i, number));
-    if (has_reached(entered, stamp(waiter.epoch, 0))) continue;
+    if (has_started(entered, waiter.epoch)) continue;
     tag = waiter.start_tag, peer = number, index = 0;
     expected = stamp(waiter.epoch, 0), seen = entered;
     break;
   }
-  write_fault(waiter, tag, peer, index, expected, seen);
+  write_record(waiter, waiter.fault, tag, peer, index, expected, seen);
 }
 
 // What this rank finds out by itself, without a wait.
 __device__ inline void report_at_once(const Waiter& waiter, WaitTag tag, uint64_t index) {
   if (ptx::atom_cas_sys(waiter.abort, 0, 1) == 0)
-    write_fault(waiter, tag, waiter.rank, index, stamp(waiter.epoch, 0), 0);
+    write_record(waiter, waiter.fault, tag, waiter.name(waiter.rank), index, stamp(waiter.epoch, 0),
+                 0);
+}
+
+// By one thread: `came` rows, of which `room` have a place. Not while the host has not read the last
+// record.
+__device__ inline void report_overflow(const Waiter& waiter, WaitTag tag, int room, int came) {
+  uint64_t* const record = waiter.fault + kRecordWords;
+  if (came > room && ptx::ld_acquire_sys(record) == 0)
+    write_record(waiter, record, tag, waiter.name(waiter.rank), 0, room, came);
 }
 
 // Polls until reached(value of *word) holds. False: the peer is masked, out of time, or another wait
@@ -219,6 +261,7 @@ __device__ __forceinline__ bool wait_until(const Waiter& waiter, WaitTag tag, in
     if (polls % 64 != 0) continue;
     if (ptx::ld_relaxed_gpu(waiter.abort) != 0 || is_masked(waiter, peer)) return false;
     if (ptx::globaltimer() - start > waiter.timeout_ns) {
+      if (waiter.leaves) return false;
       if (waiter.mask != nullptr)
         atomicExch(waiter.mask + peer, 1u);
       else
@@ -233,6 +276,32 @@ __device__ __forceinline__ bool wait_signal(const Waiter& waiter, WaitTag tag, i
   uint64_t seen;
   return wait_until(waiter, tag, peer, 0, expected, signal, seen,
                     [&](uint64_t value) { return has_reached(value, expected); });
+}
+
+// ---- blocks that leave --------------------------------------------------------------------------
+
+// A low-latency kernel takes all SMs, and a peer may be late. Were all of its blocks to wait for that
+// peer, no other kernel of this GPU could start, and the peer may be waiting for one of those: two
+// Buffers that two ranks use in different order, or a collective of another library beside them. So
+// most blocks leave when a peer has not begun within kPatienceNs, and the first `num_staying` blocks,
+// which are few, do their work: all work is drawn from counters, and no block waits for another one
+// of its grid, so any blocks will do. A block waits so before it draws what depends on a peer; once
+// all peers have begun, nothing that it waits for needs an SM that is not held already.
+//
+// For the same reason the next kernel in the stream, which starts early, is not let in before all
+// peers have begun: its blocks would take the SMs that others have left.
+constexpr uint64_t kPatienceNs = 1'000'000;
+
+template <typename Params>
+__device__ __forceinline__ bool is_staying(const Params& p) {
+  return static_cast<int32_t>(blockIdx.x) < p.num_staying;
+}
+
+// A waiter of a block that leaves.
+__device__ __forceinline__ Waiter leaving(Waiter waiter) {
+  waiter.timeout_ns = kPatienceNs;
+  waiter.leaves = true;
+  return waiter;
 }
 
 // Waits for the bulk loads that complete on `bar`. They read mapped memory and need no peer to act,
@@ -317,8 +386,8 @@ __device__ __forceinline__ bool wait_word(const Waiter& waiter, WaitTag tag, int
 // ---- places -------------------------------------------------------------------------------------
 
 // A rank whose outputs lie in symmetric memory tells each peer where, for it to write rows there:
-// { (epoch, 1), offsets of up to 7 arrays, 0 = no such array }, or { (epoch, 0), . } when they lie
-// elsewhere.
+// { (epoch, 1), offsets of up to 6 arrays, 0 = no such array, rows of each }, or { (epoch, 0), . }
+// when they lie elsewhere.
 //
 // The owner writes it again in its next dispatch. By then it has ended this one, so all that anybody
 // was to write for it has come, and whoever reads the place only now, and takes it for that of this

@@ -6,7 +6,7 @@
 //   combined_topk_weights[t, k] = the same sums, not rounded
 //
 // in fp32; sums start from +0.0, the outer one from bias_0 if there is one. Domains where t has no
-// row are left out. No weight is applied to x. Channels, rings and rail peers are explained in
+// row are left out, and rows that a rank had no room for: `passing` has neither. No weight is applied to x. Channels, rings and rail peers are explained in
 // rail.cuh; index i of a channel is that of its dispatch.
 //
 //   slots[o]  [num_domains, num_local, num_slots, slot_bytes]  of local rank o; (n, j) is written by
@@ -58,18 +58,17 @@ struct InternodeCombineConfig {
 };
 
 struct InternodeCombineParams {
-  const char* x;                    // [rank_prefix[ranks - 1] or more, hidden]
+  const char* x;                    // [num_rows, hidden], num_rows >= rank_prefix[ranks - 1]
   const float* topk_weights;        // [as x, num_topk]
   const char* bias_0;               // [num_tokens, hidden] or null
   const char* bias_1;               // [num_tokens, hidden] or null
   const int32_t* recv_src_meta;     // [as x, 2]: index in its channel, token
-  const int32_t* send_head;         // [num_tokens, ranks]: position in r's segment, -1 = none
   const int32_t* send_domain_head;  // [num_tokens, num_domains]: index in the channel, -1 = none
   const int32_t* send_tokens;       // [num_domains, num_tokens + 1]: of interest is the last column
   const int32_t* channel_tokens;    // [num_domains, num_local]: length of each incoming channel
   const int32_t* passing_prefix;    // [num_domains]: inclusive, of the channels (n, local)
-  const int32_t* passing;        // [passing_prefix[num_domains - 1]]: local ranks that have a row
-                                 // of the token (8 bits) | its position here << 8
+  const int32_t* passing;        // [num_passing]: local ranks that have a row of the token (8 bits)
+                                 // | its position here << 8
   const int32_t* rank_prefix;    // [ranks]: inclusive over sources (rows of this rank)
   char* combined_x;              // [num_tokens, hidden]
   float* combined_topk_weights;  // [num_tokens, num_topk]
@@ -97,6 +96,8 @@ struct InternodeCombineParams {
   uint64_t timeout_ns;
   int32_t num_slots;  // even, at least 2
   int32_t ring_slots;
+  int32_t num_rows;     // nothing beyond is read, whatever rank_prefix and passing say
+  int32_t num_passing;  // rows of tokens beyond are lost
   int32_t num_tokens;
   int32_t num_parts;  // warps that share the reduction of one token
   int32_t rank;
@@ -158,6 +159,8 @@ class InternodeCombine {
     else if (ok && warp < kReducers)
       ok = rail.put_staged(kWaitCombineCredit, (warp - kPutters) * gridDim.x + blockIdx.x,
                            kCfg.num_put_warps * gridDim.x, passing_tokens(), p.inbox, kSlotBytes);
+    if (ok && blockIdx.x == 0 && threadIdx.x == blockDim.x - kWarpSize - 1)
+      report_overflow(rail.waiter, kRoomCombineRows, p.num_rows, segment_start(kRanks));
     if (ok) reduce();
     finish_operation<kLocal>(rail.waiter, p.signals, p.counters, kCounters, p.epoch);
   }
@@ -191,6 +194,20 @@ class InternodeCombine {
     return source == 0 ? 0 : p.rank_prefix[source - 1];
   }
 
+  // The same among the rows that there are.
+  __device__ int row_start(int source) const {
+    return min(max(segment_start(source), 0), p.num_rows);
+  }
+
+  // Where `passing` has the tokens of the channel (n, local).
+  __device__ int passing_start(int n) const { return n == 0 ? 0 : p.passing_prefix[n - 1]; }
+
+  __device__ uint32_t passing(int place) const {
+    return static_cast<uint32_t>(place) < static_cast<uint32_t>(p.num_passing)
+               ? static_cast<uint32_t>(p.passing[place])
+               : 0;
+  }
+
   __device__ uint32_t* push_counter(int channel) const { return p.counters + 2 + channel; }
   __device__ uint32_t* sum_counter(int n) const { return p.counters + 2 + kRanks + n; }
   __device__ uint32_t* slots_counter(int n, int window) const {
@@ -208,7 +225,7 @@ class InternodeCombine {
       Copier copier(ptx::dynamic_shared(), warp, lane);
       copier.acquired();
       const int num_warps = gridDim.x * kCfg.num_push_warps;
-      const int unit_rows = rows_at_a_time<kRows>(p.rank_prefix[kRanks - 1], num_warps, kRows);
+      const int unit_rows = rows_at_a_time<kRows>(segment_start(kRanks), num_warps, kRows);
       const int first = (blockIdx.x * kCfg.num_push_warps + warp) % kPushed;
 #pragma unroll 1
       for (int i = 0; i < kPushed; ++i)
@@ -220,8 +237,8 @@ class InternodeCombine {
   __device__ bool push_channel(Copier& copier, int channel, int unit_rows) {
     const int n = channel % kDomains, owner = (p.local + 1 + channel / kDomains) % kLocal;
     const int source = rail.rank_of(n, owner);
-    const int begin = segment_start(source), end = segment_start(source + 1);
-    const uint32_t num_units = ceil_div(end - begin, unit_rows);
+    const int begin = row_start(source), end = row_start(source + 1);
+    const uint32_t num_units = ceil_div(max(end - begin, 0), unit_rows);
     uint32_t unit = next_unit(push_counter(channel), lane);
     while (unit < num_units) {
       // Drawn early: its latency hides behind the copy.
@@ -236,7 +253,7 @@ class InternodeCombine {
   __device__ bool push_rows(Copier& copier, int n, int owner, int first, int num_rows) {
     // Lane i has row first + i.
     const int row = first + lane;
-    const int index = lane < num_rows ? p.recv_src_meta[2 * static_cast<int64_t>(row)] : 0;
+    const int index = lane < num_rows ? max(p.recv_src_meta[2 * static_cast<int64_t>(row)], 0) : 0;
     const int window = window_of(index);
 
     uint32_t pending = __ballot_sync(kFullMask, lane < num_rows);
@@ -281,16 +298,17 @@ class InternodeCombine {
     const float* weights;
   };
 
-  // Waits for the rows of index `index` of the channel (n, local). Lane j < num_local: whether local
-  // rank j has one; own_position: that of this rank in the segment of its source.
-  __device__ bool find_rows(int n, int index, bool has_row, int own_position, Rows& rows) const {
+  // Waits for the rows of index `index` of the channel (n, local); `where` is what `passing` says.
+  __device__ bool find_rows(int n, int index, uint32_t where, Rows& rows) const {
     bool ok = true;
     rows = {nullptr, nullptr};
-    if (lane < kLocal && has_row) {
+    if (lane < kLocal && (where >> lane & 1) != 0) {
       if (lane == p.local) {
-        const int64_t row = segment_start(rail.rail_peer(n)) + own_position;
-        rows.row = p.x + row * kCfg.hidden_bytes;
-        if constexpr (kTopk > 0) rows.weights = p.topk_weights + row * kTopk;
+        const int64_t row = row_start(rail.rail_peer(n)) + static_cast<int64_t>(where >> 8);
+        if (row < p.num_rows) {
+          rows.row = p.x + row * kCfg.hidden_bytes;
+          if constexpr (kTopk > 0) rows.weights = p.topk_weights + row * kTopk;
+        }
       } else {
         uint64_t found;
         ok = wait_word(rail.waiter, kWaitCombineToken, rail.rank_of(p.domain, lane), index,
@@ -364,13 +382,10 @@ class InternodeCombine {
     if (!all_lanes(lane != 0 || (rail.is_ready(n) &&
                                  rail.wait_credit(kWaitCombineCredit, n, rail.ring_window(first)))))
       return false;
-    const int32_t* const passing = p.passing + (n == 0 ? 0 : p.passing_prefix[n - 1]) + first;
+    const int place = passing_start(n) + first;
     for (int i = 0; i < num_rows; ++i) {
-      const uint32_t where = static_cast<uint32_t>(passing[i]);
       Rows rows;
-      if (!find_rows(n, first + i, (where >> lane & 1) != 0 && lane < kLocal,
-                     static_cast<int>(where >> 8), rows))
-        return false;
+      if (!find_rows(n, first + i, passing(place + i), rows)) return false;
       sum_rows(rows, p.stage + rail.ring_offset(n, first + i, kSlotBytes));
       if (!release_slots(n, first + i, num_tokens, 1)) return false;
     }
@@ -435,13 +450,9 @@ class InternodeCombine {
         lane < kDomains ? p.send_domain_head[static_cast<int64_t>(token) * kDomains + lane] : -1;
     const int own_index = __shfl_sync(kFullMask, index, p.domain);
     Rows rows{nullptr, nullptr};
-    if (own_index >= 0) {
-      const int position =
-          lane < kLocal
-              ? p.send_head[static_cast<int64_t>(token) * kRanks + rail.rank_of(p.domain, lane)]
-              : -1;
-      if (!find_rows(p.domain, own_index, position >= 0, position, rows)) return false;
-    }
+    if (own_index >= 0 &&
+        !find_rows(p.domain, own_index, passing(passing_start(p.domain) + own_index), rows))
+      return false;
     bool ok = true;
     char* sums = nullptr;
     if (index >= 0 && lane != p.domain) {

@@ -6,7 +6,8 @@
 //
 // and the same for what travels with a token: scales, top-k (as local expert indices, -1
 // elsewhere), its index in the channel and in the source. Rows are bytes: one kernel serves every
-// dtype. Channels, rings and rail peers are explained in rail.cuh.
+// dtype. A row that does not lie below num_recv_rows of d is written nowhere. Channels, rings and rail
+// peers are explained in rail.cuh.
 //
 //   inbox[m, l] [num_domains, ring_slots, slot_bytes]  symmetric; ring n is written by the rail peer
 //               in domain n (its own rank for its own domain), read by all ranks of domain m:
@@ -78,6 +79,8 @@ struct InternodeDispatchParams {
                                   // handle has it already
   int32_t* passing;     // [num_passing], of the channels (n, local): local ranks that get the token
                         // (8 bits) | its position here << 8; null when the handle has it already
+  const int32_t* fits;  // [num_domains, num_local], from notify: how many tokens of ranks[n, local]
+                        // local rank j has room for; not read where passing is null
   uint64_t inbox[8];    // symmetric, of each local rank, as mapped here
   uint64_t words[8];    // symmetric, of each local rank
   uint64_t signals[8];  // symmetric, of each local rank
@@ -155,7 +158,8 @@ class InternodeDispatch {
   __device__ void run() {
     // What an operation that failed was to write (rank_prefix, send_head) is garbage.
     if (__all_sync(kFullMask, ptx::ld_relaxed_gpu(p.abort) == 0)) {
-      payload.fill_unused_rows(p.rank_prefix[kRanks - 1]);
+      payload.fill_unused_rows(segment_start(kRanks));
+      if (blockIdx.x == 0 && threadIdx.x == blockDim.x - kWarpSize - 1) report_overflows();
       if (warp < kCopyWarps) {
         Copier copier(ptx::dynamic_shared(), warp, lane);
         if (warp >= p.num_send_warps || send(copier)) pull(copier);
@@ -207,6 +211,18 @@ class InternodeDispatch {
     return source == 0 ? 0 : p.rank_prefix[source - 1];
   }
 
+  // A row of this rank, -1 where its outputs have none.
+  __device__ int row_or_none(int row) const {
+    return static_cast<uint32_t>(row) < static_cast<uint32_t>(p.num_recv_rows) ? row : -1;
+  }
+
+  __device__ void report_overflows() const {
+    report_overflow(rail.waiter, kRoomDispatchRows, p.num_recv_rows, segment_start(kRanks));
+    if (p.passing != nullptr)
+      report_overflow(rail.waiter, kRoomDispatchPassing, p.num_passing,
+                      p.passing_prefix[kDomains - 1]);
+  }
+
   __device__ void store_meta(int64_t row, int index, int token) const {
     if (p.recv_src_meta == nullptr) return;
     p.recv_src_meta[2 * row] = index;
@@ -249,7 +265,7 @@ class InternodeDispatch {
         if (j != p.local)
           chunk.has_slot |= position >= 0;
         else if (position >= 0)
-          chunk.own_row = segment_start(p.rank) + position;
+          chunk.own_row = row_or_none(segment_start(p.rank) + position);
       }
     }
     return chunk;
@@ -395,9 +411,14 @@ class InternodeDispatch {
   // position(j): of the token among those that go to local rank j, or -1.
   template <typename Position>
   __device__ void store_passing(int n, int index, Position position) const {
-    uint32_t value = static_cast<uint32_t>(max(position(p.local), 0)) << 8;
+    uint32_t value = 0;
 #pragma unroll 1
-    for (int j = 0; j < kLocal; ++j) value |= static_cast<uint32_t>(position(j) >= 0) << j;
+    for (int j = 0; j < kLocal; ++j) {
+      const int at = position(j);
+      if (at < 0 || at >= p.fits[n * kLocal + j]) continue;
+      value |= 1u << j;
+      if (j == p.local) value |= static_cast<uint32_t>(at) << 8;
+    }
     const int place = (n == 0 ? 0 : p.passing_prefix[n - 1]) + index;
     if (place < p.num_passing) p.passing[place] = static_cast<int32_t>(value);
   }
@@ -456,7 +477,7 @@ class InternodeDispatch {
       ok = wait_word(rail.waiter, kWaitDispatchToken, source, index, rail.ring_window(index),
                      word(p.local, n, l, index), found);
       if (word_value(found) != kNoRow)
-        row = segment_start(source) + static_cast<int>(word_value(found));
+        row = row_or_none(segment_start(source) + static_cast<int>(word_value(found)));
     }
     if (!all_lanes(ok)) return false;
     copier.acquired();

@@ -1,7 +1,9 @@
 // Notify between NVLink domains: before a dispatch with a new routing, the ranks tell each other how
 // many tokens will come.
 //
-//   rank_prefix[s]          = tokens that the ranks 0..s send to this rank
+//   rank_prefix[s]          = tokens that the ranks 0..s send to this rank, at most num_recv_rows
+//   fits[n, j]              = of the tokens of ranks[n, local] for local rank j: those, the first
+//                             ones, that lie below the end of rank_prefix there
 //   channel_tokens[n, j]    = tokens that ranks[n, j] sends to this rank's domain
 //   passing_prefix[n]       = sum over the domains 0..n of channel_tokens[., local]
 //   expert_counts[e]        = selections of this rank's expert e, over all ranks
@@ -11,8 +13,8 @@
 //
 // Block 0 exchanges counts. The message of (m, l) to domain n, in the symmetric memory of its rail
 // peer (n, l):
-//   inbox[m] = { num_tokens to n, num_local times { tokens to (n, j), counts of its experts
-//              [experts_per_rank] } }
+//   inbox[m] = { num_tokens to n, num_recv_rows of (m, l), num_local times { tokens to (n, j),
+//              counts of its experts [experts_per_rank] } }
 // put after (n, l) is ready, with the signal arrived[m] = (epoch, 0); for the own domain it is
 // written in place. When all messages of its ring are here, a rank raises notify_signal of its local
 // peers (release), which then read them by NVLink (acquire).
@@ -44,6 +46,7 @@ struct InternodeNotifyParams {
   int32_t* send_head;                    // [num_tokens, ranks]
   int32_t* send_domain_head;             // [num_tokens, num_domains]
   int32_t* send_tokens;                  // [num_domains, num_tokens + 1]
+  int32_t* fits;                         // [num_domains, num_local]
   uint64_t* host_counts;                 // host [2 + experts_per_rank]
   uint64_t inbox[8];     // symmetric [num_domains, notify_stride] i32, of each local rank
   uint64_t signals[8];   // symmetric, of each local rank
@@ -61,6 +64,7 @@ struct InternodeNotifyParams {
   uint64_t timeout_ns;
   int32_t notify_stride;  // a multiple of 4
   int32_t num_tokens;
+  int32_t num_recv_rows;  // that this rank has room for; 0 = the host will make room for all
   int32_t experts_per_rank;
   int32_t expert_alignment;
   int32_t rank;
@@ -70,9 +74,10 @@ struct InternodeNotifyParams {
 
 constexpr int notify_threads(InternodeNotifyConfig) { return 512; }
 
-// Sums of the warps; rows of each source.
+// Sums of the warps, or rows of each source for each local rank and the room of these.
 constexpr int notify_shared_bytes(InternodeNotifyConfig cfg) {
-  return 4 * (notify_threads(cfg) / kWarpSize + cfg.num_domains * cfg.num_local);
+  return 4 *
+         (notify_threads(cfg) / kWarpSize + (cfg.num_domains * cfg.num_local + 1) * cfg.num_local);
 }
 
 template <InternodeNotifyConfig kCfg>
@@ -134,13 +139,14 @@ class InternodeNotify {
 
   // ---- counts -----------------------------------------------------------------------------------
 
-  __device__ int message_size() const { return 1 + kLocal * (1 + p.experts_per_rank); }
+  __device__ int message_size() const { return 2 + kLocal * (1 + p.experts_per_rank); }
 
   // Element i of the message to domain n.
   __device__ int message(int n, int i) const {
     if (i == 0) return p.num_tokens_per_domain[n];
-    const int rank = rail.rank_of(n, (i - 1) / (1 + p.experts_per_rank));
-    const int e = (i - 1) % (1 + p.experts_per_rank) - 1;
+    if (i == 1) return p.num_recv_rows;
+    const int rank = rail.rank_of(n, (i - 2) / (1 + p.experts_per_rank));
+    const int e = (i - 2) % (1 + p.experts_per_rank) - 1;
     return e < 0 ? p.num_tokens_per_rank[rank]
                  : p.num_tokens_per_expert[rank * p.experts_per_rank + e];
   }
@@ -150,9 +156,15 @@ class InternodeNotify {
     return reinterpret_cast<const int32_t*>(p.inbox[j]) + static_cast<int64_t>(n) * p.notify_stride;
   }
 
-  // What of it is for this rank: tokens, then the counts of its experts.
-  __device__ const int32_t* for_me(int n, int j) const {
-    return received(n, j) + 1 + p.local * (1 + p.experts_per_rank);
+  // What of it is for a local rank: tokens, then the counts of its experts.
+  __device__ const int32_t* received_for(int reader, int n, int j) const {
+    return received(n, j) + 2 + reader * (1 + p.experts_per_rank);
+  }
+
+  // Rows that a local rank has room for.
+  __device__ int room_of(int reader) const {
+    const int num_rows = reader == p.local ? p.num_recv_rows : received(p.domain, reader)[1];
+    return num_rows > 0 ? num_rows : kNoBound;
   }
 
   __device__ void exchange_counts() {
@@ -197,32 +209,58 @@ class InternodeNotify {
   }
 
   __device__ void add_up() const {
-    int* const rows = shared;  // of each source
-    for (int i = thread; i < kRanks; i += blockDim.x) {
-      p.channel_tokens[i] = received(i / kLocal, i % kLocal)[0];
-      rows[rail.rank_of(i / kLocal, i % kLocal)] = for_me(i / kLocal, i % kLocal)[0];
+    int* const rows = shared;  // [ranks, num_local]: of each source for each reader
+    int* const rooms = rows + kRanks * kLocal;  // [num_local]
+    // By the last threads, while the first ones are busy with the experts.
+    for (int i = blockDim.x - 1 - thread; i < kRanks * kLocal; i += blockDim.x) {
+      const int n = i / kLocal / kLocal, j = i / kLocal % kLocal, reader = i % kLocal;
+      const int room = room_of(reader);
+      const bool counts = reader == p.local || room != kNoBound;
+      rows[rail.rank_of(n, j) * kLocal + reader] =
+          counts ? received_for(reader, n, j)[0] : kNoBound;
+      if (i < kLocal) rooms[i] = room;
+      if (reader == p.local) p.channel_tokens[n * kLocal + j] = received(n, j)[0];
     }
     for (int e = thread; e < p.experts_per_rank; e += blockDim.x) {
       int sum = 0;
 #pragma unroll 1
-      for (int i = 0; i < kRanks; ++i) sum += for_me(i / kLocal, i % kLocal)[1 + e];
+      for (int i = 0; i < kRanks; ++i) sum += received_for(p.local, i / kLocal, i % kLocal)[1 + e];
       p.expert_counts[e] = sum;
       const int64_t aligned = (static_cast<int64_t>(sum) + p.expert_alignment - 1) /
                               p.expert_alignment * p.expert_alignment;
       ptx::st_relaxed_sys(p.host_counts + 2 + e, aligned);
     }
     __syncthreads();
-    if (thread != 0) return;
-    int passing = 0, total = 0;
+    if (thread < kLocal) cut_to_room(rows, thread, rooms[thread]);
+    if (thread == kWarpSize) {
+      int passing = 0;
 #pragma unroll 1
-    for (int n = 0; n < kDomains; ++n) {
-      passing += p.channel_tokens[n * kLocal + p.local];
-      p.passing_prefix[n] = passing;
+      for (int n = 0; n < kDomains; ++n) {
+        passing += p.channel_tokens[n * kLocal + p.local];
+        p.passing_prefix[n] = passing;
+      }
+      ptx::st_relaxed_sys(p.host_counts + 1, static_cast<uint64_t>(passing));
     }
+    __syncthreads();
+    if (thread == 0)
+      ptx::st_release_sys(p.host_counts, static_cast<uint64_t>(p.rank_prefix[kRanks - 1]));
+    for (int i = thread; i < kRanks; i += blockDim.x)
+      p.fits[i] = rows[rail.rail_peer(i / kLocal) * kLocal + i % kLocal];
+  }
+
+  // Leaves of the rows of each source for a local rank those that it has room for.
+  __device__ void cut_to_room(int* rows, int reader, int room) const {
+    if (reader != p.local && room == kNoBound) return;
+    int sum = 0;
 #pragma unroll 1
-    for (int s = 0; s < kRanks; ++s) p.rank_prefix[s] = total += rows[s];
-    ptx::st_relaxed_sys(p.host_counts + 1, static_cast<uint64_t>(passing));
-    ptx::st_release_sys(p.host_counts, static_cast<uint64_t>(total));
+    for (int s = 0; s < kRanks; ++s) {
+      int& count = rows[s * kLocal + reader];
+      const int before = min(sum, room);
+      sum += count;
+      count = min(sum, room) - before;
+      if (reader == p.local) p.rank_prefix[s] = before + count;
+    }
+    if (reader == p.local) report_overflow(rail.waiter, kRoomDispatchRows, room, sum);
   }
 
   const Params& p;

@@ -9,7 +9,8 @@
 //
 // The rank that holds an expert's output pushes each row to the rank that owns the token; the owner
 // adds. A row crosses NVLink once and is written once; the owner reads it from its own memory. Own
-// rows are read where they lie.
+// rows are read where they lie. A position behind the segment of its source in rank_prefix is a row
+// that its rank had no room for: it is left out of the sum.
 //
 //   slots[s]  [num_ranks, num_slots, slot_bytes]  of owner s; row (r, .) is written by r. Token t
 //             lies in slot t % num_slots: { row [hidden_bytes], topk_weights [num_topk] f32 }
@@ -47,7 +48,7 @@ struct CombineConfig {
 };
 
 struct CombineParams {
-  const char* x;                 // [rank_prefix[num_ranks - 1, rank] or more, hidden]
+  const char* x;                 // [num_rows, hidden], num_rows >= rank_prefix[num_ranks - 1, rank]
   const float* topk_weights;     // [as x, num_topk]
   const char* bias_0;            // [num_tokens, hidden] or null
   const char* bias_1;            // [num_tokens, hidden] or null
@@ -67,6 +68,7 @@ struct CombineParams {
   uint32_t* abort;  // local [1]
   uint64_t timeout_ns;
   int32_t num_slots;  // even, at least 2
+  int32_t num_rows;   // nothing beyond is read, whatever rank_prefix and send_head say
   int32_t num_tokens;
   int32_t num_parts;  // warps that share the sum of one token
   int32_t rank;
@@ -107,6 +109,8 @@ class Combine {
     bool ok = __all_sync(kFullMask, ptx::ld_relaxed_gpu(p.abort) == 0);
     if constexpr (kRanks > 1)
       if (ok && warp < kCfg.num_push_warps) ok = push();
+    if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1 && ok)
+      report_overflow(waiter, kRoomCombineRows, p.num_rows, segment_start(kRanks, p.rank));
     if (ok) reduce();
     finish_operation<kRanks>(waiter, p.signals, p.counters, 4 + kRanks, p.epoch);
   }
@@ -124,9 +128,19 @@ class Combine {
     return word_address(p.words[owner], writer, p.num_slots, token);
   }
 
+  // Rows of the tokens of `source` on `rank`.
+  __device__ int segment_rows(int source, int rank) const {
+    return segment_start(source + 1, rank) - segment_start(source, rank);
+  }
+
   // First row on `rank` of the tokens of `source`.
   __device__ int segment_start(int source, int rank) const {
     return source == 0 ? 0 : p.rank_prefix[(source - 1) * kRanks + rank];
+  }
+
+  // The same on this rank, among the rows that there are.
+  __device__ int row_start(int source) const {
+    return min(max(segment_start(source, p.rank), 0), p.num_rows);
   }
 
   // ---- push -------------------------------------------------------------------------------------
@@ -140,8 +154,8 @@ class Combine {
     const int first_owner = (blockIdx.x * kCfg.num_push_warps + warp) % (kRanks - 1);
     for (int i = 0; i < kRanks - 1; ++i) {
       const int owner = (p.rank + 1 + (first_owner + i) % (kRanks - 1)) % kRanks;
-      const int begin = segment_start(owner, p.rank), end = segment_start(owner + 1, p.rank);
-      const uint32_t num_units = ceil_div(end - begin, unit_rows);
+      const int begin = row_start(owner), end = row_start(owner + 1);
+      const uint32_t num_units = ceil_div(max(end - begin, 0), unit_rows);
       uint32_t* const counter = p.counters + 4 + owner;
       uint32_t unit = next_unit(counter, lane);
       while (unit < num_units) {
@@ -158,7 +172,7 @@ class Combine {
   __device__ bool push_rows(Copier& copier, int owner, int first, int num_rows) {
     // Lane i has row first + i.
     const int row = first + lane;
-    const int token = lane < num_rows ? p.recv_src_idx[row] : 0;
+    const int token = lane < num_rows ? max(p.recv_src_idx[row], 0) : 0;
     const int window = window_of(token);
 
     uint32_t pending = __ballot_sync(kFullMask, lane < num_rows);
@@ -202,28 +216,33 @@ class Combine {
 
   __device__ void reduce() {
     const uint32_t num_units = static_cast<uint32_t>(p.num_tokens) * p.num_parts;
+    // Lane r has the rows of this rank's tokens on rank r.
+    const uint32_t num_rows = lane < kRanks ? max(segment_rows(p.rank, lane), 0) : 0;
     uint32_t unit = next_unit(p.counters + 1, lane);
     while (unit < num_units) {
       const uint32_t next = next_unit(p.counters + 1, lane);
       const int token = unit / p.num_parts;
-      if (!reduce_token(token, unit % p.num_parts)) return;
+      if (!reduce_token(token, unit % p.num_parts, num_rows)) return;
       if (p.num_tokens > p.num_slots && !release_slots(token)) return;
       unit = next;
     }
   }
 
-  __device__ bool reduce_token(int token, int part) const {
-    // Lane r has the row on rank r.
+  __device__ bool reduce_token(int token, int part, uint32_t num_rows) const {
+    // Lane r has the row on rank r, if it is one of num_rows there.
     bool ok = true;
     const char* row = nullptr;
     const float* weights = nullptr;
     if (lane < kRanks) {
       const int position = p.send_head[static_cast<int64_t>(token) * kRanks + lane];
-      if (position >= 0 && lane == p.rank) {
-        const int64_t own_row = segment_start(p.rank, p.rank) + position;
-        row = p.x + own_row * kCfg.hidden_bytes;
-        if constexpr (kTopk > 0) weights = p.topk_weights + own_row * kTopk;
-      } else if (position >= 0) {
+      const bool has_row = static_cast<uint32_t>(position) < num_rows;  // not -1 either
+      if (has_row && lane == p.rank) {
+        const int64_t own_row = row_start(p.rank) + static_cast<int64_t>(position);
+        if (own_row < p.num_rows) {
+          row = p.x + own_row * kCfg.hidden_bytes;
+          if constexpr (kTopk > 0) weights = p.topk_weights + own_row * kTopk;
+        }
+      } else if (has_row) {
         uint64_t found;
         ok = wait_word(waiter, kWaitCombineToken, lane, token, window_of(token),
                        word(p.rank, lane, token), found);

@@ -5,7 +5,8 @@
 //                              on rank d, for every rank s and token t with send_head_s[t, d] >= 0
 //
 // and the same for what travels with a token: scales, top-k (as local expert indices, -1
-// elsewhere), its index t. Rows are bytes: one kernel serves every dtype.
+// elsewhere), its index t. Rows are bytes: one kernel serves every dtype. A row that does not lie
+// below num_recv_rows of d is written nowhere, whatever rank_prefix and send_head say.
 //
 // The source writes each token to slots and tells every peer by a word; the peer copies it to its
 // final row. A rank's own tokens touch no peer. Two places for the slots:
@@ -17,9 +18,10 @@
 //
 // With `direct` (which pushes) a reader may have its outputs in symmetric memory. It says so to
 // every peer at its start, with where they lie (sync.cuh, places), and the peers write to final rows
-// there, and no words: every rank has the whole rank_prefix, so a source knows the row. There is
-// room for all rows, so nobody waits for slots of this reader, and it pulls nothing. Whether it has
-// room is its own affair: a peer without, in the same operation, is pushed to as ever.
+// there, and no words: every rank has the whole rank_prefix, so a source knows the row, and how many
+// there may be is told with the place. There is room for these, so nobody waits for slots of this
+// reader, and it pulls nothing. Whether it has room is its own affair: a peer without, in the same
+// operation, is pushed to as ever.
 //
 //   slots[s]  [num_slots, slot_bytes]             pull: tokens of s; written by s, read by all
 //   slots[d]  [num_ranks, num_slots, slot_bytes]  push: tokens for d; row (s, .) is written by s
@@ -119,8 +121,11 @@ struct DispatchOutputs {
   void* recv_topk_idx;
   float* recv_topk_weights;
   int32_t* recv_src_idx;
+  int32_t num_recv_rows;
   int32_t rank;
   int32_t experts_per_rank;
+
+  __device__ bool has(int64_t row) const { return row >= 0 && row < num_recv_rows; }
 };
 
 template <DispatchConfig kCfg>
@@ -155,7 +160,10 @@ class Dispatch {
     // What an operation that failed was to write (rank_prefix, send_head) is garbage.
     if (__all_sync(kFullMask, ptx::ld_relaxed_gpu(p.abort) == 0)) {
       if constexpr (kDirect) publish_place();
-      payload.fill_unused_rows(p.rank_prefix[(kRanks - 1) * kRanks + p.rank]);
+      const int num_rows = segment_start(p.rank, kRanks);
+      payload.fill_unused_rows(num_rows);
+      if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1)
+        report_overflow(waiter, kRoomDispatchRows, p.num_recv_rows, num_rows);
       if (warp >= p.num_stage_warps || stage())
         if constexpr (kRanks > 1) pull();
       copier.drain();
@@ -200,6 +208,11 @@ class Dispatch {
     return source == 0 ? 0 : p.rank_prefix[(source - 1) * kRanks + reader];
   }
 
+  // A row of this rank, -1 where its outputs have none.
+  __device__ int row_or_none(int row) const {
+    return static_cast<uint32_t>(row) < static_cast<uint32_t>(p.num_recv_rows) ? row : -1;
+  }
+
   // ---- places -----------------------------------------------------------------------------------
 
   // This rank's outputs, to all peers.
@@ -213,6 +226,7 @@ class Dispatch {
       const uint64_t offset = reinterpret_cast<uint64_t>(arrays[i]) - p.outputs[p.rank];
       ptx::st_relaxed_sys(place + 1 + i, arrays[i] == nullptr ? 0 : offset);
     }
+    ptx::st_relaxed_sys(place + kPlaceWords - 1, static_cast<uint64_t>(p.num_recv_rows));
     ptx::st_release_sys(place, stamp(waiter.epoch, p.has_room));
   }
 
@@ -238,6 +252,7 @@ class Dispatch {
             reinterpret_cast<void*>(base + offsets[2]),
             reinterpret_cast<float*>(base + offsets[3]),
             offsets[4] == 0 ? nullptr : reinterpret_cast<int32_t*>(base + offsets[4]),
+            static_cast<int32_t>(offsets[kPlaceWords - 2]),
             reader,
             p.experts_per_rank};
   }
@@ -248,11 +263,12 @@ class Dispatch {
            p.send_head[static_cast<int64_t>(token) * kRanks + reader];
   }
 
-  // Where the row of a token of this rank is written for `reader`.
+  // Where the row of a token of this rank is written for `reader`; null: nowhere.
   __device__ char* destination(int reader, int token) const {
-    if (has_room(reader))
-      return outputs_of(reader).recv_x + final_row(reader, token) * kCfg.hidden_bytes;
-    return slot(reader, p.rank, token);
+    if (!has_room(reader)) return slot(reader, p.rank, token);
+    const DispatchOutputs outputs = outputs_of(reader);
+    const int64_t row = final_row(reader, token);
+    return outputs.has(row) ? outputs.recv_x + row * kCfg.hidden_bytes : nullptr;
   }
 
   // ---- stage ------------------------------------------------------------------------------------
@@ -292,7 +308,7 @@ class Dispatch {
         if (r != p.rank)
           chunk.readers |= static_cast<uint32_t>(position >= 0) << r;
         else if (position >= 0)
-          chunk.own_row = own_start + position;
+          chunk.own_row = row_or_none(own_start + position);
       }
     }
     return chunk;
@@ -340,8 +356,9 @@ class Dispatch {
       if (p.recv_src_idx != nullptr && chunk.own_row >= 0) p.recv_src_idx[chunk.own_row] = token;
       for_each_slot([&](int reader) {
         if (!has_room(reader) || !is_written(chunk, reader)) return;
-        int32_t* const src_idx = outputs_of(reader).recv_src_idx;
-        if (src_idx != nullptr) src_idx[final_row(reader, token)] = token;
+        const DispatchOutputs outputs = outputs_of(reader);
+        const int64_t row = final_row(reader, token);
+        if (outputs.recv_src_idx != nullptr && outputs.has(row)) outputs.recv_src_idx[row] = token;
       });
 
       // The next rows are on their way while these are written and published. (Loading needs no
@@ -389,6 +406,7 @@ class Dispatch {
         const DispatchOutputs outputs = outputs_of(reader);
         const PayloadOf<DispatchOutputs> theirs(outputs);
         const int64_t row = final_row(reader, token.first);
+        if (!outputs.has(row)) return;
         if (item < kScales)
           theirs.store_scale(row, item, scale);
         else
@@ -441,7 +459,7 @@ class Dispatch {
       ok = wait_word(waiter, kWaitDispatchToken, source, token, token / window_tokens(),
                      word(p.rank, source, token), found);
       if (word_value(found) != kNoRow)
-        row = segment_start(p.rank, source) + static_cast<int>(word_value(found));
+        row = row_or_none(segment_start(p.rank, source) + static_cast<int>(word_value(found)));
     }
     if (!all_lanes(ok)) return false;
     copier.acquired();

@@ -1,13 +1,16 @@
 // Notify: before a dispatch with a new routing, the ranks tell each other how many tokens will
 // come.
 //
-//   rank_prefix[s, d]     = tokens that the ranks 0..s send to rank d
+//   rank_prefix[s, d]     = tokens that the ranks 0..s send to rank d, at most num_recv_rows of d
 //   source_tokens[s]      = tokens that rank s holds
 //   expert_counts[e]      = selections of this rank's expert e, over all ranks
 //   send_head[t, d]       = how many tokens before t go to rank d, or -1 if t does not
 //
+// So the rows that a rank has no room for, the last ones, are in no segment of rank_prefix, which all
+// ranks have: dispatch leaves them out, and combine waits for none of them.
+//
 // Block 0 exchanges counts. Message of rank s, in rank d's symmetric memory, written by s:
-//   notify[s] = { num_tokens_per_rank [num_ranks], num_tokens,
+//   notify[s] = { num_tokens_per_rank [num_ranks], num_tokens, num_recv_rows,
 //                 counts of d's experts [experts_per_rank] }
 //   notify_signal[s] of d: epoch, raised (release) after the message, which d reads after it
 //                 (acquire).
@@ -43,6 +46,7 @@ struct NotifyParams {
   uint64_t timeout_ns;
   int32_t notify_stride;
   int32_t num_tokens;
+  int32_t num_recv_rows;  // that this rank has room for; 0 = the host will make room for all
   int32_t experts_per_rank;
   int32_t expert_alignment;
   int32_t rank;
@@ -64,9 +68,9 @@ __device__ void number_tokens_to(const NotifyParams& p, int dst) {
 
 template <NotifyConfig kCfg>
 __device__ void exchange_counts(const NotifyParams& p, const Waiter& waiter) {
-  constexpr int kRanks = kCfg.num_ranks;
+  constexpr int kRanks = kCfg.num_ranks, kTokens = kRanks, kRoom = kRanks + 1, kCounts = kRanks + 2;
   const int thread = threadIdx.x;
-  const int message_size = kRanks + 1 + p.experts_per_rank;
+  const int message_size = kCounts + p.experts_per_rank;
 
   int* const all_ok = reinterpret_cast<int*>(ptx::dynamic_shared());
 
@@ -84,10 +88,12 @@ __device__ void exchange_counts(const NotifyParams& p, const Waiter& waiter) {
     int value;
     if (j < kRanks)
       value = p.num_tokens_per_rank[j];
-    else if (j == kRanks)
+    else if (j == kTokens)
       value = p.num_tokens;
+    else if (j == kRoom)
+      value = p.num_recv_rows;
     else
-      value = p.num_tokens_per_expert[dst * p.experts_per_rank + j - kRanks - 1];
+      value = p.num_tokens_per_expert[dst * p.experts_per_rank + j - kCounts];
     reinterpret_cast<int32_t*>(p.notify[dst])[static_cast<int64_t>(p.rank) * p.notify_stride + j] =
         value;
   }
@@ -111,17 +117,20 @@ __device__ void exchange_counts(const NotifyParams& p, const Waiter& waiter) {
 
   // Step 3: sums
   if (thread < kRanks) {
+    const int32_t* const message = messages + static_cast<int64_t>(thread) * p.notify_stride;
+    const int room = message[kRoom] > 0 ? message[kRoom] : kNoBound;
     int sum = 0;
     for (int src = 0; src < kRanks; ++src) {
       sum += messages[static_cast<int64_t>(src) * p.notify_stride + thread];
-      p.rank_prefix[src * kRanks + thread] = sum;
+      p.rank_prefix[src * kRanks + thread] = min(sum, room);
     }
-    p.source_tokens[thread] = messages[static_cast<int64_t>(thread) * p.notify_stride + kRanks];
+    p.source_tokens[thread] = message[kTokens];
+    if (thread == p.rank) report_overflow(waiter, kRoomDispatchRows, room, sum);
   }
   for (int e = thread; e < p.experts_per_rank; e += blockDim.x) {
     int sum = 0;
     for (int src = 0; src < kRanks; ++src)
-      sum += messages[static_cast<int64_t>(src) * p.notify_stride + kRanks + 1 + e];
+      sum += messages[static_cast<int64_t>(src) * p.notify_stride + kCounts + e];
     p.expert_counts[e] = sum;
     const int64_t aligned = (static_cast<int64_t>(sum) + p.expert_alignment - 1) /
                             p.expert_alignment * p.expert_alignment;

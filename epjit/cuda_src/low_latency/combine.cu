@@ -25,9 +25,10 @@
 //         selections (acquire), add their rows
 //
 // Progress: pushing waits for nothing and is drawn from one counter, so the blocks that run do all
-// of it; the grid need not be resident as a whole. Halves are free for the reason that dispatch.cu
-// gives: the first reducing warp of block 0 waits until all peers have begun this operation. With a
-// hook the two phases are two launches.
+// of it; the grid need not be resident as a whole. While a peer is late, few blocks wait for it
+// (sync.cuh, "blocks that leave"). Halves are free for the reason that dispatch.cu gives: the last
+// warp of block 0 waits until all peers have begun this operation. With a hook the two phases are two
+// launches.
 //
 // Launch: any grid, combine_threads() threads. Graph-safe.
 #include "epjit/cast.cuh"
@@ -77,8 +78,9 @@ struct LowLatencyCombineParams {
   int64_t half_bytes;
   int32_t words_stride;  // words of a half
   int32_t num_tokens;
-  int32_t max_tokens;  // of any rank
-  int32_t num_parts;   // warps that share the sum of one token
+  int32_t max_tokens;   // of any rank
+  int32_t num_parts;    // warps that share the sum of one token
+  int32_t num_staying;  // blocks that wait for a late peer
   int32_t rank;
   int32_t local;  // index of this rank in slots, words and signals
   bool sends;     // this launch has the send phase
@@ -131,6 +133,7 @@ class LowLatencyCombine {
     // Loaded and drawn early: all of it is on its way at once.
     int tokens = pushes && lane < kRanks && is_pushed_to(lane) ? p.source_tokens[lane] : 0;
     const uint32_t unit = pushes ? next_unit(p.counters + 1, lane) : 0;
+    if (!p.receives || blockIdx.x != 0) ptx::griddepcontrol_launch_dependents();
     if (__all_sync(kFullMask, aborted == 0)) {
       if constexpr (kRemote) {
         for (int owner = lane + kWarpSize; pushes && owner < kRanks; owner += kWarpSize)
@@ -139,7 +142,7 @@ class LowLatencyCombine {
       } else {
         if (pushes) push(unit, tokens);
       }
-      if (p.receives && (!is_herald() || meet_peers<kRanks>(waiter, p.wait_cost, lane))) reduce();
+      if (p.receives && goes_on()) reduce();
     }
     if (is_last_block(p.counters, 3) && lane == 0 && p.receives) *p.epoch = waiter.epoch;
   }
@@ -300,8 +303,12 @@ class LowLatencyCombine {
 
   // ---- reduce -----------------------------------------------------------------------------------
 
-  // The warp that meets the peers.
-  __device__ bool is_herald() const { return blockIdx.x == 0 && warp == kCfg.num_warps - 1; }
+  // False: leave. Of the blocks that stay one warp meets the peers.
+  __device__ bool goes_on() const {
+    if (!is_staying(p)) return meet_peers<kRanks>(leaving(waiter), nullptr, lane);
+    const bool is_herald = blockIdx.x == 0 && warp == kCfg.num_warps - 1;
+    return !is_herald || meet_peers<kRanks>(waiter, p.wait_cost, lane);
+  }
 
   __device__ void reduce() {
     const uint32_t num_units = static_cast<uint32_t>(p.num_tokens) * p.num_parts;

@@ -22,8 +22,9 @@
 //
 // Progress: sending weights waits for nothing and is drawn first, so whoever waits for weights waits
 // for a peer that has them on their way once it runs; adding up waits for that alone. The send
-// phase of a hook therefore waits for its peers to have started theirs. Halves are free for the
-// reason that dispatch.cu gives.
+// phase of a hook therefore waits for its peers to have started theirs. While a peer is late, few
+// blocks wait for it (sync.cuh, "blocks that leave"); the others draw no unit before all have begun.
+// Halves are free for the reason that dispatch.cu gives.
 //
 // Launch: any grid, combine_threads() threads. Graph-safe.
 #include "epjit/copy.cuh"
@@ -62,8 +63,9 @@ struct LowLatencyReducedCombineParams {
   int64_t half_bytes;
   int32_t words_stride;  // words of a half
   int32_t num_tokens;
-  int32_t max_tokens;  // of any rank
-  int32_t num_parts;   // pieces of a row, the same on all ranks
+  int32_t max_tokens;   // of any rank
+  int32_t num_parts;    // pieces of a row, the same on all ranks
+  int32_t num_staying;  // blocks that wait for a late peer
   int32_t rank;
   bool sends;     // this launch has the send phase
   bool receives;  // this launch has the receive phase
@@ -101,8 +103,12 @@ class LowLatencyReducedCombine {
     // Loaded and drawn early: all of it is on its way at once.
     const bool has_part = lane < kRanks && (lane != p.rank || !is_whole());
     const int tokens = sends && has_part ? p.source_tokens[lane] : 0;
-    const uint32_t unit = sends ? next_unit(p.counters + 1, lane) : 0;
-    if (__all_sync(kFullMask, aborted == 0)) {
+    const bool stays = is_staying(p);
+    uint32_t unit = sends && stays ? next_unit(p.counters + 1, lane) : 0;
+    if (p.receives && blockIdx.x != 0) ptx::griddepcontrol_launch_dependents();
+    if (__all_sync(kFullMask, aborted == 0) &&
+        (stays || meet_peers<kRanks>(leaving(waiter), nullptr, lane))) {
+      if (sends && !stays) unit = next_unit(p.counters + 1, lane);
       const bool ok = !sends || send(unit, tokens);
       if (ok && p.receives && (!is_herald() || meet_peers<kRanks>(waiter, p.wait_cost, lane)))
         receive();

@@ -34,7 +34,9 @@
 //
 // Progress: what is sent waits for nothing, and whoever waits has found all sending drawn by a block
 // that runs. So the grid need not be resident as a whole, and nothing is asked of what else runs on
-// the GPU. With a hook the two phases are two launches and hold nothing in between.
+// the GPU. Nor is it held up: while a peer is late, few blocks wait for its counts (sync.cuh, "blocks
+// that leave"), and who has counts waits for rows that are being sent. With a hook the two phases are
+// two launches and hold nothing in between.
 //
 // Halves: a rank ends operation n only after all peers have begun it (their counts are here), so
 // after these have ended n - 1. Operation n + 1 may thus write where n - 1 was, without a wait.
@@ -103,8 +105,9 @@ struct LowLatencyDispatchParams {
   int32_t words_stride;   // words of a half
   int32_t counts_stride;  // words of a row
   int32_t num_tokens;
-  int32_t max_tokens;  // of any rank
-  int32_t num_parts;   // warps that share the copies of one token
+  int32_t max_tokens;   // of any rank
+  int32_t num_parts;    // warps that share the copies of one token
+  int32_t num_staying;  // blocks that wait for a late peer
   int32_t rank;
   int32_t local;  // index of this rank in slots, words, counts and signals
   bool sends;     // this launch has the send phase
@@ -187,11 +190,14 @@ class LowLatencyDispatch {
     const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);
     if (threadIdx.x == 0) shared_unit() = draw();
     if (__syncthreads_and(aborted == 0)) {
+      if (!p.receives) ptx::griddepcontrol_launch_dependents();
       const bool tells = send();
-      if (p.receives) {
+      if (p.receives && wait_for_counts(tells)) {
+        ptx::griddepcontrol_launch_dependents();
         uint32_t unit = 0;  // drawn early: its latency hides behind the plan
         if (lane == 0) unit = atomicAdd(p.counters + 2, 1u);
-        if (make_plan(tells)) receive(__shfl_sync(kFullMask, unit, 0));
+        make_plan(tells);
+        receive(__shfl_sync(kFullMask, unit, 0));
       }
     }
     if (!is_last_block(p.counters, 3) || !p.receives) return;
@@ -462,9 +468,10 @@ class LowLatencyDispatch {
 
   // ---- plan -------------------------------------------------------------------------------------
 
-  // Where rows go: planned(s, e) = begin[e, s], planned(s, kLocal) = tokens of s, 0 when it is
-  // masked. `tells`: this block writes the outputs that follow from it. False: leave.
-  __device__ bool make_plan(bool tells) {
+  // planned(s, e) = selections of e by s, planned(s, kLocal) = tokens of s, of all that are not masked.
+  // `tells`: this block writes the outputs that follow from them. False: leave.
+  __device__ bool wait_for_counts(bool tells) {
+    const Waiter patient = tells || is_staying(p) ? waiter : leaving(waiter);
     if (threadIdx.x < kRanks) shared_arrived(threadIdx.x) = !is_masked(waiter, threadIdx.x);
     __syncthreads();
     const uint64_t start = ptx::clock64();
@@ -478,7 +485,7 @@ class LowLatencyDispatch {
         const bool is_remote = kRemote && index_of<kRemote>(p, source) < 0;
         const int word = is_remote ? kTokensWord : count_word(e);
         uint64_t seen;
-        is_late = !wait_stamp(kWaitLowLatencyDispatchCounts, source, e, row + word, seen);
+        is_late = !wait_stamp(patient, kWaitLowLatencyDispatchCounts, source, e, row + word, seen);
         if (is_remote && !is_late) {
           seen = row[count_word(e)];
           if (e == kLocal)
@@ -508,7 +515,11 @@ class LowLatencyDispatch {
       }
       __syncthreads();
     }
+    return true;
+  }
 
+  // Where rows go: planned(s, e) = begin[e, s], planned(s, kLocal) = tokens of s, 0 when it is masked.
+  __device__ void make_plan(bool tells) {
     for (int e = threadIdx.x; e < kLocal; e += kThreads) {
       uint32_t begin = 0;
       for (int source = 0; source < kRanks; ++source) {
@@ -532,7 +543,6 @@ class LowLatencyDispatch {
       if (tells) p.source_tokens[threadIdx.x] = static_cast<int32_t>(tokens);
     }
     __syncthreads();
-    return true;
   }
 
   // Whether a source is received: what the first block has found.
@@ -555,10 +565,10 @@ class LowLatencyDispatch {
   }
 
   // Waits for a word of this epoch from `peer`.
-  __device__ bool wait_stamp(WaitTag tag, int peer, int index, const uint64_t* word,
-                             uint64_t& seen) const {
-    return wait_until(waiter, tag, peer, index, stamp(waiter.epoch, 0), word, seen,
-                      [&](uint64_t value) { return value >> 32 == waiter.epoch; });
+  __device__ static bool wait_stamp(const Waiter& who, WaitTag tag, int peer, int index,
+                                    const uint64_t* word, uint64_t& seen) {
+    return wait_until(who, tag, peer, index, stamp(who.epoch, 0), word, seen,
+                      [&](uint64_t value) { return value >> 32 == who.epoch; });
   }
 
   // ---- receive ----------------------------------------------------------------------------------
@@ -588,8 +598,8 @@ class LowLatencyDispatch {
         p.source_rows + (static_cast<int64_t>(source) * p.max_tokens + token) * kTopk;
     uint64_t seen = 0;
     // All lanes look, so that each has acquired what the word publishes.
-    if (comes(source, token) && !all_lanes(wait_stamp(kWaitLowLatencyDispatchToken, source, token,
-                                                      word(own(), source, token), seen))) {
+    if (comes(source, token) && !all_lanes(wait_stamp(waiter, kWaitLowLatencyDispatchToken, source,
+                                                      token, word(own(), source, token), seen))) {
       const bool masked = __all_sync(kFullMask, is_masked(waiter, source));
       // Blocks that plan later still count its rows, as those before did.
       if (masked && lane == 0) atomicExch(p.decisions + source, waiter.epoch << 2 | 3);

@@ -61,6 +61,7 @@ __device__ __forceinline__ Waiter start_low_latency(const Params& p, WaitTag sta
                         kNumRanks, epoch,   start_tag,    p.mask};
     for (int peer = threadIdx.x; blockIdx.x == 0 && peer < kNumRanks; peer += blockDim.x) {
       const int index = p.peers[peer];
+      draw_along(waiter, peer);
       if (index >= 0)
         ptx::st_relaxed_sys(entered_signal(p.signals[index] + half, p.rank), stamp(epoch, 0));
       else if constexpr (kTellsRemote)

@@ -64,19 +64,24 @@ __device__ __forceinline__ Vec16 weighted_sum(const char* row, float weight, uin
 }
 
 // One warp waits until all peers have begun, so that none of them is in an earlier operation when
-// this one ends; it adds the cycles that it waited for each to `wait_cost`, if there is one.
+// this one ends; it adds the cycles that it waited for each to `wait_cost`, if there is one. Then it
+// lets the next kernel in.
 template <int kRanks>
 __device__ __forceinline__ bool meet_peers(const Waiter& waiter, int64_t* wait_cost, int lane) {
   bool ok = true;
   for (int peer = lane; peer < kRanks && ok; peer += kWarpSize) {
     if (peer == waiter.rank || is_masked(waiter, peer)) continue;
     const uint64_t start = ptx::clock64();
-    ok = wait_signal(waiter, waiter.start_tag, peer, entered_signal(waiter.signals, peer),
-                     stamp(waiter.epoch, 0)) ||
+    uint64_t seen;
+    ok = wait_until(waiter, waiter.start_tag, peer, 0, stamp(waiter.epoch, 0),
+                    entered_signal(waiter.signals, peer), seen,
+                    [&](uint64_t value) { return has_started(value, waiter.epoch); }) ||
          is_masked(waiter, peer);
     if (wait_cost != nullptr) wait_cost[peer] += static_cast<int64_t>(ptx::clock64() - start);
   }
-  return all_lanes(ok);
+  ok = all_lanes(ok);
+  if (ok) ptx::griddepcontrol_launch_dependents();
+  return ok;
 }
 
 }  // namespace epjit

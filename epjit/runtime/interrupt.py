@@ -1,0 +1,44 @@
+"""Waits of the host that Ctrl-C ends."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from concurrent import futures
+from typing import TypeVar
+
+T = TypeVar("T")
+
+
+def interruptible(function: Callable[[], T], *, seconds: float | None = None) -> T:
+    """Runs a function that blocks outside Python in a thread, so that Ctrl-C comes through at once.
+
+    After an interrupt, or when the time is over, the function goes on in its thread, which nobody
+    waits for. What belongs to the caller's thread does not hold there: the current device, and
+    every mode of torch.
+
+    Args:
+        function: What to run.
+        seconds: How long to wait for it; None is for ever.
+
+    Returns:
+        What the function returns; what it raises is raised here.
+
+    Raises:
+        TimeoutError: The time is over.
+    """
+    result: futures.Future[T] = futures.Future()
+
+    def run() -> None:
+        try:
+            result.set_result(function())
+        except BaseException as error:
+            result.set_exception(error)
+
+    threading.Thread(target=run, name="epjit wait", daemon=True).start()
+    try:
+        return result.result(seconds)
+    except futures.TimeoutError:  # before Python 3.11 not the TimeoutError of the language
+        if result.done():
+            raise
+        raise TimeoutError(f"not done within {seconds:g} s") from None

@@ -1,0 +1,184 @@
+"""A GPU that only counts: what of it is in use, and a failure at any step that touches it.
+
+Ranks of one process, alone or as threads; kernels are not compiled, and launch nothing.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from epjit.runtime import driver, jit
+from epjit.runtime import stream as streams
+from epjit.runtime.symmetric import SymmetricMemory
+
+_FREES = {
+    "cuMemAlloc": "cuMemFree",
+    "cuMemHostAlloc": "cuMemFreeHost",
+    "cuStreamCreate": "cuStreamDestroy",
+    "cuEventCreate": "cuEventDestroy",
+    "cuIpcOpenMemHandle": "cuIpcCloseMemHandle",
+    "cuMemCreate": "cuMemRelease",
+    "cuMemImportFromShareableHandle": "cuMemRelease",
+    "cuMemAddressReserve": "cuMemAddressFree",
+    "cuMemMap": "cuMemUnmap",
+}
+
+
+class _Module:
+    ptr = 1
+
+    def __init__(self, gpu: FakeGpu) -> None:
+        self._gpu = gpu
+
+    def load(self, cubin: bytes) -> None:
+        self._gpu.step("load")
+
+    def get_function(self, symbol: str) -> _Module:
+        return self
+
+
+class FakeGpu:
+    """Stands in for the driver, CuPy's modules and the compiler.
+
+    Attributes:
+        in_use: What was made and not freed: what frees it, and its address or handle.
+        modules: Loaded modules that are alive.
+        fails_at: Number of the step that fails; None: none does.
+        failed: What failed.
+        num_steps: How many there were.
+        calls: Names of the driver's functions, in order.
+    """
+
+    def __init__(self) -> None:
+        self.in_use: set[tuple[str, int]] = set()
+        self.modules: weakref.WeakSet[Any] = weakref.WeakSet()
+        self.fails_at: int | None = None
+        self.failed = ""
+        self.num_steps = 0
+        self.calls: list[str] = []
+        self._handles = itertools.count(0x1000, 0x1000)
+        self._host: dict[int, Any] = {}
+        self._cuda = mock.MagicMock()
+        self._cuda.cuStreamIsCapturing = lambda stream: (0, 0)
+        handle = ctypes.create_string_buffer(64)
+        self._cuda.CUipcMemHandle = lambda: SimpleNamespace(getPtr=lambda: ctypes.addressof(handle))
+        self._cuda.cuEventDestroy = lambda handle: self.call("cuEventDestroy", handle)
+
+    def step(self, what: str) -> None:
+        """One that may fail."""
+        self.num_steps += 1
+        if self.num_steps == self.fails_at:
+            self.failed = what
+            raise RuntimeError(what)
+
+    def load(self) -> Any:
+        """The driver module."""
+        return self._cuda
+
+    def call(self, name: str, *args: Any) -> Any:
+        """A function of the driver. What frees does not fail."""
+        self.calls.append(name)
+        if name in _FREES.values():
+            self.in_use.remove((name, int(args[0])))
+            return None
+        self.step(name)
+        if name == "cuMemHostAlloc":
+            memory = ctypes.create_string_buffer(args[0])
+            address = ctypes.addressof(memory)
+            self._host[address] = memory
+            self.in_use.add((_FREES[name], address))
+            return address
+        if name in _FREES:
+            handle = args[0] if name == "cuMemMap" else next(self._handles)
+            self.in_use.add((_FREES[name], handle))
+            return handle
+        if name == "cuIpcGetMemHandle":
+            return SimpleNamespace(getPtr=lambda: next(iter(self._host)))
+        if name == "cuMemHostGetDevicePointer":
+            return args[0]
+        if name == "cuMemExportToShareableHandle":
+            return SimpleNamespace(data=bytes(64))
+        if name in ("cuMemGetAllocationGranularity", "cuCtxGetCurrent"):
+            return 1 << 21
+        if name == "cuDeviceGetUuid":
+            return SimpleNamespace(bytes=bytes(16))
+        if name == "cuDeviceGetCount":
+            return 1
+        if name == "cuDeviceGetAttribute":
+            return 9 if "CAPABILITY_MAJOR" in str(args[0]) else 1 << 18
+        return 0
+
+    def compile(self, config: Any, **_: Any) -> jit.Compiled:
+        """What the compiler gives."""
+        self.step(f"compile {config.op}")
+        return jit.Compiled(b"", "kernel", "", 32, 0, False)
+
+    def module(self) -> Any:
+        """A module of CuPy."""
+        module = _Module(self)
+        self.modules.add(module)
+        return module
+
+
+@contextmanager
+def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
+    """Lets Buffers be made on a `FakeGpu`; torch's tensors lie on the CPU."""
+    gpu = FakeGpu()
+
+    def on_cpu(make: Any, what: str) -> Any:
+        def wrapped(*args: Any, **options: Any) -> Any:
+            if torch.device(options.get("device", "cpu")).type == "cuda":
+                gpu.step(what)
+                options["device"] = "cpu"
+            return make(*args, **options)
+
+        return wrapped
+
+    def synchronize(*_: object) -> None:
+        gpu.step("synchronize")
+
+    monkeypatch.setattr(driver, "load", gpu.load)
+    monkeypatch.setattr(driver, "call", gpu.call)
+    monkeypatch.setattr(driver, "using", lambda device: nullcontext())
+    monkeypatch.setattr(driver, "primary_context", lambda device: 1)
+    monkeypatch.setattr(jit, "compile_kernel", gpu.compile)
+    monkeypatch.setattr(jit, "can_start_early", lambda *_, **__: False)
+    monkeypatch.setattr(jit, "_launch_shape", mock.MagicMock())
+    monkeypatch.setattr(jit, "require", lambda *_, **__: SimpleNamespace(Module=gpu.module))
+    monkeypatch.setattr(
+        streams, "high_priority_stream", lambda device: SimpleNamespace(cuda_stream=7)
+    )
+    monkeypatch.setattr(
+        SymmetricMemory,
+        "tensor",
+        lambda memory, dtype: torch.zeros(memory.nbytes, dtype=torch.uint8).view(dtype),
+    )
+    monkeypatch.setattr(torch, "zeros", on_cpu(torch.zeros, "zeros"))
+    monkeypatch.setattr(torch, "tensor", on_cpu(torch.tensor, "tensor"))
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 5, raising=False)
+    monkeypatch.setattr("epjit.scope.is_current", lambda device: True)
+    monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_device_properties",
+        lambda device: SimpleNamespace(multi_processor_count=132),
+    )
+    monkeypatch.setattr("epjit.buffer.empty_on", mock.MagicMock())
+    monkeypatch.setattr("epjit.normal_mode.empty_on", mock.MagicMock())
+    monkeypatch.setattr("epjit.low_latency.empty_on", mock.MagicMock())
+    monkeypatch.setenv("EPJIT_BACKEND", "cuda")
+    yield gpu

@@ -1,0 +1,321 @@
+"""Streams, and how long memory lives that queued kernels use, on one GPU with virtual ranks."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+from unittest import mock
+
+import pytest
+import torch
+
+from epjit import Buffer, CommunicationError, Config
+from epjit.runtime import driver
+from tests.gpu.ranks import meet, run_ranks
+from tests.launch import RankFailedError
+from tests.rounds import Round, check_round, line_up, settle, variant_environ
+
+HIDDEN = 4096
+TOKENS = 256
+LONG = 400_000_000  # cycles, 0.2 s: much more than the host takes to queue what follows
+
+
+@pytest.fixture
+def direct(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Peers write the outputs where they belong."""
+    for name, value in variant_environ("direct").items():
+        monkeypatch.setenv(name, value)
+
+
+class Calls:
+    """Tokens that all go to all ranks, and the calls of a rank with them."""
+
+    def __init__(self, buffer: Buffer) -> None:
+        ranks = buffer.group_size
+        self.buffer, self.num_experts = buffer, 2 * ranks
+        values = torch.arange(TOKENS, device=buffer.device) % 100 + 1
+        self.x = values[:, None].expand(TOKENS, HIDDEN).bfloat16().contiguous()
+        self.idx = torch.arange(0, 2 * ranks, 2, device=buffer.device).repeat(TOKENS, 1)
+        self.weights = torch.ones((TOKENS, ranks), device=buffer.device)
+        # Loaded now: what is first loaded while a kernel spins for a peer waits for that kernel.
+        negative = torch.cat([-self.x, torch.full_like(self.x, -7)])
+        assert not torch.equal(negative, negative.clone() + 1)
+        ints = torch.full((4,), 1, dtype=torch.int32, device=buffer.device)
+        assert bool((ints == 1).all())
+        assert bool((negative != 7).all())
+        line_up(buffer)
+        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(self.idx, self.num_experts)
+        self.layout: dict[str, Any] = {
+            "num_tokens_per_rank": per_rank,
+            "is_token_in_rank": in_rank,
+            "num_tokens_per_expert": per_expert,
+            "config": Config(4),
+        }
+        rows, _, _, _, handle, _ = self.dispatch(self.x)  # compiles
+        assert handle is not None
+        self.handle = handle
+        self.combine(rows)
+        meet(buffer)
+
+    def dispatch(self, x: torch.Tensor, **flags: Any) -> Any:
+        return self.buffer.dispatch(x, **self.layout, **flags)
+
+    def combine(self, rows: Any, **flags: Any) -> Any:
+        return self.buffer.combine(rows, self.handle, config=Config(4), **flags)
+
+
+@pytest.mark.usefixtures("direct")
+def test_a_block_of_direct_waits_for_the_stream_of_the_call() -> None:
+    """Also with `allocate_on_comm_stream`, and if the last tensor goes on a third stream."""
+
+    def body(buffer: Buffer) -> None:
+        calls = Calls(buffer)
+        side = torch.cuda.Stream()
+        flags = {"async_finish": True, "allocate_on_comm_stream": True}
+        early = Buffer.capture()
+        rows, *_, done = calls.dispatch(calls.x, previous_event=early, **flags)
+        place, want = rows.data_ptr(), torch.cat([calls.x] * buffer.group_size)
+        copy = torch.empty_like(rows)
+        other = -calls.x
+        done.current_stream_wait()
+        early = Buffer.capture()
+        torch.cuda._sleep(LONG)
+        copy.copy_(rows)
+        with torch.cuda.stream(side):
+            del rows
+        again, *_, done = calls.dispatch(other, previous_event=early, **flags)
+        assert again.data_ptr() == place, "not what is to be tested"
+        done.current_stream_wait()
+        settle(buffer)
+        assert torch.equal(copy, want)
+        assert torch.equal(again, -want)
+
+    run_ranks(2, body)
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_an_interrupted_dispatch_writes_to_nobodys_memory(num_ranks: int) -> None:
+    """Its notify runs when the peers come; by then the memory of its tensors is others'."""
+    pattern = 0x5A5A5A5A
+
+    def interrupt(calls: Calls) -> list[torch.Tensor]:
+        """Returns what was allocated afterwards."""
+        mode: Any = calls.buffer._mode
+        places: list[int] = []
+        sizes: list[int] = []
+        empty = mode._empty
+
+        def noting(forms: Any) -> list[Any]:
+            tensors = empty(forms)
+            places.extend(tensor.data_ptr() for tensor in tensors)
+            sizes.extend(tensor.numel() for tensor in tensors)
+            return list(tensors)
+
+        with (
+            mock.patch.object(mode, "_empty", noting),
+            mock.patch.object(mode, "_wait_for_counts", side_effect=KeyboardInterrupt),
+        ):
+            try:
+                calls.dispatch(calls.x, async_finish=True)
+            except KeyboardInterrupt:  # whose traceback keeps the tensors until here
+                pass
+        ints: dict[str, Any] = {"dtype": torch.int32, "device": calls.buffer.device}
+        others = [torch.full((size,), pattern, **ints) for size in sizes for _ in range(8)]
+        assert set(places) <= {each.data_ptr() for each in others}, "not what is to be tested"
+        return others
+
+    def body(buffer: Buffer) -> None:
+        calls = Calls(buffer)
+        if buffer.rank == 0:
+            others = interrupt(calls)
+            buffer.group.allgather(None)
+            buffer._comm.torch_stream.synchronize()  # type: ignore[union-attr]
+            torch.cuda.current_stream().synchronize()
+            assert all(bool((each == pattern).all()) for each in others)
+            with pytest.raises(CommunicationError, match="half way"):
+                buffer.check_fault()
+        else:
+            buffer.group.allgather(None)
+            with pytest.raises(CommunicationError):  # noqa: PT012
+                calls.dispatch(calls.x)
+                settle(buffer)
+        line_up(buffer)
+        buffer.reset()
+        case = Round((30,) * num_ranks, num_experts=2 * num_ranks, num_sms=4, seed=2)
+        check_round(buffer, case)
+
+    run_ranks(num_ranks, body, timeout_seconds=2)
+
+
+@pytest.mark.parametrize("op", ["dispatch", "combine"])
+@pytest.mark.parametrize("is_async", [False, True])
+def test_outputs_are_not_what_work_behind_the_event_still_reads(op: str, is_async: bool) -> None:
+    """The kernels wait for the event only, and the allocator knows of the stream's own order."""
+
+    def body(buffer: Buffer) -> None:
+        calls = Calls(buffer)
+        method = getattr(calls, op)
+        copy = torch.empty_like(calls.x)
+        event = Buffer.capture()
+        other = torch.full_like(calls.x, 7)  # as large as the output
+        torch.cuda._sleep(LONG)
+        copy.copy_(other)
+        del other
+        out, *_, done = method(calls.x, previous_event=event, async_finish=is_async)
+        if is_async:
+            done.current_stream_wait()
+        settle(buffer)
+        assert bool((copy == 7).all())
+        assert torch.equal(out, calls.x)
+
+    run_ranks(1, body)
+
+
+def test_a_dropped_output_is_not_written_before_it_was_read() -> None:
+    """It is memory of the communication stream, which is told that the caller's reads it."""
+
+    def body(buffer: Buffer) -> None:
+        calls = Calls(buffer)
+        event = Buffer.capture()
+        copy = torch.empty_like(calls.x)
+        out, *_ = calls.dispatch(calls.x, previous_event=event)
+        torch.cuda._sleep(LONG)
+        copy.copy_(out)
+        del out
+        again, *_ = calls.dispatch(-calls.x, previous_event=event)
+        settle(buffer)
+        assert torch.equal(copy, calls.x)
+        assert torch.equal(again, -calls.x)
+
+    run_ranks(1, body)
+
+
+def test_a_low_latency_event_may_go_before_it_was_waited_for() -> None:
+    """It keeps the tensors; from then on the allocator knows who reads them."""
+
+    def body(buffer: Buffer) -> None:
+        want = torch.arange(1, TOKENS + 1, device=buffer.device) % 100
+        want = want[:, None].expand(TOKENS, HIDDEN).bfloat16().contiguous()
+        idx = torch.zeros((TOKENS, 1), dtype=torch.int64, device=buffer.device)
+
+        def dispatch(x: torch.Tensor) -> torch.Tensor:
+            rows, *_ = buffer.low_latency_dispatch(
+                x, idx, TOKENS, 2, use_fp8=False, async_finish=True
+            )
+            assert isinstance(rows, torch.Tensor)
+            return rows
+
+        dispatch(want)  # compiles
+        torch.cuda.synchronize()
+        comm = buffer._comm
+        assert comm is not None
+        x = want.clone()
+        with torch.cuda.stream(comm.torch_stream):
+            torch.cuda._sleep(LONG)
+        rows = dispatch(x)
+        del x
+        others = [torch.full_like(want, 7) for _ in range(4)]
+        comm.torch_stream.synchronize()
+        settle(buffer)
+        assert torch.equal(rows[0], want)
+        assert all(bool((other == 7).all()) for other in others)
+
+    hint = Buffer.get_low_latency_rdma_size_hint(TOKENS, HIDDEN, 1, 2)
+    run_ranks(1, body, num_nvl_bytes=0, num_rdma_bytes=hint, low_latency_mode=True)
+
+
+def test_capture_on_a_blocking_stream_after_a_call_on_the_default_stream() -> None:
+    """CuPy's streams, and those of cudaStreamCreate, are such; torch's are not."""
+
+    def body(buffer: Buffer) -> None:
+        calls = Calls(buffer)
+        worst: dict[str, Any] = {
+            "topk_idx": calls.idx,
+            "topk_weights": calls.weights,
+            "num_worst_tokens": TOKENS,
+        }
+        with torch.cuda.stream(torch.cuda.default_stream()):
+            calls.dispatch(calls.x, **worst)
+            torch.cuda.current_stream().synchronize()
+        with driver.using(buffer.device.index):
+            handle = int(driver.call("cuStreamCreate", 0))
+        blocking = torch.cuda.ExternalStream(handle, device=buffer.device)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=blocking, capture_error_mode="thread_local"):
+            rows, _, _, _, routing, _ = calls.dispatch(calls.x, **worst)
+            combined, _, _ = buffer.combine(rows, routing, config=Config(4))
+        want = calls.x.clone()
+        for sign in (-1, 1):
+            calls.x.copy_(sign * want)
+            torch.cuda.current_stream().synchronize()
+            with torch.cuda.stream(blocking):
+                graph.replay()
+            blocking.synchronize()
+            assert torch.equal(rows, sign * want)
+            assert torch.equal(combined, sign * want)
+        with torch.cuda.stream(torch.cuda.default_stream()):  # and on it goes there
+            again, *_ = calls.dispatch(calls.x)
+            torch.cuda.current_stream().synchronize()
+        assert torch.equal(again, want)
+        del graph, blocking
+
+    run_ranks(1, body)
+
+
+def test_fresh_threads() -> None:
+    """A thread has no CUDA context before its first use of CUDA, which a call may be."""
+
+    def body(buffer: Buffer) -> None:
+        calls = Calls(buffer)
+        results: list[Any] = []
+        side = torch.cuda.Stream()
+
+        def step(stream: torch.cuda.Stream) -> None:
+            with torch.cuda.stream(stream):
+                rows, *_ = calls.dispatch(calls.x)
+                results.append((rows, calls.combine(rows)[0]))
+
+        default = torch.cuda.default_stream()
+        for before, then in ((default, side), (side, default), (default, default), (side, side)):
+            with torch.cuda.stream(before):
+                calls.dispatch(calls.x)  # what the thread's call follows
+            thread = threading.Thread(target=step, args=(then,))
+            thread.start()
+            thread.join()
+        torch.cuda.synchronize()
+        assert len(results) == 4
+        for rows, combined in results:
+            assert torch.equal(rows, calls.x)
+            assert torch.equal(combined, calls.x)
+        thread = threading.Thread(target=buffer.reset)
+        thread.start()
+        thread.join()
+        check_round(buffer, Round((30,), num_experts=2, num_topk=2, num_sms=4, seed=2))
+
+    run_ranks(1, body)
+
+
+@pytest.mark.usefixtures("direct")
+@pytest.mark.parametrize("use_fabric", [False, True])
+def test_memory_of_a_destroyed_buffer_goes_when_it_was_read(use_fabric: bool) -> None:
+    """Direct: with the last tensor over it, but not before what is queued has ended."""
+
+    def body(buffer: Buffer) -> tuple[torch.Tensor, torch.Tensor]:
+        calls = Calls(buffer)
+        rows, *_ = calls.dispatch(calls.x)
+        settle(buffer)
+        return rows, rows.clone()
+
+    try:
+        results = run_ranks(2, body, use_fabric=use_fabric)  # buffers are destroyed by now
+    except RankFailedError as error:
+        if use_fabric and "symmetric memory cannot be made" in str(error):
+            pytest.skip("no fabric handles here")
+        raise
+    while results:
+        rows, want = results.pop()
+        torch.cuda._sleep(LONG)
+        copy = rows.clone()
+        del rows
+        torch.cuda.synchronize()
+        assert torch.equal(copy, want)
