@@ -7,6 +7,7 @@ SHELL := /bin/bash
 N ?= 4
 ARGS ?=
 CUDA ?= cu13
+comma := ,
 GPU := $(shell nvidia-smi -L 2>/dev/null)
 ifneq ($(GPU),)
 TORCH ?= torch==$(if $(filter cu12,$(CUDA)),2.10.0,2.13.0)
@@ -88,11 +89,12 @@ clean: ## remove environments, caches and builds
 format-cuda:
 	git ls-files -co --exclude-standard '*.cu' '*.cuh' '*.h' | xargs -r $(CLANG_FORMAT) $(MODE)
 
+# torch alone from its own index, if that is where it comes from: to look for all else there as well takes long.
 .venv/.run:
 	@echo "installing into .venv what \`make run\` needs: $(SIZE)"
 	python3 -m venv .venv
-	.venv/bin/python -m pip install -qq $(TORCH)
-	.venv/bin/python -m pip install -qq -e '.$(if $(GPU),[$(CUDA)])'
+	.venv/bin/python -m pip install -qq --no-deps --retries 1 $(TORCH)
+	.venv/bin/python -m pip install -qq -e '.[torch$(if $(GPU),$(comma)$(CUDA))]'
 	touch $@
 
 .venv/.ready: pyproject.toml | .venv/.run

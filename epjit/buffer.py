@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 
-from epjit import env, tuned
+from epjit import env, signatures, tuned
 from epjit.check import (
     check,
     check_aligned,
@@ -34,23 +33,20 @@ from epjit.config import (
     default_combine_config,
     default_dispatch_config,
 )
-from epjit.event import EventHandle, EventOverlap, next_number
+from epjit.event import EventHandle, EventOverlap, event_of, next_number
 from epjit.formats import choose_format
 from epjit.life import Resources, give_back_left, is_capturing, is_ending, watch
-from epjit.low_latency_checks import (
-    LowLatencyChecks,
-    LowLatencyHandle,
-    agree_on_variant,
-    check_forms,
-    check_variant,
-)
+from epjit.low_latency_checks import LowLatencyChecks, LowLatencyHandle, check_forms, check_variant
+from epjit.numbers import as_int, as_seconds
 from epjit.reference.cpu_backend import CpuBackend, CpuLowLatency, CpuMemory
 from epjit.reference.intranode import Handle
 from epjit.reference.low_latency import size_hint
 from epjit.runtime.empty import empty_on, matrix, vector
 from epjit.runtime.group import Group, as_process_group
+from epjit.runtime.interrupt import synchronize
 from epjit.runtime.topology import Topology, find_topology
 from epjit.scope import AnyScope, CpuScope, CurrentStream, GpuScope, Scope, Turns
+from epjit.value_checks import ValueChecks
 
 if TYPE_CHECKING:
     from epjit.internode import Internode
@@ -139,6 +135,16 @@ class Slots(NamedTuple):
 
 SLOTS = Slots(number=6, ranks=0, rows=3, tokens=5, experts=2)
 SLOTS_BETWEEN_DOMAINS = Slots(number=10, ranks=6, rows=7, tokens=8, experts=5)
+
+
+def _handle_sizes(num_ranks: int, num_domains: int) -> tuple[tuple[int, int, int], ...]:
+    """Elements of a handle's tensors: index, how many in any case, how many more a token."""
+    if num_domains == 1:
+        return (0, num_ranks**2, 0), (1, num_ranks, 0), (5, 0, num_ranks)
+    return (
+        *((1, num_domains, num_domains), (2, num_ranks, 0), (3, 0, num_ranks)),
+        *((4, num_domains, 0), (6, num_ranks, 0)),
+    )
 
 
 class Unreceived(NamedTuple):
@@ -248,11 +254,18 @@ class Buffer:
             self.group = as_process_group(group)
             links = Group.from_torch(self.group)
         self.rank, self.group_size = links.rank, links.size
+        num_nvl_bytes = as_int("num_nvl_bytes", num_nvl_bytes)
+        num_rdma_bytes = as_int("num_rdma_bytes", num_rdma_bytes)
+        num_qps_per_rank = as_int("num_qps_per_rank", num_qps_per_rank)
+        if nvlink_domain is not None:
+            nvlink_domain = as_int("nvlink_domain", nvlink_domain)
+        if timeout_seconds is not None:
+            timeout_seconds = as_seconds("timeout_seconds", timeout_seconds)
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.enable_shrink = low_latency_mode, enable_shrink
         if num_rdma_bytes or low_latency_mode:
             self.nvshmem_qp_depth = env.nvshmem_qp_depth()
-        _check_buffer(links.size, num_nvl_bytes, num_rdma_bytes, nvlink_domain, timeout_seconds)
+        _check_buffer(links.size, num_nvl_bytes, num_rdma_bytes, nvlink_domain)
 
         self._links = links
         self._cpu: CpuBackend | None = None
@@ -273,10 +286,11 @@ class Buffer:
         _check_topology(self._topology, num_rdma_bytes, num_qps_per_rank, low_latency_mode)
         if low_latency_mode:
             check_variant(self._num_domains)
-            agree_on_variant(links)
+        self._agree(use_fabric, num_qps_per_rank)
         self._empty = empty_on(self.device)
         self._passed: dict[Hashable, bool] = {}  # arguments of the normal mode, see `signature`
         self._slots = SLOTS if self._num_domains == 1 else SLOTS_BETWEEN_DOMAINS
+        self._handle_sizes = _handle_sizes(links.size, self._num_domains)
         self._low_latency_checks = LowLatencyChecks(
             links.size, num_rdma_bytes, self.device, self._num_domains
         )
@@ -287,16 +301,48 @@ class Buffer:
                 self._let_go().abandon(error)
                 raise
         else:
+            from epjit.chosen import ChosenKernels
+
             self._available_sms = _CPU_SMS
+            self._chosen = ChosenKernels(
+                links,
+                self._topology,
+                num_nvl_bytes=num_nvl_bytes,
+                num_rdma_bytes=num_rdma_bytes,
+            )
             domains = self._topology.domains
             self._cpu = CpuBackend(links, domains if len(domains) > 1 else None)
             self._cpu_memory = CpuMemory(num_nvl_bytes)
             self._cpu_rdma_memory = CpuMemory(num_rdma_bytes)
             if low_latency_mode:
                 self._low_latency = CpuLowLatency(
-                    links, num_rdma_bytes=num_rdma_bytes, enable_shrink=enable_shrink
+                    links,
+                    self._chosen,
+                    num_rdma_bytes=num_rdma_bytes,
+                    enable_shrink=enable_shrink,
                 )
+        self._values: ValueChecks | None = None
+        if env.check_values():
+            self._values = ValueChecks(links.rank, self._topology.domains, self._in_order)
         self.runtime = BufferRuntime(self)
+
+    def _agree(self, use_fabric: bool, num_qps_per_rank: int) -> None:
+        """All ranks make the same Buffer; collective."""
+        variant = env.low_latency_combine_variant
+        values = {
+            "num_nvl_bytes": self.num_nvl_bytes,
+            "num_rdma_bytes": self.num_rdma_bytes,
+            "low_latency_mode": bool(self.low_latency_mode),
+            "enable_shrink": bool(self.enable_shrink),
+            "use_fabric": bool(use_fabric),
+            "num_qps_per_rank": num_qps_per_rank,
+            "NVLink domains": self._topology.domains,
+            variant.name: variant() if self.low_latency_mode else None,
+        }
+        self._links.agree_on(
+            {f"values of {name}": value for name, value in values.items()},
+            remedy="make Buffers with the same arguments and environment on all ranks",
+        )
 
     def _make_on_gpu(
         self, timeout_seconds: float | None, use_fabric: bool, num_qps_per_rank: int
@@ -316,7 +362,6 @@ class Buffer:
         self._resources.hold(self._comm, self._layout)
         if timeout_seconds is None:
             timeout_seconds = env.timeout_seconds()
-        timeout_seconds = min(timeout_seconds, env.MOST_SECONDS)
         self._mode: Intranode | Internode
         if several:
             from epjit.internode import Internode
@@ -375,6 +420,7 @@ class Buffer:
         Raises:
             AssertionError: Odd.
         """
+        new_num_sms = as_int("num_sms", new_num_sms)
         if new_num_sms % 2:
             raise AssertionError(f"num_sms must be even, got {new_num_sms}")
         Buffer.num_sms, Buffer._sms_are_set = new_num_sms, True
@@ -393,6 +439,7 @@ class Buffer:
         `num_sms` is what `set_num_sms` said, else what ``python -m epjit tune`` found for this GPU
         and a shape like the given one (`epjit.tuned`; 0 = 14336 bytes, 4096 tokens), else V1's 20.
         """
+        num_ranks = as_int("num_ranks", num_ranks)
         num_sms = _num_sms("dispatch", num_ranks, hidden_bytes, num_tokens)
         return default_dispatch_config(num_ranks, num_sms)
 
@@ -403,6 +450,7 @@ class Buffer:
         `num_sms` is what `set_num_sms` said, else what ``python -m epjit tune`` found for this GPU
         and a shape like the given one (`epjit.tuned`; 0 = 14336 bytes, 4096 tokens), else V1's 20.
         """
+        num_ranks = as_int("num_ranks", num_ranks)
         num_sms = _num_sms("combine", num_ranks, hidden_bytes, num_tokens)
         return default_combine_config(num_ranks, num_sms)
 
@@ -433,10 +481,11 @@ class Buffer:
             "num_ranks": num_ranks,
             "num_experts": num_experts,
         }
-        reasons = [f"{name} is {value}" for name, value in sizes.items() if value <= 0]
+        numbers = {name: as_int(name, value) for name, value in sizes.items()}
+        reasons = [f"{name} is {value}" for name, value in numbers.items() if value <= 0]
         if reasons:
             raise ValueError(f"{', '.join(reasons)}, but must be at least 1")
-        return size_hint(*sizes.values())
+        return size_hint(*numbers.values())
 
     @staticmethod
     def _unpack_bias(bias: Bias) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -487,6 +536,7 @@ class Buffer:
             ValueError: `size` does not fit.
         """
         self._check_alive()
+        offset = as_int("offset", offset)
         num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
         with self._entered():
             whole = self._memory(use_rdma_buffer).tensor(torch.uint8)
@@ -533,6 +583,8 @@ class Buffer:
             )
         if self.runtime is None:
             raise AssertionError("this Buffer is destroyed already")
+        if self._cpu is None:
+            synchronize(self.device)  # before anything is freed: here Ctrl-C may end it
         self._release()
 
     def _release(self) -> None:
@@ -672,6 +724,8 @@ class Buffer:
             combine_dtype: bfloat16 or float16.
         """
         self._check_alive()
+        hidden_bytes = as_int("hidden_bytes", hidden_bytes)
+        num_topk, num_scales = as_int("num_topk", num_topk), as_int("num_scales", num_scales)
         if hidden_bytes <= 0 or hidden_bytes % 16 or hidden_bytes > MAX_ROW_BYTES:
             raise ValueError(
                 f"hidden_bytes is {hidden_bytes}, but must be a multiple of 16, "
@@ -681,8 +735,6 @@ class Buffer:
             raise ValueError(
                 f"num_topk is {num_topk} (0 to {MAX_TOPK}) and num_scales {num_scales} (0 or more)"
             )
-        if self._cpu is not None:
-            return
         from epjit.normal_mode import warmup_shapes
 
         shapes = warmup_shapes(
@@ -692,6 +744,10 @@ class Buffer:
             topk_is_int64=topk_idx_dtype == torch.int64,
             is_f16=combine_dtype == torch.float16,
         )
+        if self._cpu is not None:
+            for shape in shapes:
+                self._chosen.launch(shape)
+            return
         with self._entered():
             for shape in shapes:
                 self._mode.launch(shape)
@@ -741,6 +797,7 @@ class Buffer:
             CommunicationError: An earlier operation of this buffer failed.
         """
         self._check_alive()
+        num_experts = as_int("num_experts", num_experts)
         arguments = (signature(topk_idx), num_experts)
         if arguments not in self._passed:
             check(
@@ -753,6 +810,8 @@ class Buffer:
             check_topk(topk_idx)
             self._check_experts(num_experts)
             remember(self._passed, arguments, True)
+        if self._values is not None:
+            self._values.get_dispatch_layout(topk_idx, num_experts, after=previous_event)
         if self._cpu is not None:
             cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
             return *self._cpu.layout(topk_idx, num_experts), cpu_scope.finish()
@@ -773,6 +832,7 @@ class Buffer:
             event = scope.finish((topk_idx,), (per_rank, per_rdma_rank, per_expert, in_rank))
         return per_rank, per_rdma_rank, per_expert, in_rank, event
 
+    @signatures.dispatch
     def dispatch(
         self,
         x: Payload,
@@ -860,8 +920,11 @@ class Buffer:
                     "a cached dispatch (handle=...) takes no topk_idx and no topk_weights"
                 )
             self._check_handle(handle, num_tokens=rows.shape[0])
+            if self._values is not None:
+                self._values.handle(handle, after=previous_event)
             if self._cpu is not None:
                 cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
+                self._chosen.check_dispatch(rows, scales, None, num_sms=config.num_sms)
                 recv_x, recv_scales = self._cpu.cached_dispatch(rows, scales, handle)
                 event = cpu_scope.finish()
             else:
@@ -887,11 +950,27 @@ class Buffer:
         assert num_tokens_per_rank is not None
         assert is_token_in_rank is not None
         assert num_tokens_per_expert is not None
-        _check_counts(expert_alignment, num_worst_tokens, topk_idx)
+        expert_alignment = as_int("expert_alignment", expert_alignment, least=1)
+        num_worst_tokens = as_int("num_worst_tokens", num_worst_tokens, least=0)
+        if num_worst_tokens > 0 and topk_idx is None:
+            raise ValueError(
+                "num_worst_tokens needs topk_idx: without it nothing says which rows arrived"
+            )
         layout = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
         per_rdma_rank = num_tokens_per_rdma_rank if self._num_domains > 1 else None
+        if self._values is not None:
+            self._values.dispatch(
+                topk_idx,
+                topk_weights,
+                num_tokens_per_rank,
+                is_token_in_rank,
+                num_tokens_per_expert,
+                per_rdma_rank,
+                after=previous_event,
+            )
         if self._cpu is not None:
             cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
+            self._chosen.check_dispatch(rows, scales, topk_idx, num_sms=config.num_sms)
             result = self._cpu.dispatch(
                 rows,
                 scales,
@@ -995,8 +1074,11 @@ class Buffer:
                 num_tokens=num_tokens,
             )
         self._check_config(config)
+        if self._values is not None:
+            self._values.handle(handle, after=previous_event)
         if self._cpu is not None:
             cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
+            self._chosen.check_combine(x, topk_weights, num_sms=config.num_sms)
             combined_x, combined_weights = self._cpu.combine(
                 x, handle, topk_weights, (bias_0, bias_1)
             )
@@ -1019,6 +1101,7 @@ class Buffer:
 
     # ---- low latency -----------------------------------------------------------------------------
 
+    @signatures.low_latency_dispatch
     def low_latency_dispatch(
         self,
         x: torch.Tensor,
@@ -1084,8 +1167,8 @@ class Buffer:
         """
         mode = self._low_latency_mode("low_latency_dispatch")
         check_forms(async_finish=async_finish, return_recv_hook=return_recv_hook)
-        max_tokens = operator.index(num_max_dispatch_tokens_per_rank)
-        num_experts = operator.index(num_experts)
+        max_tokens = as_int("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank)
+        num_experts = as_int("num_experts", num_experts)
         row_format = choose_format(
             use_fp8=use_fp8,
             round_scale=round_scale,
@@ -1102,6 +1185,8 @@ class Buffer:
             recv_stats=cumulative_local_expert_recv_stats,
             wait_cost=dispatch_wait_recv_cost_stats,
         )
+        if self._values is not None:
+            self._values.low_latency_dispatch(x, topk_idx, num_experts)
         with self._entered(), self._low_latency_scope(async_finish) as scope:
             received, receive = mode.dispatch(
                 scope,
@@ -1134,6 +1219,7 @@ class Buffer:
         recv_x = _payload(received.recv_x, received.recv_scales)
         return recv_x, received.recv_count, handle, event, hook
 
+    @signatures.low_latency_combine
     def low_latency_combine(
         self,
         x: torch.Tensor,
@@ -1190,6 +1276,8 @@ class Buffer:
             wait_cost=combine_wait_recv_cost_stats,
         )
         src_info = handle[0]
+        if self._values is not None:
+            self._values.low_latency_combine(topk_idx, topk_weights, src_info, call.num_experts)
         with self._entered(), self._low_latency_scope(async_finish) as scope:
             combined_x, receive = mode.combine(
                 scope,
@@ -1232,8 +1320,7 @@ class Buffer:
             RuntimeError: Not in low-latency mode, or destroyed.
         """
         mode = self._low_latency_mode("get_next_low_latency_combine_buffer", received=False)
-        self._low_latency_checks.send_buffer(handle)
-        _, _, max_tokens, hidden, num_experts = handle
+        max_tokens, hidden, num_experts = self._low_latency_checks.send_buffer(handle)
         with self._entered():
             return mode.send_buffer(num_experts=num_experts, max_tokens=max_tokens, hidden=hidden)
 
@@ -1276,6 +1363,7 @@ class Buffer:
             RuntimeError: The buffer was made without `enable_shrink`.
         """
         mode = self._masking_mode("low_latency_update_mask_buffer")
+        rank_to_mask = as_int("rank_to_mask", rank_to_mask)
         if not 0 <= rank_to_mask < self.group_size:
             raise ValueError(
                 f"rank_to_mask is {rank_to_mask}, but must be between 0 and {self.group_size - 1}"
@@ -1350,6 +1438,9 @@ class Buffer:
             RuntimeError: Not in low-latency mode, or a hook has not been called.
         """
         mode = self._low_latency_mode("low_latency_warmup")
+        max_tokens = as_int("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank)
+        hidden, num_experts = as_int("hidden", hidden), as_int("num_experts", num_experts)
+        num_topk = as_int("num_topk", num_topk)
         row_format = choose_format(
             use_fp8=use_fp8,
             round_scale=round_scale,
@@ -1364,7 +1455,7 @@ class Buffer:
             return
         with self._entered():
             mode.warmup(
-                max_tokens=num_max_dispatch_tokens_per_rank,
+                max_tokens=max_tokens,
                 hidden=hidden,
                 num_experts=num_experts,
                 num_topk=num_topk,
@@ -1457,7 +1548,7 @@ class Buffer:
         turn in which the call is queued.
         """
         assert self._comm is not None
-        event = None if previous_event is None else previous_event.event
+        event = event_of(previous_event)
         shows = self._shows_comm and not is_low_latency and not self._comm.is_current()
         scope: GpuScope
         if async_finish or allocate_on_comm_stream or event is not None or shows:
@@ -1614,11 +1705,19 @@ class Buffer:
                 f"handle is of {routed.shape[1]} NVLink domains, but this Buffer has "
                 f"{self._num_domains}; use it with the Buffer that made it"
             )
-        if num_tokens is not None and routed.shape[0] != num_tokens:
+        tokens = routed.shape[0]
+        if num_tokens is not None and tokens != num_tokens:
             raise ValueError(
-                f"x has {num_tokens} tokens, but the handle routes {routed.shape[0]}: "
+                f"x has {num_tokens} tokens, but the handle routes {tokens}: "
                 "a cached dispatch sends a row for each token of the first one"
             )
+        for index, size, size_a_token in self._handle_sizes:
+            if handle[index].numel() != size + size_a_token * tokens:
+                raise ValueError(
+                    f"handle[{index}] has {handle[index].numel()} elements, but that of a dispatch "
+                    f"of {tokens} tokens between {ranks} ranks has "
+                    f"{size + size_a_token * tokens}; pass the handle as dispatch returned it"
+                )
 
     def _check_routing(
         self,
@@ -1705,8 +1804,8 @@ def _num_sms(op: str, num_ranks: int, hidden_bytes: int, num_tokens: int) -> int
         op,
         gpu=torch.cuda.get_device_name(),
         num_ranks=num_ranks,
-        hidden_bytes=hidden_bytes or _DEFAULT_ROW_BYTES,
-        num_tokens=num_tokens or _DEFAULT_TOKENS,
+        hidden_bytes=as_int("hidden_bytes", hidden_bytes, least=0) or _DEFAULT_ROW_BYTES,
+        num_tokens=as_int("num_tokens", num_tokens, least=0) or _DEFAULT_TOKENS,
     )
     return Buffer.num_sms if found is None else found.num_sms
 
@@ -1728,17 +1827,12 @@ def _check_buffer(
     num_nvl_bytes: int,
     num_rdma_bytes: int,
     nvlink_domain: int | None,
-    timeout_seconds: float | None,
 ) -> None:
     reasons = [
-        f"{name} is {value!r}, but must be an int, a multiple of {_SIZE_ALIGNMENT} and not negative"
+        f"{name} is {value}, but must be a multiple of {_SIZE_ALIGNMENT} and not negative"
         for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes))
-        if not hasattr(value, "__index__") or value < 0 or value % _SIZE_ALIGNMENT
+        if value < 0 or value % _SIZE_ALIGNMENT
     ]
-    if timeout_seconds is not None and not (
-        isinstance(timeout_seconds, int | float) and timeout_seconds > 0
-    ):
-        reasons.append(f"timeout_seconds is {timeout_seconds!r}, but must be greater than 0")
     if num_ranks > MAX_GROUP:
         reasons.append(f"the group has {num_ranks} ranks, but may have up to {MAX_GROUP}")
     if nvlink_domain is not None and nvlink_domain < 0:
@@ -1770,19 +1864,6 @@ def _check_topology(
         )
     if reasons:
         raise ValueError("Buffer: " + "; ".join(reasons))
-
-
-def _check_counts(
-    expert_alignment: int, num_worst_tokens: int, topk_idx: torch.Tensor | None
-) -> None:
-    if expert_alignment < 1:
-        raise ValueError(f"expert_alignment is {expert_alignment}, but must be at least 1")
-    if num_worst_tokens < 0:
-        raise ValueError(f"num_worst_tokens is {num_worst_tokens}, but must not be negative")
-    if num_worst_tokens > 0 and topk_idx is None:
-        raise ValueError(
-            "num_worst_tokens needs topk_idx: without it nothing says which rows arrived"
-        )
 
 
 def _payload(rows: torch.Tensor, scales: torch.Tensor | None) -> Payload:

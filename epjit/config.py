@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from epjit import env
+from epjit.numbers import as_int
 from epjit.runtime import topology
 
 # The limits of one call.
@@ -49,6 +50,7 @@ class Config:
             multiple of the send chunk.
 
     Raises:
+        TypeError: A value that is no int.
         ValueError: A value that V1 refuses.
     """
 
@@ -60,6 +62,9 @@ class Config:
 
     def __post_init__(self) -> None:
         """Checks the values; all reasons at once."""
+        for field in fields(self):
+            number = as_int(f"Config: {field.name}", getattr(self, field.name))
+            object.__setattr__(self, field.name, number)
         nvl_send, nvl_recv = (
             self.num_max_nvl_chunked_send_tokens,
             self.num_max_nvl_chunked_recv_tokens,
@@ -102,6 +107,7 @@ class Config:
         Returns:
             A multiple of 128.
         """
+        hidden_bytes, num_ranks = _sizes(hidden_bytes, num_ranks)
         num_channels = max(self.num_sms // 2, 1)
         num_nvl_ranks = min(num_ranks, _ranks_per_domain(ranks_per_domain))
         rows = max(num_channels * self.num_max_nvl_chunked_recv_tokens, _MIN_ROWS_A_RANK)
@@ -124,6 +130,7 @@ class Config:
         Returns:
             A multiple of 128.
         """
+        hidden_bytes, num_ranks = _sizes(hidden_bytes, num_ranks)
         a_domain = _ranks_per_domain(ranks_per_domain)
         if num_ranks <= a_domain:
             return 0
@@ -177,8 +184,14 @@ def _chunks(table: dict[int, tuple[int, int, int, int]], num_ranks: int) -> tupl
     return table[max(ranks for ranks in table if ranks <= num_ranks)]
 
 
+def _sizes(hidden_bytes: int, num_ranks: int) -> tuple[int, int]:
+    return as_int("hidden_bytes", hidden_bytes, least=0), as_int("num_ranks", num_ranks, least=1)
+
+
 def _ranks_per_domain(given: int | None) -> int:
-    value = min(env.nvlink_domain() or MAX_RANKS, MAX_RANKS) if given is None else given
+    if given is None:
+        given = min(env.nvlink_domain() or MAX_RANKS, MAX_RANKS)
+    value = as_int("ranks_per_domain", given)
     if not 1 <= value <= MAX_RANKS:
         raise ValueError(
             f"ranks_per_domain is {value}, but an NVLink domain has 1 to {MAX_RANKS} ranks"

@@ -13,11 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from epjit.numbers import MOST_SECONDS
 from epjit.runtime.device import arch_name
 
 T = TypeVar("T")
-MOST_SECONDS = 1e9
-"""Of a wait: 31 years; ten times as many nanoseconds do not fit into 64 bits with a sign."""
 
 
 @dataclass(frozen=True)
@@ -87,7 +86,10 @@ def _natural(text: str) -> int:
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # there is no such home folder
+        raise ValueError from None
 
 
 def _choice(*allowed: str) -> Callable[[str], str]:
@@ -105,9 +107,35 @@ def _index_bits(text: str) -> int:
     return int(text)
 
 
+# What TORCH_CUDA_ARCH_LIST may hold besides numbers: torch's names and, of CMake's, those that mean
+# the GPU of this machine, for which kernels are compiled anyway. The longer of two comes first.
+_NAMED_ARCHS = {
+    "native": "",
+    "Auto": "",
+    "Kepler+Tesla": "3.7",
+    "Kepler": "3.5+PTX",
+    "Maxwell+Tegra": "5.3",
+    "Maxwell": "5.0;5.2+PTX",
+    "Pascal": "6.0;6.1+PTX",
+    "Volta+Tegra": "7.2",
+    "Volta": "7.0+PTX",
+    "Turing": "7.5+PTX",
+    "Ampere+Tegra": "8.7",
+    "Ampere": "8.0;8.6+PTX",
+    "Ada": "8.9+PTX",
+    "Hopper": "9.0+PTX",
+    "Blackwell+Tegra": "11.0",
+    "Blackwell": "10.0;10.3;12.0;12.1+PTX",
+    "Common": "8.0;8.6;8.9;9.0;10.0;12.0",
+    "All": "8.0;8.6;8.7;8.9;9.0;10.0;10.3;11.0;12.0;12.1",
+}
+
+
 def _arch_list(text: str) -> tuple[str, ...]:
     archs = []
-    for item in re.split(r"[;,\s]+", text.strip("; \t")):
+    for name, numbers in _NAMED_ARCHS.items():
+        text = text.replace(name, numbers)
+    for item in filter(None, re.split(r"[;,\s]+", text)):
         match = re.fullmatch(r"(\d+)\.(\d)[af]?(?:\+PTX)?", item)
         if match is None:
             raise ValueError
@@ -147,6 +175,15 @@ dump: Variable[Path | None] = Variable(
     None,
     "Folder that receives the generated unit, the cubin and the compiler's log of every kernel.",
     _path,
+)
+check_values: Variable[bool] = Variable(
+    "EPJIT_CHECK",
+    _FLAG,
+    False,
+    "Looks at the values of each call's arguments before anything is launched (experts in range, a "
+    "layout that fits the choices, finite rows and weights, handles as they were returned); the "
+    "host waits for the stream, so for debugging. Read when a Buffer is made.",
+    _flag,
 )
 backend: Variable[str] = Variable(
     "EPJIT_BACKEND",
@@ -259,7 +296,7 @@ nvshmem_qp_depth: Variable[int] = Variable(
 )
 torch_cuda_arch_list: Variable[tuple[str, ...]] = Variable(
     "TORCH_CUDA_ARCH_LIST",
-    "a list such as '9.0;8.0+PTX', separated by ';' or spaces",
+    "a list such as '9.0;8.0+PTX' or 'Hopper;Ampere', separated by ';' or spaces",
     (),
     "Architectures to compile for ahead of time; those before 8.0 are left out.",
     _arch_list,

@@ -67,6 +67,11 @@ class EventHandle:
             self._event.synchronize()
 
 
+def event_of(previous_event: EventOverlap | EventHandle | None) -> EventHandle | None:
+    """The event that a call waits for; none in a bare `EventHandle`, which V1 takes for none."""
+    return getattr(previous_event, "event", None)
+
+
 class EventOverlap:
     """What an operation returns to be waited for; usable as ``with event:`` around overlapped work.
 

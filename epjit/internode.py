@@ -32,6 +32,7 @@ from epjit.reference.intranode import Dispatched
 from epjit.runtime import variants
 from epjit.runtime.device import shared_limit
 from epjit.runtime.group import BUFFER, Group
+from epjit.runtime.interrupt import interruptible
 from epjit.runtime.jit import KernelConfig, Launch
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import make_transport
@@ -316,7 +317,7 @@ class _Rings:
     """Where the parts of the memory of the transport lie, in bytes from its start."""
 
     def __init__(self, num_domains: int, num_local: int, num_rdma_bytes: int) -> None:
-        self.max_slots = _MAX_WORDS // (num_domains * num_local)
+        self.max_slots = _max_slots(num_domains, num_local)
         self.inbox = 0
         self.bytes = num_rdma_bytes // 2 // _SLOT_ALIGNMENT * _SLOT_ALIGNMENT
         self.stage = self.bytes
@@ -442,17 +443,6 @@ class Internode(NormalMode):
         return _config(shape, self._topology.num_domains, self._topology.num_local, self._arch)
 
     def _bind(self, shape: DispatchShape | CombineShape, config: Any) -> Launch:
-        num_domains, num_local = self._topology.num_domains, self._topology.num_local
-        step = 2 * config.tokens_per_chunk
-        bytes_a_slot = num_domains * config.slot_bytes
-        ring_slots = min(self._rings.bytes // bytes_a_slot, self._rings.max_slots) // step * step
-        if ring_slots == 0:
-            raise ValueError(
-                f"{config.op} of {shape.hidden_bytes}-byte rows between {num_domains} NVLink "
-                f"domains needs num_rdma_bytes >= {2 * step * bytes_a_slot}, but this Buffer has "
-                f"{2 * self._rings.bytes}; pass Config.get_rdma_buffer_size_hint(hidden_bytes, "
-                f"num_ranks, ranks_per_domain={num_local})"
-            )
         bound = self._common()
         bound.update(
             words=self._everywhere(self._arena.words),
@@ -461,31 +451,16 @@ class Internode(NormalMode):
             arrived=self.rdma_memory.ptr + self._rings.arrived,
             staged=self.rdma_memory.ptr + self._rings.staged,
             stage=self.rdma_memory.ptr + self._rings.stage,
-            ring_slots=ring_slots,
+            ring_slots=ring_slots(config, 2 * self._rings.bytes),
         )
         if isinstance(config, InternodeCombineConfig):
             bound["slots"] = self._everywhere(self._arena.slots)
             bound["inbox"] = self.rdma_memory.ptr + self._rings.inbox
-            bound["num_slots"] = self._combine_slots(shape, config)
+            bound["num_slots"] = combine_slots(config, self._arena.slots_bytes)
         else:
             bound["inbox"] = self._inboxes(self._rings.inbox)
             bound["fits"] = self._fits.data_ptr()
         return Launch(self._kernel(config, self._transport.name), **bound)
-
-    def _combine_slots(self, shape: Any, config: InternodeCombineConfig) -> int:
-        """Slots of a channel for rows on their way inside a domain."""
-        if config.num_local == 1:
-            return self._rings.max_slots  # nothing is pushed
-        bytes_a_token = config.num_domains * config.num_local * config.slot_bytes
-        num_slots = min(self._arena.slots_bytes // bytes_a_token, self._rings.max_slots) // 2 * 2
-        if num_slots < 2:
-            raise ValueError(
-                f"combine of {shape.hidden_bytes}-byte rows between {config.num_domains} NVLink "
-                f"domains of {config.num_local} needs num_nvl_bytes >= {2 * bytes_a_token}, but "
-                f"this Buffer has {self._arena.slots_bytes}; pass "
-                "Config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks)"
-            )
-        return num_slots
 
     def _ahead(self, arch: str) -> Iterator[tuple[KernelConfig, str]]:
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
@@ -615,7 +590,7 @@ class Internode(NormalMode):
         launch = self.launch(shape)
         config = launch.kernel.config
         assert isinstance(config, InternodeDispatchConfig)
-        _check_warps(config, num_sms)
+        check_warps(config, num_sms)
         return launch
 
     def _dispatch_rows(
@@ -679,7 +654,7 @@ class Internode(NormalMode):
         launch = self.launch(combine_shape(x, topk_weights))
         config = launch.kernel.config
         assert isinstance(config, InternodeCombineConfig)
-        _check_warps(config, num_sms)
+        check_warps(config, num_sms)
         combined, values = self._combined(scope, x, num_tokens, topk_weights, bias)
         scope.start()
         reduce_warps = config.reduce_warps * num_sms
@@ -704,7 +679,7 @@ class Internode(NormalMode):
         ]
 
     def _drain(self) -> None:
-        self._transport.quiet()  # all ranks are here
+        interruptible(self._transport.quiet)  # all ranks are here
         self._group.barrier(op="reset")
 
     def _leave(self) -> None:
@@ -713,7 +688,55 @@ class Internode(NormalMode):
             self._transport.quiet()  # the memory may be another Buffer's next
 
 
-def _check_warps(config: InternodeDispatchConfig | InternodeCombineConfig, num_sms: int) -> None:
+def _max_slots(num_domains: int, num_local: int) -> int:
+    return _MAX_WORDS // (num_domains * num_local)
+
+
+def ring_slots(
+    config: InternodeDispatchConfig | InternodeCombineConfig, num_rdma_bytes: int
+) -> int:
+    """Slots of a ring.
+
+    Raises:
+        ValueError: There is no room for two chunks.
+    """
+    step = 2 * config.tokens_per_chunk
+    bytes_a_slot = config.num_domains * config.slot_bytes
+    ring_bytes = num_rdma_bytes // 2 // _SLOT_ALIGNMENT * _SLOT_ALIGNMENT
+    most = _max_slots(config.num_domains, config.num_local)
+    number = min(ring_bytes // bytes_a_slot, most) // step * step
+    if number == 0:
+        raise ValueError(
+            f"{config.op} of {config.hidden_bytes}-byte rows between {config.num_domains} NVLink "
+            f"domains needs num_rdma_bytes >= {2 * step * bytes_a_slot}, but this Buffer has "
+            f"{num_rdma_bytes}; pass Config.get_rdma_buffer_size_hint(hidden_bytes, num_ranks, "
+            f"ranks_per_domain={config.num_local})"
+        )
+    return number
+
+
+def combine_slots(config: InternodeCombineConfig, num_nvl_bytes: int) -> int:
+    """Slots of a channel for rows on their way inside a domain.
+
+    Raises:
+        ValueError: There is no room for two.
+    """
+    most = _max_slots(config.num_domains, config.num_local)
+    if config.num_local == 1:
+        return most  # nothing is pushed
+    bytes_a_token = config.num_domains * config.num_local * config.slot_bytes
+    number = min(num_nvl_bytes // bytes_a_token, most) // 2 * 2
+    if number < 2:
+        raise ValueError(
+            f"combine of {config.hidden_bytes}-byte rows between {config.num_domains} NVLink "
+            f"domains of {config.num_local} needs num_nvl_bytes >= {2 * bytes_a_token}, but "
+            f"this Buffer has {num_nvl_bytes}; pass "
+            "Config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks)"
+        )
+    return number
+
+
+def check_warps(config: InternodeDispatchConfig | InternodeCombineConfig, num_sms: int) -> None:
     """Each channel needs warps of its own, or a wait in one could hold up another for ever."""
     others = config.num_domains - 1
     channels = [(others, config.num_put_warps)]

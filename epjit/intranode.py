@@ -161,10 +161,14 @@ class DispatchConfig(KernelConfig):
         return self.num_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
 
     @property
+    def slot_bytes(self) -> int:
+        """Bytes of one token in a slot."""
+        return _align(self.hidden_bytes + 4 * self.num_scales + 8 * self.num_topk)
+
+    @property
     def bytes_a_token(self) -> int:
         """Bytes of slots for one token of every rank that shares them."""
-        slot = _align(self.hidden_bytes + 4 * self.num_scales + 8 * self.num_topk)
-        return self.num_ranks * slot if self.push else slot
+        return self.num_ranks * self.slot_bytes if self.push else self.slot_bytes
 
     @property
     def tag(self) -> str:
@@ -214,9 +218,14 @@ class CombineConfig(KernelConfig):
         return self.num_push_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
 
     @property
+    def slot_bytes(self) -> int:
+        """Bytes of one row in a slot."""
+        return _align(self.hidden_bytes + 4 * self.num_topk)
+
+    @property
     def bytes_a_token(self) -> int:
         """Bytes of slots that a token takes: one row from each rank."""
-        return self.num_ranks * _align(self.hidden_bytes + 4 * self.num_topk)
+        return self.num_ranks * self.slot_bytes
 
     @property
     def tag(self) -> str:
@@ -295,6 +304,39 @@ def warmup_configs(
     configs: list[KernelConfig] = [NotifyConfig(num_ranks)]
     configs += [LayoutConfig(num_ranks, wide) for wide in (True, False)]
     return configs + [_config(shape, num_ranks, arch, gpu=gpu) for shape in shapes]
+
+
+def num_slots(config: DispatchConfig | CombineConfig, num_nvl_bytes: int) -> int:
+    """Slots of one source rank.
+
+    Raises:
+        ValueError: There is no room for two.
+    """
+    if config.num_ranks == 1:
+        return _MAX_SLOTS  # nothing is staged
+    number = min(num_nvl_bytes // config.bytes_a_token, _MAX_SLOTS) // 2 * 2
+    if number < 2:
+        raise ValueError(
+            f"{config.op} of {config.hidden_bytes}-byte rows needs num_nvl_bytes >= "
+            f"{2 * config.bytes_a_token}, but this Buffer has {num_nvl_bytes}; pass "
+            "Config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks)"
+        )
+    return number
+
+
+def check_warps(config: CombineConfig, num_sms: int) -> None:
+    """Each peer needs a warp that pushes.
+
+    Raises:
+        ValueError: There are fewer.
+    """
+    push_warps, num_peers = config.num_push_warps * num_sms, config.num_ranks - 1
+    if push_warps < num_peers:
+        raise ValueError(
+            f"config.num_sms is {num_sms}, which gives combine {push_warps} warps that push "
+            f"rows of {config.hidden_bytes} bytes, but it needs one for each of the "
+            f"{num_peers} peers; use more SMs"
+        )
 
 
 class _Arena:
@@ -395,15 +437,6 @@ class Intranode(NormalMode):
         return _config(shape, self._group.size, self._arch, gpu=gpu)
 
     def _bind(self, shape: DispatchShape | CombineShape, config: Any) -> Launch:
-        num_slots = min(self._arena.slots_bytes // config.bytes_a_token, _MAX_SLOTS) // 2 * 2
-        if self._group.size == 1:
-            num_slots = _MAX_SLOTS  # nothing is staged
-        elif num_slots < 2:
-            raise ValueError(
-                f"{config.op} of {shape.hidden_bytes}-byte rows needs num_nvl_bytes >= "
-                f"{2 * config.bytes_a_token}, but this Buffer has {self._arena.slots_bytes}; "
-                "pass Config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks)"
-            )
         own: dict[str, list[int]] = {}
         if isinstance(config, DispatchConfig):
             # Places count from the start of the memory, so that 0 is none.
@@ -417,7 +450,7 @@ class Intranode(NormalMode):
             **own,
             slots=self._everywhere(self._arena.slots),
             words=self._everywhere(self._arena.words),
-            num_slots=num_slots,
+            num_slots=num_slots(config, self._arena.slots_bytes),
         )
 
     def _ahead(self, arch: str) -> Iterator[tuple[KernelConfig, str]]:
@@ -619,13 +652,7 @@ class Intranode(NormalMode):
         launch = self.launch(combine_shape(x, topk_weights))
         combine_config = launch.kernel.config
         assert isinstance(combine_config, CombineConfig)
-        push_warps = combine_config.num_push_warps * num_sms
-        if push_warps < self._group.size - 1:
-            raise ValueError(
-                f"config.num_sms is {num_sms}, which gives combine {push_warps} warps that push "
-                f"rows of {combine_config.hidden_bytes} bytes, but it needs one for each of the "
-                f"{self._group.size - 1} peers; use more SMs"
-            )
+        check_warps(combine_config, num_sms)
         combined, values = self._combined(scope, x, num_tokens, topk_weights, bias)
         scope.start()
         values |= {

@@ -24,7 +24,7 @@ from epjit.config import (
     MAX_RANKS,
 )
 from epjit.formats import BF16, FORMATS, FP8, NVFP4, RowFormat
-from epjit.low_latency_checks import CombineCall, DispatchCall
+from epjit.low_latency_checks import CombineCall, DispatchCall, check_source
 from epjit.reference.low_latency import (
     DispatchedForms,
     LowLatencyDispatched,
@@ -35,6 +35,7 @@ from epjit.runtime import variants
 from epjit.runtime.device import arch_of, num_sms, shared_limit
 from epjit.runtime.empty import Form, empty_on, matrix
 from epjit.runtime.fault import FaultRecord, raise_abort
+from epjit.runtime.interrupt import interruptible, synchronize
 from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import RemoteMemory, Transport, make_transport
@@ -831,15 +832,7 @@ class LowLatency:
         Unless each lies where it would be staged.
         """
         begin = self.memory.ptr + self._arena.send_buffer
-        end = self.memory.ptr + self._arena.signals
-        first = x.data_ptr()
-        if first >= end or first + x.nbytes <= begin or (first == begin and not use_logfmt):
-            return
-        raise ValueError(
-            "x overlaps the buffer of get_next_low_latency_combine_buffer, which between NVLink "
-            "domains the rows are sent from; pass another tensor, or that buffer with "
-            "zero_copy=True and without use_logfmt"
-        )
+        check_source(x, begin, self.memory.ptr + self._arena.signals, use_logfmt=use_logfmt)
 
     @staticmethod
     def _split(
@@ -883,10 +876,10 @@ class LowLatency:
 
     def reset(self) -> None:
         """Forgets everything that was under way; collective."""
-        torch.cuda.synchronize(self._device)
+        synchronize(self._device)
         self._group.reset()
         if self._transport is not None:
-            self._transport.quiet()  # what is on its way must not come after the zeros
+            interruptible(self._transport.quiet)  # what is on its way must not come after the zeros
             self._group.barrier(op="reset")
         self.memory.tensor(torch.uint8)[self._arena.signals :].zero_()
         self._words[: self._peers_at].zero_()

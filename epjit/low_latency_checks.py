@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import Any, TypeAlias
 
 import torch
 
@@ -17,10 +17,8 @@ from epjit.config import (
     MAX_ROW_BYTES,
 )
 from epjit.formats import BF16, NVFP4, RowFormat
+from epjit.numbers import as_int
 from epjit.reference.low_latency import dispatched_sizes, size_hint
-
-if TYPE_CHECKING:
-    from epjit.runtime.group import Group
 
 LowLatencyHandle: TypeAlias = tuple[torch.Tensor, torch.Tensor, int, int, int]
 """What `low_latency_dispatch` leaves for `low_latency_combine`: `src_info` int32 `[E // R, R * M]`,
@@ -100,6 +98,8 @@ class LowLatencyChecks:
 
     def sizes(self, max_tokens: int, num_experts: int) -> None:
         """`M` and `E`."""
+        max_tokens = as_int("num_max_dispatch_tokens_per_rank", max_tokens)
+        num_experts = as_int("num_experts", num_experts)
         if max_tokens < 1 or max_tokens * self.num_ranks > MAX_LOW_LATENCY_TOKENS:
             raise ValueError(
                 f"num_max_dispatch_tokens_per_rank is {max_tokens}, but must be between 1 and "
@@ -109,6 +109,7 @@ class LowLatencyChecks:
 
     def hidden(self, hidden: int, row_format: RowFormat = BF16) -> None:
         """`H`, for a format."""
+        hidden = as_int("hidden", hidden)
         if hidden <= 0 or hidden % row_format.granularity or 2 * hidden > MAX_ROW_BYTES:
             raise ValueError(
                 f"hidden is {hidden}, but rows in {row_format.name} must have a multiple of "
@@ -284,10 +285,13 @@ class LowLatencyChecks:
         )
         return remember(self._combines, arguments, call)
 
-    def send_buffer(self, handle: LowLatencyHandle) -> None:
-        """What `get_next_low_latency_combine_buffer` takes."""
+    def send_buffer(self, handle: LowLatencyHandle) -> tuple[int, int, int]:
+        """What `get_next_low_latency_combine_buffer` takes; gives `M`, `H` and `E`."""
+        _, _, *sizes = self._entries(handle)
         self._handle(handle)
-        self._room_to_send(handle[2:])
+        max_tokens, hidden, num_experts = sizes
+        self._room_to_send((max_tokens, hidden, num_experts))
+        return max_tokens, hidden, num_experts
 
     @staticmethod
     def _entries(handle: Any) -> tuple[Any, Any, Any, Any, Any]:
@@ -302,16 +306,17 @@ class LowLatencyChecks:
                 f"handle is a {got}, expected the tuple of 5 that low_latency_dispatch returned"
             )
         src_info, layout_range, max_tokens, hidden, num_experts = handle
-        return src_info, layout_range, max_tokens, hidden, num_experts
+        return (
+            src_info,
+            layout_range,
+            as_int("handle[2]", max_tokens),
+            as_int("handle[3]", hidden),
+            as_int("handle[4]", num_experts),
+        )
 
     def _handle(self, handle: Any) -> tuple[int, int]:
         """What `low_latency_dispatch` returned; gives tokens and top-k of that call."""
         src_info, layout_range, max_tokens, hidden, num_experts = self._entries(handle)
-        if not all(hasattr(each, "__index__") for each in (max_tokens, hidden, num_experts)):
-            raise TypeError(
-                f"handle[2:] is {tuple(handle[2:])}, expected the three numbers that "
-                "low_latency_dispatch returned"
-            )
         self.sizes(max_tokens, num_experts)
         self.hidden(hidden)
         shape = (num_experts // self.num_ranks, self.num_ranks * max_tokens)
@@ -400,16 +405,25 @@ def _end(src_info: object) -> object:
     return src_info.untyped_storage().nbytes(), src_info.storage_offset()
 
 
-def agree_on_variant(group: Group) -> None:
-    """All ranks are asked for the same variant of combine. Collective.
+def check_source(x: torch.Tensor, begin: int, end: int, *, use_logfmt: bool) -> None:
+    """The rows of a combine between domains, which are staged in the send buffer.
+
+    Args:
+        x: The rows.
+        begin: Address of the send buffer.
+        end: The address behind it.
+        use_logfmt: Whether they are encoded there.
 
     Raises:
-        RuntimeError: They are not.
-        CommunicationError: Ranks did not come; names them.
+        ValueError: They lie there already, and not each where it would be staged.
     """
-    variable = env.low_latency_combine_variant
-    group.agree(
-        f"values of {variable.name}", variable(), remedy="set it to the same value on all ranks"
+    first = x.data_ptr()
+    if first >= end or first + x.nbytes <= begin or (first == begin and not use_logfmt):
+        return
+    raise ValueError(
+        "x overlaps the buffer of get_next_low_latency_combine_buffer, which between NVLink "
+        "domains the rows are sent from; pass another tensor, or that buffer with "
+        "zero_copy=True and without use_logfmt"
     )
 
 

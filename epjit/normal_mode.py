@@ -21,6 +21,7 @@ from epjit.runtime.device import arch_of
 from epjit.runtime.empty import Form, empty_on, matrix
 from epjit.runtime.fault import FaultRecord, raise_abort
 from epjit.runtime.host import PinnedArray, nap
+from epjit.runtime.interrupt import synchronize
 from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
 
 if TYPE_CHECKING:
@@ -183,13 +184,7 @@ class NormalMode(ABC):
                 "capture, or call Buffer.warmup()"
             )
         launch = self._bind(shape, config)
-        self._group.agree(
-            f"kernels for {config.op}",
-            config,
-            remedy=f"set {env.variant_name(config.op)} to the same value everywhere, or give all "
-            "ranks the same EPJIT_CACHE_DIR (tuned.json is in it)",
-            op=config.op,
-        )
+        agree_on_kernel(self._group, config)
         self._launches[shape] = launch
         return launch
 
@@ -345,7 +340,7 @@ class NormalMode(ABC):
 
     def reset(self) -> None:
         """Forgets everything that was under way; collective."""
-        torch.cuda.synchronize(self._device)
+        synchronize(self._device)
         self._group.reset()
         self._drain()
         for control in self._control():
@@ -387,6 +382,22 @@ class NormalMode(ABC):
         else:
             self._is_lost = True
         self._launches.clear()
+
+
+def agree_on_kernel(group: Group, config: KernelConfig) -> None:
+    """All ranks have chosen the same kernel; collective.
+
+    Raises:
+        RuntimeError: They have not.
+        CommunicationError: A rank does not come; names it.
+    """
+    group.agree(
+        f"kernels for {config.op}",
+        config,
+        remedy=f"set {env.variant_name(config.op)} to the same value everywhere, or give all "
+        "ranks the same EPJIT_CACHE_DIR (tuned.json is in it)",
+        op=config.op,
+    )
 
 
 def pointer(tensor: torch.Tensor | None) -> int:

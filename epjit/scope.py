@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
-from epjit.event import EventHandle, EventOverlap, next_number
+from epjit.event import EventHandle, EventOverlap, event_of, next_number
 from epjit.runtime.stream import is_current, on_device
 
 if TYPE_CHECKING:
@@ -83,7 +83,7 @@ class Scope:
         allocate_on_comm_stream: bool,
     ) -> None:
         self._comm = comm
-        self._previous = previous_event.event if previous_event is not None else None
+        self._previous = event_of(previous_event)
         self._async = async_finish
         self._waits_for_event = self._is_started = False
         # The raw handle: torch.cuda.current_stream() makes a stream object, 2.5 us of a call of 25.
@@ -290,7 +290,7 @@ class CpuScope:
         Raises:
             RuntimeError: They do not.
         """
-        previous = None if previous_event is None else previous_event.event
+        previous = event_of(previous_event)
         _check_flags(previous, async_finish, allocate_on_comm_stream)
         return cls(async_finish=async_finish)
 

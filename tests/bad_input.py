@@ -499,6 +499,12 @@ BETWEEN_DOMAINS = [
         r"x has 4 tokens, but the handle routes 6",
     ),
     BadInput(
+        "handle of two dispatches",
+        lambda b: b.combine_between(handle=b.between_changed(1, b.full(2, 6, dtype=torch.int32))),
+        ValueError,
+        r"handle\[1\] has 12 elements, but .* 6 tokens between 2 ranks has 14; pass the handle",
+    ),
+    BadInput(
         "handle no tensor",
         lambda b: b.cached_between(handle=b.between_changed(9, None)),
         TypeError,
@@ -936,6 +942,12 @@ CACHED = [
         lambda b: b.cached(handle=b.handle_of_3),
         ValueError,
         r"3 ranks.*this Buffer has 2",
+    ),
+    BadInput(
+        "handle of two dispatches",
+        lambda b: b.cached(handle=(*b.handle[:1], b.handle[1][:1], *b.handle[2:])),
+        ValueError,
+        r"handle\[1\] has 1 elements, but .* 6 tokens between 2 ranks has 2; pass the handle",
     ),
     BadInput(
         "handle of no tensors",
@@ -1422,7 +1434,7 @@ LOW_LATENCY_COMBINE = [
         "handle numbers",
         lambda b: b.ll_combine(handle=b.ll_changed(3, "512")),
         TypeError,
-        r"handle\[2:\] is \(8, '512', 8\)",
+        r"handle\[3\] is '512', a str, but must be an int",
     ),
     BadInput(
         "handle tokens",

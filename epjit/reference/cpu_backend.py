@@ -23,6 +23,7 @@ from epjit.runtime.empty import empty_on
 from epjit.runtime.fault import Overflow
 
 if TYPE_CHECKING:
+    from epjit.chosen import ChosenKernels
     from epjit.low_latency_checks import CombineCall, DispatchCall
     from epjit.runtime.group import Group
     from epjit.scope import AnyScope
@@ -284,6 +285,7 @@ class CpuLowLatency:
 
     Args:
         group: The ranks.
+        chosen: What a GPU would run.
         num_rdma_bytes: Bytes of `memory`.
         enable_shrink: Whether `mask` counts.
 
@@ -298,8 +300,10 @@ class CpuLowLatency:
             together; the text names the ranks and their values.
     """
 
-    def __init__(self, group: Group, *, num_rdma_bytes: int, enable_shrink: bool) -> None:
-        self._group = group
+    def __init__(
+        self, group: Group, chosen: ChosenKernels, *, num_rdma_bytes: int, enable_shrink: bool
+    ) -> None:
+        self._group, self._chosen = group, chosen
         self._num_rdma_bytes = num_rdma_bytes
         self._enable_shrink = enable_shrink
         self.memory = CpuMemory(num_rdma_bytes)
@@ -412,6 +416,8 @@ class CpuLowLatency:
             bfloat16 `[T, H]`, and what receives, or None.
         """
         del wait_cost
+        half = self.memory.tensor(torch.uint8)[self._num_rdma_bytes // 2 :]
+        self._chosen.check_low_latency_combine(call, x, half)
         combined = out
         if combined is None:
             shape = (call.num_tokens, call.hidden)

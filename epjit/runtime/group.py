@@ -14,7 +14,7 @@ import socket
 import threading
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -86,10 +86,16 @@ class Group(ABC):
             RuntimeError: They have; says what each has.
             CommunicationError: Ranks did not come within ``EPJIT_TIMEOUT_SECONDS``; names them.
         """
-        chosen = self.allgather(value, op=op)
-        if any(each != value for each in chosen):
-            lines = "\n  ".join(f"rank {rank}: {each}" for rank, each in enumerate(chosen))
-            raise RuntimeError(f"the ranks chose different {what}:\n  {lines}\n{remedy}")
+        self.agree_on({what: value}, remedy=remedy, op=op)
+
+    def agree_on(self, values: Mapping[str, object], *, remedy: str, op: str = BUFFER) -> None:
+        """Like `agree`, for several values by what they are called. Collective."""
+        everyone = self.allgather(dict(values), op=op)
+        for what, value in values.items():
+            chosen = [each.get(what) for each in everyone]
+            if any(each != value for each in chosen):
+                lines = "\n  ".join(f"rank {rank}: {each}" for rank, each in enumerate(chosen))
+                raise RuntimeError(f"the ranks chose different {what}:\n  {lines}\n{remedy}")
 
     def reset(self) -> None:
         """Meets again after a collective call that not all ranks made. Collective.

@@ -9,9 +9,14 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import functools
+import itertools
+import logging
 import os
 import re
 import threading
+import time
+import typing
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -42,19 +47,22 @@ _FORMATS: dict[Any, Any] = {
     ctypes.c_float: "f",
     ctypes.c_double: "d",
 }  # of a memoryview
+_CONFIG_TYPES = {int: ctypes.c_int32, bool: ctypes.c_bool}
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _FIELD = re.compile(
     r"(?:const\s+)?(?P<type>\w+)(?P<pointer>(?:\s*(?:const\s*)?\*)+(?:\s*const\b)?)?\s*\b(?P<name>[A-Za-z_]\w*)"
     r"(?:\s*\[\s*(?P<count>\w+)\s*\])?"
 )
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
+_log = logging.getLogger(__name__)
 
 
 class KernelConfig:
     """What a kernel is compiled for: base of frozen dataclasses whose fields are ints and bools.
 
     The class `XConfig` goes with the C++ structs `XConfig`, which has the same fields in the same
-    order, and `XParams`; the functions are called `op`, `op_threads` and `op_shared_bytes`.
+    order, and `XParams`; the functions are called `op`, `op_threads`, `op_shared_bytes` and, if
+    there are slots, `op_slot_bytes`.
     """
 
     source: ClassVar[str]
@@ -76,6 +84,11 @@ class KernelConfig:
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block, in bytes."""
         raise NotImplementedError
+
+    @property
+    def slot_bytes(self) -> int | None:
+        """Bytes of a slot of shared memory between ranks, `op_slot_bytes`; None: it has none."""
+        return None
 
     @property
     def tag(self) -> str:
@@ -124,7 +137,8 @@ def render(config: KernelConfig, transport: str = "nvshmem") -> str:
         transport: Which body of transport.cuh, for kernels that need one.
 
     Raises:
-        CompileError: A field is neither int nor bool, or the source has no matching struct.
+        CompileError: A field is neither int nor bool, or the source has no struct with the same
+            fields.
     """
     config_name = type(config).__name__
     if not config_name.endswith("Config") or not dataclasses.is_dataclass(config):
@@ -132,12 +146,16 @@ def render(config: KernelConfig, transport: str = "nvshmem") -> str:
     if not _IDENTIFIER.fullmatch(config.tag):
         raise CompileError(f"{config_name}.tag is {config.tag!r}, which is no C++ name")
     params_name = _params_name(config)
+    _check_fields(type(config))
     op = config.op
     fields = ", ".join(
         f".{field.name} = {_literal(config_name, field.name, getattr(config, field.name))}"
         for field in dataclasses.fields(config)
     )
     size = ctypes.sizeof(params_type(config.source, params_name))
+    sizes = {"threads": config.threads, "shared_bytes": config.shared_bytes}
+    if config.slot_bytes is not None:
+        sizes["slot_bytes"] = config.slot_bytes
     included = unit_sources(config, transport)
     # Before all else. The kernel itself lets the next one in (sync.cuh, "blocks that leave").
     begin = "ptx::griddepcontrol_wait(); "
@@ -146,9 +164,10 @@ def render(config: KernelConfig, transport: str = "nvshmem") -> str:
         + "".join(f'#include "{path}"\n' for path in included)
         + "namespace epjit {\n"
         f"constexpr {config_name} kConfig{{{fields}}};\n"
-        f"static_assert({op}_threads(kConfig) == {config.threads});\n"
-        f"static_assert({op}_shared_bytes(kConfig) == {config.shared_bytes});\n"
-        f"static_assert(sizeof({params_name}) == {size});\n"
+        + "".join(
+            f"static_assert({op}_{name}(kConfig) == {value});\n" for name, value in sizes.items()
+        )
+        + f"static_assert(sizeof({params_name}) == {size});\n"
         f"namespace {config.tag} {{\n"
         f"__global__ void __launch_bounds__({config.threads}, 1)\n"
         f"{op}(const __grid_constant__ {params_name} params) {{ "
@@ -158,8 +177,30 @@ def render(config: KernelConfig, transport: str = "nvshmem") -> str:
     )
 
 
+def _check_fields(config: type[KernelConfig]) -> None:
+    """Holds the dataclass against the C++ struct, where a field that Python lacks would be 0.
+
+    Raises:
+        CompileError: Their fields differ in name, order or type; names the first that do.
+    """
+    name, types = config.__name__, typing.get_type_hints(config)
+    declared = dataclasses.fields(config)  # type: ignore[arg-type]
+    here = [(field.name, _CONFIG_TYPES.get(types[field.name])) for field in declared]
+    there = params_type(config.source, name)._fields_
+    for mine, theirs in itertools.zip_longest(here, there):
+        if mine != theirs:
+            ours, cpp = (
+                f"{each[1].__name__} {each[0]}" if each and each[1] else str(each and each[0])
+                for each in (mine, theirs)
+            )
+            raise CompileError(
+                f"the dataclass {name} has the field `{ours}` where struct {name} of "
+                f"{config.source} has `{cpp}`; both must have the same fields in the same order"
+            )
+
+
 def params_type(source: str, struct_name: str) -> type[ctypes.Structure]:
-    """Reads a parameter struct from a source.
+    """Reads a struct of parameters, or of a config, from a source.
 
     Args:
         source: File below `cuda_src`; the struct may stand in what it includes.
@@ -236,7 +277,16 @@ def compile_kernel(config: KernelConfig, *, arch: str, transport: str = "nvshmem
             log = f"{log}\n{link_log}"
         return Entry(symbol, log, code)
 
+    start = time.perf_counter()
     entry, from_cache = CubinCache().get_or_compile(key, compile_entry, what=f"{config} for {arch}")
+    _log.info(
+        "%s for %s %s in %.2f s: %s",
+        config.op,
+        arch,
+        "taken from the cache" if from_cache else "compiled",
+        time.perf_counter() - start,
+        config,
+    )
     if (folder := env.dump()) is not None:
         _dump(folder, f"{name}.{key[:8]}", unit, entry)
     registers, spill_bytes = nvrtc.usage(entry.log)
@@ -520,11 +570,15 @@ def _fields(record: ctypes.Structure) -> dict[str, Any]:
 
 
 def _dump(folder: Path, name: str, unit: str, entry: Entry) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes what is looked at; the call goes on without it."""
     files: Mapping[str, bytes] = {
         "cu": unit.encode(),
         "log": entry.log.encode(),
         "cubin": entry.cubin,
     }
-    for suffix, data in files.items():
-        (folder / f"{name}.{suffix}").write_bytes(data)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for suffix, data in files.items():
+            (folder / f"{name}.{suffix}").write_bytes(data)
+    except OSError as error:
+        warnings.warn(f"{env.dump.name}={folder} cannot be written: {error}", stacklevel=2)

@@ -331,7 +331,7 @@ class RoundTrip(torch.autograd.Function):
 
 
 def autograd_rank(comm: Any) -> None:
-    buffer = Buffer(None, 1024, comm=comm)
+    buffer = Buffer(None, 1 << 20, comm=comm)
     leaves = []
     for layer in range(3):  # several handles alive, used in reverse
         idx = routing(
@@ -359,7 +359,7 @@ def test_handles_survive_save_for_backward() -> None:
 
 
 def rounds_of_threads(comm: Any, num_rounds: int) -> None:
-    buffer = Buffer(None, 1024, comm=comm)
+    buffer = Buffer(None, 1 << 20, comm=comm)
     for seed in range(num_rounds):
         check_round(buffer, random_round(buffer.group_size, 9000 + seed, num_sms=4, max_tokens=24))
 
@@ -390,7 +390,7 @@ def test_ambient_default_dtype() -> None:
 
 
 def no_tokens(comm: Any) -> None:
-    buffer = Buffer(None, 1024, comm=comm)
+    buffer = Buffer(None, 1 << 20, comm=comm)
     for fp8 in (None, "column_major"):
         for worst in (False, True):
             check_round(
@@ -422,7 +422,7 @@ def test_random_rounds_of_processes(num_ranks: int, num_rounds: int) -> None:
 
 def gloo_attributes(group: dist.ProcessGroup) -> tuple[int, int]:
     os.environ.update(CPU)
-    buffer = Buffer(group, 256)
+    buffer = Buffer(group, 1 << 20)
     assert buffer.group is group
     return buffer.rank, buffer.group_size
 
@@ -462,7 +462,7 @@ def test_withheld_process() -> None:
 
 
 def withheld_thread(comm: Any) -> None:
-    buffer = Buffer(None, 1024, comm=comm)
+    buffer = Buffer(None, 1 << 20, comm=comm)
     case = Round(num_tokens=(4, 4), num_experts=4, num_topk=2)
     check_round(buffer, case)
     if buffer.rank == 0:
@@ -481,7 +481,9 @@ def test_withheld_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_keywords_and_members_of_branches_of_v1() -> None:
     def body(comm: Any) -> None:
-        buffer = Buffer(None, 1024, comm=comm, allow_nvlink_for_normal_mode=False, num_nvl_peers=8)
+        buffer = Buffer(
+            None, 1 << 20, comm=comm, allow_nvlink_for_normal_mode=False, num_nvl_peers=8
+        )
         assert not hasattr(buffer, "nvshmem_qp_depth")
         assert buffer.runtime is not None
         buffer.runtime.destroy()
@@ -530,6 +532,6 @@ def test_a_group_and_a_size_that_are_none() -> None:
     ):
         Buffer(3, 1024)
     with pytest.raises(
-        launch.RankFailedError, match=r"num_nvl_bytes is 2000000000\.0, but must be"
+        launch.RankFailedError, match=r"num_nvl_bytes is 2000000000\.0, a float, but must be an int"
     ):
         launch.run_threads(lambda comm: Buffer(None, 2e9, comm=comm), 1)  # type: ignore[arg-type]

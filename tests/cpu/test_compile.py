@@ -160,6 +160,15 @@ def test_every_block_of_dispatch_has_warps_that_stage_and_warps_that_pull(arch: 
             assert all(1 <= config.stage_warps(sms) <= most for sms in (1, 2, 12, 24, 132)), config
 
 
+def test_kernels_with_slots_say_how_large_they_are() -> None:
+    """What decides how much fits stands in Python and C++; the units hold the two together."""
+    for kernel in configs("sm_90a"):
+        text = (ROOT / "epjit" / "cuda_src" / kernel.source).read_text()
+        has_slots = f"constexpr int {kernel.op}_slot_bytes(" in text
+        assert (kernel.slot_bytes is not None) == has_slots, kernel
+        assert ("_slot_bytes(kConfig) == " in jit.render(kernel, "loopback")) == has_slots
+
+
 def test_example_configs_name_every_source() -> None:
     folder = ROOT / "epjit" / "cuda_src"
     sources = {path.relative_to(folder).as_posix() for path in folder.rglob("*.cu")}

@@ -54,7 +54,7 @@ def cut(size: int) -> dict[str, str]:
 
 
 def rounds_of_threads(comm: Any, nvlink_domain: int | None, num_rounds: int) -> tuple[int, int]:
-    buffer = Buffer(None, 1024, 1024, comm=comm, nvlink_domain=nvlink_domain)
+    buffer = Buffer(None, 1 << 20, 1 << 20, comm=comm, nvlink_domain=nvlink_domain)
     for seed in range(num_rounds):
         check_round(buffer, random_round(buffer.group_size, 400 + seed, num_sms=4, max_tokens=20))
     assert buffer.runtime is not None
@@ -81,7 +81,7 @@ def test_random_rounds_of_scattered_ranks() -> None:
 @pytest.mark.usefixtures("scattered")
 def test_as_v1_with_scattered_ranks() -> None:
     def worker(comm: Any) -> None:
-        buffer = Buffer(None, 1024, 1024, comm=comm)
+        buffer = Buffer(None, 1 << 20, 1 << 20, comm=comm)
         inputs = bodies_internode.Inputs(SCATTERED, **SIZES)
         bodies_internode.check_as_v1(buffer, inputs, num_sms=4)
 
@@ -89,7 +89,7 @@ def test_as_v1_with_scattered_ranks() -> None:
 
 
 def no_tokens(comm: Any) -> None:
-    buffer = Buffer(None, 1024, 1024, comm=comm, nvlink_domain=2)
+    buffer = Buffer(None, 1 << 20, 1 << 20, comm=comm, nvlink_domain=2)
     for fp8 in (None, "column_major"):
         for worst in (False, True):
             for tokens in ((0,) * 4, (5, 0, 0, 0)):
@@ -114,7 +114,7 @@ def test_more_rows_than_there_is_room_for() -> None:
 
 def test_every_routing() -> None:
     def worker(comm: Any) -> None:
-        buffer = Buffer(None, 1024, 1024, comm=comm, nvlink_domain=2)
+        buffer = Buffer(None, 1 << 20, 1 << 20, comm=comm, nvlink_domain=2)
         for seed, kind in enumerate(ROUTING_KINDS):
             check_round(buffer, Round((9, 0, 7, 12), num_experts=8, kind=kind, seed=seed))
 
@@ -125,16 +125,16 @@ def test_members() -> None:
     """V1's runtime members, the memory to look at, the names that V1's dispatch leads to."""
 
     def worker(comm: Any) -> None:
-        buffer = Buffer(None, 1024, 2048, comm=comm, nvlink_domain=2)
+        buffer = Buffer(None, 1 << 20, 1 << 20, comm=comm, nvlink_domain=2)
         runtime, rank = buffer.runtime, buffer.rank
         assert runtime is not None
-        assert (buffer.num_nvl_bytes, buffer.num_rdma_bytes) == (1024, 2048)
+        assert (buffer.num_nvl_bytes, buffer.num_rdma_bytes) == (1 << 20, 1 << 20)
         assert (runtime.get_num_rdma_ranks(), runtime.get_rdma_rank()) == (2, rank // 2)
         assert runtime.get_root_rdma_rank(True) == rank % 2
         assert runtime.get_root_rdma_rank(False) == 0
         nvl = buffer.get_local_buffer_tensor(torch.uint8)
         rdma = buffer.get_local_buffer_tensor(torch.uint8, use_rdma_buffer=True)
-        assert (nvl.numel(), rdma.numel()) == (1024, 2048)
+        assert (nvl.numel(), rdma.numel()) == (1 << 20, 1 << 20)
         rdma.fill_(7)
         assert not nvl.any()
         assert buffer.get_local_buffer_tensor(torch.int16, use_rdma_buffer=True)[-1] == 0x0707
@@ -163,7 +163,7 @@ def test_members() -> None:
 def test_a_large_domain_is_refused_on_every_rank() -> None:
     def worker(comm: Any) -> None:
         with pytest.raises(ValueError, match="9 ranks are in one NVLink domain"):
-            Buffer(None, 1024, comm=comm)
+            Buffer(None, 1 << 20, comm=comm)
 
     launch.run_threads(worker, 9)
 
@@ -171,7 +171,7 @@ def test_a_large_domain_is_refused_on_every_rank() -> None:
 def test_low_latency_beside_it() -> None:
     def worker(comm: Any) -> None:
         size = Buffer.get_low_latency_rdma_size_hint(8, 128, 4, 8)
-        buffer = Buffer(None, 1024, size, low_latency_mode=True, comm=comm, nvlink_domain=2)
+        buffer = Buffer(None, 1 << 20, size, low_latency_mode=True, comm=comm, nvlink_domain=2)
         check_round(buffer, Round((5, 6, 0, 8), num_experts=8, seed=2))
         x = torch.full((3, 128), 1 + buffer.rank, dtype=torch.bfloat16)
         idx = torch.tensor([[0, 7], [3, -1], [5, 4]])
@@ -204,7 +204,7 @@ def make_handle(buffer: Buffer, seed: int) -> tuple[torch.Tensor, torch.Tensor, 
 
 def test_handles_of_different_dispatches() -> None:
     def worker(comm: Any) -> None:
-        buffer = Buffer(None, 1024, 1024, comm=comm, nvlink_domain=1)
+        buffer = Buffer(None, 1 << 20, 1 << 20, comm=comm, nvlink_domain=1)
         each = [make_handle(buffer, seed) for seed in (0, 10)]
         x, recv_x, handle = each[buffer.rank % 2]
         text = r"by the handle of rank \d it sends \d rows to rank \d, .*handles of one dispatch"
@@ -218,7 +218,7 @@ def test_handles_of_different_dispatches() -> None:
 
 def test_counts_that_contradict_the_routing() -> None:
     def worker(comm: Any) -> None:
-        buffer = Buffer(None, 1024, 1024, comm=comm, nvlink_domain=1)
+        buffer = Buffer(None, 1 << 20, 1 << 20, comm=comm, nvlink_domain=1)
         idx = torch.tensor([[0, 1]])
         per_rank, per_domain, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, 2)
         assert per_domain is not None
@@ -236,7 +236,7 @@ def test_counts_that_contradict_the_routing() -> None:
 
 
 def withheld_thread(comm: Any) -> None:
-    buffer = Buffer(None, 1024, 1024, comm=comm, nvlink_domain=2)
+    buffer = Buffer(None, 1 << 20, 1 << 20, comm=comm, nvlink_domain=2)
     case = Round((4,) * 4, num_experts=4, num_topk=2)
     check_round(buffer, case)
     if buffer.rank != 3:
@@ -273,7 +273,7 @@ def two_hosts(group: dist.ProcessGroup) -> tuple[int, int]:
     bodies.set_up(group, CPU)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("epjit.runtime.topology.host_id", lambda: f"host {group.rank() % 2}")
-        buffer = Buffer(group, 1024, 1024)
+        buffer = Buffer(group, 1 << 20, 1 << 20)
     for seed in range(5):
         check_round(buffer, random_round(4, seed, num_sms=4, max_tokens=20))
     assert buffer._topology.domains == ((0, 2), (1, 3))
@@ -351,7 +351,7 @@ def test_sums_are_rounded_in_each_domain() -> None:
     """Not only in the oracle, with which the rounds above compare."""
 
     def worker(comm: Any, nvlink_domain: int, want: float) -> None:
-        buffer = Buffer(None, 1024, 1024, comm=comm, nvlink_domain=nvlink_domain)
+        buffer = Buffer(None, 1 << 20, 1 << 20, comm=comm, nvlink_domain=nvlink_domain)
         idx = torch.arange(4).repeat(2, 1)
         per_rank, per_domain, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, 4)
         _, _, _, _, handle, _ = buffer.dispatch(

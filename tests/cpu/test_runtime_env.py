@@ -16,6 +16,7 @@ NAMES = {
     "EPJIT_TIMEOUT_SECONDS",
     "EPJIT_ASSERT_COMPILE",
     "EPJIT_DUMP",
+    "EPJIT_CHECK",
     "EPJIT_PERMUTE_VARIANT",
     "EPJIT_BACKEND",
     "EPJIT_DISPATCH_VARIANT",
@@ -66,6 +67,11 @@ def test_the_table_is_whole() -> None:
         (env.torch_cuda_arch_list, "9.0;8.0+PTX", ("sm_90a", "sm_80")),
         (env.torch_cuda_arch_list, "7.5 8.0 9.0a 12.0+PTX", ("sm_80", "sm_90a", "sm_120a")),
         (env.torch_cuda_arch_list, "8.0;", ("sm_80",)),
+        (env.torch_cuda_arch_list, "Hopper", ("sm_90a",)),
+        (env.torch_cuda_arch_list, "Volta;Ampere Ada", ("sm_80", "sm_86", "sm_89")),
+        (env.torch_cuda_arch_list, "Ampere+Tegra;9.0", ("sm_87", "sm_90a")),
+        (env.torch_cuda_arch_list, "Blackwell", ("sm_100a", "sm_103a", "sm_120a", "sm_121a")),
+        (env.torch_cuda_arch_list, "native", ()),
     ],
 )
 def test_values(
@@ -88,7 +94,8 @@ def test_values(
         (env.nvlink_domain, "-1", "EPJIT_NVLINK_DOMAIN='-1' is not a whole number, 0 or more"),
         (env.loopback_seed, "-1", "EPJIT_LOOPBACK_SEED='-1' is not a whole number, 0 or more"),
         (env.topk_idx_bits, "16", "TOPK_IDX_BITS='16' is not '64' or '32'"),
-        (env.torch_cuda_arch_list, "Hopper", "TORCH_CUDA_ARCH_LIST='Hopper' is not a list such"),
+        (env.timeout_seconds, "1e10", "EPJIT_TIMEOUT_SECONDS='1e10' is not a number greater than"),
+        (env.torch_cuda_arch_list, "hoppr", "TORCH_CUDA_ARCH_LIST='hoppr' is not a list such"),
     ],
 )
 def test_malformed_values(

@@ -6,6 +6,7 @@ The compilers are fakes, the cache is not: what is real is compiled in tests/cpu
 from __future__ import annotations
 
 import os
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,8 +54,11 @@ class FakeGroup(Group):
 
     rank, size = 0, RANKS
 
-    def allgather(self, obj: Any) -> list[Any]:
+    def allgather(self, obj: Any, *, op: str = "Buffer") -> list[Any]:
         return [obj] * self.size
+
+    def barrier(self, *, op: str = "Buffer") -> None:
+        """Nobody is missing."""
 
 
 def asked_by_buffer(
@@ -68,12 +72,14 @@ def asked_by_buffer(
         return SimpleNamespace(config=config)
 
     def memory(*args: Any, **options: Any) -> Any:
-        return SimpleNamespace(ptr=0, peer_ptrs=[0] * RANKS)
+        return SimpleNamespace(ptr=0, peer_ptrs=[0] * RANKS, close=None)
 
     def fake(*args: Any, **options: Any) -> Any:
-        return SimpleNamespace(device_ptr=0)
+        return SimpleNamespace(device_ptr=0, close=None)
 
-    reach = SimpleNamespace(name=transport, context=0, pes=list(range(RANKS)), allocate=memory)
+    reach = SimpleNamespace(
+        name=transport, context=0, pes=list(range(RANKS)), allocate=memory, close=None
+    )
     for module in (layout, normal_mode, low_latency, intranode, internode):
         for name, value in {
             "Kernel": kernel,
@@ -97,10 +103,10 @@ def asked_by_buffer(
     if several:
         options["num_qps_per_rank"] = 1
         mode = internode.Internode(
-            group, topology, num_nvl_bytes=1 << 30, num_rdma_bytes=1 << 30, **options
+            group, topology, ExitStack(), num_nvl_bytes=1 << 30, num_rdma_bytes=1 << 30, **options
         )
     else:
-        mode = intranode.Intranode(group, num_nvl_bytes=1 << 30, **options)
+        mode = intranode.Intranode(group, ExitStack(), num_nvl_bytes=1 << 30, **options)
     if not is_low_latency:
         for shape in normal_mode.warmup_shapes(
             2 * HIDDEN, num_topk=TOPK, num_scales=0, topk_is_int64=True, is_f16=False
@@ -109,7 +115,7 @@ def asked_by_buffer(
         return asked
     options["num_qps_per_rank"] = 1
     low_latency.LowLatency(
-        group, topology, num_rdma_bytes=1 << 30, enable_shrink=False, **options
+        group, topology, ExitStack(), num_rdma_bytes=1 << 30, enable_shrink=False, **options
     ).warmup(
         max_tokens=8,
         hidden=HIDDEN,

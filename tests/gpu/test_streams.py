@@ -176,16 +176,16 @@ def test_a_dropped_output_is_not_written_before_it_was_read() -> None:
 
     def body(buffer: Buffer) -> None:
         calls = Calls(buffer)
+        negative, copy = -calls.x, torch.empty_like(calls.x)
         event = Buffer.capture()
-        copy = torch.empty_like(calls.x)
         out, *_ = calls.dispatch(calls.x, previous_event=event)
         torch.cuda._sleep(LONG)
         copy.copy_(out)
         del out
-        again, *_ = calls.dispatch(-calls.x, previous_event=event)
+        again, *_ = calls.dispatch(negative, previous_event=event)
         settle(buffer)
         assert torch.equal(copy, calls.x)
-        assert torch.equal(again, -calls.x)
+        assert torch.equal(again, negative)
 
     run_ranks(1, body)
 

@@ -201,16 +201,17 @@ __device__ inline const uint64_t* entered_by(const Waiter& waiter, int i, int& n
 constexpr int kRecordWords = 8;
 constexpr int kNoBound = 0x7fffffff;  // room for whatever comes
 
-__device__ inline void write_record(const Waiter& waiter, uint64_t* to, WaitTag tag, int peer,
-                                    uint64_t index, uint64_t expected, uint64_t seen) {
+__device__ __forceinline__ void write_record(uint64_t* to, WaitTag tag, int rank, int peer,
+                                             uint64_t index, uint64_t expected, uint64_t seen,
+                                             uint32_t epoch) {
   const uint64_t record[kRecordWords] = {1,
                                          static_cast<uint64_t>(tag),
-                                         static_cast<uint64_t>(waiter.name(waiter.rank)),
+                                         static_cast<uint64_t>(rank),
                                          static_cast<uint64_t>(peer),
                                          index,
                                          expected,
                                          seen,
-                                         waiter.epoch};
+                                         epoch};
   for (int i = 1; i < kRecordWords; ++i) ptx::st_relaxed_sys(to + i, record[i]);
   ptx::st_release_sys(to, record[0]);
 }
@@ -228,22 +229,25 @@ __device__ inline void report_fault(const Waiter& waiter, WaitTag tag, int peer,
     expected = stamp(waiter.epoch, 0), seen = entered;
     break;
   }
-  write_record(waiter, waiter.fault, tag, peer, index, expected, seen);
+  write_record(waiter.fault, tag, waiter.name(waiter.rank), peer, index, expected, seen,
+               waiter.epoch);
 }
 
 // What this rank finds out by itself, without a wait.
 __device__ inline void report_at_once(const Waiter& waiter, WaitTag tag, uint64_t index) {
   if (ptx::atom_cas_sys(waiter.abort, 0, 1) == 0)
-    write_record(waiter, waiter.fault, tag, waiter.name(waiter.rank), index, stamp(waiter.epoch, 0),
-                 0);
+    write_record(waiter.fault, tag, waiter.name(waiter.rank), waiter.name(waiter.rank), index,
+                 stamp(waiter.epoch, 0), 0, waiter.epoch);
 }
 
-// By one thread: `came` rows, of which `room` have a place. Not while the host has not read the last
-// record.
-__device__ inline void report_overflow(const Waiter& waiter, WaitTag tag, int room, int came) {
-  uint64_t* const record = waiter.fault + kRecordWords;
+// By one thread, from the parameters of a kernel: `came` rows, of which `room` have a place. Not while
+// the host has not read the last record.
+template <typename Params>
+__device__ __forceinline__ void report_overflow(const Params& p, uint32_t epoch, WaitTag tag,
+                                                int room, int came) {
+  uint64_t* const record = p.fault + kRecordWords;
   if (came > room && ptx::ld_acquire_sys(record) == 0)
-    write_record(waiter, record, tag, waiter.name(waiter.rank), 0, room, came);
+    write_record(record, tag, p.rank, p.rank, 0, room, came, epoch);
 }
 
 // Polls until reached(value of *word) holds. False: the peer is masked, out of time, or another wait

@@ -160,7 +160,7 @@ class InternodeCombine {
       ok = rail.put_staged(kWaitCombineCredit, (warp - kPutters) * gridDim.x + blockIdx.x,
                            kCfg.num_put_warps * gridDim.x, passing_tokens(), p.inbox, kSlotBytes);
     if (ok && blockIdx.x == 0 && threadIdx.x == blockDim.x - kWarpSize - 1)
-      report_overflow(rail.waiter, kRoomCombineRows, p.num_rows, segment_start(kRanks));
+      report_overflow(p, rail.waiter.epoch, kRoomCombineRows, p.num_rows, segment_start(kRanks));
     if (ok) reduce();
     finish_operation<kLocal>(rail.waiter, p.signals, p.counters, kCounters, p.epoch);
   }

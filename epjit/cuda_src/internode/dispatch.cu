@@ -27,7 +27,7 @@
 //          tokens; inbox of a local rank -> recv_x. A row is not copied between the RDMA and its
 //          final place.
 // Clerk    one warp: tells the rail peers that this domain is ready, and which windows of the inbox
-//          all local ranks have pulled
+//          all local ranks have pulled; and the host what there was no room for
 //
 // Progress: all these warps exist from the start, and each channel to another domain has putting
 // warps of its own. All take chunks in ascending order of their index in the channel, the same for
@@ -105,7 +105,7 @@ struct InternodeDispatchParams {
   int32_t num_send_warps;  // of num_copy_warps, at least 1, fewer than all
   int32_t num_tokens;
   int32_t num_recv_rows;  // rows of the outputs; those beyond what arrives get topk_idx -1
-  int32_t num_passing;    // enough for passing_prefix[num_domains - 1], or what is beyond is lost
+  int32_t num_passing;    // of passing; tokens beyond are not combined
   int32_t experts_per_rank;
   int32_t rank;
   int32_t domain;
@@ -159,7 +159,6 @@ class InternodeDispatch {
     // What an operation that failed was to write (rank_prefix, send_head) is garbage.
     if (__all_sync(kFullMask, ptx::ld_relaxed_gpu(p.abort) == 0)) {
       payload.fill_unused_rows(segment_start(kRanks));
-      if (blockIdx.x == 0 && threadIdx.x == blockDim.x - kWarpSize - 1) report_overflows();
       if (warp < kCopyWarps) {
         Copier copier(ptx::dynamic_shared(), warp, lane);
         if (warp >= p.num_send_warps || send(copier)) pull(copier);
@@ -172,6 +171,9 @@ class InternodeDispatch {
         forward();
       } else if (blockIdx.x == 0) {
         if (rail.announce() && return_credits()) rail.all_ready();
+        if (lane == 0)
+          report_overflow(p, rail.waiter.epoch, kRoomDispatchRows, p.num_recv_rows,
+                          segment_start(kRanks));
       }
     }
     finish_operation<kLocal>(rail.waiter, p.signals, p.counters, 2 + 2 * kRanks, p.epoch);
@@ -214,13 +216,6 @@ class InternodeDispatch {
   // A row of this rank, -1 where its outputs have none.
   __device__ int row_or_none(int row) const {
     return static_cast<uint32_t>(row) < static_cast<uint32_t>(p.num_recv_rows) ? row : -1;
-  }
-
-  __device__ void report_overflows() const {
-    report_overflow(rail.waiter, kRoomDispatchRows, p.num_recv_rows, segment_start(kRanks));
-    if (p.passing != nullptr)
-      report_overflow(rail.waiter, kRoomDispatchPassing, p.num_passing,
-                      p.passing_prefix[kDomains - 1]);
   }
 
   __device__ void store_meta(int64_t row, int index, int token) const {

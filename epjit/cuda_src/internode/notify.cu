@@ -242,8 +242,12 @@ class InternodeNotify {
       ptx::st_relaxed_sys(p.host_counts + 1, static_cast<uint64_t>(passing));
     }
     __syncthreads();
-    if (thread == 0)
+    if (thread == 0) {
       ptx::st_release_sys(p.host_counts, static_cast<uint64_t>(p.rank_prefix[kRanks - 1]));
+      if (p.num_recv_rows > 0)  // the handle has room for so many
+        report_overflow(p, rail.waiter.epoch, kRoomDispatchPassing, kLocal * p.num_recv_rows,
+                        p.passing_prefix[kDomains - 1]);
+    }
     for (int i = thread; i < kRanks; i += blockDim.x)
       p.fits[i] = rows[rail.rail_peer(i / kLocal) * kLocal + i % kLocal];
   }
@@ -260,7 +264,7 @@ class InternodeNotify {
       count = min(sum, room) - before;
       if (reader == p.local) p.rank_prefix[s] = before + count;
     }
-    if (reader == p.local) report_overflow(rail.waiter, kRoomDispatchRows, room, sum);
+    if (reader == p.local) report_overflow(p, rail.waiter.epoch, kRoomDispatchRows, room, sum);
   }
 
   const Params& p;

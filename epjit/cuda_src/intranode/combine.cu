@@ -110,7 +110,7 @@ class Combine {
     if constexpr (kRanks > 1)
       if (ok && warp < kCfg.num_push_warps) ok = push();
     if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1 && ok)
-      report_overflow(waiter, kRoomCombineRows, p.num_rows, segment_start(kRanks, p.rank));
+      report_overflow(p, waiter.epoch, kRoomCombineRows, p.num_rows, segment_start(kRanks, p.rank));
     if (ok) reduce();
     finish_operation<kRanks>(waiter, p.signals, p.counters, 4 + kRanks, p.epoch);
   }

@@ -163,7 +163,7 @@ class Dispatch {
       const int num_rows = segment_start(p.rank, kRanks);
       payload.fill_unused_rows(num_rows);
       if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1)
-        report_overflow(waiter, kRoomDispatchRows, p.num_recv_rows, num_rows);
+        report_overflow(p, waiter.epoch, kRoomDispatchRows, p.num_recv_rows, num_rows);
       if (warp >= p.num_stage_warps || stage())
         if constexpr (kRanks > 1) pull();
       copier.drain();

@@ -125,7 +125,7 @@ __device__ void exchange_counts(const NotifyParams& p, const Waiter& waiter) {
       p.rank_prefix[src * kRanks + thread] = min(sum, room);
     }
     p.source_tokens[thread] = message[kTokens];
-    if (thread == p.rank) report_overflow(waiter, kRoomDispatchRows, room, sum);
+    if (thread == p.rank) report_overflow(p, waiter.epoch, kRoomDispatchRows, room, sum);
   }
   for (int e = thread; e < p.experts_per_rank; e += blockDim.x) {
     int sum = 0;

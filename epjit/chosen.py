@@ -1,0 +1,122 @@
+"""The kernels that a GPU would run: what they refuse, the CPU backend refuses as well.
+
+It is there to be tested against, so a buffer that is too small for a GPU is too small, and a
+variant that no GPU has is an error. The GPU is an H200.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from epjit import internode, intranode, low_latency
+from epjit.low_latency_checks import check_source
+from epjit.normal_mode import (
+    CombineShape,
+    DispatchShape,
+    agree_on_kernel,
+    combine_shape,
+    dispatch_shape,
+)
+
+if TYPE_CHECKING:
+    import torch
+
+    from epjit.low_latency_checks import CombineCall
+    from epjit.runtime.group import Group
+    from epjit.runtime.topology import Topology
+
+_ARCH = "sm_90a"
+
+
+class ChosenKernels:
+    """The kernels of one Buffer on the CPU, by shape.
+
+    Args:
+        group: The ranks.
+        topology: Their NVLink domains.
+        num_nvl_bytes: Of the Buffer.
+        num_rdma_bytes: Of the Buffer.
+    """
+
+    def __init__(
+        self, group: Group, topology: Topology, *, num_nvl_bytes: int, num_rdma_bytes: int
+    ) -> None:
+        self._group, self._topology = group, topology
+        self._num_nvl_bytes, self._num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
+        self._configs: dict[DispatchShape | CombineShape, Any] = {}
+
+    def launch(self, shape: DispatchShape | CombineShape) -> Any:
+        """The kernel of a shape; collective when it is the first of its kind, as on a GPU.
+
+        Raises:
+            ValueError: There is no such variant, or the buffer cannot hold two tokens.
+            RuntimeError: The ranks chose different kernels.
+            CommunicationError: A rank does not come; names it.
+        """
+        config = self._configs.get(shape)
+        if config is None:
+            num_domains, num_local = self._topology.num_domains, self._topology.num_local
+            if num_domains == 1:
+                config = intranode._config(shape, num_local, _ARCH)
+                intranode.num_slots(config, self._num_nvl_bytes)
+            else:
+                config = internode._config(shape, num_domains, num_local, _ARCH)
+                internode.ring_slots(config, self._num_rdma_bytes)
+                if isinstance(config, internode.InternodeCombineConfig):
+                    internode.combine_slots(config, self._num_nvl_bytes)
+            agree_on_kernel(self._group, config)
+            self._configs[shape] = config
+        return config
+
+    def check_dispatch(
+        self,
+        x: torch.Tensor,
+        scales: torch.Tensor | None,
+        topk_idx: torch.Tensor | None,
+        *,
+        num_sms: int,
+    ) -> None:
+        """What a dispatch must have; see `launch`.
+
+        Raises:
+            ValueError: Also when the SMs are too few.
+        """
+        self._check(dispatch_shape(x, scales, topk_idx), num_sms)
+
+    def check_combine(
+        self, x: torch.Tensor, topk_weights: torch.Tensor | None, *, num_sms: int
+    ) -> None:
+        """What a combine must have; see `launch`.
+
+        Raises:
+            ValueError: Also when the SMs are too few.
+        """
+        self._check(combine_shape(x, topk_weights), num_sms)
+
+    def _check(self, shape: DispatchShape | CombineShape, num_sms: int) -> None:
+        config = self.launch(shape)
+        if self._topology.num_domains > 1:
+            internode.check_warps(config, num_sms)
+        elif isinstance(config, intranode.CombineConfig):
+            intranode.check_warps(config, num_sms)
+
+    def check_low_latency_combine(
+        self, call: CombineCall, x: torch.Tensor, send_buffer: torch.Tensor
+    ) -> None:
+        """What a low-latency combine must have.
+
+        Raises:
+            ValueError: There is no such variant, it has no room for so many tokens, or the rows lie
+                where they would be staged.
+        """
+        if self._topology.num_domains > 1 and not call.zero_copy:
+            begin = send_buffer.data_ptr()
+            check_source(x, begin, begin + send_buffer.nbytes, use_logfmt=call.use_logfmt)
+        shape = low_latency.LowLatencyCombineShape(
+            call.num_experts, call.hidden, call.num_topk, call.topk_is_int64, call.use_logfmt
+        )
+        config = low_latency._config(
+            shape, self._group.size, _ARCH, remote=self._topology.num_domains > 1
+        )
+        if isinstance(config, low_latency.LowLatencyReducedCombineConfig):
+            config.num_parts(call.max_tokens)

@@ -1,0 +1,281 @@
+"""With ``EPJIT_CHECK=1``: the values of a call's arguments, looked at before anything is launched.
+
+The checks that are always made (`epjit.check`) see dtypes, shapes and addresses. These read the
+tensors, so the host waits for the stream: for debugging.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from typing import Any
+from weakref import WeakMethod
+
+import torch
+
+from epjit import env
+from epjit.event import EventOverlap
+from epjit.reference import internode, intranode
+from epjit.reference.internode import Domains
+from epjit.reference.intranode import Handle
+from epjit.reference.low_latency import dispatched_sizes, routes
+
+_COUNTS = ("num_tokens_per_rank", "num_tokens_per_expert", "num_tokens_per_rdma_rank")
+_FROM_LAYOUT = "pass what get_dispatch_layout returned for this topk_idx"
+_AS_RETURNED = "pass the handle as the dispatch returned it, and write to none of its tensors"
+
+
+class ValueChecks:
+    """Checks for one Buffer, named as the calls; each raises ValueError: value, place and remedy.
+
+    Where a CUDA graph is captured nothing can be looked at: they warn once, and check nothing.
+
+    Args:
+        rank: This rank.
+        domains: Ranks of each NVLink domain.
+        in_order: Makes the current stream follow the calls before; a method of the Buffer, which
+            is not kept alive.
+    """
+
+    def __init__(
+        self, rank: int, domains: Domains, in_order: Callable[[], AbstractContextManager[object]]
+    ) -> None:
+        self._rank, self._domains = rank, domains
+        self._in_order = WeakMethod(in_order)
+        self._num_ranks = sum(len(domain) for domain in domains)
+        self._has_warned = False
+
+    def get_dispatch_layout(
+        self, topk_idx: torch.Tensor, num_experts: int, *, after: EventOverlap | None
+    ) -> None:
+        """Choices."""
+        for (idx,) in self._on_host(after, topk_idx):
+            _check_choices(idx, num_experts)
+
+    def dispatch(
+        self,
+        topk_idx: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        num_tokens_per_rank: torch.Tensor,
+        is_token_in_rank: torch.Tensor,
+        num_tokens_per_expert: torch.Tensor,
+        num_tokens_per_rdma_rank: torch.Tensor | None,
+        *,
+        after: EventOverlap | None,
+    ) -> None:
+        """Choices, weights, and a layout that fits them."""
+        layout = (num_tokens_per_rank, num_tokens_per_expert, num_tokens_per_rdma_rank)
+        for idx, weights, in_rank, *counts in self._on_host(
+            after, topk_idx, topk_weights, is_token_in_rank, *layout
+        ):
+            values = dict(zip(_COUNTS, counts, strict=True))
+            num_experts = num_tokens_per_expert.shape[0]
+            source = "is_token_in_rank"
+            expected = {"num_tokens_per_rank": in_rank.sum(dim=0)}
+            if idx is not None:
+                _check_choices(idx, num_experts)
+                _check_finite("topk_weights", weights, idx >= 0)
+                source = "topk_idx"
+                per_rank, per_expert, by_choice = intranode.layout(
+                    idx, num_experts, self._num_ranks
+                )
+                if bool((by_choice != in_rank).any()):
+                    token, rank = torch.nonzero(by_choice != in_rank)[0].tolist()
+                    raise ValueError(
+                        f"is_token_in_rank[{token}, {rank}] is {bool(in_rank[token, rank])}, but "
+                        f"topk_idx[{token}] is {idx[token].tolist()}, and a rank has "
+                        f"{num_experts // self._num_ranks} experts; {_FROM_LAYOUT}"
+                    )
+                expected = {"num_tokens_per_rank": per_rank, "num_tokens_per_expert": per_expert}
+            if len(self._domains) > 1:
+                in_domain = internode.in_domain(in_rank, self._domains)
+                expected["num_tokens_per_rdma_rank"] = in_domain.sum(dim=0)
+            for name, want in expected.items():
+                if values[name].tolist() != want.tolist():
+                    raise ValueError(
+                        f"{name} is {values[name].tolist()}, but {source} says {want.tolist()}; "
+                        f"{_FROM_LAYOUT}"
+                    )
+
+    def handle(self, handle: Handle, *, after: EventOverlap | None) -> None:
+        """A handle of the normal mode."""
+        for tensors in self._on_host(after, *handle):
+            if len(self._domains) == 1:
+                self._check_handle(*tensors)
+            else:
+                self._check_handle_between_domains(*tensors)
+
+    def low_latency_dispatch(
+        self, x: torch.Tensor, topk_idx: torch.Tensor, num_experts: int
+    ) -> None:
+        """Rows and choices."""
+        for rows, idx in self._on_host(None, x, topk_idx):
+            _check_choices(idx, num_experts)
+            _check_finite("x", rows)
+
+    def low_latency_combine(
+        self,
+        topk_idx: torch.Tensor,
+        topk_weights: torch.Tensor,
+        src_info: torch.Tensor,
+        num_experts: int,
+    ) -> None:
+        """Choices, weights, and the routes behind `src_info`."""
+        num_rows = src_info.numel()
+        num_tokens, _ = dispatched_sizes(src_info, self._num_ranks)
+        places = routes(src_info, self._num_ranks)
+        for idx, weights, counts, rows in self._on_host(None, topk_idx, topk_weights, *places):
+            _check_choices(idx, num_experts)
+            _check_finite("topk_weights", weights, idx >= 0)
+            _check_range("tokens of each rank, in the handle", counts, 0, rows.shape[1])
+            if int(counts[self._rank]) not in (0, num_tokens):  # 0: this rank is masked
+                raise ValueError(
+                    f"the handle says that this rank has dispatched {int(counts[self._rank])} "
+                    f"tokens, but it was {num_tokens}; {_AS_RETURNED}"
+                )
+            for source, count in enumerate(counts.tolist()):
+                what = f"rows for rank {source}, in the handle"
+                _check_range(what, rows[source, :count], -2, num_rows - 1)
+
+    def _on_host(
+        self, after: EventOverlap | None, *tensors: torch.Tensor | None
+    ) -> list[tuple[Any, ...]]:
+        """Copies on the CPU, when what they wait for is done; none where a graph is captured."""
+        is_on_gpu = any(tensor is not None and tensor.is_cuda for tensor in tensors)
+        if is_on_gpu and torch.cuda.is_current_stream_capturing():
+            if not self._has_warned:
+                self._has_warned = True
+                warnings.warn(
+                    f"{env.check_values.name} is set, but what a CUDA graph captures has no values "
+                    "to look at: such calls are not checked",
+                    RuntimeWarning,
+                    stacklevel=4,
+                )
+            return []
+        in_order = self._in_order()
+        assert in_order is not None
+        with in_order(), torch.no_grad():
+            if after is not None and after.event is not None:
+                after.current_stream_wait()
+            return [tuple(None if each is None else each.detach().cpu() for each in tensors)]
+
+    def _check_handle(
+        self,
+        rank_prefix_matrix: torch.Tensor,
+        source_tokens: torch.Tensor,
+        recv_expert_counts: torch.Tensor,
+        recv_src_idx: torch.Tensor,
+        is_token_in_rank: torch.Tensor,
+        send_head: torch.Tensor,
+    ) -> None:
+        """Of one NVLink domain, as `intranode.Handle` says."""
+        num_tokens = is_token_in_rank.shape[0]
+        _check_growing("handle[0] (rank_prefix_matrix)", rank_prefix_matrix)
+        _check_range("handle[1] (source_tokens)", source_tokens, 0, None)
+        if int(source_tokens[self._rank]) != num_tokens:
+            raise ValueError(
+                f"handle[1] (source_tokens) is {source_tokens.tolist()}, but this rank "
+                f"({self._rank}) has {num_tokens} tokens by handle[4]; {_AS_RETURNED}"
+            )
+        _check_range("handle[2] (recv_expert_counts)", recv_expert_counts, 0, None)
+        ends = rank_prefix_matrix[:, self._rank].tolist()
+        _check_range("handle[0] (rank_prefix_matrix)", ends, 0, recv_src_idx.shape[0])
+        for source, begin, end in zip(range(len(ends)), [0, *ends], ends, strict=False):
+            what = f"handle[3] (recv_src_idx), rows of rank {source}"
+            _check_range(what, recv_src_idx[begin:end], 0, int(source_tokens[source]) - 1)
+        _check_heads("handle[5] (send_head)", send_head, is_token_in_rank)
+
+    def _check_handle_between_domains(
+        self,
+        is_token_in_rank: torch.Tensor,
+        send_tokens: torch.Tensor,
+        channel_tokens: torch.Tensor,
+        send_head: torch.Tensor,
+        recv_rdma_rank_prefix_sum: torch.Tensor,
+        recv_expert_counts: torch.Tensor,
+        recv_gbl_rank_prefix_sum: torch.Tensor,
+        recv_src_meta: torch.Tensor,
+        send_rdma_head: torch.Tensor,
+        send_nvl_head: torch.Tensor,
+    ) -> None:
+        """Of several, as `internode.Handle` says."""
+        num_tokens = is_token_in_rank.shape[0]
+        _check_range("handle[1] (send_tokens), lengths", send_tokens[:, -1], 0, num_tokens)
+        for domain, length in enumerate(send_tokens[:, -1].tolist()):
+            what = f"handle[1] (send_tokens), to domain {domain}"
+            _check_range(what, send_tokens[domain, :length], 0, num_tokens - 1)
+        _check_range("handle[2] (channel_tokens)", channel_tokens, 0, None)
+        _check_heads("handle[3] (send_head)", send_head, is_token_in_rank)
+        _check_growing("handle[4] (recv_rdma_rank_prefix_sum)", recv_rdma_rank_prefix_sum)
+        _check_range(
+            "handle[4] (recv_rdma_rank_prefix_sum)",
+            recv_rdma_rank_prefix_sum,
+            0,
+            send_nvl_head.shape[0],
+        )
+        _check_range("handle[5] (recv_expert_counts)", recv_expert_counts, 0, None)
+        _check_growing("handle[6] (recv_gbl_rank_prefix_sum)", recv_gbl_rank_prefix_sum)
+        num_rows = recv_src_meta.shape[0]
+        _check_range("handle[6] (recv_gbl_rank_prefix_sum)", recv_gbl_rank_prefix_sum, 0, num_rows)
+        meta = recv_src_meta[: int(recv_gbl_rank_prefix_sum[-1])].contiguous().view(torch.int32)
+        _check_range("handle[7] (recv_src_meta)", meta, 0, None)
+        in_domain = internode.in_domain(is_token_in_rank, self._domains)
+        _check_heads("handle[8] (send_rdma_head)", send_rdma_head, in_domain)
+
+
+def _check_choices(topk_idx: torch.Tensor, num_experts: int) -> None:
+    """Each an expert, or -1."""
+    is_wrong = (topk_idx < -1) | (topk_idx >= num_experts)
+    if bool(is_wrong.any()):
+        token, choice = torch.nonzero(is_wrong)[0].tolist()
+        raise ValueError(
+            f"topk_idx[{token}, {choice}] is {int(topk_idx[token, choice])}, but with "
+            f"num_experts={num_experts} a choice is an expert from 0 to {num_experts - 1}, or -1 "
+            "for none; pass the number of experts of all ranks together"
+        )
+
+
+def _check_finite(name: str, values: torch.Tensor, used: torch.Tensor | None = None) -> None:
+    """No NaN and no infinity, of those that are used."""
+    is_wrong = ~values.isfinite()
+    if used is not None:
+        is_wrong &= used
+    if bool(is_wrong.any()):
+        token, column = torch.nonzero(is_wrong)[0].tolist()
+        raise ValueError(
+            f"{name}[{token}, {column}] is {float(values[token, column])}, but must be finite; "
+            "look at what computed it"
+        )
+
+
+def _check_range(what: str, values: Any, least: int, most: int | None) -> None:
+    """Entries of a handle, from `least` to `most` (None: no limit)."""
+    values = torch.as_tensor(values, device="cpu")
+    is_wrong = values < least
+    if most is not None:
+        is_wrong |= values > most
+    if bool(is_wrong.any()):
+        place = torch.nonzero(is_wrong)[0].tolist()
+        limit = "more" if most is None else f"up to {most}"
+        raise ValueError(
+            f"{what}: entry {place} is {int(values[tuple(place)])}, but must be {least} or "
+            f"{limit}; {_AS_RETURNED}"
+        )
+
+
+def _check_growing(what: str, sums: torch.Tensor) -> None:
+    """Prefix sums, of which each is at least the one before."""
+    _check_range(f"{what}, from one rank to the next", sums.diff(dim=0), 0, None)
+
+
+def _check_heads(what: str, heads: torch.Tensor, is_sent: torch.Tensor) -> None:
+    """The place of what is sent, -1 for what is not."""
+    is_wrong = (heads >= 0) != is_sent
+    if bool(is_wrong.any()):
+        token, to = torch.nonzero(is_wrong)[0].tolist()
+        raise ValueError(
+            f"{what}: entry [{token}, {to}] is {int(heads[token, to])}, but token {token} "
+            f"{'goes' if bool(is_sent[token, to]) else 'does not go'} there by is_token_in_rank; "
+            f"{_AS_RETURNED}"
+        )
