@@ -357,10 +357,10 @@ def _rows(x: Tensor) -> Tensor:
             f"x is a {type(x).__name__}, expected a torch.Tensor (rows with scales travel by "
             "Buffer.dispatch)"
         )
-    if x.dim() != 2:
-        raise ValueError(f"x has shape {tuple(x.shape)}, expected (number of rows, hidden)")
     if not torch.compiler.is_compiling():
         check_no_transform("x", x)
+    if x.dim() != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (number of rows, hidden)")
     return _autocast(x)
 
 

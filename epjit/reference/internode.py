@@ -152,7 +152,7 @@ def notify(
             head |= kept[:, receiver].to(torch.int64) << bit
         own = place[:, rank].masked_fill(~kept[:, rank], 0)
         passing.append(head | own.to(torch.int64) << 8)
-    send_nvl_head = torch.cat(passing).to(torch.int32)
+    send_nvl_head = torch.cat(passing)
 
     worst = intranode.rooms(num_worst_tokens, len(inputs))[rank]
     num_rows = worst or len(recv_src_meta)
@@ -167,7 +167,7 @@ def notify(
         rows_from.cumsum(dim=0).to(torch.int32),
         pad_rows(recv_src_meta, num_rows),
         positions(to_domain),
-        pad_rows(send_nvl_head[:num_passing], num_passing),
+        pad_rows(send_nvl_head[:num_passing].to(torch.int32), num_passing),
     )
 
 

@@ -14,7 +14,10 @@ from epjit.bench.timing import free_port
 
 ROOT = Path(__file__).parents[2]
 # Of each script, what every rank prints once its result is compared.
-SCRIPTS = {"decode.py": r"rank \d: error 0\.\d+ \(limit"}
+SCRIPTS = {
+    "decode.py": r"rank \d: error 0\.\d+ \(limit",
+    "train.py": r"rank \d of \d on cpu, \d+ tokens: loss 0\.\d+ to 0\.\d+; errors",
+}
 
 
 def torchrun(ranks: int) -> list[str]:
@@ -23,16 +26,39 @@ def torchrun(ranks: int) -> list[str]:
     return ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", port]
 
 
-@pytest.mark.parametrize("ranks", [None, 2], ids=["plain", "torchrun"])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_example(script: str, ranks: int | None) -> None:
-    done = subprocess.run(
-        [sys.executable, *(torchrun(ranks) if ranks else ()), ROOT / "examples" / script],
+def start(*command: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python to its end."""
+    return subprocess.run(
+        [sys.executable, *command],
         env={**os.environ, "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": ""},
         capture_output=True,
         text=True,
         timeout=250,
         check=False,
     )
+
+
+@pytest.mark.parametrize("ranks", [None, 2], ids=["plain", "torchrun"])
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_example(script: str, ranks: int | None) -> None:
+    done = start(*(torchrun(ranks) if ranks else ()), str(ROOT / "examples" / script))
     assert done.returncode == 0, done.stdout + done.stderr
     assert len(re.findall(SCRIPTS[script], done.stdout)) == (ranks or 4), done.stdout
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [
+        ("--ranks=0", "argument --ranks: invalid choice"),
+        ("--ranks=64", "argument --ranks: invalid choice"),
+        ("--tokens=0", "--tokens is 0"),
+        ("--steps=1", "--steps 1"),
+        ("--hidden=8", "unrecognized arguments: --hidden=8"),
+    ],
+)
+def test_train_refuses_in_a_line(option: str, said: str) -> None:
+    """Before any process starts: `make run N=64` took 88 s to refuse."""
+    done = start(str(ROOT / "examples" / "train.py"), option)
+    assert (done.returncode, done.stdout) == (2, "")
+    (line,) = done.stderr.splitlines()
+    assert said in line
