@@ -375,7 +375,7 @@ def test_more_rows_than_there_is_room_for(tokens: tuple[int, ...], short: tuple[
     """As on a GPU: the rank says so in its next call, and everything else goes on."""
 
     def worker(comm: Any) -> None:
-        buffer = Buffer(None, 1024, comm=comm)
+        buffer = Buffer(None, 1 << 20, comm=comm)
         for seed in range(3):
             case = Round(tokens, num_experts=2 * len(tokens), num_topk=2, seed=seed)
             check_no_room(buffer, case, short)

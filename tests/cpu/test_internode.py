@@ -105,7 +105,7 @@ def test_more_rows_than_there_is_room_for() -> None:
     """As on a GPU: the rank says so in its next call, and everything else goes on."""
 
     def worker(comm: Any) -> None:
-        buffer = Buffer(None, 1024, 1024, comm=comm, nvlink_domain=2)
+        buffer = Buffer(None, 1 << 20, 1 << 20, comm=comm, nvlink_domain=2)
         for seed, short in enumerate(((0,), (1, 2), (3,))):
             check_no_room(buffer, Round((9, 20, 24, 24), num_experts=8, seed=seed), short)
 
