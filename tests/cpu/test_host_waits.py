@@ -11,6 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from datetime import timedelta
 from typing import Any
 
 import pytest
@@ -214,9 +215,14 @@ def interrupted_elsewhere(process_group: Any) -> None:
     """In NVSHMEM, and while a kernel waits for a peer: both block outside Python."""
     os.environ["EPJIT_TIMEOUT_SECONDS"] = _FAR
     group = Group.from_torch(process_group)
+
+    def block(*_: Any) -> None:
+        """Unlike time.sleep, no signal ends it."""
+        dist.HashStore().wait(["never"], timedelta(seconds=20))
+
     with interrupt_soon():
-        nvshmem._together(group, "nvshmem_malloc", None, lambda: time.sleep(60))
-    torch.cuda.synchronize = lambda device: time.sleep(60)  # type: ignore[assignment,misc]
+        nvshmem._together(group, "nvshmem_malloc", None, block)
+    torch.cuda.synchronize = block  # type: ignore[assignment]
     with interrupt_soon():
         synchronize(torch.device("cuda", 0))
 
