@@ -43,6 +43,7 @@ from epjit.reference.intranode import Handle
 from epjit.reference.low_latency import size_hint
 from epjit.runtime.empty import empty_on, matrix, vector
 from epjit.runtime.group import Group, as_process_group
+from epjit.runtime.interrupt import synchronize
 from epjit.runtime.topology import Topology, find_topology
 from epjit.scope import AnyScope, CpuScope, CurrentStream, GpuScope, Scope, Turns
 from epjit.value_checks import ValueChecks
@@ -582,6 +583,8 @@ class Buffer:
             )
         if self.runtime is None:
             raise AssertionError("this Buffer is destroyed already")
+        if self._cpu is None:
+            synchronize(self.device)  # before anything is freed: here Ctrl-C may end it
         self._release()
 
     def _release(self) -> None:

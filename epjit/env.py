@@ -86,7 +86,10 @@ def _natural(text: str) -> int:
 
 
 def _path(text: str) -> Path:
-    return Path(text).expanduser()
+    try:
+        return Path(text).expanduser()
+    except RuntimeError:  # there is no such home folder
+        raise ValueError from None
 
 
 def _choice(*allowed: str) -> Callable[[str], str]:

@@ -32,6 +32,7 @@ from epjit.reference.intranode import Dispatched
 from epjit.runtime import variants
 from epjit.runtime.device import shared_limit
 from epjit.runtime.group import BUFFER, Group
+from epjit.runtime.interrupt import interruptible
 from epjit.runtime.jit import KernelConfig, Launch
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import make_transport
@@ -678,7 +679,7 @@ class Internode(NormalMode):
         ]
 
     def _drain(self) -> None:
-        self._transport.quiet()  # all ranks are here
+        interruptible(self._transport.quiet)  # all ranks are here
         self._group.barrier(op="reset")
 
     def _leave(self) -> None:

@@ -35,6 +35,7 @@ from epjit.runtime import variants
 from epjit.runtime.device import arch_of, num_sms, shared_limit
 from epjit.runtime.empty import Form, empty_on, matrix
 from epjit.runtime.fault import FaultRecord, raise_abort
+from epjit.runtime.interrupt import interruptible, synchronize
 from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import RemoteMemory, Transport, make_transport
@@ -875,10 +876,10 @@ class LowLatency:
 
     def reset(self) -> None:
         """Forgets everything that was under way; collective."""
-        torch.cuda.synchronize(self._device)
+        synchronize(self._device)
         self._group.reset()
         if self._transport is not None:
-            self._transport.quiet()  # what is on its way must not come after the zeros
+            interruptible(self._transport.quiet)  # what is on its way must not come after the zeros
             self._group.barrier(op="reset")
         self.memory.tensor(torch.uint8)[self._arena.signals :].zero_()
         self._words[: self._peers_at].zero_()

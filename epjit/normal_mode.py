@@ -21,6 +21,7 @@ from epjit.runtime.device import arch_of
 from epjit.runtime.empty import Form, empty_on, matrix
 from epjit.runtime.fault import FaultRecord, raise_abort
 from epjit.runtime.host import PinnedArray, nap
+from epjit.runtime.interrupt import synchronize
 from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
 
 if TYPE_CHECKING:
@@ -339,7 +340,7 @@ class NormalMode(ABC):
 
     def reset(self) -> None:
         """Forgets everything that was under way; collective."""
-        torch.cuda.synchronize(self._device)
+        synchronize(self._device)
         self._group.reset()
         self._drain()
         for control in self._control():

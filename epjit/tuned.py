@@ -18,13 +18,10 @@ import os
 import tempfile
 import warnings
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
-from epjit.errors import require
-from epjit.runtime.cache import cache_folder
+from epjit.runtime.cache import cache_folder, lock
 
 MOST_ROWS_FACTOR = 2.0
 """How many times longer or shorter rows may be than those that were measured."""
@@ -76,14 +73,13 @@ def path() -> Path:
 @functools.cache
 def load() -> tuple[Tuned, ...]:
     """All winners; empty, with a warning, when the file cannot be read."""
-    file = path()
     try:
-        return _read(file)
-    except FileNotFoundError:
+        return _read(path())
+    except FileNotFoundError:  # or there is no home folder to have one
         return ()
     except (OSError, ValueError) as error:
         warnings.warn(
-            f"{file} cannot be used ({error}), so the default configs are; remove it, and run "
+            f"{path()} cannot be used ({error}), so the default configs are; remove it, and run "
             "`python -m epjit tune` again",
             stacklevel=2,
         )
@@ -101,7 +97,7 @@ def store(winners: Iterable[Tuned]) -> Path:
     """
     file = path()
     file.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    with _locked(file):
+    with lock(file.with_suffix(".lock"), seconds=_LOCK_SECONDS):
         try:
             known = {each.shape: each for each in _read(file)}
         except (FileNotFoundError, ValueError):
@@ -131,7 +127,7 @@ def clear() -> bool:
     file = path()
     found = file.exists()
     if found:
-        with _locked(file):
+        with lock(file.with_suffix(".lock"), seconds=_LOCK_SECONDS):
             file.unlink(missing_ok=True)
     _forget()
     return found
@@ -184,15 +180,6 @@ def _say(used: Tuned) -> None:
         used.variant,
         path(),
     )
-
-
-def _locked(file: Path) -> AbstractContextManager[Any]:
-    """Held by the one process that changes the file."""
-    filelock = require("filelock", package="filelock", extra="")
-    lock: AbstractContextManager[Any] = filelock.FileLock(
-        file.with_suffix(".lock"), timeout=_LOCK_SECONDS
-    )
-    return lock
 
 
 def _forget() -> None:

@@ -4,12 +4,16 @@
 variables before CUDA starts; the ranks of ``tests/dist`` inherit theirs from a server that is
 started once. So each tier gets a process of its own when paths of several are asked for, and what
 was skipped in all of them is said again at the end. Paths of one tier run as with any pytest.
+
+Nothing that a test keeps lies outside of temporary folders: epjit's cache is one of the session,
+unless EPJIT_CACHE_DIR is set. The workers of pytest-xdist and processes that tests start share it.
 """
 
 from __future__ import annotations
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -27,6 +31,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 _HERE = Path(__file__).parent
 _SUMMARY = "EPJIT_TEST_SUMMARY"  # names the file that a tier's process leaves its numbers in
 _summary = os.environ.pop(_SUMMARY, "")  # not for a pytest that a test starts
+_FOLDER = pytest.StashKey[str]()  # of the cache
 _NOT_RUN = pytest.StashKey[dict[str, str]]()
 _FAILURES = ("failed", "error")
 _OUTCOMES = ("passed", *_FAILURES, "skipped", "xfailed", "xpassed")
@@ -162,3 +167,18 @@ def pytest_terminal_summary(
             ),
         }
         Path(_summary).write_text(json.dumps(summary))
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Chooses the folder, before a test or a fork server starts."""
+    if "EPJIT_CACHE_DIR" not in os.environ:
+        config.stash[_FOLDER] = tempfile.mkdtemp(prefix="epjit-tests-")
+        os.environ["EPJIT_CACHE_DIR"] = config.stash[_FOLDER]
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """Deletes it; where the workers of pytest-xdist have inherited it, the one that chose it."""
+    folder = config.stash.get(_FOLDER, None)
+    if folder is not None:
+        del os.environ["EPJIT_CACHE_DIR"]
+        shutil.rmtree(folder, ignore_errors=True)

@@ -2,7 +2,9 @@
 
 An entry is a file that is written under another name and renamed, so readers see all of it or
 nothing. It starts with the digest of the rest: a damaged entry counts as absent. The folder is the
-user's alone.
+user's alone, and so is each entry: who may write to a parent could put another folder in its place.
+
+The cache saves time and nothing else: where it cannot be used, kernels are compiled without it.
 """
 
 from __future__ import annotations
@@ -17,7 +19,8 @@ import struct
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -53,12 +56,39 @@ class StoredEntry(NamedTuple):
 
 
 def cache_folder() -> Path:
-    """Folder of everything epjit keeps: ``EPJIT_CACHE_DIR``, or `epjit` in the user's cache."""
+    """Folder of everything epjit keeps: ``EPJIT_CACHE_DIR``, or `epjit` in the user's cache.
+
+    Raises:
+        FileNotFoundError: The user has no home folder, and the variable is not set.
+    """
     chosen = env.cache_dir()
     if chosen is not None:
         return chosen
     platformdirs = require("platformdirs", package="platformdirs", extra="")
-    return Path(platformdirs.user_cache_dir("epjit", appauthor=False))
+    try:
+        found = Path(platformdirs.user_cache_dir("epjit", appauthor=False))
+    except RuntimeError:
+        found = Path("~")  # what older versions leave as it is
+    if not found.is_absolute():
+        raise FileNotFoundError(f"this user has no home folder; set {env.cache_dir.name}")
+    return found
+
+
+@contextlib.contextmanager
+def lock(file: Path, *, seconds: float) -> Iterator[None]:
+    """Holds a lock file; goes on without it where there are no locks, or when the time is over.
+
+    What is written under it is renamed into place, so that without it work may be done twice and
+    nothing breaks. Some network file systems have no locks.
+    """
+    filelock = require("filelock", package="filelock", extra="")
+    held = filelock.FileLock(file)
+    with contextlib.suppress(OSError, NotImplementedError):  # its Timeout is an OSError
+        held.acquire(timeout=seconds)
+    try:
+        yield
+    finally:
+        held.release()
 
 
 class CubinCache:
@@ -69,7 +99,16 @@ class CubinCache:
     """
 
     def __init__(self, directory: Path | None = None) -> None:
-        self.directory = (directory or cache_folder()) / "cubins"
+        self._directory = directory
+
+    @property
+    def directory(self) -> Path:
+        """The folder.
+
+        Raises:
+            FileNotFoundError: See `cache_folder`.
+        """
+        return (self._directory or cache_folder()) / "cubins"
 
     @staticmethod
     def key(*parts: bytes) -> str:
@@ -81,9 +120,13 @@ class CubinCache:
         return digest.hexdigest()
 
     def get(self, key: str) -> Entry | None:
-        """The entry, or None when it is absent or damaged."""
+        """The entry, or None when it is absent or damaged.
+
+        Raises:
+            OSError: It cannot be read, or is another user's.
+        """
         try:
-            return _decode(self._path(key).read_bytes())
+            return _decode(_read(self._path(key)))
         except FileNotFoundError:
             return None
 
@@ -102,8 +145,9 @@ class CubinCache:
         """All entries, damaged ones too, the newest first."""
         found = []
         for path in self.directory.glob(f"*{_SUFFIX}") if self.directory.is_dir() else ():
-            with contextlib.suppress(FileNotFoundError):  # another process may clear the folder
-                data, modified = path.read_bytes(), path.stat().st_mtime
+            # Another process may clear the folder; nobody is to run what another user left.
+            with contextlib.suppress(FileNotFoundError, PermissionError):
+                data, modified = _read(path), path.stat().st_mtime
                 found.append(StoredEntry(path.stem, len(data), modified, _decode(data)))
         return sorted(found, key=lambda each: -each.modified)
 
@@ -182,34 +226,37 @@ class CubinCache:
             The entry, and whether the cache had it.
 
         Raises:
-            CompileError: It has none and ``EPJIT_ASSERT_COMPILE`` is set, or the compiler refuses.
-            PermissionError: The folder is not this user's alone.
+            CompileError: It has none, or cannot be used, and ``EPJIT_ASSERT_COMPILE`` is set; or
+                the compiler refuses.
         """
-        self.prepare()
-        if (entry := self.get(key)) is not None:
+        try:
+            self.prepare()
+            entry = self.get(key)
+        except OSError as error:
+            if env.assert_compile():
+                raise CompileError(
+                    f"{what} cannot be taken from the cache ({error}) and EPJIT_ASSERT_COMPILE=1 "
+                    "forbids to compile it now; set EPJIT_CACHE_DIR to the folder that has it"
+                ) from error
+            _warn(error)
+            return compile_entry(), False
+        if entry is not None:
             return entry, True
         if env.assert_compile():
             raise CompileError(
                 f"{what} is not in the cache {self.directory} and EPJIT_ASSERT_COMPILE=1 forbids "
                 "to compile it now; compile it before, with the same EPJIT_CACHE_DIR"
             )
-        filelock = require("filelock", package="filelock", extra="")
-        lock = filelock.FileLock(self.directory / f"{key}.lock")
-        try:
-            lock.acquire(timeout=env.timeout_seconds())
-        except filelock.Timeout:
-            return self._compile(key, compile_entry), False  # twice the work, and as good
-        try:
-            if (entry := self.get(key)) is not None:
-                return entry, True
-            return self._compile(key, compile_entry), False
-        finally:
-            lock.release()
-
-    def _compile(self, key: str, compile_entry: Callable[[], Entry]) -> Entry:
-        entry = compile_entry()
-        self.put(key, entry)
-        return entry
+        with lock(self.directory / f"{key}.lock", seconds=env.timeout_seconds()):
+            with contextlib.suppress(OSError):
+                if (entry := self.get(key)) is not None:
+                    return entry, True
+            entry = compile_entry()
+            try:
+                self.put(key, entry)
+            except OSError as error:
+                _warn(error)
+            return entry, False
 
     def _path(self, key: str) -> Path:
         return self.directory / (key + _SUFFIX)
@@ -266,6 +313,38 @@ def _read_archive(archive: Path) -> dict[str, Entry]:
         if whole.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
             raise tarfile.ReadError("its end is missing")
     return found
+
+
+_has_warned = False
+
+
+def _warn(error: OSError) -> None:
+    """Once a process."""
+    global _has_warned
+    if not _has_warned:
+        _has_warned = True
+        warnings.warn(
+            f"kernels are compiled but not kept: their cache cannot be used ({error}); every "
+            f"process compiles anew until {env.cache_dir.name} names a folder of your own that can "
+            "be written",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+def _read(path: Path) -> bytes:
+    """A file of this user.
+
+    Raises:
+        OSError: It is another user's, or cannot be read.
+    """
+    with path.open("rb") as file:
+        owner = os.fstat(file.fileno()).st_uid
+        if owner != os.geteuid():
+            raise PermissionError(
+                f"{path} belongs to user {owner}, not to user {os.geteuid()}; remove it"
+            )
+        return file.read()
 
 
 def _encode(entry: Entry) -> bytes:

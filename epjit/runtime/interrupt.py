@@ -5,7 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent import futures
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
+
+if TYPE_CHECKING:
+    import torch
 
 T = TypeVar("T")
 
@@ -35,10 +38,23 @@ def interruptible(function: Callable[[], T], *, seconds: float | None = None) ->
         except BaseException as error:
             result.set_exception(error)
 
-    threading.Thread(target=run, name="epjit wait", daemon=True).start()
+    try:
+        threading.Thread(target=run, name="epjit wait", daemon=True).start()
+    except RuntimeError:  # the interpreter ends, or there are too many
+        run()
     try:
         return result.result(seconds)
     except futures.TimeoutError:  # before Python 3.11 not the TimeoutError of the language
         if result.done():
             raise
         raise TimeoutError(f"not done within {seconds:g} s") from None
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until all that is queued on a GPU has run, which may wait for a peer until its timeout.
+
+    Not for destructors: they run anywhere, where the start of a thread could wait for itself.
+    """
+    from torch import cuda
+
+    interruptible(lambda: cuda.synchronize(device))

@@ -10,10 +10,13 @@ import ctypes
 import dataclasses
 import functools
 import itertools
+import logging
 import os
 import re
 import threading
+import time
 import typing
+import warnings
 import weakref
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -51,6 +54,7 @@ _FIELD = re.compile(
     r"(?:\s*\[\s*(?P<count>\w+)\s*\])?"
 )
 _IDENTIFIER = re.compile(r"[A-Za-z_]\w*")
+_log = logging.getLogger(__name__)
 
 
 class KernelConfig:
@@ -273,7 +277,16 @@ def compile_kernel(config: KernelConfig, *, arch: str, transport: str = "nvshmem
             log = f"{log}\n{link_log}"
         return Entry(symbol, log, code)
 
+    start = time.perf_counter()
     entry, from_cache = CubinCache().get_or_compile(key, compile_entry, what=f"{config} for {arch}")
+    _log.info(
+        "%s for %s %s in %.2f s: %s",
+        config.op,
+        arch,
+        "taken from the cache" if from_cache else "compiled",
+        time.perf_counter() - start,
+        config,
+    )
     if (folder := env.dump()) is not None:
         _dump(folder, f"{name}.{key[:8]}", unit, entry)
     registers, spill_bytes = nvrtc.usage(entry.log)
@@ -557,11 +570,15 @@ def _fields(record: ctypes.Structure) -> dict[str, Any]:
 
 
 def _dump(folder: Path, name: str, unit: str, entry: Entry) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes what is looked at; the call goes on without it."""
     files: Mapping[str, bytes] = {
         "cu": unit.encode(),
         "log": entry.log.encode(),
         "cubin": entry.cubin,
     }
-    for suffix, data in files.items():
-        (folder / f"{name}.{suffix}").write_bytes(data)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for suffix, data in files.items():
+            (folder / f"{name}.{suffix}").write_bytes(data)
+    except OSError as error:
+        warnings.warn(f"{env.dump.name}={folder} cannot be written: {error}", stacklevel=2)

@@ -16,17 +16,20 @@ import re
 import socket
 import threading
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 from epjit import env
-from epjit.errors import missing_package
+from epjit.errors import CommunicationError, missing_package
 from epjit.runtime import device as gpu
 from epjit.runtime import driver
-from epjit.runtime.group import Group, host_id, process_id
+from epjit.runtime.group import BUFFER, Group, host_id, process_id
+from epjit.runtime.interrupt import interruptible
+
+T = TypeVar("T")
 
 MIN_VERSION = (3, 4, 5)
 MAX_MAJOR = 3
@@ -283,6 +286,7 @@ def initialize(group: Group, *, device: int | None, settings: Mapping[str, str])
         ValueError: Ranks share a process.
         RuntimeError: The ranks' libraries do not go together, or NVSHMEM works already with other
             members, or does not begin. The same reasons on all ranks.
+        CommunicationError: A rank does not come.
     """
     members: list[_Member] = group.allgather(_introduce(device))
     _check_members(members)
@@ -294,8 +298,7 @@ def initialize(group: Group, *, device: int | None, settings: Mapping[str, str])
         env.set_default(name, value)
     if len({member.host for member in members}) == 1:
         env.set_default(_SOCKET, "lo")  # else it takes an interface that may not loop back
-    with contextlib.nullcontext() if device is None else driver.using(device):
-        problem = _bootstrap(group, pes)
+    problem = _bootstrap(group, pes, device)
     problems = [text for text in group.allgather(problem) if text]
     if problems:
         raise RuntimeError("NVSHMEM does not begin:\n  " + "\n  ".join(problems))
@@ -393,7 +396,32 @@ def _check_gpus(members: Sequence[_Member], pes: Sequence[int]) -> None:
         )
 
 
-def _bootstrap(group: Group, pes: Sequence[int]) -> str:
+def _together(group: Group, what: str, device: int | None, call: Callable[[], T]) -> T:
+    """A call in which NVSHMEM lets its processes wait for each other: not for ever.
+
+    Raises:
+        CommunicationError: It does not come back within ``EPJIT_TIMEOUT_SECONDS``.
+    """
+
+    def run() -> T:
+        with contextlib.nullcontext() if device is None else driver.using(device):
+            return call()
+
+    seconds = env.timeout_seconds()
+    try:
+        return interruptible(run, seconds=seconds)
+    except TimeoutError:
+        raise CommunicationError(
+            f"{BUFFER}: rank {group.rank} waited {seconds:g} s in {what} for the other ranks: one "
+            "has ended, or the network between them does not work (NVSHMEM_DEBUG=INFO says more). "
+            "NVSHMEM cannot be used in this process any more; start the ranks again "
+            f"({env.timeout_seconds.name} sets the time)",
+            op=BUFFER,
+            rank=group.rank,
+        ) from None
+
+
+def _bootstrap(group: Group, pes: Sequence[int], device: int | None) -> str:
     """Begins NVSHMEM; returns what went wrong, in words."""
     global _begun_here
     library = load()
@@ -401,7 +429,8 @@ def _bootstrap(group: Group, pes: Sequence[int]) -> str:
     root = pes.index(0)
     status = 0
     if group.rank == root:
-        status = library.nvshmemx_get_uniqueid(ctypes.byref(unique_id))
+        with contextlib.nullcontext() if device is None else driver.using(device):
+            status = library.nvshmemx_get_uniqueid(ctypes.byref(unique_id))
     status, data = group.allgather((status, bytes(unique_id)))[root]
     if status:
         return f"rank {root}: nvshmemx_get_uniqueid failed with {status}" * (group.rank == root)
@@ -412,7 +441,12 @@ def _bootstrap(group: Group, pes: Sequence[int]) -> str:
     library.nvshmemx_set_attr_uniqueid_args(
         pes[group.rank], group.size, ctypes.byref(unique_id), ctypes.byref(attributes)
     )
-    status = library.nvshmemx_hostlib_init_attr(_WITH_UNIQUE_ID, ctypes.byref(attributes))
+    status = _together(
+        group,
+        "nvshmemx_hostlib_init_attr",
+        device,
+        lambda: library.nvshmemx_hostlib_init_attr(_WITH_UNIQUE_ID, ctypes.byref(attributes)),
+    )
     if not is_initialized():
         return (
             f"rank {group.rank}: nvshmemx_hostlib_init_attr returns {status}, and the state is "
@@ -553,13 +587,18 @@ def allocate(group: Group, nbytes: int, *, device: int) -> HeapMemory:
             _free.discard(number)
         return HeapMemory(number, nbytes)
     library = load()
-    with driver.using(device):
-        for each in useless:  # what is too small gives way, so that sizes that grow do not add up
-            with _lock:
-                block = _blocks.pop(each)
-                _free.discard(each)
-            library.nvshmem_free(block.ptr)
-        ptr = library.nvshmem_malloc(nbytes) or 0
+    small = []  # gives way, so that sizes that grow do not add up
+    for each in useless:
+        with _lock:
+            small.append(_blocks.pop(each).ptr)
+            _free.discard(each)
+
+    def replace() -> int:
+        for block in small:
+            library.nvshmem_free(block)
+        return library.nvshmem_malloc(nbytes) or 0
+
+    ptr = _together(group, "nvshmem_malloc", device, replace)
     try:
         without = [rank for rank, ok in enumerate(group.allgather(bool(ptr))) if not ok]
     except BaseException:  # a peer that does not come

@@ -14,7 +14,7 @@ from epjit.errors import CommunicationError
 from epjit.reference import intranode
 from epjit.reference.cpu_backend import CpuBackend
 from epjit.reference.intranode import Dispatched, RankInput
-from epjit.runtime.group import Group
+from epjit.runtime.group import BUFFER, Group
 from tests import data, launch
 
 NUM_TOPK = 3
@@ -29,8 +29,8 @@ class SlowGroup(Group):
         self.rank, self.size = group.rank, group.size
         self.delay_seconds = delay_seconds
 
-    def allgather(self, obj: Any) -> list[Any]:
-        values = self.group.allgather(obj)
+    def allgather(self, obj: Any, *, op: str = BUFFER) -> list[Any]:
+        values = self.group.allgather(obj, op=op)
         time.sleep(self.rank * self.delay_seconds)
         return values
 

@@ -19,9 +19,9 @@ import torch.distributed as dist
 
 from epjit import Buffer
 from epjit.errors import CommunicationError
-from epjit.runtime import line
+from epjit.runtime import line, nvshmem
 from epjit.runtime.group import Group, ThreadGroup, as_process_group
-from epjit.runtime.interrupt import interruptible
+from epjit.runtime.interrupt import interruptible, synchronize
 from tests import launch
 
 _SOON = 15.0  # seconds; the waits themselves would last 60
@@ -208,6 +208,21 @@ def test_an_interrupt_while_the_process_group_waits(tmp_path: Any) -> None:
         finally:
             peer.kill()
     assert done.stdout == "interrupted True\n", done.stdout + done.stderr
+
+
+def interrupted_elsewhere(process_group: Any) -> None:
+    """In NVSHMEM, and while a kernel waits for a peer: both block outside Python."""
+    os.environ["EPJIT_TIMEOUT_SECONDS"] = _FAR
+    group = Group.from_torch(process_group)
+    with interrupt_soon():
+        nvshmem._together(group, "nvshmem_malloc", None, lambda: time.sleep(60))
+    torch.cuda.synchronize = lambda device: time.sleep(60)  # type: ignore[assignment,misc]
+    with interrupt_soon():
+        synchronize(torch.device("cuda", 0))
+
+
+def test_an_interrupt_while_something_else_blocks() -> None:
+    launch.run(interrupted_elsewhere, 1)
 
 
 def test_interruptible() -> None:

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import ctypes
+import errno
+import fcntl
 import os
+import re
 import subprocess
 import sys
 import threading
+import warnings
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from epjit import tuned
 from epjit.errors import CompileError
-from epjit.runtime import jit, nvrtc, sources
+from epjit.runtime import cache, jit, nvrtc, sources
 from epjit.runtime.cache import CubinCache, Entry
 from tests.cpu.toy_kernel import ScaleConfig, write_tree
 
@@ -46,6 +51,7 @@ def tree(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("EPJIT_CACHE_DIR", str(tmp_path / "cache"))
     monkeypatch.delenv("EPJIT_ASSERT_COMPILE", raising=False)
     monkeypatch.delenv("EPJIT_DUMP", raising=False)
+    monkeypatch.setattr(cache, "_has_warned", False)
     return root
 
 
@@ -283,24 +289,146 @@ def test_folder_that_is_open_to_others_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "cache" / "cubins"
     assert folder.stat().st_mode & 0o777 == 0o700
     folder.chmod(0o770)
-    with pytest.raises(PermissionError, match=rf"mode 770\); run: chmod 700 {folder}"):
-        jit.compile_kernel(ScaleConfig(), arch="sm_90a")
+    assert_compiled_without_the_cache(rf"mode 770\); run: chmod 700 {folder}")
 
 
 def test_folder_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     jit.compile_kernel(ScaleConfig(), arch="sm_90a")
     uid = os.geteuid()
     monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
-    with pytest.raises(PermissionError, match=f"belongs to user {uid}, not to user {uid + 1}"):
-        jit.compile_kernel(ScaleConfig(), arch="sm_90a")
+    assert_compiled_without_the_cache(f"belongs to user {uid}, not to user {uid + 1}")
+
+
+def test_entry_of_another_user_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Who may write to a parent of the folder can put another one in its place after the look."""
+    jit.compile_kernel(ScaleConfig(), arch="sm_90a")
+    (path,) = entries(tmp_path)
+    uid = os.geteuid()
+    monkeypatch.setattr(os, "geteuid", lambda: uid + 1)
+    monkeypatch.setattr(CubinCache, "prepare", lambda _: None)
+    assert CubinCache().stored() == []
+    assert_compiled_without_the_cache(f"{path} belongs to user {uid}, not to user {uid + 1}")
 
 
 def test_link_in_place_of_the_folder_is_refused(tmp_path: Path) -> None:
     (tmp_path / "elsewhere").mkdir(mode=0o700)
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / "cubins").symlink_to(tmp_path / "elsewhere")
-    with pytest.raises(PermissionError, match="is no folder"):
+    assert_compiled_without_the_cache("is no folder")
+
+
+# ---- a cache that cannot be used
+
+
+def assert_compiled_without_the_cache(why: str) -> None:
+    """One warning a process, and an error where nothing may be compiled."""
+    with pytest.warns(RuntimeWarning, match=why) as warned:
+        compiled = [jit.compile_kernel(ScaleConfig(), arch="sm_90a") for _ in range(2)]
+    assert all(each.cubin and not each.from_cache for each in compiled)
+    (text,) = [str(each.message) for each in warned]
+    assert "EPJIT_CACHE_DIR" in text
+
+
+def test_folder_that_cannot_be_made(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EPJIT_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    assert_compiled_without_the_cache("Not a directory")
+    monkeypatch.setenv("EPJIT_ASSERT_COMPILE", "1")
+    with pytest.raises(CompileError, match=r"Not a directory.*set EPJIT_CACHE_DIR to the folder"):
         jit.compile_kernel(ScaleConfig(), arch="sm_90a")
+
+
+def test_full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(source: str, target: Path) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "replace", full)
+    assert_compiled_without_the_cache("No space left on device")
+    assert [path.suffix for path in (tmp_path / "cache" / "cubins").iterdir()] == [".lock"]
+
+
+@pytest.mark.parametrize("number", [errno.ENOLCK, errno.ENOTSUP])
+def test_file_system_without_locks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    """Kept all the same; and so are the winners of `epjit tune`."""
+
+    def refuse(descriptor: int, operation: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(fcntl, "flock", refuse)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert not jit.compile_kernel(ScaleConfig(), arch="sm_90a").from_cache
+        assert jit.compile_kernel(ScaleConfig(), arch="sm_90a").from_cache
+        winner = tuned.Tuned(
+            gpu="some",
+            op="dispatch",
+            num_ranks=2,
+            hidden_bytes=16,
+            num_tokens=4,
+            num_sms=2,
+            variant="tma",
+            us=1.0,
+            version="0",
+        )
+        tuned.store([winner])
+        assert tuned.best("dispatch", gpu="some", num_ranks=2) == winner
+    tuned.load.cache_clear()
+    tuned.best.cache_clear()
+
+
+_NO_HOME = """
+import os, sys, warnings
+os.environ.pop("HOME", None)
+os.environ.pop("EPJIT_CACHE_DIR", None)
+os.environ.pop("XDG_CACHE_HOME", None)
+import pwd
+def nobody(uid):
+    raise KeyError(uid)
+pwd.getpwuid = nobody
+from pathlib import Path
+from epjit import Buffer
+from epjit.runtime import jit, sources
+assert Buffer.get_dispatch_config(2).num_sms == 20
+sources.ROOT = Path(sys.argv[1])
+from tests.cpu.toy_kernel import ScaleConfig
+with warnings.catch_warnings(record=True) as caught:
+    warnings.simplefilter("always")
+    for _ in range(2):
+        assert not jit.compile_kernel(ScaleConfig(), arch="sm_90a").from_cache
+print(*[each.message for each in caught], sep="\\n")
+"""
+
+
+def test_user_without_a_home(tree: Path, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", _NO_HOME, tree],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        check=True,
+        capture_output=True,
+        text=True,
+    )
+    (line,) = done.stdout.splitlines()
+    assert "this user has no home folder; set EPJIT_CACHE_DIR" in line
+    assert not (tmp_path / "~").exists()
+
+
+def test_dump_that_cannot_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EPJIT_DUMP", str(tmp_path / "file" / "dump"))
+    with pytest.warns(UserWarning, match="EPJIT_DUMP=.*cannot be written"):
+        jit.compile_kernel(ScaleConfig(), arch="sm_90a")
+
+
+def test_log_says_what_was_compiled(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "epjit"):
+        jit.compile_kernel(ScaleConfig(), arch="sm_90a")
+        jit.compile_kernel(ScaleConfig(), arch="sm_90a")
+    compiled, taken = (record.getMessage() for record in caplog.records)
+    assert re.fullmatch(r"scale for sm_90a compiled in \d+\.\d\d s: ScaleConfig\(.*\)", compiled)
+    assert taken.startswith("scale for sm_90a taken from the cache in ")
 
 
 def test_assert_compile(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,6 +12,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +21,7 @@ from typing import Any
 import pytest
 
 from epjit import internode, low_latency
-from epjit.errors import CompileError
+from epjit.errors import CommunicationError, CompileError
 from epjit.runtime import group as groups
 from epjit.runtime import nvrtc, nvshmem, nvshmem_device
 from epjit.runtime.jit import compile_kernel
@@ -478,6 +479,18 @@ def test_a_full_gpu_is_said(heap: Heap) -> None:
     heap.room = 100
     with pytest.raises(RuntimeError, match="no 101 bytes of symmetric memory for ranks 0;"):
         nvshmem.allocate(alone(), 101, device=0)
+
+
+def test_a_rank_that_ends_is_not_waited_for_inside_nvshmem(
+    heap: Heap, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("EPJIT_TIMEOUT_SECONDS", "0.2")
+    monkeypatch.setattr(heap, "nvshmem_malloc", lambda nbytes: time.sleep(5))
+    with pytest.raises(
+        CommunicationError, match=r"rank 0 waited 0\.2 s in nvshmem_malloc"
+    ) as error:
+        nvshmem.allocate(alone(), 100, device=0)
+    assert (error.value.op, error.value.rank) == ("Buffer", 0)
 
 
 def test_numbers_mean_the_same_memory_where_only_some_got_it(heap: Heap) -> None:
