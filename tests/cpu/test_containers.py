@@ -39,7 +39,7 @@ rank = int(sys.argv[1])
 dist.init_process_group(
     "gloo", init_method="file://" + os.environ["RENDEZVOUS"], rank=rank, world_size=2
 )
-buffer = Buffer(dist.group.WORLD, explicitly_destroy=True)
+buffer = Buffer(dist.group.WORLD, 1 << 20, explicitly_destroy=True)
 layout = buffer.get_dispatch_layout(torch.tensor([[0, 1]]), 2)
 rows, *_ = buffer.dispatch(
     torch.full((1, 8), rank, dtype=torch.bfloat16),

@@ -275,7 +275,7 @@ class Routing:
         world.epochs += 1
         results = []
         for rank, own in enumerate(self.inputs):
-            outputs = _guarded_outputs(shape)
+            outputs = _guarded_outputs(shape, len(own.x))
             expected = reference.dispatch(
                 self.inputs,
                 rank,
@@ -381,11 +381,12 @@ class Routing:
             world.ranks[rank].checks.append((f"rank {rank}: combined", out, expected))
 
 
-def _guarded_outputs(shape: Shape) -> reference.LowLatencyDispatched:
+def _guarded_outputs(shape: Shape, num_tokens: int) -> reference.LowLatencyDispatched:
     """Outputs as `allocate_dispatched` makes them, in memory whose bounds are watched."""
     forms = reference.dispatched_forms(
         shape.row_format,
         num_ranks=shape.num_ranks,
+        num_tokens=num_tokens,
         max_tokens=shape.max_tokens,
         num_experts=shape.num_experts,
         num_topk=shape.num_topk,

@@ -335,7 +335,7 @@ def meshes(process_group: Any) -> None:
         with pytest.raises(ValueError, match="not among the ranks"):
             Buffer(some)
         with pytest.raises(ValueError, match="not among the ranks"):
-            moe.dispatch(*[torch.zeros(0)] * 3, num_experts=2, group=some)  # type: ignore[call-overload]
+            moe.dispatch(*[torch.zeros((0, 8))] * 3, num_experts=2, group=some)  # type: ignore[call-overload]
     moe.free_buffers()
 
 

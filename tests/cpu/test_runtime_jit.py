@@ -373,7 +373,7 @@ def test_file_system_without_locks(
             version="0",
         )
         tuned.store([winner])
-        assert tuned.best("dispatch", gpu="some", num_ranks=2) == winner
+        assert tuned.best("dispatch", gpu="some", num_ranks=2, hidden_bytes=16) == winner
     tuned.load.cache_clear()
     tuned.best.cache_clear()
 
