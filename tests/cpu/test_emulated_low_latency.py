@@ -283,7 +283,7 @@ class Routing:
                 num_experts=shape.num_experts,
                 row_format=shape.row_format,
                 masked=masked,
-                out=_guarded_outputs(shape),
+                out=_guarded_outputs(shape, len(own.x)),
             )
             stats = guarded(shape.experts_a_rank, dtype=torch.int32, fill=0)
             for phases in ((True, False), (False, True)) if split else ((True, True),):
@@ -870,7 +870,7 @@ def test_rows_beyond_a_slab_are_missed(variant: str, chooser: int) -> None:
     idx = {chooser: [[0, 0, 0, 1]] * 2, 1 - chooser: [[3, -1, -1, -1]] * 2}
     common: dict[str, Any] = {"num_tokens": 2, "num_parts": 1, "sends": True, "receives": True}
     for rank in range(2):
-        received = _guarded_outputs(shape)
+        received = _guarded_outputs(shape, 2)
         topk_idx, routes = copy(torch.tensor(idx[rank])), _routes(received.src_info, shape)
         world.queue(
             rank,

@@ -335,7 +335,9 @@ def meshes(process_group: Any) -> None:
         with pytest.raises(ValueError, match="not among the ranks"):
             Buffer(some)
         with pytest.raises(ValueError, match="not among the ranks"):
-            moe.dispatch(*[torch.zeros((0, 8))] * 3, num_experts=2, group=some)  # type: ignore[call-overload]
+            moe.dispatch(
+                *[torch.zeros((0, 8), dtype=torch.bfloat16)] * 3, num_experts=2, group=some
+            )  # type: ignore[call-overload]
     moe.free_buffers()
 
 
