@@ -135,7 +135,7 @@ _cuts: dict[str, _Cut] = {}
 _numbers = itertools.count()
 
 
-def get_buffer(group: dist.ProcessGroup, hidden_bytes: int) -> Buffer:
+def get_buffer(group: dist.ProcessGroup | DeviceMesh, hidden_bytes: int) -> Buffer:
     """The Buffer of a group, made or grown so that rows of `hidden_bytes` travel well.
 
     Collective when it is the first for this group, or when rows are longer than all before (or
@@ -150,6 +150,8 @@ def get_buffer(group: dist.ProcessGroup, hidden_bytes: int) -> Buffer:
     Raises:
         RuntimeError: A Buffer would have to be made while a CUDA graph is captured.
     """
+    if not isinstance(group, dist.ProcessGroup):
+        group = as_process_group(group)
     num_local = min(_cut(group).num_local, MAX_RANKS)
     needed, rdma = _bytes_needed(group.size(), num_local, hidden_bytes, Buffer.num_sms)
     found = _managed.get(group.group_name)

@@ -63,11 +63,13 @@ def warmup(
     """Compile the kernels of given shapes into the cache; needs no GPU."""
     from epjit import env
     from epjit.runtime import nvshmem_device
+    from epjit.runtime.cache import CubinCache
     from epjit.runtime.jit import compile_kernel
     from epjit.runtime.nvrtc import version
 
     if topk_bits not in (32, 64):
         raise ValueError(f"--topk-bits is {topk_bits}, but must be 32 or 64")
+    CubinCache().prepare()  # a call would do without one, and this would be in vain
     gpus = dict.fromkeys(map(_full_name, arch), "") if arch else _default_archs()
     archs = list(gpus)
     jobs = [

@@ -127,6 +127,13 @@ def test_doctor_names_a_cache_that_others_can_write(cache_dir: Path) -> None:
     assert "is open to others (mode 777); run: chmod 700" in text
 
 
+def test_warmup_needs_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("EPJIT_CACHE_DIR", str(tmp_path / "file" / "cache"))
+    result = CliRunner().invoke(app, ["warmup", "--arch", "sm_90a"])
+    assert isinstance(result.exception, NotADirectoryError)
+
+
 def test_doctor_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
     found = {check.name: check for check in doctor.check_packages()}

@@ -227,6 +227,26 @@ def interrupted_elsewhere(process_group: Any) -> None:
         synchronize(torch.device("cuda", 0))
 
 
+def interrupted_thread(process_group: Any) -> None:
+    os.environ["EPJIT_TIMEOUT_SECONDS"] = _FAR
+    first, second = ThreadGroup.create(2)
+    with interrupt_soon():
+        first.allgather("early")
+    assert caught(lambda: second.allgather("late")).peer == 0
+    late = threading.Thread(target=second.reset)
+    late.start()
+    first.reset()
+    late.join()
+    late = threading.Thread(target=second.allgather, args=(1,))
+    late.start()
+    assert first.allgather(0) == [0, 1]
+    late.join()
+
+
+def test_an_interrupt_of_a_rank_that_is_a_thread() -> None:
+    launch.run(interrupted_thread, 1)
+
+
 def test_an_interrupt_while_something_else_blocks() -> None:
     launch.run(interrupted_elsewhere, 1)
 
