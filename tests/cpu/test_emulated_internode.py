@@ -157,7 +157,6 @@ class Rank(emulated.Rank):
     control: Tensor  # ready, credits, arrived of notify, arrived
     notify: Tensor  # inbox, then stage
     staged: Tensor
-    fits: Tensor
 
 
 class World(emulated.World):
@@ -188,7 +187,6 @@ class World(emulated.World):
                 notify=guarded(2 * num_domains * self.notify_stride, dtype=torch.int32, fill=0),
                 staged=guarded(num_domains * shape.ring_slots, dtype=torch.int64, fill=0),
                 local=guarded(512, dtype=torch.int32, fill=0),
-                fits=guarded(num_ranks, dtype=torch.int32),
                 fault=guarded(16, dtype=torch.int64, fill=0),
             )
             for _ in range(num_ranks)
@@ -243,7 +241,6 @@ class World(emulated.World):
             "entered": [each.control[4 * num_domains :] for each in peers],
             "arrived": mine.control[(6 if is_notify else 7) * num_domains :],
             "staged": mine.staged,
-            "fits": mine.fits,
             "ranks": self.ranks_table,
             "pes": self.pes,
             "transport": self.transport[rank],
@@ -276,6 +273,7 @@ class Routing:
         self.worst = rooms(shape.num_worst_tokens, shape.num_ranks)
         came = sum(each.is_token_in_rank.sum(dim=0) for each in self.inputs).tolist()
         note_overflows(world, came, self.worst)
+        self.fits = [guarded(shape.num_ranks, dtype=torch.int32) for _ in range(shape.num_ranks)]
         self.handles = [self._notify(rank) for rank in range(shape.num_ranks)]
         world.epochs += 1
 
@@ -315,6 +313,7 @@ class Routing:
             send_head=send_head,
             send_domain_head=send_domain_head,
             send_tokens=send_tokens,
+            fits=self.fits[rank],
             host_counts=host_counts,
             notify_stride=world.notify_stride,
             num_tokens=num_tokens,
@@ -360,6 +359,7 @@ class Routing:
                 recv_src_meta=handle[7],
                 passing=handle[9],
                 num_passing=handle[9].shape[0],
+                fits=self.fits[rank],
                 num_send_warps=2,
             )
             passing = min(int(expected.handle[4][-1]), handle[9].shape[0])
@@ -390,6 +390,7 @@ class Routing:
                 recv_src_meta=0,
                 passing=0,
                 num_passing=0,
+                fits=0,
                 num_send_warps=1,
                 experts_per_rank=1,
             )
