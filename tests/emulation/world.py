@@ -183,7 +183,7 @@ def _int32(value: int) -> int:
 
 
 LONG_RUNS = ((2**31 - 1000, 3), (2**31 + 1000, 3), (3 * 2**30, 3), (2**32 + 1000, 2000))
-LONG_RUNS += ((2**32 + 2**31 - 1000, 2**31 + 5), (2**32 - 2, 3))
+LONG_RUNS += ((2**32 + 2**31 - 1000, 2**31 + 5), (2**32 - 2, 2000))
 """Operations so far, and the last one that told what only some tell: see `World.start_at`."""
 
 

@@ -164,7 +164,9 @@ __device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start
 // Whether a signal of this operation has come, or already one of the next: no peer is further ahead,
 // for it enters no operation before this rank has finished the one before. A signal of any other
 // operation is old, also where the epoch has wrapped around since: `done`, say, is only told in
-// operations with more tokens than slots, and there may be none for 2^31 others.
+// operations with more tokens than slots, and there may be none for 2^31 others. (Only one of exactly
+// 2^32 operations ago, or one less, would look new: a month of them without such an operation, and
+// then one in that very place.)
 __device__ __forceinline__ bool has_reached(uint64_t signal, uint64_t expected) {
   return signal - expected < uint64_t{2} << 32;
 }
