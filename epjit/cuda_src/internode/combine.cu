@@ -91,7 +91,7 @@ struct InternodeCombineParams {
   // window & 1) of each domain; zero on entry and on exit
   uint32_t* counters;
   uint32_t* epoch;  // local [1]
-  uint64_t* fault;  // host [8]
+  uint64_t* fault;  // host [2, 8], see sync.cuh
   uint32_t* abort;  // local [1]
   uint64_t timeout_ns;
   int32_t num_slots;  // even, at least 2

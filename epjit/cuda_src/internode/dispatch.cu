@@ -98,7 +98,7 @@ struct InternodeDispatchParams {
   // and on exit
   uint32_t* counters;
   uint32_t* epoch;  // local [1]
-  uint64_t* fault;  // host [8]
+  uint64_t* fault;  // host [2, 8], see sync.cuh
   uint32_t* abort;  // local [1]
   uint64_t timeout_ns;
   int32_t ring_slots;

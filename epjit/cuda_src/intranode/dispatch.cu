@@ -92,7 +92,7 @@ struct DispatchParams {
   // entry and on exit
   uint32_t* counters;
   uint32_t* epoch;  // local [1]
-  uint64_t* fault;  // host [8]
+  uint64_t* fault;  // host [2, 8], see sync.cuh
   uint32_t* abort;  // local [1]
   uint64_t timeout_ns;
   bool has_room;            // the outputs lie in symmetric memory: peers write them; direct only

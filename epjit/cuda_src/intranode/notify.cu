@@ -41,7 +41,7 @@ struct NotifyParams {
   uint64_t signals[8];                   // symmetric, of each rank: see sync.cuh
   uint32_t* counters;                    // local [1]; zero on entry and on exit
   uint32_t* epoch;                       // local [1]
-  uint64_t* fault;                       // host [8]
+  uint64_t* fault;                       // host [2, 8], see sync.cuh
   uint32_t* abort;                       // local [1]
   uint64_t timeout_ns;
   int32_t notify_stride;
