@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
 import weakref
 from collections.abc import Callable, Hashable, Iterator
@@ -656,6 +657,8 @@ class Buffer:
     def __del__(self) -> None:
         """Frees what is left, if need be after a graph capture; waits for no peer that is gone."""
         if getattr(self, "runtime", None) is None or not self._resources.is_ours():
+            return
+        if sys.is_finalizing():  # what could be freed has been, see `epjit.life`
             return
         if self.explicitly_destroy:
             if not is_ending():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
@@ -71,8 +72,21 @@ _buffers: weakref.WeakSet[Buffer] = weakref.WeakSet()
 
 
 def watch(buffer: Buffer) -> None:
-    """Lets `is_capturing` look at the streams of a Buffer on a GPU."""
+    """Lets `is_capturing` look at the streams of a Buffer on a GPU; at exit it is freed."""
+    atexit.unregister(_free_all)
+    atexit.register(_free_all)  # last, so that it comes before what others have registered
     _buffers.add(buffer)
+
+
+def _free_all() -> None:
+    """Frees the Buffers that nobody will destroy, while the interpreter still works.
+
+    Later, in their destructors, it does not: torch 2.11 aborts the process where a tensor of a GPU
+    goes in Python code that runs then.
+    """
+    for buffer in list(_buffers):
+        if not buffer.explicitly_destroy:
+            buffer.__del__()
 
 
 def is_capturing() -> bool:

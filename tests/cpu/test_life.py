@@ -13,11 +13,12 @@ from contextlib import suppress
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
-from epjit import Buffer
+from epjit import Buffer, life
 from epjit.runtime import stream as streams
 from epjit.runtime import symmetric
 from epjit.runtime import transport as transports
@@ -204,7 +205,7 @@ def test_repr(gpu: FakeGpu) -> None:
 
 _ENDS = """
 import sys, multiprocessing
-from epjit import Buffer
+from epjit import Buffer, life
 from epjit.runtime.group import ThreadGroup
 
 def main(how):
@@ -267,6 +268,20 @@ def test_a_forked_child_frees_nothing(gpu: FakeGpu) -> None:
     os.close(reader)
     del kept
     buffers[0].destroy()
+
+
+def test_what_lives_at_exit_is_freed_before_the_interpreter_ends(gpu: FakeGpu) -> None:
+    """torch aborts where a GPU's tensor goes in Python code that runs at the very end."""
+    buffer, kept = make(gpu), make(gpu, explicitly_destroy=True)
+    with mock.patch.object(sys, "is_finalizing", return_value=True):
+        in_use = list(gpu.in_use)
+        buffer.__del__()
+        assert list(gpu.in_use) == in_use
+    life._free_all()
+    assert buffer.runtime is None
+    assert kept.runtime is not None
+    kept.destroy()
+    assert not gpu.in_use
 
 
 # ---- NVSHMEM's heap
