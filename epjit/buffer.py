@@ -1489,7 +1489,7 @@ class Buffer:
         return self._low_latency
 
     def _low_latency_scope(self, async_finish: bool) -> AnyScope:
-        """Where a low-latency call runs. To be called in its turn."""
+        """The scope of a low-latency call. To be called in its turn."""
         if self._comm is None:
             return CpuScope(async_finish=async_finish)
         return self._scope(None, async_finish, False, is_low_latency=True)

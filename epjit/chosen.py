@@ -76,7 +76,7 @@ class ChosenKernels:
         *,
         num_sms: int,
     ) -> None:
-        """What a dispatch must have; see `launch`.
+        """Refuses a dispatch that a GPU would refuse; see `launch`.
 
         Raises:
             ValueError: Also when the SMs are too few.
@@ -86,7 +86,7 @@ class ChosenKernels:
     def check_combine(
         self, x: torch.Tensor, topk_weights: torch.Tensor | None, *, num_sms: int
     ) -> None:
-        """What a combine must have; see `launch`.
+        """Refuses a combine that a GPU would refuse; see `launch`.
 
         Raises:
             ValueError: Also when the SMs are too few.
@@ -103,7 +103,7 @@ class ChosenKernels:
     def check_low_latency_combine(
         self, call: CombineCall, x: torch.Tensor, send_buffer: torch.Tensor
     ) -> None:
-        """What a low-latency combine must have.
+        """Refuses a low-latency combine that a GPU would refuse.
 
         Raises:
             ValueError: There is no such variant, it has no room for so many tokens, or the rows lie

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class Resources(ExitStack):
-    """What one Buffer has made: given back once, in reverse order, each whatever the others raise.
+    """The parts that one Buffer has made: given back once, in reverse, each whatever others raise.
 
     A forked child has copies of these objects, and nothing of what they stand for: it gives nothing
     back.

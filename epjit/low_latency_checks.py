@@ -286,7 +286,7 @@ class LowLatencyChecks:
         return remember(self._combines, arguments, call)
 
     def send_buffer(self, handle: LowLatencyHandle) -> tuple[int, int, int]:
-        """What `get_next_low_latency_combine_buffer` takes; gives `M`, `H` and `E`."""
+        """Checks what `get_next_low_latency_combine_buffer` takes; gives `M`, `H` and `E`."""
         _, _, *sizes = self._entries(handle)
         self._handle(handle)
         max_tokens, hidden, num_experts = sizes
@@ -315,7 +315,7 @@ class LowLatencyChecks:
         )
 
     def _handle(self, handle: Any) -> tuple[int, int]:
-        """What `low_latency_dispatch` returned; gives tokens and top-k of that call."""
+        """Checks what `low_latency_dispatch` returned; gives tokens and top-k of that call."""
         src_info, layout_range, max_tokens, hidden, num_experts = self._entries(handle)
         self.sizes(max_tokens, num_experts)
         self.hidden(hidden)

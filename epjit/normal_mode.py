@@ -327,7 +327,7 @@ class NormalMode(ABC):
 
     @contextmanager
     def _between_kernels(self) -> Iterator[None]:
-        """What a dispatch does from its notify on: who leaves it early wants a reset()."""
+        """The part of a dispatch from its notify on: who leaves it early wants a reset()."""
         try:
             yield
         except BaseException as error:  # also an interrupt, or no memory for the outputs

@@ -87,7 +87,7 @@ def _install_command(extra: str) -> str:
 
 
 def _requirements(extra: str) -> list[str]:
-    """What an extra of the installed epjit holds, those that it is made of resolved."""
+    """Requirements of an extra of the installed epjit, those that it is made of resolved."""
     found = []
     for line in importlib.metadata.requires("epjit") or ():
         needed, _, marker = line.partition(";")

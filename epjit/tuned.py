@@ -183,7 +183,7 @@ def _say(used: Tuned) -> None:
 
 
 def _forget() -> None:
-    """What this process has read is no longer what the file says."""
+    """Drops what this process has read: the file says something else now."""
     load.cache_clear()
     best.cache_clear()
 

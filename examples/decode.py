@@ -25,7 +25,7 @@ def mlp(x: torch.Tensor, up: torch.Tensor, down: torch.Tensor) -> torch.Tensor:
 
 
 def main(group: dist.ProcessGroup) -> None:
-    """What one rank does."""
+    """One rank: a loop of decoding steps."""
     rank, experts = group.rank(), 4 * group.size()
     num_bytes = Buffer.get_low_latency_rdma_size_hint(TOKENS, HIDDEN, group.size(), experts)
     buffer = Buffer(group, 0, num_bytes, low_latency_mode=True, explicitly_destroy=True)

@@ -65,7 +65,7 @@ class Layer(nn.Module):
 
 
 def train(group: dist.ProcessGroup, *, tokens: int, steps: int) -> None:
-    """What every rank does."""
+    """One rank: a few steps of training, then the comparison."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     autocast = torch.autocast(device.type, dtype=torch.bfloat16)
     layer = Layer(group).to(device)

@@ -1,4 +1,4 @@
-"""What a rank does on a Buffer that looks at values (EPJIT_CHECK=1), on the CPU and on a GPU."""
+"""A rank's calls on a Buffer that looks at values (EPJIT_CHECK=1), on the CPU and on a GPU."""
 
 from __future__ import annotations
 

@@ -129,7 +129,7 @@ def _print(check: Check, indent: str = "") -> None:
 
 
 def verdict(checks: list[Check]) -> Check:
-    """What a Buffer would run on, after all other checks."""
+    """The verdict: the devices that a Buffer would run on, after all other checks."""
     from epjit import env
 
     section, name = "verdict", "a Buffer here"
@@ -643,7 +643,7 @@ def _nvshmem_kernels() -> Check:
 
 
 def _only_between_nodes(name: str, value: str, remedy: str) -> Check:
-    """What is missing matters where there is a NIC, or where the user chose an NVSHMEM."""
+    """The severity of a missing part: it matters with a NIC, or with an NVSHMEM of one's own."""
     from epjit import env
 
     if _nics() or env.nvshmem_dir():

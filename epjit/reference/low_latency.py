@@ -143,7 +143,7 @@ def dispatched_forms(
     num_topk: int,
     hidden: int,
 ) -> DispatchedForms:
-    """What `allocate_dispatched` shall make.
+    """Forms of the tensors that `allocate_dispatched` makes.
 
     Behind `src_info` and the `Routes` lie `K + T` words more, so that the length of them all says
     both to `dispatched_sizes`.

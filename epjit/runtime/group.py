@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch.distributed as dist
 
 BUFFER = "Buffer"
-"""What messages call the operation of ranks that make a Buffer."""
+"""Name, in messages, of the operation of ranks that make a Buffer."""
 
 _DIGEST_BYTES = 32
 _CHUNK_BYTES = 4 << 20  # the store refuses very large values
@@ -128,7 +128,7 @@ class Group(ABC):
 
 
 def as_process_group(group: object) -> dist.ProcessGroup:
-    """What users pass as `group`, as a torch process group.
+    """The torch process group that users mean by `group`.
 
     Args:
         group: A process group, or a DeviceMesh of one dimension.

@@ -119,7 +119,7 @@ class FakeGpu:
         return 0
 
     def compile(self, config: Any, **_: Any) -> jit.Compiled:
-        """What the compiler gives."""
+        """An entry, as the compiler gives it."""
         self.step(f"compile {config.op}")
         return jit.Compiled(b"", "kernel", "", 32, 0, False)
 

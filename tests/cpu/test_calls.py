@@ -1,4 +1,4 @@
-"""What every call of a Buffer does around its kernels, with fakes of the GPUs.
+"""Every call of a Buffer: its surroundings of the kernels, with fakes of the GPUs.
 
 From a thread in which another GPU is current, and when it is interrupted.
 """

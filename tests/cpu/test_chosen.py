@@ -1,4 +1,4 @@
-"""What a GPU refuses, the CPU backend refuses in the same words."""
+"""The CPU backend refuses what a GPU refuses, in the same words."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def refused(body: Any, num_ranks: int = 2) -> list[str]:
-    """What each rank is told when ``body(comm)`` is refused on all of them."""
+    """The error of each rank when ``body(comm)`` is refused on all of them."""
 
     def worker(comm: Any) -> str:
         with pytest.raises((ValueError, RuntimeError)) as caught:

@@ -504,7 +504,7 @@ def test_times_need_a_gpu_for_each_rank(command: str, monkeypatch: pytest.Monkey
 
 @pytest.fixture
 def no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What a command refuses must be refused before it starts any."""
+    """Refuses to start processes: a command must refuse before it starts any."""
     from epjit.bench import timing
 
     def spawn(*args: object, **options: object) -> None:

@@ -161,7 +161,7 @@ def test_every_block_of_dispatch_has_warps_that_stage_and_warps_that_pull(arch: 
 
 
 def test_kernels_with_slots_say_how_large_they_are() -> None:
-    """What decides how much fits stands in Python and C++; the units hold the two together."""
+    """Sizes of slots stand in Python and C++; the units hold the two together."""
     for kernel in configs("sm_90a"):
         text = (ROOT / "epjit" / "cuda_src" / kernel.source).read_text()
         has_slots = f"constexpr int {kernel.op}_slot_bytes(" in text

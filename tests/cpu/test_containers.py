@@ -54,7 +54,7 @@ sys.stdout.write(f"rank {rank} met\\n")
 
 
 def _unshare() -> list[str]:
-    """What starts a program as root of a network of its own; skips where that is not allowed."""
+    """A command that starts a program in a network of its own; skips where that is not allowed."""
     for tool, package in (("ip", "iproute2"), ("unshare", "util-linux"), ("nsenter", "util-linux")):
         if shutil.which(tool) is None:
             pytest.skip(f"there is no `{tool}`; install {package}")

@@ -268,7 +268,7 @@ def test_the_site_builds_without_a_warning(tmp_path: Path) -> None:
 
 
 def public_names() -> set[str]:
-    """What users import, by the name that they import it by."""
+    """Public names, as users import them."""
     import epjit
     from epjit import moe
 

@@ -608,7 +608,7 @@ def test_more_rows_than_there_is_room_for(cut: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize(("epoch", "stale"), LONG_RUNS)
 def test_signals_of_long_ago(epoch: int, stale: int) -> None:
-    """What only some operations tell is not taken for new, however many others came between."""
+    """Signals that only some operations raise are not new after any number of others."""
     for seed in range(3):
         shape = Shape(tokens=(38, 51, 33, 45), slots=4, ring_slots=4)
         world = World(shape, seed=seed)

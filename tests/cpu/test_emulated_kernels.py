@@ -572,7 +572,7 @@ def test_handle_whose_tensors_do_not_fit_together(op: str, variant: str) -> None
 @VARIANTS
 @pytest.mark.parametrize(("epoch", "stale"), LONG_RUNS)
 def test_signals_of_long_ago(epoch: int, stale: int, variant: str) -> None:
-    """What only some operations tell is not taken for new, however many others came between."""
+    """Signals that only some operations raise are not new after any number of others."""
     shape = Shape(variant=variant, tokens=(50, 33, 40, 57), slots=6, no_room=0.3)
     for seed in range(3):
         world = World(shape, seed=seed)

@@ -231,7 +231,7 @@ if __name__ == "__main__":
 def test_only_a_normal_run_is_told_of_a_buffer_that_was_not_destroyed(
     how: str, tmp_path: Path
 ) -> None:
-    """Where the process ends, the memory goes with it; an error must not drown."""
+    """The memory goes with the process; an error must not drown."""
     script = tmp_path / "ends.py"
     script.write_text(_ENDS)
     done = subprocess.run(

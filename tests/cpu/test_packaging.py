@@ -1,4 +1,4 @@
-"""What wheel and sdist hold, and what `import epjit` loads."""
+"""Contents of wheel and sdist, and modules that `import epjit` loads."""
 
 from __future__ import annotations
 

@@ -272,7 +272,7 @@ def test_a_low_latency_event_that_goes_before_it_was_waited_for(
 
 
 def test_an_event_draws_its_number_before_it_records(monkeypatch: pytest.MonkeyPatch) -> None:
-    """What another thread queues in between is not covered, and must not seem to be."""
+    """Work that another thread queues in between is not covered, and must not seem to be."""
     world = World(monkeypatch)
     world.scope().finish()
 

@@ -1,4 +1,4 @@
-"""What type checkers say of code that uses `Buffer`."""
+"""Code that uses `Buffer`, as type checkers see it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What type checkers take `Buffer`'s results for; checked by test_types.py, never run."""
+"""Types of `Buffer`'s results; checked by test_types.py, never run."""
 
 from __future__ import annotations
 

@@ -256,7 +256,7 @@ def receive(
 
 
 def note_overflows(world: World, came: Sequence[int], rooms: Sequence[int]) -> None:
-    """What the ranks must report that have less room than rows come; rooms of 0 are enough."""
+    """Reports of the ranks that have less room than rows come; rooms of 0 are enough."""
     tag = next(tag for tag, what in fault.tags().items() if what == ("dispatch", "rows come to"))
     for rank, (rows, room) in enumerate(zip(came, rooms, strict=True)):
         if 0 < room < rows:
