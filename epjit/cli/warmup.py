@@ -69,7 +69,6 @@ def warmup(
 
     if topk_bits not in (32, 64):
         raise ValueError(f"--topk-bits is {topk_bits}, but must be 32 or 64")
-    CubinCache().prepare()  # a call would do without one, and this would be in vain
     gpus = dict.fromkeys(map(_full_name, arch), "") if arch else _default_archs()
     archs = list(gpus)
     jobs = [
@@ -94,6 +93,7 @@ def warmup(
     version()  # NVRTC is missing: say so once, before anything starts
     if transport == "nvshmem" and any(config.transport for config, _ in jobs):
         nvshmem_device.key()  # so for NVSHMEM
+    CubinCache().prepare()  # a call would do without one, and this would be in vain
     compiled = 0
     workers = ThreadPoolExecutor(os.cpu_count() or 1)
     with show.steps(len(jobs)) as steps, workers:

@@ -29,6 +29,7 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Also where there is a GPU; `Buffer.num_sms` and torch's defaults come back as they were."""
     monkeypatch.setenv("EPJIT_BACKEND", "cpu")
     monkeypatch.setattr(Buffer, "num_sms", Buffer.num_sms)
+    monkeypatch.setattr(Buffer, "_sms_are_set", False)
     dtype = torch.get_default_dtype()
     yield
     torch.set_default_dtype(dtype)
