@@ -1737,6 +1737,21 @@ class Buffer:
         topk_idx: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
     ) -> None:
+        if self._num_domains == 1:
+            num_tokens_per_rdma_rank = None
+        arguments = (
+            signature(
+                num_tokens_per_rank,
+                num_tokens_per_rdma_rank,
+                is_token_in_rank,
+                num_tokens_per_expert,
+                topk_idx,
+                topk_weights,
+            ),
+            num_tokens,
+        )
+        if arguments in self._passed:
+            return
         given = {
             "num_tokens_per_rank": num_tokens_per_rank,
             "is_token_in_rank": is_token_in_rank,
@@ -1803,6 +1818,7 @@ class Buffer:
                 device=device,
                 why="as topk_idx",
             )
+        remember(self._passed, arguments, True)
 
 
 def _num_sms(op: str, num_ranks: int, hidden_bytes: int, num_tokens: int) -> int:
