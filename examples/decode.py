@@ -57,9 +57,8 @@ def main(group: dist.ProcessGroup) -> None:
         )
         load += counts
         receive()
-        hidden = (
-            hidden + beside + out
-        )  # out[t] = the sum over k of weights[t, k] * row of idx[t, k]
+        # out[t] is the sum over k of weights[t, k] times the row of idx[t, k].
+        hidden = hidden + beside + out
         seen.append((x, idx, weights, out))
 
     x, idx, weights, out = map(torch.cat, zip(*seen, strict=True))
