@@ -13,7 +13,7 @@ BODIES = (
     "eager",
     "watched",
     "odd_addresses",
-    "replayed",
+    pytest.param("replayed", marks=pytest.mark.needs_gpu),
     "agreed",
     "checkpointed",
     "exported",
