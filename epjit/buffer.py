@@ -591,6 +591,9 @@ class Buffer:
         self._release()
 
     def _release(self) -> None:
+        if not self._resources.is_ours():  # a forked child has a copy of the Buffer alone
+            self._let_go()
+            return
         with self._entered():
             if self._cpu is None and torch.cuda.is_current_stream_capturing():
                 raise RuntimeError(

@@ -82,11 +82,17 @@ def _free_all() -> None:
     """Frees the Buffers that nobody will destroy, while the interpreter still works.
 
     Later, in their destructors, it does not: torch 2.11 aborts the process where a tensor of a GPU
-    goes in Python code that runs then.
+    goes in Python code that runs then. Where an exception has ended the program, peers that may
+    not come are not waited for.
     """
+    ended_by = getattr(sys, "last_type", None)
     for buffer in list(_buffers):
-        if not buffer.explicitly_destroy:
+        if buffer.explicitly_destroy or not buffer._resources.is_ours():
+            continue
+        if ended_by is None:
             buffer.__del__()
+        else:
+            buffer.__exit__(ended_by)
 
 
 def is_capturing() -> bool:

@@ -21,7 +21,6 @@ over all ranks, `L` experts of this rank, `R` ranks, `n` received tokens, `M` ro
 
 from __future__ import annotations
 
-import atexit
 import functools
 import itertools
 import logging
@@ -163,13 +162,11 @@ def get_buffer(group: dist.ProcessGroup | DeviceMesh, hidden_bytes: int) -> Buff
             _in_graphs[found] = None
         return found
     _refuse_in_capture(group)
-    atexit.unregister(free_buffers)
-    atexit.register(free_buffers)
     if found is not None:
         del _managed[group.group_name]
         if found not in _in_graphs:
             _destroy(found)
-    made = Buffer(group, needed, rdma, explicitly_destroy=True)
+    made = Buffer(group, needed, rdma)
     _managed[group.group_name] = made
     _log.info(
         "%s the Buffer of group %r: rank %d of %d, rows of %d bytes, num_nvl_bytes=%d, "
@@ -213,12 +210,11 @@ def worst_tokens(num_tokens: int, *, group: GroupLike) -> int:
 
 
 def free_buffers() -> None:
-    """Frees the Buffers of `get_buffer`; also done at exit.
+    """Frees the Buffers of `get_buffer`; as any Buffer, they are freed at exit, too.
 
     Before or after `destroy_process_group`; a rank that has gone is not waited for long. CUDA
     graphs that captured calls of this module must not be replayed afterwards.
     """
-    atexit.unregister(free_buffers)
     _cuts.clear()
     buffers = dict.fromkeys((*_in_graphs, *_managed.values()))
     _in_graphs.clear()
@@ -282,7 +278,7 @@ def _is_capturing() -> bool:
 
 def _destroy(buffer: Buffer) -> None:
     if buffer.runtime is not None:
-        buffer.destroy()
+        buffer.runtime.destroy()
 
 
 def _name(group: GroupLike) -> str:

@@ -205,7 +205,7 @@ def test_repr(gpu: FakeGpu) -> None:
 
 _ENDS = """
 import sys, multiprocessing
-from epjit import Buffer, life
+from epjit import Buffer
 from epjit.runtime.group import ThreadGroup
 
 def main(how):
@@ -255,6 +255,7 @@ def test_a_forked_child_frees_nothing(gpu: FakeGpu) -> None:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             gpu.calls.clear()
+            buffers[0].destroy()
             buffers.clear()
             del kept
             gc.collect()
@@ -281,6 +282,20 @@ def test_what_lives_at_exit_is_freed_before_the_interpreter_ends(gpu: FakeGpu) -
     assert buffer.runtime is None
     assert kept.runtime is not None
     kept.destroy()
+    assert not gpu.in_use
+
+
+def test_a_program_that_an_exception_ends_waits_for_no_peer(
+    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = make(gpu, timeout_seconds=100)
+    buffer._mode._local[0] = 5  # operations, of which the peer has finished none
+    monkeypatch.setattr(sys, "last_type", KeyError, raising=False)
+    gpu.calls.clear()
+    start = time.monotonic()
+    life._free_all()
+    assert gpu.calls.index("cuMemcpyHtoDAsync") < gpu.calls.index("cuMemFree")  # raise_abort
+    assert time.monotonic() - start < 30
     assert not gpu.in_use
 
 
