@@ -255,17 +255,18 @@ def test_a_forked_child_frees_nothing(gpu: FakeGpu) -> None:
         with warnings.catch_warnings(record=True) as told:
             warnings.simplefilter("always")
             gpu.calls.clear()
+            gpu.num_steps = 0
             buffers[0].destroy()
             buffers.clear()
             del kept
             gc.collect()
             unloaded = num_modules - len(gpu.modules)
             said = [str(each.message) for each in told]
-            os.write(writer, repr((gpu.calls, unloaded, said)).encode())
+            os.write(writer, repr((gpu.calls, gpu.num_steps, unloaded, said)).encode())
         os._exit(0)
     os.waitpid(child, 0)
     os.close(writer)
-    assert os.read(reader, 4096) == b"([], 0, [])"
+    assert os.read(reader, 4096) == b"([], 0, 0, [])"
     os.close(reader)
     del kept
     buffers[0].destroy()
