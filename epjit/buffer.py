@@ -595,12 +595,12 @@ class Buffer:
             self._let_go()
             return
         with self._entered():
-            if self._cpu is None and torch.cuda.is_current_stream_capturing():
-                raise RuntimeError(
-                    "a Buffer cannot be destroyed while a CUDA graph is captured, for nothing may "
-                    "be freed meanwhile; destroy it after the capture"
-                )
             if self._cpu is None:
+                if torch.cuda.is_current_stream_capturing():
+                    raise RuntimeError(
+                        "a Buffer cannot be destroyed while a CUDA graph is captured, for nothing "
+                        "may be freed meanwhile; destroy it after the capture"
+                    )
                 with suppress(RuntimeError):  # which comes again below, where all is freed
                     synchronize(self.device)  # before anything is freed: here Ctrl-C may end it
             self._let_go().close()
@@ -949,10 +949,11 @@ class Buffer:
                     event = scope.finish((rows, scales, *handle), (recv_x, recv_scales))
             return _payload(recv_x, recv_scales), None, None, None, None, event
 
+        per_rdma_rank = num_tokens_per_rdma_rank if self._num_domains > 1 else None
         self._check_routing(
             rows.shape[0],
             num_tokens_per_rank,
-            num_tokens_per_rdma_rank,
+            per_rdma_rank,
             is_token_in_rank,
             num_tokens_per_expert,
             topk_idx,
@@ -968,7 +969,6 @@ class Buffer:
                 "num_worst_tokens needs topk_idx: without it nothing says which rows arrived"
             )
         layout = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
-        per_rdma_rank = num_tokens_per_rdma_rank if self._num_domains > 1 else None
         if self._values is not None:
             self._values.dispatch(
                 topk_idx,
@@ -1740,8 +1740,6 @@ class Buffer:
         topk_idx: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
     ) -> None:
-        if self._num_domains == 1:
-            num_tokens_per_rdma_rank = None
         arguments = (
             signature(
                 num_tokens_per_rank,

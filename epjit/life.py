@@ -119,12 +119,12 @@ def give_back_left() -> None:
 
 
 def is_ending() -> bool:
-    """Whether the caller, a destructor, runs because of an error, or because the process ends.
+    """Whether the caller, a destructor, runs because of an error, or where the main script ends.
 
     A process of multiprocessing lets go of the frames of its target in code of its own; at the end
     of the main script there is no code below any more.
     """
-    if sys.is_finalizing() or sys.exc_info()[0] is not None:
+    if sys.exc_info()[0] is not None:
         return True
     below = sys._getframe(1).f_back
     return below is None or below.f_globals.get("__name__") == "multiprocessing.process"
