@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from epjit import Buffer
-from epjit.value_checks import ValueChecks
+from epjit.checks.values import ValueChecks
 from tests import bodies_value_checks, launch
 from tests.rounds_low_latency import ROOM
 
