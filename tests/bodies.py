@@ -23,16 +23,17 @@ import torch
 import torch.distributed as dist
 
 from epjit import Buffer, CommunicationError, Config
+from epjit.reference import Normal
 from epjit.reference import intranode as reference
 from tests import launch
 from tests.data import ROUTING_KINDS, assert_rows_equal
 from tests.rounds import (
-    Oracle,
     Prepared,
     Round,
     check_round,
     line_up,
     make_world,
+    num_recv,
     random_round,
     settle,
 )
@@ -375,7 +376,7 @@ def replays(
         meet: Called before and after the capture, for ranks that share a GPU.
     """
     on_gpu = buffer.device.type == "cuda"
-    num_ranks, rank, oracle = buffer.group_size, buffer.rank, Oracle.of(buffer)
+    num_ranks, rank, oracle = buffer.group_size, buffer.rank, Normal(buffer._topology.domains)
     hidden, experts, topk, worst = 512, 4 * num_ranks, 4, num_ranks * tokens
     device, config = buffer.device, Config(num_sms)
     x = torch.empty((tokens, hidden), dtype=torch.bfloat16, device=device)
@@ -428,7 +429,7 @@ def replays(
             oracle.dispatch(world, r, num_experts=experts, num_worst_tokens=worst)
             for r in range(num_ranks)
         ]
-        rows = oracle.num_recv(want[rank].handle, rank)
+        rows = num_recv(want[rank].handle, rank)
         recv_x, recv_idx, cached, combined, combined_weights = outputs
         prefix = f"rank {rank}, replay {seed}"
         assert_rows_equal(recv_x[:rows], want[rank].recv_x[:rows], f"{prefix}: recv_x")
