@@ -18,7 +18,8 @@ from epjit.formats import BF16
 from epjit.reference import internode, low_latency
 from epjit.reference import intranode as reference
 from epjit.runtime.empty import empty_on
-from tests.rounds import Round, make_world, to_device
+from tests.harness.data import to_device
+from tests.rounds.normal import Round, make_world
 
 NUM_RANKS = 2
 NUM_TOKENS = 6

@@ -10,7 +10,6 @@ virtual ranks a torch kernel that is loaded while another rank's kernel spins wo
 from __future__ import annotations
 
 import functools
-import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -24,7 +23,7 @@ import torch
 from epjit import Buffer, CommunicationError, Config
 from epjit.reference import Normal
 from epjit.reference import intranode as reference
-from tests.data import (
+from tests.harness.data import (
     ROUTING_KINDS,
     SCALE_LAYOUTS,
     RoutingKind,
@@ -34,8 +33,10 @@ from tests.data import (
     payload,
     random_payload,
     routing,
+    to_device,
     topk_weights,
 )
+from tests.harness.ranks import line_up, settle
 
 
 @dataclass(frozen=True)
@@ -182,37 +183,6 @@ def random_round(num_ranks: int, seed: int, *, num_sms: int, max_tokens: int) ->
         num_sms=num_sms,
         how=rng.choice(("sync", "async", "comm")),
     )
-
-
-SMALL = os.environ.get("EPJIT_TEST_SMALL") == "1"  # under compute-sanitizer
-
-
-def line_up(buffer: Buffer) -> None:
-    """Under compute-sanitizer: all ranks are here, and none waits for the GPU any more.
-
-    Whoever has waited for a stream waits, in memcheck, for all kernels that run, too, and meanwhile
-    none can be launched: virtual ranks must not wait between their first and their last launch.
-    """
-    if SMALL:
-        buffer._links.barrier()
-
-
-def settle(buffer: Buffer) -> None:
-    """What this rank has queued is done.
-
-    Raises:
-        CommunicationError: A kernel gave up.
-    """
-    line_up(buffer)
-    if buffer.device.type == "cuda":
-        torch.cuda.current_stream().synchronize()
-    buffer.check_fault()
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy with the same strides, by one plain copy of the storage."""
-    storage = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(tensor.untyped_storage())
-    return storage.to(device).as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
 
 def make_world(case: Round) -> list[reference.RankInput]:

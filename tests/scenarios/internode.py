@@ -26,9 +26,10 @@ from deep_ep.utils.math import (
     per_token_cast_to_fp8,
 )
 from epjit import Buffer, Config
-from tests import bodies
-from tests.data import ROUTING_KINDS, assert_rows_equal
-from tests.rounds import Round, check_round, line_up, settle, to_device
+from tests.harness.data import ROUTING_KINDS, assert_rows_equal, to_device
+from tests.harness.ranks import line_up, settle
+from tests.rounds.normal import Round, check_round
+from tests.scenarios import normal
 
 # What bfloat16 (8 bits) and FP8 (4 bits) lose, as `calc_diff` measures it. V1's script means to ask
 # for 5e-6 of bfloat16, but by the precedence of its `if` asks for nothing.
@@ -309,7 +310,7 @@ def small_buffers(
     Returns:
         Their sizes.
     """
-    bodies.set_up(group, environ)
+    normal.set_up(group, environ)
 
     def make(**sizes: int) -> Buffer:
         return Buffer(group, explicitly_destroy=True, **sizes)
@@ -340,8 +341,8 @@ def as_v1(
     Returns:
         Number of NVLink domains, and of this rank's.
     """
-    bodies.set_up(group, environ)
-    buffer = bodies.make_buffer(group, 64 * bodies.MB)
+    normal.set_up(group, environ)
+    buffer = normal.make_buffer(group, 64 * normal.MB)
     assert buffer.runtime is not None
     place = buffer.runtime.get_num_rdma_ranks(), buffer.runtime.get_rdma_rank()
     inputs = Inputs(buffer._topology.domains, **sizes)

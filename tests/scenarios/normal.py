@@ -2,7 +2,7 @@
 
 With EPJIT_NVLINK_DOMAIN in the environment that is passed, they do the same between NVLink domains.
 
-Every body is called as ``body(group, environ, ...)`` by `tests.launch.run`. The environment goes as
+Each is called as ``scenario(group, environ, ...)`` by `launch.run`. The environment goes as
 an argument: the processes come from a fork server, which has that of the time when it started.
 """
 
@@ -25,18 +25,10 @@ import torch.distributed as dist
 from epjit import Buffer, CommunicationError, Config
 from epjit.reference import Normal
 from epjit.reference import intranode as reference
-from tests import launch
-from tests.data import ROUTING_KINDS, assert_rows_equal
-from tests.rounds import (
-    Prepared,
-    Round,
-    check_round,
-    line_up,
-    make_world,
-    num_recv,
-    random_round,
-    settle,
-)
+from tests.harness import launch
+from tests.harness.data import ROUTING_KINDS, assert_rows_equal
+from tests.harness.ranks import line_up, meet, settle
+from tests.rounds.normal import Prepared, Round, check_round, make_world, num_recv, random_round
 
 MB = 1 << 20
 
@@ -256,6 +248,32 @@ def expect_error(
         with pytest.raises(CommunicationError):
             prepared.queue("dispatch")  # broken until reset
     return error
+
+
+def check_withheld_peer(buffer: Buffer, op: str, withheld: int) -> None:
+    """Rank `withheld` does not come to `op`: the others name it, and all work after reset()."""
+    prepared = Prepared(buffer)
+    meet(buffer)
+    comes, start = buffer.rank != withheld, time.monotonic()
+    with pytest.raises(CommunicationError) if comes else contextlib.nullcontext() as caught:
+        if comes:
+            prepared.queue(op)
+        if op != "notify":  # that one waits on the host
+            settle(buffer)
+    elapsed = time.monotonic() - start
+    line_up(buffer)
+    if comes:
+        error = caught.value
+        assert (error.op, error.rank) == (op, buffer.rank), str(error)
+        # Also where a rank waits for one that waits.
+        assert error.peer == withheld, str(error)
+        assert f"rank {withheld}" in str(error)
+        assert elapsed < 10, elapsed
+        with pytest.raises(CommunicationError):
+            prepared.queue("dispatch")  # broken until reset
+    buffer.reset()
+    for seed in range(2, 5):
+        check_round(buffer, dataclasses.replace(prepared.case, seed=seed))
 
 
 def withheld(

@@ -8,7 +8,8 @@ import pytest
 
 from epjit import Buffer
 from epjit.runtime.jit import Launch
-from tests.bad_input import (
+from tests.harness.ranks import run_ranks
+from tests.refusals.table import (
     BETWEEN,
     BUFFER,
     CASES,
@@ -20,7 +21,6 @@ from tests.bad_input import (
     ReachedError,
     verify,
 )
-from tests.gpu.ranks import run_ranks
 
 
 def test_bad_input_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from epjit import Buffer
-from tests.bad_input import (
+from tests.refusals.table import (
     BETWEEN,
     BUFFER,
     CASES,
