@@ -11,6 +11,7 @@ from __future__ import annotations
 import random
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -115,147 +116,194 @@ def check_as_v1(buffer: Buffer, inputs: Inputs, *, num_sms: int) -> int:
     Returns:
         A hash of all results; the same call gives it again.
     """
-    rank, device = buffer.rank, buffer.device
-    num_tokens, hidden, num_ranks = inputs.num_tokens, inputs.hidden, inputs.num_ranks
-    num_local = inputs.num_experts // num_ranks
-    shape = (num_tokens, hidden)
+    script = _Script(buffer, inputs, num_sms)
+    script.check_layout()
+    return sum(
+        script.check_round(given, _How(previous, is_async, with_topk))
+        for previous in (False, True)
+        for is_async in (False, True)
+        for given in script.payloads
+        for with_topk in (False, True)
+    )
 
-    def on_device(tensor: Tensor) -> Tensor:
-        return to_device(tensor, device)
 
-    def on_cpu(results: tuple[Any, ...], is_async: bool) -> tuple[Any, ...]:
+@dataclass(frozen=True)
+class _Payload:
+    """Rows of one rank, random or all of them its number; with weights alike."""
+
+    x: Tensor | tuple[Tensor, Tensor]  # what is passed
+    rows: Tensor  # what it stands for, in bfloat16
+    weights: Tensor
+    is_random: bool
+    most_diff: float = _BF16_DIFF
+
+
+@dataclass(frozen=True)
+class _How:
+    """How the operations of one round are called."""
+
+    previous: bool  # with an event to wait for
+    is_async: bool
+    with_topk: bool
+
+
+class _Script:
+    """V1's script on one rank: what it passes, and its checks."""
+
+    def __init__(self, buffer: Buffer, inputs: Inputs, num_sms: int) -> None:
+        self.buffer, self.inputs, self.rank = buffer, inputs, buffer.rank
+        self.config = Config(num_sms, 8, 512, 16, 128)
+        self.num_local = inputs.num_experts // inputs.num_ranks
+        self.num_recv = int(inputs.per_rank[self.rank])
+        self.idx, self.in_rank = inputs.topk_idx[self.rank], inputs.in_rank(self.rank)
+        self.copies = self.in_rank.sum(dim=1, keepdim=True)
+        self.layout: dict[str, Tensor] = {}
+        shape = (inputs.num_tokens, inputs.hidden)
+        x = torch.full(shape, self.rank, dtype=torch.bfloat16, device="cpu")
+        x_random = inputs.random(1, self.rank, *shape).to(torch.bfloat16)
+        x_fp8, scales = per_token_cast_to_fp8(x)
+        weights = torch.full(self.idx.shape, self.rank, dtype=torch.float32, device="cpu")
+        weights_random = inputs.random(2, self.rank, *self.idx.shape)
+        random_fp8 = per_token_cast_to_fp8(x_random)
+        self.payloads = (
+            _Payload(x_random, x_random, weights_random, True),
+            _Payload(x, x, weights, False),
+            _Payload(random_fp8, x_random, weights_random, True, _FP8_DIFF),
+            _Payload((x_fp8, scales.T.contiguous().T), x, weights, False),
+        )
+        self.biases = (
+            torch.ones(shape, dtype=torch.bfloat16, device="cpu"),
+            inputs.random(3, self.rank, *shape).to(torch.bfloat16),
+        )
+        self.biases_on_device = tuple(self._on_device(each) for each in self.biases)
+
+    def check_layout(self) -> None:
+        """The counts and ranks of each token; kept for all dispatches."""
+        num_experts = self.inputs.num_experts
+        results = self.buffer.get_dispatch_layout(self._on_device(self.idx), num_experts)
+        layout = self._on_cpu(results, False)
+        own_experts = (self.idx.flatten() == torch.arange(num_experts, device="cpu")[:, None]).sum(
+            1
+        )
+        wanted = {
+            "num_tokens_per_rank": self.in_rank.sum(dim=0).to(torch.int32),
+            "num_tokens_per_rdma_rank": self.inputs.per_domain(self.rank).to(torch.int32),
+            "num_tokens_per_expert": own_experts.to(torch.int32),
+            "is_token_in_rank": self.in_rank,
+        }
+        for (name, want), got in zip(wanted.items(), layout, strict=True):
+            assert_rows_equal(got, want, f"rank {self.rank}: {name}")
+            self.layout[name] = self._on_device(got)
+
+    def check_round(self, given: _Payload, how: _How) -> int:
+        """Dispatch, the same again (for the worst case, or cached), and combine.
+
+        Returns:
+            A hash of the results.
+        """
+        x = given.x
+        payload = tuple(map(self._on_device, x)) if isinstance(x, tuple) else self._on_device(x)
+        routing = dict(self.layout)
+        if how.with_topk:
+            routing["topk_idx"] = self._on_device(self.idx)
+            routing["topk_weights"] = self._on_device(given.weights)
+        received, recv_idx, recv_weights, counts, handle = self._call(
+            how, self.buffer.dispatch, payload, **routing
+        )
+        parts = received if isinstance(received, tuple) else (received,)
+        total: int = sum(hash_tensor(each.cpu()) for each in parts)
+        rows, ends = _rows_of(received), handle[-4].cpu()
+        assert len(rows) == self.num_recv
+        assert counts == self.inputs.per_expert.view(self.inputs.num_ranks, -1)[self.rank].tolist()
+        if not given.is_random:
+            self._check_sources(rows, ends)
+        filled = None
+        if how.with_topk:
+            assert ((recv_idx >= -1) & (recv_idx < self.num_local)).all()
+            assert [int((recv_idx == i).sum()) for i in range(self.num_local)] == counts
+            filled = recv_weights
+            if not given.is_random:
+                most = recv_weights.amax(dim=1, keepdim=True).expand_as(recv_weights)
+                filled = torch.where(recv_idx == -1, most, recv_weights)
+                self._check_sources(filled, ends)
+            self._check_worst_case(how, payload, routing, (rows, recv_idx, recv_weights))
+        else:
+            again, *nothing = self._call(how, self.buffer.dispatch, payload, handle=handle)
+            assert nothing == [None] * 4
+            rows = _rows_of(again)
+            if not given.is_random:
+                self._check_sources(rows, ends)
+        return total + self._check_combine(given, how, rows, filled, handle)
+
+    def _check_sources(self, rows: Tensor, ends: Tensor) -> None:
+        """Each row is the number of the rank that it comes from."""
+        ranks = torch.arange(self.inputs.num_ranks, device="cpu")
+        sources = torch.repeat_interleave(ranks, ends.diff(prepend=ends.new_zeros(1)).long())
+        assert (rows.float() == sources[:, None].float()).all()
+
+    def _check_worst_case(
+        self, how: _How, payload: Any, routing: dict[str, Tensor], wanted: tuple[Tensor, ...]
+    ) -> None:
+        """The same rows, selections and weights, and none behind them."""
+        worst = self.inputs.num_tokens * self.inputs.num_ranks
+        x, idx, weights, empty, _ = self._call(
+            how, self.buffer.dispatch, payload, **routing, num_worst_tokens=worst
+        )
+        rows, n = _rows_of(x), self.num_recv
+        assert empty == []
+        assert len(rows) == len(idx) == len(weights) == worst
+        assert_rows_equal(rows[:n], wanted[0], f"rank {self.rank}: worst case, x")
+        assert torch.equal(idx[:n], wanted[1])
+        assert torch.equal(weights[:n], wanted[2])
+        assert (idx[n:] == -1).all()
+
+    def _check_combine(
+        self, given: _Payload, how: _How, rows: Tensor, weights: Tensor | None, handle: Any
+    ) -> int:
+        """The mean of what comes back is what was sent; returns a hash of both."""
+        combined, combined_weights = self._call(
+            how,
+            self.buffer.combine,
+            self._on_device(rows),
+            handle,
+            topk_weights=None if weights is None else self._on_device(weights),
+            bias=self.biases_on_device,
+        )
+        sums = combined.float() - self.biases[0].float() - self.biases[1].float()
+        diff = calc_diff(sums / self.copies, given.rows)
+        assert diff < given.most_diff, diff
+        if weights is not None:
+            mean = combined_weights if given.is_random else combined_weights / self.copies
+            assert calc_diff(mean, given.weights) < 1e-9
+        total: int = hash_tensor(rows) + hash_tensor(combined)
+        return total
+
+    def _call(self, how: _How, method: Callable[..., Any], *args: Any, **options: Any) -> Any:
+        line_up(self.buffer)  # once the arguments are there, before what meets peers
+        if how.previous:
+            options["previous_event"] = self.buffer.capture()
+        results = method(*args, config=self.config, async_finish=how.is_async, **options)
+        return self._on_cpu(results, how.is_async)
+
+    def _on_cpu(self, results: tuple[Any, ...], is_async: bool) -> tuple[Any, ...]:
         """Results once the event has come; the handle stays where it is."""
         *values, event = results
         assert (event.event is not None) is is_async
         if is_async:
             event.current_stream_wait()
-        settle(buffer)
+        settle(self.buffer)
         return tuple(each.cpu() if isinstance(each, Tensor) else each for each in values)
 
-    def rows_of(received: Any) -> Tensor:
-        if isinstance(received, tuple):
-            received = per_token_cast_back(*(each.cpu() for each in received))
-        rows: Tensor = received.cpu()
-        return rows
+    def _on_device(self, tensor: Tensor) -> Tensor:
+        return to_device(tensor, self.buffer.device)
 
-    idx = inputs.topk_idx[rank]
-    in_rank, copies = inputs.in_rank(rank), inputs.in_rank(rank).sum(dim=1, keepdim=True)
-    layout = on_cpu(buffer.get_dispatch_layout(on_device(idx), inputs.num_experts), False)
-    own_experts = (idx.flatten() == torch.arange(inputs.num_experts, device="cpu")[:, None]).sum(1)
-    wanted = (in_rank.sum(dim=0), inputs.per_domain(rank), own_experts)
-    for name, got, want in zip(("rank", "rdma_rank", "expert"), layout, wanted, strict=False):
-        assert_rows_equal(got, want.to(torch.int32), f"rank {rank}: num_tokens_per_{name}")
-    assert_rows_equal(layout[3], in_rank, f"rank {rank}: is_token_in_rank")
-    names = (
-        "num_tokens_per_rank",
-        "num_tokens_per_rdma_rank",
-        "num_tokens_per_expert",
-        "is_token_in_rank",
-    )
-    layout_on_device = {name: on_device(each) for name, each in zip(names, layout, strict=True)}
 
-    def check_data(rows: Tensor, ends: Tensor) -> None:
-        """Rows that are constant, and the rank they come from."""
-        sources = torch.repeat_interleave(
-            torch.arange(num_ranks, device="cpu"), ends.diff(prepend=ends.new_zeros(1)).long()
-        )
-        assert (rows.float() == sources[:, None].float()).all()
-
-    x = torch.full(shape, rank, dtype=torch.bfloat16, device="cpu")
-    x_random = inputs.random(1, rank, *shape).to(torch.bfloat16)
-    x_fp8, x_random_fp8 = per_token_cast_to_fp8(x), per_token_cast_to_fp8(x_random)
-    x_fp8 = (x_fp8[0], x_fp8[1].T.contiguous().T)
-    weights = torch.full(idx.shape, rank, dtype=torch.float32, device="cpu")
-    weights_random = inputs.random(2, rank, *idx.shape)
-    biases = (
-        torch.ones(shape, dtype=torch.bfloat16, device="cpu"),
-        inputs.random(3, rank, *shape).to(torch.bfloat16),
-    )
-    biases_on_device = tuple(on_device(each) for each in biases)
-    config = Config(num_sms, 8, 512, 16, 128)
-    num_recv = int(inputs.per_rank[rank])
-    per_local = inputs.per_expert.view(num_ranks, -1)[rank].tolist()
-    total = 0
-    for previous, is_async in ((a, b) for a in (False, True) for b in (False, True)):
-        for given in (x_random, x, x_random_fp8, x_fp8):
-            is_random = given is x_random or given is x_random_fp8
-            for with_topk in (False, True):
-                payload = (
-                    tuple(on_device(each) for each in given)
-                    if isinstance(given, tuple)
-                    else on_device(given)
-                )
-                options: dict[str, Any] = {"config": config, "async_finish": is_async}
-                own_weights = weights_random if is_random else weights
-                routing: dict[str, Any] = dict(layout_on_device)
-                if with_topk:
-                    routing["topk_idx"] = on_device(idx)
-                    routing["topk_weights"] = on_device(own_weights)
-
-                def event() -> dict[str, Any]:
-                    line_up(buffer)  # asked for last, before each operation that meets peers
-                    return {"previous_event": buffer.capture()} if previous else {}  # noqa: B023
-
-                received, recv_idx, recv_weights, counts, handle = on_cpu(
-                    buffer.dispatch(payload, **routing, **options, **event()), is_async
-                )
-                for each in received if isinstance(received, tuple) else (received,):
-                    total += hash_tensor(each.cpu())
-                rows, ends = rows_of(received), handle[-4].cpu()
-                assert len(rows) == num_recv
-                assert counts == per_local
-                if not is_random:
-                    check_data(rows, ends)
-                filled = None
-                if with_topk:
-                    assert ((recv_idx >= -1) & (recv_idx < num_local)).all()
-                    assert [int((recv_idx == i).sum()) for i in range(num_local)] == counts
-                    filled = recv_weights
-                    if not is_random:
-                        most = recv_weights.amax(dim=1, keepdim=True).expand_as(recv_weights)
-                        filled = torch.where(recv_idx == -1, most, recv_weights)
-                        check_data(filled, ends)
-                    worst = num_tokens * num_ranks
-                    worst_x, worst_idx, worst_weights, empty, _ = on_cpu(
-                        buffer.dispatch(
-                            payload, **routing, **options, **event(), num_worst_tokens=worst
-                        ),
-                        is_async,
-                    )
-                    worst_rows = rows_of(worst_x)
-                    assert empty == []
-                    assert len(worst_rows) == len(worst_idx) == len(worst_weights) == worst
-                    assert_rows_equal(worst_rows[:num_recv], rows, f"rank {rank}: worst case, x")
-                    assert torch.equal(worst_idx[:num_recv], recv_idx)
-                    assert torch.equal(worst_weights[:num_recv], recv_weights)
-                    assert (worst_idx[num_recv:] == -1).all()
-                else:
-                    again, *nothing = on_cpu(
-                        buffer.dispatch(payload, handle=handle, **options, **event()), is_async
-                    )
-                    assert nothing == [None] * 4
-                    rows = rows_of(again)
-                    if not is_random:
-                        check_data(rows, ends)
-                combined, combined_weights = on_cpu(
-                    buffer.combine(
-                        on_device(rows),
-                        handle,
-                        topk_weights=None if filled is None else on_device(filled),
-                        bias=biases_on_device,
-                        **options,
-                        **event(),
-                    ),
-                    is_async,
-                )
-                sums = combined.float() - biases[0].float() - biases[1].float()
-                diff = calc_diff(sums / copies, x_random if is_random else x)
-                assert diff < (_FP8_DIFF if given is x_random_fp8 else _BF16_DIFF), diff
-                if with_topk:
-                    mean = combined_weights if is_random else combined_weights / copies
-                    assert calc_diff(mean, own_weights) < 1e-9
-                total += hash_tensor(rows) + hash_tensor(combined)
-    return total
+def _rows_of(received: Any) -> Tensor:
+    """Received rows, in bfloat16 where they came as FP8."""
+    if isinstance(received, tuple):
+        received = per_token_cast_back(*(each.cpu() for each in received))
+    rows: Tensor = received.cpu()
+    return rows
 
 
 def smallest_sizes(
