@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 import torch
 
 from epjit import env, signatures, tuned
-from epjit.check import (
+from epjit.checks.low_latency import LowLatencyChecks, LowLatencyHandle, check_forms, check_variant
+from epjit.checks.match import (
     check,
     check_aligned,
     check_experts,
@@ -21,6 +22,7 @@ from epjit.check import (
     remember,
     signature,
 )
+from epjit.checks.values import ValueChecks
 from epjit.config import (
     MAX_EXPERTS,
     MAX_GROUP,
@@ -37,9 +39,8 @@ from epjit.config import (
 from epjit.event import EventHandle, EventOverlap, event_of, next_number
 from epjit.formats import choose_format
 from epjit.life import Resources, give_back_left, is_capturing, is_ending, watch
-from epjit.low_latency_checks import LowLatencyChecks, LowLatencyHandle, check_forms, check_variant
+from epjit.modes.cpu import CpuBackend, CpuLowLatency, CpuMemory
 from epjit.numbers import as_int, as_seconds
-from epjit.reference.cpu_backend import CpuBackend, CpuLowLatency, CpuMemory
 from epjit.reference.intranode import Handle
 from epjit.reference.low_latency import size_hint
 from epjit.runtime.empty import empty_on, matrix, vector
@@ -47,12 +48,11 @@ from epjit.runtime.group import Group, as_process_group
 from epjit.runtime.interrupt import synchronize
 from epjit.runtime.topology import Topology, find_topology
 from epjit.scope import AnyScope, CpuScope, CurrentStream, GpuScope, Scope, Turns
-from epjit.value_checks import ValueChecks
 
 if TYPE_CHECKING:
-    from epjit.internode import Internode
-    from epjit.intranode import Intranode
-    from epjit.low_latency import LowLatency
+    from epjit.modes.internode import Internode
+    from epjit.modes.intranode import Intranode
+    from epjit.modes.low_latency import LowLatency
     from epjit.runtime.stream import CommStream
 
 Payload: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor]"
@@ -306,7 +306,7 @@ class Buffer:
                 self._let_go().abandon(error)
                 raise
         else:
-            from epjit.chosen import ChosenKernels
+            from epjit.modes.chosen import ChosenKernels
 
             self._available_sms = _CPU_SMS
             self._chosen = ChosenKernels(
@@ -353,7 +353,7 @@ class Buffer:
         self, timeout_seconds: float | None, use_fabric: bool, num_qps_per_rank: int
     ) -> None:
         """Streams, memory and kernels."""
-        from epjit.layout import Layout
+        from epjit.modes.layout import Layout
         from epjit.runtime.stream import CommStream
 
         properties = torch.cuda.get_device_properties(self.device)
@@ -369,7 +369,7 @@ class Buffer:
             timeout_seconds = env.timeout_seconds()
         self._mode: Intranode | Internode
         if several:
-            from epjit.internode import Internode
+            from epjit.modes.internode import Internode
 
             self._mode = Internode(
                 self._links,
@@ -383,7 +383,7 @@ class Buffer:
                 num_qps_per_rank=num_qps_per_rank,
             )
         else:
-            from epjit.intranode import Intranode
+            from epjit.modes.intranode import Intranode
 
             self._mode = Intranode(
                 self._links,
@@ -394,7 +394,7 @@ class Buffer:
                 use_fabric=use_fabric,
             )
         if self.low_latency_mode:
-            from epjit.low_latency import LowLatency
+            from epjit.modes.low_latency import LowLatency
 
             self._low_latency = LowLatency(
                 self._links,
@@ -746,7 +746,7 @@ class Buffer:
             raise ValueError(
                 f"num_topk is {num_topk} (0 to {MAX_TOPK}) and num_scales {num_scales} (0 or more)"
             )
-        from epjit.normal_mode import warmup_shapes
+        from epjit.kernels.shapes import warmup_shapes
 
         shapes = warmup_shapes(
             hidden_bytes,

@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Generic, TypeVar
 
+from epjit.arch import arch_name
 from epjit.numbers import MOST_SECONDS
-from epjit.runtime.device import arch_name
 
 T = TypeVar("T")
 
@@ -314,7 +314,7 @@ def variant(op: str) -> str:
         op: Name of the operation, such as ``"dispatch"``.
 
     Returns:
-        The text of ``EPJIT_<OP>_VARIANT``, ``"auto"`` when unset; `runtime.variants` checks it.
+        The text of ``EPJIT_<OP>_VARIANT``, ``"auto"`` when unset; `kernels.variants` checks it.
     """
     return os.environ.get(variant_name(op), "").strip() or "auto"
 

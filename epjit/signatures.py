@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Unpack
 
+    from epjit.checks.low_latency import LowLatencyHandle
     from epjit.config import Config
     from epjit.event import EventOverlap
-    from epjit.low_latency_checks import LowLatencyHandle
     from epjit.reference.intranode import Handle
 
     Pair: TypeAlias = tuple[Tensor, Tensor]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from epjit.arch import arch_number
 from epjit.runtime import device as gpu
 from epjit.runtime import jit
 
@@ -68,7 +69,7 @@ def copy_config(arch: str, *, num_ranks: int, pull: bool) -> CopyConfig:
 
 def example_configs(arch: str) -> list[CopyConfig]:
     """What the compile tests compile; nothing where there are no bulk copies (before sm_90)."""
-    if gpu.arch_number(arch) < 90:
+    if arch_number(arch) < 90:
         return []
     return [copy_config(arch, num_ranks=4, pull=pull) for pull in (False, True)]
 

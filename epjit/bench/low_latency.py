@@ -38,8 +38,8 @@ from epjit.bench.timing import (
     slowest,
     timed,
 )
+from epjit.checks.low_latency import LowLatencyChecks
 from epjit.formats import BF16, FP8
-from epjit.low_latency_checks import LowLatencyChecks
 from epjit.reference import low_latency as reference
 
 PAIRS = 10  # in one CUDA graph

@@ -344,8 +344,8 @@ def measure_ceilings(
 
 def start(rank: int, settings: Settings, port: int, queue: Any) -> tuple[dist.ProcessGroup, Say]:
     """Meets the other ranks; returns the group, and what reports a row (of rank 0)."""
-    from epjit import __version__, env, intranode, low_latency  # noqa: F401  (two have variants)
-    from epjit.runtime import variants
+    from epjit import __version__, env
+    from epjit.kernels import intranode, low_latency, variants  # noqa: F401  (two have variants)
 
     on_cpu = settings.device == "cpu"
     if on_cpu:

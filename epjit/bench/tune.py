@@ -14,7 +14,7 @@ import torch.distributed as dist
 from epjit import env, tuned
 from epjit.bench.normal import Case, Settings, start, tensors
 from epjit.bench.timing import Row, free_port, run_ranks, timed
-from epjit.runtime import variants
+from epjit.kernels import variants
 
 OPS = ("dispatch", "combine")
 

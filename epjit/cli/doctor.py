@@ -134,9 +134,9 @@ def verdict(checks: list[Check]) -> Check:
 
     section, name = "verdict", "a Buffer here"
     try:
-        from epjit import intranode
         from epjit.buffer import use_gpu
-        from epjit.runtime import device, variants
+        from epjit.kernels import intranode, variants
+        from epjit.runtime import device
 
         if not use_gpu():
             why = "EPJIT_BACKEND=cpu" if env.backend() == "cpu" else "torch finds no GPU"
@@ -235,6 +235,7 @@ def check_compiler() -> Iterator[Check]:
 
 def check_gpus() -> Iterator[Check]:
     """Driver and GPUs."""
+    from epjit.arch import arch_number
     from epjit.runtime import device, driver
 
     try:
@@ -260,7 +261,7 @@ def check_gpus() -> Iterator[Check]:
     for index in range(count):
         arch = device.arch_of(index)
         text = f"{device.name(index)}, {arch}, {device.num_sms(index)} SMs"
-        supported = device.arch_number(arch) >= 80
+        supported = arch_number(arch) >= 80
         yield Check(
             "GPUs",
             f"GPU {index}",
@@ -453,11 +454,11 @@ def check_cache() -> Iterator[Check]:
 def check_environment() -> Iterator[Check]:
     """Every variable that is set, and whether it can be read."""
     from epjit import env
-    from epjit.runtime import variants
+    from epjit.kernels import variants
 
     # They register their variants, and need torch, whose absence another line says.
     with contextlib.suppress(ImportError):
-        from epjit import expert_major, intranode, low_latency  # noqa: F401
+        from epjit.kernels import expert_major, intranode, low_latency  # noqa: F401
 
     known = {variable.name for variable in env.VARIABLES}
     for name in sorted(os.environ):

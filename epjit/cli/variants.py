@@ -17,8 +17,9 @@ def variants(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """List the implementations of each operation and how to choose one."""
-    from epjit import env, expert_major, intranode, low_latency  # noqa: F401  (register them)
-    from epjit.runtime import variants as registry
+    from epjit import env
+    from epjit.kernels import expert_major, intranode, low_latency  # noqa: F401  (register them)
+    from epjit.kernels import variants as registry
 
     arch = arch or _arch_of_gpu()
     rows = []
@@ -51,8 +52,8 @@ def variants(
 
 def _taken(op: str, name: str, arch: str) -> str:
     """For which groups `auto`, or the environment, takes a variant; nothing: for none."""
-    from epjit import intranode
-    from epjit.runtime.variants import resolve
+    from epjit.kernels import intranode
+    from epjit.kernels.variants import resolve
 
     most = intranode.MOST_PUSHING_RANKS
     few = resolve(op, arch) == name

@@ -13,7 +13,7 @@ import typer
 from epjit.cli import show
 
 if TYPE_CHECKING:
-    from epjit.normal_mode import CombineShape, DispatchShape
+    from epjit.kernels.shapes import CombineShape, DispatchShape
     from epjit.runtime.jit import KernelConfig
 
 
@@ -131,9 +131,9 @@ def configs(
     Raises:
         ValueError: A shape that no Buffer takes.
     """
-    from epjit import expert_major
     from epjit.config import MAX_DOMAINS, MAX_EXPERTS, MAX_RANKS, MAX_ROW_BYTES, MAX_TOPK
-    from epjit.normal_mode import warmup_shapes
+    from epjit.kernels import expert_major
+    from epjit.kernels.shapes import warmup_shapes
 
     found: dict[KernelConfig, None] = {}
     if low_latency and not experts:
@@ -214,7 +214,7 @@ def _normal(
     gpu: str,
 ) -> list[KernelConfig]:
     """What a Buffer compiles when it is made and for these shapes."""
-    from epjit import internode, intranode
+    from epjit.kernels import internode, intranode
 
     if domains == 1:
         return intranode.warmup_configs(shapes, num_ranks=num_ranks, arch=arch, gpu=gpu)
@@ -236,9 +236,9 @@ def _low_latency(
     logfmt: bool,
 ) -> list[KernelConfig]:
     """What low-latency calls compile."""
-    from epjit import low_latency
+    from epjit.checks.low_latency import check_variant
     from epjit.formats import BF16, FORMATS
-    from epjit.low_latency_checks import check_variant
+    from epjit.kernels import low_latency
 
     check_variant(domains)
     row_format = {each.name: each for each in FORMATS}.get(dtype.value, BF16)
@@ -267,7 +267,7 @@ def _low_latency(
 
 def _full_name(arch: str) -> str:
     """What a GPU asks for: from sm_90 on with an `a`."""
-    from epjit.runtime.device import arch_name, arch_number
+    from epjit.arch import arch_name, arch_number
 
     number = arch_number(arch)
     return arch_name(*divmod(number, 10)) if arch[-1].isdigit() else arch

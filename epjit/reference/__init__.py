@@ -1,8 +1,8 @@
-"""The meaning of the operations, in torch on the CPU, and the backend that runs without a GPU.
+"""The meaning of the operations, in torch on the CPU.
 
 `epjit.reference.intranode` and `epjit.reference.low_latency` are the oracle: they see the inputs of
 all ranks at once and say what each rank must get, bit for bit. `Normal` makes the same calls for
-one NVLink domain and several. `epjit.reference.cpu_backend` is one rank's view of the same.
+one NVLink domain and several. `epjit.modes.cpu` is one rank's view of the same.
 """
 
 from __future__ import annotations

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from epjit.arch import arch_name, arch_number
 from epjit.runtime import driver
 
 _SHARED_LIMITS = {  # bytes of dynamic shared memory that one block may opt in to
@@ -18,27 +19,6 @@ _SHARED_LIMITS = {  # bytes of dynamic shared memory that one block may opt in t
     120: 99 << 10,
     121: 99 << 10,
 }
-
-
-def arch_name(major: int, minor: int) -> str:
-    """Architecture to compile for, from a compute capability.
-
-    From 9.0 on with the ``a`` suffix: the code runs on that architecture alone, and may use all of
-    it.
-    """
-    return f"sm_{major}{minor}{'a' if major >= 9 else ''}"
-
-
-def arch_number(arch: str) -> int:
-    """90 for ``"sm_90"`` and ``"sm_90a"``.
-
-    Raises:
-        ValueError: `arch` is no architecture.
-    """
-    digits = arch.removeprefix("sm_").rstrip("af")
-    if not arch.startswith("sm_") or not digits.isdigit():
-        raise ValueError(f"arch is {arch!r}, expected one such as 'sm_80' or 'sm_90a'")
-    return int(digits)
 
 
 def shared_limit(arch: str) -> int:

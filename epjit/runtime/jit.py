@@ -23,10 +23,11 @@ from pathlib import Path
 from typing import Any, ClassVar, NamedTuple
 
 from epjit import env
+from epjit.arch import arch_number
 from epjit.errors import CompileError, require
 from epjit.runtime import driver, nvjitlink, nvrtc, nvshmem, nvshmem_device, sources
 from epjit.runtime.cache import CubinCache, Entry
-from epjit.runtime.device import arch_number, arch_of, shared_bytes_per_block
+from epjit.runtime.device import arch_of, shared_bytes_per_block
 
 _C_TYPES: dict[str, type[ctypes._SimpleCData[Any]]] = {
     "bool": ctypes.c_bool,

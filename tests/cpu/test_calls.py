@@ -17,8 +17,8 @@ import torch
 
 from epjit import Buffer
 from epjit.buffer import SLOTS, BufferRuntime
+from epjit.checks.low_latency import LowLatencyChecks
 from epjit.life import Resources
-from epjit.low_latency_checks import LowLatencyChecks
 from epjit.reference.low_latency import LowLatencyDispatched
 from epjit.runtime import driver
 from epjit.scope import Turns

@@ -139,7 +139,7 @@ def test_doctor_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None
     found = {check.name: check for check in doctor.check_packages()}
     assert found["torch"].status is doctor.Status.wrong
     assert found["torch"].remedy.startswith(f"pip install -e '{ROOT}[torch]'")
-    for name in ("epjit.buffer", "epjit.intranode"):
+    for name in ("epjit.buffer", "epjit.kernels.intranode"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     last = doctor.verdict([])
     assert last.status is doctor.Status.wrong
@@ -322,7 +322,7 @@ def test_doctor_names_what_is_misspelt(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_doctor_needs_no_torch_to_look_at_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "epjit.expert_major", None)
+    monkeypatch.setitem(sys.modules, "epjit.kernels.low_latency", None)
     monkeypatch.setenv("EPJIT_TIMEOUT_SECONDS", "5")
     found = {each.name: each for each in doctor.check_environment()}
     assert found["EPJIT_TIMEOUT_SECONDS"].status is doctor.Status.ok
@@ -766,8 +766,10 @@ def test_a_damaged_tuned_file_is_a_warning(cache_dir: Path, text: str) -> None:
 
 
 def test_auto_takes_the_tuned_variant_where_it_runs() -> None:
-    from epjit import intranode  # noqa: F401  (registers them)
-    from epjit.runtime import variants
+    from epjit.kernels import (
+        intranode,  # noqa: F401  (registers them)
+        variants,
+    )
 
     assert variants.resolve("dispatch", "sm_90a", preferred="tma") == "tma"
     assert variants.resolve("dispatch", "sm_80", preferred="push") == "ldst"
@@ -775,8 +777,8 @@ def test_auto_takes_the_tuned_variant_where_it_runs() -> None:
 
 
 def test_auto_pulls_where_there_are_many_ranks(cache_dir: Path) -> None:
-    from epjit import intranode
-    from epjit.normal_mode import DispatchShape
+    from epjit.kernels import intranode
+    from epjit.kernels.shapes import DispatchShape
 
     assert not cache_dir.exists()
     shape = DispatchShape(14336, 0, 8, True)

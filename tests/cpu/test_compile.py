@@ -18,8 +18,8 @@ from pathlib import Path
 
 import pytest
 
-from epjit import expert_major, internode, intranode, low_latency
 from epjit.bench import ceiling, peers
+from epjit.kernels import expert_major, internode, intranode, low_latency
 from epjit.runtime import device, jit, nvrtc, nvshmem_device
 
 ROOT = Path(__file__).resolve().parents[2]

@@ -11,8 +11,8 @@ import torch
 import torch.distributed as dist
 
 from epjit.errors import CommunicationError
+from epjit.modes.cpu import CpuBackend
 from epjit.reference import intranode
-from epjit.reference.cpu_backend import CpuBackend
 from epjit.reference.intranode import Dispatched, RankInput
 from epjit.runtime.group import BUFFER, Group
 from tests.harness import data, launch

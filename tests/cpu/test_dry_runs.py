@@ -14,7 +14,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from epjit import Buffer, moe
-from epjit.check import check
+from epjit.checks.match import check
 from epjit.runtime.group import Group
 from tests.harness import launch
 

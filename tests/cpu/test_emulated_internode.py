@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from epjit.internode import (
+from epjit.kernels.internode import (
     InternodeCombineConfig,
     InternodeDispatchConfig,
     InternodeNotifyConfig,

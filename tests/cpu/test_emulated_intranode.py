@@ -17,8 +17,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from epjit.intranode import CombineConfig, DispatchConfig, NotifyConfig
-from epjit.layout import LayoutConfig
+from epjit.kernels.intranode import CombineConfig, DispatchConfig, NotifyConfig
+from epjit.kernels.layout import LayoutConfig
 from epjit.reference import intranode as reference
 from tests.emulation import build
 from tests.emulation import world as emulated

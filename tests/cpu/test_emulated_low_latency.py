@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from epjit.formats import BF16, FORMATS, FP8, RowFormat
-from epjit.low_latency import (
+from epjit.kernels.low_latency import (
     CleanConfig,
     LowLatencyCombineConfig,
     LowLatencyDispatchConfig,

@@ -8,8 +8,10 @@ from typing import Any
 import pytest
 
 from epjit import env
-from epjit.runtime import device, variants
-from epjit.runtime.variants import Variant
+from epjit.arch import arch_name
+from epjit.kernels import variants
+from epjit.kernels.variants import Variant
+from epjit.runtime import device
 
 NAMES = {
     "EPJIT_CACHE_DIR",
@@ -108,7 +110,7 @@ def test_malformed_values(
 
 
 def test_arch_names_and_limits() -> None:
-    assert [device.arch_name(*arch) for arch in ((8, 0), (9, 0), (12, 1))] == [
+    assert [arch_name(*arch) for arch in ((8, 0), (9, 0), (12, 1))] == [
         "sm_80",
         "sm_90a",
         "sm_121a",

@@ -9,8 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from epjit import expert_major
-from epjit.expert_major import BlankConfig, PermuteConfig, PlaceConfig, UnpermuteConfig, row_bound
+from epjit.kernels.expert_major import BlankConfig, PermuteConfig, PlaceConfig, UnpermuteConfig
+from epjit.modes import expert_major
+from epjit.modes.expert_major import row_bound
 from epjit.reference import expert_major as reference
 from epjit.runtime.jit import KernelConfig
 from tests.emulation import build

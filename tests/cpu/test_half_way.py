@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from epjit import CommunicationError
-from epjit.intranode import Intranode
+from epjit.modes.intranode import Intranode
 from epjit.runtime.empty import empty_on
 from epjit.runtime.symmetric import SymmetricMemory
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from epjit.layout import LayoutConfig
+from epjit.kernels.layout import LayoutConfig
 from epjit.reference import internode
 from tests.cpu.test_internode_reference import DOMAINS
 from tests.emulation import build

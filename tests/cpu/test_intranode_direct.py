@@ -11,10 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from epjit import intranode
-from epjit.intranode import DispatchConfig, Intranode
-from epjit.normal_mode import DispatchShape
-from epjit.runtime import variants
+from epjit.kernels import variants
+from epjit.kernels.intranode import DispatchConfig
+from epjit.kernels.shapes import DispatchShape
+from epjit.modes import intranode
+from epjit.modes.intranode import Intranode
 from epjit.runtime.empty import empty_on
 from epjit.runtime.pool import BlockPool
 

@@ -11,9 +11,11 @@ from typing import Any
 import pytest
 import torch
 
-from epjit import Buffer, CommunicationError, check
+from epjit import Buffer, CommunicationError
+from epjit.checks import match
 from epjit.config import MAX_LOW_LATENCY_CHOICES, MAX_LOW_LATENCY_TOKENS
-from epjit.low_latency import LowLatencyCombineShape, LowLatencyReducedCombineConfig, _Arena
+from epjit.kernels.low_latency import LowLatencyCombineShape, LowLatencyReducedCombineConfig
+from epjit.modes.low_latency import _Arena
 from epjit.reference import low_latency as reference
 from tests.harness import launch
 from tests.harness.data import ROUTING_KINDS, assert_rows_equal, payload
@@ -592,7 +594,7 @@ def test_routes_survive_a_view() -> None:
 
 def test_checks_remember_only_what_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second of equal calls is not checked in full; one that differs anywhere is."""
-    monkeypatch.setattr(check, "MOST_REMEMBERED", 8)  # and forgetting is harmless
+    monkeypatch.setattr(match, "MOST_REMEMBERED", 8)  # and forgetting is harmless
     buffer = make(Alone())
     x = payload(0, 4, 512, torch.bfloat16)
     idx, weights = torch.tensor([[0, 1]] * 4), torch.ones(4, 2)

@@ -14,7 +14,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
 
-from epjit import Buffer, expert_major, moe
+from epjit import Buffer, moe
+from epjit.modes import expert_major
 from epjit.runtime.group import ThreadGroup
 from tests.harness.launch import run
 from tests.scenarios import moe as scenarios

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from epjit import Buffer
-from epjit.value_checks import ValueChecks
+from epjit.checks.values import ValueChecks
 from tests.harness import launch
 from tests.rounds.low_latency import ROOM
 from tests.scenarios import value_checks

@@ -15,9 +15,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from epjit import internode, intranode, layout, low_latency, normal_mode
 from epjit.cli import app
 from epjit.formats import BF16
+from epjit.kernels import shapes
+from epjit.modes import internode, intranode, layout, low_latency, normal
 from epjit.runtime import nvjitlink, nvrtc
 from epjit.runtime.group import Group
 from epjit.runtime.jit import KernelConfig, compile_kernel
@@ -80,7 +81,7 @@ def asked_by_buffer(
     reach = SimpleNamespace(
         name=transport, context=0, pes=list(range(RANKS)), allocate=memory, close=None
     )
-    for module in (layout, normal_mode, low_latency, intranode, internode):
+    for module in (layout, normal, low_latency, intranode, internode):
         for name, value in {
             "Kernel": kernel,
             "Launch": lambda kernel, **bound: SimpleNamespace(kernel=kernel),
@@ -108,7 +109,7 @@ def asked_by_buffer(
     else:
         mode = intranode.Intranode(group, ExitStack(), num_nvl_bytes=1 << 30, **options)
     if not is_low_latency:
-        for shape in normal_mode.warmup_shapes(
+        for shape in shapes.warmup_shapes(
             2 * HIDDEN, num_topk=TOPK, num_scales=0, topk_is_int64=True, is_f16=False
         ):
             mode.launch(shape)

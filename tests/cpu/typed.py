@@ -10,7 +10,7 @@ from torch import Tensor
 
 import epjit
 from epjit.buffer import Payload
-from epjit.low_latency_checks import LowLatencyHandle
+from epjit.checks.low_latency import LowLatencyHandle
 from epjit.reference.intranode import Handle
 
 Pair = tuple[Tensor, Tensor]

@@ -33,7 +33,7 @@ def free_bytes() -> int:
 
 
 def _last_barrier(_: int) -> Any:
-    from epjit.low_latency import LowLatency
+    from epjit.modes.low_latency import LowLatency
 
     return mock.patch.object(LowLatency, "_leave", property(lambda _: 1 / 0))
 

@@ -20,8 +20,8 @@ from typing import Any
 
 import pytest
 
-from epjit import internode, low_latency
 from epjit.errors import CommunicationError, CompileError
+from epjit.kernels import internode, low_latency
 from epjit.runtime import group as groups
 from epjit.runtime import nvrtc, nvshmem, nvshmem_device
 from epjit.runtime.jit import compile_kernel

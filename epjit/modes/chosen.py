@@ -8,20 +8,15 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from epjit import internode, intranode, low_latency
-from epjit.low_latency_checks import check_source
-from epjit.normal_mode import (
-    CombineShape,
-    DispatchShape,
-    agree_on_kernel,
-    combine_shape,
-    dispatch_shape,
-)
+from epjit.checks.low_latency import check_source
+from epjit.kernels import internode, intranode, low_latency
+from epjit.kernels.shapes import CombineShape, DispatchShape
+from epjit.modes.normal import agree_on_kernel, combine_shape, dispatch_shape
 
 if TYPE_CHECKING:
     import torch
 
-    from epjit.low_latency_checks import CombineCall
+    from epjit.checks.low_latency import CombineCall
     from epjit.runtime.group import Group
     from epjit.runtime.topology import Topology
 
@@ -57,10 +52,10 @@ class ChosenKernels:
         if config is None:
             num_domains, num_local = self._topology.num_domains, self._topology.num_local
             if num_domains == 1:
-                config = intranode._config(shape, num_local, _ARCH)
+                config = intranode.config_of(shape, num_local, _ARCH)
                 intranode.num_slots(config, self._num_nvl_bytes)
             else:
-                config = internode._config(shape, num_domains, num_local, _ARCH)
+                config = internode.config_of(shape, num_domains, num_local, _ARCH)
                 internode.ring_slots(config, self._num_rdma_bytes)
                 if isinstance(config, internode.InternodeCombineConfig):
                     internode.combine_slots(config, self._num_nvl_bytes)
@@ -115,7 +110,7 @@ class ChosenKernels:
         shape = low_latency.LowLatencyCombineShape(
             call.num_experts, call.hidden, call.num_topk, call.topk_is_int64, call.use_logfmt
         )
-        config = low_latency._config(
+        config = low_latency.config_of(
             shape, self._group.size, _ARCH, remote=self._topology.num_domains > 1
         )
         if isinstance(config, low_latency.LowLatencyReducedCombineConfig):

@@ -23,8 +23,8 @@ from epjit.runtime.empty import empty_on
 from epjit.runtime.fault import Overflow
 
 if TYPE_CHECKING:
-    from epjit.chosen import ChosenKernels
-    from epjit.low_latency_checks import CombineCall, DispatchCall
+    from epjit.checks.low_latency import CombineCall, DispatchCall
+    from epjit.modes.chosen import ChosenKernels
     from epjit.runtime.group import Group
     from epjit.scope import AnyScope
 

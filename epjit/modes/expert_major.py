@@ -8,182 +8,21 @@ nothing. `epjit.moe` has them with autograd.
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 from torch import Tensor
 
-from epjit.check import check, check_aligned
+from epjit.checks.match import check, check_aligned
 from epjit.config import MAX_LOCAL_EXPERTS, MAX_ROW_BYTES, MAX_TOPK
-from epjit.intranode import copier_shape
+from epjit.kernels.expert_major import BlankConfig, PlaceConfig, UnpermuteConfig, permute_config
 from epjit.reference import expert_major as reference
 from epjit.reference.expert_major import Placement
-from epjit.runtime import variants
-from epjit.runtime.device import arch_of, shared_limit
+from epjit.runtime.device import arch_of
 from epjit.runtime.jit import Kernel, KernelConfig, Launch
 
 _INT32_MAX = (1 << 31) - 1
 _INDEX_DTYPES = (torch.int64, torch.int32)
 SUM_DTYPES = (torch.bfloat16, torch.float16)  # that the unpermute kernel adds
-
-for _variant in (
-    variants.Variant("permute", "tma", 90, "rows are copied by TMA bulk copies"),
-    variants.Variant("permute", "ldst", 80, "rows are copied by 16-byte loads and stores"),
-):
-    variants.register(_variant)
-
-
-@dataclass(frozen=True)
-class PlaceConfig(KernelConfig):
-    """What the place kernel is compiled for."""
-
-    source: ClassVar[str] = "moe/place.cu"
-    op: ClassVar[str] = "place"
-
-    num_experts: int
-    topk_is_int64: bool
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return 512
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory: a counter an expert and one a warp."""
-        return 4 * (self.num_experts + self.threads // 32)
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"moe_e{self.num_experts}"
-
-
-@dataclass(frozen=True)
-class PermuteConfig(KernelConfig):
-    """What the permute kernel is compiled for; the fields are explained in permute.cu."""
-
-    source: ClassVar[str] = "moe/permute.cu"
-    op: ClassVar[str] = "permute"
-
-    row_bytes: int
-    tma: bool
-    num_warps: int
-    rows_per_warp: int
-
-    @classmethod
-    def choose(cls, row_bytes: int, *, variant: str, limit: int) -> PermuteConfig:
-        """The form of the block for `limit` bytes of shared memory."""
-        tma = variant == "tma"
-        return cls(row_bytes, tma, *copier_shape(tma, 16, row_bytes, limit))
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory: rows on their way, one mbarrier a warp."""
-        return self.num_warps * (self.rows_per_warp * self.row_bytes + 8) if self.tma else 0
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"moe_h{self.row_bytes}"
-
-
-@dataclass(frozen=True)
-class UnpermuteConfig(KernelConfig):
-    """What the unpermute kernel is compiled for."""
-
-    source: ClassVar[str] = "moe/unpermute.cu"
-    op: ClassVar[str] = "unpermute"
-
-    row_bytes: int
-    num_topk: int
-    is_f16: bool
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return 512
-
-    @property
-    def shared_bytes(self) -> int:
-        """None."""
-        return 0
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"moe_h{self.row_bytes}_k{self.num_topk}"
-
-
-@dataclass(frozen=True)
-class BlankConfig(KernelConfig):
-    """What the blank kernel is compiled for."""
-
-    source: ClassVar[str] = "moe/blank.cu"
-    op: ClassVar[str] = "blank"
-
-    num_warps: int = 16
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
-
-    @property
-    def shared_bytes(self) -> int:
-        """None."""
-        return 0
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return "moe"
-
-
-def example_configs(arch: str) -> Iterator[KernelConfig]:
-    """Kernels of every variant that an architecture can run, over shapes that differ in kind.
-
-    Args:
-        arch: Such as ``"sm_90a"``.
-    """
-    limit = shared_limit(arch)
-    for num_experts, wide in ((1, True), (32, True), (32, False), (MAX_LOCAL_EXPERTS, True)):
-        yield PlaceConfig(num_experts, wide)
-    yield BlankConfig()
-    for row_bytes in (16, 7168, 14336, MAX_ROW_BYTES):
-        for variant in variants.names("permute"):
-            if variants.runs_on("permute", variant, arch):
-                yield PermuteConfig.choose(row_bytes, variant=variant, limit=limit)
-        for num_topk in (1, 8, MAX_TOPK):
-            yield UnpermuteConfig(row_bytes, num_topk, is_f16=num_topk == 1)
-
-
-def warmup_configs(
-    row_bytes: int, *, num_topk: int, num_experts: int, is_f16: bool, topk_is_int64: bool, arch: str
-) -> list[KernelConfig]:
-    """Every kernel that rows by expert of one shape need on an architecture.
-
-    Args:
-        row_bytes: Bytes of one row of bfloat16 or float16.
-        num_topk: Choices a token.
-        num_experts: `E` of one rank.
-        is_f16: float16 rows, else bfloat16.
-        topk_is_int64: Width of the choices.
-        arch: Such as ``"sm_90a"``.
-    """
-    return [
-        PlaceConfig(num_experts, topk_is_int64),
-        _permute_config(row_bytes, arch),
-        UnpermuteConfig(row_bytes, num_topk, is_f16),
-        BlankConfig(),
-    ]
 
 
 def row_bound(num_tokens: int, num_topk: int, num_experts: int, alignment: int) -> int:
@@ -278,7 +117,7 @@ def permute(x: Tensor, source: Tensor, ends: Tensor, *, num_topk: int) -> Tensor
     row_bytes = _row_bytes("x", x)
     rows = torch.empty((source.shape[0], x.shape[1]), dtype=x.dtype, device=x.device)
     if rows.shape[0]:
-        config = _permute_config(row_bytes, arch_of(x.device.index))
+        config = permute_config(row_bytes, arch_of(x.device.index))
         _launch(config, x.device.index)(
             _stream(x.device),
             _num_sms(x.device),
@@ -349,12 +188,6 @@ def blank(rows: Tensor, count: Tensor) -> None:
             num_rows=rows.shape[0],
             row_bytes=row_bytes,
         )
-
-
-def _permute_config(row_bytes: int, arch: str) -> PermuteConfig:
-    """The kernel of a row size, of the variant that the environment asks for."""
-    variant = variants.resolve("permute", arch)
-    return PermuteConfig.choose(row_bytes, variant=variant, limit=shared_limit(arch))
 
 
 @functools.cache

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from epjit import env
-from epjit.runtime.device import arch_number
+from epjit.arch import arch_number
 
 _AUTO = "auto"
 _SM90 = 90

@@ -3,44 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import ClassVar
 
 import torch
 
 from epjit.config import MAX_DOMAINS, MAX_EXPERTS
-from epjit.runtime.jit import Kernel, KernelConfig, Launch
+from epjit.kernels.layout import LayoutConfig
+from epjit.runtime.jit import Kernel, Launch
 
 _MAX_BLOCKS = 1024
-
-
-@dataclass(frozen=True)
-class LayoutConfig(KernelConfig):
-    """What the layout kernel is compiled for."""
-
-    source: ClassVar[str] = "intranode/layout.cu"
-    op: ClassVar[str] = "layout"
-
-    num_ranks: int
-    topk_is_int64: bool
-    num_domains: int = 1
-
-    @property
-    def threads(self) -> int:
-        """Threads a block: one a token."""
-        return 64
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory: the counts of a block."""
-        return 8192 * 4
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        if self.num_domains > 1:
-            return f"internode_d{self.num_domains}_r{self.num_ranks}"
-        return f"intranode_r{self.num_ranks}"
 
 
 class Layout:

@@ -9,7 +9,7 @@ from typing import Any, TypeAlias
 import torch
 
 from epjit import env
-from epjit.check import check, check_aligned, check_experts, check_topk, remember, signature
+from epjit.checks.match import check, check_aligned, check_experts, check_topk, remember, signature
 from epjit.config import (
     MAX_LOW_LATENCY_CHOICES,
     MAX_LOW_LATENCY_EXPERTS,

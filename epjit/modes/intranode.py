@@ -11,19 +11,26 @@ import math
 import weakref
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack
-from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from epjit import env, tuned
+from epjit import env
 from epjit.config import MAX_LOCAL_EXPERTS, MAX_RANKS
-from epjit.layout import LayoutConfig
-from epjit.normal_mode import (
+from epjit.kernels.intranode import (
+    MAX_SLOTS,
+    CombineConfig,
+    DispatchConfig,
+    NotifyConfig,
+    check_warps,
+    config_of,
+    num_slots,
+    warmup_configs,
+)
+from epjit.kernels.shapes import CombineShape, DispatchShape, align
+from epjit.modes.normal import (
     SIGNALS_BYTES,
-    CombineShape,
-    DispatchShape,
     NormalMode,
     Received,
     combine_shape,
@@ -31,8 +38,6 @@ from epjit.normal_mode import (
     pointer,
 )
 from epjit.reference.intranode import Dispatched, Handle
-from epjit.runtime import variants
-from epjit.runtime.device import shared_limit
 from epjit.runtime.empty import Form, matrix, vector
 from epjit.runtime.jit import KernelConfig, Launch
 from epjit.runtime.pool import BlockPool, NoRoomError
@@ -43,300 +48,7 @@ if TYPE_CHECKING:
     from epjit.runtime.group import Group
     from epjit.scope import GpuScope
 
-_MAX_SLOTS = 65536  # of one source rank: bounds the words to 4 MiB
-_SLOT_ALIGNMENT = 128
 _PLACES_BYTES = MAX_RANKS * 64
-# SMs x bytes of a row from which pushing is held by the links: measured with two H200s.
-_LINK_BOUND_BYTES = 300_000
-# With more, a token is better staged once and pulled: 4096 tokens of BF16 on four H200s, 586 us
-# instead of 602 with 24 SMs, 620 instead of 692 with 12; on two, 223 instead of 207.
-MOST_PUSHING_RANKS = 2
-
-for _variant in (
-    variants.Variant("dispatch", "push", 90, "tokens are pushed to peers by TMA bulk copies"),
-    variants.Variant("dispatch", "tma", 90, "peers pull by TMA bulk copies"),
-    variants.Variant("dispatch", "ldst", 80, "peers pull by 16-byte loads and stores"),
-    variants.Variant(
-        "dispatch", "direct", 90, "the source writes rows to their final place", opt_in=True
-    ),
-    variants.Variant("combine", "tma", 90, "rows are pushed by TMA bulk copies"),
-    variants.Variant("combine", "ldst", 80, "rows are pushed by 16-byte loads and stores"),
-):
-    variants.register(_variant)
-
-
-def _align(value: int, alignment: int = _SLOT_ALIGNMENT) -> int:
-    return -(-value // alignment) * alignment
-
-
-@dataclass(frozen=True)
-class NotifyConfig(KernelConfig):
-    """What the notify kernel is compiled for."""
-
-    source: ClassVar[str] = "intranode/notify.cu"
-    op: ClassVar[str] = "notify"
-
-    num_ranks: int
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return 512
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory: one sum a warp."""
-        return self.threads // 32 * 4
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"intranode_r{self.num_ranks}"
-
-
-def copier_shape(tma: bool, max_warps: int, row_bytes: int, limit: int) -> tuple[int, int]:
-    """Warps that move rows, and rows that each has in shared memory.
-
-    TMA: as many rows as shared memory holds, spread over the warps, at most eight a warp.
-    """
-    if not tma:
-        return max_warps, 1
-    rows = (limit - 8 * max_warps) // row_bytes
-    warps = min(max_warps, rows)
-    return warps, min(max(rows // warps, 1), 8)
-
-
-@dataclass(frozen=True)
-class DispatchConfig(KernelConfig):
-    """What the dispatch kernel is compiled for; the fields are explained in dispatch.cu."""
-
-    source: ClassVar[str] = "intranode/dispatch.cu"
-    op: ClassVar[str] = "dispatch"
-
-    num_ranks: int
-    hidden_bytes: int
-    num_scales: int
-    num_topk: int
-    topk_is_int64: bool
-    push: bool
-    direct: bool
-    tma: bool
-    num_warps: int
-    rows_per_warp: int
-
-    @classmethod
-    def choose(
-        cls, shape: DispatchShape, *, num_ranks: int, variant: str, limit: int
-    ) -> DispatchConfig:
-        """The form of the block for `limit` bytes of shared memory."""
-        tma = variant != "ldst"
-        warps, rows = copier_shape(tma, 16, shape.hidden_bytes, limit)
-        direct = variant == "direct"
-        return cls(num_ranks, *shape, direct or variant == "push", direct, tma, warps, rows)
-
-    def stage_warps(self, num_sms: int, *, has_room: bool = False) -> int:
-        """Warps of a block that stage tokens first; the others pull from the start.
-
-        All of them where peers write the rows (`has_room`), so that there is nothing to pull.
-
-        Pushing wants most of the warps while the SMs hold it. Where the links do, more rows on
-        their way only slow the words behind them: with 24 SMs and rows of 14336 bytes, 12 of 16
-        warps take 234 us, 8 take 225, 4 take 206; with 12 SMs 306, 314 and 328.
-        """
-        if self.num_ranks == 1 or has_room:
-            return self.num_warps
-        quarters = 2
-        if self.push:
-            quarters = 1 if num_sms * self.hidden_bytes > _LINK_BOUND_BYTES else 3
-        return max(1, self.num_warps * quarters // 4)
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory: rows on their way, one mbarrier a warp."""
-        return self.num_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of one token in a slot."""
-        return _align(self.hidden_bytes + 4 * self.num_scales + 8 * self.num_topk)
-
-    @property
-    def bytes_a_token(self) -> int:
-        """Bytes of slots for one token of every rank that shares them."""
-        return self.num_ranks * self.slot_bytes if self.push else self.slot_bytes
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return (
-            f"intranode_r{self.num_ranks}_h{self.hidden_bytes}_s{self.num_scales}_k{self.num_topk}"
-        )
-
-
-@dataclass(frozen=True)
-class CombineConfig(KernelConfig):
-    """What the combine kernel is compiled for; the fields are explained in combine.cu."""
-
-    source: ClassVar[str] = "intranode/combine.cu"
-    op: ClassVar[str] = "combine"
-
-    num_ranks: int
-    hidden_bytes: int
-    num_topk: int
-    is_f16: bool
-    tma: bool
-    num_warps: int
-    num_push_warps: int
-    rows_per_warp: int
-
-    @classmethod
-    def choose(
-        cls, shape: CombineShape, *, num_ranks: int, variant: str, limit: int
-    ) -> CombineConfig:
-        """The form of the block for `limit` bytes of shared memory."""
-        tma = variant != "ldst"
-        push, rows = copier_shape(tma, 6, shape.hidden_bytes, limit)
-        # Many warps hide the latency of a token's sum; more ranks and copies through registers need
-        # more of these (28 warps leave 72 a thread, 24 leave 80, 20 leave 96, 16 leave 128; sm_120
-        # spills with 72).
-        warps = 16 if not tma else 20 if num_ranks > 4 else 24 if limit < 160 << 10 else 28
-        return cls(num_ranks, *shape, tma, warps, push, rows)
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory: rows on their way, one mbarrier a pushing warp."""
-        return self.num_push_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of one row in a slot."""
-        return _align(self.hidden_bytes + 4 * self.num_topk)
-
-    @property
-    def bytes_a_token(self) -> int:
-        """Bytes of slots that a token takes: one row from each rank."""
-        return self.num_ranks * self.slot_bytes
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"intranode_r{self.num_ranks}_h{self.hidden_bytes}_k{self.num_topk}"
-
-
-def example_configs(arch: str) -> Iterator[KernelConfig]:
-    """Kernels of every variant that an architecture can run, over shapes that differ in kind.
-
-    Args:
-        arch: Such as ``"sm_90a"``.
-    """
-    limit = shared_limit(arch)
-    for num_ranks in range(1, MAX_RANKS + 1):
-        yield NotifyConfig(num_ranks)
-        for wide in (True, False):
-            yield LayoutConfig(num_ranks, wide)
-    rows = (
-        (1, 4096, 0, 0),
-        (2, 14336, 0, 8),
-        (4, 7168, 56, 8),
-        (8, 14336, 0, 0),
-        (8, 32768, 0, 32),
-        (3, 32, 1, 2),
-    )
-    for num_ranks, hidden_bytes, num_scales, num_topk in rows:
-        for variant in variants.names("dispatch"):
-            if variants.runs_on("dispatch", variant, arch):
-                yield DispatchConfig.choose(
-                    DispatchShape(hidden_bytes, num_scales, num_topk, num_ranks != 8),
-                    num_ranks=num_ranks,
-                    variant=variant,
-                    limit=limit,
-                )
-        for variant in variants.names("combine") if num_scales == 0 else ():
-            if variants.runs_on("combine", variant, arch):
-                yield CombineConfig.choose(
-                    CombineShape(hidden_bytes, num_topk, is_f16=num_ranks == 2),
-                    num_ranks=num_ranks,
-                    variant=variant,
-                    limit=limit,
-                )
-
-
-def preferred_variant(num_ranks: int) -> str | None:
-    """What ``auto`` takes before all others."""
-    return "tma" if num_ranks > MOST_PUSHING_RANKS else None
-
-
-def _config(
-    shape: DispatchShape | CombineShape, num_ranks: int, arch: str, *, gpu: str = ""
-) -> DispatchConfig | CombineConfig:
-    """The kernel of a shape, of the variant that the environment asks for or that was tuned."""
-    limit = shared_limit(arch)
-    op = "dispatch" if isinstance(shape, DispatchShape) else "combine"
-    best = tuned.best(op, gpu=gpu, num_ranks=num_ranks, hidden_bytes=shape.hidden_bytes)
-    preferred = preferred_variant(num_ranks) if best is None else best.variant
-    variant = variants.resolve(op, arch, preferred=preferred)
-    if isinstance(shape, DispatchShape):
-        return DispatchConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
-    return CombineConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
-
-
-def warmup_configs(
-    shapes: Iterable[DispatchShape | CombineShape], *, num_ranks: int, arch: str, gpu: str = ""
-) -> list[KernelConfig]:
-    """Every kernel that a Buffer compiles for these shapes on an architecture.
-
-    Args:
-        shapes: From `warmup_shapes`.
-        num_ranks: Size of the group.
-        arch: Such as ``"sm_90a"``.
-        gpu: Product name, for the variants that were tuned there.
-    """
-    configs: list[KernelConfig] = [NotifyConfig(num_ranks)]
-    configs += [LayoutConfig(num_ranks, wide) for wide in (True, False)]
-    return configs + [_config(shape, num_ranks, arch, gpu=gpu) for shape in shapes]
-
-
-def num_slots(config: DispatchConfig | CombineConfig, num_nvl_bytes: int) -> int:
-    """Slots of one source rank.
-
-    Raises:
-        ValueError: There is no room for two.
-    """
-    if config.num_ranks == 1:
-        return _MAX_SLOTS  # nothing is staged
-    number = min(num_nvl_bytes // config.bytes_a_token, _MAX_SLOTS) // 2 * 2
-    if number < 2:
-        raise ValueError(
-            f"{config.op} of {config.hidden_bytes}-byte rows needs num_nvl_bytes >= "
-            f"{2 * config.bytes_a_token}, but this Buffer has {num_nvl_bytes}; pass "
-            "Config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks)"
-        )
-    return number
-
-
-def check_warps(config: CombineConfig, num_sms: int) -> None:
-    """Each peer needs a warp that pushes.
-
-    Raises:
-        ValueError: There are fewer.
-    """
-    push_warps, num_peers = config.num_push_warps * num_sms, config.num_ranks - 1
-    if push_warps < num_peers:
-        raise ValueError(
-            f"config.num_sms is {num_sms}, which gives combine {push_warps} warps that push "
-            f"rows of {config.hidden_bytes} bytes, but it needs one for each of the "
-            f"{num_peers} peers; use more SMs"
-        )
 
 
 class _Arena:
@@ -345,13 +57,13 @@ class _Arena:
     def __init__(self, num_ranks: int, num_nvl_bytes: int, num_output_bytes: int) -> None:
         self.slots = 0
         self.slots_bytes = num_nvl_bytes
-        self.signals = _align(num_nvl_bytes)  # from here on nothing is the user's
+        self.signals = align(num_nvl_bytes)  # from here on nothing is the user's
         self.places = self.signals + SIGNALS_BYTES
         self.words = self.places + _PLACES_BYTES
-        self.notify = self.words + num_ranks * _MAX_SLOTS * 8
+        self.notify = self.words + num_ranks * MAX_SLOTS * 8
         self.notify_stride = num_ranks + 2 + MAX_LOCAL_EXPERTS
         # What lies here is the caller's, who got it from a dispatch; reset() leaves it alone.
-        self.outputs = _align(self.notify + num_ranks * self.notify_stride * 4)
+        self.outputs = align(self.notify + num_ranks * self.notify_stride * 4)
         self.total = self.outputs + num_output_bytes
 
 
@@ -404,7 +116,7 @@ class Intranode(NormalMode):
             num_counts=1 + MAX_LOCAL_EXPERTS,
         )
         direct = env.variant("dispatch") == "direct" and group.size > 1
-        num_output_bytes = _align(env.direct_bytes()) if direct else 0
+        num_output_bytes = align(env.direct_bytes()) if direct else 0
         self._arena = _Arena(group.size, num_nvl_bytes, num_output_bytes)
         notify_kernel = self._kernel(NotifyConfig(group.size))
         self.memory = SymmetricMemory(
@@ -434,7 +146,7 @@ class Intranode(NormalMode):
 
     def _config(self, shape: DispatchShape | CombineShape) -> KernelConfig:
         gpu = torch.cuda.get_device_name(self._device)
-        return _config(shape, self._group.size, self._arch, gpu=gpu)
+        return config_of(shape, self._group.size, self._arch, gpu=gpu)
 
     def _bind(self, shape: DispatchShape | CombineShape, config: Any) -> Launch:
         own: dict[str, list[int]] = {}

@@ -16,6 +16,7 @@ import torch
 from epjit import env
 from epjit.config import MAX_RANKS
 from epjit.errors import CommunicationError
+from epjit.kernels.shapes import CombineShape, DispatchShape
 from epjit.reference.intranode import no_room
 from epjit.runtime.device import arch_of
 from epjit.runtime.empty import Form, empty_on, matrix
@@ -38,42 +39,6 @@ _EPOCH, _ABORT, _COUNTERS = 0, 1, 32  # places in the local words
 _SPIN_SECONDS = 1e-3
 
 C = TypeVar("C", bound=KernelConfig)
-
-
-class DispatchShape(NamedTuple):
-    """What tells one dispatch kernel of a Buffer from another; the same on all ranks."""
-
-    hidden_bytes: int
-    num_scales: int
-    num_topk: int
-    topk_is_int64: bool
-
-
-class CombineShape(NamedTuple):
-    """What tells one combine kernel of a Buffer from another; the same on all ranks."""
-
-    hidden_bytes: int
-    num_topk: int
-    is_f16: bool
-
-
-def warmup_shapes(
-    hidden_bytes: int, *, num_topk: int, num_scales: int, topk_is_int64: bool, is_f16: bool
-) -> Iterator[DispatchShape | CombineShape]:
-    """The kernels that calls of one kind need: with top-k and scales, and without (cached).
-
-    Args:
-        hidden_bytes: Bytes of one row of `x`.
-        num_topk: Choices a token that travel with it; 0 = none.
-        num_scales: Scales a token; 0 = none. Rows with scales are not combined.
-        topk_is_int64: Width of the choices.
-        is_f16: float16 rows to combine, else bfloat16.
-    """
-    for topk in sorted({0, num_topk}):
-        for scales in sorted({0, num_scales}):
-            yield DispatchShape(hidden_bytes, scales, topk, topk == 0 or topk_is_int64)
-        if not num_scales:
-            yield CombineShape(hidden_bytes, topk, is_f16)
 
 
 class Received(NamedTuple):

@@ -8,31 +8,42 @@ by RDMA (`peers.cuh`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
 from epjit import env
-from epjit.check import remember
+from epjit.checks.low_latency import CombineCall, DispatchCall, check_source
+from epjit.checks.match import remember
 from epjit.config import (
-    MAX_LOW_LATENCY_CHOICES,
     MAX_LOW_LATENCY_EXPERTS,
     MAX_LOW_LATENCY_TOKENS,
     MAX_RANKS,
 )
-from epjit.formats import BF16, FORMATS, FP8, NVFP4, RowFormat
-from epjit.low_latency_checks import CombineCall, DispatchCall, check_source
+from epjit.formats import RowFormat
+from epjit.kernels.low_latency import (
+    NUM_WORDS,
+    STEP,
+    CleanConfig,
+    LowLatencyCombineConfig,
+    LowLatencyCombineShape,
+    LowLatencyDispatchConfig,
+    LowLatencyDispatchShape,
+    LowLatencyReducedCombineConfig,
+    config_of,
+    warmup_configs,
+    warmup_shapes,
+)
+from epjit.kernels.shapes import align
 from epjit.reference.low_latency import (
     DispatchedForms,
     LowLatencyDispatched,
     allocate_dispatched,
     dispatched_forms,
 )
-from epjit.runtime import variants
-from epjit.runtime.device import arch_of, num_sms, shared_limit
+from epjit.runtime.device import arch_of, num_sms
 from epjit.runtime.empty import Form, empty_on, matrix
 from epjit.runtime.fault import FaultRecord, raise_abort
 from epjit.runtime.interrupt import interruptible, synchronize
@@ -45,366 +56,11 @@ if TYPE_CHECKING:
     from epjit.runtime.topology import Topology
     from epjit.scope import AnyScope
 
-_ALIGNMENT = 128
-_LOG_BLOCK = 128  # channels
-_CAST_ELEMENTS = 16
-_STEP = 256  # channels that a warp adds at a time
 # So many low-latency kernels may wait for late peers at once, and less one leave SMs to what runs
 # beside them. The blocks that stay (16 of 132) move what comes after a wait of 1 ms or more.
 _WAITING_KERNELS = 8
-# Of a half: one a token or a choice; for `reduced` one a piece of a row and one a weight.
-_NUM_WORDS = max(MAX_LOW_LATENCY_TOKENS, MAX_LOW_LATENCY_CHOICES)
 
 Forms = TypeVar("Forms", DispatchedForms, tuple[Form])
-
-for _variant in (
-    # First, so that auto takes it: with two H200s a pair of calls in a graph takes 52.9 us against
-    # 53.2 with 128 tokens (BF16: 54.3 against 56.5) and 23.9 against 25.0 with 8.
-    variants.Variant("low_latency_combine", "ldst", 80, "rows are pushed by 16-byte stores"),
-    variants.Variant("low_latency_combine", "tma", 90, "rows are pushed by TMA bulk copies"),
-    variants.Variant(
-        "low_latency_combine",
-        "reduced",
-        80,
-        "a rank's rows are summed, and rounded, before they cross",
-    ),
-):
-    variants.register(_variant)
-
-
-def _align(value: int, alignment: int = _ALIGNMENT) -> int:
-    return -(-value // alignment) * alignment
-
-
-class LowLatencyDispatchShape(NamedTuple):
-    """What tells one dispatch kernel of a Buffer from another; the same on all ranks."""
-
-    num_experts: int
-    hidden: int
-    format: int
-    num_topk: int
-    topk_is_int64: bool
-
-
-class LowLatencyCombineShape(NamedTuple):
-    """What tells one combine kernel of a Buffer from another; the same on all ranks."""
-
-    num_experts: int
-    hidden: int
-    num_topk: int
-    topk_is_int64: bool
-    logfmt: bool
-
-
-@dataclass(frozen=True)
-class LowLatencyDispatchConfig(KernelConfig):
-    """What the dispatch kernel is compiled for; the fields are explained in dispatch.cu."""
-
-    source: ClassVar[str] = "low_latency/dispatch.cu"
-    op: ClassVar[str] = "dispatch"
-    starts_early: ClassVar[bool] = True
-
-    num_ranks: int
-    num_experts: int
-    hidden: int
-    format: int
-    num_topk: int
-    topk_is_int64: bool
-    num_warps: int
-    remote: bool = False
-
-    @classmethod
-    def choose(
-        cls, shape: LowLatencyDispatchShape, *, num_ranks: int, remote: bool = False
-    ) -> LowLatencyDispatchConfig:
-        """The form of the block: a thread for each 16 channels of a usual row."""
-        return cls(num_ranks, *shape, 16, remote)
-
-    @property
-    def transport(self) -> bool:  # type: ignore[override]
-        """Whether the kernel is linked with a transport."""
-        return self.remote
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory: a counter for each expert, a few words of the block."""
-        a_rank = self.num_ranks if self.remote else MAX_RANKS
-        return 4 * (self.num_experts + 2 + 2 * a_rank)
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of one token's slot."""
-        row_format = FORMATS[self.format]
-        scales = _align(row_format.num_scale_bytes(self.hidden), 8)
-        return _align(row_format.row_bytes(self.hidden) + scales + 8 * self.num_topk)
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        name = FORMATS[self.format].name
-        return (
-            f"low_latency_{_ranks(self)}_e{self.num_experts}_h{self.hidden}_k{self.num_topk}_{name}"
-        )
-
-
-@dataclass(frozen=True)
-class LowLatencyCombineConfig(KernelConfig):
-    """What the combine kernel is compiled for; the fields are explained in combine.cu."""
-
-    source: ClassVar[str] = "low_latency/combine.cu"
-    op: ClassVar[str] = "combine"
-    starts_early: ClassVar[bool] = True
-
-    num_ranks: int
-    num_experts: int
-    hidden: int
-    num_topk: int
-    topk_is_int64: bool
-    logfmt: bool
-    tma: bool
-    num_warps: int
-    num_push_warps: int
-    rows_per_warp: int
-    remote: bool = False
-
-    @classmethod
-    def choose(
-        cls,
-        shape: LowLatencyCombineShape,
-        *,
-        num_ranks: int,
-        variant: str,
-        limit: int,
-        remote: bool = False,
-    ) -> LowLatencyCombineConfig:
-        """The form of the block for `limit` bytes of shared memory."""
-        warps = 20 if shape.num_topk <= 8 else 16  # more rows in hand need more registers
-        push, rows = 8, 1
-        tma = variant == "tma" and not shape.logfmt
-        if tma:
-            held = (limit - 8 * push) // (2 * shape.hidden)
-            push = min(push, held)
-            rows = min(max(held // push, 1), 2)
-        return cls(num_ranks, *shape, tma, warps, push, rows, remote)
-
-    @property
-    def transport(self) -> bool:  # type: ignore[override]
-        """Whether the kernel is linked with a transport."""
-        return self.remote
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory: rows on their way, one mbarrier a pushing warp."""
-        return self.num_push_warps * (self.rows_per_warp * 2 * self.hidden + 8) if self.tma else 0
-
-    @property
-    def slot_bytes(self) -> int:
-        """Bytes of one selection's slot."""
-        if not self.logfmt:
-            return 2 * self.hidden
-        return _align(self.hidden // _CAST_ELEMENTS * 20 + self.hidden // _LOG_BLOCK * 4, 16)
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"low_latency_{_ranks(self)}_e{self.num_experts}_h{self.hidden}_k{self.num_topk}"
-
-
-@dataclass(frozen=True)
-class LowLatencyReducedCombineConfig(KernelConfig):
-    """What the combine that sums before the links is compiled for; see combine_reduced.cu."""
-
-    source: ClassVar[str] = "low_latency/combine_reduced.cu"
-    op: ClassVar[str] = "combine"
-    starts_early: ClassVar[bool] = True
-
-    num_ranks: int
-    num_experts: int
-    hidden: int
-    num_topk: int
-    topk_is_int64: bool
-    num_warps: int
-
-    @classmethod
-    def choose(
-        cls, shape: LowLatencyCombineShape, *, num_ranks: int
-    ) -> LowLatencyReducedCombineConfig:
-        """The form of the block: as many warps as registers hold the rows of, one a rank."""
-        return cls(num_ranks, *shape[:4], 24 if num_ranks <= 4 else 16)
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory."""
-        return 0
-
-    def num_parts(self, max_tokens: int) -> int:
-        """Pieces of a row, the same on all ranks; each is published by itself, which takes 2 us.
-
-        A pair of calls (four H200s, 128 tokens) takes 61.4 us with 7, 59.2 with 14, 64 with 28.
-
-        Raises:
-            ValueError: There is no room for so many weights.
-        """
-        steps = -(-self.hidden // _STEP)
-        steps_a_part = -(-steps // max(1, min(steps, 2048 // max_tokens)))
-        num_parts = -(-steps // steps_a_part)
-        num_words = self.num_ranks * max_tokens * (num_parts + self.num_topk)
-        if num_words > _NUM_WORDS:
-            raise ValueError(
-                f"low_latency_combine: {env.low_latency_combine_variant.name}=reduced has room for "
-                f"{_NUM_WORDS} weights and pieces of rows, but {self.num_ranks} ranks of "
-                f"{max_tokens} tokens with top-{self.num_topk} have {num_words}; take fewer tokens "
-                "a rank, or ldst or tma"
-            )
-        return num_parts
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return (
-            f"low_latency_reduced_r{self.num_ranks}_e{self.num_experts}_h{self.hidden}"
-            f"_k{self.num_topk}"
-        )
-
-
-@dataclass(frozen=True)
-class CleanConfig(KernelConfig):
-    """What the clean kernel is compiled for."""
-
-    source: ClassVar[str] = "low_latency/clean.cu"
-    op: ClassVar[str] = "clean"
-
-    num_ranks: int
-    remote: bool = False
-
-    @property
-    def transport(self) -> bool:  # type: ignore[override]
-        """Whether the kernel is linked with a transport."""
-        return self.remote
-
-    @property
-    def threads(self) -> int:
-        """Threads a block: one a rank, in whole warps."""
-        return _align(self.num_ranks, 32)
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory: a word for each warp, when there are several."""
-        return self.threads // 8 if self.threads > 32 else 0
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"low_latency_{_ranks(self)}"
-
-
-def _ranks(config: LowLatencyDispatchConfig | LowLatencyCombineConfig | CleanConfig) -> str:
-    """Names the ranks of a config."""
-    return f"r{config.num_ranks}{'_rdma' if config.remote else ''}"
-
-
-def example_configs(arch: str) -> Iterator[KernelConfig]:
-    """Kernels of every variant that an architecture can run, over shapes that differ in kind.
-
-    Args:
-        arch: Such as ``"sm_90a"``.
-    """
-    limit = shared_limit(arch)
-    formats: tuple[RowFormat, ...]
-    for num_ranks in range(1, MAX_RANKS + 1):
-        yield CleanConfig(num_ranks)
-    for num_ranks, num_experts, hidden, num_topk, formats in (
-        (4, 256, 7168, 8, FORMATS),
-        (3, 6, 512, 32, (BF16, FP8)),
-        (8, 8192, 16384, 8, (BF16, NVFP4)),
-        (1, 5, 24, 3, (BF16,)),
-    ):
-        wide = num_ranks != 3
-        for row_format in formats:
-            shape = LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, wide)
-            yield LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks)
-        for variant in variants.names("low_latency_combine"):
-            # The log format has one kernel, whatever the variant.
-            for logfmt in (False, True) if variant == "ldst" and hidden != 24 else (False,):
-                if variants.runs_on("low_latency_combine", variant, arch):
-                    yield _combine_config(
-                        LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt),
-                        num_ranks=num_ranks,
-                        variant=variant,
-                        limit=limit,
-                    )
-    for num_ranks in (2, 16, 40, 256):
-        yield CleanConfig(num_ranks, remote=True)
-    for num_ranks, num_experts, hidden, num_topk, formats in (
-        (4, 256, 7168, 8, (BF16, FP8, NVFP4)),
-        (15, 60, 512, 32, (FP8,)),
-        (256, 8192, 16384, 8, (BF16,)),
-    ):
-        wide = num_ranks != 15
-        for row_format in formats:
-            shape = LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, wide)
-            yield LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks, remote=True)
-        for variant in ("ldst", "tma"):
-            for logfmt in (False, True) if (variant, num_ranks) == ("ldst", 4) else (False,):
-                if variants.runs_on("low_latency_combine", variant, arch):
-                    yield LowLatencyCombineConfig.choose(
-                        LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt),
-                        num_ranks=num_ranks,
-                        variant=variant,
-                        limit=limit,
-                        remote=True,
-                    )
-
-
-def warmup_shapes(
-    *,
-    hidden: int,
-    num_experts: int,
-    num_topk: int,
-    topk_is_int64: bool,
-    row_format: RowFormat,
-    use_logfmt: bool = False,
-) -> tuple[LowLatencyDispatchShape, LowLatencyCombineShape]:
-    """What a Buffer launches for calls of these sizes."""
-    return (
-        LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, topk_is_int64),
-        LowLatencyCombineShape(num_experts, hidden, num_topk, topk_is_int64, use_logfmt),
-    )
-
-
-def warmup_configs(
-    shapes: Iterable[LowLatencyDispatchShape | LowLatencyCombineShape],
-    *,
-    num_ranks: int,
-    arch: str,
-    remote: bool = False,
-) -> Iterator[KernelConfig]:
-    """What a Buffer in low-latency mode compiles for these shapes on an architecture.
-
-    Args:
-        shapes: Of `warmup_shapes`.
-        num_ranks: Of the group.
-        arch: Such as ``"sm_90a"``.
-        remote: Whether the group spans several NVLink domains.
-    """
-    yield CleanConfig(num_ranks, remote)
-    for shape in shapes:
-        yield _config(shape, num_ranks, arch, remote=remote)
 
 
 class _Arena:
@@ -413,19 +69,19 @@ class _Arena:
     def __init__(self, num_ranks: int, num_rdma_bytes: int, *, remote: bool = False) -> None:
         self.half_bytes = num_rdma_bytes // 4  # 32-byte aligned, as num_rdma_bytes is 128-byte
         self.send_buffer = num_rdma_bytes // 2
-        self.signals = _align(num_rdma_bytes)  # from here on nothing is the user's
+        self.signals = align(num_rdma_bytes)  # from here on nothing is the user's
         # Up to `entered`, of which there are two for each rank when some are remote.
         num_signals = 4 * MAX_RANKS + max(2 * num_ranks, MAX_RANKS)
-        self.meetings = self.signals + _align(8 * num_signals)
-        self.counts = _align(self.meetings + 3 * max(num_ranks, MAX_RANKS) * 8)
+        self.meetings = self.signals + align(8 * num_signals)
+        self.counts = align(self.meetings + 3 * max(num_ranks, MAX_RANKS) * 8)
         self.counts_stride = MAX_LOW_LATENCY_EXPERTS // num_ranks + 1
         if remote:  # two words before, a bit a token behind
             bits = -(-(MAX_LOW_LATENCY_TOKENS // num_ranks) // 64)
-            self.counts_stride = _align(2 + self.counts_stride + bits, 16)
+            self.counts_stride = align(2 + self.counts_stride + bits, 16)
         counts_bytes = 2 * num_ranks * self.counts_stride * 8
-        self.staged_counts = _align(self.counts + counts_bytes)
-        self.words = _align(self.staged_counts + (counts_bytes if remote else 0))
-        self.words_stride = _NUM_WORDS
+        self.staged_counts = align(self.counts + counts_bytes)
+        self.words = align(self.staged_counts + (counts_bytes if remote else 0))
+        self.words_stride = NUM_WORDS
         self.total = self.words + 2 * self.words_stride * 8
 
 
@@ -623,7 +279,7 @@ class LowLatency:
 
         With `enable_shrink` a rank may be gone for good, so ranks do not meet.
         """
-        config = _config(shape, self._group.size, self._arch, remote=self._remote)
+        config = config_of(shape, self._group.size, self._arch, remote=self._remote)
         if torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 f"low_latency_{config.op} needs a kernel for {config} that is not compiled yet, "
@@ -777,7 +433,7 @@ class LowLatency:
         if isinstance(config, LowLatencyReducedCombineConfig):
             num_parts = config.num_parts(call.max_tokens)
         else:
-            steps = -(-call.hidden // _STEP)
+            steps = -(-call.hidden // STEP)
             steps_a_warp = -(-call.num_tokens * steps // (2 * grid * config.num_warps)) or 1
             num_parts = -(-steps // steps_a_warp)
         outputs = (matrix(torch.bfloat16, call.num_tokens, call.hidden),)
@@ -907,30 +563,3 @@ class LowLatency:
             return
         if not (self._shrink and bool(self.mask.any())):
             self._transport.quiet()
-
-
-def _config(
-    shape: LowLatencyDispatchShape | LowLatencyCombineShape,
-    num_ranks: int,
-    arch: str,
-    *,
-    remote: bool,
-) -> LowLatencyDispatchConfig | LowLatencyCombineConfig | LowLatencyReducedCombineConfig:
-    """The kernel of a shape for an architecture, of the variant that the environment asks for."""
-    if isinstance(shape, LowLatencyDispatchShape):
-        return LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks, remote=remote)
-    variant, limit = variants.resolve("low_latency_combine", arch), shared_limit(arch)
-    if remote:
-        return LowLatencyCombineConfig.choose(
-            shape, num_ranks=num_ranks, variant=variant, limit=limit, remote=True
-        )
-    return _combine_config(shape, num_ranks=num_ranks, variant=variant, limit=limit)
-
-
-def _combine_config(
-    shape: LowLatencyCombineShape, *, num_ranks: int, variant: str, limit: int
-) -> LowLatencyCombineConfig | LowLatencyReducedCombineConfig:
-    """The log format is not added up before it travels: it would have to be encoded anew."""
-    if variant == "reduced" and not shape.logfmt:
-        return LowLatencyReducedCombineConfig.choose(shape, num_ranks=num_ranks)
-    return LowLatencyCombineConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)

@@ -1,7 +1,7 @@
 """With ``EPJIT_CHECK=1``: the values of a call's arguments, looked at before anything is launched.
 
-The checks that are always made (`epjit.check`) see dtypes, shapes and addresses. These read the
-tensors, so the host waits for the stream: for debugging.
+The checks that are always made (`epjit.checks.match`) see dtypes, shapes and addresses. These read
+the tensors, so the host waits for the stream: for debugging.
 """
 
 from __future__ import annotations

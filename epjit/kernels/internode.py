@@ -1,0 +1,315 @@
+"""Kernels of dispatch and combine between NVLink domains: their configs, by shape and GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from epjit.config import MAX_DOMAINS, MAX_RANKS
+from epjit.kernels import variants
+from epjit.kernels.layout import LayoutConfig
+from epjit.kernels.shapes import ALIGNMENT, CombineShape, DispatchShape, align, copier_shape
+from epjit.runtime.device import shared_limit
+from epjit.runtime.jit import KernelConfig
+
+_FORWARD_WARPS = 2  # kForwardWarps of dispatch.cu
+_TOKENS_PER_CHUNK = 4
+MAX_WORDS = 1 << 18  # of all channels into a domain: 2 MB
+
+
+@dataclass(frozen=True)
+class InternodeNotifyConfig(KernelConfig):
+    """What the notify kernel is compiled for."""
+
+    source: ClassVar[str] = "internode/notify.cu"
+    op: ClassVar[str] = "notify"
+    transport: ClassVar[bool] = True
+
+    num_domains: int
+    num_local: int
+
+    @property
+    def threads(self) -> int:
+        """Threads a block."""
+        return 512
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: a sum a warp; the rows of each source for each local rank."""
+        return 4 * (self.threads // 32 + (self.num_domains * self.num_local + 1) * self.num_local)
+
+    @property
+    def tag(self) -> str:
+        """Namespace of the kernel."""
+        return f"internode_{self.num_domains}x{self.num_local}"
+
+
+@dataclass(frozen=True)
+class InternodeDispatchConfig(KernelConfig):
+    """What the dispatch kernel is compiled for; the fields are explained in dispatch.cu."""
+
+    source: ClassVar[str] = "internode/dispatch.cu"
+    op: ClassVar[str] = "dispatch"
+    transport: ClassVar[bool] = True
+
+    num_domains: int
+    num_local: int
+    hidden_bytes: int
+    num_scales: int
+    num_topk: int
+    topk_is_int64: bool
+    tma: bool
+    num_copy_warps: int
+    num_put_warps: int
+    rows_per_warp: int
+    tokens_per_chunk: int
+
+    @classmethod
+    def choose(
+        cls, shape: DispatchShape, *, num_domains: int, num_local: int, variant: str, limit: int
+    ) -> InternodeDispatchConfig:
+        """The form of the block for `limit` bytes of shared memory."""
+        tma = variant != "ldst"
+        warps, rows = copier_shape(tma, 14 if tma else 5, shape.hidden_bytes, limit)
+        put = 5 if tma else 4
+        return cls(num_domains, num_local, *shape, tma, warps, put, rows, _TOKENS_PER_CHUNK)
+
+    @property
+    def send_warps(self) -> int:
+        """Warps of a block that send tokens first; the others pull from the start."""
+        return max(1, self.num_copy_warps * 3 // 4)
+
+    @property
+    def threads(self) -> int:
+        """Threads a block."""
+        return (self.num_copy_warps + self.num_put_warps + _FORWARD_WARPS + 1) * 32
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: rows on their way, one mbarrier a warp that copies."""
+        return self.num_copy_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one token in a ring."""
+        beside = self.num_scales + 2 * self.num_topk + self.num_local + 1
+        return align(self.hidden_bytes + 4 * beside)
+
+    @property
+    def tag(self) -> str:
+        """Namespace of the kernel."""
+        return (
+            f"internode_{self.num_domains}x{self.num_local}_h{self.hidden_bytes}"
+            f"_s{self.num_scales}_k{self.num_topk}"
+        )
+
+
+@dataclass(frozen=True)
+class InternodeCombineConfig(KernelConfig):
+    """What the combine kernel is compiled for; the fields are explained in combine.cu."""
+
+    source: ClassVar[str] = "internode/combine.cu"
+    op: ClassVar[str] = "combine"
+    transport: ClassVar[bool] = True
+
+    num_domains: int
+    num_local: int
+    hidden_bytes: int
+    num_topk: int
+    is_f16: bool
+    tma: bool
+    num_warps: int
+    num_push_warps: int
+    num_sum_warps: int
+    num_put_warps: int
+    rows_per_warp: int
+    tokens_per_chunk: int
+
+    @classmethod
+    def choose(
+        cls, shape: CombineShape, *, num_domains: int, num_local: int, variant: str, limit: int
+    ) -> InternodeCombineConfig:
+        """The form of the block for `limit` bytes of shared memory."""
+        tma = variant != "ldst"
+        push, rows = copier_shape(tma, 4 if tma else 2, shape.hidden_bytes, limit)
+        if num_local == 1:
+            push, rows = 1, 1  # nothing is pushed
+        # Copies through registers, and many rows in hand, need more registers.
+        warps, sums, put = (8, 2, 2) if not tma else (20, 4, 4) if num_local <= 2 else (16, 3, 3)
+        return cls(
+            num_domains, num_local, *shape, tma, warps, push, sums, put, rows, _TOKENS_PER_CHUNK
+        )
+
+    @property
+    def threads(self) -> int:
+        """Threads a block."""
+        return self.num_warps * 32
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: rows on their way, one mbarrier a pushing warp."""
+        return self.num_push_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
+
+    @property
+    def reduce_warps(self) -> int:
+        """Warps of a block that reduce from the start."""
+        return self.num_warps - self.num_push_warps - self.num_sum_warps - self.num_put_warps
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one row in a slot or a ring."""
+        return align(self.hidden_bytes + 4 * self.num_topk)
+
+    @property
+    def tag(self) -> str:
+        """Namespace of the kernel."""
+        return (
+            f"internode_{self.num_domains}x{self.num_local}_h{self.hidden_bytes}_k{self.num_topk}"
+        )
+
+
+def example_configs(arch: str) -> Iterator[KernelConfig]:
+    """Kernels of every variant that an architecture can run, over shapes that differ in kind.
+
+    Args:
+        arch: Such as ``"sm_90a"``.
+    """
+    variant = "tma" if variants.runs_on("combine", "tma", arch) else "ldst"
+    for num_domains, num_local, row_bytes, num_scales, num_topk in (
+        (2, 1, 14336, 0, 8),
+        (4, 8, 7168, 56, 8),
+        (3, 5, 32768, 0, 32),
+        (MAX_DOMAINS, MAX_RANKS, 14336, 0, 0),
+    ):
+        yield InternodeNotifyConfig(num_domains, num_local)
+        yield LayoutConfig(num_domains * num_local, True, num_domains)
+        shapes: list[DispatchShape | CombineShape] = [
+            DispatchShape(row_bytes, num_scales, num_topk, num_local != 5)
+        ]
+        if num_scales == 0:
+            shapes.append(CombineShape(row_bytes, num_topk, is_f16=num_local == 1))
+        for shape in shapes:
+            for each in {variant, "ldst" if num_local == 5 else variant}:
+                yield _choose(
+                    shape,
+                    num_domains=num_domains,
+                    num_local=num_local,
+                    variant=each,
+                    limit=shared_limit(arch),
+                )
+
+
+def _choose(
+    shape: DispatchShape | CombineShape,
+    *,
+    num_domains: int,
+    num_local: int,
+    variant: str,
+    limit: int,
+) -> InternodeDispatchConfig | InternodeCombineConfig:
+    """The kernel of a shape. ``push`` is not told from ``tma``: tokens are pulled here."""
+    cut: Any = {
+        "num_domains": num_domains,
+        "num_local": num_local,
+        "variant": variant,
+        "limit": limit,
+    }
+    if isinstance(shape, DispatchShape):
+        return InternodeDispatchConfig.choose(shape, **cut)
+    return InternodeCombineConfig.choose(shape, **cut)
+
+
+def config_of(
+    shape: DispatchShape | CombineShape, num_domains: int, num_local: int, arch: str
+) -> InternodeDispatchConfig | InternodeCombineConfig:
+    """The kernel of a shape, of the variant that the environment asks for."""
+    op = "dispatch" if isinstance(shape, DispatchShape) else "combine"
+    return _choose(
+        shape,
+        num_domains=num_domains,
+        num_local=num_local,
+        variant=variants.resolve(op, arch),
+        limit=shared_limit(arch),
+    )
+
+
+def warmup_configs(
+    shapes: Iterable[DispatchShape | CombineShape], *, num_domains: int, num_local: int, arch: str
+) -> list[KernelConfig]:
+    """Every kernel that a Buffer compiles for these shapes on an architecture.
+
+    Args:
+        shapes: From `warmup_shapes`.
+        num_domains: NVLink domains, more than one.
+        num_local: Ranks of each.
+        arch: Such as ``"sm_90a"``.
+    """
+    configs: list[KernelConfig] = [InternodeNotifyConfig(num_domains, num_local)]
+    configs += [LayoutConfig(num_domains * num_local, wide, num_domains) for wide in (True, False)]
+    return configs + [config_of(shape, num_domains, num_local, arch) for shape in shapes]
+
+
+def max_slots(num_domains: int, num_local: int) -> int:
+    """Slots of a channel that there are words for."""
+    return MAX_WORDS // (num_domains * num_local)
+
+
+def ring_slots(
+    config: InternodeDispatchConfig | InternodeCombineConfig, num_rdma_bytes: int
+) -> int:
+    """Slots of a ring.
+
+    Raises:
+        ValueError: There is no room for two chunks.
+    """
+    step = 2 * config.tokens_per_chunk
+    bytes_a_slot = config.num_domains * config.slot_bytes
+    ring_bytes = num_rdma_bytes // 2 // ALIGNMENT * ALIGNMENT
+    most = max_slots(config.num_domains, config.num_local)
+    number = min(ring_bytes // bytes_a_slot, most) // step * step
+    if number == 0:
+        raise ValueError(
+            f"{config.op} of {config.hidden_bytes}-byte rows between {config.num_domains} NVLink "
+            f"domains needs num_rdma_bytes >= {2 * step * bytes_a_slot}, but this Buffer has "
+            f"{num_rdma_bytes}; pass Config.get_rdma_buffer_size_hint(hidden_bytes, num_ranks, "
+            f"ranks_per_domain={config.num_local})"
+        )
+    return number
+
+
+def combine_slots(config: InternodeCombineConfig, num_nvl_bytes: int) -> int:
+    """Slots of a channel for rows on their way inside a domain.
+
+    Raises:
+        ValueError: There is no room for two.
+    """
+    most = max_slots(config.num_domains, config.num_local)
+    if config.num_local == 1:
+        return most  # nothing is pushed
+    bytes_a_token = config.num_domains * config.num_local * config.slot_bytes
+    number = min(num_nvl_bytes // bytes_a_token, most) // 2 * 2
+    if number < 2:
+        raise ValueError(
+            f"combine of {config.hidden_bytes}-byte rows between {config.num_domains} NVLink "
+            f"domains of {config.num_local} needs num_nvl_bytes >= {2 * bytes_a_token}, but "
+            f"this Buffer has {num_nvl_bytes}; pass "
+            "Config.get_nvl_buffer_size_hint(hidden_bytes, num_ranks)"
+        )
+    return number
+
+
+def check_warps(config: InternodeDispatchConfig | InternodeCombineConfig, num_sms: int) -> None:
+    """Each channel needs warps of its own, or a wait in one could hold up another for ever."""
+    others = config.num_domains - 1
+    channels = [(others, config.num_put_warps)]
+    if isinstance(config, InternodeCombineConfig):
+        channels.append((others, config.num_sum_warps))
+        channels.append((config.num_domains * (config.num_local - 1), config.num_push_warps))
+    needed = max(-(-count // warps) for count, warps in channels)
+    if num_sms < needed:
+        raise ValueError(
+            f"config.num_sms is {num_sms}, but {config.op} of rows of {config.hidden_bytes} bytes "
+            f"between {config.num_domains} NVLink domains of {config.num_local} needs {needed}: "
+            "each channel has warps of its own"
+        )

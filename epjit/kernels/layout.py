@@ -1,0 +1,37 @@
+"""The kernel of the layout operation: its config."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import ClassVar
+
+from epjit.runtime.jit import KernelConfig
+
+
+@dataclass(frozen=True)
+class LayoutConfig(KernelConfig):
+    """What the layout kernel is compiled for."""
+
+    source: ClassVar[str] = "intranode/layout.cu"
+    op: ClassVar[str] = "layout"
+
+    num_ranks: int
+    topk_is_int64: bool
+    num_domains: int = 1
+
+    @property
+    def threads(self) -> int:
+        """Threads a block: one a token."""
+        return 64
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: the counts of a block."""
+        return 8192 * 4
+
+    @property
+    def tag(self) -> str:
+        """Namespace of the kernel."""
+        if self.num_domains > 1:
+            return f"internode_d{self.num_domains}_r{self.num_ranks}"
+        return f"intranode_r{self.num_ranks}"

@@ -1,0 +1,397 @@
+"""Kernels of low-latency dispatch and combine: their configs, by shape and GPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from typing import ClassVar, NamedTuple
+
+from epjit import env
+from epjit.config import (
+    MAX_LOW_LATENCY_CHOICES,
+    MAX_LOW_LATENCY_TOKENS,
+    MAX_RANKS,
+)
+from epjit.formats import BF16, FORMATS, FP8, NVFP4, RowFormat
+from epjit.kernels import variants
+from epjit.kernels.shapes import align
+from epjit.runtime.device import shared_limit
+from epjit.runtime.jit import KernelConfig
+
+_LOG_BLOCK = 128  # channels
+_CAST_ELEMENTS = 16
+STEP = 256  # channels that a warp adds at a time
+# Of a half: one a token or a choice; for `reduced` one a piece of a row and one a weight.
+NUM_WORDS = max(MAX_LOW_LATENCY_TOKENS, MAX_LOW_LATENCY_CHOICES)
+
+for _variant in (
+    # First, so that auto takes it: with two H200s a pair of calls in a graph takes 52.9 us against
+    # 53.2 with 128 tokens (BF16: 54.3 against 56.5) and 23.9 against 25.0 with 8.
+    variants.Variant("low_latency_combine", "ldst", 80, "rows are pushed by 16-byte stores"),
+    variants.Variant("low_latency_combine", "tma", 90, "rows are pushed by TMA bulk copies"),
+    variants.Variant(
+        "low_latency_combine",
+        "reduced",
+        80,
+        "a rank's rows are summed, and rounded, before they cross",
+    ),
+):
+    variants.register(_variant)
+
+
+class LowLatencyDispatchShape(NamedTuple):
+    """What tells one dispatch kernel of a Buffer from another; the same on all ranks."""
+
+    num_experts: int
+    hidden: int
+    format: int
+    num_topk: int
+    topk_is_int64: bool
+
+
+class LowLatencyCombineShape(NamedTuple):
+    """What tells one combine kernel of a Buffer from another; the same on all ranks."""
+
+    num_experts: int
+    hidden: int
+    num_topk: int
+    topk_is_int64: bool
+    logfmt: bool
+
+
+@dataclass(frozen=True)
+class LowLatencyDispatchConfig(KernelConfig):
+    """What the dispatch kernel is compiled for; the fields are explained in dispatch.cu."""
+
+    source: ClassVar[str] = "low_latency/dispatch.cu"
+    op: ClassVar[str] = "dispatch"
+    starts_early: ClassVar[bool] = True
+
+    num_ranks: int
+    num_experts: int
+    hidden: int
+    format: int
+    num_topk: int
+    topk_is_int64: bool
+    num_warps: int
+    remote: bool = False
+
+    @classmethod
+    def choose(
+        cls, shape: LowLatencyDispatchShape, *, num_ranks: int, remote: bool = False
+    ) -> LowLatencyDispatchConfig:
+        """The form of the block: a thread for each 16 channels of a usual row."""
+        return cls(num_ranks, *shape, 16, remote)
+
+    @property
+    def transport(self) -> bool:  # type: ignore[override]
+        """Whether the kernel is linked with a transport."""
+        return self.remote
+
+    @property
+    def threads(self) -> int:
+        """Threads a block."""
+        return self.num_warps * 32
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: a counter for each expert, a few words of the block."""
+        a_rank = self.num_ranks if self.remote else MAX_RANKS
+        return 4 * (self.num_experts + 2 + 2 * a_rank)
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one token's slot."""
+        row_format = FORMATS[self.format]
+        scales = align(row_format.num_scale_bytes(self.hidden), 8)
+        return align(row_format.row_bytes(self.hidden) + scales + 8 * self.num_topk)
+
+    @property
+    def tag(self) -> str:
+        """Namespace of the kernel."""
+        name = FORMATS[self.format].name
+        return (
+            f"low_latency_{_ranks(self)}_e{self.num_experts}_h{self.hidden}_k{self.num_topk}_{name}"
+        )
+
+
+@dataclass(frozen=True)
+class LowLatencyCombineConfig(KernelConfig):
+    """What the combine kernel is compiled for; the fields are explained in combine.cu."""
+
+    source: ClassVar[str] = "low_latency/combine.cu"
+    op: ClassVar[str] = "combine"
+    starts_early: ClassVar[bool] = True
+
+    num_ranks: int
+    num_experts: int
+    hidden: int
+    num_topk: int
+    topk_is_int64: bool
+    logfmt: bool
+    tma: bool
+    num_warps: int
+    num_push_warps: int
+    rows_per_warp: int
+    remote: bool = False
+
+    @classmethod
+    def choose(
+        cls,
+        shape: LowLatencyCombineShape,
+        *,
+        num_ranks: int,
+        variant: str,
+        limit: int,
+        remote: bool = False,
+    ) -> LowLatencyCombineConfig:
+        """The form of the block for `limit` bytes of shared memory."""
+        warps = 20 if shape.num_topk <= 8 else 16  # more rows in hand need more registers
+        push, rows = 8, 1
+        tma = variant == "tma" and not shape.logfmt
+        if tma:
+            held = (limit - 8 * push) // (2 * shape.hidden)
+            push = min(push, held)
+            rows = min(max(held // push, 1), 2)
+        return cls(num_ranks, *shape, tma, warps, push, rows, remote)
+
+    @property
+    def transport(self) -> bool:  # type: ignore[override]
+        """Whether the kernel is linked with a transport."""
+        return self.remote
+
+    @property
+    def threads(self) -> int:
+        """Threads a block."""
+        return self.num_warps * 32
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: rows on their way, one mbarrier a pushing warp."""
+        return self.num_push_warps * (self.rows_per_warp * 2 * self.hidden + 8) if self.tma else 0
+
+    @property
+    def slot_bytes(self) -> int:
+        """Bytes of one selection's slot."""
+        if not self.logfmt:
+            return 2 * self.hidden
+        return align(self.hidden // _CAST_ELEMENTS * 20 + self.hidden // _LOG_BLOCK * 4, 16)
+
+    @property
+    def tag(self) -> str:
+        """Namespace of the kernel."""
+        return f"low_latency_{_ranks(self)}_e{self.num_experts}_h{self.hidden}_k{self.num_topk}"
+
+
+@dataclass(frozen=True)
+class LowLatencyReducedCombineConfig(KernelConfig):
+    """What the combine that sums before the links is compiled for; see combine_reduced.cu."""
+
+    source: ClassVar[str] = "low_latency/combine_reduced.cu"
+    op: ClassVar[str] = "combine"
+    starts_early: ClassVar[bool] = True
+
+    num_ranks: int
+    num_experts: int
+    hidden: int
+    num_topk: int
+    topk_is_int64: bool
+    num_warps: int
+
+    @classmethod
+    def choose(
+        cls, shape: LowLatencyCombineShape, *, num_ranks: int
+    ) -> LowLatencyReducedCombineConfig:
+        """The form of the block: as many warps as registers hold the rows of, one a rank."""
+        return cls(num_ranks, *shape[:4], 24 if num_ranks <= 4 else 16)
+
+    @property
+    def threads(self) -> int:
+        """Threads a block."""
+        return self.num_warps * 32
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory."""
+        return 0
+
+    def num_parts(self, max_tokens: int) -> int:
+        """Pieces of a row, the same on all ranks; each is published by itself, which takes 2 us.
+
+        A pair of calls (four H200s, 128 tokens) takes 61.4 us with 7, 59.2 with 14, 64 with 28.
+
+        Raises:
+            ValueError: There is no room for so many weights.
+        """
+        steps = -(-self.hidden // STEP)
+        steps_a_part = -(-steps // max(1, min(steps, 2048 // max_tokens)))
+        num_parts = -(-steps // steps_a_part)
+        num_words = self.num_ranks * max_tokens * (num_parts + self.num_topk)
+        if num_words > NUM_WORDS:
+            raise ValueError(
+                f"low_latency_combine: {env.low_latency_combine_variant.name}=reduced has room for "
+                f"{NUM_WORDS} weights and pieces of rows, but {self.num_ranks} ranks of "
+                f"{max_tokens} tokens with top-{self.num_topk} have {num_words}; take fewer tokens "
+                "a rank, or ldst or tma"
+            )
+        return num_parts
+
+    @property
+    def tag(self) -> str:
+        """Namespace of the kernel."""
+        return (
+            f"low_latency_reduced_r{self.num_ranks}_e{self.num_experts}_h{self.hidden}"
+            f"_k{self.num_topk}"
+        )
+
+
+@dataclass(frozen=True)
+class CleanConfig(KernelConfig):
+    """What the clean kernel is compiled for."""
+
+    source: ClassVar[str] = "low_latency/clean.cu"
+    op: ClassVar[str] = "clean"
+
+    num_ranks: int
+    remote: bool = False
+
+    @property
+    def transport(self) -> bool:  # type: ignore[override]
+        """Whether the kernel is linked with a transport."""
+        return self.remote
+
+    @property
+    def threads(self) -> int:
+        """Threads a block: one a rank, in whole warps."""
+        return align(self.num_ranks, 32)
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory: a word for each warp, when there are several."""
+        return self.threads // 8 if self.threads > 32 else 0
+
+    @property
+    def tag(self) -> str:
+        """Namespace of the kernel."""
+        return f"low_latency_{_ranks(self)}"
+
+
+def _ranks(config: LowLatencyDispatchConfig | LowLatencyCombineConfig | CleanConfig) -> str:
+    """Names the ranks of a config."""
+    return f"r{config.num_ranks}{'_rdma' if config.remote else ''}"
+
+
+def example_configs(arch: str) -> Iterator[KernelConfig]:
+    """Kernels of every variant that an architecture can run, over shapes that differ in kind.
+
+    Args:
+        arch: Such as ``"sm_90a"``.
+    """
+    limit = shared_limit(arch)
+    formats: tuple[RowFormat, ...]
+    for num_ranks in range(1, MAX_RANKS + 1):
+        yield CleanConfig(num_ranks)
+    for num_ranks, num_experts, hidden, num_topk, formats in (
+        (4, 256, 7168, 8, FORMATS),
+        (3, 6, 512, 32, (BF16, FP8)),
+        (8, 8192, 16384, 8, (BF16, NVFP4)),
+        (1, 5, 24, 3, (BF16,)),
+    ):
+        wide = num_ranks != 3
+        for row_format in formats:
+            shape = LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, wide)
+            yield LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks)
+        for variant in variants.names("low_latency_combine"):
+            # The log format has one kernel, whatever the variant.
+            for logfmt in (False, True) if variant == "ldst" and hidden != 24 else (False,):
+                if variants.runs_on("low_latency_combine", variant, arch):
+                    yield _combine_config(
+                        LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt),
+                        num_ranks=num_ranks,
+                        variant=variant,
+                        limit=limit,
+                    )
+    for num_ranks in (2, 16, 40, 256):
+        yield CleanConfig(num_ranks, remote=True)
+    for num_ranks, num_experts, hidden, num_topk, formats in (
+        (4, 256, 7168, 8, (BF16, FP8, NVFP4)),
+        (15, 60, 512, 32, (FP8,)),
+        (256, 8192, 16384, 8, (BF16,)),
+    ):
+        wide = num_ranks != 15
+        for row_format in formats:
+            shape = LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, wide)
+            yield LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks, remote=True)
+        for variant in ("ldst", "tma"):
+            for logfmt in (False, True) if (variant, num_ranks) == ("ldst", 4) else (False,):
+                if variants.runs_on("low_latency_combine", variant, arch):
+                    yield LowLatencyCombineConfig.choose(
+                        LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt),
+                        num_ranks=num_ranks,
+                        variant=variant,
+                        limit=limit,
+                        remote=True,
+                    )
+
+
+def warmup_shapes(
+    *,
+    hidden: int,
+    num_experts: int,
+    num_topk: int,
+    topk_is_int64: bool,
+    row_format: RowFormat,
+    use_logfmt: bool = False,
+) -> tuple[LowLatencyDispatchShape, LowLatencyCombineShape]:
+    """What a Buffer launches for calls of these sizes."""
+    return (
+        LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, topk_is_int64),
+        LowLatencyCombineShape(num_experts, hidden, num_topk, topk_is_int64, use_logfmt),
+    )
+
+
+def warmup_configs(
+    shapes: Iterable[LowLatencyDispatchShape | LowLatencyCombineShape],
+    *,
+    num_ranks: int,
+    arch: str,
+    remote: bool = False,
+) -> Iterator[KernelConfig]:
+    """What a Buffer in low-latency mode compiles for these shapes on an architecture.
+
+    Args:
+        shapes: Of `warmup_shapes`.
+        num_ranks: Of the group.
+        arch: Such as ``"sm_90a"``.
+        remote: Whether the group spans several NVLink domains.
+    """
+    yield CleanConfig(num_ranks, remote)
+    for shape in shapes:
+        yield config_of(shape, num_ranks, arch, remote=remote)
+
+
+def config_of(
+    shape: LowLatencyDispatchShape | LowLatencyCombineShape,
+    num_ranks: int,
+    arch: str,
+    *,
+    remote: bool,
+) -> LowLatencyDispatchConfig | LowLatencyCombineConfig | LowLatencyReducedCombineConfig:
+    """The kernel of a shape for an architecture, of the variant that the environment asks for."""
+    if isinstance(shape, LowLatencyDispatchShape):
+        return LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks, remote=remote)
+    variant, limit = variants.resolve("low_latency_combine", arch), shared_limit(arch)
+    if remote:
+        return LowLatencyCombineConfig.choose(
+            shape, num_ranks=num_ranks, variant=variant, limit=limit, remote=True
+        )
+    return _combine_config(shape, num_ranks=num_ranks, variant=variant, limit=limit)
+
+
+def _combine_config(
+    shape: LowLatencyCombineShape, *, num_ranks: int, variant: str, limit: int
+) -> LowLatencyCombineConfig | LowLatencyReducedCombineConfig:
+    """The log format is not added up before it travels: it would have to be encoded anew."""
+    if variant == "reduced" and not shape.logfmt:
+        return LowLatencyReducedCombineConfig.choose(shape, num_ranks=num_ranks)
+    return LowLatencyCombineConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)

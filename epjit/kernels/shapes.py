@@ -1,0 +1,61 @@
+"""Shapes that tell kernels apart, and arithmetic that the configs share."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+ALIGNMENT = 128  # bytes, of slots and of what lies behind them
+
+
+class DispatchShape(NamedTuple):
+    """What tells one dispatch kernel of a Buffer from another; the same on all ranks."""
+
+    hidden_bytes: int
+    num_scales: int
+    num_topk: int
+    topk_is_int64: bool
+
+
+class CombineShape(NamedTuple):
+    """What tells one combine kernel of a Buffer from another; the same on all ranks."""
+
+    hidden_bytes: int
+    num_topk: int
+    is_f16: bool
+
+
+def warmup_shapes(
+    hidden_bytes: int, *, num_topk: int, num_scales: int, topk_is_int64: bool, is_f16: bool
+) -> Iterator[DispatchShape | CombineShape]:
+    """The kernels that calls of one kind need: with top-k and scales, and without (cached).
+
+    Args:
+        hidden_bytes: Bytes of one row of `x`.
+        num_topk: Choices a token that travel with it; 0 = none.
+        num_scales: Scales a token; 0 = none. Rows with scales are not combined.
+        topk_is_int64: Width of the choices.
+        is_f16: float16 rows to combine, else bfloat16.
+    """
+    for topk in sorted({0, num_topk}):
+        for scales in sorted({0, num_scales}):
+            yield DispatchShape(hidden_bytes, scales, topk, topk == 0 or topk_is_int64)
+        if not num_scales:
+            yield CombineShape(hidden_bytes, topk, is_f16)
+
+
+def align(value: int, alignment: int = ALIGNMENT) -> int:
+    """The next multiple."""
+    return -(-value // alignment) * alignment
+
+
+def copier_shape(tma: bool, max_warps: int, row_bytes: int, limit: int) -> tuple[int, int]:
+    """Warps that move rows, and rows that each has in shared memory.
+
+    TMA: as many rows as shared memory holds, spread over the warps, at most eight a warp.
+    """
+    if not tma:
+        return max_warps, 1
+    rows = (limit - 8 * max_warps) // row_bytes
+    warps = min(max_warps, rows)
+    return warps, min(max(rows // warps, 1), 8)

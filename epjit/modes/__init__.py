@@ -1,0 +1,1 @@
+"""The order of launches, and which array goes to which parameter; owns symmetric memory."""

@@ -1,0 +1,421 @@
+"""Dispatch and combine with gradients, for eager torch, `torch.compile` and `torch.export`.
+
+`dispatch` sends tokens to the ranks of their experts, `combine` brings the results back and sums
+them; each is the other's gradient. They are `torch.library` operators with fake kernels: sizes are
+static with `num_worst_tokens`, and symbols that only the run knows without it. What a dispatch
+leaves for its combine is tensors, so autograd, activation checkpointing and graphs carry it like
+any other value. `expert_major=True` orders the rows by expert, padded, with the counts on the
+device, as grouped matrix products take them.
+
+A group travels by its name: `group` is a torch process group, its name, or the name that
+`register_buffer` gave. The `Buffer` behind it is made at the first call, grows with the rows, and
+is freed at exit or by `free_buffers`.
+
+Rows are bfloat16 or float16. Under `torch.autocast` rows of either, or of float32, are cast to its
+dtype first, as `torch.nn.Linear` does; `topk_weights` stay float32. A tensor that is not
+contiguous, or does not start at a multiple of 16 bytes, is copied, gradients too.
+
+Words in the shapes: `T` tokens of this rank, `H` elements a row, `K` choices a token, `E` experts
+over all ranks, `L` experts of this rank, `R` ranks, `n` received tokens, `M` rows by expert.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, NamedTuple, overload
+
+import torch
+from torch import Tensor
+
+from epjit.checks.match import check_dry_rows, check_no_transform, is_dry
+from epjit.modes import expert_major as by_expert
+from epjit.moe.buffers import (
+    GroupLike,
+    count_domains,
+    free_buffers,
+    get_buffer,
+    name_of,
+    register_buffer,
+    unregister_buffer,
+    worst_tokens,
+)
+from epjit.moe.operators import padded, slots_of
+from epjit.numbers import as_int
+from epjit.reference.expert_major import Placement
+from epjit.reference.intranode import Handle
+
+__all__ = [
+    "Dispatched",
+    "ExpertHandle",
+    "ExpertRows",
+    "combine",
+    "dispatch",
+    "free_buffers",
+    "fused_combine",
+    "fused_dispatch",
+    "get_buffer",
+    "grouped_mm",
+    "permute",
+    "register_buffer",
+    "unpermute",
+    "unregister_buffer",
+    "worst_tokens",
+]
+
+_AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # torch leaves float64 alone
+
+
+class Dispatched(NamedTuple):
+    """What `dispatch` returns.
+
+    Attributes:
+        x: `[n, H]`, by source rank, then by token.
+        topk_idx: `[n, K]`, local experts, -1 for those of other ranks.
+        topk_weights: float32 `[n, K]`, 0 where the index is -1.
+        tokens_per_expert: int32 `[L]` on the device, not padded.
+        handle: For `combine`.
+    """
+
+    x: Tensor
+    topk_idx: Tensor
+    topk_weights: Tensor
+    tokens_per_expert: Tensor
+    handle: Handle
+
+
+class ExpertHandle(NamedTuple):
+    """What an expert-major dispatch leaves for `combine`."""
+
+    routing: Handle
+    placement: Placement
+
+
+class ExpertRows(NamedTuple):
+    """Rows in the order of the experts.
+
+    Attributes:
+        x: `[M, H]`: expert 0's rows, zeros up to a multiple of the alignment, expert 1's rows, ...
+            Behind `ends[-1]` there are zeros where gradients are recorded
+            (`torch.is_grad_enabled()`), so that none becomes NaN; else it is undefined there.
+        weights: float32 `[M]`, 0 for padding.
+        ends: int32 `[L]`: where each expert's rows end, padding included; `offs` of a grouped
+            matrix product.
+        tokens_per_expert: int32 `[L]`, without padding.
+        handle: For `combine` (of `dispatch`) or `unpermute` (of `permute`).
+    """
+
+    x: Tensor
+    weights: Tensor
+    ends: Tensor
+    tokens_per_expert: Tensor
+    handle: Any
+
+
+def _autocast(x: Tensor) -> Tensor:
+    """Rows as a matrix product under torch.autocast takes them.
+
+    Not torch.library.register_autocast: it has one dtype for all time, and casts weights too.
+    """
+    kind = x.device.type
+    if x.dtype not in _AUTOCAST_DTYPES or kind == "meta" or not torch.is_autocast_enabled(kind):
+        return x
+    return x.to(torch.get_autocast_dtype(kind))
+
+
+def _rows(x: Tensor) -> Tensor:
+    """A matrix of rows, cast under torch.autocast."""
+    if not isinstance(x, Tensor):
+        raise TypeError(
+            f"x is a {type(x).__name__}, expected a torch.Tensor (rows with scales travel by "
+            "Buffer.dispatch)"
+        )
+    if not torch.compiler.is_compiling():
+        check_no_transform("x", x)
+    if x.dim() != 2:
+        raise ValueError(f"x has shape {tuple(x.shape)}, expected (number of rows, hidden)")
+    return _autocast(x)
+
+
+def _check_comes_back(x: Tensor, weights: Tensor, *, is_combined: bool) -> None:
+    """Checks that rows are of a dtype that is summed: by combine, and by the gradient of a copy."""
+    needs_grad = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
+    if x.dtype not in by_expert.SUM_DTYPES and (is_combined or needs_grad):
+        raise TypeError(
+            f"x has dtype {x.dtype}, but what comes back is summed in bfloat16 or float16; convert "
+            "it with .to(torch.bfloat16), or run the layer under torch.autocast"
+        )
+
+
+def _size(name: str, value: int, least: int) -> int:
+    """A number that a caller passes; sizes that are traced stay symbols."""
+    return value if isinstance(value, torch.SymInt) else as_int(name, value, least=least)
+
+
+# ---- what users call ----------------------------------------------------------------------------
+
+
+@overload
+def dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    *,
+    num_experts: int,
+    group: GroupLike,
+    num_worst_tokens: int = ...,
+    expert_major: Literal[False] = ...,
+) -> Dispatched: ...
+@overload
+def dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    *,
+    num_experts: int,
+    group: GroupLike,
+    num_worst_tokens: int = ...,
+    expert_major: Literal[True],
+    expert_alignment: int = ...,
+    num_expert_rows: int = ...,
+) -> ExpertRows: ...
+def dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    *,
+    num_experts: int,
+    group: GroupLike,
+    num_worst_tokens: int = 0,
+    expert_major: bool = False,
+    expert_alignment: int = 1,
+    num_expert_rows: int = 0,
+) -> Dispatched | ExpertRows:
+    """Sends each token to the ranks of its experts; the gradient comes back by a combine.
+
+    Collective, forward and backward. The results are ready on the current stream.
+
+    Args:
+        x: bfloat16 or float16 `[T, H]`, rows a multiple of 16 bytes. Without gradients also any
+            dtype of one byte, such as float8_e4m3fn.
+        topk_idx: int64 or int32 `[T, K]`; anything outside `[0, E)` is no choice.
+        topk_weights: float32 `[T, K]`; gets a gradient too.
+        num_experts: `E`, a multiple of `R`.
+        group: Process group, a DeviceMesh of one dimension, its name, or a name of
+            `register_buffer`.
+        num_worst_tokens: 0, or the number of rows of every output, the same on all ranks and at
+            least what can arrive: `R` times the largest `T` of all ranks, which is what
+            `worst_tokens` returns. The host waits for nothing and sizes are static.
+            Rows that nothing arrived for have `topk_idx` -1 and are undefined; `combine` gives them
+            a gradient of zeros.
+        expert_major: Order the rows by expert instead of by source.
+        expert_alignment: With `expert_major`: each expert's rows are padded to a multiple of it.
+        num_expert_rows: With `expert_major` and `num_worst_tokens`: `M`; choices that do not fit
+            are dropped. 0 = always enough.
+
+    Returns:
+        `Dispatched`, or `ExpertRows` with `expert_major`.
+
+    Raises:
+        TypeError, ValueError: Arguments that do not fit; nothing was sent.
+        CommunicationError: A peer did not come.
+    """
+    x = _rows(x)
+    _check_comes_back(x, topk_weights, is_combined=x.element_size() > 1)
+    num_experts = _size("num_experts", num_experts, least=1)
+    num_worst_tokens = _size("num_worst_tokens", num_worst_tokens, least=0)
+    expert_alignment = _size("expert_alignment", expert_alignment, least=1)
+    num_expert_rows = _size("num_expert_rows", num_expert_rows, least=0)
+    if expert_alignment > 1 and not expert_major:
+        raise ValueError(
+            f"expert_alignment is {expert_alignment}, which needs expert_major=True: other rows "
+            "are in the order of their sources"
+        )
+    if num_expert_rows and not (expert_major and num_worst_tokens):
+        raise ValueError(
+            f"num_expert_rows is {num_expert_rows}, which needs expert_major=True and "
+            "num_worst_tokens: without them the number of rows is what arrives"
+        )
+    name = name_of(group)
+    dry = False
+    if not torch.compiler.is_compiling():
+        dry = is_dry(x)
+        if dry:
+            check_dry_rows(x, num_worst_tokens)
+    num_domains = count_domains(name, dry=dry)
+    recv_x, recv_idx, recv_weights, row_of, source, ends, *tensors = torch.ops.epjit.dispatch(
+        x,
+        topk_idx,
+        topk_weights,
+        num_experts,
+        num_worst_tokens,
+        expert_alignment if expert_major else 0,
+        num_expert_rows,
+        num_domains,
+        name,
+    )
+    slots = slots_of(num_domains)
+    routing = tuple(tensors[: slots.number])
+    counts = routing[slots.experts]
+    if not expert_major:
+        return Dispatched(recv_x, recv_idx, recv_weights, counts, routing)
+    placement = Placement(row_of, source, ends, counts)
+    return ExpertRows(
+        torch.ops.epjit.permute(recv_x, row_of, source, ends, torch.is_grad_enabled()),
+        torch.ops.epjit.permute_weights(recv_weights, row_of, source),
+        ends,
+        counts,
+        ExpertHandle(routing, placement),
+    )
+
+
+def combine(x: Tensor, handle: Handle | ExpertHandle, *, group: GroupLike) -> Tensor:
+    """Brings rows back to the ranks of their tokens and sums them; nothing is weighted.
+
+    Collective, forward and backward: the gradient travels by a cached dispatch.
+
+    Args:
+        x: bfloat16 or float16, one row for each row of the dispatch: `[n, H]`, or `[M, H]` by
+            expert.
+        handle: From the dispatch.
+        group: As in the dispatch.
+
+    Returns:
+        `[T, H]`, the sum in fp32 over the ranks of each token, rounded once. By expert the rows of
+        a rank are summed first, and rounded.
+
+    Raises:
+        TypeError, ValueError: Arguments that do not fit; nothing was sent.
+        CommunicationError: A peer did not come.
+    """
+    if not isinstance(handle, tuple | list) or isinstance(handle, Dispatched | ExpertRows):
+        raise TypeError(
+            f"handle is a {type(handle).__name__}, expected the .handle of what dispatch returned"
+        )
+    x = _rows(x)
+    if isinstance(handle, ExpertHandle):
+        x = unpermute(x, handle.placement)
+        handle = handle.routing
+    result: Tensor = torch.ops.epjit.combine(x, *padded(handle), name_of(group))
+    return result
+
+
+def permute(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    *,
+    num_experts: int,
+    alignment: int = 1,
+    num_rows: int = 0,
+) -> ExpertRows:
+    """Orders tokens by expert, a row for each choice; local, and the host does not wait.
+
+    Args:
+        x: `[n, H]` of any dtype; with gradients bfloat16 or float16 (on the CPU any floating-point
+            dtype).
+        topk_idx: int32 or int64 `[n, K]`, local experts; outside `[0, num_experts)` is no choice.
+        topk_weights: float32 `[n, K]`.
+        num_experts: `L`.
+        alignment: Each expert's rows are padded to a multiple of it.
+        num_rows: `M`; choices that do not fit are dropped. 0 = always enough.
+
+    Returns:
+        `ExpertRows`; its handle is for `unpermute`.
+    """
+    x = _rows(x)
+    if x.is_cuda:
+        _check_comes_back(x, topk_weights, is_combined=False)
+    num_experts = _size("num_experts", num_experts, least=1)
+    alignment = _size("alignment", alignment, least=1)
+    num_rows = _size("num_rows", num_rows, least=0)
+    n, num_topk = topk_idx.shape
+    num_rows = num_rows or by_expert.row_bound(n, num_topk, num_experts, alignment)
+    placement = Placement(*torch.ops.epjit.place(topk_idx, num_experts, alignment, num_rows))
+    row_of, source, ends, counts = placement
+    return ExpertRows(
+        torch.ops.epjit.permute(x, row_of, source, ends, torch.is_grad_enabled()),
+        torch.ops.epjit.permute_weights(topk_weights, row_of, source),
+        ends,
+        counts,
+        placement,
+    )
+
+
+def unpermute(x: Tensor, handle: Placement) -> Tensor:
+    """Sums the rows of each token: the transpose of `permute`, so weigh the rows before.
+
+    Args:
+        x: `[M, H]`, bfloat16 or float16 (on the CPU any floating-point dtype).
+        handle: From `permute`.
+
+    Returns:
+        `[n, H]`, the sum in fp32, rounded once; zeros for a token with no choice here.
+    """
+    row_of, source, ends, _ = handle
+    x = _rows(x)
+    result: Tensor = torch.ops.epjit.unpermute(x, row_of, source, ends)
+    return result
+
+
+def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Multiplies each expert's rows with its matrix.
+
+    bfloat16 is torch's own grouped product, without a host wait; other dtypes are a loop that reads
+    `ends` on the host.
+
+    Args:
+        x: `[M, H]`, as `dispatch(expert_major=True)` orders it.
+        weights: `[L, H, F]` of x's dtype; any of its strides. Both are cast under torch.autocast.
+        ends: int32 `[L]`.
+
+    Returns:
+        `[M, F]`. Behind `ends[-1]` there are zeros where gradients are recorded, as in the gradient
+        of x; else it is undefined there.
+    """
+    x, weights = _rows(x), _autocast(weights)
+    result: Tensor = torch.ops.epjit.grouped_mm(x, weights, ends, torch.is_grad_enabled())
+    return result
+
+
+def fused_dispatch(
+    x: Tensor,
+    token_indices: Tensor,
+    token_probs: Tensor,
+    num_experts: int,
+    group: GroupLike,
+    async_finish: bool = False,
+    allocate_on_comm_stream: bool = False,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Handle]:
+    """`dispatch` with the signature of Megatron's `fused_dispatch`.
+
+    Args:
+        x: `[T, H]`.
+        token_indices: int64 `[T, K]`.
+        token_probs: float32 `[T, K]`.
+        num_experts: `E`.
+        group: Process group or name.
+        async_finish: No difference: the result is always ready on the current stream.
+        allocate_on_comm_stream: No difference.
+
+    Returns:
+        Received rows, choices, weights, `tokens_per_expert` (int32 `[L]`, on the device, where
+        Megatron's is on the host), the handle.
+    """
+    del async_finish, allocate_on_comm_stream
+    out = dispatch(x, token_indices, token_probs, num_experts=num_experts, group=group)
+    return out.x, out.topk_idx, out.topk_weights, out.tokens_per_expert, out.handle
+
+
+def fused_combine(
+    x: Tensor,
+    group: GroupLike,
+    handle: Handle,
+    async_finish: bool = False,
+    allocate_on_comm_stream: bool = False,
+) -> tuple[Tensor, None]:
+    """`combine` with the signature of Megatron's `fused_combine`.
+
+    Returns:
+        `[T, H]` and None (Megatron's event).
+    """
+    del async_finish, allocate_on_comm_stream
+    return combine(x, handle, group=group), None

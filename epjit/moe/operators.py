@@ -1,0 +1,461 @@
+"""The `torch.library` operators: what runs, what is traced, and their gradients.
+
+`T`, `H`, `K`, ... as in `epjit.moe`.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from epjit.buffer import SLOTS, SLOTS_BETWEEN_DOMAINS, Slots
+from epjit.checks.match import check
+from epjit.modes import expert_major as by_expert
+from epjit.moe.buffers import buffer_of, count_ranks
+from epjit.reference.intranode import Handle
+
+
+def _moved(x: Tensor) -> Tensor:
+    """Rows as the kernels take them: x, or a copy where it is not contiguous or at an odd address.
+
+    In the operators, so that it sees the addresses of the run, those of gradients too.
+    """
+    x = x.contiguous()
+    return x.clone() if x.data_ptr() % 16 else x
+
+
+# ---- operators: communication -------------------------------------------------------------------
+
+# Between domains a handle has more tensors: in one domain these are None, and empty in the results
+# of the operator. (Lists of tensors cost the host 30 to 50 us an operator.)
+_MOST, _LEAST = SLOTS_BETWEEN_DOMAINS.number, SLOTS.number
+_HANDLE = ", ".join(f"Tensor{'?' * (i >= _LEAST)} h{i}" for i in range(_MOST))
+_TENSORS = ", ".join(["Tensor"] * (6 + _MOST))
+
+
+def slots_of(num_domains: int) -> Slots:
+    """Places in a handle."""
+    return SLOTS if num_domains == 1 else SLOTS_BETWEEN_DOMAINS
+
+
+def padded(handle: Handle) -> tuple[Tensor | None, ...]:
+    """A handle as the operators take it."""
+    return (*handle, *[None] * (_MOST - len(handle)))
+
+
+def _as_handle(tensors: Any) -> tuple[Handle, Slots]:
+    """A handle as a Buffer takes it."""
+    handle = tuple(tensor for tensor in tensors if tensor is not None)
+    return handle, SLOTS if len(handle) == _LEAST else SLOTS_BETWEEN_DOMAINS
+
+
+@torch.library.custom_op(
+    "epjit::dispatch",
+    mutates_args=(),
+    schema="(Tensor x, Tensor topk_idx, Tensor topk_weights, int num_experts, "
+    "int num_worst_tokens, int expert_alignment, int num_expert_rows, int num_domains, str group) "
+    f"-> ({_TENSORS})",
+)
+def _dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    num_experts: int,
+    num_worst_tokens: int,
+    expert_alignment: int,
+    num_expert_rows: int,
+    num_domains: int,
+    group: str,
+) -> tuple[Tensor, ...]:
+    """Received rows, their choices and weights; a placement (or three empty tensors); a handle."""
+    x, buffer = _moved(x), buffer_of(group, x)
+    topk_idx, topk_weights = topk_idx.contiguous(), topk_weights.contiguous()
+    if buffer.runtime is not None and buffer.runtime.get_num_rdma_ranks() != num_domains:
+        raise RuntimeError(
+            f"this was traced for {num_domains} NVLink domains, but the group {group!r} has "
+            f"{buffer.runtime.get_num_rdma_ranks()}; call epjit.moe.get_buffer(group, "
+            "hidden_bytes) on all ranks, then trace"
+        )
+    per_rank, per_domain, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, num_experts)
+    recv_x, recv_idx, recv_weights, counts, handle, _ = buffer.dispatch(
+        x,
+        num_tokens_per_rank=per_rank,
+        num_tokens_per_rdma_rank=per_domain,
+        is_token_in_rank=in_rank,
+        num_tokens_per_expert=per_expert,
+        topk_idx=topk_idx,
+        topk_weights=topk_weights,
+        expert_alignment=max(expert_alignment, 1),
+        num_worst_tokens=num_worst_tokens,
+    )
+    assert isinstance(recv_x, Tensor)
+    assert recv_idx is not None
+    assert recv_weights is not None
+    assert handle is not None
+    placement = [torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(3)]
+    if expert_alignment:
+        local = num_experts // buffer.group_size
+        if num_worst_tokens:
+            n, num_topk = recv_idx.shape
+            bound = by_expert.row_bound(n, num_topk, local, expert_alignment)
+            num_rows = num_expert_rows or bound
+        else:
+            num_rows = sum(counts or ())
+        placed = by_expert.place(recv_idx, local, alignment=expert_alignment, num_rows=num_rows)
+        placement = [placed.row_of, placed.source, placed.ends]
+    filler = [
+        torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(_MOST - len(handle))
+    ]
+    return (recv_x, recv_idx, recv_weights, *placement, *handle, *filler)
+
+
+@_dispatch.register_fake
+def _(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    num_experts: int,
+    num_worst_tokens: int,
+    expert_alignment: int,
+    num_expert_rows: int,
+    num_domains: int,
+    group: str,
+) -> tuple[Tensor, ...]:
+    num_topk = topk_idx.shape[1]
+    ranks = count_ranks(group)
+    local = num_experts // ranks
+    n: Any = num_worst_tokens or torch.library.get_ctx().new_dynamic_size()
+    placement = [x.new_empty(0, dtype=torch.int32) for _ in range(3)]
+    if expert_alignment:
+        num_rows: Any = num_expert_rows or by_expert.row_bound(n, num_topk, local, expert_alignment)
+        if not num_worst_tokens:
+            num_rows = torch.library.get_ctx().new_dynamic_size()
+        placement = [
+            x.new_empty(shape, dtype=torch.int32) for shape in ((n, num_topk), num_rows, local)
+        ]
+    passing: Any = 0
+    if num_domains > 1:
+        passing = ranks // num_domains * num_worst_tokens
+        passing = passing or torch.library.get_ctx().new_dynamic_size()
+    return (
+        x.new_empty((n, x.shape[1])),
+        topk_idx.new_empty((n, num_topk)),
+        topk_weights.new_empty((n, num_topk)),
+        *placement,
+        *_fake_handle(x, n, passing, ranks, num_domains, local),
+    )
+
+
+def _fake_handle(
+    x: Tensor, n: Any, passing: Any, ranks: int, num_domains: int, experts: int
+) -> list[Tensor]:
+    def ints(*shape: Any) -> Tensor:
+        return x.new_empty(shape, dtype=torch.int32)
+
+    tokens = x.shape[0]
+    in_rank = x.new_empty((tokens, ranks), dtype=torch.bool)
+    send_head, expert_counts = ints(tokens, ranks), ints(experts)
+    if num_domains == 1:
+        handle = [ints(ranks, ranks), ints(ranks), expert_counts, ints(n), in_rank, send_head]
+        return handle + [ints(0) for _ in range(_MOST - _LEAST)]
+    return [
+        in_rank,
+        ints(num_domains, tokens + 1),
+        ints(num_domains, ranks // num_domains),
+        send_head,
+        ints(num_domains),
+        expert_counts,
+        ints(ranks),
+        x.new_empty((n, 8), dtype=torch.uint8),
+        ints(tokens, num_domains),
+        ints(passing),
+    ]
+
+
+@torch.library.custom_op(
+    "epjit::combine", mutates_args=(), schema=f"(Tensor x, {_HANDLE}, str group) -> Tensor"
+)
+def _combine(x: Tensor, *handle_and_group: Any) -> Tensor:
+    """Rows back to their ranks, summed: `[T, H]`."""
+    *tensors, group = handle_and_group
+    handle, _ = _as_handle(tensors)
+    combined, _, _ = buffer_of(group, x).combine(_moved(x), handle)
+    return combined
+
+
+@_combine.register_fake
+def _(x: Tensor, *handle_and_group: Any) -> Tensor:
+    handle, slots = _as_handle(handle_and_group[:-1])
+    return x.new_empty((handle[slots.tokens].shape[0], x.shape[1]))
+
+
+@torch.library.custom_op(
+    "epjit::dispatch_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad_x, Tensor grad_weights, {_HANDLE}, str group) -> (Tensor, Tensor)",
+)
+def _dispatch_backward(
+    grad_x: Tensor, grad_weights: Tensor, *handle_and_group: Any
+) -> tuple[Tensor, Tensor]:
+    """A token that went to several ranks gets the sum of the gradients of its copies."""
+    *tensors, group = handle_and_group
+    handle, _ = _as_handle(tensors)
+    x, weights, _ = buffer_of(group, grad_x).combine(
+        _moved(grad_x), handle, topk_weights=grad_weights.contiguous()
+    )
+    assert weights is not None
+    return x, weights
+
+
+@_dispatch_backward.register_fake
+def _(grad_x: Tensor, grad_weights: Tensor, *handle_and_group: Any) -> tuple[Tensor, Tensor]:
+    handle, slots = _as_handle(handle_and_group[:-1])
+    num_tokens = handle[slots.tokens].shape[0]
+    return (
+        grad_x.new_empty((num_tokens, grad_x.shape[1])),
+        grad_weights.new_empty((num_tokens, grad_weights.shape[1])),
+    )
+
+
+@torch.library.custom_op(
+    "epjit::combine_backward",
+    mutates_args=(),
+    schema=f"(Tensor grad, {_HANDLE}, str group) -> Tensor",
+)
+def _combine_backward(grad: Tensor, *handle_and_group: Any) -> Tensor:
+    """Every row that was added gets the gradient of the sum, the others zeros."""
+    *tensors, group = handle_and_group
+    handle, slots = _as_handle(tensors)
+    buffer = buffer_of(group, grad)
+    rows, *_ = buffer.dispatch(_moved(grad), handle=handle)
+    assert isinstance(rows, Tensor)
+    # Rows of all sources; in one domain there are those of every rank, [R, R].
+    arrived = handle[slots.ranks][-1:].view(-1)
+    by_expert.blank(rows, arrived[buffer.rank :][:1] if arrived.shape[0] > 1 else arrived)
+    return rows
+
+
+@_combine_backward.register_fake
+def _(grad: Tensor, *handle_and_group: Any) -> Tensor:
+    handle, slots = _as_handle(handle_and_group[:-1])
+    return grad.new_empty((handle[slots.rows].shape[0], grad.shape[1]))
+
+
+def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    *_, num_domains, ctx.group = inputs
+    handle = output[-_MOST:][: slots_of(num_domains).number]
+    ctx.save_for_backward(output[1], *padded(handle))
+
+
+def _grad_dispatch(ctx: Any, grad_x: Tensor, _: Any, grad_weights: Tensor, *others: Any) -> Any:
+    recv_topk_idx, *handle = ctx.saved_tensors
+    # The zeros that stand for choices of other ranks depend on no weight.
+    grad_weights = grad_weights.float().masked_fill(recv_topk_idx < 0, 0.0)
+    x, weights = torch.ops.epjit.dispatch_backward(grad_x, grad_weights, *handle, ctx.group)
+    return x, None, weights, *[None] * 6
+
+
+def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.group = inputs[-1]
+    ctx.save_for_backward(*inputs[1:-1])
+
+
+def _grad_combine(ctx: Any, grad: Tensor) -> Any:
+    rows = torch.ops.epjit.combine_backward(grad, *ctx.saved_tensors, ctx.group)
+    return rows, *[None] * (_MOST + 1)
+
+
+_dispatch.register_autograd(_grad_dispatch, setup_context=_setup_dispatch)
+_combine.register_autograd(_grad_combine, setup_context=_setup_combine)
+
+
+# ---- operators: the order of the experts --------------------------------------------------------
+
+
+@torch.library.custom_op(
+    "epjit::place",
+    mutates_args=(),
+    schema="(Tensor topk_idx, int num_experts, int alignment, int num_rows) "
+    "-> (Tensor, Tensor, Tensor, Tensor)",
+)
+def _place(topk_idx: Tensor, num_experts: int, alignment: int, num_rows: int) -> tuple[Tensor, ...]:
+    """See `expert_major.place`."""
+    return tuple(by_expert.place(topk_idx, num_experts, alignment=alignment, num_rows=num_rows))
+
+
+@_place.register_fake
+def _(topk_idx: Tensor, num_experts: int, alignment: int, num_rows: int) -> tuple[Tensor, ...]:
+    shapes: tuple[Any, ...] = (topk_idx.shape, num_rows, num_experts, num_experts)
+    return tuple(topk_idx.new_empty(shape, dtype=torch.int32) for shape in shapes)
+
+
+@torch.library.custom_op(
+    "epjit::permute",
+    mutates_args=(),
+    schema="(Tensor x, Tensor row_of, Tensor source, Tensor ends, bool blank) -> Tensor",
+)
+def _permute(x: Tensor, row_of: Tensor, source: Tensor, ends: Tensor, blank: bool) -> Tensor:
+    """See `expert_major.permute`; with `blank` there are zeros behind the last expert's rows."""
+    why = "one row for each row of topk_idx"
+    check("x", x, shape=(row_of.shape[0], "hidden"), contiguous=False, why=why)
+    rows = by_expert.permute(_moved(x), source, ends, num_topk=row_of.shape[1])
+    if blank:
+        by_expert.blank(rows, ends[-1:])
+    return rows
+
+
+@_permute.register_fake
+def _(x: Tensor, row_of: Tensor, source: Tensor, ends: Tensor, blank: bool) -> Tensor:
+    return x.new_empty((source.shape[0], x.shape[1]))
+
+
+@torch.library.custom_op(
+    "epjit::unpermute",
+    mutates_args=(),
+    schema="(Tensor rows, Tensor row_of, Tensor source, Tensor ends) -> Tensor",
+)
+def _unpermute(rows: Tensor, row_of: Tensor, source: Tensor, ends: Tensor) -> Tensor:
+    """See `expert_major.unpermute`."""
+    why = "the rows by expert that the handle is of"
+    check("x", rows, shape=(source.shape[0], "hidden"), contiguous=False, why=why)
+    return by_expert.unpermute(_moved(rows), row_of)
+
+
+@_unpermute.register_fake
+def _(rows: Tensor, row_of: Tensor, source: Tensor, ends: Tensor) -> Tensor:
+    return rows.new_empty((row_of.shape[0], rows.shape[1]))
+
+
+@torch.library.custom_op(
+    "epjit::permute_weights",
+    mutates_args=(),
+    schema="(Tensor weights, Tensor row_of, Tensor source) -> Tensor",
+)
+def _permute_weights(weights: Tensor, row_of: Tensor, source: Tensor) -> Tensor:
+    """The weight of each row, 0 for padding: `[M]`."""
+    return _take(weights.flatten(), source)
+
+
+@_permute_weights.register_fake
+def _(weights: Tensor, row_of: Tensor, source: Tensor) -> Tensor:
+    return weights.new_empty(source.shape)
+
+
+def _take(values: Tensor, index: Tensor) -> Tensor:
+    """Values by index; -1 is the zero that stands behind them."""
+    return torch.cat([values, values.new_zeros(1)])[index]
+
+
+def _setup_placed(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*[each for each in inputs[1:] if isinstance(each, Tensor)])
+
+
+def _grad_permute(ctx: Any, grad: Tensor) -> Any:
+    return torch.ops.epjit.unpermute(grad, *ctx.saved_tensors), None, None, None, None
+
+
+def _grad_unpermute(ctx: Any, grad: Tensor) -> Any:
+    return torch.ops.epjit.permute(grad, *ctx.saved_tensors, True), None, None, None
+
+
+def _grad_permute_weights(ctx: Any, grad: Tensor) -> Any:
+    row_of, _ = ctx.saved_tensors
+    return _take(grad, row_of), None, None
+
+
+_permute.register_autograd(_grad_permute, setup_context=_setup_placed)
+_unpermute.register_autograd(_grad_unpermute, setup_context=_setup_placed)
+_permute_weights.register_autograd(_grad_permute_weights, setup_context=_setup_placed)
+
+
+# torch's grouped product leaves what lies behind the last expert's rows as it was, and its gradient
+# refuses some strides; so these two are operators as well.
+
+
+def _has_grouped_mm(x: Tensor, y: Tensor) -> bool:
+    return hasattr(F, "grouped_mm") and x.dtype == y.dtype == torch.bfloat16
+
+
+def _matrices(weights: Tensor) -> Tensor:
+    """Matrices as torch's product takes them: of rows or columns that are whole, at even addresses.
+
+    Transposed ones stay as they are.
+    """
+    for each in (weights, weights.transpose(1, 2)):
+        if each.stride(2) == 1 and each.stride(1) >= each.shape[2] and each.data_ptr() % 16 == 0:
+            return weights
+    return weights.clone(memory_format=torch.contiguous_format)
+
+
+def _parts(x: Tensor, ends: Tensor) -> list[Tensor]:
+    """Each expert's rows, and those behind; the host reads `ends`."""
+    starts = [0, *ends.tolist(), x.shape[0]]
+    return [x[start:end] for start, end in itertools.pairwise(starts)]
+
+
+@torch.library.custom_op(
+    "epjit::grouped_mm",
+    mutates_args=(),
+    schema="(Tensor x, Tensor weights, Tensor ends, bool blank) -> Tensor",
+)
+def _grouped_mm(x: Tensor, weights: Tensor, ends: Tensor, blank: bool) -> Tensor:
+    """Each expert's rows times its matrix; with `blank` there are zeros behind the last ones."""
+    if not _has_grouped_mm(x, weights):
+        *parts, behind = _parts(x, ends)
+        products = [rows @ weight for rows, weight in zip(parts, weights, strict=True)]
+        return torch.cat([*products, x.new_zeros((behind.shape[0], weights.shape[2]))])
+    rows = F.grouped_mm(_moved(x), _matrices(weights), offs=ends)
+    if blank:
+        by_expert.blank(rows, ends[-1:])
+    return rows
+
+
+@_grouped_mm.register_fake
+def _(x: Tensor, weights: Tensor, ends: Tensor, blank: bool) -> Tensor:
+    return x.new_empty((x.shape[0], weights.shape[2]))
+
+
+@torch.library.custom_op(
+    "epjit::grouped_mm_of_rows",
+    mutates_args=(),
+    schema="(Tensor x, Tensor y, Tensor ends) -> Tensor",
+)
+def _grouped_mm_of_rows(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+    """The sum over each expert's rows of the outer products of x and y: `[L, H, F]`."""
+    if not _has_grouped_mm(x, y):
+        pairs = zip(_parts(x, ends)[:-1], _parts(y, ends)[:-1], strict=True)
+        return torch.stack([rows.t() @ others for rows, others in pairs])
+    return F.grouped_mm(_moved(x).t(), _moved(y), offs=ends)
+
+
+@_grouped_mm_of_rows.register_fake
+def _(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
+    return x.new_empty((ends.shape[0], x.shape[1], y.shape[1]))
+
+
+def _setup_grouped_mm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:3])
+
+
+def _grad_grouped_mm(ctx: Any, grad: Tensor) -> Any:
+    x, weights, ends = ctx.saved_tensors
+    of_x = of_weights = None
+    if ctx.needs_input_grad[0]:
+        of_x = torch.ops.epjit.grouped_mm(grad, weights.transpose(1, 2), ends, True)
+    if ctx.needs_input_grad[1]:
+        of_weights = torch.ops.epjit.grouped_mm_of_rows(x, grad, ends)
+    return of_x, of_weights, None, None
+
+
+def _grad_grouped_mm_of_rows(ctx: Any, grad: Tensor) -> Any:
+    x, y, ends = ctx.saved_tensors
+    of_x = torch.ops.epjit.grouped_mm(y, grad.transpose(1, 2), ends, True)
+    return of_x, torch.ops.epjit.grouped_mm(x, grad, ends, True), None
+
+
+_grouped_mm.register_autograd(_grad_grouped_mm, setup_context=_setup_grouped_mm)
+_grouped_mm_of_rows.register_autograd(_grad_grouped_mm_of_rows, setup_context=_setup_grouped_mm)
