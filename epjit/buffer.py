@@ -2,150 +2,43 @@
 
 from __future__ import annotations
 
-import sys
-import warnings
-import weakref
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
 
 from epjit import env, signatures, tuned
-from epjit.checks.low_latency import LowLatencyChecks, LowLatencyHandle, check_forms, check_variant
-from epjit.checks.match import (
-    check,
-    check_aligned,
-    check_experts,
-    check_runs,
-    check_topk,
-    remember,
-    signature,
+from epjit.buffer_runtime import BufferRuntime
+from epjit.calls import Bias, CombineTensors, DispatchTensors, Handle, Payload, Settings
+from epjit.checks.construction import agree_on_settings, check_settings, check_topology
+from epjit.checks.low_latency import (
+    LowLatencyChecks,
+    LowLatencyHandle,
+    check_flags,
+    check_positive,
+    check_rank,
 )
+from epjit.checks.match import check_runs
+from epjit.checks.normal import NormalChecks, check_warmup, part_of
 from epjit.checks.values import ValueChecks
-from epjit.config import (
-    MAX_EXPERTS,
-    MAX_GROUP,
-    MAX_LOCAL_EXPERTS,
-    MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS,
-    MAX_RANKS,
-    MAX_ROW_BYTES,
-    MAX_TOKENS,
-    MAX_TOPK,
-    Config,
-    default_combine_config,
-    default_dispatch_config,
-)
-from epjit.event import EventHandle, EventOverlap, event_of, next_number
+from epjit.config import Config, default_combine_config, default_dispatch_config
+from epjit.event import EventHandle, EventOverlap
 from epjit.formats import choose_format
-from epjit.life import Resources, give_back_left, is_capturing, is_ending, watch
-from epjit.modes.cpu import CpuBackend, CpuLowLatency, CpuMemory
+from epjit.kernels import low_latency
+from epjit.kernels.shapes import warmup_shapes
+from epjit.life import Life, Resources, give_back_left, watch
+from epjit.modes.make import AnyLowLatency, make_parts, new_device, use_gpu
 from epjit.numbers import as_int, as_seconds
-from epjit.reference.intranode import Handle
 from epjit.reference.low_latency import size_hint
-from epjit.runtime.empty import empty_on, matrix, vector
 from epjit.runtime.group import Group, as_process_group
-from epjit.runtime.interrupt import synchronize
-from epjit.runtime.topology import Topology, find_topology
-from epjit.scope import AnyScope, CpuScope, CurrentStream, GpuScope, Scope, Turns
+from epjit.runtime.topology import find_topology
+from epjit.scope import Turns
 
-if TYPE_CHECKING:
-    from epjit.modes.internode import Internode
-    from epjit.modes.intranode import Intranode
-    from epjit.modes.low_latency import LowLatency
-    from epjit.runtime.stream import CommStream
-
-Payload: TypeAlias = "torch.Tensor | tuple[torch.Tensor, torch.Tensor]"
-Bias: TypeAlias = "torch.Tensor | tuple[torch.Tensor | None, torch.Tensor | None] | None"
 Hook: TypeAlias = Callable[[], None]
 
-_SIZE_ALIGNMENT = 128
 _DEFAULT_SMS = 20
 _DEFAULT_ROW_BYTES, _DEFAULT_TOKENS = 14336, 4096  # what V1's default configs were made for
-_CPU = torch.device("cpu")
-_CPU_SMS = 132  # the CPU backend checks a config as an H200 would
-_INDEX_DTYPES = (torch.int64, torch.int32)
-
-
-class BufferRuntime:
-    """The members of V1's `Buffer.runtime` that other code reads."""
-
-    def __init__(self, buffer: Buffer) -> None:
-        # Weak: in a cycle, device memory would stay until Python's collector happens to run.
-        self._weak_buffer = weakref.ref(buffer)
-
-    @property
-    def _buffer(self) -> Buffer:
-        buffer = self._weak_buffer()
-        if buffer is None:
-            raise RuntimeError("the Buffer of this runtime is gone; keep a reference to it")
-        return buffer
-
-    def is_available(self) -> bool:
-        """Whether the buffer can be used."""
-        buffer = self._weak_buffer()
-        return buffer is not None and buffer.runtime is not None
-
-    def get_num_rdma_ranks(self) -> int:
-        """Number of NVLink domains."""
-        return self._buffer._topology.num_domains
-
-    def get_rdma_rank(self) -> int:
-        """This rank's NVLink domain."""
-        return self._buffer._topology.domain
-
-    def get_root_rdma_rank(self, is_global: bool) -> int:
-        """The rank that makes the RDMA unique id in V1: the first of the group or of a rail.
-
-        Args:
-            is_global: Its number in the group; else its NVLink domain, which is 0.
-        """
-        topology = self._buffer._topology
-        return topology.domains[0][topology.local] if is_global else 0
-
-    def get_local_device_id(self) -> int:
-        """Index of the GPU; -1 without one."""
-        return self._buffer.device.index if self._buffer.device.type == "cuda" else -1
-
-    def get_comm_stream(self) -> torch.cuda.Stream:
-        """See `Buffer.get_comm_stream`."""
-        return self._buffer.get_comm_stream()
-
-    def destroy(self) -> None:
-        """As `Buffer.destroy`, whatever the Buffer was made with."""
-        self._buffer._release()
-
-    def get_local_buffer_tensor(
-        self, dtype: torch.dtype, offset: int, use_rdma_buffer: bool
-    ) -> torch.Tensor:
-        """See `Buffer.get_local_buffer_tensor`."""
-        return self._buffer.get_local_buffer_tensor(
-            dtype, offset=offset, use_rdma_buffer=use_rdma_buffer
-        )
-
-
-class Slots(NamedTuple):
-    """Where a handle of the normal mode has what: indices of its tensors."""
-
-    number: int  # of tensors
-    ranks: int  # has an entry a rank
-    rows: int  # has an entry a received row
-    tokens: int  # has an entry a token that was sent
-    experts: int  # has a count an expert of this rank
-
-
-SLOTS = Slots(number=6, ranks=0, rows=3, tokens=5, experts=2)
-SLOTS_BETWEEN_DOMAINS = Slots(number=10, ranks=6, rows=7, tokens=8, experts=5)
-
-
-def _handle_sizes(num_ranks: int, num_domains: int) -> tuple[tuple[int, int, int], ...]:
-    """Elements of a handle's tensors: index, how many in any case, how many more a token."""
-    if num_domains == 1:
-        return (0, num_ranks**2, 0), (1, num_ranks, 0), (5, 0, num_ranks)
-    return (
-        *((1, num_domains, num_domains), (2, num_ranks, 0), (3, 0, num_ranks)),
-        *((4, num_domains, 0), (6, num_ranks, 0)),
-    )
 
 
 class Unreceived(NamedTuple):
@@ -154,7 +47,7 @@ class Unreceived(NamedTuple):
     op: str
 
 
-class Buffer:
+class Buffer(Life):
     """Expert-parallel communication between the ranks of a group, with DeepEP V1's interface.
 
     Words in the shapes below: `R` ranks, `T` tokens of this rank, `M` the most that a rank may have
@@ -249,7 +142,7 @@ class Buffer:
     ) -> None:
         del allow_nvlink_for_low_latency_mode, allow_mnnvl
         del allow_nvlink_for_normal_mode, num_nvl_peers
-        self.runtime: BufferRuntime | None = None
+        self.runtime = None
         self.explicitly_destroy = explicitly_destroy
         check_runs("making a Buffer")
         if group is None and comm is not None:
@@ -258,7 +151,7 @@ class Buffer:
         else:
             self.group = as_process_group(group)
             links = Group.from_torch(self.group)
-        self.rank, self.group_size = links.rank, links.size
+        self._links, self.rank, self.group_size = links, links.rank, links.size
         num_nvl_bytes = as_int("num_nvl_bytes", num_nvl_bytes)
         num_rdma_bytes = as_int("num_rdma_bytes", num_rdma_bytes)
         num_qps_per_rank = as_int("num_qps_per_rank", num_qps_per_rank)
@@ -270,143 +163,59 @@ class Buffer:
         self.low_latency_mode, self.enable_shrink = low_latency_mode, enable_shrink
         if num_rdma_bytes or low_latency_mode:
             self.nvshmem_qp_depth = env.nvshmem_qp_depth()
-        _check_buffer(links.size, num_nvl_bytes, num_rdma_bytes, nvlink_domain)
+        settings = Settings(
+            num_nvl_bytes,
+            num_rdma_bytes,
+            bool(low_latency_mode),
+            bool(enable_shrink),
+            bool(use_fabric),
+            num_qps_per_rank,
+            timeout_seconds,
+        )
+        check_settings(settings, links.size, nvlink_domain)
+        self._make(settings, nvlink_domain)
+        self.runtime = BufferRuntime(self)
+        watch(self)
 
-        self._links = links
-        self._cpu: CpuBackend | None = None
-        self._comm: CommStream | None = None
-        self._low_latency: LowLatency | CpuLowLatency | None = None
+    def _make(self, settings: Settings, nvlink_domain: int | None) -> None:
+        """Finds the NVLink domains, and makes the parts and the checks; collective."""
+        self._low_latency = None
         self._unreceived: Unreceived | None = None
-        self._last_stream: int | None = None  # of the last call
-        self._shows_comm = False  # get_comm_stream() was called
-        on_gpu = use_gpu()
-        self.device = torch.device("cuda", torch.cuda.current_device()) if on_gpu else _CPU
+        self.device = new_device()
         self._entered = Turns(self.device.index)
         self._resources = Resources(self._entered)
         give_back_left()
-        self._topology = find_topology(
-            links, device=self.device.index, domain_size=nvlink_domain, use_fabric=use_fabric
+        links = self._links
+        self._topology = topology = find_topology(
+            links,
+            device=self.device.index,
+            domain_size=nvlink_domain,
+            use_fabric=settings.use_fabric,
         )
-        self._num_domains = self._topology.num_domains
-        _check_topology(self._topology, num_rdma_bytes, num_qps_per_rank, low_latency_mode)
-        if low_latency_mode:
-            check_variant(self._num_domains)
-        self._agree(use_fabric, num_qps_per_rank)
-        self._empty = empty_on(self.device)
-        self._passed: dict[Hashable, bool] = {}  # arguments of the normal mode, see `signature`
-        self._slots = SLOTS if self._num_domains == 1 else SLOTS_BETWEEN_DOMAINS
-        self._handle_sizes = _handle_sizes(links.size, self._num_domains)
-        self._low_latency_checks = LowLatencyChecks(
-            links.size, num_rdma_bytes, self.device, self._num_domains
-        )
-        if on_gpu:
-            try:
-                self._make_on_gpu(timeout_seconds, use_fabric, num_qps_per_rank)
-            except BaseException as error:  # whoever catches it may try a smaller size
-                self._let_go().abandon(error)
-                raise
-        else:
-            from epjit.modes.chosen import ChosenKernels
-
-            self._available_sms = _CPU_SMS
-            self._chosen = ChosenKernels(
-                links,
-                self._topology,
-                num_nvl_bytes=num_nvl_bytes,
-                num_rdma_bytes=num_rdma_bytes,
-            )
-            domains = self._topology.domains
-            self._cpu = CpuBackend(links, domains if len(domains) > 1 else None)
-            self._cpu_memory = CpuMemory(num_nvl_bytes)
-            self._cpu_rdma_memory = CpuMemory(num_rdma_bytes)
-            if low_latency_mode:
-                self._low_latency = CpuLowLatency(
-                    links,
-                    self._chosen,
-                    num_rdma_bytes=num_rdma_bytes,
-                    enable_shrink=enable_shrink,
-                )
-        self._values: ValueChecks | None = None
+        check_topology(settings, topology)
+        agree_on_settings(settings, topology, links)
+        values = None
         if env.check_values():
-            self._values = ValueChecks(links.rank, self._topology.domains, self._in_order)
-        self.runtime = BufferRuntime(self)
-
-    def _agree(self, use_fabric: bool, num_qps_per_rank: int) -> None:
-        """All ranks make the same Buffer; collective."""
-        variant = env.low_latency_combine_variant
-        values = {
-            "num_nvl_bytes": self.num_nvl_bytes,
-            "num_rdma_bytes": self.num_rdma_bytes,
-            "low_latency_mode": bool(self.low_latency_mode),
-            "enable_shrink": bool(self.enable_shrink),
-            "use_fabric": bool(use_fabric),
-            "num_qps_per_rank": num_qps_per_rank,
-            "NVLink domains": self._topology.domains,
-            variant.name: variant() if self.low_latency_mode else None,
-        }
-        self._links.agree_on(
-            {f"values of {name}": value for name, value in values.items()},
-            remedy="make Buffers with the same arguments and environment on all ranks",
+            values = ValueChecks(links.rank, topology.domains, self._in_order)
+        try:
+            self._streams, self._mode, self._low_latency = make_parts(
+                settings, links, topology, self._resources, self.device
+            )
+        except BaseException as error:  # whoever catches it may try a smaller size
+            self._let_go().abandon(error)
+            raise
+        self._checks = NormalChecks(
+            links.size,
+            topology.num_domains,
+            self.device,
+            num_sms=self._mode.num_sms,
+            dispatch_config=self.get_dispatch_config,
+            combine_config=self.get_combine_config,
+            values=values,
         )
-
-    def _make_on_gpu(
-        self, timeout_seconds: float | None, use_fabric: bool, num_qps_per_rank: int
-    ) -> None:
-        """Streams, memory and kernels."""
-        from epjit.modes.layout import Layout
-        from epjit.runtime.stream import CommStream
-
-        properties = torch.cuda.get_device_properties(self.device)
-        self._available_sms = properties.multi_processor_count
-        self._comm = CommStream(self.device.index)
-        watch(self)
-        several = self._num_domains > 1
-        self._layout = Layout(
-            self.group_size, self.device, self._topology.domains if several else None
+        self._low_latency_checks = LowLatencyChecks(
+            links.size, settings.num_rdma_bytes, self.device, topology.num_domains, values
         )
-        self._resources.hold(self._comm, self._layout)
-        if timeout_seconds is None:
-            timeout_seconds = env.timeout_seconds()
-        self._mode: Intranode | Internode
-        if several:
-            from epjit.modes.internode import Internode
-
-            self._mode = Internode(
-                self._links,
-                self._topology,
-                self._resources,
-                num_nvl_bytes=self.num_nvl_bytes,
-                num_rdma_bytes=self.num_rdma_bytes,
-                device=self.device,
-                timeout_seconds=timeout_seconds,
-                use_fabric=use_fabric,
-                num_qps_per_rank=num_qps_per_rank,
-            )
-        else:
-            from epjit.modes.intranode import Intranode
-
-            self._mode = Intranode(
-                self._links,
-                self._resources,
-                num_nvl_bytes=self.num_nvl_bytes,
-                device=self.device,
-                timeout_seconds=timeout_seconds,
-                use_fabric=use_fabric,
-            )
-        if self.low_latency_mode:
-            from epjit.modes.low_latency import LowLatency
-
-            self._low_latency = LowLatency(
-                self._links,
-                self._topology,
-                self._resources,
-                num_rdma_bytes=self.num_rdma_bytes,
-                device=self.device,
-                timeout_seconds=timeout_seconds,
-                use_fabric=use_fabric,
-                enable_shrink=self.enable_shrink,
-                num_qps_per_rank=num_qps_per_rank,
-            )
 
     # ---- V1's static and small members -----------------------------------------------------------
 
@@ -480,27 +289,13 @@ class Buffer:
         Raises:
             ValueError: An argument is not positive.
         """
-        sizes = {
-            "num_max_dispatch_tokens_per_rank": num_max_dispatch_tokens_per_rank,
-            "hidden": hidden,
-            "num_ranks": num_ranks,
-            "num_experts": num_experts,
-        }
-        numbers = {name: as_int(name, value) for name, value in sizes.items()}
-        reasons = [f"{name} is {value}" for name, value in numbers.items() if value <= 0]
-        if reasons:
-            raise ValueError(f"{', '.join(reasons)}, but must be at least 1")
-        return size_hint(*numbers.values())
-
-    @staticmethod
-    def _unpack_bias(bias: Bias) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        if isinstance(bias, tuple):
-            if len(bias) != 2:
-                raise ValueError(
-                    f"bias is a tuple of {len(bias)}, expected one tensor or a tuple of two"
-                )
-            return bias
-        return bias, None
+        sizes = check_positive(
+            num_max_dispatch_tokens_per_rank=num_max_dispatch_tokens_per_rank,
+            hidden=hidden,
+            num_ranks=num_ranks,
+            num_experts=num_experts,
+        )
+        return size_hint(*sizes)
 
     def get_comm_stream(self) -> torch.cuda.Stream:
         """The communication stream.
@@ -511,13 +306,9 @@ class Buffer:
         Raises:
             RuntimeError: The buffer lives on the CPU, where there are no streams.
         """
-        if self._comm is None:
+        if self.runtime is None:
             self._check_alive()
-            raise RuntimeError(
-                "this Buffer lives on the CPU, where there is no communication stream"
-            )
-        self._shows_comm = True
-        return self._comm.torch_stream
+        return self._streams.communication_stream()
 
     def get_local_buffer_tensor(
         self,
@@ -545,31 +336,17 @@ class Buffer:
         num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
         with self._entered():
             whole = self._memory(use_rdma_buffer).tensor(torch.uint8)
-        available = (num_bytes - offset) // dtype.itemsize
-        if offset < 0 or offset % dtype.itemsize or available < 0:
-            raise ValueError(
-                f"offset is {offset} bytes, but must be a multiple of {dtype.itemsize} "
-                f"up to {num_bytes}"
-            )
-        view = whole[offset : offset + available * dtype.itemsize].view(dtype)
-        if size is None:
-            return view
-        if size.numel() > available:
-            raise ValueError(
-                f"size {tuple(size)} has {size.numel()} elements of {dtype}, "
-                f"but only {available} are there"
-            )
-        return view[: size.numel()].view(size)
+        return part_of(whole[:num_bytes], dtype, size, offset)
 
     def _memory(self, use_rdma_buffer: bool) -> Any:
         """What a user may look at; nothing but `num_nvl_bytes` or `num_rdma_bytes` of it."""
         if use_rdma_buffer and self._low_latency is not None:
             return self._low_latency.memory
-        if self._cpu is not None:
-            return self._cpu_rdma_memory if use_rdma_buffer else self._cpu_memory
         mode: Any = self._mode
         # In one domain num_rdma_bytes is 0, and nothing of the memory is seen.
-        return mode.rdma_memory if use_rdma_buffer and self._num_domains > 1 else mode.memory
+        return (
+            mode.rdma_memory if use_rdma_buffer and self._topology.num_domains > 1 else mode.memory
+        )
 
     # ---- life ------------------------------------------------------------------------------------
 
@@ -590,95 +367,21 @@ class Buffer:
             raise AssertionError("this Buffer is destroyed already")
         self._release()
 
-    def _release(self) -> None:
-        if not self._resources.is_ours():  # a forked child has a copy of the Buffer alone
-            self._let_go()
-            return
-        with self._entered():
-            if self._cpu is None:
-                if torch.cuda.is_current_stream_capturing():
-                    raise RuntimeError(
-                        "a Buffer cannot be destroyed while a CUDA graph is captured, for nothing "
-                        "may be freed meanwhile; destroy it after the capture"
-                    )
-                with suppress(RuntimeError):  # which comes again below, where all is freed
-                    synchronize(self.device)  # before anything is freed: here Ctrl-C may end it
-            self._let_go().close()
-
-    def _let_go(self) -> Resources:
-        """Ends the use of what was made; the caller gives it back."""
-        self.runtime, self._low_latency, self._comm = None, None, None
-        vars(self).pop("_mode", None)
-        vars(self).pop("_layout", None)
-        return self._resources
-
-    def _drop(self) -> None:
-        """Frees everything, if need be after the capture of a CUDA graph."""
-        with self._entered():
-            captures = is_capturing()  # looks at the streams, too, which go next
-            resources = self._let_go()
-            if captures:
-                resources.leave()
-            else:
-                resources.close()
-
-    def __enter__(self) -> Buffer:
-        """The Buffer itself, to be destroyed at the end of the block, however it was made."""
-        self._check_alive()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        """Destroys the Buffer; after an exception, without a wait for peers that may not come."""
-        if self.runtime is None:
-            return
-        if kind is None:
-            self._release()
-            return
-        for mode in (vars(self).get("_mode"), self._low_latency):
-            if mode is not None:
-                with suppress(Exception):  # the exception of the block is the one to see
-                    mode.give_up()
-        with suppress(Exception):
-            self._drop()
-
     def __repr__(self) -> str:
-        if not hasattr(self, "_slots"):
+        if not hasattr(self, "_checks"):
             return "<Buffer, not made>"
         facts = [
             f"rank {self.rank} of {self.group_size} on {self.device}",
             f"num_nvl_bytes={self.num_nvl_bytes}",
             f"num_rdma_bytes={self.num_rdma_bytes}",
         ]
-        if self._num_domains > 1:
-            facts.append(f"{self._num_domains} NVLink domains")
+        if self._topology.num_domains > 1:
+            facts.append(f"{self._topology.num_domains} NVLink domains")
         if self.low_latency_mode:
             facts.append("low_latency_mode" + ", enable_shrink" * self.enable_shrink)
         if self.runtime is None:
             facts.append("destroyed")
         return f"<Buffer: {', '.join(facts)}>"
-
-    def __del__(self) -> None:
-        """Frees what is left, if need be after a graph capture; waits for no peer that is gone."""
-        if getattr(self, "runtime", None) is None or not self._resources.is_ours():
-            return
-        if sys.is_finalizing():  # what could be freed has been, see `epjit.life`
-            return
-        if self.explicitly_destroy:
-            if not is_ending():
-                warnings.warn(
-                    "a Buffer with explicitly_destroy=True was never destroyed; its memory leaks",
-                    RuntimeWarning,
-                    stacklevel=1,
-                )
-            return
-        try:
-            self._drop()
-        except Exception as error:  # nothing may leave a destructor
-            warnings.warn(f"a Buffer could not be freed: {error}", RuntimeWarning, stacklevel=1)
-
-    def _is_captured(self) -> bool:
-        """Whether a graph is being captured, by any thread, on a stream that a call ran on."""
-        return self._comm is not None and self._comm.is_captured(self._last_stream)
 
     def reset(self) -> None:
         """Makes the buffer usable again after a `CommunicationError`; collective.
@@ -692,10 +395,7 @@ class Buffer:
         self._check_alive(fault=False)
         with self._entered():
             self._unreceived = None
-            if self._cpu is not None:
-                self._cpu.reset()
-            else:
-                self._mode.reset()
+            self._mode.reset()
             if self._low_latency is not None:
                 self._low_latency.reset()
 
@@ -737,17 +437,7 @@ class Buffer:
         self._check_alive()
         hidden_bytes = as_int("hidden_bytes", hidden_bytes)
         num_topk, num_scales = as_int("num_topk", num_topk), as_int("num_scales", num_scales)
-        if hidden_bytes <= 0 or hidden_bytes % 16 or hidden_bytes > MAX_ROW_BYTES:
-            raise ValueError(
-                f"hidden_bytes is {hidden_bytes}, but must be a multiple of 16, "
-                f"at most {MAX_ROW_BYTES}"
-            )
-        if not 0 <= num_topk <= MAX_TOPK or num_scales < 0:
-            raise ValueError(
-                f"num_topk is {num_topk} (0 to {MAX_TOPK}) and num_scales {num_scales} (0 or more)"
-            )
-        from epjit.kernels.shapes import warmup_shapes
-
+        check_warmup(hidden_bytes, num_topk, num_scales)
         shapes = warmup_shapes(
             hidden_bytes,
             num_topk=num_topk,
@@ -755,28 +445,8 @@ class Buffer:
             topk_is_int64=topk_idx_dtype == torch.int64,
             is_f16=combine_dtype == torch.float16,
         )
-        if self._cpu is not None:
-            for shape in shapes:
-                self._chosen.launch(shape)
-            return
         with self._entered():
-            for shape in shapes:
-                self._mode.launch(shape)
-            self._mode.compile_ahead(env.torch_cuda_arch_list())
-
-    def _check_alive(self, *, fault: bool = True) -> None:
-        check_runs("a call of a Buffer")
-        if self.runtime is None:
-            raise RuntimeError("this Buffer is destroyed")
-        give_back_left()
-        if not fault:
-            return
-        if self._cpu is not None:
-            self._cpu.raise_fault()
-            return
-        self._mode.raise_fault()
-        if self._low_latency is not None:
-            self._low_latency.raise_fault()
+            self._mode.warmup(shapes)
 
     # ---- operations ------------------------------------------------------------------------------
 
@@ -808,40 +478,13 @@ class Buffer:
             CommunicationError: An earlier operation of this buffer failed.
         """
         self._check_alive()
-        num_experts = as_int("num_experts", num_experts)
-        arguments = (signature(topk_idx), num_experts)
-        if arguments not in self._passed:
-            check(
-                "topk_idx",
-                topk_idx,
-                shape=("num_tokens", "num_topk"),
-                dtype=_INDEX_DTYPES,
-                device=self.device,
-            )
-            check_topk(topk_idx)
-            self._check_experts(num_experts)
-            remember(self._passed, arguments, True)
-        if self._values is not None:
-            self._values.get_dispatch_layout(topk_idx, num_experts, after=previous_event)
-        if self._cpu is not None:
-            cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
-            return *self._cpu.layout(topk_idx, num_experts), cpu_scope.finish()
-        forms = (
-            vector(torch.int32, self.group_size),
-            vector(torch.int32, self._num_domains) if self._num_domains > 1 else None,
-            vector(torch.int32, num_experts),
-            matrix(torch.bool, topk_idx.shape[0], self.group_size),
-        )
+        call = self._checks.layout(topk_idx, num_experts, after=previous_event)
         with (
             self._entered(),
-            self._scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
+            self._streams.scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
         ):
-            with scope.allocating():
-                per_rank, per_rdma_rank, per_expert, in_rank = self._empty(forms)
-            scope.start()
-            self._layout(scope.stream, topk_idx, per_rank, per_rdma_rank, per_expert, in_rank)
-            event = scope.finish((topk_idx,), (per_rank, per_rdma_rank, per_expert, in_rank))
-        return per_rank, per_rdma_rank, per_expert, in_rank, event
+            routing = self._mode.layout(scope, call)
+            return *routing, scope.finish(call, routing)
 
     @signatures.dispatch
     def dispatch(
@@ -918,122 +561,30 @@ class Buffer:
             CommunicationError: A peer did not come, now or in an earlier operation.
         """
         self._check_alive()
-        rows, scales = self._check_payload(x)
-        if config is None:
-            row_bytes = rows.shape[1] * rows.element_size()
-            config = self.get_dispatch_config(
-                self.group_size, hidden_bytes=row_bytes, num_tokens=rows.shape[0]
-            )
-        self._check_config(config)
-        if handle is not None:
-            if topk_idx is not None or topk_weights is not None:
-                raise ValueError(
-                    "a cached dispatch (handle=...) takes no topk_idx and no topk_weights"
-                )
-            self._check_handle(handle, num_tokens=rows.shape[0])
-            if self._values is not None:
-                self._values.handle(handle, after=previous_event)
-            if self._cpu is not None:
-                cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
-                self._chosen.check_dispatch(rows, scales, None, num_sms=config.num_sms)
-                recv_x, recv_scales = self._cpu.cached_dispatch(rows, scales, handle)
-                event = cpu_scope.finish()
-            else:
-                with (
-                    self._entered(),
-                    self._scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
-                ):
-                    recv_x, recv_scales = self._mode.cached_dispatch(
-                        scope, rows, scales, handle, num_sms=config.num_sms
-                    )
-                    event = scope.finish((rows, scales, *handle), (recv_x, recv_scales))
-            return _payload(recv_x, recv_scales), None, None, None, None, event
-
-        per_rdma_rank = num_tokens_per_rdma_rank if self._num_domains > 1 else None
-        self._check_routing(
-            rows.shape[0],
-            num_tokens_per_rank,
-            per_rdma_rank,
-            is_token_in_rank,
-            num_tokens_per_expert,
+        call = self._checks.dispatch(
+            x,
+            handle,
+            (
+                num_tokens_per_rank,
+                num_tokens_per_rdma_rank,
+                num_tokens_per_expert,
+                is_token_in_rank,
+            ),
             topk_idx,
             topk_weights,
+            expert_alignment,
+            num_worst_tokens,
+            config,
+            after=previous_event,
         )
-        assert num_tokens_per_rank is not None
-        assert is_token_in_rank is not None
-        assert num_tokens_per_expert is not None
-        expert_alignment = as_int("expert_alignment", expert_alignment, least=1)
-        num_worst_tokens = as_int("num_worst_tokens", num_worst_tokens, least=0)
-        if num_worst_tokens > 0 and topk_idx is None:
-            raise ValueError(
-                "num_worst_tokens needs topk_idx: without it nothing says which rows arrived"
-            )
-        layout = (num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert)
-        if self._values is not None:
-            self._values.dispatch(
-                topk_idx,
-                topk_weights,
-                num_tokens_per_rank,
-                is_token_in_rank,
-                num_tokens_per_expert,
-                per_rdma_rank,
-                after=previous_event,
-            )
-        if self._cpu is not None:
-            cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
-            self._chosen.check_dispatch(rows, scales, topk_idx, num_sms=config.num_sms)
-            result = self._cpu.dispatch(
-                rows,
-                scales,
-                topk_idx,
-                topk_weights,
-                *layout,
-                num_tokens_per_rdma_rank=per_rdma_rank,
-                expert_alignment=expert_alignment,
-                num_worst_tokens=num_worst_tokens,
-            )
-            event = cpu_scope.finish()
-        else:
-            counts = [num_tokens_per_rank, is_token_in_rank, num_tokens_per_expert]
-            if per_rdma_rank is not None:
-                counts.insert(1, per_rdma_rank)
-            with (
-                self._entered(),
-                self._scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
-            ):
-                if num_worst_tokens == 0 and torch.cuda.is_current_stream_capturing():
-                    raise RuntimeError(
-                        "dispatch must read the number of received rows on the host, which a CUDA "
-                        "graph cannot; pass num_worst_tokens (rows enough for the worst case), or "
-                        "a handle"
-                    )
-                result = self._mode.dispatch(
-                    scope,
-                    rows,
-                    scales,
-                    topk_idx,
-                    topk_weights,
-                    *counts,
-                    expert_alignment=expert_alignment,
-                    num_worst_tokens=num_worst_tokens,
-                    num_sms=config.num_sms,
-                )
-                outputs = (
-                    result.recv_x,
-                    result.recv_scales,
-                    result.recv_topk_idx,
-                    result.recv_topk_weights,
-                    *result.handle,
-                )
-                event = scope.finish((rows, scales, topk_idx, topk_weights, *counts), outputs)
-        return (
-            _payload(result.recv_x, result.recv_scales),
-            result.recv_topk_idx,
-            result.recv_topk_weights,
-            result.num_recv_tokens_per_expert_list,
-            result.handle,
-            event,
-        )
+        with (
+            self._entered(),
+            self._streams.scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
+        ):
+            received = self._mode.dispatch(scope, call)
+            event = scope.finish(call, received)
+        rows, scales, idx, weights, per_expert, made = received
+        return _payload(rows, scales), idx, weights, per_expert, made, event
 
     def combine(
         self,
@@ -1071,40 +622,13 @@ class Buffer:
             CommunicationError: An earlier operation of this buffer failed.
         """
         self._check_alive()
-        self._check_handle(handle, num_tokens=None)
-        num_rows, num_tokens = (
-            handle[self._slots.rows].shape[0],
-            handle[self._slots.tokens].shape[0],
-        )
-        bias_0, bias_1 = self._unpack_bias(bias)
-        self._check_returned(x, topk_weights, bias_0, bias_1, num_rows, num_tokens)
-        if config is None:
-            config = self.get_combine_config(
-                self.group_size,
-                hidden_bytes=x.shape[1] * x.element_size(),
-                num_tokens=num_tokens,
-            )
-        self._check_config(config)
-        if self._values is not None:
-            self._values.handle(handle, after=previous_event)
-        if self._cpu is not None:
-            cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
-            self._chosen.check_combine(x, topk_weights, num_sms=config.num_sms)
-            combined_x, combined_weights = self._cpu.combine(
-                x, handle, topk_weights, (bias_0, bias_1)
-            )
-            return combined_x, combined_weights, cpu_scope.finish()
+        call = self._checks.combine(x, handle, topk_weights, bias, config, after=previous_event)
         with (
             self._entered(),
-            self._scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
+            self._streams.scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
         ):
-            combined_x, combined_weights = self._mode.combine(
-                scope, x, handle, topk_weights, (bias_0, bias_1), num_sms=config.num_sms
-            )
-            event = scope.finish(
-                (x, topk_weights, bias_0, bias_1, *handle), (combined_x, combined_weights)
-            )
-        return combined_x, combined_weights, event
+            combined = self._mode.combine(scope, call)
+            return *combined, scope.finish(call, combined)
 
     # V1's names for a group that spans nodes; there `dispatch` and `combine` lead to them.
     internode_dispatch = dispatch
@@ -1177,7 +701,7 @@ class Buffer:
             CommunicationError: An earlier operation of this buffer failed.
         """
         mode = self._low_latency_mode("low_latency_dispatch")
-        check_forms(async_finish=async_finish, return_recv_hook=return_recv_hook)
+        check_flags(async_finish=async_finish, return_recv_hook=return_recv_hook)
         max_tokens = as_int("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank)
         num_experts = as_int("num_experts", num_experts)
         row_format = choose_format(
@@ -1187,48 +711,25 @@ class Buffer:
             quantization=quantization,
         )
         call = self._low_latency_checks.dispatch(
-            x,
-            topk_idx,
+            DispatchTensors(
+                x,
+                topk_idx,
+                global_scale,
+                cumulative_local_expert_recv_stats,
+                dispatch_wait_recv_cost_stats,
+            ),
             max_tokens,
             num_experts,
             row_format,
-            global_scale=global_scale,
-            recv_stats=cumulative_local_expert_recv_stats,
-            wait_cost=dispatch_wait_recv_cost_stats,
+            split=return_recv_hook,
         )
-        if self._values is not None:
-            self._values.low_latency_dispatch(x, topk_idx, num_experts)
-        with self._entered(), self._low_latency_scope(async_finish) as scope:
-            received, receive = mode.dispatch(
-                scope,
-                call,
-                x,
-                topk_idx,
-                global_scale=global_scale,
-                recv_stats=cumulative_local_expert_recv_stats,
-                wait_cost=dispatch_wait_recv_cost_stats,
-                split=return_recv_hook,
-            )
+        with self._entered(), self._streams.low_latency_scope(async_finish) as scope:
+            received, receive = mode.dispatch(scope, call)
             hook = self._hook("low_latency_dispatch", receive, scope.stream)
-            event = scope.finish_keeping(
-                (
-                    x,
-                    topk_idx,
-                    global_scale,
-                    cumulative_local_expert_recv_stats,
-                    dispatch_wait_recv_cost_stats,
-                    *received,
-                )
-            )
-        handle = (
-            received.src_info,
-            received.layout_range,
-            max_tokens,
-            call.hidden,
-            num_experts,
-        )
-        recv_x = _payload(received.recv_x, received.recv_scales)
-        return recv_x, received.recv_count, handle, event, hook
+            event = scope.finish_keeping(call, received)
+        recv_x, recv_scales, recv_count, src_info, layout_range = received
+        handle = (src_info, layout_range, max_tokens, call.sizes.hidden, num_experts)
+        return _payload(recv_x, recv_scales), recv_count, handle, event, hook
 
     @signatures.low_latency_combine
     def low_latency_combine(
@@ -1275,43 +776,18 @@ class Buffer:
             CommunicationError: An earlier operation of this buffer failed.
         """
         mode = self._low_latency_mode("low_latency_combine")
-        check_forms(async_finish=async_finish, return_recv_hook=return_recv_hook)
+        check_flags(async_finish=async_finish, return_recv_hook=return_recv_hook)
         call = self._low_latency_checks.combine(
-            x,
-            topk_idx,
-            topk_weights,
+            CombineTensors(x, topk_idx, topk_weights, out, combine_wait_recv_cost_stats),
             handle,
             use_logfmt=use_logfmt,
             zero_copy=zero_copy,
-            out=out,
-            wait_cost=combine_wait_recv_cost_stats,
+            split=return_recv_hook,
         )
-        src_info = handle[0]
-        if self._values is not None:
-            self._values.low_latency_combine(topk_idx, topk_weights, src_info, call.num_experts)
-        with self._entered(), self._low_latency_scope(async_finish) as scope:
-            combined_x, receive = mode.combine(
-                scope,
-                call,
-                x,
-                topk_idx,
-                topk_weights,
-                src_info,
-                out=out,
-                wait_cost=combine_wait_recv_cost_stats,
-                split=return_recv_hook,
-            )
+        with self._entered(), self._streams.low_latency_scope(async_finish) as scope:
+            combined_x, receive = mode.combine(scope, call)
             hook = self._hook("low_latency_combine", receive, scope.stream)
-            event = scope.finish_keeping(
-                (
-                    x,
-                    topk_idx,
-                    topk_weights,
-                    src_info,
-                    combined_x,
-                    combine_wait_recv_cost_stats,
-                )
-            )
+            event = scope.finish_keeping(call, (combined_x,))
         return combined_x, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
@@ -1375,10 +851,7 @@ class Buffer:
         """
         mode = self._masking_mode("low_latency_update_mask_buffer")
         rank_to_mask = as_int("rank_to_mask", rank_to_mask)
-        if not 0 <= rank_to_mask < self.group_size:
-            raise ValueError(
-                f"rank_to_mask is {rank_to_mask}, but must be between 0 and {self.group_size - 1}"
-            )
+        check_rank(rank_to_mask, self.group_size)
         with self._in_order():
             mode.mask[rank_to_mask].fill_(int(mask))
 
@@ -1393,14 +866,7 @@ class Buffer:
             RuntimeError: The buffer was made without `enable_shrink`.
         """
         mode = self._masking_mode("low_latency_query_mask_buffer")
-        check(
-            "mask_status",
-            mask_status,
-            shape=(self.group_size,),
-            dtype=torch.int32,
-            device=self.device,
-            why="one word for each rank",
-        )
+        self._low_latency_checks.mask(mask_status)
         with self._in_order():
             mask_status.copy_(mode.mask)
 
@@ -1458,25 +924,19 @@ class Buffer:
             use_ue8m0=use_ue8m0,
             quantization=quantization,
         )
-        self._low_latency_checks.sizes(num_max_dispatch_tokens_per_rank, num_experts)
-        self._low_latency_checks.hidden(hidden, row_format)
-        if not 1 <= num_topk <= MAX_TOPK:
-            raise ValueError(f"num_topk is {num_topk}, but must be between 1 and {MAX_TOPK}")
-        if isinstance(mode, CpuLowLatency):
-            return
+        self._low_latency_checks.warmup(max_tokens, hidden, num_experts, num_topk, row_format)
+        shapes = low_latency.warmup_shapes(
+            hidden=hidden,
+            num_experts=num_experts,
+            num_topk=num_topk,
+            topk_is_int64=topk_idx_dtype == torch.int64,
+            row_format=row_format,
+            use_logfmt=use_logfmt,
+        )
         with self._entered():
-            mode.warmup(
-                max_tokens=max_tokens,
-                hidden=hidden,
-                num_experts=num_experts,
-                num_topk=num_topk,
-                topk_is_int64=topk_idx_dtype == torch.int64,
-                row_format=row_format,
-                use_logfmt=use_logfmt,
-                archs=env.torch_cuda_arch_list(),
-            )
+            mode.warmup(shapes, max_tokens)
 
-    def _low_latency_mode(self, op: str, *, received: bool = True) -> LowLatency | CpuLowLatency:
+    def _low_latency_mode(self, op: str, *, received: bool = True) -> AnyLowLatency:
         """What runs the low-latency calls; `received`: no hook may be left to call."""
         self._check_alive()
         if self._low_latency is None:
@@ -1491,12 +951,6 @@ class Buffer:
             )
         return self._low_latency
 
-    def _low_latency_scope(self, async_finish: bool) -> AnyScope:
-        """The scope of a low-latency call. To be called in its turn."""
-        if self._comm is None:
-            return CpuScope(async_finish=async_finish)
-        return self._scope(None, async_finish, False, is_low_latency=True)
-
     @contextmanager
     def _in_order(self) -> Iterator[int]:
         """What is queued on the current stream meanwhile follows the calls before, on any stream.
@@ -1504,7 +958,7 @@ class Buffer:
         Yields:
             Handle of the current stream.
         """
-        with self._entered(), self._low_latency_scope(False) as scope:
+        with self._entered(), self._streams.low_latency_scope(False) as scope:
             yield scope.stream
             scope.finish()
 
@@ -1523,16 +977,13 @@ class Buffer:
                         "each call returns a hook of its own, to be called once"
                     )
                 self._unreceived = None
-                self._follow(stream)
-                try:
+                with self._streams.scope_on(stream) as scope:
                     receive()
-                finally:
-                    if self._comm is not None:
-                        self._comm.last_call = next_number()
+                    scope.finish()
 
         return hook
 
-    def _masking_mode(self, op: str) -> LowLatency | CpuLowLatency:
+    def _masking_mode(self, op: str) -> AnyLowLatency:
         """What runs the low-latency calls, with masks."""
         self._check_alive(fault=False)
         if self._low_latency is None or not self.enable_shrink:
@@ -1541,285 +992,6 @@ class Buffer:
                 "enable_shrink=True"
             )
         return self._low_latency
-
-    # ---- checks ----------------------------------------------------------------------------------
-
-    def _scope(
-        self,
-        previous_event: EventOverlap | None,
-        async_finish: bool,
-        allocate_on_comm_stream: bool,
-        *,
-        is_low_latency: bool = False,
-    ) -> GpuScope:
-        """Where a call runs: only what overlaps with the caller needs a stream of its own.
-
-        (From one stream to another and back costs the GPU 3 us, and 20 to 35 on slow hosts.) Calls
-        follow each other on the device, whatever streams they are made from. To be called in the
-        turn in which the call is queued.
-        """
-        assert self._comm is not None
-        event = event_of(previous_event)
-        shows = self._shows_comm and not is_low_latency and not self._comm.is_current()
-        scope: GpuScope
-        if async_finish or allocate_on_comm_stream or event is not None or shows:
-            scope = Scope(
-                self._comm,
-                previous_event,
-                async_finish=async_finish,
-                allocate_on_comm_stream=allocate_on_comm_stream,
-            )
-        else:
-            scope = CurrentStream(self._comm)
-        self._follow(scope.stream, event)
-        return scope
-
-    def _follow(self, stream: int, event: EventHandle | None = None) -> None:
-        """What a call queues on `stream` waits for the call before, unless `event` says enough."""
-        last, self._last_stream = self._last_stream, stream
-        if self._comm is None or last in (None, stream):
-            return
-        # An event that was recorded there since stands for the call, and not for what came later.
-        if event is None or not event.covers(last, self._comm.last_call):
-            self._comm.follow(last, stream)
-
-    def _check_experts(self, num_experts: int) -> None:
-        several = self._num_domains > 1
-        of_a_rank = MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS if several else MAX_LOCAL_EXPERTS
-        most = min(MAX_EXPERTS, of_a_rank * self.group_size)
-        check_experts(num_experts, self.group_size, most)
-
-    def _check_config(self, config: Config) -> None:
-        if not isinstance(config, Config):
-            raise TypeError(
-                f"config is a {type(config).__name__}, expected a Config such as "
-                "Buffer.get_dispatch_config(num_ranks)"
-            )
-        value, available = config.num_sms, self._available_sms
-        if value < 2 or value % 2 or value > available:
-            raise ValueError(
-                f"config.num_sms is {value}, but must be even and between 2 and {available} "
-                f"(what {self.device} has: all blocks must run at once)"
-            )
-
-    def _check_rows(
-        self,
-        name: str,
-        x: torch.Tensor,
-        num_rows: int | str,
-        dtypes: tuple[torch.dtype, ...] | None,
-        why: str,
-        hidden: int | str = "hidden",
-    ) -> None:
-        check(name, x, shape=(num_rows, hidden), dtype=dtypes, device=self.device, why=why)
-        row_bytes = x.shape[1] * x.element_size()
-        if row_bytes == 0 or row_bytes % 16 or row_bytes > MAX_ROW_BYTES:
-            raise ValueError(
-                f"{name} has rows of {row_bytes} bytes ({x.shape[1]} x {x.dtype}); "
-                f"they must be a multiple of 16 bytes, at most {MAX_ROW_BYTES}"
-            )
-        check_aligned(name, x)
-
-    def _check_payload(self, x: Payload) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if isinstance(x, tuple) and len(x) != 2:
-            raise TypeError(
-                f"x is a tuple of {len(x)}, expected a tensor or a tuple of two: rows and scales"
-            )
-        rows, scales = x if isinstance(x, tuple) else (x, None)
-        arguments = signature(rows, scales)
-        if arguments in self._passed:
-            check_aligned("x", rows)
-            return rows, scales
-        self._check_rows("x", rows, "num_tokens", None, "")
-        if rows.shape[0] > MAX_TOKENS:
-            raise ValueError(f"x has {rows.shape[0]} tokens; one call takes at most {MAX_TOKENS}")
-        if scales is not None:
-            check(
-                "x[1] (scales)",
-                scales,
-                shape=(rows.shape[0], "num_scales"),
-                dtype=(torch.float32, torch.int32),
-                device=self.device,
-                contiguous=False,
-                why="one row of scales for each token",
-            )
-            if rows.element_size() != 1:
-                raise TypeError(
-                    f"x[0] has dtype {rows.dtype}; a payload with scales has one byte an element"
-                )
-        remember(self._passed, arguments, True)
-        return rows, scales
-
-    def _check_returned(
-        self,
-        x: torch.Tensor,
-        topk_weights: torch.Tensor | None,
-        bias_0: torch.Tensor | None,
-        bias_1: torch.Tensor | None,
-        num_rows: int,
-        num_tokens: int,
-    ) -> None:
-        """What a combine gets along with a handle of so many rows and tokens."""
-        arguments = (signature(x, topk_weights, bias_0, bias_1), num_rows, num_tokens)
-        biases = (("bias_0", bias_0), ("bias_1", bias_1))
-        if arguments in self._passed:
-            check_aligned("x", x)
-            for name, value in biases:
-                if value is not None:
-                    check_aligned(name, value)
-            return
-        floats = (torch.bfloat16, torch.float16)
-        self._check_rows("x", x, num_rows, floats, "one row for each row of the dispatch")
-        if topk_weights is not None:
-            check(
-                "topk_weights",
-                topk_weights,
-                shape=(num_rows, "num_topk"),
-                dtype=torch.float32,
-                device=self.device,
-                why="one row for each row of x",
-            )
-            check_topk(topk_weights)
-        for name, value in biases:
-            if value is not None:
-                why = "one row for each token of this rank"
-                self._check_rows(name, value, num_tokens, (x.dtype,), why, x.shape[1])
-        remember(self._passed, arguments, True)
-
-    def _check_handle(self, handle: Handle, *, num_tokens: int | None) -> None:
-        slots = self._slots
-        if not isinstance(handle, tuple | list) or len(handle) != slots.number:
-            got = (
-                f"{type(handle).__name__} of {len(handle)}"
-                if isinstance(handle, tuple | list)
-                else type(handle).__name__
-            )
-            raise TypeError(
-                f"handle is a {got}, expected the tuple of {slots.number} that dispatch returned"
-            )
-        device = self.device
-        for index, tensor in enumerate(handle):
-            if not isinstance(tensor, torch.Tensor):
-                raise TypeError(
-                    f"handle[{index}] is a {type(tensor).__name__}, expected what dispatch returned"
-                )
-            if tensor.device != device:
-                raise ValueError(
-                    f"handle[{index}] is on {tensor.device}, but this Buffer is on {device}; "
-                    f"move it with .to({str(device)!r})"
-                )
-        ranks, routed = handle[slots.ranks].shape[0], handle[slots.tokens]
-        if ranks != self.group_size:
-            raise ValueError(f"handle is of {ranks} ranks, but this Buffer has {self.group_size}")
-        if self._num_domains > 1 and routed.shape[1] != self._num_domains:
-            raise ValueError(
-                f"handle is of {routed.shape[1]} NVLink domains, but this Buffer has "
-                f"{self._num_domains}; use it with the Buffer that made it"
-            )
-        tokens = routed.shape[0]
-        if num_tokens is not None and tokens != num_tokens:
-            raise ValueError(
-                f"x has {num_tokens} tokens, but the handle routes {tokens}: "
-                "a cached dispatch sends a row for each token of the first one"
-            )
-        for index, size, size_a_token in self._handle_sizes:
-            if handle[index].numel() != size + size_a_token * tokens:
-                raise ValueError(
-                    f"handle[{index}] has {handle[index].numel()} elements, but that of a dispatch "
-                    f"of {tokens} tokens between {ranks} ranks has "
-                    f"{size + size_a_token * tokens}; pass the handle as dispatch returned it"
-                )
-
-    def _check_routing(
-        self,
-        num_tokens: int,
-        num_tokens_per_rank: torch.Tensor | None,
-        num_tokens_per_rdma_rank: torch.Tensor | None,
-        is_token_in_rank: torch.Tensor | None,
-        num_tokens_per_expert: torch.Tensor | None,
-        topk_idx: torch.Tensor | None,
-        topk_weights: torch.Tensor | None,
-    ) -> None:
-        arguments = (
-            signature(
-                num_tokens_per_rank,
-                num_tokens_per_rdma_rank,
-                is_token_in_rank,
-                num_tokens_per_expert,
-                topk_idx,
-                topk_weights,
-            ),
-            num_tokens,
-        )
-        if arguments in self._passed:
-            return
-        given = {
-            "num_tokens_per_rank": num_tokens_per_rank,
-            "is_token_in_rank": is_token_in_rank,
-            "num_tokens_per_expert": num_tokens_per_expert,
-        }
-        if self._num_domains > 1:
-            given["num_tokens_per_rdma_rank"] = num_tokens_per_rdma_rank
-        missing = [name for name, value in given.items() if value is None]
-        if missing:
-            raise AssertionError(
-                f"dispatch without a handle needs {', '.join(missing)} from get_dispatch_layout"
-            )
-        ranks, device = self.group_size, self.device
-        check(
-            "num_tokens_per_rank",
-            num_tokens_per_rank,
-            shape=(ranks,),
-            dtype=torch.int32,
-            device=device,
-        )
-        if self._num_domains > 1:
-            check(
-                "num_tokens_per_rdma_rank",
-                num_tokens_per_rdma_rank,
-                shape=(self._num_domains,),
-                dtype=torch.int32,
-                device=device,
-                why="one count for each NVLink domain",
-            )
-        check(
-            "is_token_in_rank",
-            is_token_in_rank,
-            shape=(num_tokens, ranks),
-            dtype=torch.bool,
-            device=device,
-            why="one row for each token of x",
-        )
-        experts = check(
-            "num_tokens_per_expert",
-            num_tokens_per_expert,
-            shape=("num_experts",),
-            dtype=torch.int32,
-            device=device,
-        )
-        self._check_experts(experts.shape[0])
-        if (topk_idx is None) != (topk_weights is None):
-            raise ValueError("topk_idx and topk_weights go together; got only one of them")
-        if topk_idx is not None:
-            why = "one row for each token of x"
-            check(
-                "topk_idx",
-                topk_idx,
-                shape=(num_tokens, "num_topk"),
-                dtype=_INDEX_DTYPES,
-                device=device,
-                why=why,
-            )
-            check_topk(topk_idx)
-            check(
-                "topk_weights",
-                topk_weights,
-                shape=tuple(topk_idx.shape),
-                dtype=torch.float32,
-                device=device,
-                why="as topk_idx",
-            )
-        remember(self._passed, arguments, True)
 
 
 def _num_sms(op: str, num_ranks: int, hidden_bytes: int, num_tokens: int) -> int:
@@ -1833,62 +1005,6 @@ def _num_sms(op: str, num_ranks: int, hidden_bytes: int, num_tokens: int) -> int
         num_tokens=as_int("num_tokens", num_tokens, least=0) or _DEFAULT_TOKENS,
     )
     return Buffer.num_sms if found is None else found.num_sms
-
-
-def use_gpu() -> bool:
-    """Whether Buffers live on a GPU.
-
-    Raises:
-        RuntimeError: ``EPJIT_BACKEND`` asks for one, and torch finds none.
-    """
-    backend = env.backend()
-    if backend == "cuda" and not torch.cuda.is_available():
-        raise RuntimeError("EPJIT_BACKEND=cuda, but torch finds no GPU; unset it to run on the CPU")
-    return backend != "cpu" and torch.cuda.is_available()
-
-
-def _check_buffer(
-    num_ranks: int,
-    num_nvl_bytes: int,
-    num_rdma_bytes: int,
-    nvlink_domain: int | None,
-) -> None:
-    reasons = [
-        f"{name} is {value}, but must be a multiple of {_SIZE_ALIGNMENT} and not negative"
-        for name, value in (("num_nvl_bytes", num_nvl_bytes), ("num_rdma_bytes", num_rdma_bytes))
-        if value < 0 or value % _SIZE_ALIGNMENT
-    ]
-    if num_ranks > MAX_GROUP:
-        reasons.append(f"the group has {num_ranks} ranks, but may have up to {MAX_GROUP}")
-    if nvlink_domain is not None and nvlink_domain < 0:
-        reasons.append(f"nvlink_domain is {nvlink_domain}, but must be a number of ranks, or 0")
-    if reasons:
-        raise ValueError("Buffer: " + "; ".join(reasons))
-
-
-def _check_topology(
-    topology: Topology, num_rdma_bytes: int, num_qps_per_rank: int, low_latency_mode: bool
-) -> None:
-    several = topology.num_domains > 1
-    reasons = []
-    if topology.num_local > MAX_RANKS:
-        reasons.append(
-            f"all {topology.num_local} ranks are in one NVLink domain, which may have up to "
-            f"{MAX_RANKS}; cut it with nvlink_domain (EPJIT_NVLINK_DOMAIN), a number of ranks"
-        )
-    if not several and num_rdma_bytes > 0 and not low_latency_mode:
-        reasons.append(
-            f"num_rdma_bytes is {num_rdma_bytes}, but {topology.num_local} ranks share one NVLink "
-            "domain and use none; pass 0 (Config.get_rdma_buffer_size_hint does), or "
-            "low_latency_mode=True, which uses it"
-        )
-    if num_qps_per_rank < 1 and (several or low_latency_mode):
-        reasons.append(
-            f"num_qps_per_rank is {num_qps_per_rank}, but must be at least 1 (V1 takes the number "
-            "of SMs, in low-latency mode that of local experts)"
-        )
-    if reasons:
-        raise ValueError("Buffer: " + "; ".join(reasons))
 
 
 def _payload(rows: torch.Tensor, scales: torch.Tensor | None) -> Payload:

@@ -1,23 +1,25 @@
-"""The streams of one call: what kernels wait for, where outputs lie, what the caller gets."""
+"""Streams and order of calls: what kernels wait for, where outputs lie, what the caller gets."""
 
 from __future__ import annotations
 
 import os
 import sys
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
 from epjit.event import EventHandle, EventOverlap, event_of, next_number
+from epjit.runtime.interrupt import synchronize
 from epjit.runtime.stream import is_current, on_device
 
 if TYPE_CHECKING:
     from epjit.runtime.stream import CommStream, Event
 
-Tensors: TypeAlias = Iterable[torch.Tensor | None]
+Record: TypeAlias = tuple[object, ...]
+"""Tensors, records and anything else; often a NamedTuple of `epjit.calls`."""
 _NOWHERE = nullcontext()
 
 
@@ -143,7 +145,7 @@ class Scope:
         """Makes the kernels wait for an event."""
         self._comm.wait_event(self.stream, event)
 
-    def finish(self, inputs: Tensors = (), outputs: Tensors = ()) -> EventOverlap:
+    def finish(self, inputs: Record = (), outputs: Record = ()) -> EventOverlap:
         """Ends the call: an event, or the current stream waits.
 
         The allocator learns which streams use a tensor beside the one that it was allocated on, so
@@ -162,7 +164,7 @@ class Scope:
             _record(outputs, self._comm.torch_stream)
         return EventOverlap(event)
 
-    def finish_keeping(self, tensors: Tensors) -> EventOverlap:
+    def finish_keeping(self, inputs: Record, outputs: Record) -> EventOverlap:
         """Like `finish`, but the returned object keeps the tensors; the allocator is told nothing.
 
         So do V1's low-latency calls: memory comes back when the caller lets go of the event, not
@@ -171,7 +173,8 @@ class Scope:
         event = self._end()
         if event is None:
             return EventOverlap()
-        return KeepingOverlap(event, tuple(tensors), self._comm, self._current)
+        tensors = tuple(_tensors((inputs, outputs)))
+        return KeepingOverlap(event, tensors, self._comm, self._current)
 
     def _end(self) -> EventHandle | None:
         if self._async:
@@ -197,7 +200,7 @@ class KeepingOverlap(EventOverlap):
     def __init__(
         self,
         event: EventHandle,
-        tensors: tuple[torch.Tensor | None, ...],
+        tensors: tuple[torch.Tensor, ...],
         comm: CommStream,
         current: int,
     ) -> None:
@@ -216,11 +219,19 @@ class KeepingOverlap(EventOverlap):
             _record(self.extra_tensors or (), self._comm.torch_stream)
 
 
-def _record(tensors: Tensors, stream: torch.cuda.Stream) -> None:
+def _tensors(record: Record) -> Iterator[torch.Tensor]:
+    """The tensors of a record, and of the records in it."""
+    for each in record:
+        if isinstance(each, torch.Tensor):
+            yield each
+        elif isinstance(each, tuple):
+            yield from _tensors(each)
+
+
+def _record(record: Record, stream: torch.cuda.Stream) -> None:
     """Tells torch's allocator that a stream uses tensors."""
-    for tensor in tensors:
-        if tensor is not None:
-            tensor.record_stream(stream)
+    for tensor in _tensors(record):
+        tensor.record_stream(stream)
 
 
 class CurrentStream:
@@ -228,11 +239,14 @@ class CurrentStream:
 
     Args:
         comm: Communication stream of the Buffer.
+        stream: Handle of another stream, for what belongs to an earlier call.
     """
 
-    def __init__(self, comm: CommStream) -> None:
+    def __init__(self, comm: CommStream, stream: int | None = None) -> None:
         self._comm = comm
-        self.stream = torch._C._cuda_getCurrentRawStream(comm.device)
+        self.stream: int = (
+            torch._C._cuda_getCurrentRawStream(comm.device) if stream is None else stream
+        )
 
     @property
     def owners(self) -> tuple[int, ...]:
@@ -258,15 +272,13 @@ class CurrentStream:
         """Makes the kernels wait for an event."""
         self._comm.wait_event(self.stream, event)
 
-    def finish(self, inputs: Tensors = (), outputs: Tensors = ()) -> EventOverlap:
+    def finish(self, inputs: Record = (), outputs: Record = ()) -> EventOverlap:
         """Nothing waits: memory of this stream is used again in its order."""
         del inputs, outputs
         self._comm.last_call = next_number()
         return EventOverlap()
 
-    def finish_keeping(self, tensors: Tensors) -> EventOverlap:
-        """The same."""
-        return self.finish(tensors)
+    finish_keeping = finish
 
 
 class CpuScope:
@@ -277,22 +289,10 @@ class CpuScope:
     """
 
     stream = 0
+    owners: tuple[int, ...] = ()
 
-    def __init__(self, *, async_finish: bool) -> None:
+    def __init__(self, async_finish: bool) -> None:
         self._async = async_finish
-
-    @classmethod
-    def of_call(
-        cls, previous_event: EventOverlap | None, async_finish: bool, allocate_on_comm_stream: bool
-    ) -> CpuScope:
-        """The scope of a call with these flags, which must go together as on a GPU.
-
-        Raises:
-            RuntimeError: They do not.
-        """
-        previous = event_of(previous_event)
-        _check_flags(previous, async_finish, allocate_on_comm_stream)
-        return cls(async_finish=async_finish)
 
     def __enter__(self) -> CpuScope:
         return self
@@ -300,23 +300,157 @@ class CpuScope:
     def __exit__(self, *_: object) -> None:
         """Nothing is under way."""
 
+    def allocating(self) -> AbstractContextManager[object]:
+        """Where outputs are allocated."""
+        return _NOWHERE
+
     def start(self) -> None:
         """Nothing to wait for."""
 
-    def finish(self, inputs: Tensors = (), outputs: Tensors = ()) -> EventOverlap:
+    def wait_for(self, event: Event) -> None:
+        """Nothing waits."""
+
+    def finish(self, inputs: Record = (), outputs: Record = ()) -> EventOverlap:
         """Ends the call."""
         del inputs, outputs
         return EventOverlap(EventHandle() if self._async else None)
 
-    def finish_keeping(self, tensors: Tensors) -> EventOverlap:
+    def finish_keeping(self, inputs: Record, outputs: Record) -> EventOverlap:
         """Ends the call; with an event, the returned object keeps the tensors."""
         if not self._async:
             return EventOverlap()
-        return EventOverlap(EventHandle(), tuple(tensors))
+        return EventOverlap(EventHandle(), tuple(_tensors((inputs, outputs))))
 
 
-GpuScope: TypeAlias = Scope | CurrentStream
-AnyScope: TypeAlias = GpuScope | CpuScope
+AnyScope: TypeAlias = Scope | CurrentStream | CpuScope
+
+
+class Streams:
+    """The calls of one Buffer on the device: each behind the one before, whatever their streams.
+
+    All methods are to be called in the turn in which the call is queued.
+
+    Args:
+        comm: Communication stream.
+    """
+
+    def __init__(self, comm: CommStream) -> None:
+        self._comm = comm
+        self._last: int | None = None  # stream of the last call
+        self._shows_comm = False  # communication_stream() was called
+
+    def scope(
+        self,
+        previous_event: EventOverlap | None,
+        async_finish: bool,
+        allocate_on_comm_stream: bool,
+    ) -> Scope | CurrentStream:
+        """The scope of a call: only what overlaps with the caller needs a stream of its own.
+
+        (From one stream to another and back costs the GPU 3 us, and 20 to 35 on slow hosts.)
+        """
+        comm, event = self._comm, None
+        if previous_event is not None:
+            event = event_of(previous_event)
+        shows = self._shows_comm and not comm.is_current()
+        scope: Scope | CurrentStream
+        if async_finish or allocate_on_comm_stream or event is not None or shows:
+            scope = Scope(
+                comm,
+                previous_event,
+                async_finish=async_finish,
+                allocate_on_comm_stream=allocate_on_comm_stream,
+            )
+        else:
+            scope = CurrentStream(comm)
+        if scope.stream != self._last:
+            self._follow(scope.stream, event)
+        return scope
+
+    def low_latency_scope(self, async_finish: bool) -> Scope | CurrentStream:
+        """The scope of a low-latency call: on the caller's stream, as its hook, if it can be."""
+        scope: Scope | CurrentStream
+        if async_finish:
+            scope = Scope(self._comm, None, async_finish=True, allocate_on_comm_stream=False)
+        else:
+            scope = CurrentStream(self._comm)
+        if scope.stream != self._last:
+            self._follow(scope.stream)
+        return scope
+
+    def scope_on(self, stream: int) -> CurrentStream:
+        """The scope of the rest of an earlier call, on its stream."""
+        if stream != self._last:
+            self._follow(stream)
+        return CurrentStream(self._comm, stream)
+
+    def _follow(self, stream: int, event: EventHandle | None = None) -> None:
+        """Orders a call behind the one before, unless `event` covers it already."""
+        last, self._last = self._last, stream
+        # An event that was recorded there since stands for the call, and not for what came later.
+        if last is not None and (event is None or not event.covers(last, self._comm.last_call)):
+            self._comm.follow(last, stream)
+
+    def communication_stream(self) -> torch.cuda.Stream:
+        """The communication stream, on which all calls of the normal mode run from now on."""
+        self._shows_comm = True
+        return self._comm.torch_stream
+
+    def is_captured(self) -> bool:
+        """Whether a graph is being captured, by any thread, on a stream that a call ran on."""
+        return self._comm.is_captured(self._last)
+
+    def settle(self) -> None:
+        """Waits for all that is queued, before anything is freed: here Ctrl-C may end it.
+
+        Raises:
+            RuntimeError: A CUDA graph is being captured.
+        """
+        if torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "a Buffer cannot be destroyed while a CUDA graph is captured, for nothing "
+                "may be freed meanwhile; destroy it after the capture"
+            )
+        with suppress(RuntimeError):  # which comes again when all is freed
+            synchronize(torch.device("cuda", self._comm.device))
+
+
+class CpuStreams:
+    """The same without a GPU, where a call is done when it returns."""
+
+    def scope(
+        self,
+        previous_event: EventOverlap | None,
+        async_finish: bool,
+        allocate_on_comm_stream: bool,
+    ) -> CpuScope:
+        """The scope of a call, whose flags must go together as on a GPU."""
+        _check_flags(event_of(previous_event), async_finish, allocate_on_comm_stream)
+        return CpuScope(async_finish)
+
+    def low_latency_scope(self, async_finish: bool) -> CpuScope:
+        """The scope of a low-latency call."""
+        return CpuScope(async_finish)
+
+    def scope_on(self, stream: int) -> CpuScope:
+        """The scope of the rest of an earlier call."""
+        del stream
+        return CpuScope(async_finish=False)
+
+    def communication_stream(self) -> torch.cuda.Stream:
+        """Refused.
+
+        Raises:
+            RuntimeError: Always.
+        """
+        raise RuntimeError("this Buffer lives on the CPU, where there is no communication stream")
+
+    def is_captured(self) -> bool:
+        """Never."""
+        return False
+
+    def settle(self) -> None:
+        """Nothing is under way."""
 
 
 def _check_flags(

@@ -2,7 +2,7 @@
 
 from epjit import Buffer as _Buffer
 from epjit import Config, EventHandle, topk_idx_t
-from epjit.buffer import BufferRuntime as Buffer
+from epjit.buffer_runtime import BufferRuntime as Buffer
 
 __all__ = [
     "Buffer",

@@ -122,7 +122,7 @@ def ranks_and_device(ranks: int | None) -> tuple[int, str]:
         RuntimeError: ``EPJIT_BACKEND=cuda``, and torch finds no GPU.
         ValueError: More ranks than GPUs, which would take turns.
     """
-    from epjit.buffer import use_gpu
+    from epjit.modes.make import use_gpu
 
     gpus = torch.cuda.device_count() if use_gpu() else 0
     wanted = (gpus or 2) if ranks is None else ranks

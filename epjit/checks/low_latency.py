@@ -4,21 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
 from epjit import env
+from epjit.calls import (
+    CombineSizes,
+    CombineTensors,
+    DispatchSizes,
+    DispatchTensors,
+    LowLatencyCombine,
+    LowLatencyDispatch,
+)
 from epjit.checks.match import check, check_aligned, check_experts, check_topk, remember, signature
 from epjit.config import (
     MAX_LOW_LATENCY_CHOICES,
     MAX_LOW_LATENCY_EXPERTS,
     MAX_LOW_LATENCY_TOKENS,
     MAX_ROW_BYTES,
+    MAX_TOPK,
 )
 from epjit.formats import BF16, NVFP4, RowFormat
 from epjit.numbers import as_int
 from epjit.reference.low_latency import dispatched_sizes, size_hint
+
+if TYPE_CHECKING:
+    from epjit.checks.values import ValueChecks
 
 LowLatencyHandle: TypeAlias = tuple[torch.Tensor, torch.Tensor, int, int, int]
 """What `low_latency_dispatch` leaves for `low_latency_combine`: `src_info` int32 `[E // R, R * M]`,
@@ -28,51 +40,6 @@ was dispatched."""
 
 _LOGFMT_BLOCK = 128
 _QUARTERS = 4  # two of them take turns to receive; the other two are the send buffer
-
-
-@dataclass(frozen=True, eq=False)  # equal calls have the same object: told apart by identity
-class _Call:
-    """What is known of a call that passed the checks.
-
-    Attributes:
-        num_tokens: `T`.
-        hidden: `H`.
-        num_topk: `K`.
-        topk_is_int64: Width of the choices.
-        max_tokens: `M`.
-        num_experts: `E`.
-    """
-
-    num_tokens: int
-    hidden: int
-    num_topk: int
-    topk_is_int64: bool
-    max_tokens: int
-    num_experts: int
-
-
-@dataclass(frozen=True, eq=False)
-class DispatchCall(_Call):
-    """A dispatch.
-
-    Attributes:
-        row_format: How rows arrive.
-    """
-
-    row_format: RowFormat
-
-
-@dataclass(frozen=True, eq=False)
-class CombineCall(_Call):
-    """A combine.
-
-    Attributes:
-        use_logfmt: Whether rows travel in the logarithmic format.
-        zero_copy: Whether the rows are in the send buffer.
-    """
-
-    use_logfmt: bool
-    zero_copy: bool
 
 
 @dataclass(frozen=True)
@@ -87,14 +54,16 @@ class LowLatencyChecks:
         num_rdma_bytes: Of the buffer.
         device: Of the buffer.
         num_domains: NVLink domains that the ranks span.
+        values: Checks of values, if they are asked for.
     """
 
     num_ranks: int
     num_rdma_bytes: int
     device: torch.device
     num_domains: int = 1
-    _dispatches: dict[Hashable, DispatchCall] = field(default_factory=dict, repr=False)
-    _combines: dict[Hashable, CombineCall] = field(default_factory=dict, repr=False)
+    values: ValueChecks | None = None
+    _dispatches: dict[Hashable, DispatchSizes] = field(default_factory=dict, repr=False)
+    _combines: dict[Hashable, CombineSizes] = field(default_factory=dict, repr=False)
 
     def sizes(self, max_tokens: int, num_experts: int) -> None:
         """`M` and `E`."""
@@ -106,6 +75,15 @@ class LowLatencyChecks:
                 f"{MAX_LOW_LATENCY_TOKENS // self.num_ranks} for {self.num_ranks} ranks"
             )
         check_experts(num_experts, self.num_ranks, MAX_LOW_LATENCY_EXPERTS)
+
+    def warmup(
+        self, max_tokens: int, hidden: int, num_experts: int, num_topk: int, row_format: RowFormat
+    ) -> None:
+        """Everything that `low_latency_warmup` takes."""
+        self.sizes(max_tokens, num_experts)
+        self.hidden(hidden, row_format)
+        if not 1 <= num_topk <= MAX_TOPK:
+            raise ValueError(f"num_topk is {num_topk}, but must be between 1 and {MAX_TOPK}")
 
     def hidden(self, hidden: int, row_format: RowFormat = BF16) -> None:
         """`H`, for a format."""
@@ -119,27 +97,30 @@ class LowLatencyChecks:
 
     def dispatch(
         self,
-        x: torch.Tensor,
-        topk_idx: torch.Tensor,
+        given: DispatchTensors,
         max_tokens: int,
         num_experts: int,
         row_format: RowFormat,
         *,
-        global_scale: torch.Tensor | None,
-        recv_stats: torch.Tensor | None,
-        wait_cost: torch.Tensor | None,
-    ) -> DispatchCall:
+        split: bool,
+    ) -> LowLatencyDispatch:
         """Everything that `low_latency_dispatch` takes."""
-        arguments = (
-            signature(x, topk_idx, global_scale, recv_stats, wait_cost),
-            max_tokens,
-            num_experts,
-            row_format,
-        )
-        passed = self._dispatches.get(arguments)
-        if passed is not None:
-            check_aligned("x", x)
-            return passed
+        arguments = (signature(*given), max_tokens, num_experts, row_format)
+        sizes = self._dispatches.get(arguments)
+        if sizes is None:
+            sizes = self._check_dispatch(given, max_tokens, num_experts, row_format)
+            remember(self._dispatches, arguments, sizes)
+        else:
+            check_aligned("x", given.x)
+        call = LowLatencyDispatch(given, sizes, split)
+        if self.values is not None:
+            self.values.low_latency_dispatch(call)
+        return call
+
+    def _check_dispatch(
+        self, given: DispatchTensors, max_tokens: int, num_experts: int, row_format: RowFormat
+    ) -> DispatchSizes:
+        x, topk_idx, global_scale, recv_stats, cycles = given
         self.sizes(max_tokens, num_experts)
         shape = ("num_tokens", "hidden")
         check("x", x, shape=shape, dtype=torch.bfloat16, device=self.device)
@@ -174,13 +155,13 @@ class LowLatencyChecks:
                 device=self.device,
                 why="one count for each local expert",
             )
-        self._wait_cost("dispatch_wait_recv_cost_stats", wait_cost)
+        self._cycles("dispatch_wait_recv_cost_stats", cycles)
         self._room(
             f"low_latency_dispatch in {row_format.name}",
             self.num_ranks * max_tokens * row_format.slot_bytes(hidden),
             (max_tokens, hidden, num_experts),
         )
-        call = DispatchCall(
+        return DispatchSizes(
             num_tokens,
             hidden,
             topk_idx.shape[1],
@@ -189,53 +170,51 @@ class LowLatencyChecks:
             num_experts,
             row_format,
         )
-        return remember(self._dispatches, arguments, call)
 
     def combine(
         self,
-        x: torch.Tensor,
-        topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
+        given: CombineTensors,
         handle: LowLatencyHandle,
         *,
         use_logfmt: bool,
         zero_copy: bool,
-        out: torch.Tensor | None,
-        wait_cost: torch.Tensor | None,
-    ) -> CombineCall:
+        split: bool,
+    ) -> LowLatencyCombine:
         """Everything that `low_latency_combine` takes."""
-        src_info, layout_range, max_tokens, hidden, num_experts = self._entries(handle)
-        sizes = max_tokens, hidden, num_experts
+        src_info, layout_range, *numbers = self._entries(handle)
         arguments = (
-            signature(x, topk_idx, topk_weights, src_info, layout_range, out, wait_cost),
+            signature(*given, src_info, layout_range),
             _end(src_info),
-            sizes,
+            *numbers,
             use_logfmt,
             zero_copy,
         )
-        passed = self._combines.get(arguments)
-        if passed is not None:
-            check_aligned("x", x)
-            if out is not None:
-                check_aligned("out", out)
-            return passed
-        dispatched_tokens, dispatched_topk = self._handle(handle)
+        sizes = self._combines.get(arguments)
+        if sizes is None:
+            sizes = self._check_combine(given, handle, use_logfmt, zero_copy)
+            remember(self._combines, arguments, sizes)
+        else:
+            check_aligned("x", given.x)
+            if given.out is not None:
+                check_aligned("out", given.out)
+        call = LowLatencyCombine(given, src_info, sizes, split)
+        if self.values is not None:
+            self.values.low_latency_combine(call)
+        return call
+
+    def _check_combine(
+        self, given: CombineTensors, handle: LowLatencyHandle, use_logfmt: bool, zero_copy: bool
+    ) -> CombineSizes:
+        x, topk_idx, topk_weights, out, cycles = given
+        _, _, max_tokens, hidden, num_experts = self._entries(handle)
+        dispatched = self._handle(handle)
         shape = (num_experts // self.num_ranks, self.num_ranks * max_tokens, hidden)
         why = "one row for each row of the dispatch, received or not"
         check("x", x, shape=shape, dtype=torch.bfloat16, device=self.device, why=why)
         check_aligned("x", x)
         self._choices(topk_idx, max_tokens, "num_tokens", "")
         num_tokens, num_topk = topk_idx.shape
-        if num_topk != dispatched_topk:
-            raise ValueError(
-                f"topk_idx has {num_topk} choices a token, but the handle is of a dispatch with "
-                f"{dispatched_topk}; pass the topk_idx of that dispatch"
-            )
-        if num_tokens != dispatched_tokens:
-            raise ValueError(
-                f"topk_idx has {num_tokens} tokens, but the handle is of a dispatch of "
-                f"{dispatched_tokens} by this rank; pass the topk_idx of that dispatch"
-            )
+        _check_as_dispatched((num_tokens, num_topk), dispatched)
         check(
             "topk_weights",
             topk_weights,
@@ -264,16 +243,16 @@ class LowLatencyChecks:
                 why="one row for each token of topk_idx",
             )
             check_aligned("out", out)
-        self._wait_cost("combine_wait_recv_cost_stats", wait_cost)
+        self._cycles("combine_wait_recv_cost_stats", cycles)
         self._room(
             f"low_latency_combine of top-{num_topk}",
             # One row a choice; or, in the variant `reduced`, one a rank.
             max_tokens * 2 * hidden * max(num_topk, self.num_ranks),
-            sizes,
+            (max_tokens, hidden, num_experts),
         )
         if zero_copy or self.num_domains > 1:  # to other domains rows are sent from there
-            self._room_to_send(sizes)
-        call = CombineCall(
+            self._room_to_send((max_tokens, hidden, num_experts))
+        return CombineSizes(
             num_tokens,
             hidden,
             num_topk,
@@ -283,7 +262,17 @@ class LowLatencyChecks:
             use_logfmt,
             zero_copy,
         )
-        return remember(self._combines, arguments, call)
+
+    def mask(self, mask_status: torch.Tensor) -> None:
+        """Everything that `low_latency_query_mask_buffer` takes."""
+        check(
+            "mask_status",
+            mask_status,
+            shape=(self.num_ranks,),
+            dtype=torch.int32,
+            device=self.device,
+            why="one word for each rank",
+        )
 
     def send_buffer(self, handle: LowLatencyHandle) -> tuple[int, int, int]:
         """Checks what `get_next_low_latency_combine_buffer` takes; gives `M`, `H` and `E`."""
@@ -364,11 +353,11 @@ class LowLatencyChecks:
                 "num_max_dispatch_tokens_per_rank"
             )
 
-    def _wait_cost(self, name: str, wait_cost: torch.Tensor | None) -> None:
-        if wait_cost is not None:
+    def _cycles(self, name: str, sums: torch.Tensor | None) -> None:
+        if sums is not None:
             check(
                 name,
-                wait_cost,
+                sums,
                 shape=(self.num_ranks,),
                 dtype=torch.int64,
                 device=self.device,
@@ -395,6 +384,25 @@ class LowLatencyChecks:
             f"needs num_rdma_bytes >= {needed}, but this Buffer has {self.num_rdma_bytes}; make it "
             f"with Buffer.get_low_latency_rdma_size_hint({max_tokens}, {hidden}, "
             f"{self.num_ranks}, {num_experts}), which is {hint}"
+        )
+
+
+def _check_as_dispatched(choices: tuple[int, int], dispatched: tuple[int, int]) -> None:
+    """Tokens and top-k of a combine are those of the dispatch.
+
+    Raises:
+        ValueError: They are not.
+    """
+    (num_tokens, num_topk), (dispatched_tokens, dispatched_topk) = choices, dispatched
+    if num_topk != dispatched_topk:
+        raise ValueError(
+            f"topk_idx has {num_topk} choices a token, but the handle is of a dispatch with "
+            f"{dispatched_topk}; pass the topk_idx of that dispatch"
+        )
+    if num_tokens != dispatched_tokens:
+        raise ValueError(
+            f"topk_idx has {num_tokens} tokens, but the handle is of a dispatch of "
+            f"{dispatched_tokens} by this rank; pass the topk_idx of that dispatch"
         )
 
 
@@ -441,7 +449,32 @@ def check_variant(num_domains: int) -> None:
         )
 
 
-def check_forms(*, async_finish: bool, return_recv_hook: bool) -> None:
+def check_rank(rank_to_mask: int, num_ranks: int) -> None:
+    """The rank of `low_latency_update_mask_buffer`.
+
+    Raises:
+        ValueError: There is no such rank.
+    """
+    if not 0 <= rank_to_mask < num_ranks:
+        raise ValueError(
+            f"rank_to_mask is {rank_to_mask}, but must be between 0 and {num_ranks - 1}"
+        )
+
+
+def check_positive(**sizes: int) -> list[int]:
+    """The sizes of a hint, as plain numbers.
+
+    Raises:
+        ValueError: One is not positive.
+    """
+    numbers = {name: as_int(name, value) for name, value in sizes.items()}
+    reasons = [f"{name} is {value}" for name, value in numbers.items() if value <= 0]
+    if reasons:
+        raise ValueError(f"{', '.join(reasons)}, but must be at least 1")
+    return list(numbers.values())
+
+
+def check_flags(*, async_finish: bool, return_recv_hook: bool) -> None:
     """The two flags that say when a low-latency call returns.
 
     Raises:

@@ -14,20 +14,18 @@ from weakref import WeakMethod
 
 import torch
 
-from epjit import env
+from epjit import calls, env
 from epjit.event import EventOverlap
 from epjit.reference import internode, intranode
 from epjit.reference.internode import Domains
-from epjit.reference.intranode import Handle
 from epjit.reference.low_latency import dispatched_sizes, routes
 
-_COUNTS = ("num_tokens_per_rank", "num_tokens_per_expert", "num_tokens_per_rdma_rank")
 _FROM_LAYOUT = "pass what get_dispatch_layout returned for this topk_idx"
 _AS_RETURNED = "pass the handle as the dispatch returned it, and write to none of its tensors"
 
 
 class ValueChecks:
-    """Checks for one Buffer, named as the calls; each raises ValueError: value, place and remedy.
+    """Checks for one Buffer, made last; each raises ValueError: value, place and remedy.
 
     Where a CUDA graph is captured nothing can be looked at: they warn once, and check nothing.
 
@@ -46,31 +44,22 @@ class ValueChecks:
         self._num_ranks = sum(len(domain) for domain in domains)
         self._has_warned = False
 
-    def get_dispatch_layout(
-        self, topk_idx: torch.Tensor, num_experts: int, *, after: EventOverlap | None
-    ) -> None:
+    def layout(self, call: calls.Layout, *, after: EventOverlap | None) -> None:
         """Choices."""
-        for (idx,) in self._on_host(after, topk_idx):
-            _check_choices(idx, num_experts)
+        for (idx,) in self._on_host(after, call.topk_idx):
+            _check_choices(idx, call.num_experts)
 
-    def dispatch(
-        self,
-        topk_idx: torch.Tensor | None,
-        topk_weights: torch.Tensor | None,
-        num_tokens_per_rank: torch.Tensor,
-        is_token_in_rank: torch.Tensor,
-        num_tokens_per_expert: torch.Tensor,
-        num_tokens_per_rdma_rank: torch.Tensor | None,
-        *,
-        after: EventOverlap | None,
-    ) -> None:
-        """Choices, weights, and a layout that fits them."""
-        layout = (num_tokens_per_rank, num_tokens_per_expert, num_tokens_per_rdma_rank)
-        for idx, weights, in_rank, *counts in self._on_host(
-            after, topk_idx, topk_weights, is_token_in_rank, *layout
+    def dispatch(self, call: calls.Dispatch, *, after: EventOverlap | None) -> None:
+        """Choices, weights, and a layout that fits them; or a handle."""
+        if not isinstance(call.routing, calls.Routing):
+            self._check_handles(self._on_host(after, *call.routing))
+            return
+        num_experts = call.routing.num_tokens_per_expert.shape[0]
+        for idx, weights, *routing in self._on_host(
+            after, call.topk_idx, call.topk_weights, *call.routing
         ):
-            values = dict(zip(_COUNTS, counts, strict=True))
-            num_experts = num_tokens_per_expert.shape[0]
+            values = dict(zip(calls.Routing._fields, routing, strict=True))
+            in_rank = values["is_token_in_rank"]
             source = "is_token_in_rank"
             expected = {"num_tokens_per_rank": in_rank.sum(dim=0)}
             if idx is not None:
@@ -98,35 +87,25 @@ class ValueChecks:
                         f"{_FROM_LAYOUT}"
                     )
 
-    def handle(self, handle: Handle, *, after: EventOverlap | None) -> None:
+    def combine(self, call: calls.Combine, *, after: EventOverlap | None) -> None:
         """A handle of the normal mode."""
-        for tensors in self._on_host(after, *handle):
-            if len(self._domains) == 1:
-                self._check_handle(*tensors)
-            else:
-                self._check_handle_between_domains(*tensors)
+        self._check_handles(self._on_host(after, *call.handle))
 
-    def low_latency_dispatch(
-        self, x: torch.Tensor, topk_idx: torch.Tensor, num_experts: int
-    ) -> None:
+    def low_latency_dispatch(self, call: calls.LowLatencyDispatch) -> None:
         """Rows and choices."""
-        for rows, idx in self._on_host(None, x, topk_idx):
-            _check_choices(idx, num_experts)
+        for rows, idx in self._on_host(None, *call.given[:2]):
+            _check_choices(idx, call.sizes.num_experts)
             _check_finite("x", rows)
 
-    def low_latency_combine(
-        self,
-        topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
-        src_info: torch.Tensor,
-        num_experts: int,
-    ) -> None:
+    def low_latency_combine(self, call: calls.LowLatencyCombine) -> None:
         """Choices, weights, and the routes behind `src_info`."""
+        _, topk_idx, topk_weights, *_ = call.given
+        src_info = call.src_info
         num_rows = src_info.numel()
         num_tokens, _ = dispatched_sizes(src_info, self._num_ranks)
         places = routes(src_info, self._num_ranks)
         for idx, weights, counts, rows in self._on_host(None, topk_idx, topk_weights, *places):
-            _check_choices(idx, num_experts)
+            _check_choices(idx, call.sizes.num_experts)
             _check_finite("topk_weights", weights, idx >= 0)
             _check_range("tokens of each rank, in the handle", counts, 0, rows.shape[1])
             if int(counts[self._rank]) not in (0, num_tokens):  # 0: this rank is masked
@@ -150,7 +129,7 @@ class ValueChecks:
                     f"{env.check_values.name} is set, but what a CUDA graph captures has no values "
                     "to look at: such calls are not checked",
                     RuntimeWarning,
-                    stacklevel=4,
+                    stacklevel=5,
                 )
             return []
         in_order = self._in_order()
@@ -163,6 +142,14 @@ class ValueChecks:
                 # where these are ranks of the same process, all of them then time out.
                 torch.cuda.current_stream().synchronize()
             return [tuple(None if each is None else each.detach().cpu() for each in tensors)]
+
+    def _check_handles(self, handles: list[tuple[Any, ...]]) -> None:
+        """A handle, copied by `_on_host`."""
+        for tensors in handles:
+            if len(self._domains) == 1:
+                self._check_handle(*tensors)
+            else:
+                self._check_handle_between_domains(*tensors)
 
     def _check_handle(
         self,

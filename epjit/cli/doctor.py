@@ -134,8 +134,8 @@ def verdict(checks: list[Check]) -> Check:
 
     section, name = "verdict", "a Buffer here"
     try:
-        from epjit.buffer import use_gpu
         from epjit.kernels import intranode, variants
+        from epjit.modes.make import use_gpu
         from epjit.runtime import device
 
         if not use_gpu():

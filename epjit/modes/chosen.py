@@ -16,7 +16,7 @@ from epjit.modes.normal import agree_on_kernel, combine_shape, dispatch_shape
 if TYPE_CHECKING:
     import torch
 
-    from epjit.checks.low_latency import CombineCall
+    from epjit.calls import Combine, Dispatch, LowLatencyCombine
     from epjit.runtime.group import Group
     from epjit.runtime.topology import Topology
 
@@ -63,30 +63,21 @@ class ChosenKernels:
             self._configs[shape] = config
         return config
 
-    def check_dispatch(
-        self,
-        x: torch.Tensor,
-        scales: torch.Tensor | None,
-        topk_idx: torch.Tensor | None,
-        *,
-        num_sms: int,
-    ) -> None:
+    def check_dispatch(self, call: Dispatch) -> None:
         """Refuses a dispatch that a GPU would refuse; see `launch`.
 
         Raises:
             ValueError: Also when the SMs are too few.
         """
-        self._check(dispatch_shape(x, scales, topk_idx), num_sms)
+        self._check(dispatch_shape(call), call.num_sms)
 
-    def check_combine(
-        self, x: torch.Tensor, topk_weights: torch.Tensor | None, *, num_sms: int
-    ) -> None:
+    def check_combine(self, call: Combine) -> None:
         """Refuses a combine that a GPU would refuse; see `launch`.
 
         Raises:
             ValueError: Also when the SMs are too few.
         """
-        self._check(combine_shape(x, topk_weights), num_sms)
+        self._check(combine_shape(call), call.num_sms)
 
     def _check(self, shape: DispatchShape | CombineShape, num_sms: int) -> None:
         config = self.launch(shape)
@@ -95,23 +86,24 @@ class ChosenKernels:
         elif isinstance(config, intranode.CombineConfig):
             intranode.check_warps(config, num_sms)
 
-    def check_low_latency_combine(
-        self, call: CombineCall, x: torch.Tensor, send_buffer: torch.Tensor
-    ) -> None:
+    def check_low_latency_combine(self, call: LowLatencyCombine, send_buffer: torch.Tensor) -> None:
         """Refuses a low-latency combine that a GPU would refuse.
 
         Raises:
             ValueError: There is no such variant, it has no room for so many tokens, or the rows lie
                 where they would be staged.
         """
-        if self._topology.num_domains > 1 and not call.zero_copy:
+        x, sizes, several = call.given.x, call.sizes, self._topology.num_domains > 1
+        if several and not sizes.zero_copy:
             begin = send_buffer.data_ptr()
-            check_source(x, begin, begin + send_buffer.nbytes, use_logfmt=call.use_logfmt)
+            check_source(x, begin, begin + send_buffer.nbytes, use_logfmt=sizes.use_logfmt)
         shape = low_latency.LowLatencyCombineShape(
-            call.num_experts, call.hidden, call.num_topk, call.topk_is_int64, call.use_logfmt
+            sizes.num_experts,
+            sizes.hidden,
+            sizes.num_topk,
+            sizes.topk_is_int64,
+            sizes.use_logfmt,
         )
-        config = low_latency.config_of(
-            shape, self._group.size, _ARCH, remote=self._topology.num_domains > 1
-        )
+        config = low_latency.config_of(shape, self._group.size, _ARCH, remote=several)
         if isinstance(config, low_latency.LowLatencyReducedCombineConfig):
-            config.num_parts(call.max_tokens)
+            config.num_parts(sizes.max_tokens)

@@ -6,7 +6,7 @@ for a machine without a GPU: every rank receives the inputs of all others.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -14,30 +14,49 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from epjit import env
-from epjit.reference import internode, intranode, low_latency
-from epjit.reference.internode import Domains
-from epjit.reference.intranode import Bias, Dispatched, Handle, RankInput
+from epjit import calls, env
+from epjit.calls import (
+    Combine,
+    Combined,
+    Dispatch,
+    Handle,
+    LowLatencyCombine,
+    LowLatencyDispatch,
+    Received,
+    Routing,
+)
+from epjit.reference import Normal, internode, intranode, low_latency
+from epjit.reference.intranode import RankInput
 from epjit.reference.low_latency import LowLatencyDispatched
 from epjit.runtime.empty import empty_on
 from epjit.runtime.fault import Overflow
 
 if TYPE_CHECKING:
-    from epjit.checks.low_latency import CombineCall, DispatchCall
+    from epjit.kernels.low_latency import LowLatencyCombineShape, LowLatencyDispatchShape
+    from epjit.kernels.shapes import CombineShape, DispatchShape
     from epjit.modes.chosen import ChosenKernels
     from epjit.runtime.group import Group
+    from epjit.runtime.topology import Topology
     from epjit.scope import AnyScope
 
 
-class CpuBackend:
-    """Layout, dispatch and combine of one rank, on CPU tensors.
+class CpuNormal:
+    """Layout, dispatch and combine of one rank on CPU tensors, called as those of the GPU are.
 
-    All methods but `layout` are collective: every rank of the group calls them in the same order.
+    `dispatch`, `combine`, `warmup` and `reset` are collective: every rank of the group calls them
+    in the same order.
 
     Args:
         group: The ranks.
-        domains: Ranks of each NVLink domain, when there are several: handles and sums are then
-            those between domains (`epjit.reference.internode`).
+        topology: Their NVLink domains; with several, handles and sums are those between domains.
+        chosen: The kernels that a GPU would run.
+        num_nvl_bytes: Bytes of `memory`.
+        num_rdma_bytes: Bytes of `rdma_memory`.
+
+    Attributes:
+        num_sms: Of the GPU that would run them.
+        memory: For users alone.
+        rdma_memory: Likewise.
 
     Raises:
         CommunicationError: From every collective method, when a peer does not arrive in time.
@@ -45,10 +64,22 @@ class CpuBackend:
             together; the text names the ranks and their values.
     """
 
-    def __init__(self, group: Group, domains: Domains | None = None) -> None:
-        self.group = group
-        self.domains = domains
+    num_sms = 132  # an H200's
+
+    def __init__(
+        self,
+        group: Group,
+        topology: Topology,
+        chosen: ChosenKernels,
+        *,
+        num_nvl_bytes: int,
+        num_rdma_bytes: int,
+    ) -> None:
+        self._group, self._chosen = group, chosen
+        self._domains = topology.domains
+        self._reference = Normal(topology.domains)
         self._overflow: Overflow | None = None
+        self.memory, self.rdma_memory = CpuMemory(num_nvl_bytes), CpuMemory(num_rdma_bytes)
 
     def raise_fault(self) -> None:
         """Raises once, as a GPU does in the call after, that more rows came than there is room for.
@@ -63,99 +94,61 @@ class CpuBackend:
     def reset(self) -> None:
         """Forgets what went wrong; collective."""
         self._overflow = None
-        self.group.reset()
+        self._group.reset()
 
-    def layout(
-        self, topk_idx: Tensor, num_experts: int
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
-        """Where the tokens of this rank go; not collective.
+    def give_up(self) -> None:
+        """Nothing: no wait is queued here."""
 
-        Args:
-            topk_idx: `[T, K]` int32 or int64.
-            num_experts: `E`.
+    def warmup(self, shapes: Iterable[DispatchShape | CombineShape]) -> None:
+        """Refuses what a GPU would refuse."""
+        for shape in shapes:
+            self._chosen.launch(shape)
 
-        Returns:
-            `num_tokens_per_rank` int32 `[R]`, `num_tokens_per_rdma_rank` int32 `[D]` (None in one
-            domain), `num_tokens_per_expert` int32 `[E]`, `is_token_in_rank` bool `[T, R]`.
-        """
-        if self.domains is not None:
-            return internode.layout(topk_idx, num_experts, self.domains)
-        per_rank, per_expert, in_rank = intranode.layout(topk_idx, num_experts, self.group.size)
-        return per_rank, None, per_expert, in_rank
+    def layout(self, scope: AnyScope, call: calls.Layout) -> Routing:
+        """Counts where the tokens of this rank go; not collective."""
+        del scope
+        return Routing(*self._reference.layout(call.topk_idx, call.num_experts))
 
     @torch.no_grad()
-    def dispatch(
-        self,
-        x: Tensor,
-        scales: Tensor | None,
-        topk_idx: Tensor | None,
-        topk_weights: Tensor | None,
-        num_tokens_per_rank: Tensor,
-        is_token_in_rank: Tensor,
-        num_tokens_per_expert: Tensor,
-        *,
-        num_tokens_per_rdma_rank: Tensor | None = None,
-        expert_alignment: int = 1,
-        num_worst_tokens: int = 0,
-    ) -> Dispatched:
-        """Send each token to the ranks of `is_token_in_rank` and return what arrives here.
-
-        Args:
-            x: `[T, H]`, any dtype.
-            scales: `[T, S]`, any strides, or None.
-            topk_idx: `[T, K]` int32 or int64, or None.
-            topk_weights: `[T, K]` float32, or None.
-            num_tokens_per_rank: int32 `[R]`, the column sums of `is_token_in_rank`.
-            is_token_in_rank: bool `[T, R]`.
-            num_tokens_per_expert: int32 `[E]`.
-            num_tokens_per_rdma_rank: int32 `[D]` when there are several domains.
-            expert_alignment: Counts of the returned list are rounded up to a multiple of it.
-            num_worst_tokens: 0, or the number of rows of every output.
-
-        Returns:
-            See `Dispatched`.
+    def dispatch(self, scope: AnyScope, call: Dispatch) -> Received:
+        """Sends rows along new counts or along a handle.
 
         Raises:
             ValueError: Also when the counts contradict `is_token_in_rank`.
         """
+        del scope
+        self._chosen.check_dispatch(call)
+        x, scales, topk_idx, topk_weights, routing, *_ = call
+        if not isinstance(routing, Routing):
+            return self._cached_dispatch(x, scales, routing)
+        num_experts = routing.num_tokens_per_expert.shape[0]
         worlds = _exchange(
-            self.group,
+            self._group,
             "dispatch",
             {
                 **_payload_facts(x, scales),
-                "num_experts": num_tokens_per_expert.shape[0],
+                "num_experts": num_experts,
                 "num_topk": None if topk_idx is None else topk_idx.shape[1],
                 "topk_idx dtype": None if topk_idx is None else topk_idx.dtype,
             },
             (
-                *(x, scales, topk_idx, topk_weights, is_token_in_rank, num_tokens_per_expert),
-                torch.tensor(num_worst_tokens, device="cpu"),
+                *(x, scales, topk_idx, topk_weights),
+                *(routing.is_token_in_rank, routing.num_tokens_per_expert),
+                torch.tensor(call.num_worst_tokens, device="cpu"),
             ),
         )
         # After the exchange: a rank that raises before it would leave its peers waiting.
-        counts = {"num_tokens_per_rank": (num_tokens_per_rank, is_token_in_rank)}
-        if self.domains is not None:
-            given = num_tokens_per_rdma_rank
-            assert given is not None
-            in_domain = internode.in_domain(is_token_in_rank, self.domains)
-            counts["num_tokens_per_rdma_rank"] = (given, in_domain)
-        for name, (count, sent) in counts.items():
-            if count.tolist() != sent.sum(dim=0).tolist():
-                raise ValueError(
-                    f"{name}={count.tolist()} contradicts is_token_in_rank, which says "
-                    f"{sent.sum(dim=0).tolist()}; pass both from one get_dispatch_layout call"
-                )
+        self._check_counts(routing)
         inputs = [RankInput(*tensors[:-1]) for tensors in worlds]
-        options: dict[str, Any] = {
-            "num_experts": num_tokens_per_expert.shape[0],
-            "expert_alignment": expert_alignment,
-            "num_worst_tokens": [int(tensors[-1]) for tensors in worlds],
-        }
-        rank = self.group.rank
-        if self.domains is None:
-            received = intranode.dispatch(inputs, rank, **options)
-        else:
-            received = internode.dispatch(inputs, rank, self.domains, **options)
+        rank = self._group.rank
+        received = self._reference.dispatch(
+            inputs,
+            rank,
+            num_experts=num_experts,
+            expert_alignment=call.expert_alignment,
+            num_worst_tokens=[int(tensors[-1]) for tensors in worlds],
+        )
+        if self._reference.several:
             self._check_room(
                 "tokens pass into the NVLink domain through",
                 came=int(received.handle[4][-1]),
@@ -166,75 +159,66 @@ class CpuBackend:
             came=sum(int(each.is_token_in_rank[:, rank].sum()) for each in inputs),
             room=received.recv_x.shape[0],
         )
-        return received
+        return Received(
+            received.recv_x,
+            received.recv_scales,
+            received.recv_topk_idx,
+            received.recv_topk_weights,
+            received.num_recv_tokens_per_expert_list,
+            received.handle,
+        )
+
+    def _check_counts(self, routing: Routing) -> None:
+        in_rank = routing.is_token_in_rank
+        counts = {"num_tokens_per_rank": (routing.num_tokens_per_rank, in_rank)}
+        if routing.num_tokens_per_rdma_rank is not None:
+            in_domain = internode.in_domain(in_rank, self._domains)
+            counts["num_tokens_per_rdma_rank"] = (routing.num_tokens_per_rdma_rank, in_domain)
+        for name, (count, sent) in counts.items():
+            if count.tolist() != sent.sum(dim=0).tolist():
+                raise ValueError(
+                    f"{name}={count.tolist()} contradicts is_token_in_rank, which says "
+                    f"{sent.sum(dim=0).tolist()}; pass both from one get_dispatch_layout call"
+                )
 
     def _check_room(self, what: str, *, came: int, room: int) -> None:
         """Remembers what a kernel would report (`WaitTag` of sync.cuh)."""
         if came > room:
-            self._overflow = Overflow("dispatch", what, self.group.rank, came=came, room=room)
+            self._overflow = Overflow("dispatch", what, self._group.rank, came=came, room=room)
 
-    @torch.no_grad()
-    def cached_dispatch(
-        self, x: Tensor, scales: Tensor | None, handle: Handle
-    ) -> tuple[Tensor, Tensor | None]:
-        """Send another payload along the routing of `handle`.
-
-        Args:
-            x: `[T, H]`, any dtype and `H`.
-            scales: `[T, S]`, any strides, or None.
-            handle: From `dispatch`.
-
-        Returns:
-            `recv_x` `[n or N, H]` and `recv_scales` `[n or N, S]` or None.
-        """
+    def _cached_dispatch(self, x: Tensor, scales: Tensor | None, handle: Handle) -> Received:
+        """Sends another payload along the routing of `handle`."""
         op = "cached dispatch"
         facts = {**_payload_facts(x, scales), **self._handle_facts(handle)}
-        worlds = _exchange(self.group, op, facts, (x, scales, *handle))
+        worlds = _exchange(self._group, op, facts, (x, scales, *handle))
         handles = self._handles_of_one_dispatch(op, worlds)
-        mode = intranode if self.domains is None else internode
-        return mode.cached_dispatch(
-            [tensors[0] for tensors in worlds],
-            None if scales is None else [tensors[1] for tensors in worlds],
-            handles,
-            self.group.rank,
+        rows = [tensors[0] for tensors in worlds]
+        row_scales = None if scales is None else [tensors[1] for tensors in worlds]
+        return Received(
+            *self._reference.cached_dispatch(rows, row_scales, handles, self._group.rank)
         )
 
     @torch.no_grad()
-    def combine(
-        self,
-        x: Tensor,
-        handle: Handle,
-        topk_weights: Tensor | None = None,
-        bias: Bias = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """Bring rows back to the ranks of their tokens and sum them.
-
-        Args:
-            x: `[n or N, H]`, bfloat16, float16 or float32; one row for each received row.
-            handle: From `dispatch`.
-            topk_weights: float32 `[n or N, K]`, or None.
-            bias: None, `[T, H]`, or a pair of them; this rank's alone.
-
-        Returns:
-            `combined_x` `[T, H]`, and `combined_topk_weights` float32 `[T, K]` or None.
-        """
+    def combine(self, scope: AnyScope, call: Combine) -> Combined:
+        """Brings rows back to the ranks of their tokens and sums them."""
+        del scope
+        self._chosen.check_combine(call)
+        x, topk_weights, bias_0, bias_1, handle, _ = call
         facts = {
             **_payload_facts(x, None),
             "num_topk": None if topk_weights is None else topk_weights.shape[1],
             **self._handle_facts(handle),
         }
-        worlds = _exchange(self.group, "combine", facts, (x, topk_weights, *handle))
+        worlds = _exchange(self._group, "combine", facts, (x, topk_weights, *handle))
         handles = self._handles_of_one_dispatch("combine", worlds)
         xs = [tensors[0] for tensors in worlds]
         weights = None if topk_weights is None else [tensors[1] for tensors in worlds]
-        rank = self.group.rank
-        if self.domains is None:
-            return intranode.combine(xs, handles, rank, weights, bias)
-        return internode.combine(xs, handles, rank, self.domains, weights, bias)
+        rank, biases = self._group.rank, (bias_0, bias_1)
+        return Combined(*self._reference.combine(xs, handles, rank, weights, biases))
 
     def _handle_facts(self, handle: Handle) -> dict[str, object]:
         """What the handles of one dispatch have in common on all ranks."""
-        if self.domains is not None:
+        if self._reference.several:
             return {}  # each has only what concerns its rank
         return {
             "the handle's rank_prefix_matrix": handle[0].tolist(),
@@ -244,7 +228,7 @@ class CpuBackend:
     def _handles_of_one_dispatch(self, op: str, worlds: list[tuple[Any, ...]]) -> list[Handle]:
         """The handles of all ranks, once they are known to belong together."""
         handles: list[Handle] = [tensors[2:] for tensors in worlds]
-        if self.domains is None:
+        if not self._reference.several:
             return handles
         sent = torch.stack([handle[0].sum(dim=0) for handle in handles])  # [source, receiver]
         for receiver, handle in enumerate(handles):
@@ -311,56 +295,37 @@ class CpuLowLatency:
 
     @torch.no_grad()
     def dispatch(
-        self,
-        scope: AnyScope,
-        call: DispatchCall,
-        x: Tensor,
-        topk_idx: Tensor,
-        *,
-        global_scale: Tensor | None,
-        recv_stats: Tensor | None,
-        wait_cost: Tensor | None,
-        split: bool,
+        self, scope: AnyScope, call: LowLatencyDispatch
     ) -> tuple[LowLatencyDispatched, Callable[[], None] | None]:
-        """Send each choice of each token to its expert and return what arrives here.
+        """Sends each choice of each token to its expert; what receives, or None, comes along.
 
-        Args:
-            scope: Of this call.
-            call: Its sizes.
-            x: bfloat16 `[T, H]`.
-            topk_idx: `[T, K]` int32 or int64.
-            global_scale: float32 `[1]`, or None.
-            recv_stats: int32 `[E // R]`, to which the received rows are added, or None.
-            wait_cost: int64 `[R]`, to which nothing is added: nobody counts cycles here.
-            split: Whether to return before anything is received.
-
-        Returns:
-            See `LowLatencyDispatched`, and what receives, or None.
+        Nothing is added to the sums of cycles: nobody counts them here.
         """
-        del wait_cost
+        x, topk_idx, global_scale, recv_stats, _ = call.given
+        sizes = call.sizes
         forms = low_latency.dispatched_forms(
-            call.row_format,
+            sizes.row_format,
             num_ranks=self._group.size,
-            num_tokens=call.num_tokens,
-            max_tokens=call.max_tokens,
-            num_experts=call.num_experts,
-            num_topk=call.num_topk,
-            hidden=call.hidden,
+            num_tokens=sizes.num_tokens,
+            max_tokens=sizes.max_tokens,
+            num_experts=sizes.num_experts,
+            num_topk=sizes.num_topk,
+            hidden=sizes.hidden,
         )
         out = low_latency.allocate_dispatched(forms, empty_on(x.device))
         scope.start()
-        if split:
+        if call.split:
             x, topk_idx = x.clone(), topk_idx.clone()
         worlds = _exchange(
             self._group,
             "low_latency_dispatch",
             {
-                "hidden": call.hidden,
-                "num_max_dispatch_tokens_per_rank": call.max_tokens,
-                "num_experts": call.num_experts,
-                "num_topk": call.num_topk,
+                "hidden": sizes.hidden,
+                "num_max_dispatch_tokens_per_rank": sizes.max_tokens,
+                "num_experts": sizes.num_experts,
+                "num_topk": sizes.num_topk,
                 "topk_idx dtype": topk_idx.dtype,
-                "format": call.row_format.name,
+                "format": sizes.row_format.name,
                 "global_scale": None if global_scale is None else float(global_scale),
             },
             (x, topk_idx, global_scale),
@@ -371,74 +336,50 @@ class CpuLowLatency:
             low_latency.dispatch(
                 [low_latency.RankInput(*tensors) for tensors in worlds],
                 self._group.rank,
-                max_tokens=call.max_tokens,
-                num_experts=call.num_experts,
-                row_format=call.row_format,
+                max_tokens=sizes.max_tokens,
+                num_experts=sizes.num_experts,
+                row_format=sizes.row_format,
                 masked=self._masked(),
                 out=out,
             )
             if recv_stats is not None:
                 recv_stats.add_(out.recv_count)
 
-        if split:
+        if call.split:
             return out, receive
         receive()
         return out, None
 
     @torch.no_grad()
     def combine(
-        self,
-        scope: AnyScope,
-        call: CombineCall,
-        x: Tensor,
-        topk_idx: Tensor,
-        topk_weights: Tensor,
-        src_info: Tensor,
-        *,
-        out: Tensor | None,
-        wait_cost: Tensor | None,
-        split: bool,
+        self, scope: AnyScope, call: LowLatencyCombine
     ) -> tuple[Tensor, Callable[[], None] | None]:
-        """Bring the rows of a dispatch back to their tokens and sum them with weights.
-
-        Args:
-            scope: Of this call.
-            call: Its sizes.
-            x: bfloat16 `[E // R, R * M, H]`.
-            topk_idx: `[T, K]`, as dispatched.
-            topk_weights: float32 `[T, K]`.
-            src_info: From the dispatch.
-            out: bfloat16 `[T, H]` to write to, or None.
-            wait_cost: int64 `[R]`, to which nothing is added.
-            split: Whether to return before anything is received.
-
-        Returns:
-            bfloat16 `[T, H]`, and what receives, or None.
-        """
-        del wait_cost
+        """Brings rows back and sums them with weights; what receives, or None, comes along."""
+        x, topk_idx, topk_weights, out, _ = call.given
+        sizes = call.sizes
         half = self.memory.tensor(torch.uint8)[self._num_rdma_bytes // 2 :]
-        self._chosen.check_low_latency_combine(call, x, half)
+        self._chosen.check_low_latency_combine(call, half)
         combined = out
         if combined is None:
-            shape = (call.num_tokens, call.hidden)
+            shape = (sizes.num_tokens, sizes.hidden)
             combined = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
         scope.start()
-        if call.zero_copy:
+        if sizes.zero_copy:
             x = self.send_buffer(
-                num_experts=call.num_experts, max_tokens=call.max_tokens, hidden=call.hidden
+                num_experts=sizes.num_experts, max_tokens=sizes.max_tokens, hidden=sizes.hidden
             )
         worlds = _exchange(
             self._group,
             "low_latency_combine",
             {
-                "hidden": call.hidden,
-                "num_max_dispatch_tokens_per_rank": call.max_tokens,
-                "num_experts": call.num_experts,
-                "num_topk": call.num_topk,
-                "use_logfmt": call.use_logfmt,
+                "hidden": sizes.hidden,
+                "num_max_dispatch_tokens_per_rank": sizes.max_tokens,
+                "num_experts": sizes.num_experts,
+                "num_topk": sizes.num_topk,
+                "use_logfmt": sizes.use_logfmt,
                 env.low_latency_combine_variant.name: env.low_latency_combine_variant(),
             },
-            tuple(low_latency.collect(x, src_info, self._group.size)),
+            tuple(low_latency.collect(x, call.src_info, self._group.size)),
         )
 
         @torch.inference_mode()  # outputs of a call made there can be written to there alone
@@ -449,14 +390,14 @@ class CpuLowLatency:
                     self._group.rank,
                     topk_idx,
                     topk_weights,
-                    num_experts=call.num_experts,
-                    use_logfmt=call.use_logfmt,
-                    reduced=not call.use_logfmt and env.low_latency_combine_variant() == "reduced",
+                    num_experts=sizes.num_experts,
+                    use_logfmt=sizes.use_logfmt,
+                    reduced=not sizes.use_logfmt and env.low_latency_combine_variant() == "reduced",
                     masked=self._masked(),
                 )
             )
 
-        if split:
+        if call.split:
             return combined, receive
         receive()
         return combined, None
@@ -466,6 +407,11 @@ class CpuLowLatency:
         shape = (num_experts // self._group.size, self._group.size * max_tokens, hidden)
         half = self.memory.tensor(torch.uint8)[self._num_rdma_bytes // 2 :]
         return half[: 2 * num_experts * max_tokens * hidden].view(torch.bfloat16).view(shape)
+
+    def warmup(
+        self, shapes: Iterable[LowLatencyDispatchShape | LowLatencyCombineShape], max_tokens: int
+    ) -> None:
+        """Nothing: no kernel runs here."""
 
     def clean(self, stream: int) -> None:
         """Meets the peers: the memory has no words here that a user could have overwritten."""

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from epjit.calls import Combine, Combined, Dispatch, Handle, Received, Routing
 from epjit.config import MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS, MAX_RANKS
 from epjit.kernels.internode import (
     MAX_WORDS,
@@ -29,8 +30,7 @@ from epjit.kernels.internode import (
     warmup_configs,
 )
 from epjit.kernels.shapes import ALIGNMENT, CombineShape, DispatchShape, align
-from epjit.modes.normal import SIGNALS_BYTES, NormalMode, Received, combine_shape, dispatch_shape
-from epjit.reference.intranode import Dispatched
+from epjit.modes.normal import SIGNALS_BYTES, NormalMode, combine_shape, dispatch_shape
 from epjit.runtime.group import BUFFER, Group
 from epjit.runtime.interrupt import interruptible
 from epjit.runtime.jit import KernelConfig, Launch
@@ -40,9 +40,8 @@ from epjit.runtime.transport import make_transport
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from epjit.reference.internode import Handle
     from epjit.runtime.topology import Topology
-    from epjit.scope import GpuScope
+    from epjit.scope import AnyScope
 
 
 class _DomainGroup(Group):
@@ -134,6 +133,7 @@ class Internode(NormalMode):
             timeout_seconds=timeout_seconds,
             num_counters=2 + 2 * group.size + 5 * num_domains,
             num_counts=2 + MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS,
+            domains=topology.domains,
         )
         self._topology = topology
         self._arena = _Arena(num_domains, num_local, num_nvl_bytes)
@@ -230,27 +230,16 @@ class Internode(NormalMode):
 
     # ---- operations ------------------------------------------------------------------------------
 
-    def dispatch(
-        self,
-        scope: GpuScope,
-        x: torch.Tensor,
-        scales: torch.Tensor | None,
-        topk_idx: torch.Tensor | None,
-        topk_weights: torch.Tensor | None,
-        num_tokens_per_rank: torch.Tensor,
-        num_tokens_per_rdma_rank: torch.Tensor,
-        is_token_in_rank: torch.Tensor,
-        num_tokens_per_expert: torch.Tensor,
-        *,
-        expert_alignment: int,
-        num_worst_tokens: int,
-        num_sms: int,
-    ) -> Dispatched:
+    def dispatch(self, scope: AnyScope, call: Dispatch) -> Received:
         """Notify, then dispatch; the host waits for the counts unless there is a worst case."""
-        num_ranks, num_tokens = self._group.size, x.shape[0]
+        routing = call.routing
+        if not isinstance(routing, Routing):
+            return self._cached_dispatch(scope, call, routing)
+        assert routing.num_tokens_per_rdma_rank is not None
+        num_ranks, num_tokens, waits = self._group.size, call.x.shape[0], self._waits(call)
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
-        launch = self._dispatch_launch(dispatch_shape(x, scales, topk_idx), num_sms)
-        experts_per_rank = num_tokens_per_expert.shape[0] // num_ranks
+        launch = self._dispatch_launch(call)
+        experts_per_rank = routing.num_tokens_per_expert.shape[0] // num_ranks
         with scope.allocating():
             ints: dict[str, Any] = {"dtype": torch.int32, "device": self._device}
             send_tokens = torch.empty((num_domains, num_tokens + 1), **ints)
@@ -261,15 +250,14 @@ class Internode(NormalMode):
             rank_prefix = torch.empty(num_ranks, **ints)
             send_domain_head = torch.empty((num_tokens, num_domains), **ints)
         scope.start()
-        waits = num_worst_tokens == 0
         with self._between_kernels():
             self._notify(
                 scope.stream,
                 1 + num_ranks + num_domains,
-                num_tokens_per_rank=num_tokens_per_rank.data_ptr(),
-                num_tokens_per_domain=num_tokens_per_rdma_rank.data_ptr(),
-                num_tokens_per_expert=num_tokens_per_expert.data_ptr(),
-                is_token_in_rank=is_token_in_rank.data_ptr(),
+                num_tokens_per_rank=routing.num_tokens_per_rank.data_ptr(),
+                num_tokens_per_domain=routing.num_tokens_per_rdma_rank.data_ptr(),
+                num_tokens_per_expert=routing.num_tokens_per_expert.data_ptr(),
+                is_token_in_rank=routing.is_token_in_rank.data_ptr(),
                 rank_prefix=rank_prefix.data_ptr(),
                 channel_tokens=channel_tokens.data_ptr(),
                 passing_prefix=passing_prefix.data_ptr(),
@@ -279,11 +267,12 @@ class Internode(NormalMode):
                 send_tokens=send_tokens.data_ptr(),
                 host_counts=self._ask_for_counts(waits),
                 num_tokens=num_tokens,
-                num_recv_rows=num_worst_tokens,
+                num_recv_rows=call.num_worst_tokens,
                 experts_per_rank=experts_per_rank,
-                expert_alignment=expert_alignment,
+                expert_alignment=call.expert_alignment,
             )
-            num_rows, num_passing = num_worst_tokens, num_local * num_worst_tokens
+            num_rows = call.num_worst_tokens
+            num_passing = num_local * num_rows
             per_expert: list[int] = []
             if waits:
                 num_rows, num_passing, *per_expert = self._wait_for_counts(2 + experts_per_rank)
@@ -291,7 +280,7 @@ class Internode(NormalMode):
                 recv_src_meta = torch.empty((num_rows, 8), dtype=torch.uint8, device=self._device)
                 passing = torch.empty(num_passing, **ints)
             handle = (
-                is_token_in_rank,
+                routing.is_token_in_rank,
                 send_tokens,
                 channel_tokens,
                 send_head,
@@ -305,77 +294,52 @@ class Internode(NormalMode):
             received = self._dispatch_rows(
                 scope,
                 launch,
-                x,
-                scales,
-                topk_idx,
-                topk_weights,
+                call,
                 handle,
                 experts_per_rank=experts_per_rank,
-                num_sms=num_sms,
                 fills_handle=True,
             )
-        return Dispatched(*received, per_expert, handle)
+        return Received(*received[:4], per_expert, handle)
 
-    def cached_dispatch(
-        self,
-        scope: GpuScope,
-        x: torch.Tensor,
-        scales: torch.Tensor | None,
-        handle: Handle,
-        *,
-        num_sms: int,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _cached_dispatch(self, scope: AnyScope, call: Dispatch, handle: Handle) -> Received:
         """Dispatches another payload along the routing of a handle."""
-        received = self._dispatch_rows(
-            scope,
-            self._dispatch_launch(dispatch_shape(x, scales, None), num_sms),
-            x,
-            scales,
-            None,
-            None,
-            handle,
-            experts_per_rank=1,
-            num_sms=num_sms,
-            fills_handle=False,
+        launch = self._dispatch_launch(call)
+        return self._dispatch_rows(
+            scope, launch, call, handle, experts_per_rank=1, fills_handle=False
         )
-        return received.recv_x, received.recv_scales
 
-    def _dispatch_launch(self, shape: DispatchShape, num_sms: int) -> Launch:
-        """The launch of a shape, before anything is queued.
+    def _dispatch_launch(self, call: Dispatch) -> Launch:
+        """The launch of a call, before anything is queued.
 
         Raises:
             ValueError: The SMs are too few.
         """
-        launch = self.launch(shape)
+        launch = self.launch(dispatch_shape(call))
         config = launch.kernel.config
         assert isinstance(config, InternodeDispatchConfig)
-        check_warps(config, num_sms)
+        check_warps(config, call.num_sms)
         return launch
 
     def _dispatch_rows(
         self,
-        scope: GpuScope,
+        scope: AnyScope,
         launch: Launch,
-        x: torch.Tensor,
-        scales: torch.Tensor | None,
-        topk_idx: torch.Tensor | None,
-        topk_weights: torch.Tensor | None,
+        call: Dispatch,
         handle: Handle,
         *,
         experts_per_rank: int,
-        num_sms: int,
         fills_handle: bool,
     ) -> Received:
         """Allocates the received rows and queues the dispatch kernel."""
         recv_src_meta, passing = handle[7], handle[9]
         config = launch.kernel.config
         assert isinstance(config, InternodeDispatchConfig)
-        forms = self._forms(recv_src_meta.shape[0], x, scales, topk_idx)
+        forms = self._forms(recv_src_meta.shape[0], call)
         with scope.allocating():
             received = Received(*self._empty(forms))
         scope.start()
         values = {
-            **self._inputs(x, scales, topk_idx, topk_weights),
+            **self._inputs(call),
             **self._outputs(received),
             **self._routing(handle),
             "send_head": handle[3].data_ptr(),
@@ -385,7 +349,7 @@ class Internode(NormalMode):
             "num_send_warps": config.send_warps,
             "experts_per_rank": experts_per_rank,
         }
-        launch.start(scope.stream, num_sms, values)
+        launch.start(scope.stream, call.num_sms, values)
         return received
 
     @staticmethod
@@ -398,23 +362,15 @@ class Internode(NormalMode):
             "rank_prefix": handle[6].data_ptr(),
         }
 
-    def combine(
-        self,
-        scope: GpuScope,
-        x: torch.Tensor,
-        handle: Handle,
-        topk_weights: torch.Tensor | None,
-        bias: tuple[torch.Tensor | None, torch.Tensor | None],
-        *,
-        num_sms: int,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def combine(self, scope: AnyScope, call: Combine) -> Combined:
         """Sums rows inside each domain, sends the sums to the ranks of their tokens."""
+        handle, num_sms = call.handle, call.num_sms
         num_tokens = handle[8].shape[0]
-        launch = self.launch(combine_shape(x, topk_weights))
+        launch = self.launch(combine_shape(call))
         config = launch.kernel.config
         assert isinstance(config, InternodeCombineConfig)
         check_warps(config, num_sms)
-        combined, values = self._combined(scope, x, num_tokens, topk_weights, bias)
+        combined, values = self._combined(scope, call, num_tokens)
         scope.start()
         reduce_warps = config.reduce_warps * num_sms
         values |= {

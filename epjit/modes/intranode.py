@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from epjit import env
+from epjit.calls import Combine, Combined, Dispatch, Handle, Received, Routing
 from epjit.config import MAX_LOCAL_EXPERTS, MAX_RANKS
 from epjit.kernels.intranode import (
     MAX_SLOTS,
@@ -32,12 +33,10 @@ from epjit.kernels.shapes import CombineShape, DispatchShape, align
 from epjit.modes.normal import (
     SIGNALS_BYTES,
     NormalMode,
-    Received,
     combine_shape,
     dispatch_shape,
     pointer,
 )
-from epjit.reference.intranode import Dispatched, Handle
 from epjit.runtime.empty import Form, matrix, vector
 from epjit.runtime.jit import KernelConfig, Launch
 from epjit.runtime.pool import BlockPool, NoRoomError
@@ -46,7 +45,7 @@ from epjit.runtime.symmetric import SymmetricMemory, tensor_over
 
 if TYPE_CHECKING:
     from epjit.runtime.group import Group
-    from epjit.scope import GpuScope
+    from epjit.scope import AnyScope
 
 _PLACES_BYTES = MAX_RANKS * 64
 
@@ -171,112 +170,88 @@ class Intranode(NormalMode):
 
     # ---- operations ------------------------------------------------------------------------------
 
-    def dispatch(
-        self,
-        scope: GpuScope,
-        x: torch.Tensor,
-        scales: torch.Tensor | None,
-        topk_idx: torch.Tensor | None,
-        topk_weights: torch.Tensor | None,
-        num_tokens_per_rank: torch.Tensor,
-        is_token_in_rank: torch.Tensor,
-        num_tokens_per_expert: torch.Tensor,
-        *,
-        expert_alignment: int,
-        num_worst_tokens: int,
-        num_sms: int,
-    ) -> Dispatched:
+    def dispatch(self, scope: AnyScope, call: Dispatch) -> Received:
         """Notify, then dispatch; the host waits for the counts unless there is a worst case."""
-        num_ranks = self._group.size
-        launch = self.launch(dispatch_shape(x, scales, topk_idx))
-        experts_per_rank = num_tokens_per_expert.shape[0] // num_ranks
+        routing = call.routing
+        if not isinstance(routing, Routing):
+            return self._cached_dispatch(scope, call, routing)
+        num_ranks, num_tokens, waits = self._group.size, call.x.shape[0], self._waits(call)
+        launch = self.launch(dispatch_shape(call))
+        experts_per_rank = routing.num_tokens_per_expert.shape[0] // num_ranks
         forms = (
             matrix(torch.int32, num_ranks, num_ranks),
             vector(torch.int32, num_ranks),
             vector(torch.int32, experts_per_rank),
-            matrix(torch.int32, x.shape[0], num_ranks),
+            matrix(torch.int32, num_tokens, num_ranks),
         )
         with scope.allocating():
             rank_prefix, source_tokens, expert_counts, send_head = self._empty(forms)
         scope.start()
-        waits = num_worst_tokens == 0
         with self._between_kernels():
             self._notify(
                 scope.stream,
                 1 + num_ranks,
-                num_tokens_per_rank=num_tokens_per_rank.data_ptr(),
-                num_tokens_per_expert=num_tokens_per_expert.data_ptr(),
-                is_token_in_rank=is_token_in_rank.data_ptr(),
+                num_tokens_per_rank=routing.num_tokens_per_rank.data_ptr(),
+                num_tokens_per_expert=routing.num_tokens_per_expert.data_ptr(),
+                is_token_in_rank=routing.is_token_in_rank.data_ptr(),
                 rank_prefix=rank_prefix.data_ptr(),
                 source_tokens=source_tokens.data_ptr(),
                 expert_counts=expert_counts.data_ptr(),
                 send_head=send_head.data_ptr(),
                 host_counts=self._ask_for_counts(waits),
-                num_tokens=x.shape[0],
-                num_recv_rows=num_worst_tokens,
+                num_tokens=num_tokens,
+                num_recv_rows=call.num_worst_tokens,
                 experts_per_rank=experts_per_rank,
-                expert_alignment=expert_alignment,
+                expert_alignment=call.expert_alignment,
             )
             # Done while the counts are on their way: the GPU idles from then to the launch.
             launch.prepare(
                 {
-                    **self._inputs(x, scales, topk_idx, topk_weights),
+                    **self._inputs(call),
                     **self._routing(rank_prefix, source_tokens, send_head),
                     "experts_per_rank": experts_per_rank,
                 }
             )
-            num_rows = num_worst_tokens
+            num_rows = call.num_worst_tokens
             per_expert: list[int] = []
             if waits:
                 num_rows, *per_expert = self._wait_for_counts(1 + experts_per_rank)
-            outputs = self._allocate_outputs(
-                scope, launch, num_rows, x, scales, topk_idx, with_src_idx=True
-            )
-            self._dispatch_rows(scope, launch, outputs, num_sms=num_sms)
+            outputs = self._allocate_outputs(scope, launch, num_rows, call, with_src_idx=True)
+            self._dispatch_rows(scope, launch, outputs, num_sms=call.num_sms)
             assert outputs.src_idx is not None
             handle = (
                 rank_prefix,
                 source_tokens,
                 expert_counts,
                 outputs.src_idx,
-                is_token_in_rank,
+                routing.is_token_in_rank,
                 send_head,
             )
-        return Dispatched(*outputs.received, per_expert, handle)
+        return Received(*outputs.received[:4], per_expert, handle)
 
-    def cached_dispatch(
-        self,
-        scope: GpuScope,
-        x: torch.Tensor,
-        scales: torch.Tensor | None,
-        handle: Handle,
-        *,
-        num_sms: int,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def _cached_dispatch(self, scope: AnyScope, call: Dispatch, handle: Handle) -> Received:
         """Dispatches another payload along the routing of a handle."""
-        launch = self.launch(dispatch_shape(x, scales, None))
+        launch = self.launch(dispatch_shape(call))
         rank_prefix, source_tokens, _, recv_src_idx, _, send_head = handle
         launch.prepare(
             {
-                **self._inputs(x, scales, None, None),
+                **self._inputs(call),
                 **self._routing(rank_prefix, source_tokens, send_head),
                 "experts_per_rank": 1,
             }
         )
         outputs = self._allocate_outputs(
-            scope, launch, recv_src_idx.shape[0], x, scales, None, with_src_idx=False
+            scope, launch, recv_src_idx.shape[0], call, with_src_idx=False
         )
-        self._dispatch_rows(scope, launch, outputs, num_sms=num_sms)
-        return outputs.received.recv_x, outputs.received.recv_scales
+        self._dispatch_rows(scope, launch, outputs, num_sms=call.num_sms)
+        return outputs.received
 
     def _allocate_outputs(
         self,
-        scope: GpuScope,
+        scope: AnyScope,
         launch: Launch,
         num_rows: int,
-        x: torch.Tensor,
-        scales: torch.Tensor | None,
-        topk_idx: torch.Tensor | None,
+        call: Dispatch,
         *,
         with_src_idx: bool,
     ) -> _Outputs:
@@ -287,7 +262,7 @@ class Intranode(NormalMode):
         what torch keeps private pools for, so under capture all outputs are torch's.
         """
         src_idx = vector(torch.int32, num_rows) if with_src_idx else None
-        forms = (*self._forms(num_rows, x, scales, topk_idx), src_idx)
+        forms = (*self._forms(num_rows, call), src_idx)
         config = launch.kernel.config
         assert isinstance(config, DispatchConfig)
         with scope.allocating():
@@ -295,7 +270,7 @@ class Intranode(NormalMode):
             tensors = self._empty(forms) if blocks is None else blocks
         return _Outputs(Received(*tensors[:4]), tensors[4], blocks is not None)
 
-    def _empty_blocks(self, scope: GpuScope, forms: Iterable[Form | None]) -> list[Any] | None:
+    def _empty_blocks(self, scope: AnyScope, forms: Iterable[Form | None]) -> list[Any] | None:
         """Outputs where peers reach them, if there is room for all."""
         pool = self._pool
         if pool is None or torch.cuda.is_current_stream_capturing():
@@ -305,7 +280,7 @@ class Intranode(NormalMode):
         except NoRoomError:
             return None  # what has been taken so far goes back
 
-    def _block(self, scope: GpuScope, pool: BlockPool, form: Form) -> torch.Tensor:
+    def _block(self, scope: AnyScope, pool: BlockPool, form: Form) -> torch.Tensor:
         """An output where peers reach it.
 
         Raises:
@@ -334,7 +309,7 @@ class Intranode(NormalMode):
         }
 
     def _dispatch_rows(
-        self, scope: GpuScope, launch: Launch, outputs: _Outputs, *, num_sms: int
+        self, scope: AnyScope, launch: Launch, outputs: _Outputs, *, num_sms: int
     ) -> None:
         """Queues the dispatch kernel; what it reads is prepared."""
         config = launch.kernel.config
@@ -348,24 +323,15 @@ class Intranode(NormalMode):
         }
         launch.start(scope.stream, num_sms, values)
 
-    def combine(
-        self,
-        scope: GpuScope,
-        x: torch.Tensor,
-        handle: Handle,
-        topk_weights: torch.Tensor | None,
-        bias: tuple[torch.Tensor | None, torch.Tensor | None],
-        *,
-        num_sms: int,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    def combine(self, scope: AnyScope, call: Combine) -> Combined:
         """Pushes rows back to the ranks of their tokens and sums them there."""
-        rank_prefix, _, _, recv_src_idx, _, send_head = handle
-        num_tokens = send_head.shape[0]
-        launch = self.launch(combine_shape(x, topk_weights))
+        rank_prefix, _, _, recv_src_idx, _, send_head = call.handle
+        num_tokens, num_sms = send_head.shape[0], call.num_sms
+        launch = self.launch(combine_shape(call))
         combine_config = launch.kernel.config
         assert isinstance(combine_config, CombineConfig)
         check_warps(combine_config, num_sms)
-        combined, values = self._combined(scope, x, num_tokens, topk_weights, bias)
+        combined, values = self._combined(scope, call, num_tokens)
         scope.start()
         values |= {
             "recv_src_idx": recv_src_idx.data_ptr(),

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
+from epjit.calls import Routing
 from epjit.config import MAX_DOMAINS, MAX_EXPERTS
 from epjit.kernels.layout import LayoutConfig
 from epjit.runtime.jit import Kernel, Launch
@@ -49,33 +50,26 @@ class Layout:
         self,
         stream: int,
         topk_idx: torch.Tensor,
-        num_tokens_per_rank: torch.Tensor,
-        num_tokens_per_rdma_rank: torch.Tensor | None,
-        num_tokens_per_expert: torch.Tensor,
-        is_token_in_rank: torch.Tensor,
+        routing: Routing,
     ) -> None:
         """Queues the kernel.
 
         Args:
             stream: Handle of the CUDA stream.
             topk_idx: int32 or int64 `[T, K]`.
-            num_tokens_per_rank: Output, int32 `[R]`.
-            num_tokens_per_rdma_rank: Output, int32 `[D]`, or None with one domain.
-            num_tokens_per_expert: Output, int32 `[E]`.
-            is_token_in_rank: Output, bool `[T, R]`.
+            routing: Outputs.
         """
         num_tokens, num_topk = topk_idx.shape
+        per_rank, per_rdma_rank, per_expert, in_rank = routing
         values = {
             "topk_idx": topk_idx.data_ptr(),
-            "num_tokens_per_rank": num_tokens_per_rank.data_ptr(),
-            "num_tokens_per_rdma_rank": 0
-            if num_tokens_per_rdma_rank is None
-            else num_tokens_per_rdma_rank.data_ptr(),
-            "num_tokens_per_expert": num_tokens_per_expert.data_ptr(),
-            "is_token_in_rank": is_token_in_rank.data_ptr(),
+            "num_tokens_per_rank": per_rank.data_ptr(),
+            "num_tokens_per_rdma_rank": 0 if per_rdma_rank is None else per_rdma_rank.data_ptr(),
+            "num_tokens_per_expert": per_expert.data_ptr(),
+            "is_token_in_rank": in_rank.data_ptr(),
             "num_tokens": num_tokens,
             "num_topk": num_topk,
-            "num_experts": num_tokens_per_expert.shape[0],
+            "num_experts": per_expert.shape[0],
         }
         grid = max(1, min(-(-num_tokens // 64), _MAX_BLOCKS))
         self._launches[topk_idx.dtype].start(stream, grid, values)

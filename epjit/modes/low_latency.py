@@ -8,21 +8,21 @@ by RDMA (`peers.cuh`).
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 import torch
 
 from epjit import env
-from epjit.checks.low_latency import CombineCall, DispatchCall, check_source
+from epjit.calls import CombineSizes, DispatchSizes, LowLatencyCombine, LowLatencyDispatch
+from epjit.checks.low_latency import check_source
 from epjit.checks.match import remember
 from epjit.config import (
     MAX_LOW_LATENCY_EXPERTS,
     MAX_LOW_LATENCY_TOKENS,
     MAX_RANKS,
 )
-from epjit.formats import RowFormat
 from epjit.kernels.low_latency import (
     NUM_WORDS,
     STEP,
@@ -34,7 +34,6 @@ from epjit.kernels.low_latency import (
     LowLatencyReducedCombineConfig,
     config_of,
     warmup_configs,
-    warmup_shapes,
 )
 from epjit.kernels.shapes import align
 from epjit.reference.low_latency import (
@@ -92,7 +91,7 @@ class _Plan(Generic[Forms]):
         launch: Of their kernel.
         grid: Blocks.
         num_parts: See the kernels' parameters.
-        call: The sizes.
+        sizes: Of the calls.
         num_ranks: `R`.
         outputs: What they allocate.
 
@@ -112,22 +111,22 @@ class _Plan(Generic[Forms]):
         launch: Launch,
         grid: int,
         num_parts: int,
-        call: DispatchCall | CombineCall,
+        sizes: DispatchSizes | CombineSizes,
         num_ranks: int,
         outputs: Forms,
     ) -> None:
         self.launch, self.grid = launch, grid
         self.outputs: Forms = outputs
-        self.source_tokens = 4 * call.num_experts * call.max_tokens
+        self.source_tokens = 4 * sizes.num_experts * sizes.max_tokens
         self.source_rows = self.source_tokens + 4 * num_ranks
-        sizes: dict[str, Any] = {
-            "num_tokens": call.num_tokens,
-            "max_tokens": call.max_tokens,
+        fixed: dict[str, Any] = {
+            "num_tokens": sizes.num_tokens,
+            "max_tokens": sizes.max_tokens,
             "num_parts": num_parts,
         }
-        self.whole = {**sizes, "sends": True, "receives": True}
-        self.sends = {**sizes, "sends": True, "receives": False}
-        self.receives = {**sizes, "sends": False, "receives": True}
+        self.whole = {**fixed, "sends": True, "receives": True}
+        self.sends = {**fixed, "sends": True, "receives": False}
+        self.receives = {**fixed, "sends": False, "receives": True}
 
 
 class LowLatency:
@@ -212,8 +211,8 @@ class LowLatency:
         self._fault = FaultRecord()
         resources.callback(self._fault.close)
         self._launches: dict[LowLatencyDispatchShape | LowLatencyCombineShape, Launch] = {}
-        self._dispatch_plans: dict[DispatchCall, _Plan[DispatchedForms]] = {}
-        self._combine_plans: dict[CombineCall, _Plan[tuple[Form]]] = {}
+        self._dispatch_plans: dict[DispatchSizes, _Plan[DispatchedForms]] = {}
+        self._combine_plans: dict[CombineSizes, _Plan[tuple[Form]]] = {}
         self._empty = empty_on(device)
         self._clean = Launch(
             clean_kernel,
@@ -320,29 +319,12 @@ class LowLatency:
         return launch
 
     def warmup(
-        self,
-        *,
-        max_tokens: int,
-        hidden: int,
-        num_experts: int,
-        num_topk: int,
-        topk_is_int64: bool,
-        row_format: RowFormat,
-        use_logfmt: bool,
-        archs: Iterable[str],
+        self, shapes: Sequence[LowLatencyDispatchShape | LowLatencyCombineShape], max_tokens: int
     ) -> None:
-        """Compiles and loads the kernels of these sizes; compiles them for `archs` as well."""
-        shapes = warmup_shapes(
-            hidden=hidden,
-            num_experts=num_experts,
-            num_topk=num_topk,
-            topk_is_int64=topk_is_int64,
-            row_format=row_format,
-            use_logfmt=use_logfmt,
-        )
+        """Compiles and loads; into the cache also for the architectures of the environment."""
         for shape in shapes:
             self.launch(shape, max_tokens)
-        for arch in archs:
+        for arch in env.torch_cuda_arch_list():
             for config in warmup_configs(
                 shapes, num_ranks=self._group.size, arch=arch, remote=self._remote
             ):
@@ -351,29 +333,23 @@ class LowLatency:
     # ---- operations ------------------------------------------------------------------------------
 
     def dispatch(
-        self,
-        scope: AnyScope,
-        call: DispatchCall,
-        x: torch.Tensor,
-        topk_idx: torch.Tensor,
-        *,
-        global_scale: torch.Tensor | None,
-        recv_stats: torch.Tensor | None,
-        wait_cost: torch.Tensor | None,
-        split: bool,
+        self, scope: AnyScope, call: LowLatencyDispatch
     ) -> tuple[LowLatencyDispatched, Callable[[], None] | None]:
         """Casts and sends, and receives; `split` puts the second half into the callable."""
-        plan = self._dispatch_plans.get(call)
+        plan = self._dispatch_plans.get(call.sizes)
         if plan is None:
-            plan = self._plan_dispatch(call)
+            plan = self._plan_dispatch(call.sizes)
         outputs = allocate_dispatched(plan.outputs, self._empty)
         scope.start()
+        x, topk_idx, global_scale, recv_stats, cycles = call.given
         recv_x, recv_scales, recv_count, src_info, layout_range = outputs
         handle = src_info.data_ptr()
         values = {
             "x": x.data_ptr(),
             "topk_idx": topk_idx.data_ptr(),
             "global_scale": 0 if global_scale is None else global_scale.data_ptr(),
+            "recv_stats": 0 if recv_stats is None else recv_stats.data_ptr(),
+            "wait_cost": 0 if cycles is None else cycles.data_ptr(),
             "recv_x": recv_x.data_ptr(),
             "recv_scales": 0 if recv_scales is None else recv_scales.data_ptr(),
             "recv_count": recv_count.data_ptr(),
@@ -381,104 +357,100 @@ class LowLatency:
             "source_rows": handle + plan.source_rows,
             "src_info": handle,
             "layout_range": layout_range.data_ptr(),
-            "recv_stats": 0 if recv_stats is None else recv_stats.data_ptr(),
-            "wait_cost": 0 if wait_cost is None else wait_cost.data_ptr(),
         }
-        if split:
-            tensors = (x, topk_idx, global_scale, recv_stats, wait_cost, outputs)
-            return outputs, self._split(plan, scope.stream, values, tensors)
+        if call.split:
+            return outputs, self._split(plan, scope.stream, values, (call, outputs))
         plan.launch.start(scope.stream, plan.grid, values, plan.whole)
         return outputs, None
 
-    def _plan_dispatch(self, call: DispatchCall) -> _Plan[DispatchedForms]:
+    def _plan_dispatch(self, sizes: DispatchSizes) -> _Plan[DispatchedForms]:
         """Sending takes a block a token, one the counts; receiving a warp an eighth of a row."""
-        if self._transport is not None and call.max_tokens > self._most_tokens:
-            self._transport.check_queues(call.max_tokens)
-            self._most_tokens = call.max_tokens
-        row_format, num_ranks = call.row_format, self._group.size
+        if self._transport is not None and sizes.max_tokens > self._most_tokens:
+            self._transport.check_queues(sizes.max_tokens)
+            self._most_tokens = sizes.max_tokens
+        row_format, num_ranks = sizes.row_format, self._group.size
         launch = self.launch(
             LowLatencyDispatchShape(
-                call.num_experts, call.hidden, row_format.code, call.num_topk, call.topk_is_int64
+                sizes.num_experts,
+                sizes.hidden,
+                row_format.code,
+                sizes.num_topk,
+                sizes.topk_is_int64,
             ),
-            call.max_tokens,
+            sizes.max_tokens,
         )
         config = launch.kernel.config
         assert isinstance(config, LowLatencyDispatchConfig)
-        num_slots = num_ranks * call.max_tokens
-        grid = min(self._num_sms, max(call.num_tokens + 1, num_slots * 8 // config.num_warps))
+        num_slots = num_ranks * sizes.max_tokens
+        grid = min(self._num_sms, max(sizes.num_tokens + 1, num_slots * 8 // config.num_warps))
         num_parts = max(1, min(8, grid * config.num_warps // num_slots))
         outputs = dispatched_forms(
             row_format,
             num_ranks=num_ranks,
-            num_tokens=call.num_tokens,
-            max_tokens=call.max_tokens,
-            num_experts=call.num_experts,
-            num_topk=call.num_topk,
-            hidden=call.hidden,
+            num_tokens=sizes.num_tokens,
+            max_tokens=sizes.max_tokens,
+            num_experts=sizes.num_experts,
+            num_topk=sizes.num_topk,
+            hidden=sizes.hidden,
         )
-        plan = _Plan(launch, grid, num_parts, call, self._group.size, outputs)
-        return remember(self._dispatch_plans, call, plan)
+        plan = _Plan(launch, grid, num_parts, sizes, self._group.size, outputs)
+        return remember(self._dispatch_plans, sizes, plan)
 
-    def _plan_combine(self, call: CombineCall) -> _Plan[tuple[Form]]:
+    def _plan_combine(self, sizes: CombineSizes) -> _Plan[tuple[Form]]:
         """A warp adds some channels at a time; with few tokens that is all it does."""
         launch = self.launch(
             LowLatencyCombineShape(
-                call.num_experts, call.hidden, call.num_topk, call.topk_is_int64, call.use_logfmt
+                sizes.num_experts,
+                sizes.hidden,
+                sizes.num_topk,
+                sizes.topk_is_int64,
+                sizes.use_logfmt,
             ),
-            call.max_tokens,
+            sizes.max_tokens,
         )
         config = launch.kernel.config
         assert isinstance(config, LowLatencyCombineConfig | LowLatencyReducedCombineConfig)
-        grid = min(self._num_sms, max(call.max_tokens * call.num_topk // 4, 16))
+        grid = min(self._num_sms, max(sizes.max_tokens * sizes.num_topk // 4, 16))
         if isinstance(config, LowLatencyReducedCombineConfig):
-            num_parts = config.num_parts(call.max_tokens)
+            num_parts = config.num_parts(sizes.max_tokens)
         else:
-            steps = -(-call.hidden // STEP)
-            steps_a_warp = -(-call.num_tokens * steps // (2 * grid * config.num_warps)) or 1
+            steps = -(-sizes.hidden // STEP)
+            steps_a_warp = -(-sizes.num_tokens * steps // (2 * grid * config.num_warps)) or 1
             num_parts = -(-steps // steps_a_warp)
-        outputs = (matrix(torch.bfloat16, call.num_tokens, call.hidden),)
-        plan = _Plan(launch, grid, num_parts, call, self._group.size, outputs)
-        return remember(self._combine_plans, call, plan)
+        outputs = (matrix(torch.bfloat16, sizes.num_tokens, sizes.hidden),)
+        plan = _Plan(launch, grid, num_parts, sizes, self._group.size, outputs)
+        return remember(self._combine_plans, sizes, plan)
 
     def combine(
-        self,
-        scope: AnyScope,
-        call: CombineCall,
-        x: torch.Tensor,
-        topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
-        src_info: torch.Tensor,
-        *,
-        out: torch.Tensor | None,
-        wait_cost: torch.Tensor | None,
-        split: bool,
+        self, scope: AnyScope, call: LowLatencyCombine
     ) -> tuple[torch.Tensor, Callable[[], None] | None]:
         """Pushes rows back and sums them; `split` puts the second half into the callable."""
-        plan = self._combine_plans.get(call)
+        sizes = call.sizes
+        plan = self._combine_plans.get(sizes)
         if plan is None:
-            plan = self._plan_combine(call)
-        if call.zero_copy:
+            plan = self._plan_combine(sizes)
+        x, topk_idx, topk_weights, out, cycles = call.given
+        if sizes.zero_copy:
             x = self.send_buffer(
-                num_experts=call.num_experts, max_tokens=call.max_tokens, hidden=call.hidden
+                num_experts=sizes.num_experts, max_tokens=sizes.max_tokens, hidden=sizes.hidden
             )
         elif self._remote:
-            self._check_source(x, use_logfmt=call.use_logfmt)
+            self._check_source(x, use_logfmt=sizes.use_logfmt)
         if out is None:
             (out,) = self._empty(plan.outputs)
         scope.start()
-        routes = src_info.data_ptr()
+        routes = call.src_info.data_ptr()
         values = {
             "x": x.data_ptr(),
             "topk_idx": topk_idx.data_ptr(),
             "topk_weights": topk_weights.data_ptr(),
+            "wait_cost": 0 if cycles is None else cycles.data_ptr(),
             "source_tokens": routes + plan.source_tokens,
             "source_rows": routes + plan.source_rows,
             "out": out.data_ptr(),
-            "wait_cost": 0 if wait_cost is None else wait_cost.data_ptr(),
         }
-        if split:
-            tensors = (x, topk_idx, topk_weights, src_info, out, wait_cost)
-            return out, self._split(plan, scope.stream, values, tensors)
+        if call.split:
+            return out, self._split(plan, scope.stream, values, (call, out))
         plan.launch.start(scope.stream, plan.grid, values, plan.whole)
         return out, None
 

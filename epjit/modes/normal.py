@@ -9,17 +9,20 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 
-from epjit import env
+from epjit import calls, env
+from epjit.calls import Combine, Combined, Dispatch, Received, Routing
 from epjit.config import MAX_RANKS
 from epjit.errors import CommunicationError
 from epjit.kernels.shapes import CombineShape, DispatchShape
+from epjit.modes.layout import Layout
+from epjit.reference.internode import Domains
 from epjit.reference.intranode import no_room
-from epjit.runtime.device import arch_of
-from epjit.runtime.empty import Form, empty_on, matrix
+from epjit.runtime.device import arch_of, num_sms
+from epjit.runtime.empty import Form, empty_on, matrix, vector
 from epjit.runtime.fault import FaultRecord, raise_abort
 from epjit.runtime.host import PinnedArray, nap
 from epjit.runtime.interrupt import synchronize
@@ -28,7 +31,7 @@ from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
 if TYPE_CHECKING:
     from epjit.runtime.group import Group
     from epjit.runtime.symmetric import SymmetricMemory
-    from epjit.scope import GpuScope
+    from epjit.scope import AnyScope
 
 SIGNALS_BYTES = 512
 GIVE_UP_SECONDS = 1.0  # that a rank which ends by an exception waits for its peers
@@ -41,15 +44,6 @@ _SPIN_SECONDS = 1e-3
 C = TypeVar("C", bound=KernelConfig)
 
 
-class Received(NamedTuple):
-    """Outputs of a dispatch."""
-
-    recv_x: torch.Tensor
-    recv_scales: torch.Tensor | None
-    recv_topk_idx: torch.Tensor | None
-    recv_topk_weights: torch.Tensor | None
-
-
 class NormalMode(ABC):
     """Base of the modes. Collective to make.
 
@@ -60,8 +54,10 @@ class NormalMode(ABC):
         timeout_seconds: Of one wait for a peer.
         num_counters: Words that kernels count in.
         num_counts: Words that notify leaves for the host.
+        domains: Ranks of each NVLink domain, when there are several.
 
     Attributes:
+        num_sms: Of the GPU.
         memory: Memory that the ranks of an NVLink domain share; what users may see comes first.
     """
 
@@ -76,11 +72,15 @@ class NormalMode(ABC):
         timeout_seconds: float,
         num_counters: int,
         num_counts: int,
+        domains: Domains | None = None,
     ) -> None:
         self._group = group
         self._device = device
         self._timeout_seconds = self._patience = timeout_seconds
         self._arch = arch_of(device.index)
+        self.num_sms = num_sms(device.index)
+        self._num_domains = len(domains or (1,))
+        self._layout = Layout(group.size, device, domains)
         self._local = torch.zeros(_COUNTERS + num_counters, dtype=torch.int32, device=device)
         self._empty = empty_on(device)
         self._fault = FaultRecord()
@@ -153,25 +153,62 @@ class NormalMode(ABC):
         self._launches[shape] = launch
         return launch
 
-    def compile_ahead(self, archs: Iterable[str]) -> None:
-        """Compiles the kernels of this buffer into the cache, for other architectures."""
-        for arch in archs:
+    def warmup(self, shapes: Iterable[DispatchShape | CombineShape]) -> None:
+        """Compiles and loads; into the cache also for the architectures of the environment."""
+        for shape in shapes:
+            self.launch(shape)
+        for arch in env.torch_cuda_arch_list():
             for config, transport in self._ahead(arch):
                 compile_kernel(config, arch=arch, transport=transport)
 
     def _kernel(self, config: C, transport: str = "nvshmem") -> Kernel:
         return Kernel(config, device=self._device.index, transport=transport)
 
-    # ---- outputs ---------------------------------------------------------------------------------
+    # ---- operations ------------------------------------------------------------------------------
+
+    def layout(self, scope: AnyScope, call: calls.Layout) -> Routing:
+        """Counts where tokens go."""
+        num_ranks = self._group.size
+        forms = (
+            vector(torch.int32, num_ranks),
+            vector(torch.int32, self._num_domains) if self._num_domains > 1 else None,
+            vector(torch.int32, call.num_experts),
+            matrix(torch.bool, call.topk_idx.shape[0], num_ranks),
+        )
+        with scope.allocating():
+            routing = Routing(*self._empty(forms))
+        scope.start()
+        self._layout(scope.stream, call.topk_idx, routing)
+        return routing
+
+    @abstractmethod
+    def dispatch(self, scope: AnyScope, call: Dispatch) -> Received:
+        """Sends rows along new counts or along a handle.
+
+        Raises:
+            RuntimeError: Needs the host to wait, while a CUDA graph is captured.
+        """
+
+    @abstractmethod
+    def combine(self, scope: AnyScope, call: Combine) -> Combined:
+        """Brings rows back and sums them."""
 
     @staticmethod
-    def _forms(
-        num_rows: int,
-        x: torch.Tensor,
-        scales: torch.Tensor | None,
-        topk_idx: torch.Tensor | None,
-    ) -> tuple[Form | None, ...]:
+    def _waits(call: Dispatch) -> bool:
+        """Whether the host has to wait for counts, which it cannot in a capture."""
+        waits = call.num_worst_tokens == 0
+        if waits and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "dispatch must read the number of received rows on the host, which a CUDA "
+                "graph cannot; pass num_worst_tokens (rows enough for the worst case), or "
+                "a handle"
+            )
+        return waits
+
+    @staticmethod
+    def _forms(num_rows: int, call: Dispatch) -> tuple[Form | None, ...]:
         """Outputs of a dispatch of `num_rows` rows, in the order of `Received`."""
+        x, scales, topk_idx = call.x, call.scales, call.topk_idx
         rows = matrix(x.dtype, num_rows, x.shape[1])
         row_scales = None if scales is None else matrix(scales.dtype, num_rows, scales.shape[1])
         if topk_idx is None:
@@ -181,13 +218,9 @@ class NormalMode(ABC):
         return rows, row_scales, choices, matrix(torch.float32, num_rows, num_topk)
 
     @staticmethod
-    def _inputs(
-        x: torch.Tensor,
-        scales: torch.Tensor | None,
-        topk_idx: torch.Tensor | None,
-        topk_weights: torch.Tensor | None,
-    ) -> dict[str, int]:
+    def _inputs(call: Dispatch) -> dict[str, int]:
         """Parameters for what a dispatch reads."""
+        x, scales, topk_idx, topk_weights, _, _, _, _ = call
         return {
             "x": x.data_ptr(),
             "scales": pointer(scales),
@@ -201,7 +234,7 @@ class NormalMode(ABC):
     @staticmethod
     def _outputs(received: Received) -> dict[str, int]:
         """Parameters for what a dispatch writes."""
-        recv_x, recv_scales, recv_topk_idx, recv_topk_weights = received
+        recv_x, recv_scales, recv_topk_idx, recv_topk_weights, _, _ = received
         return {
             "recv_x": recv_x.data_ptr(),
             "recv_scales": pointer(recv_scales),
@@ -211,14 +244,10 @@ class NormalMode(ABC):
         }
 
     def _combined(
-        self,
-        scope: GpuScope,
-        x: torch.Tensor,
-        num_tokens: int,
-        topk_weights: torch.Tensor | None,
-        bias: tuple[torch.Tensor | None, torch.Tensor | None],
-    ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], dict[str, int]]:
+        self, scope: AnyScope, call: Combine, num_tokens: int
+    ) -> tuple[Combined, dict[str, int]]:
         """Outputs of a combine, and parameters for what it sums."""
+        x, topk_weights, bias_0, bias_1, _, _ = call
         forms = (
             matrix(x.dtype, num_tokens, x.shape[1]),
             None
@@ -226,18 +255,18 @@ class NormalMode(ABC):
             else matrix(torch.float32, num_tokens, topk_weights.shape[1]),
         )
         with scope.allocating():
-            combined_x, combined_weights = self._empty(forms)
+            combined = Combined(*self._empty(forms))
         values = {
             "x": x.data_ptr(),
             "topk_weights": pointer(topk_weights),
-            "bias_0": pointer(bias[0]),
-            "bias_1": pointer(bias[1]),
-            "combined_x": combined_x.data_ptr(),
-            "combined_topk_weights": pointer(combined_weights),
+            "bias_0": pointer(bias_0),
+            "bias_1": pointer(bias_1),
+            "combined_x": combined.x.data_ptr(),
+            "combined_topk_weights": pointer(combined.topk_weights),
             "num_rows": x.shape[0],
             "num_tokens": num_tokens,
         }
-        return (combined_x, combined_weights), values
+        return combined, values
 
     # ---- the host's waits, faults, the end -------------------------------------------------------
 
@@ -375,10 +404,9 @@ def row_bytes(rows: torch.Tensor) -> int:
     return rows.shape[1] * rows.element_size()
 
 
-def dispatch_shape(
-    x: torch.Tensor, scales: torch.Tensor | None, topk_idx: torch.Tensor | None
-) -> DispatchShape:
-    """The shape of a dispatch of these tensors."""
+def dispatch_shape(call: Dispatch) -> DispatchShape:
+    """The shape of a dispatch."""
+    x, scales, topk_idx = call.x, call.scales, call.topk_idx
     return DispatchShape(
         row_bytes(x),
         0 if scales is None else scales.shape[1],
@@ -387,7 +415,8 @@ def dispatch_shape(
     )
 
 
-def combine_shape(x: torch.Tensor, topk_weights: torch.Tensor | None) -> CombineShape:
-    """The shape of a combine of these tensors."""
-    num_topk = 0 if topk_weights is None else topk_weights.shape[1]
+def combine_shape(call: Combine) -> CombineShape:
+    """The shape of a combine."""
+    x, weights = call.x, call.topk_weights
+    num_topk = 0 if weights is None else weights.shape[1]
     return CombineShape(row_bytes(x), num_topk, is_f16=x.dtype == torch.float16)

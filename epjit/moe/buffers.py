@@ -12,8 +12,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from epjit.buffer import Buffer, use_gpu
+from epjit.buffer import Buffer
 from epjit.config import MAX_RANKS
+from epjit.modes.make import use_gpu
 from epjit.numbers import as_int
 from epjit.runtime.group import Group, as_process_group
 from epjit.runtime.topology import find_topology

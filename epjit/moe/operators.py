@@ -12,8 +12,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from epjit.buffer import SLOTS, SLOTS_BETWEEN_DOMAINS, Slots
 from epjit.checks.match import check
+from epjit.checks.normal import SLOTS, SLOTS_BETWEEN_DOMAINS, Slots
 from epjit.modes import expert_major as by_expert
 from epjit.moe.buffers import buffer_of, count_ranks
 from epjit.reference.intranode import Handle

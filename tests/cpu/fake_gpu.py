@@ -177,7 +177,6 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
         "get_device_properties",
         lambda device: SimpleNamespace(multi_processor_count=132),
     )
-    monkeypatch.setattr("epjit.buffer.empty_on", mock.MagicMock())
     monkeypatch.setattr("epjit.modes.normal.empty_on", mock.MagicMock())
     monkeypatch.setattr("epjit.modes.low_latency.empty_on", mock.MagicMock())
     monkeypatch.setenv("EPJIT_BACKEND", "cuda")

@@ -8,7 +8,6 @@ from __future__ import annotations
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any, NamedTuple
 from unittest import mock
 
@@ -16,12 +15,15 @@ import pytest
 import torch
 
 from epjit import Buffer
-from epjit.buffer import SLOTS, BufferRuntime
+from epjit.buffer_runtime import BufferRuntime
+from epjit.calls import Combined, Received, Routing
 from epjit.checks.low_latency import LowLatencyChecks
+from epjit.checks.normal import SLOTS, NormalChecks
 from epjit.life import Resources
 from epjit.reference.low_latency import LowLatencyDispatched
 from epjit.runtime import driver
-from epjit.scope import Turns
+from epjit.runtime.topology import Topology
+from epjit.scope import Streams, Turns
 
 OURS = 1
 RANKS, EXPERTS, TOKENS, HIDDEN, TOPK = 2, 4, 3, 128, 2
@@ -68,37 +70,27 @@ class World:
         monkeypatch.setattr(driver, "bind", self.bind)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", self.is_capturing)
         monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
-        monkeypatch.setattr("epjit.buffer.synchronize", self.wants("synchronize"))
+        monkeypatch.setattr("epjit.scope.synchronize", self.wants("synchronize"))
 
         self.buffer = buffer = Buffer.__new__(Buffer)
         buffer.device = torch.device("cuda", OURS)
         buffer._entered = Turns(OURS)
         buffer._resources = Resources(buffer._entered)
         buffer._resources.callback(self.wants("resources.close"))
-        buffer.rank, buffer.group_size, buffer._num_domains = 0, RANKS, 1
+        buffer.rank, buffer.group_size = 0, RANKS
+        buffer._topology = Topology(0, (tuple(range(RANKS)),))
         buffer.num_nvl_bytes = buffer.num_rdma_bytes = 1 << 20
         buffer.explicitly_destroy, buffer.enable_shrink = True, True
-        buffer._slots, buffer._passed, buffer._available_sms = SLOTS, {}, 132
-        buffer._cpu, buffer._unreceived, buffer._last_stream = None, None, None
-        buffer._shows_comm = False
+        buffer._unreceived = None
         ints = torch.zeros(RANKS, dtype=torch.int32)
         received = LowLatencyDispatched(
             torch.zeros(1), None, ints, ints, torch.zeros(1, dtype=torch.int64)
         )
         self.received = mock.Mock()
-        handle = (ints,) * SLOTS.number
-        result = SimpleNamespace(
-            recv_x=ints,
-            recv_scales=None,
-            recv_topk_idx=None,
-            recv_topk_weights=None,
-            num_recv_tokens_per_expert_list=[],
-            handle=handle,
-        )
         parts: dict[str, Any] = {
-            "dispatch": result,
-            "cached_dispatch": (ints, None),
-            "combine": (ints, None),
+            "layout": Routing(ints, None, ints, ints),
+            "dispatch": Received(ints, None, None, None, [], (ints,) * SLOTS.number),
+            "combine": Combined(ints, None),
         }
         buffer._mode = self.part("mode", **parts, memory=self.part("memory"))
         buffer._low_latency = self.part(
@@ -108,17 +100,18 @@ class World:
             memory=self.part("memory"),
             mask=self.part("mask"),
         )
-        buffer._layout, buffer._values = self.wants("layout"), None
-        buffer._empty = lambda forms: [ints for _ in forms]
-        buffer._comm = mock.Mock(device=OURS, handle=99, last_call=0)
+        self.comm = mock.Mock(device=OURS, handle=99, last_call=0)
+        buffer._streams = Streams(self.comm)
+        call = mock.Mock(sizes=mock.Mock(hidden=HIDDEN), tensors=lambda: ())
         checks: Any = mock.Mock(spec=LowLatencyChecks)
-        checks.dispatch.return_value = SimpleNamespace(hidden=HIDDEN)
+        checks.dispatch.return_value = checks.combine.return_value = call
         checks.send_buffer.return_value = (TOKENS, HIDDEN, EXPERTS)
         buffer._low_latency_checks = checks
+        normal_checks: Any = mock.Mock(spec=NormalChecks)
+        for operation in ("layout", "dispatch", "combine"):
+            getattr(normal_checks, operation).return_value = call
+        buffer._checks = normal_checks
         buffer.runtime = BufferRuntime(buffer)
-        for name in ("_check_rows", "_check_routing", "_check_returned", "_check_handle"):
-            monkeypatch.setattr(Buffer, name, lambda *args, **kwargs: None)
-        monkeypatch.setattr("epjit.buffer.check", lambda *args, **kwargs: None)
 
     def bind(self, device: int) -> None:
         if self.gpus.context is None:
@@ -201,10 +194,10 @@ def _finalize(buffer: Buffer) -> None:
 
 
 CALLS: dict[str, list[Call]] = {
-    "get_dispatch_layout": [Call(lambda b: b.get_dispatch_layout(IDX, EXPERTS), "layout")],
+    "get_dispatch_layout": [Call(lambda b: b.get_dispatch_layout(IDX, EXPERTS), "mode.layout")],
     "dispatch": [
         Call(lambda b: b.dispatch(X, **LAYOUT), "mode.dispatch"),
-        Call(lambda b: b.dispatch(X, HANDLE), "mode.cached_dispatch"),
+        Call(lambda b: b.dispatch(X, HANDLE), "mode.dispatch"),
     ],
     "combine": [Call(lambda b: b.combine(X, HANDLE), "mode.combine")],
     "low_latency_dispatch": [
@@ -241,7 +234,7 @@ CALLS: dict[str, list[Call]] = {
             "low_latency.warmup",
         )
     ],
-    "warmup": [Call(lambda b: b.warmup(2 * HIDDEN), "mode.launch")],
+    "warmup": [Call(lambda b: b.warmup(2 * HIDDEN), "mode.warmup")],
     "reset": [
         Call(lambda b: b.reset(), "mode.reset"),
         Call(lambda b: b.reset(), "low_latency.reset"),
@@ -310,9 +303,9 @@ def test_the_buffers_gpu_is_current_in_every_call(
 
 
 INTERRUPTED: dict[str, tuple[str, str, Callable[[Buffer], object]]] = {
-    "layout": ("", "_layout", lambda b: b.get_dispatch_layout(IDX, EXPERTS, async_finish=True)),
+    "layout": ("_mode", "layout", lambda b: b.get_dispatch_layout(IDX, EXPERTS, async_finish=True)),
     "dispatch": ("_mode", "dispatch", lambda b: b.dispatch(X, **LAYOUT, async_finish=True)),
-    "cached": ("_mode", "cached_dispatch", lambda b: b.dispatch(X, HANDLE, async_finish=True)),
+    "cached": ("_mode", "dispatch", lambda b: b.dispatch(X, HANDLE, async_finish=True)),
     "combine": ("_mode", "combine", lambda b: b.combine(X, HANDLE, async_finish=True)),
     "low_latency_dispatch": (
         "_low_latency",
@@ -335,14 +328,13 @@ def test_an_interrupted_call_lets_the_current_stream_wait(world: World, op: str)
     world.gpus.torch_device = world.gpus.context = OURS
 
     def interrupted(scope: Any, *args: object, **kwargs: object) -> None:
-        if part:  # the layout is a kernel, and gets no scope
-            scope.start()
+        scope.start()
         raise KeyboardInterrupt
 
-    setattr(getattr(buffer, part) if part else buffer, name, interrupted)
+    setattr(getattr(buffer, part), name, interrupted)
     with pytest.raises(KeyboardInterrupt):
         call(buffer)
-    assert buffer._comm.make_wait.call_args_list == [mock.call(7 + OURS)]
+    assert world.comm.make_wait.call_args_list == [mock.call(7 + OURS)]
     thread = threading.Thread(target=lambda: buffer._entered().__enter__())
     thread.start()
     thread.join(timeout=10)

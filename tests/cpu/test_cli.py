@@ -219,10 +219,10 @@ def test_doctor_stays_with_the_cuda_of_torch(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_the_verdict_names_gpus_and_variants(monkeypatch: pytest.MonkeyPatch) -> None:
-    from epjit import buffer
+    from epjit.modes import make
     from epjit.runtime import device
 
-    monkeypatch.setattr(buffer, "use_gpu", lambda: True)
+    monkeypatch.setattr(make, "use_gpu", lambda: True)
     monkeypatch.setattr(device, "count", lambda: 2)
     monkeypatch.setattr(device, "arch_of", lambda index: "sm_90a")
     monkeypatch.setattr(device, "name", lambda index: "NVIDIA H200")

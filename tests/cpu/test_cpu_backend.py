@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import dataclasses
+import inspect
 import os
 import time
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 import torch.distributed as dist
 
+from epjit.calls import Combine, Combined, Dispatch, Handle, Layout, Received, Routing
 from epjit.errors import CommunicationError
-from epjit.modes.cpu import CpuBackend
+from epjit.modes.cpu import CpuLowLatency, CpuNormal
+from epjit.modes.internode import Internode
+from epjit.modes.intranode import Intranode
+from epjit.modes.low_latency import LowLatency
 from epjit.reference import intranode
-from epjit.reference.intranode import Dispatched, RankInput
+from epjit.reference.intranode import RankInput
 from epjit.runtime.group import BUFFER, Group
+from epjit.runtime.topology import Topology
+from epjit.scope import CpuScope, CpuStreams, CurrentStream, Scope, Streams
 from tests.harness import data, launch
 
 NUM_TOPK = 3
@@ -70,18 +79,37 @@ def make_input(
     )
 
 
-def backend_dispatch(backend: CpuBackend, given: RankInput, **options: int) -> Dispatched:
-    """Dispatch one rank's input."""
-    return backend.dispatch(
-        given.x,
-        given.scales,
-        given.topk_idx,
-        given.topk_weights,
-        given.is_token_in_rank.sum(dim=0, dtype=torch.int32),
-        given.is_token_in_rank,
-        given.num_tokens_per_expert,
-        **options,
-    )
+class Backend:
+    """A `CpuNormal` that is asked for nothing but results: no kernels are chosen."""
+
+    def __init__(self, group: Group, domains: Any = None) -> None:
+        chosen, topology = mock.Mock(), Topology(0, domains or (tuple(range(group.size)),))
+        self._mode = CpuNormal(group, topology, chosen, num_nvl_bytes=0, num_rdma_bytes=0)
+        self._scope = CpuScope(async_finish=False)
+
+    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Routing:
+        return self._mode.layout(self._scope, Layout(topk_idx, num_experts))
+
+    def dispatch(self, given: RankInput, counts: Any = None, **options: int) -> Received:
+        """Dispatch one rank's input, and with it the counts of its ranks and its domains."""
+        if counts is None:
+            counts = given.is_token_in_rank.sum(dim=0, dtype=torch.int32), None
+        routing = Routing(*counts, given.num_tokens_per_expert, given.is_token_in_rank)
+        more = {"expert_alignment": 1, "num_worst_tokens": 0, "num_sms": 20, **options}
+        tensors = given.x, given.scales, given.topk_idx, given.topk_weights
+        return self._mode.dispatch(self._scope, Dispatch(*tensors, routing, **more))
+
+    def cached_dispatch(self, x: torch.Tensor, scales: Any, handle: Handle | None) -> Any:
+        assert handle is not None
+        call = Dispatch(x, scales, None, None, handle, 1, 0, 20)
+        return tuple(self._mode.dispatch(self._scope, call)[:2])
+
+    def combine(
+        self, x: torch.Tensor, handle: Handle | None, weights: Any = None, bias: Any = None
+    ) -> Combined:
+        assert handle is not None
+        biases = bias if isinstance(bias, tuple) else (bias, None)
+        return self._mode.combine(self._scope, Combine(x, weights, *biases, handle, 20))
 
 
 def assert_same(got: Any, want: Any, what: str) -> None:
@@ -100,7 +128,7 @@ def assert_same(got: Any, want: Any, what: str) -> None:
 def check_one_rank(group: Group, kind: data.RoutingKind, payload: str, with_topk: bool) -> None:
     """All operations of a rank, compared with what the oracle says."""
     num_ranks, num_experts = group.size, 2 * group.size
-    backend = CpuBackend(group)
+    backend = Backend(group)
     world = [
         make_input(kind, rank, num_ranks, payload=payload, with_topk=with_topk)
         for rank in range(num_ranks)
@@ -115,13 +143,16 @@ def check_one_rank(group: Group, kind: data.RoutingKind, payload: str, with_topk
         assert_same(in_rank, own.is_token_in_rank, "is_token_in_rank")
 
     for options in ({}, {"expert_alignment": 8}, {"num_worst_tokens": 11 * num_ranks}):
-        got = backend_dispatch(backend, own, **options)
+        got = backend.dispatch(own, **options)
         want = [
             intranode.dispatch(world, rank, num_experts=num_experts, **options)
             for rank in range(num_ranks)
         ]
-        for name, value in vars(want[group.rank]).items():
-            assert_same(getattr(got, name), value, f"rank {group.rank}: {name}")
+        for name, value, received in zip(
+            Received._fields, vars(want[group.rank]).values(), got, strict=True
+        ):
+            assert_same(received, value, f"rank {group.rank}: {name}")
+        assert got.handle is not None
         assert got.handle[4] is own.is_token_in_rank
 
         xs = [
@@ -158,6 +189,26 @@ def check_one_rank(group: Group, kind: data.RoutingKind, payload: str, with_topk
         )
 
 
+@pytest.mark.parametrize(
+    ("ours", "gpus"),
+    [
+        (CpuNormal, Intranode),
+        (CpuNormal, Internode),
+        (CpuLowLatency, LowLatency),
+        (CpuStreams, Streams),
+        (CpuScope, Scope),
+        (CpuScope, CurrentStream),
+    ],
+)
+def test_all_is_called_as_on_a_gpu(ours: type, gpus: type) -> None:
+    """A Buffer does not know which it has."""
+    for name, method in inspect.getmembers(ours, inspect.isfunction):
+        if not name.startswith("_"):
+            taken = [parameter.name for parameter in inspect.signature(method).parameters.values()]
+            wanted = inspect.signature(getattr(gpus, name)).parameters
+            assert taken == list(wanted), name
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("kind", ["random", "hot_expert", "empty_rank", "holes", "all_holes"])
 def test_threads(num_ranks: int, kind: data.RoutingKind) -> None:
@@ -188,28 +239,19 @@ def test_outputs_are_tensors_of_their_own(num_domains: int, worst: int) -> None:
 
     def body(comm: Any) -> None:
         group = Group.from_comm(comm)
-        backend = CpuBackend(group, domains)
+        backend = Backend(group, domains)
         given = make_input("random", group.rank, group.size, payload="fp8")
         assert given.topk_idx is not None
         layout = backend.layout(given.topk_idx, 2 * group.size)
-        got = backend.dispatch(
-            given.x,
-            given.scales,
-            given.topk_idx,
-            given.topk_weights,
-            layout[0],
-            given.is_token_in_rank,
-            given.num_tokens_per_expert,
-            num_tokens_per_rdma_rank=layout[1],
-            num_worst_tokens=worst,
-        )
+        given = dataclasses.replace(given, num_tokens_per_expert=layout[2])
+        got = backend.dispatch(given, layout[:2], num_worst_tokens=worst)
         again = backend.cached_dispatch(given.x, given.scales, got.handle)
         back = backend.combine(got.recv_x.bfloat16(), got.handle, got.recv_topk_weights)
         rows = (got.recv_x, got.recv_scales, got.recv_topk_idx, got.recv_topk_weights)
         for name, tensors in {
             "layout": layout,
             "rows": rows,
-            "handle": got.handle,
+            "handle": got.handle or (),
             "cached": again,
             "combined": back,
         }.items():
@@ -228,11 +270,11 @@ def test_inputs_may_be_overwritten_after_the_call() -> None:
 
     def worker(comm: Any) -> None:
         group = SlowGroup(Group.from_comm(comm), delay_seconds=0.1)
-        backend = CpuBackend(group)
+        backend = Backend(group)
         given = [make_input("random", rank, group.size) for rank in range(group.size)]
         want = [intranode.dispatch(given, rank, num_experts=4) for rank in range(group.size)]
         own = make_input("random", group.rank, group.size)
-        handle = (got := backend_dispatch(backend, own)).handle
+        handle = (got := backend.dispatch(own)).handle
         own.x.fill_(-1)
         data.assert_rows_equal(got.recv_x, want[group.rank].recv_x, "recv_x")
         x = got.recv_x.clone()
@@ -253,8 +295,8 @@ def test_tensors_with_gradients() -> None:
     def worker(comm: Any) -> None:
         own = make_input("random", comm.Get_rank(), 2)
         own.x.requires_grad_()
-        backend = CpuBackend(Group.from_comm(comm))
-        got = backend_dispatch(backend, own)
+        backend = Backend(Group.from_comm(comm))
+        got = backend.dispatch(own)
         combined, _ = backend.combine(got.recv_x, got.handle)
         assert not got.recv_x.requires_grad
         assert not combined.requires_grad
@@ -262,36 +304,36 @@ def test_tensors_with_gradients() -> None:
     launch.run_threads(worker, 2)
 
 
-def disagree_on_hidden(backend: CpuBackend, rank: int) -> None:
+def disagree_on_hidden(backend: Backend, rank: int) -> None:
     given = make_input("random", rank, 2)
     if rank == 1:
         given = RankInput(**{**vars(given), "x": given.x[:, :8]})
-    backend_dispatch(backend, given)
+    backend.dispatch(given)
 
 
-def disagree_on_experts(backend: CpuBackend, rank: int) -> None:
+def disagree_on_experts(backend: Backend, rank: int) -> None:
     given = make_input("random", rank, 2)
     if rank == 1:
         more = torch.zeros(6, dtype=torch.int32)
         given = RankInput(**{**vars(given), "num_tokens_per_expert": more})
-    backend_dispatch(backend, given)
+    backend.dispatch(given)
 
 
-def disagree_on_topk(backend: CpuBackend, rank: int) -> None:
-    backend_dispatch(backend, make_input("random", rank, 2, with_topk=rank == 0))
+def disagree_on_topk(backend: Backend, rank: int) -> None:
+    backend.dispatch(make_input("random", rank, 2, with_topk=rank == 0))
 
 
-def disagree_on_operation(backend: CpuBackend, rank: int) -> None:
-    got = backend_dispatch(backend, make_input("random", rank, 2))
+def disagree_on_operation(backend: Backend, rank: int) -> None:
+    got = backend.dispatch(make_input("random", rank, 2))
     if rank == 0:
         backend.combine(got.recv_x, got.handle)
     else:
         backend.cached_dispatch(make_input("random", rank, 2).x, None, got.handle)
 
 
-def disagree_on_handle(backend: CpuBackend, rank: int) -> None:
-    first = backend_dispatch(backend, make_input("random", rank, 2))
-    second = backend_dispatch(backend, make_input("empty_rank", rank, 2))
+def disagree_on_handle(backend: Backend, rank: int) -> None:
+    first = backend.dispatch(make_input("random", rank, 2))
+    second = backend.dispatch(make_input("empty_rank", rank, 2))
     mine = (first, second)[rank]
     backend.combine(mine.recv_x, mine.handle)
 
@@ -309,7 +351,7 @@ def disagree_on_handle(backend: CpuBackend, rank: int) -> None:
 def test_every_rank_is_told_of_a_mismatch(mistake: Any, text: str) -> None:
     def worker(comm: Any) -> None:
         with pytest.raises(ValueError, match=text):
-            mistake(CpuBackend(Group.from_comm(comm)), comm.Get_rank())
+            mistake(Backend(Group.from_comm(comm)), comm.Get_rank())
 
     launch.run_threads(worker, 2)
 
@@ -317,16 +359,9 @@ def test_every_rank_is_told_of_a_mismatch(mistake: Any, text: str) -> None:
 def test_counts_that_contradict_the_routing() -> None:
     def worker(comm: Any) -> None:
         given = make_input("random", comm.Get_rank(), 2)
+        counts = torch.tensor([1, 2], dtype=torch.int32), None
         with pytest.raises(ValueError, match=r"num_tokens_per_rank=\[1, 2\] contradicts"):
-            CpuBackend(Group.from_comm(comm)).dispatch(
-                given.x,
-                None,
-                given.topk_idx,
-                given.topk_weights,
-                torch.tensor([1, 2], dtype=torch.int32),
-                given.is_token_in_rank,
-                given.num_tokens_per_expert,
-            )
+            Backend(Group.from_comm(comm)).dispatch(given, counts)
 
     launch.run_threads(worker, 2)
 
@@ -338,7 +373,7 @@ def test_a_peer_that_does_not_come(monkeypatch: pytest.MonkeyPatch) -> None:
         if comm.Get_rank() != 1:
             own = make_input("random", comm.Get_rank(), 3)
             with pytest.raises(CommunicationError, match="rank 1"):
-                backend_dispatch(CpuBackend(Group.from_comm(comm)), own)
+                Backend(Group.from_comm(comm)).dispatch(own)
 
     launch.run_threads(worker, 3)
 

@@ -11,14 +11,18 @@ import pytest
 import torch
 
 from epjit import CommunicationError
+from epjit.calls import Dispatch, Routing
 from epjit.modes.intranode import Intranode
 from epjit.runtime.empty import empty_on
 from epjit.runtime.symmetric import SymmetricMemory
 
 
 @pytest.mark.parametrize("at", ["_notify", "_wait_for_counts"])
-def test_an_interrupted_dispatch_leaves_a_buffer_that_wants_reset(at: str) -> None:
+def test_an_interrupted_dispatch_leaves_a_buffer_that_wants_reset(
+    at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Its notify runs later, and the next dispatch would take those counts for its own."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     mode: Any = Intranode.__new__(Intranode)
     mode._group = SimpleNamespace(size=2, rank=1)
     mode._fault, mode._half_way, mode._notify = mock.Mock(), "", mock.Mock()
@@ -27,21 +31,11 @@ def test_an_interrupted_dispatch_leaves_a_buffer_that_wants_reset(at: str) -> No
     mode._wait_for_counts = mock.Mock()
     getattr(mode, at).side_effect = KeyboardInterrupt
     scope = mock.Mock(allocating=contextlib.nullcontext)
-    counts = torch.zeros(2, dtype=torch.int32)
+    counts, in_rank = torch.zeros(2, dtype=torch.int32), torch.zeros((4, 2), dtype=torch.bool)
+    routing = Routing(counts, None, counts, in_rank)
+    call = Dispatch(torch.zeros((4, 8)), None, None, None, routing, 1, 0, 2)
     with pytest.raises(KeyboardInterrupt):
-        mode.dispatch(
-            scope,
-            torch.zeros((4, 8)),
-            None,
-            None,
-            None,
-            counts,
-            torch.zeros((4, 2), dtype=torch.bool),
-            counts,
-            expert_alignment=1,
-            num_worst_tokens=0,
-            num_sms=2,
-        )
+        mode.dispatch(scope, call)
     assert mode._notify.called
     with pytest.raises(CommunicationError, match=r"of rank 1 ended half way \(KeyboardInterrupt"):
         mode.raise_fault()

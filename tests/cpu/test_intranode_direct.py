@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from epjit.calls import Dispatch
 from epjit.kernels import variants
 from epjit.kernels.intranode import DispatchConfig
 from epjit.kernels.shapes import DispatchShape
@@ -62,9 +63,7 @@ class World:
             self.scope,  # type: ignore[arg-type]
             launch,
             rows,
-            x,
-            None,
-            idx,
+            Dispatch(x, None, idx, None, (), 1, 0, 2),
             with_src_idx=not cached,
         )
 

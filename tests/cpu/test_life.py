@@ -120,7 +120,7 @@ def test_what_goes_during_a_capture_is_freed_after_it(
     if where == "this thread":
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
     else:  # on the stream of the last call of another Buffer
-        other._last_stream = 99
+        other._streams._last = 99
         monkeypatch.setattr(streams, "_is_capturing", lambda stream: captured and stream == 99)
     captured = True
     gpu.calls.clear()

@@ -40,11 +40,11 @@ def bench() -> Iterator[Bench]:
     destroyed.destroy()
     normal, between, buffer = make(), make(**BETWEEN), make(**BUFFER)
     made = Bench(buffer, destroyed, normal, between)
-    unreachable: Any = Unreachable(raise_fault=lambda: None)
-    between._cpu = unreachable
     # What has memory to look at is no communication; all else of the modes is.
     mode = buffer._low_latency
-    buffer._cpu, buffer._low_latency = unreachable, Unreachable(memory=mode.memory)
+    for made_of in (between, buffer):
+        made_of._mode = Unreachable(raise_fault=lambda: None, memory=made_of._mode.memory)
+    buffer._low_latency = Unreachable(raise_fault=lambda: None, memory=mode.memory)
     yield made
     buffer._low_latency = mode
 

@@ -12,10 +12,11 @@ import pytest
 import torch
 
 from epjit import Buffer, EventOverlap
+from epjit.calls import Dispatch, Received, Routing
 from epjit.event import EventHandle, next_number
 from epjit.runtime import stream as streams
 from epjit.runtime.stream import BlockedStreamError, CommStream
-from epjit.scope import CpuScope, CurrentStream, KeepingOverlap, Scope, Turns
+from epjit.scope import CpuStreams, CurrentStream, KeepingOverlap, Scope, Streams, Turns
 
 COMM = 99
 
@@ -53,8 +54,7 @@ class World:
         )
         self.comm = FakeComm()
         self.buffer: Any = Buffer.__new__(Buffer)
-        self.buffer._comm, self.buffer._last_stream = self.comm, None
-        self.buffer._shows_comm = False
+        self.buffer._streams = self.streams = Streams(self.comm)  # type: ignore[arg-type]
         self.buffer._entered, self.buffer.runtime = Turns(None), None
         monkeypatch.setattr(torch.cuda, "stream", self.allocating_on)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: "current")
@@ -72,7 +72,7 @@ class World:
     def scope(
         self, *, previous: EventOverlap | None = None, is_async: bool = False, on_comm: bool = False
     ) -> Any:
-        return self.buffer._scope(previous, is_async, on_comm)
+        return self.streams.scope(previous, is_async, on_comm)
 
 
 class FakeEvent(EventOverlap):
@@ -84,7 +84,7 @@ class FakeEvent(EventOverlap):
         self.event._device, self.event._number = device, next_number()
 
 
-class FakeTensor:
+class FakeTensor(torch.Tensor):
     """Says which streams the allocator was told of."""
 
     def __init__(self) -> None:
@@ -160,9 +160,9 @@ def test_all_calls_run_on_a_communication_stream_that_somebody_has_asked_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     world = World(monkeypatch)
-    world.buffer.get_comm_stream()
+    world.streams.communication_stream()
     assert world.scope().stream == COMM
-    assert world.buffer._low_latency_scope(False).stream == 1  # a hook's stream is the caller's
+    assert world.streams.low_latency_scope(False).stream == 1  # a hook's stream is the caller's
     world.current = COMM
     assert isinstance(world.scope(), CurrentStream)
 
@@ -170,7 +170,7 @@ def test_all_calls_run_on_a_communication_stream_that_somebody_has_asked_for(
 def test_a_hook_follows_the_calls_in_between(monkeypatch: pytest.MonkeyPatch) -> None:
     world = World(monkeypatch)
     monkeypatch.setattr(Buffer, "_check_alive", lambda self: None)
-    scope = world.buffer._low_latency_scope(False)
+    scope = world.streams.low_latency_scope(False)
     hook = world.buffer._hook("low_latency_dispatch", lambda: None, scope.stream)
     world.current = 2
     world.scope()
@@ -204,12 +204,32 @@ def test_with_a_previous_event_outputs_are_allocated_on_the_communication_stream
     assert given.streams == (["comm"] if is_async else [])
 
 
+@pytest.mark.parametrize("has_event", [False, True])
+def test_the_allocator_is_told_of_every_tensor_of_a_call(
+    monkeypatch: pytest.MonkeyPatch, events: None, has_event: bool
+) -> None:
+    """Those of its counts or handle, too; ints, lists of counts and None are none."""
+    world = World(monkeypatch)
+    made: list[Any] = [FakeTensor() for _ in range(20)]
+    x, scales, idx, weights, *rest = made
+    new = Dispatch(x, scales, idx, weights, Routing(*rest[:4]), 1, 0, 4)
+    cached = Dispatch(x, None, None, None, tuple(rest[4:8]), 1, 0, 4)
+    received = Received(*rest[8:12], [3, 4], tuple(rest[12:]))
+    for call in (new, cached):
+        with world.scope(previous=FakeEvent() if has_event else None, is_async=True) as scope:
+            scope.finish(call, received)
+    outputs = ["current" if has_event else "comm"] * 2
+    assert [each.streams for each in rest[8:]] == [outputs] * 8
+    assert x.streams == ["comm"] * 2
+    assert [each.streams for each in made[1:12]] == [["comm"]] * 11
+
+
 @pytest.mark.parametrize("is_async", [False, True])
 def test_without_one_they_are_allocated_on_the_callers(
     monkeypatch: pytest.MonkeyPatch, events: None, is_async: bool
 ) -> None:
     world = World(monkeypatch)
-    world.buffer.get_comm_stream()
+    world.streams.communication_stream()
     with world.scope(is_async=is_async) as scope:
         with scope.allocating():
             scope.start()
@@ -257,9 +277,9 @@ def test_a_low_latency_event_that_goes_before_it_was_waited_for(
     for waits_on, expected in ((None, ["comm"]), (2, ["comm"]), (1, [])):
         tensor: Any = FakeTensor()
         world.current = 1
-        with world.buffer._low_latency_scope(True) as scope:
+        with world.streams.low_latency_scope(True) as scope:
             scope.start()
-            event = scope.finish_keeping((tensor, None))
+            event = scope.finish_keeping((tensor,), (None,))
         assert isinstance(event, KeepingOverlap)
         if waits_on is not None:
             world.current = waits_on
@@ -354,5 +374,5 @@ def test_a_capture_does_not_follow_the_default_stream(
 
 def test_flags_must_go_together_on_the_cpu_too() -> None:
     with pytest.raises(RuntimeError, match="allocate_on_comm_stream=True needs a previous_event"):
-        CpuScope.of_call(None, True, True)
-    CpuScope.of_call(FakeEvent(), True, True)
+        CpuStreams().scope(None, True, True)
+    CpuStreams().scope(FakeEvent(), True, True)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 
-from epjit import Buffer
+from epjit import Buffer, calls
 from epjit.checks.values import ValueChecks
 from tests.harness import launch
 from tests.rounds.low_latency import ROOM
@@ -71,7 +71,7 @@ def test_a_capture_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     checks = ValueChecks(0, ((0,),), owner.in_order)
     on_gpu: Any = SimpleNamespace(is_cuda=True)
     with pytest.warns(RuntimeWarning, match="EPJIT_CHECK is set, but what a CUDA graph captures"):
-        checks.get_dispatch_layout(on_gpu, 8, after=None)
+        checks.layout(calls.Layout(on_gpu, 8), after=None)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        checks.low_latency_dispatch(on_gpu, on_gpu, 8)
+        checks.combine(calls.Combine(on_gpu, None, None, None, (on_gpu,), 2), after=None)

@@ -17,6 +17,7 @@ from typer.testing import CliRunner
 
 from epjit.cli import app
 from epjit.formats import BF16
+from epjit.kernels import low_latency as kernels
 from epjit.kernels import shapes
 from epjit.modes import internode, intranode, layout, low_latency, normal
 from epjit.runtime import nvjitlink, nvrtc
@@ -99,7 +100,6 @@ def asked_by_buffer(
     several = topology.num_domains > 1
     options: dict[str, Any] = {"device": CPU, "timeout_seconds": 1.0, "use_fabric": False}
     group: Any = FakeGroup()
-    layout.Layout(RANKS, CPU, topology.domains if several else None)
     mode: Any
     if several:
         options["num_qps_per_rank"] = 1
@@ -118,14 +118,15 @@ def asked_by_buffer(
     low_latency.LowLatency(
         group, topology, ExitStack(), num_rdma_bytes=1 << 30, enable_shrink=False, **options
     ).warmup(
+        kernels.warmup_shapes(
+            hidden=HIDDEN,
+            num_experts=EXPERTS,
+            num_topk=TOPK,
+            topk_is_int64=True,
+            row_format=BF16,
+            use_logfmt=False,
+        ),
         max_tokens=8,
-        hidden=HIDDEN,
-        num_experts=EXPERTS,
-        num_topk=TOPK,
-        topk_is_int64=True,
-        row_format=BF16,
-        use_logfmt=False,
-        archs=(),
     )
     return asked
 

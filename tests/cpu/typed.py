@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 import epjit
-from epjit.buffer import Payload
+from epjit.calls import Payload
 from epjit.checks.low_latency import LowLatencyHandle
 from epjit.reference.intranode import Handle
 

@@ -1,0 +1,177 @@
+"""One record a call: everything that it carries, once checked.
+
+`epjit.checks` makes the records, `epjit.modes` take them, and a scope finds the tensors in them.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
+
+from torch import Tensor
+
+from epjit.formats import RowFormat
+
+Payload: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
+"""Rows, or rows and their scales, as users pass them and get them."""
+Bias: TypeAlias = "Tensor | tuple[Tensor | None, Tensor | None] | None"
+Handle: TypeAlias = tuple[Tensor, ...]
+"""The tensors that a dispatch leaves, see `epjit.reference.intranode.Handle`."""
+
+
+class Settings(NamedTuple):
+    """What the parts of a Buffer are made with, see there."""
+
+    num_nvl_bytes: int
+    num_rdma_bytes: int
+    low_latency_mode: bool
+    enable_shrink: bool
+    use_fabric: bool
+    num_qps_per_rank: int
+    timeout_seconds: float | None
+
+
+# ---- normal mode --------------------------------------------------------------------------------
+
+
+class Layout(NamedTuple):
+    """`get_dispatch_layout`."""
+
+    topk_idx: Tensor
+    num_experts: int
+
+
+class Routing(NamedTuple):
+    """The counts of `get_dispatch_layout`, in its order."""
+
+    num_tokens_per_rank: Tensor
+    num_tokens_per_rdma_rank: Tensor | None  # between NVLink domains
+    num_tokens_per_expert: Tensor
+    is_token_in_rank: Tensor
+
+
+class Dispatch(NamedTuple):
+    """`dispatch`, along new counts or, cached, along a handle: without choices and weights."""
+
+    x: Tensor
+    scales: Tensor | None
+    topk_idx: Tensor | None
+    topk_weights: Tensor | None
+    routing: Routing | Handle
+    expert_alignment: int
+    num_worst_tokens: int
+    num_sms: int
+
+
+class Received(NamedTuple):
+    """The outcome of a dispatch; of a cached one, the first two."""
+
+    recv_x: Tensor
+    recv_scales: Tensor | None
+    recv_topk_idx: Tensor | None = None
+    recv_topk_weights: Tensor | None = None
+    per_expert: list[int] | None = None
+    handle: Handle | None = None
+
+
+class Combine(NamedTuple):
+    """`combine`."""
+
+    x: Tensor
+    topk_weights: Tensor | None
+    bias_0: Tensor | None
+    bias_1: Tensor | None
+    handle: Handle
+    num_sms: int
+
+
+class Combined(NamedTuple):
+    """The outcome of a combine."""
+
+    x: Tensor
+    topk_weights: Tensor | None
+
+
+# ---- low latency --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)  # equal calls have the same object: told apart by identity
+class _Sizes:
+    """Sizes of low-latency calls that look alike.
+
+    Attributes:
+        num_tokens: `T`.
+        hidden: `H`.
+        num_topk: `K`.
+        topk_is_int64: Width of the choices.
+        max_tokens: `M`.
+        num_experts: `E`.
+    """
+
+    num_tokens: int
+    hidden: int
+    num_topk: int
+    topk_is_int64: bool
+    max_tokens: int
+    num_experts: int
+
+
+@dataclass(frozen=True, eq=False)
+class DispatchSizes(_Sizes):
+    """Of dispatches.
+
+    Attributes:
+        row_format: How rows arrive.
+    """
+
+    row_format: RowFormat
+
+
+@dataclass(frozen=True, eq=False)
+class CombineSizes(_Sizes):
+    """Of combines.
+
+    Attributes:
+        use_logfmt: Whether rows travel in the logarithmic format.
+        zero_copy: Whether the rows are in the send buffer.
+    """
+
+    use_logfmt: bool
+    zero_copy: bool
+
+
+class DispatchTensors(NamedTuple):
+    """Tensors of a low-latency dispatch, named as the kernel's parameters."""
+
+    x: Tensor
+    topk_idx: Tensor
+    global_scale: Tensor | None
+    recv_stats: Tensor | None
+    wait_cost: Tensor | None
+
+
+class CombineTensors(NamedTuple):
+    """Tensors of a low-latency combine, named as the kernel's parameters."""
+
+    x: Tensor
+    topk_idx: Tensor
+    topk_weights: Tensor
+    out: Tensor | None
+    wait_cost: Tensor | None
+
+
+class LowLatencyDispatch(NamedTuple):
+    """`low_latency_dispatch`; `split`: nothing is received before the hook is called."""
+
+    given: DispatchTensors
+    sizes: DispatchSizes
+    split: bool
+
+
+class LowLatencyCombine(NamedTuple):
+    """`low_latency_combine`; `src_info` is of the handle, `split` as in a dispatch."""
+
+    given: CombineTensors
+    src_info: Tensor
+    sizes: CombineSizes
+    split: bool

@@ -1,0 +1,93 @@
+"""The preconditions of a Buffer, checked before any memory is allocated."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from epjit import env
+from epjit.checks.low_latency import check_variant
+from epjit.config import MAX_GROUP, MAX_RANKS
+
+if TYPE_CHECKING:
+    from epjit.calls import Settings
+    from epjit.runtime.group import Group
+    from epjit.runtime.topology import Topology
+
+_SIZE_ALIGNMENT = 128
+
+
+def check_settings(settings: Settings, num_ranks: int, nvlink_domain: int | None) -> None:
+    """Sizes and ranks, all reasons at once.
+
+    Raises:
+        ValueError: Some cannot work.
+    """
+    sizes = {
+        "num_nvl_bytes": settings.num_nvl_bytes,
+        "num_rdma_bytes": settings.num_rdma_bytes,
+    }
+    reasons = [
+        f"{name} is {value}, but must be a multiple of {_SIZE_ALIGNMENT} and not negative"
+        for name, value in sizes.items()
+        if value < 0 or value % _SIZE_ALIGNMENT
+    ]
+    if num_ranks > MAX_GROUP:
+        reasons.append(f"the group has {num_ranks} ranks, but may have up to {MAX_GROUP}")
+    if nvlink_domain is not None and nvlink_domain < 0:
+        reasons.append(f"nvlink_domain is {nvlink_domain}, but must be a number of ranks, or 0")
+    if reasons:
+        raise ValueError("Buffer: " + "; ".join(reasons))
+
+
+def check_topology(settings: Settings, topology: Topology) -> None:
+    """Whether the settings suit the NVLink domains, all reasons at once.
+
+    Raises:
+        ValueError: They do not.
+    """
+    several = topology.num_domains > 1
+    num_rdma_bytes, num_qps = settings.num_rdma_bytes, settings.num_qps_per_rank
+    reasons = []
+    if topology.num_local > MAX_RANKS:
+        reasons.append(
+            f"all {topology.num_local} ranks are in one NVLink domain, which may have up to "
+            f"{MAX_RANKS}; cut it with nvlink_domain (EPJIT_NVLINK_DOMAIN), a number of ranks"
+        )
+    if not several and num_rdma_bytes > 0 and not settings.low_latency_mode:
+        reasons.append(
+            f"num_rdma_bytes is {num_rdma_bytes}, but {topology.num_local} ranks share one NVLink "
+            "domain and use none; pass 0 (Config.get_rdma_buffer_size_hint does), or "
+            "low_latency_mode=True, which uses it"
+        )
+    if num_qps < 1 and (several or settings.low_latency_mode):
+        reasons.append(
+            f"num_qps_per_rank is {num_qps}, but must be at least 1 (V1 takes the number "
+            "of SMs, in low-latency mode that of local experts)"
+        )
+    if reasons:
+        raise ValueError("Buffer: " + "; ".join(reasons))
+    if settings.low_latency_mode:
+        check_variant(topology.num_domains)
+
+
+def agree_on_settings(settings: Settings, topology: Topology, group: Group) -> None:
+    """All ranks make the same Buffer; collective.
+
+    Raises:
+        RuntimeError: They do not; says what each has.
+    """
+    variant = env.low_latency_combine_variant
+    values = {
+        "num_nvl_bytes": settings.num_nvl_bytes,
+        "num_rdma_bytes": settings.num_rdma_bytes,
+        "low_latency_mode": settings.low_latency_mode,
+        "enable_shrink": settings.enable_shrink,
+        "use_fabric": settings.use_fabric,
+        "num_qps_per_rank": settings.num_qps_per_rank,
+        "NVLink domains": topology.domains,
+        variant.name: variant() if settings.low_latency_mode else None,
+    }
+    group.agree_on(
+        {f"values of {name}": value for name, value in values.items()},
+        remedy="make Buffers with the same arguments and environment on all ranks",
+    )

@@ -1,0 +1,463 @@
+"""The preconditions of the normal mode's calls, checked before anything is launched."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from epjit import calls
+from epjit.calls import Bias, Handle, Payload
+from epjit.checks.match import (
+    check,
+    check_aligned,
+    check_experts,
+    check_topk,
+    remember,
+    signature,
+)
+from epjit.config import (
+    MAX_EXPERTS,
+    MAX_LOCAL_EXPERTS,
+    MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS,
+    MAX_ROW_BYTES,
+    MAX_TOKENS,
+    MAX_TOPK,
+    Config,
+)
+from epjit.numbers import as_int
+
+if TYPE_CHECKING:
+    from epjit.checks.values import ValueChecks
+    from epjit.event import EventOverlap
+
+
+class Slots(NamedTuple):
+    """Where a handle of the normal mode has what: indices of its tensors."""
+
+    number: int  # of tensors
+    ranks: int  # has an entry a rank
+    rows: int  # has an entry a received row
+    tokens: int  # has an entry a token that was sent
+    experts: int  # has a count an expert of this rank
+
+
+SLOTS = Slots(number=6, ranks=0, rows=3, tokens=5, experts=2)
+SLOTS_BETWEEN_DOMAINS = Slots(number=10, ranks=6, rows=7, tokens=8, experts=5)
+
+
+def _handle_sizes(num_ranks: int, num_domains: int) -> tuple[tuple[int, int, int], ...]:
+    """Elements of a handle's tensors: index, how many in any case, how many more a token."""
+    if num_domains == 1:
+        return (0, num_ranks**2, 0), (1, num_ranks, 0), (5, 0, num_ranks)
+    return (
+        *((1, num_domains, num_domains), (2, num_ranks, 0), (3, 0, num_ranks)),
+        *((4, num_domains, 0), (6, num_ranks, 0)),
+    )
+
+
+class NormalChecks:
+    """Checks for one Buffer; every method raises TypeError or ValueError, with value and remedy.
+
+    Calls repeat: arguments that passed are remembered by their `signature`, and of those only
+    addresses are looked at again. With ``EPJIT_CHECK=1`` values are checked as well, last.
+
+    Args:
+        num_ranks: `R`.
+        num_domains: NVLink domains that the ranks span.
+        device: Of the buffer.
+        num_sms: Of the device.
+        dispatch_config: Makes the config of a dispatch that is given none.
+        combine_config: Likewise.
+        values: Checks of values, if they are asked for.
+    """
+
+    def __init__(
+        self,
+        num_ranks: int,
+        num_domains: int,
+        device: torch.device,
+        *,
+        num_sms: int,
+        dispatch_config: Callable[..., Config],
+        combine_config: Callable[..., Config],
+        values: ValueChecks | None = None,
+    ) -> None:
+        self._num_ranks, self._num_domains = num_ranks, num_domains
+        self._device, self._num_sms = device, num_sms
+        self._dispatch_config, self._combine_config = dispatch_config, combine_config
+        self._values = values
+        self._passed: dict[Hashable, bool] = {}
+        self._slots = SLOTS if num_domains == 1 else SLOTS_BETWEEN_DOMAINS
+        self._handle_sizes = _handle_sizes(num_ranks, num_domains)
+
+    # ---- calls -----------------------------------------------------------------------------------
+
+    def layout(
+        self, topk_idx: torch.Tensor, num_experts: int, *, after: EventOverlap | None
+    ) -> calls.Layout:
+        """Everything that `get_dispatch_layout` takes; `after` is what the call waits for."""
+        num_experts = as_int("num_experts", num_experts)
+        arguments = (signature(topk_idx), num_experts)
+        if arguments not in self._passed:
+            self._choices(topk_idx, "num_tokens", "")
+            self._experts(num_experts)
+            remember(self._passed, arguments, True)
+        call = calls.Layout(topk_idx, num_experts)
+        if self._values is not None:
+            self._values.layout(call, after=after)
+        return call
+
+    def dispatch(
+        self,
+        x: Payload,
+        handle: Handle | None,
+        counts: tuple[Any, Any, Any, Any],
+        topk_idx: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        expert_alignment: int,
+        num_worst_tokens: int,
+        config: Config | None,
+        *,
+        after: EventOverlap | None,
+    ) -> calls.Dispatch:
+        """Everything that `dispatch` takes; `counts` in the order of `calls.Routing`."""
+        rows, scales = self._payload(x)
+        num_tokens = rows.shape[0]
+        if config is None:
+            config = self._dispatch_config(
+                self._num_ranks,
+                hidden_bytes=rows.shape[1] * rows.element_size(),
+                num_tokens=num_tokens,
+            )
+        self._config(config)
+        if handle is not None:
+            if topk_idx is not None or topk_weights is not None:
+                raise ValueError(
+                    "a cached dispatch (handle=...) takes no topk_idx and no topk_weights"
+                )
+            handle = self._handle(handle, num_tokens=num_tokens)
+            call = calls.Dispatch(rows, scales, None, None, handle, 1, 0, config.num_sms)
+        else:
+            routing = self._routing(num_tokens, counts, topk_idx, topk_weights)
+            expert_alignment = as_int("expert_alignment", expert_alignment, least=1)
+            num_worst_tokens = as_int("num_worst_tokens", num_worst_tokens, least=0)
+            if num_worst_tokens > 0 and topk_idx is None:
+                raise ValueError(
+                    "num_worst_tokens needs topk_idx: without it nothing says which rows arrived"
+                )
+            call = calls.Dispatch(
+                rows,
+                scales,
+                topk_idx,
+                topk_weights,
+                routing,
+                expert_alignment,
+                num_worst_tokens,
+                config.num_sms,
+            )
+        if self._values is not None:
+            self._values.dispatch(call, after=after)
+        return call
+
+    def combine(
+        self,
+        x: torch.Tensor,
+        handle: Handle,
+        topk_weights: torch.Tensor | None,
+        bias: Bias,
+        config: Config | None,
+        *,
+        after: EventOverlap | None,
+    ) -> calls.Combine:
+        """Everything that `combine` takes."""
+        handle = self._handle(handle, num_tokens=None)
+        num_rows = handle[self._slots.rows].shape[0]
+        num_tokens = handle[self._slots.tokens].shape[0]
+        biases = _pair(bias)
+        self._returned(x, topk_weights, biases, num_rows, num_tokens)
+        if config is None:
+            config = self._combine_config(
+                self._num_ranks,
+                hidden_bytes=x.shape[1] * x.element_size(),
+                num_tokens=num_tokens,
+            )
+        self._config(config)
+        call = calls.Combine(x, topk_weights, *biases, handle, config.num_sms)
+        if self._values is not None:
+            self._values.combine(call, after=after)
+        return call
+
+    # ---- their parts -----------------------------------------------------------------------------
+
+    def _experts(self, num_experts: int) -> None:
+        several = self._num_domains > 1
+        of_a_rank = MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS if several else MAX_LOCAL_EXPERTS
+        most = min(MAX_EXPERTS, of_a_rank * self._num_ranks)
+        check_experts(num_experts, self._num_ranks, most)
+
+    def _choices(self, topk_idx: torch.Tensor, num_tokens: int | str, why: str) -> None:
+        check(
+            "topk_idx",
+            topk_idx,
+            shape=(num_tokens, "num_topk"),
+            dtype=(torch.int64, torch.int32),
+            device=self._device,
+            why=why,
+        )
+        check_topk(topk_idx)
+
+    def _config(self, config: Config) -> None:
+        if not isinstance(config, Config):
+            raise TypeError(
+                f"config is a {type(config).__name__}, expected a Config such as "
+                "Buffer.get_dispatch_config(num_ranks)"
+            )
+        value, available = config.num_sms, self._num_sms
+        if value < 2 or value % 2 or value > available:
+            raise ValueError(
+                f"config.num_sms is {value}, but must be even and between 2 and {available} "
+                f"(what {self._device} has: all blocks must run at once)"
+            )
+
+    def _rows(
+        self,
+        name: str,
+        x: torch.Tensor,
+        num_rows: int | str,
+        dtypes: tuple[torch.dtype, ...] | None,
+        why: str,
+        hidden: int | str = "hidden",
+    ) -> None:
+        check(name, x, shape=(num_rows, hidden), dtype=dtypes, device=self._device, why=why)
+        row_bytes = x.shape[1] * x.element_size()
+        if row_bytes == 0 or row_bytes % 16 or row_bytes > MAX_ROW_BYTES:
+            raise ValueError(
+                f"{name} has rows of {row_bytes} bytes ({x.shape[1]} x {x.dtype}); "
+                f"they must be a multiple of 16 bytes, at most {MAX_ROW_BYTES}"
+            )
+        check_aligned(name, x)
+
+    def _payload(self, x: Payload) -> tuple[torch.Tensor, torch.Tensor | None]:
+        if isinstance(x, tuple) and len(x) != 2:
+            raise TypeError(
+                f"x is a tuple of {len(x)}, expected a tensor or a tuple of two: rows and scales"
+            )
+        rows, scales = x if isinstance(x, tuple) else (x, None)
+        arguments = signature(rows, scales)
+        if arguments in self._passed:
+            check_aligned("x", rows)
+            return rows, scales
+        self._rows("x", rows, "num_tokens", None, "")
+        if rows.shape[0] > MAX_TOKENS:
+            raise ValueError(f"x has {rows.shape[0]} tokens; one call takes at most {MAX_TOKENS}")
+        if scales is not None:
+            check(
+                "x[1] (scales)",
+                scales,
+                shape=(rows.shape[0], "num_scales"),
+                dtype=(torch.float32, torch.int32),
+                device=self._device,
+                contiguous=False,
+                why="one row of scales for each token",
+            )
+            if rows.element_size() != 1:
+                raise TypeError(
+                    f"x[0] has dtype {rows.dtype}; a payload with scales has one byte an element"
+                )
+        remember(self._passed, arguments, True)
+        return rows, scales
+
+    def _returned(
+        self,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor | None,
+        biases: tuple[torch.Tensor | None, torch.Tensor | None],
+        num_rows: int,
+        num_tokens: int,
+    ) -> None:
+        """The tensors of a combine along with a handle of so many rows and tokens."""
+        bias_0, bias_1 = biases
+        arguments = (signature(x, topk_weights, bias_0, bias_1), num_rows, num_tokens)
+        if arguments in self._passed:
+            check_aligned("x", x)
+            if bias_0 is not None:
+                check_aligned("bias_0", bias_0)
+            if bias_1 is not None:
+                check_aligned("bias_1", bias_1)
+            return
+        floats = (torch.bfloat16, torch.float16)
+        self._rows("x", x, num_rows, floats, "one row for each row of the dispatch")
+        if topk_weights is not None:
+            check(
+                "topk_weights",
+                topk_weights,
+                shape=(num_rows, "num_topk"),
+                dtype=torch.float32,
+                device=self._device,
+                why="one row for each row of x",
+            )
+            check_topk(topk_weights)
+        for name, value in (("bias_0", bias_0), ("bias_1", bias_1)):
+            if value is not None:
+                why = "one row for each token of this rank"
+                self._rows(name, value, num_tokens, (x.dtype,), why, x.shape[1])
+        remember(self._passed, arguments, True)
+
+    def _handle(self, handle: Handle, *, num_tokens: int | None) -> Handle:
+        slots = self._slots
+        if not isinstance(handle, tuple | list) or len(handle) != slots.number:
+            got = (
+                f"{type(handle).__name__} of {len(handle)}"
+                if isinstance(handle, tuple | list)
+                else type(handle).__name__
+            )
+            raise TypeError(
+                f"handle is a {got}, expected the tuple of {slots.number} that dispatch returned"
+            )
+        device = self._device
+        for index, tensor in enumerate(handle):
+            if not isinstance(tensor, torch.Tensor):
+                raise TypeError(
+                    f"handle[{index}] is a {type(tensor).__name__}, expected what dispatch returned"
+                )
+            if tensor.device != device:
+                raise ValueError(
+                    f"handle[{index}] is on {tensor.device}, but this Buffer is on {device}; "
+                    f"move it with .to({str(device)!r})"
+                )
+        ranks, routed = handle[slots.ranks].shape[0], handle[slots.tokens]
+        if ranks != self._num_ranks:
+            raise ValueError(f"handle is of {ranks} ranks, but this Buffer has {self._num_ranks}")
+        if self._num_domains > 1 and routed.shape[1] != self._num_domains:
+            raise ValueError(
+                f"handle is of {routed.shape[1]} NVLink domains, but this Buffer has "
+                f"{self._num_domains}; use it with the Buffer that made it"
+            )
+        tokens = routed.shape[0]
+        if num_tokens is not None and tokens != num_tokens:
+            raise ValueError(
+                f"x has {num_tokens} tokens, but the handle routes {tokens}: "
+                "a cached dispatch sends a row for each token of the first one"
+            )
+        for index, size, size_a_token in self._handle_sizes:
+            if handle[index].numel() != size + size_a_token * tokens:
+                raise ValueError(
+                    f"handle[{index}] has {handle[index].numel()} elements, but that of a dispatch "
+                    f"of {tokens} tokens between {ranks} ranks has "
+                    f"{size + size_a_token * tokens}; pass the handle as dispatch returned it"
+                )
+        return tuple(handle)
+
+    def _routing(
+        self,
+        num_tokens: int,
+        counts: tuple[Any, Any, Any, Any],
+        topk_idx: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+    ) -> calls.Routing:
+        per_rank, per_rdma_rank, per_expert, in_rank = counts
+        several = self._num_domains > 1
+        routing = calls.Routing(per_rank, per_rdma_rank if several else None, per_expert, in_rank)
+        arguments = (signature(topk_idx, topk_weights, *routing), num_tokens)
+        if arguments in self._passed:
+            return routing
+        given = {
+            "num_tokens_per_rank": per_rank,
+            "is_token_in_rank": in_rank,
+            "num_tokens_per_expert": per_expert,
+        }
+        if several:
+            given["num_tokens_per_rdma_rank"] = per_rdma_rank
+        missing = [name for name, value in given.items() if value is None]
+        if missing:
+            raise AssertionError(
+                f"dispatch without a handle needs {', '.join(missing)} from get_dispatch_layout"
+            )
+        ints: dict[str, Any] = {"dtype": torch.int32, "device": self._device}
+        check("num_tokens_per_rank", per_rank, shape=(self._num_ranks,), **ints)
+        if several:
+            check(
+                "num_tokens_per_rdma_rank",
+                per_rdma_rank,
+                shape=(self._num_domains,),
+                why="one count for each NVLink domain",
+                **ints,
+            )
+        check(
+            "is_token_in_rank",
+            in_rank,
+            shape=(num_tokens, self._num_ranks),
+            dtype=torch.bool,
+            device=self._device,
+            why="one row for each token of x",
+        )
+        experts = check("num_tokens_per_expert", per_expert, shape=("num_experts",), **ints)
+        self._experts(experts.shape[0])
+        if (topk_idx is None) != (topk_weights is None):
+            raise ValueError("topk_idx and topk_weights go together; got only one of them")
+        if topk_idx is not None:
+            self._choices(topk_idx, num_tokens, "one row for each token of x")
+            check(
+                "topk_weights",
+                topk_weights,
+                shape=tuple(topk_idx.shape),
+                dtype=torch.float32,
+                device=self._device,
+                why="as topk_idx",
+            )
+        remember(self._passed, arguments, True)
+        return routing
+
+
+def check_warmup(hidden_bytes: int, num_topk: int, num_scales: int) -> None:
+    """Everything that `warmup` takes.
+
+    Raises:
+        ValueError: Sizes that no call can have.
+    """
+    if hidden_bytes <= 0 or hidden_bytes % 16 or hidden_bytes > MAX_ROW_BYTES:
+        raise ValueError(
+            f"hidden_bytes is {hidden_bytes}, but must be a multiple of 16, at most {MAX_ROW_BYTES}"
+        )
+    if not 0 <= num_topk <= MAX_TOPK or num_scales < 0:
+        raise ValueError(
+            f"num_topk is {num_topk} (0 to {MAX_TOPK}) and num_scales {num_scales} (0 or more)"
+        )
+
+
+def part_of(
+    memory: torch.Tensor, dtype: torch.dtype, size: torch.Size | None, offset: int
+) -> torch.Tensor:
+    """The view that `get_local_buffer_tensor` is asked for.
+
+    Raises:
+        ValueError: It does not fit.
+    """
+    num_bytes = memory.nbytes
+    available = (num_bytes - offset) // dtype.itemsize
+    if offset < 0 or offset % dtype.itemsize or available < 0:
+        raise ValueError(
+            f"offset is {offset} bytes, but must be a multiple of {dtype.itemsize} "
+            f"up to {num_bytes}"
+        )
+    view = memory[offset : offset + available * dtype.itemsize].view(dtype)
+    if size is None:
+        return view
+    if size.numel() > available:
+        raise ValueError(
+            f"size {tuple(size)} has {size.numel()} elements of {dtype}, "
+            f"but only {available} are there"
+        )
+    return view[: size.numel()].view(size)
+
+
+def _pair(bias: Bias) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if isinstance(bias, tuple):
+        if len(bias) != 2:
+            raise ValueError(
+                f"bias is a tuple of {len(bias)}, expected one tensor or a tuple of two"
+            )
+        return bias
+    return bias, None

@@ -1,0 +1,147 @@
+"""The parts of a Buffer: on a GPU, or on the CPU with the same methods."""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+import torch
+
+from epjit import env
+from epjit.scope import CpuStreams, Streams
+
+if TYPE_CHECKING:
+    from epjit.calls import Settings
+    from epjit.modes.cpu import CpuLowLatency, CpuNormal
+    from epjit.modes.internode import Internode
+    from epjit.modes.intranode import Intranode
+    from epjit.modes.low_latency import LowLatency
+    from epjit.runtime.group import Group
+    from epjit.runtime.topology import Topology
+
+AnyStreams: TypeAlias = Streams | CpuStreams
+AnyNormal: TypeAlias = "Intranode | Internode | CpuNormal"
+AnyLowLatency: TypeAlias = "LowLatency | CpuLowLatency"
+
+
+def use_gpu() -> bool:
+    """Whether Buffers live on a GPU.
+
+    Raises:
+        RuntimeError: ``EPJIT_BACKEND`` asks for one, and torch finds none.
+    """
+    backend = env.backend()
+    if backend == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError("EPJIT_BACKEND=cuda, but torch finds no GPU; unset it to run on the CPU")
+    return backend != "cpu" and torch.cuda.is_available()
+
+
+def new_device() -> torch.device:
+    """The device of a new Buffer."""
+    if use_gpu():
+        return torch.device("cuda", torch.cuda.current_device())
+    return torch.device("cpu")
+
+
+class Parts(NamedTuple):
+    """The parts of a Buffer; `low_latency` is None unless it was asked for."""
+
+    streams: AnyStreams
+    normal: AnyNormal
+    low_latency: AnyLowLatency | None
+
+
+def make_parts(
+    settings: Settings,
+    group: Group,
+    topology: Topology,
+    resources: ExitStack,
+    device: torch.device,
+) -> Parts:
+    """The parts of a Buffer whose tensors live on `device`; collective.
+
+    Args:
+        settings: Of the Buffer.
+        group: The ranks.
+        topology: Their NVLink domains.
+        resources: Gets what is made; its owner closes it, also when not all can be made.
+        device: A GPU, or the CPU.
+    """
+    make = _on_cpu if device.index is None else _on_gpu
+    return make(settings, group, topology, resources, device)
+
+
+def _on_gpu(
+    settings: Settings,
+    group: Group,
+    topology: Topology,
+    resources: ExitStack,
+    device: torch.device,
+) -> Parts:
+    from epjit.modes.internode import Internode
+    from epjit.modes.intranode import Intranode
+    from epjit.modes.low_latency import LowLatency
+    from epjit.runtime.stream import CommStream
+
+    comm = CommStream(device.index)
+    resources.callback(lambda _: None, comm)  # freed with its last reference
+    timeout_seconds = settings.timeout_seconds
+    if timeout_seconds is None:
+        timeout_seconds = env.timeout_seconds()
+    mode: Intranode | Internode
+    if topology.num_domains > 1:
+        mode = Internode(
+            group,
+            topology,
+            resources,
+            num_nvl_bytes=settings.num_nvl_bytes,
+            num_rdma_bytes=settings.num_rdma_bytes,
+            device=device,
+            timeout_seconds=timeout_seconds,
+            use_fabric=settings.use_fabric,
+            num_qps_per_rank=settings.num_qps_per_rank,
+        )
+    else:
+        mode = Intranode(
+            group,
+            resources,
+            num_nvl_bytes=settings.num_nvl_bytes,
+            device=device,
+            timeout_seconds=timeout_seconds,
+            use_fabric=settings.use_fabric,
+        )
+    low_latency = None
+    if settings.low_latency_mode:
+        low_latency = LowLatency(
+            group,
+            topology,
+            resources,
+            num_rdma_bytes=settings.num_rdma_bytes,
+            device=device,
+            timeout_seconds=timeout_seconds,
+            use_fabric=settings.use_fabric,
+            enable_shrink=settings.enable_shrink,
+            num_qps_per_rank=settings.num_qps_per_rank,
+        )
+    return Parts(Streams(comm), mode, low_latency)
+
+
+def _on_cpu(settings: Settings, group: Group, topology: Topology, *_: object) -> Parts:
+    from epjit.modes.chosen import ChosenKernels
+    from epjit.modes.cpu import CpuLowLatency, CpuNormal
+
+    sizes = {
+        "num_nvl_bytes": settings.num_nvl_bytes,
+        "num_rdma_bytes": settings.num_rdma_bytes,
+    }
+    chosen = ChosenKernels(group, topology, **sizes)
+    mode = CpuNormal(group, topology, chosen, **sizes)
+    low_latency = None
+    if settings.low_latency_mode:
+        low_latency = CpuLowLatency(
+            group,
+            chosen,
+            num_rdma_bytes=settings.num_rdma_bytes,
+            enable_shrink=settings.enable_shrink,
+        )
+    return Parts(CpuStreams(), mode, low_latency)
