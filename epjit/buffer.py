@@ -336,7 +336,7 @@ class Buffer(Life):
         num_bytes = self.num_rdma_bytes if use_rdma_buffer else self.num_nvl_bytes
         with self._entered():
             whole = self._memory(use_rdma_buffer).tensor(torch.uint8)
-        return part_of(whole[:num_bytes], dtype, size, offset)
+        return part_of(whole, num_bytes, dtype, size, offset)
 
     def _memory(self, use_rdma_buffer: bool) -> Any:
         """What a user may look at; nothing but `num_nvl_bytes` or `num_rdma_bytes` of it."""

@@ -428,14 +428,17 @@ def check_warmup(hidden_bytes: int, num_topk: int, num_scales: int) -> None:
 
 
 def part_of(
-    memory: torch.Tensor, dtype: torch.dtype, size: torch.Size | None, offset: int
+    memory: torch.Tensor,
+    num_bytes: int,
+    dtype: torch.dtype,
+    size: torch.Size | None,
+    offset: int,
 ) -> torch.Tensor:
-    """The view that `get_local_buffer_tensor` is asked for.
+    """The view that `get_local_buffer_tensor` is asked for, in the first `num_bytes`.
 
     Raises:
         ValueError: It does not fit.
     """
-    num_bytes = memory.nbytes
     available = (num_bytes - offset) // dtype.itemsize
     if offset < 0 or offset % dtype.itemsize or available < 0:
         raise ValueError(
