@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 from epjit.cli import app
 from epjit.formats import BF16
 from epjit.kernels import shapes
-from epjit.modes import internode, intranode, layout, low_latency, normal
+from epjit.modes import base, internode, intranode, layout, low_latency, normal
 from epjit.runtime import nvjitlink, nvrtc
 from epjit.runtime.group import Group
 from epjit.runtime.jit import KernelConfig, compile_kernel
@@ -81,7 +81,7 @@ def asked_by_buffer(
     reach = SimpleNamespace(
         name=transport, context=0, pes=list(range(RANKS)), allocate=memory, close=None
     )
-    for module in (layout, normal, low_latency, intranode, internode):
+    for module in (base, layout, normal, low_latency, intranode, internode):
         for name, value in {
             "Kernel": kernel,
             "Launch": lambda kernel, **bound: SimpleNamespace(kernel=kernel),

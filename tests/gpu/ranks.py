@@ -129,7 +129,7 @@ def start_at(buffer: Buffer, epoch: int, *, stale: int) -> None:
         for offset in (rings.ready, rings.entered):
             first = (offset - rings.control) // 8
             controls[1][first : first + len(told)].copy_(told)
-    mode._local[:1].copy_(torch.tensor([_int64(now) >> 32], dtype=torch.int32))
+    mode._epoch.copy_(torch.tensor([_int64(now) >> 32], dtype=torch.int32))
     torch.cuda.current_stream().synchronize()
     meet(buffer)
 
