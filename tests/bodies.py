@@ -239,7 +239,7 @@ def expect_error(
     error = caught.value
     assert error.rank == buffer.rank, str(error)
     # Between domains a rank meets those of its own and its peers of the same index in the others.
-    topology, missing = buffer._topology, (absent, *also_absent)
+    topology, missing = buffer.topology, (absent, *also_absent)
     met = {*topology.domains[topology.domain], *(each[topology.local] for each in topology.domains)}
     if met.intersection(missing) or not on_gpu:
         named = set(error.missing)

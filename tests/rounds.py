@@ -92,7 +92,7 @@ class Oracle:
     @classmethod
     def of(cls, buffer: Buffer) -> Oracle:
         """That of a Buffer."""
-        return cls(buffer._topology.domains)
+        return cls(buffer.topology.domains)
 
     @property
     def several(self) -> bool:

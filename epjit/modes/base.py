@@ -88,7 +88,10 @@ class Mode(ABC, Generic[Shape]):
     def _everywhere(
         self, offset: int, memory: SymmetricMemory | RemoteMemory | None = None
     ) -> list[int]:
-        """The address of the same part of `memory` on every rank of this NVLink domain."""
+        """The address of the same part of `memory` on every rank of this NVLink domain.
+
+        What ranks of other domains have is at 0 in `peer_ptrs`.
+        """
         pointers = (self.memory if memory is None else memory).peer_ptrs
         found = [pointer + offset for pointer in pointers if pointer]
         return found + [0] * (MAX_RANKS - len(found))

@@ -162,7 +162,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         num_qps_per_rank: int,
     ) -> None:
         transport: Transport | None = None
-        if topology.num_domains > 1:
+        if topology.spans_domains:
             transport = make_transport(
                 group,
                 topology,
@@ -174,7 +174,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         super().__init__(
             group, resources, device=device, timeout_seconds=timeout_seconds, transport=transport
         )
-        self._topology, self._remote = topology, transport is not None
+        self._topology, self._remote = topology, topology.spans_domains
         self._is_lost = False  # a peer, when this rank closes
         self._most_tokens = 0  # of a rank, that the transport is known to serve
         self._shrink = enable_shrink
