@@ -24,7 +24,7 @@ class InternodeNotifyConfig(KernelConfig):
 
     source: ClassVar[str] = "internode/notify.cu"
     op: ClassVar[str] = "notify"
-    transport: ClassVar[bool] = True
+    needs_transport: ClassVar[bool] = True
 
     num_domains: int
     num_local: int
@@ -51,7 +51,7 @@ class InternodeDispatchConfig(KernelConfig):
 
     source: ClassVar[str] = "internode/dispatch.cu"
     op: ClassVar[str] = "dispatch"
-    transport: ClassVar[bool] = True
+    needs_transport: ClassVar[bool] = True
 
     num_domains: int
     num_local: int
@@ -111,7 +111,7 @@ class InternodeCombineConfig(KernelConfig):
 
     source: ClassVar[str] = "internode/combine.cu"
     op: ClassVar[str] = "combine"
-    transport: ClassVar[bool] = True
+    needs_transport: ClassVar[bool] = True
 
     num_domains: int
     num_local: int

@@ -84,7 +84,7 @@ class LowLatencyDispatchConfig(KernelConfig):
         return cls(num_ranks, *shape, 16, remote)
 
     @property
-    def transport(self) -> bool:  # type: ignore[override]
+    def needs_transport(self) -> bool:  # type: ignore[override]
         """Whether the kernel is linked with a transport."""
         return self.remote
 
@@ -156,7 +156,7 @@ class LowLatencyCombineConfig(KernelConfig):
         return cls(num_ranks, *shape, tma, warps, push, rows, remote)
 
     @property
-    def transport(self) -> bool:  # type: ignore[override]
+    def needs_transport(self) -> bool:  # type: ignore[override]
         """Whether the kernel is linked with a transport."""
         return self.remote
 
@@ -256,7 +256,7 @@ class CleanConfig(KernelConfig):
     remote: bool = False
 
     @property
-    def transport(self) -> bool:  # type: ignore[override]
+    def needs_transport(self) -> bool:  # type: ignore[override]
         """Whether the kernel is linked with a transport."""
         return self.remote
 

@@ -183,16 +183,16 @@ class Mode(ABC, Generic[Shape]):
         """
         for arch in archs:
             for config in self._configs_on(arch):
-                compile_kernel(config, arch=arch, transport=self._body)
+                compile_kernel(config, arch=arch, body=self._body)
 
     def _kernel(self, config: KernelConfig) -> Kernel:
         """Compiled and loaded, and linked with the transport when it needs one."""
-        return Kernel(config, device=self._device.index, transport=self._body)
+        return Kernel(config, device=self._device.index, body=self._body)
 
     @property
     def _body(self) -> str:
         """Which body of transport.cuh kernels get; without a transport none of them needs one."""
-        return "nvshmem" if self._transport is None else self._transport.name
+        return "nvshmem" if self._transport is None else self._transport.body
 
     # ---- faults, the end -------------------------------------------------------------------------
 

@@ -1,7 +1,7 @@
-"""What carries bytes between NVLink domains: memory of all ranks, and how kernels reach it.
+"""Transports carry bytes between NVLink domains: memory of all ranks, and how kernels reach it.
 
-A kernel whose config says ``transport = True`` calls the functions of transport.cuh. It is built by
-``Kernel(config, device=..., transport=transport.name)`` and gets `Transport.context` and the
+A kernel whose config says ``needs_transport = True`` calls the functions of transport.cuh. It is
+built by ``Kernel(config, device=..., body=transport.body)`` and gets `Transport.context` and the
 numbers of `Transport.pes` among its parameters.
 """
 
@@ -56,12 +56,12 @@ class Transport(ABC):
     """How one rank reaches the others.
 
     Attributes:
-        name: Body of transport.cuh: ``"nvshmem"`` or ``"loopback"``.
+        body: Body of transport.cuh: ``"nvshmem"`` or ``"loopback"``.
         context: What kernels pass to the functions of transport.cuh.
         pes: The transport's number of each rank.
     """
 
-    name: str
+    body: str
     context: int
     pes: list[int]
 
@@ -153,7 +153,7 @@ def queue_depth(max_tokens: int) -> int:
 class NvshmemTransport(Transport):
     """Puts of NVSHMEM. The arguments are those of `make_transport`; collective to make."""
 
-    name = "nvshmem"
+    body = "nvshmem"
     context = 0
 
     def __init__(
@@ -275,7 +275,7 @@ class LoopbackTransport(Transport):
     The arguments are those of `make_transport`; collective to make.
     """
 
-    name = "loopback"
+    body = "loopback"
 
     def __init__(
         self, group: Group, topology: Topology, *, device: int, use_fabric: bool = False

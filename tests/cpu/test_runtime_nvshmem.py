@@ -114,8 +114,8 @@ def test_kernels_that_are_linked_spill_nothing(
     """All kernels between NVLink domains, as an H200 gets them."""
     copy_of("3.8.0", 13)  # skips where there is none
     monkeypatch.setenv("EPJIT_CACHE_DIR", str(tmp_path))
-    kernels = [config for config in internode.example_configs("sm_90a") if config.transport]
-    low = [config for config in low_latency.example_configs("sm_90a") if config.transport]
+    kernels = [config for config in internode.example_configs("sm_90a") if config.needs_transport]
+    low = [config for config in low_latency.example_configs("sm_90a") if config.needs_transport]
     kernels += {type(config): config for config in low}.values()  # one of each
     assert {kernel.op for kernel in kernels} >= {"notify", "dispatch", "combine", "clean"}
     with ThreadPoolExecutor(2) as pool:
@@ -147,11 +147,11 @@ def test_body_and_kernel_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             nvshmem_device.SOURCE,
             "ring_w2.ring.sm_90a.cu",
         ]
-        loopback = compile_kernel(RingConfig(), arch="sm_90a", transport="loopback")
+        loopback = compile_kernel(RingConfig(), arch="sm_90a", body="loopback")
         assert not loopback.from_cache
         assert loopback.registers > 16
-        with pytest.raises(CompileError, match="transport is 'ucx', expected one of"):
-            compile_kernel(RingConfig(), arch="sm_90a", transport="ucx")
+        with pytest.raises(CompileError, match="body is 'ucx', expected one of"):
+            compile_kernel(RingConfig(), arch="sm_90a", body="ucx")
         monkeypatch.setenv("EPJIT_ASSERT_COMPILE", "1")
         assert compile_kernel(RingConfig(), arch="sm_90a").from_cache
         monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "1")  # another kernel

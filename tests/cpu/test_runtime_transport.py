@@ -85,7 +85,7 @@ def record_of(transport: LoopbackTransport) -> Any:
 
 def test_threads_get_loopback(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     found = make(4, TWO_BY_TWO)
-    assert [each.name for each in found] == ["loopback"] * 4
+    assert [each.body for each in found] == ["loopback"] * 4
     assert found[0].pes == [0, 1, 2, 3]
     monkeypatch.setenv("EPJIT_TRANSPORT", "nvshmem")
     member = transports.nvshmem._Member(process="this")

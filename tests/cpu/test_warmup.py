@@ -68,8 +68,8 @@ def asked_by_buffer(
     """The kernels that a Buffer makes, at once and for the calls of SHAPE, with their transport."""
     asked = []
 
-    def kernel(config: KernelConfig, *, device: int, transport: str = "nvshmem") -> Any:
-        asked.append((config, transport))
+    def kernel(config: KernelConfig, *, device: int, body: str = "nvshmem") -> Any:
+        asked.append((config, body))
         return SimpleNamespace(config=config)
 
     def memory(*args: Any, **options: Any) -> Any:
@@ -79,7 +79,7 @@ def asked_by_buffer(
         return SimpleNamespace(device_ptr=0, close=None)
 
     reach = SimpleNamespace(
-        name=transport, context=0, pes=list(range(RANKS)), allocate=memory, close=None
+        body=transport, context=0, pes=list(range(RANKS)), allocate=memory, close=None
     )
     for module in (base, layout, normal, low_latency, intranode, internode):
         for name, value in {
@@ -151,9 +151,9 @@ def test_what_is_warmed_is_what_a_buffer_asks_for(
         )
     monkeypatch.setenv("EPJIT_ASSERT_COMPILE", "1")
     for config, body in asked:
-        assert compile_kernel(config, arch=ARCH, transport=body).from_cache, config
+        assert compile_kernel(config, arch=ARCH, body=body).from_cache, config
     assert f"{len(asked)} kernels for {ARCH}: {len(asked)} compiled" in said, "and no other"
-    assert any(config.transport for config, _ in asked) is (len(domains) > 1)
+    assert any(config.needs_transport for config, _ in asked) is (len(domains) > 1)
 
 
 def test_rows_by_expert_come_too() -> None:
