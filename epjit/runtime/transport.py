@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING
 from epjit import env
 from epjit.runtime import driver, nvshmem
 from epjit.runtime.group import Group, process_id
+from epjit.runtime.heap import HeapMemory
 from epjit.runtime.symmetric import SymmetricMemory, fill_zero, own_stream, tensor_over
 from epjit.runtime.topology import Topology
 
@@ -214,14 +215,13 @@ class NvshmemTransport(Transport):
 
 
 class _NvshmemMemory(RemoteMemory):
-    def __init__(
-        self, memory: nvshmem.HeapMemory, transport: NvshmemTransport, topology: Topology
-    ) -> None:
+    def __init__(self, memory: HeapMemory, transport: NvshmemTransport, topology: Topology) -> None:
         self._memory, self._device = memory, transport._device
         self.ptr, self.nbytes = memory.ptr, memory.nbytes
         peers = topology.domains[topology.domain]
         self.peer_ptrs = [
-            memory.address_at(pe) if rank in peers else 0 for rank, pe in enumerate(transport.pes)
+            nvshmem.address_at(self.ptr, pe) if rank in peers else 0
+            for rank, pe in enumerate(transport.pes)
         ]
         missing = [rank for rank in peers if not self.peer_ptrs[rank]]
         self.problem = ""
