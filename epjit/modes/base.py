@@ -138,8 +138,8 @@ class Mode(ABC, Generic[Shape]):
         """
 
     @abstractmethod
-    def _configs_on(self, arch: str) -> Iterable[KernelConfig]:
-        """The kernels of this buffer for another architecture: those of all shapes so far.
+    def _configs_on(self, arch: str, shapes: Iterable[Shape]) -> Iterable[KernelConfig]:
+        """The kernels of a buffer that makes calls of these shapes, for another architecture.
 
         Raises:
             ValueError: As `_config`.
@@ -175,14 +175,16 @@ class Mode(ABC, Generic[Shape]):
         self._launches[shape] = launch
         return launch
 
-    def compile_ahead(self, archs: Iterable[str]) -> None:
-        """Compiles the kernels of this buffer into the cache, for other architectures.
+    def warmup(self, shapes: Iterable[Shape], archs: Iterable[str], **sizes: int) -> None:
+        """Makes the launches of shapes, and compiles their kernels into the cache for `archs`.
 
-        Raises:
-            ValueError, CompileError, ImportError: As `_configs_on` and `compile_kernel`.
+        Collective, as `launch`, whose errors it raises.
         """
+        shapes = tuple(shapes)
+        for shape in shapes:
+            self.launch(shape, **sizes)
         for arch in archs:
-            for config in self._configs_on(arch):
+            for config in self._configs_on(arch, shapes):
                 compile_kernel(config, arch=arch, body=self._body)
 
     def _kernel(self, config: KernelConfig) -> Kernel:

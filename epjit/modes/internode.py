@@ -36,7 +36,7 @@ from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import Transport, make_transport
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from epjit.reference.internode import Handle
     from epjit.runtime.topology import Topology
@@ -212,11 +212,11 @@ class Internode(Normal):
             bound["fits"] = self._fits.data_ptr()
         return Launch(self._kernel(config), **bound)
 
-    def _configs_on(self, arch: str) -> list[KernelConfig]:
+    def _configs_on(
+        self, arch: str, shapes: Iterable[DispatchShape | CombineShape]
+    ) -> list[KernelConfig]:
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
-        return warmup_configs(
-            self._launches, num_domains=num_domains, num_local=num_local, arch=arch
-        )
+        return warmup_configs(shapes, num_domains=num_domains, num_local=num_local, arch=arch)
 
     # ---- operations ------------------------------------------------------------------------------
 

@@ -161,8 +161,10 @@ class Intranode(Normal):
             num_slots=num_slots(config, self._arena.slots_bytes),
         )
 
-    def _configs_on(self, arch: str) -> list[KernelConfig]:
-        return warmup_configs(self._launches, num_ranks=self._group.size, arch=arch)
+    def _configs_on(
+        self, arch: str, shapes: Iterable[DispatchShape | CombineShape]
+    ) -> list[KernelConfig]:
+        return warmup_configs(shapes, num_ranks=self._group.size, arch=arch)
 
     # ---- operations ------------------------------------------------------------------------------
 

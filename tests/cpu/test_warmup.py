@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 from epjit.cli import app
 from epjit.formats import BF16
 from epjit.kernels import shapes
+from epjit.kernels.low_latency import warmup_shapes as low_latency_shapes
 from epjit.modes import base, internode, intranode, layout, low_latency, normal
 from epjit.runtime import nvjitlink, nvrtc
 from epjit.runtime.group import Group
@@ -115,18 +116,12 @@ def asked_by_buffer(
             mode.launch(shape)
         return asked
     options["num_qps_per_rank"] = 1
+    made = low_latency_shapes(
+        hidden=HIDDEN, num_experts=EXPERTS, num_topk=TOPK, topk_is_int64=True, row_format=BF16
+    )
     low_latency.LowLatency(
         group, topology, ExitStack(), num_rdma_bytes=1 << 30, enable_shrink=False, **options
-    ).warmup(
-        max_tokens=8,
-        hidden=HIDDEN,
-        num_experts=EXPERTS,
-        num_topk=TOPK,
-        topk_is_int64=True,
-        row_format=BF16,
-        use_logfmt=False,
-        archs=(),
-    )
+    ).warmup(made, (), num_max_dispatch_tokens_per_rank=8)
     return asked
 
 
