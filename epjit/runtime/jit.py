@@ -205,8 +205,9 @@ def params_type(source: str, struct_name: str) -> type[ctypes.Structure]:
 
     Args:
         source: File below `cuda_src`; the struct may stand in what it includes.
-        struct_name: Name of the struct. Its fields are numbers, pointers, and arrays of these whose
-            length is a number or a ``constexpr int``.
+        struct_name: Name of the struct. Its fields are numbers, pointers, structs, and arrays of
+            these whose length is a number or a ``constexpr int``. It may have bases, whose fields
+            come first and are fields of the record, too.
 
     Returns:
         The record with the same layout. Pointers are integers in it.
@@ -215,28 +216,51 @@ def params_type(source: str, struct_name: str) -> type[ctypes.Structure]:
         CompileError: The struct is missing, or has a field that cannot be read.
     """
     text = _COMMENT.sub("", "\n".join(sources.closure(source).values()))
-    found = re.search(rf"\bstruct\s+{re.escape(struct_name)}\s*\{{(.*?)\}}\s*;", text, re.DOTALL)
+    return _read_struct(text, struct_name, source)
+
+
+def _read_struct(text: str, name: str, source: str) -> type[ctypes.Structure]:
+    found = _struct(text, name)
     if found is None:
-        raise CompileError(f"{source} has no `struct {struct_name} {{...}};`")
-    fields: list[tuple[str, Any]] = []
-    for line in (" ".join(part.split()) for part in found[1].split(";")):
+        raise CompileError(f"{source} has no `struct {name} {{...}};`")
+    bases = _IDENTIFIER.findall(found["bases"] or "")
+    fields: list[tuple[str, Any]] = [(base, _read_struct(text, base, source)) for base in bases]
+    for line in (" ".join(part.split()) for part in found["fields"].split(";")):
         if not line:
             continue
         field = _FIELD.fullmatch(line)
-        c_type = None if field is None else _C_TYPES.get(field["type"])
+        c_type: Any = None if field is None else _C_TYPES.get(field["type"])
         if field is not None and field["pointer"]:
             c_type = ctypes.c_uint64
+        elif field is not None and c_type is None and _struct(text, field["type"]):
+            c_type = _read_struct(text, field["type"], source)
         if field is None or c_type is None:
-            raise CompileError(f"{source}: struct {struct_name}: cannot read the field `{line};`")
+            raise CompileError(f"{source}: struct {name}: cannot read the field `{line};`")
         if field["count"] is None:
             fields.append((field["name"], c_type))
         else:
-            length = _array_length(
-                field["count"], text, f"{source}: struct {struct_name}: `{line};`"
-            )
+            length = _array_length(field["count"], text, f"{source}: struct {name}: `{line};`")
             fields.append((field["name"], c_type * length))
     # Without __slots__, a misspelt field would become a new attribute and be lost.
-    return type(struct_name, (ctypes.Structure,), {"_fields_": fields, "__slots__": ()})
+    members = {"_anonymous_": bases, "_fields_": fields, "__slots__": ()}
+    return type(name, (ctypes.Structure,), members)
+
+
+def _struct(text: str, name: str) -> re.Match[str] | None:
+    pattern = rf"\bstruct\s+{re.escape(name)}\s*(?::(?P<bases>[^{{]*))?\{{(?P<fields>.*?)\}}\s*;"
+    return re.search(pattern, text, re.DOTALL)
+
+
+def field_types(record: type[ctypes.Structure]) -> dict[str, Any]:
+    """Fields of a record by name, those of its bases among them."""
+    fields: Sequence[Any] = record._fields_
+    types: dict[str, Any] = {}
+    for name, c_type in fields:
+        if name in getattr(record, "_anonymous_", ()):
+            types |= field_types(c_type)
+        else:
+            types[name] = c_type
+    return types
 
 
 def compile_kernel(config: KernelConfig, *, arch: str, transport: str = "nvshmem") -> Compiled:
@@ -561,7 +585,7 @@ def _fields(record: ctypes.Structure) -> dict[str, Any]:
     """
     data = memoryview(record).cast("B")
     fields: dict[str, Any] = {}
-    for name, c_type, *_ in record._fields_:
+    for name, c_type in field_types(type(record)).items():
         if issubclass(c_type, ctypes.Array):
             fields[name] = _ArrayField(getattr(record, name))
         else:

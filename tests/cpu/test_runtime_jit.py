@@ -184,6 +184,29 @@ def test_params_fields(tree: Path, field: str, c_type: type) -> None:
     assert ("a", c_type) in fields
 
 
+def test_bases_come_first_and_structs_nest(tree: Path) -> None:
+    structs = "struct Base { int64_t a; bool b; };\nstruct Pair { int32_t c; float d; };\n"
+    replace_in(
+        tree / "toy" / "scale.cu", "struct ScaleParams {", structs + "struct ScaleParams : Base {"
+    )
+    replace_in(tree / "toy" / "scale.cu", "float factor;", "Pair pairs[3];")
+    record = jit.params_type("toy/scale.cu", "ScaleParams")
+    assert list(jit.field_types(record)) == [
+        "a",
+        "b",
+        "x",
+        "peers",
+        "num",
+        "pairs",
+        "wide",
+        "stamp",
+    ]
+    assert (record.a.offset, record.b.offset, record.x.offset) == (0, 8, 16)
+    params = record(b=True)
+    params.pairs[2].d = 0.5
+    assert (params.b, params.pairs[2].d) == (True, 0.5)
+
+
 @pytest.mark.parametrize(
     "field",
     [
