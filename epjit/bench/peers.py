@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from epjit.runtime import device as gpu
-from epjit.runtime import driver, jit
+from epjit.runtime import driver
 from epjit.runtime.group import Group, ThreadGroup
+from epjit.runtime.kernel import Kernel, KernelConfig
+from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
 
 _COPY_BYTES = 256 << 20
@@ -40,7 +42,7 @@ class PeerLink(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ChaseConfig(jit.KernelConfig):
+class ChaseConfig(KernelConfig):
     """Compile-time values of `bench/chase.cu`."""
 
     source: ClassVar[str] = "bench/chase.cu"
@@ -161,7 +163,7 @@ def _latency(reader: int, own: int, remote: int) -> float:
     with driver.using(reader):
         driver.call("cuMemcpyHtoD", own, words.ctypes.data, words.nbytes)
         driver.call("cuMemcpyDtoD", remote, own, words.nbytes)
-    launch = jit.Launch(jit.Kernel(config, device=reader), chain=remote, out=own)
+    launch = Launch(Kernel(config, device=reader), chain=remote, out=own)
     with driver.using(reader):
         flags = driver.load().CUstream_flags.CU_STREAM_NON_BLOCKING
         stream = driver.call("cuStreamCreate", flags)

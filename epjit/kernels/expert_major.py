@@ -10,7 +10,7 @@ from epjit.config import MAX_LOCAL_EXPERTS, MAX_ROW_BYTES, MAX_TOPK
 from epjit.kernels import variants
 from epjit.kernels.shapes import copier_shape
 from epjit.runtime.device import shared_limit
-from epjit.runtime.jit import KernelConfig
+from epjit.runtime.kernel import KernelConfig
 
 for _variant in (
     variants.Variant("permute", "tma", 90, "rows are copied by TMA bulk copies"),

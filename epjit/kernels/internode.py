@@ -11,7 +11,7 @@ from epjit.kernels import variants
 from epjit.kernels.layout import LayoutConfig
 from epjit.kernels.shapes import ALIGNMENT, CombineShape, DispatchShape, align, copier_shape
 from epjit.runtime.device import shared_limit
-from epjit.runtime.jit import KernelConfig
+from epjit.runtime.kernel import KernelConfig
 
 _FORWARD_WARPS = 2  # kForwardWarps of dispatch.cu
 _TOKENS_PER_CHUNK = 4

@@ -16,7 +16,7 @@ from epjit.formats import BF16, FORMATS, FP8, NVFP4, RowFormat
 from epjit.kernels import variants
 from epjit.kernels.shapes import align
 from epjit.runtime.device import shared_limit
-from epjit.runtime.jit import KernelConfig
+from epjit.runtime.kernel import KernelConfig
 
 _LOG_BLOCK = 128  # channels
 _CAST_ELEMENTS = 16

@@ -33,7 +33,8 @@ from epjit.modes.normal import SIGNALS_BYTES, NormalMode, Received, combine_shap
 from epjit.reference.intranode import Dispatched
 from epjit.runtime.group import BUFFER, Group
 from epjit.runtime.interrupt import interruptible
-from epjit.runtime.jit import KernelConfig, Launch
+from epjit.runtime.kernel import KernelConfig
+from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import make_transport
 

@@ -39,7 +39,8 @@ from epjit.modes.normal import (
 )
 from epjit.reference.intranode import Dispatched, Handle
 from epjit.runtime.empty import Form, matrix, vector
-from epjit.runtime.jit import KernelConfig, Launch
+from epjit.runtime.kernel import KernelConfig
+from epjit.runtime.launch import Launch
 from epjit.runtime.pool import BlockPool, NoRoomError
 from epjit.runtime.stream import record_event
 from epjit.runtime.symmetric import SymmetricMemory, tensor_over

@@ -47,7 +47,8 @@ from epjit.runtime.device import arch_of, num_sms
 from epjit.runtime.empty import Form, empty_on, matrix
 from epjit.runtime.fault import FaultRecord, raise_abort
 from epjit.runtime.interrupt import interruptible, synchronize
-from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
+from epjit.runtime.kernel import Kernel, KernelConfig, compile_kernel
+from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import RemoteMemory, Transport, make_transport
 

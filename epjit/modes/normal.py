@@ -23,7 +23,8 @@ from epjit.runtime.empty import Form, empty_on, matrix
 from epjit.runtime.fault import FaultRecord, raise_abort
 from epjit.runtime.host import PinnedArray, nap
 from epjit.runtime.interrupt import synchronize
-from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
+from epjit.runtime.kernel import Kernel, KernelConfig, compile_kernel
+from epjit.runtime.launch import Launch
 
 if TYPE_CHECKING:
     from epjit.runtime.group import Group

@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
 
 from epjit import env
-from epjit.runtime import driver, jit, nvshmem
+from epjit.runtime import driver, nvshmem, params
 from epjit.runtime.group import Group, process_id
 from epjit.runtime.symmetric import SymmetricMemory, fill_zero, own_stream, tensor_over
 from epjit.runtime.topology import Topology
@@ -257,7 +257,7 @@ class LoopbackTransport(Transport):
     def __init__(
         self, group: Group, topology: Topology, *, device: int, use_fabric: bool = False
     ) -> None:
-        self._record: Any = jit.params_type("transport/loopback.cuh", "Record")()
+        self._record: Any = params.params_type("transport/loopback.cuh", "Record")()
         max_ranks = len(self._record.regions[0].bases)
         if group.size > max_ranks:
             raise ValueError(
