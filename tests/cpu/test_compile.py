@@ -62,7 +62,7 @@ def compile_all(
     """Compiles in as many processes as there are cores; results in the order of the kernels."""
     units = [
         {
-            # The other body needs NVSHMEM, and a linker: test_runtime_nvshmem.py.
+            # The other body needs NVSHMEM, and a linker: runtime/test_nvshmem.py.
             "text": jit.render(kernel, "loopback"),
             "sources": jit.unit_sources(kernel, "loopback"),
             "arch": arch,
@@ -103,7 +103,7 @@ def over_budget(kernel: jit.KernelConfig, arch: str, result: dict[str, str]) -> 
     registers, spill_bytes = nvrtc.usage(result["log"])
     if registers == 0:
         return f"ptxas reported no registers: {result['log']!r}"
-    # The loopback body is for tests; what is linked with NVSHMEM: test_runtime_nvshmem.py.
+    # The loopback body is for tests; what is linked with NVSHMEM: runtime/test_nvshmem.py.
     if spill_bytes and not kernel.transport:
         return f"{spill_bytes} bytes spilled"
     allocated = -(-registers // 8) * 8 * kernel.threads  # given to a thread in eights

@@ -118,7 +118,7 @@ class Ring:
         torch.cuda.current_stream().synchronize()
         group.barrier()  # whoever compiles or allocates is through with it
         self._launch(stream, 1, epoch=self._epoch)
-        group.barrier()  # as `tests.rounds.line_up` says
+        group.barrier()  # as `tests.rounds.normal.line_up` says
         torch.cuda.current_stream().synchronize()
         assert not self._failed.item(), f"rank {group.rank} waited in vain, round {self._epoch}"
         expected = self._rows((group.rank - 1) % group.size)

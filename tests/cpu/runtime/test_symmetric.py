@@ -18,7 +18,7 @@ import pytest
 from epjit.runtime import group as groups
 from epjit.runtime import symmetric
 from epjit.runtime.symmetric import SymmetricMemory
-from tests.cpu.test_runtime_group import run_threads
+from tests.cpu.runtime.test_group import run_threads
 
 
 class Driver:

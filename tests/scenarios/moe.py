@@ -19,7 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 from epjit import Buffer, env, moe
-from tests import launch
+from tests.harness import launch
 
 HIDDEN, EXPERTS_A_RANK, TOPK = 32, 3, 2
 # bfloat16 has 8 significant bits; a result is rounded about six times on its way, a gradient twice

@@ -25,12 +25,12 @@ from epjit.kernels import internode, low_latency
 from epjit.runtime import group as groups
 from epjit.runtime import nvrtc, nvshmem, nvshmem_device
 from epjit.runtime.jit import compile_kernel
-from tests import launch
-from tests.cpu.test_runtime_group import run_threads
-from tests.cpu.test_runtime_jit import CU12
+from tests.cpu.runtime.test_group import run_threads
+from tests.cpu.runtime.test_jit import CU12
+from tests.harness import launch
 from tests.transport.ring import RingConfig, ring_sources
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 COPIES = CU12.parents[1] / "nvshmem"
 """Versions that the Makefile puts beside CUDA 12's NVRTC: <version>-cu<major>/nvidia/nvshmem."""
 ARCHS = {
@@ -85,7 +85,7 @@ def test_a_kernel_is_linked(cuda: int, version: str, ibgda: int, tmp_path: Path)
     if ibgda:
         archs = ["sm_90a", "sm_103a"] if cuda == 13 else ["sm_90a"]
     out = run_python(
-        ROOT / "tests" / "cpu" / "link_ring.py",
+        Path(__file__).with_name("link_ring.py"),
         *archs,
         python=CU12 if cuda == 12 else None,
         NVSHMEM_DIR=copy_of(version, cuda),

@@ -10,7 +10,6 @@ virtual ranks a torch kernel that is loaded while another rank's kernel spins wo
 from __future__ import annotations
 
 import functools
-import os
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +21,9 @@ import pytest
 import torch
 
 from epjit import Buffer, CommunicationError, Config
-from epjit.reference import internode
+from epjit.reference import Normal
 from epjit.reference import intranode as reference
-from tests.data import (
+from tests.harness.data import (
     ROUTING_KINDS,
     SCALE_LAYOUTS,
     RoutingKind,
@@ -34,8 +33,10 @@ from tests.data import (
     payload,
     random_payload,
     routing,
+    to_device,
     topk_weights,
 )
+from tests.harness.ranks import line_up, settle
 
 
 @dataclass(frozen=True)
@@ -79,92 +80,6 @@ class Round:
     how: str = "sync"
 
 
-@dataclass(frozen=True)
-class Oracle:
-    """The reference in one NVLink domain or between several: the same calls for both.
-
-    Attributes:
-        domains: Ranks of each domain.
-    """
-
-    domains: tuple[tuple[int, ...], ...]
-
-    @classmethod
-    def of(cls, buffer: Buffer) -> Oracle:
-        """That of a Buffer."""
-        return cls(buffer._topology.domains)
-
-    @property
-    def several(self) -> bool:
-        return len(self.domains) > 1
-
-    def layout(
-        self, topk_idx: torch.Tensor, num_experts: int
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor]:
-        """What get_dispatch_layout returns, but for the event."""
-        if self.several:
-            return internode.layout(topk_idx, num_experts, self.domains)
-        num_ranks = sum(map(len, self.domains))
-        per_rank, per_expert, in_rank = reference.layout(topk_idx, num_experts, num_ranks)
-        return per_rank, None, per_expert, in_rank
-
-    def dispatch(
-        self, world: Sequence[reference.RankInput], rank: int, **options: Any
-    ) -> reference.Dispatched:
-        """What a rank receives."""
-        if self.several:
-            return internode.dispatch(world, rank, self.domains, **options)
-        return reference.dispatch(world, rank, **options)
-
-    def cached_dispatch(
-        self, xs: Sequence[torch.Tensor], handles: Sequence[reference.Handle], rank: int
-    ) -> torch.Tensor:
-        """Rows of another payload."""
-        mode = internode if self.several else reference
-        return mode.cached_dispatch(xs, None, handles, rank)[0]
-
-    def combine(
-        self,
-        xs: Sequence[torch.Tensor],
-        handles: Sequence[reference.Handle],
-        rank: int,
-        topk_weights: Sequence[torch.Tensor] | None = None,
-        bias: reference.Bias = None,
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """What comes back."""
-        if self.several:
-            return internode.combine(xs, handles, rank, self.domains, topk_weights, bias)
-        return reference.combine(xs, handles, rank, topk_weights, bias)
-
-    def num_recv(self, handle: reference.Handle, rank: int) -> int:
-        """Rows that arrive; a handle of a worst case has more."""
-        return int(handle[6][-1] if self.several else handle[0][-1, rank])
-
-    def num_rows(self, handle: reference.Handle) -> int:
-        """Rows of every output."""
-        return handle[7 if self.several else 3].shape[0]
-
-    def defined(
-        self, got: reference.Handle, want: reference.Handle, rank: int
-    ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
-        """The parts of a handle that have a meaning: name, got, wanted."""
-        names = _SLOTS_BETWEEN if self.several else _SLOTS
-        got = tuple(each.cpu() for each in got)  # a strided part would be gathered by a kernel
-        arrived = slice(0, self.num_recv(want, rank))
-        for slot, name in enumerate(names):
-            parts: list[Any] = [slice(None)]
-            if name in ("recv_src_idx", "recv_src_meta"):
-                parts = [arrived]
-            elif name == "send_tokens":
-                lengths = want[slot][:, -1].tolist()
-                parts = [(n, slice(0, length)) for n, length in enumerate(lengths)]
-                parts.append((slice(None), -1))
-            elif name == "send_nvl_head":
-                parts = [slice(0, int(want[4][-1]))]
-            for part in parts:
-                yield name, got[slot][part], want[slot][part]
-
-
 _SLOTS = (
     "rank_prefix_matrix",
     "source_tokens",
@@ -185,6 +100,35 @@ _SLOTS_BETWEEN = (
     "send_rdma_head",
     "send_nvl_head",
 )
+
+
+def num_recv(handle: reference.Handle, rank: int) -> int:
+    """Rows that arrive; a handle of a worst case has more."""
+    return int(handle[6][-1] if _is_between(handle) else handle[0][-1, rank])
+
+
+def _is_between(handle: reference.Handle) -> bool:
+    return len(handle) == len(_SLOTS_BETWEEN)
+
+
+def _defined(
+    got: reference.Handle, want: reference.Handle, rank: int
+) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
+    """The parts of a handle that have a meaning: name, got, wanted."""
+    got = tuple(each.cpu() for each in got)  # a strided part would be gathered by a kernel
+    arrived = slice(0, num_recv(want, rank))
+    for slot, name in enumerate(_SLOTS_BETWEEN if _is_between(want) else _SLOTS):
+        parts: list[Any] = [slice(None)]
+        if name in ("recv_src_idx", "recv_src_meta"):
+            parts = [arrived]
+        elif name == "send_tokens":
+            lengths = want[slot][:, -1].tolist()
+            parts = [(n, slice(0, length)) for n, length in enumerate(lengths)]
+            parts.append((slice(None), -1))
+        elif name == "send_nvl_head":
+            parts = [slice(0, int(want[4][-1]))]
+        for part in parts:
+            yield name, got[slot][part], want[slot][part]
 
 
 # (hidden, num_topk, fp8, index_dtype, combine_dtype): what kernels are compiled for. A few, since
@@ -239,37 +183,6 @@ def random_round(num_ranks: int, seed: int, *, num_sms: int, max_tokens: int) ->
         num_sms=num_sms,
         how=rng.choice(("sync", "async", "comm")),
     )
-
-
-SMALL = os.environ.get("EPJIT_TEST_SMALL") == "1"  # under compute-sanitizer
-
-
-def line_up(buffer: Buffer) -> None:
-    """Under compute-sanitizer: all ranks are here, and none waits for the GPU any more.
-
-    Whoever has waited for a stream waits, in memcheck, for all kernels that run, too, and meanwhile
-    none can be launched: virtual ranks must not wait between their first and their last launch.
-    """
-    if SMALL:
-        buffer._links.barrier()
-
-
-def settle(buffer: Buffer) -> None:
-    """What this rank has queued is done.
-
-    Raises:
-        CommunicationError: A kernel gave up.
-    """
-    line_up(buffer)
-    if buffer.device.type == "cuda":
-        torch.cuda.current_stream().synchronize()
-    buffer.check_fault()
-
-
-def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A copy with the same strides, by one plain copy of the storage."""
-    storage = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(tensor.untyped_storage())
-    return storage.to(device).as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
 
 
 def make_world(case: Round) -> list[reference.RankInput]:
@@ -327,7 +240,7 @@ _making = threading.Lock()
 
 
 @functools.lru_cache(maxsize=4)
-def _make(case: Round, oracle: Oracle) -> Made:
+def _make(case: Round, oracle: Normal) -> Made:
     world = make_world(case)
     num_worst = sum(case.num_tokens) + 3 if case.worst else 0
     num_ranks = len(case.num_tokens)
@@ -343,7 +256,7 @@ def _make(case: Round, oracle: Oracle) -> Made:
     ]
     handles = [each.handle for each in dispatched]
     seed = case.seed * 64
-    num_rows = [oracle.num_rows(handle) for handle in handles]
+    num_rows = [len(each.recv_x) for each in dispatched]
     return Made(
         world,
         [_topk_idx(case, rank) for rank in range(num_ranks)],
@@ -373,7 +286,7 @@ def check_round(buffer: Buffer, case: Round) -> None:
     Raises:
         AssertionError: Names rank, tensor, row and column of the first difference.
     """
-    rank, device, oracle = buffer.rank, buffer.device, Oracle.of(buffer)
+    rank, device, oracle = buffer.rank, buffer.device, Normal(buffer._topology.domains)
     with _making:
         made = _make(case, oracle)
     own = made.world[rank]
@@ -442,11 +355,11 @@ def check_round(buffer: Buffer, case: Round) -> None:
         assert (got is None) == (want is None), name
         if want is not None:
             assert_rows_equal(got, want, f"{prefix}: layout {name}")
-    _compare_dispatch(prefix, made.dispatched[rank], oracle, rank, dispatched)
-    num_rows = oracle.num_recv(made.handles[rank], rank)
+    _compare_dispatch(prefix, made.dispatched[rank], rank, dispatched)
+    num_rows = num_recv(made.handles[rank], rank)
     assert cached[1:] == (None, None, None, None)
-    want_cached = oracle.cached_dispatch(made.others, made.handles, rank)
-    assert_rows_equal(cached[0][:num_rows], want_cached[:num_rows], f"{prefix}: cached recv_x")
+    want_cached = oracle.cached_dispatch(made.others, None, made.handles, rank)
+    assert_rows_equal(cached[0][:num_rows], want_cached[0][:num_rows], f"{prefix}: cached recv_x")
     want_combined, want_weights = oracle.combine(
         made.outputs, made.handles, rank, made.weights, _as_bias(biases)
     )
@@ -477,7 +390,7 @@ def check_no_room(
     Raises:
         AssertionError: Names rank, tensor, row and column of the first difference.
     """
-    rank, device, oracle = buffer.rank, buffer.device, Oracle.of(buffer)
+    rank, device, oracle = buffer.rank, buffer.device, Normal(buffer._topology.domains)
     world, config = make_world(case), Config(case.num_sms)
     came = sum(each.is_token_in_rank.sum(dim=0) for each in world).tolist()
     rooms = [
@@ -489,7 +402,7 @@ def check_no_room(
         for r in range(buffer.group_size)
     ]
     handles = [each.handle for each in want]
-    own, n, num_rows = world[rank], oracle.num_recv(handles[rank], rank), len(want[rank].recv_x)
+    own, n, num_rows = world[rank], num_recv(handles[rank], rank), len(want[rank].recv_x)
     x, idx, weights = (to_device(each, device) for each in (own.x, own.topk_idx, own.topk_weights))
     # What torch gives for recv_x is one of the holes; a canary lies behind it.
     rows = torch.full((num_rows, case.hidden), 7, dtype=torch.bfloat16)
@@ -536,7 +449,7 @@ def check_no_room(
         prefix = f"rank {rank}, seed {case.seed}"
         cached, combined, combined_weights = followed
         settle(buffer)
-        _compare_dispatch(prefix, want[rank], oracle, rank, received)
+        _compare_dispatch(prefix, want[rank], rank, received)
         assert_rows_equal(cached[:n], want[rank].recv_x[:n], f"{prefix}: cached recv_x")
         want_x, want_weights = oracle.combine(
             [each.recv_x for each in want],
@@ -626,13 +539,9 @@ def _as_bias(biases: tuple[torch.Tensor, ...]) -> Any:
     return None if not biases else biases[0] if len(biases) == 1 else biases
 
 
-def _compare_dispatch(
-    prefix: str, want: reference.Dispatched, oracle: Oracle, rank: int, dispatched: Any
-) -> None:
+def _compare_dispatch(prefix: str, want: reference.Dispatched, rank: int, dispatched: Any) -> None:
     got_x, got_idx, got_weights, got_list, handle = dispatched
-    num_rows = oracle.num_recv(
-        want.handle, rank
-    )  # what lies behind is undefined, but for the indices
+    num_rows = num_recv(want.handle, rank)  # behind them only the indices are defined
     got_rows, got_scales = got_x if isinstance(got_x, tuple) else (got_x, None)
     assert got_rows.shape == want.recv_x.shape
     assert_rows_equal(got_rows[:num_rows], want.recv_x[:num_rows], f"{prefix}: recv_x")
@@ -651,5 +560,5 @@ def _compare_dispatch(
     assert got_list == want.num_recv_tokens_per_expert_list, f"{prefix}: {got_list}"
     assert isinstance(handle, tuple)
     assert [each.shape for each in handle] == [each.shape for each in want.handle]
-    for name, got, expected in oracle.defined(handle, want.handle, rank):
+    for name, got, expected in _defined(handle, want.handle, rank):
         assert_rows_equal(got, expected, f"{prefix}: handle {name}")

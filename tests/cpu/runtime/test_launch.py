@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.cpu.toy_kernel import write_tree
+from tests.cpu.runtime.toy_kernel import write_tree
 
 HERE = Path(__file__).parent
 
@@ -22,7 +22,7 @@ def test_launch_on_a_recording_driver(tmp_path: Path) -> None:
     library = tmp_path / "libcuda.so.1"
     command = [compiler, "-shared", "-fPIC", "-w", "-o", library, HERE / "fake_cuda.c"]
     subprocess.run(command, check=True)
-    env = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(HERE.parents[1])}
+    env = {**os.environ, "LD_LIBRARY_PATH": str(tmp_path), "PYTHONPATH": str(HERE.parents[2])}
     done = subprocess.run(
         [sys.executable, HERE / "fake_launch.py", write_tree(tmp_path / "sources")],
         env=env,

@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from epjit import Buffer
-from tests.data import ROUTING_KINDS
-from tests.rounds import Round, check_round, settle
-from tests.rounds_low_latency import LowLatencyRound, check_low_latency_round
+from tests.harness.data import ROUTING_KINDS
+from tests.harness.ranks import settle
+from tests.rounds.low_latency import LowLatencyRound, check_low_latency_round
+from tests.rounds.normal import Round, check_round
 
 TOKENS, HIDDEN, TOPK = 6, 256, 4
 

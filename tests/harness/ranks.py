@@ -2,30 +2,47 @@
 
 from __future__ import annotations
 
-import contextlib
-import dataclasses
 import functools
 import gc
 import os
 import threading
-import time
 from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
-import pytest
 import torch
 
-from epjit import Buffer, CommunicationError
+from epjit import Buffer
 from epjit.runtime import driver, stream
-from tests.launch import run_threads
-from tests.rounds import SMALL, Prepared, check_round, line_up, settle
+from tests.harness.launch import run_threads
 
-_NUM_QUEUES = int(os.environ["CUDA_DEVICE_MAX_CONNECTIONS"])  # set by conftest.py
 _STREAMS_A_RANK = 8
 _rank = threading.local()
 
+SMALL = os.environ.get("EPJIT_TEST_SMALL") == "1"  # under compute-sanitizer
 SMS = 4 if SMALL else 12
+
+
+def line_up(buffer: Buffer) -> None:
+    """Under compute-sanitizer: all ranks are here, and none waits for the GPU any more.
+
+    Whoever has waited for a stream waits, in memcheck, for all kernels that run, too, and meanwhile
+    none can be launched: virtual ranks must not wait between their first and their last launch.
+    """
+    if SMALL:
+        buffer._links.barrier()
+
+
+def settle(buffer: Buffer) -> None:
+    """What this rank has queued is done.
+
+    Raises:
+        CommunicationError: A kernel gave up.
+    """
+    line_up(buffer)
+    if buffer.device.type == "cuda":
+        torch.cuda.current_stream().synchronize()
+    buffer.check_fault()
 
 
 def run_ranks(
@@ -139,35 +156,9 @@ def _int64(value: int) -> int:
     return (value + (1 << 63)) % (1 << 64) - (1 << 63)
 
 
-def check_withheld_peer(buffer: Buffer, op: str, withheld: int) -> None:
-    """Rank `withheld` does not come to `op`: the others name it, and all work after reset()."""
-    prepared = Prepared(buffer)
-    meet(buffer)
-    comes, start = buffer.rank != withheld, time.monotonic()
-    with pytest.raises(CommunicationError) if comes else contextlib.nullcontext() as caught:
-        if comes:
-            prepared.queue(op)
-        if op != "notify":  # that one waits on the host
-            settle(buffer)
-    elapsed = time.monotonic() - start
-    line_up(buffer)
-    if comes:
-        error = caught.value
-        assert (error.op, error.rank) == (op, buffer.rank), str(error)
-        # Also where a rank waits for one that waits.
-        assert error.peer == withheld, str(error)
-        assert f"rank {withheld}" in str(error)
-        assert elapsed < 10, elapsed
-        with pytest.raises(CommunicationError):
-            prepared.queue("dispatch")  # broken until reset
-    buffer.reset()
-    for seed in range(2, 5):
-        check_round(buffer, dataclasses.replace(prepared.case, seed=seed))
-
-
 @functools.cache
-def _streams() -> list[torch.cuda.Stream]:
-    """One of normal priority for each rank, then more of high priority.
+def _streams() -> list[list[torch.cuda.Stream]]:
+    """A row with one of normal priority for each rank, then rows of high priority.
 
     The driver deals streams out to its queues in the order in which they are made, and of two ranks
     that share a queue one can end up behind what the other has queued after a kernel that spins
@@ -175,14 +166,17 @@ def _streams() -> list[torch.cuda.Stream]:
     here, those of a rank share one queue, and ranks share none.
     """
     device = torch.cuda.current_device()
+    num_queues = int(os.environ["CUDA_DEVICE_MAX_CONNECTIONS"])  # set by tests/gpu/conftest.py
     flag = driver.load().CUstream_flags.CU_STREAM_NON_BLOCKING
     with driver.using(device):
         return [
-            torch.cuda.ExternalStream(
-                int(driver.call("cuStreamCreateWithPriority", flag, -1 if i else 0)), device=device
-            )
-            for i in range(_STREAMS_A_RANK)
-            for _ in range(_NUM_QUEUES)
+            [
+                torch.cuda.ExternalStream(
+                    int(driver.call("cuStreamCreateWithPriority", flag, priority)), device=device
+                )
+                for _ in range(num_queues)
+            ]
+            for priority in (0, *[-1] * (_STREAMS_A_RANK - 1))
         ]
 
 
@@ -197,4 +191,4 @@ def _next_stream(device: int) -> torch.cuda.Stream:
     taken = _rank.num_streams
     _rank.num_streams += 1
     row = 1 + (taken - 1) % (_STREAMS_A_RANK - 1) if taken else 0
-    return _streams()[row * _NUM_QUEUES + _rank.number]
+    return _streams()[row][_rank.number]

@@ -16,7 +16,7 @@ from epjit.runtime import jit, symmetric
 from epjit.runtime import transport as transports
 from epjit.runtime.topology import Topology
 from epjit.runtime.transport import LoopbackTransport, NvshmemTransport, make_transport
-from tests.cpu.test_runtime_group import run_threads
+from tests.cpu.runtime.test_group import run_threads
 from tests.emulation.build import Launch, emulate, guarded
 from tests.transport.ring import RingConfig, ring_sources, write_tree
 

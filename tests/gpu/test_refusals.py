@@ -8,10 +8,11 @@ import pytest
 
 from epjit import Buffer
 from epjit.runtime.jit import Launch
-from tests.bad_input import (
+from tests.harness.ranks import run_ranks
+from tests.refusals import CASES
+from tests.refusals.table import (
     BETWEEN,
     BUFFER,
-    CASES,
     LL_HIDDEN,
     MAX_TOKENS,
     NUM_EXPERTS,
@@ -20,7 +21,6 @@ from tests.bad_input import (
     ReachedError,
     verify,
 )
-from tests.gpu.ranks import run_ranks
 
 
 def test_bad_input_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -32,8 +32,8 @@ def test_bad_input_launches_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     def body(buffer: Buffer, destroyed: Buffer, normal: Buffer, between: Buffer) -> None:
         destroyed.destroy()
         bench = Bench(buffer, destroyed, normal, between)
-        for case in CASES:
-            verify(case, bench)
+        for name, case in CASES.items():
+            verify(name, case, bench)
         # Compiled first: a launch that is the first of its kind meets the peers.
         row_bytes = bench.x.shape[1] * bench.x.element_size()
         buffer.warmup(row_bytes, num_topk=bench.idx.shape[1])

@@ -23,7 +23,7 @@ from epjit.errors import CommunicationError
 from epjit.runtime import line, nvshmem
 from epjit.runtime.group import Group, ThreadGroup, as_process_group
 from epjit.runtime.interrupt import interruptible, synchronize
-from tests import launch
+from tests.harness import launch
 
 _SOON = 15.0  # seconds; the waits themselves would last 60
 _FAR = "60"

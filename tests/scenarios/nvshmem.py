@@ -13,7 +13,7 @@ from epjit.runtime.group import Group, process_id
 from epjit.runtime.symmetric import tensor_over
 from epjit.runtime.topology import find_topology
 from epjit.runtime.transport import make_transport
-from tests import launch
+from tests.harness import launch
 from tests.transport.ring import Ring, ring_sources
 
 SKIPPED = "skipped"

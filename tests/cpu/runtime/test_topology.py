@@ -10,7 +10,7 @@ import pytest
 
 from epjit.runtime import topology
 from epjit.runtime.topology import Topology, find_topology
-from tests.cpu.test_runtime_group import run_threads
+from tests.cpu.runtime.test_group import run_threads
 
 
 class World:

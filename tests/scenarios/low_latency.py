@@ -1,7 +1,7 @@
 """What the ranks of a low-latency test do, on one buffer: processes, threads, virtual ranks.
 
-The bodies of processes are called as ``body(group, environ, ...)`` by `tests.launch.run`; the
-functions that take a `Buffer` are shared with tests/gpu.
+Those of processes are called as ``scenario(group, environ, ...)`` by `launch.run`; those that take
+a `Buffer` are shared with tests/gpu.
 """
 
 from __future__ import annotations
@@ -21,10 +21,9 @@ import torch.distributed as dist
 
 from epjit import Buffer, CommunicationError, moe
 from epjit.reference import low_latency as reference
-from tests import bodies
-from tests.data import ROUTING_KINDS, assert_rows_equal
-from tests.rounds import check_round, line_up, random_round, settle, to_device
-from tests.rounds_low_latency import (
+from tests.harness.data import ROUTING_KINDS, assert_rows_equal, to_device
+from tests.harness.ranks import line_up, settle
+from tests.rounds.low_latency import (
     BY_NAME,
     FLAGS,
     ROOM,
@@ -38,6 +37,8 @@ from tests.rounds_low_latency import (
     random_low_latency_round,
     sums_before_links,
 )
+from tests.rounds.normal import check_round, random_round
+from tests.scenarios import normal
 
 OPS = ("low_latency_dispatch", "low_latency_combine")
 # Without those that choose an expert twice: with them M would differ from the number of tokens.
@@ -46,7 +47,7 @@ _PLAIN_KINDS = [kind for kind in ROUTING_KINDS if kind != "duplicate_experts"]
 
 def make_buffer(group: dist.ProcessGroup, num_nvl_bytes: int = 0, **options: Any) -> Buffer:
     """A buffer with room for the random rounds, which will be destroyed."""
-    return bodies.make_buffer(
+    return normal.make_buffer(
         group, num_nvl_bytes, num_rdma_bytes=ROOM, low_latency_mode=True, **options
     )
 
@@ -87,10 +88,10 @@ def random_rounds(
     num_sms: int = 0,
 ) -> int:
     """`rounds`, one process a rank."""
-    bodies.set_up(group, environ)
-    buffer = make_buffer(group, 16 * bodies.MB if num_sms else 0)
+    normal.set_up(group, environ)
+    buffer = make_buffer(group, 16 * normal.MB if num_sms else 0)
     done = rounds(buffer, num_rounds, max_tokens, num_sms=num_sms)
-    bodies.synchronize(buffer)
+    normal.synchronize(buffer)
     buffer.destroy()
     return done
 
@@ -102,12 +103,12 @@ def model_shapes(
     tokens: int,
 ) -> None:
     """Rows of real models, (hidden, experts), in every format; the hint is all that they get."""
-    bodies.set_up(group, environ)
+    normal.set_up(group, environ)
     ranks = group.size()
     for seed, (hidden, num_experts) in enumerate(sizes):
         num_experts = -(-num_experts // ranks) * ranks
         hint = Buffer.get_low_latency_rdma_size_hint(tokens, hidden, ranks, num_experts)
-        buffer = bodies.make_buffer(group, 0, num_rdma_bytes=hint, low_latency_mode=True)
+        buffer = normal.make_buffer(group, 0, num_rdma_bytes=hint, low_latency_mode=True)
         for name, row_format in BY_NAME.items():
             if hidden % row_format.granularity:
                 continue
@@ -122,7 +123,7 @@ def model_shapes(
                 zero_copy=name == "bf16",
             )
             check_low_latency_round(buffer, case)
-        bodies.synchronize(buffer)
+        normal.synchronize(buffer)
         buffer.destroy()
 
 
@@ -140,7 +141,7 @@ def overwrite(buffer: Buffer, meet: Callable[[], object]) -> None:
         check_low_latency_round(buffer, case)
         meet()
         buffer.get_local_buffer_tensor(torch.uint8, use_rdma_buffer=True).copy_(scratch)
-        bodies.synchronize(buffer)
+        normal.synchronize(buffer)
         meet()
         if clean:
             buffer.clean_low_latency_buffer(24, 512, 8 * num_ranks)
@@ -149,10 +150,10 @@ def overwrite(buffer: Buffer, meet: Callable[[], object]) -> None:
 
 def overwritten(group: dist.ProcessGroup, environ: Mapping[str, str]) -> None:
     """`overwrite`, one process a rank."""
-    bodies.set_up(group, environ)
+    normal.set_up(group, environ)
     buffer = make_buffer(group)
     overwrite(buffer, lambda: dist.barrier(group))
-    bodies.synchronize(buffer)
+    normal.synchronize(buffer)
     buffer.destroy()
 
 
@@ -280,11 +281,11 @@ def graph(
     Returns:
         Replays that were compared.
     """
-    on_gpu = bodies.set_up(group, environ)
+    on_gpu = normal.set_up(group, environ)
     buffer = make_buffer(group)
     with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else contextlib.nullcontext():
         replays(buffer, num_replays, tokens, use_hooks=use_hooks)
-    bodies.synchronize(buffer)
+    normal.synchronize(buffer)
     buffer.destroy()
     return num_replays
 
@@ -327,14 +328,14 @@ def in_another_order(buffers: Sequence[Buffer], streams: Sequence[Any]) -> None:
 
 def crossed(group: dist.ProcessGroup, environ: Mapping[str, str], num_buffers: int) -> None:
     """`in_another_order`, one process a rank."""
-    bodies.set_up(group, environ)
+    normal.set_up(group, environ)
     options = {"num_rdma_bytes": ROOM, "low_latency_mode": True}
     buffers = [
-        bodies.make_buffer(group, 0, timeout_seconds=10, **options) for _ in range(num_buffers)
+        normal.make_buffer(group, 0, timeout_seconds=10, **options) for _ in range(num_buffers)
     ]
     in_another_order(buffers, [torch.cuda.Stream() for _ in buffers])
     for buffer in buffers:
-        bodies.synchronize(buffer)
+        normal.synchronize(buffer)
         buffer.destroy()
 
 
@@ -345,7 +346,7 @@ _VARIANT = "EPJIT_LOW_LATENCY_COMBINE_VARIANT"
 
 def set_up_differently(group: dist.ProcessGroup, environ: Mapping[str, str]) -> None:
     """The ranks have other variants when they make a Buffer, or only when they use it."""
-    on_gpu = bodies.set_up(group, environ)
+    on_gpu = normal.set_up(group, environ)
     mine = os.environ[_VARIANT] = ("ldst", "reduced")[group.rank() % 2]
     both = r"rank 0: ldst\n +rank 1: reduced\n"
     for enable_shrink in (False, True):
@@ -367,7 +368,7 @@ def set_up_differently(group: dist.ProcessGroup, environ: Mapping[str, str]) -> 
         ranked.dispatch(0)
         with pytest.raises(ValueError, match=rf"disagree on {_VARIANT}: rank 0 has ldst, rank 1"):
             ranked.combine(0)
-    bodies.synchronize(buffer)
+    normal.synchronize(buffer)
     buffer.destroy()
 
 
@@ -423,8 +424,8 @@ def withheld(
     cases: Sequence[tuple[str, int]],
     seconds: float,
 ) -> list[str]:
-    """`tests.bodies.withheld` for low-latency operations."""
-    on_gpu = bodies.set_up(group, environ)
+    """`tests.scenarios.normal.withheld` for low-latency operations."""
+    on_gpu = normal.set_up(group, environ)
     buffer = make_buffer(group, timeout_seconds=seconds)
     check_low_latency_round(buffer, steady(group.size()))
     texts = []
@@ -440,7 +441,7 @@ def withheld(
         for seed in range(2, 5):
             case = steady(group.size(), seed, how=("sync", "hook")[seed % 2])
             check_low_latency_round(buffer, case)
-    bodies.synchronize(buffer)
+    normal.synchronize(buffer)
     buffer.destroy()
     return texts
 
@@ -467,7 +468,7 @@ def shrink(buffer: Buffer, op: str, absent: int, limit_seconds: float, meet: Any
     masked[absent] = 1
     status = to_device(everybody, buffer.device)
     buffer.low_latency_query_mask_buffer(status)
-    bodies.synchronize(buffer)
+    normal.synchronize(buffer)
     assert_rows_equal(status, everybody, f"rank {rank}: mask before")
     meet()
 
@@ -483,21 +484,21 @@ def shrink(buffer: Buffer, op: str, absent: int, limit_seconds: float, meet: Any
     assert time.monotonic() - start < limit_seconds
     if rank != absent:
         buffer.low_latency_query_mask_buffer(status)
-        bodies.synchronize(buffer)
+        normal.synchronize(buffer)
         assert_rows_equal(status, masked, f"rank {rank}: mask after")
         buffer.check_fault()  # a masked rank is no fault
     meet()
 
     buffer.low_latency_clean_mask_buffer()
     buffer.low_latency_query_mask_buffer(status)
-    bodies.synchronize(buffer)
+    normal.synchronize(buffer)
     assert_rows_equal(status, everybody, f"rank {rank}: mask cleaned")
     meet()
     buffer.clean_low_latency_buffer(*sizes)
     for seed in range(5, 9):
         check_low_latency_round(buffer, dataclasses.replace(case, seed=seed))
     buffer.low_latency_query_mask_buffer(status)
-    bodies.synchronize(buffer)
+    normal.synchronize(buffer)
     assert_rows_equal(status, everybody, f"rank {rank}: mask at the end")
 
 
@@ -508,7 +509,7 @@ def round_up_to(buffer: Buffer, case: LowLatencyRound, num_ops: int) -> None:
         ranked.dispatch(0)
     if num_ops > 1:
         ranked.combine(0)
-    bodies.synchronize(buffer)
+    normal.synchronize(buffer)
 
 
 def round_without(
@@ -562,7 +563,7 @@ def round_without(
     )
     combined, _, _ = buffer.low_latency_combine(output, idx, weights, got[2])
     buffer.clean_low_latency_buffer(made.max_tokens, case.hidden, case.num_experts)
-    bodies.synchronize(buffer)
+    normal.synchronize(buffer)
     prefix = f"rank {rank}, seed {case.seed}, without rank {int(masked.argmax())}"
     sizes = (made.max_tokens, case.hidden, case.num_experts)
     compare_dispatched(prefix, tuple(got), dispatched[rank], BY_NAME[case.row_format], sizes)
@@ -576,11 +577,11 @@ def shrunk(
     seconds: float,
 ) -> None:
     """`shrink`, one process a rank; each case on the same buffer."""
-    bodies.set_up(group, environ)
+    normal.set_up(group, environ)
     buffer = make_buffer(group, timeout_seconds=seconds, enable_shrink=True)
     for op, absent in cases:
         shrink(buffer, op, absent, 3 * seconds + 10, lambda: dist.barrier(group))
-    bodies.synchronize(buffer)
+    normal.synchronize(buffer)
     buffer.destroy()
 
 
@@ -589,9 +590,9 @@ def fresh_threads(group: dist.ProcessGroup, environ: Mapping[str, str]) -> None:
 
     Both modes, hooks, `epjit.moe` with gradients on autograd's threads, and the end.
     """
-    on_gpu = bodies.set_up(group, environ)
+    on_gpu = normal.set_up(group, environ)
     ranks = group.size()
-    buffer = make_buffer(group, 16 * bodies.MB)
+    buffer = make_buffer(group, 16 * normal.MB)
     name = moe.register_buffer(buffer)
 
     def in_thread(step: Callable[..., Any], *args: Any) -> Any:
@@ -627,7 +628,7 @@ def fresh_threads(group: dist.ProcessGroup, environ: Mapping[str, str]) -> None:
         few = random_low_latency_round(ranks, seed, max_tokens=16)
         in_thread(check_low_latency_round, buffer, dataclasses.replace(few, how=how))
     want = layer()
-    bodies.synchronize(buffer)
+    normal.synchronize(buffer)
     got = in_thread(layer)
     assert all(torch.equal(each, other) for each, other in zip(got, want, strict=True))
     in_thread(previous_event)

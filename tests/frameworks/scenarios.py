@@ -19,7 +19,7 @@ from torch import Tensor
 
 from tests.frameworks.fetch import FOLDER
 from tests.frameworks.island import Island
-from tests.moe_bodies import device_of
+from tests.scenarios.moe import device_of
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, EXPERTS_A_RANK, TOPK, TOKENS = 256, 2, 2, 12

@@ -22,7 +22,7 @@ import torch.multiprocessing as mp
 
 from epjit.bench.timing import free_port
 
-_ROOT = Path(__file__).parents[1]
+_ROOT = Path(__file__).parents[2]
 
 # After the first failure, what the other ranks still say is often the consequence; a short while
 # is given to them because it is sometimes the cause.

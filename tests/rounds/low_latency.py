@@ -1,7 +1,7 @@
 """One low-latency round through the public `Buffer`, compared bit for bit with the reference.
 
-As in tests/rounds.py every rank builds the inputs of all ranks from a seed, and on the GPU only
-copies are queued beside the operations.
+As in `tests.rounds.normal` every rank builds the inputs of all ranks from a seed, and on the GPU
+only copies are queued beside the operations.
 """
 
 from __future__ import annotations
@@ -18,8 +18,15 @@ from torch import Tensor
 from epjit import Buffer, env
 from epjit.formats import BF16, FORMATS, NVFP4, RowFormat
 from epjit.reference import low_latency as reference
-from tests.data import ROUTING_KINDS, RoutingKind, assert_rows_equal, routing, topk_weights
-from tests.rounds import line_up, settle, to_device
+from tests.harness.data import (
+    ROUTING_KINDS,
+    RoutingKind,
+    assert_rows_equal,
+    routing,
+    to_device,
+    topk_weights,
+)
+from tests.harness.ranks import line_up, settle
 
 BY_NAME: dict[str, RowFormat] = {each.name: each for each in FORMATS}
 FLAGS: dict[str, dict[str, Any]] = {

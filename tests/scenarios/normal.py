@@ -2,7 +2,7 @@
 
 With EPJIT_NVLINK_DOMAIN in the environment that is passed, they do the same between NVLink domains.
 
-Every body is called as ``body(group, environ, ...)`` by `tests.launch.run`. The environment goes as
+Each is called as ``scenario(group, environ, ...)`` by `launch.run`. The environment goes as
 an argument: the processes come from a fork server, which has that of the time when it started.
 """
 
@@ -23,19 +23,12 @@ import torch
 import torch.distributed as dist
 
 from epjit import Buffer, CommunicationError, Config
+from epjit.reference import Normal
 from epjit.reference import intranode as reference
-from tests import launch
-from tests.data import ROUTING_KINDS, assert_rows_equal
-from tests.rounds import (
-    Oracle,
-    Prepared,
-    Round,
-    check_round,
-    line_up,
-    make_world,
-    random_round,
-    settle,
-)
+from tests.harness import launch
+from tests.harness.data import ROUTING_KINDS, assert_rows_equal
+from tests.harness.ranks import line_up, meet, settle
+from tests.rounds.normal import Prepared, Round, check_round, make_world, num_recv, random_round
 
 MB = 1 << 20
 
@@ -257,6 +250,32 @@ def expect_error(
     return error
 
 
+def check_withheld_peer(buffer: Buffer, op: str, withheld: int) -> None:
+    """Rank `withheld` does not come to `op`: the others name it, and all work after reset()."""
+    prepared = Prepared(buffer)
+    meet(buffer)
+    comes, start = buffer.rank != withheld, time.monotonic()
+    with pytest.raises(CommunicationError) if comes else contextlib.nullcontext() as caught:
+        if comes:
+            prepared.queue(op)
+        if op != "notify":  # that one waits on the host
+            settle(buffer)
+    elapsed = time.monotonic() - start
+    line_up(buffer)
+    if comes:
+        error = caught.value
+        assert (error.op, error.rank) == (op, buffer.rank), str(error)
+        # Also where a rank waits for one that waits.
+        assert error.peer == withheld, str(error)
+        assert f"rank {withheld}" in str(error)
+        assert elapsed < 10, elapsed
+        with pytest.raises(CommunicationError):
+            prepared.queue("dispatch")  # broken until reset
+    buffer.reset()
+    for seed in range(2, 5):
+        check_round(buffer, dataclasses.replace(prepared.case, seed=seed))
+
+
 def withheld(
     group: dist.ProcessGroup,
     environ: Mapping[str, str],
@@ -375,7 +394,7 @@ def replays(
         meet: Called before and after the capture, for ranks that share a GPU.
     """
     on_gpu = buffer.device.type == "cuda"
-    num_ranks, rank, oracle = buffer.group_size, buffer.rank, Oracle.of(buffer)
+    num_ranks, rank, oracle = buffer.group_size, buffer.rank, Normal(buffer._topology.domains)
     hidden, experts, topk, worst = 512, 4 * num_ranks, 4, num_ranks * tokens
     device, config = buffer.device, Config(num_sms)
     x = torch.empty((tokens, hidden), dtype=torch.bfloat16, device=device)
@@ -428,7 +447,7 @@ def replays(
             oracle.dispatch(world, r, num_experts=experts, num_worst_tokens=worst)
             for r in range(num_ranks)
         ]
-        rows = oracle.num_recv(want[rank].handle, rank)
+        rows = num_recv(want[rank].handle, rank)
         recv_x, recv_idx, cached, combined, combined_weights = outputs
         prefix = f"rank {rank}, replay {seed}"
         assert_rows_equal(recv_x[:rows], want[rank].recv_x[:rows], f"{prefix}: recv_x")

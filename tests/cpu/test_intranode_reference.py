@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from epjit.reference import intranode
 from epjit.reference.intranode import Dispatched, RankInput
-from tests import data
+from tests.harness import data
 
 RANKS = (1, 2, 3, 4, 8)
 

@@ -1,4 +1,4 @@
-"""Launches on the fake driver of fake_cuda.c, in the process that test_runtime_launch.py starts."""
+"""Launches on the fake driver of fake_cuda.c, in the process that test_launch.py starts."""
 
 from __future__ import annotations
 

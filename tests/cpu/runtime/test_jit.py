@@ -21,9 +21,9 @@ from epjit import tuned
 from epjit.errors import CompileError
 from epjit.runtime import cache, jit, nvrtc, sources
 from epjit.runtime.cache import CubinCache, Entry
-from tests.cpu.toy_kernel import ScaleConfig, write_tree
+from tests.cpu.runtime.toy_kernel import ScaleConfig, write_tree
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[3]
 CU12 = Path(os.environ.get("EPJIT_TEST_CU12_PYTHON", ROOT / ".venv-cu12" / "bin" / "python"))
 INTERPRETERS = [
     pytest.param(Path(sys.executable), id="this"),
@@ -35,7 +35,7 @@ COMPILE = """
 import sys
 from pathlib import Path
 from epjit.runtime import jit, sources
-from tests.cpu.toy_kernel import ScaleConfig
+from tests.cpu.runtime.toy_kernel import ScaleConfig
 sources.ROOT = Path(sys.argv[1])
 compiled = jit.compile_kernel(ScaleConfig(), arch="sm_90a")
 assert compiled.registers > 0 and compiled.spill_bytes == 0
@@ -415,7 +415,7 @@ from epjit import Buffer
 from epjit.runtime import jit, sources
 assert Buffer.get_dispatch_config(2).num_sms == 20
 sources.ROOT = Path(sys.argv[1])
-from tests.cpu.toy_kernel import ScaleConfig
+from tests.cpu.runtime.toy_kernel import ScaleConfig
 with warnings.catch_warnings(record=True) as caught:
     warnings.simplefilter("always")
     for _ in range(2):

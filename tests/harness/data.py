@@ -173,6 +173,12 @@ def fp8_payload(
     return payload(rank, num_tokens, hidden, torch.float8_e4m3fn), scales
 
 
+def to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """A copy with the same strides, by one plain copy of the storage."""
+    storage = torch.empty(0, dtype=tensor.dtype, device="cpu").set_(tensor.untyped_storage())
+    return storage.to(device).as_strided(tensor.size(), tensor.stride(), tensor.storage_offset())
+
+
 def assert_rows_equal(got: Tensor, want: Tensor, what: str) -> None:
     """Compare bit for bit; the error names the first mismatch and, for `payload` rows, its token.
 
