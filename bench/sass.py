@@ -22,7 +22,7 @@ from typing import NamedTuple
 
 sys.path[:0] = [str(Path(__file__).resolve().parents[1])]
 
-from epjit.runtime import jit, nvrtc, sources  # noqa: E402
+from epjit.runtime import kernel, nvrtc, sources  # noqa: E402
 from epjit.runtime.nvjitlink import _ELF_HEADER, _SECTION  # noqa: E402
 from tests.cpu.test_compile import configs  # noqa: E402
 
@@ -63,7 +63,7 @@ def without_offsets(code: bytes) -> bytes:
     return bytes(masked)
 
 
-def compile_one(item: tuple[jit.KernelConfig, str]) -> Code:
+def compile_one(item: tuple[kernel.KernelConfig, str]) -> Code:
     """Compiles one kernel."""
     config, arch = item
     options = nvrtc.options
@@ -72,10 +72,10 @@ def compile_one(item: tuple[jit.KernelConfig, str]) -> Code:
     ]
     try:
         cubin, _, log = nvrtc.compile_cubin(
-            jit.render(config, "loopback"),
+            kernel.render(config, "loopback"),
             "unit.cu",
             arch=arch,
-            headers=sources.closure(*jit.unit_sources(config, "loopback")),
+            headers=sources.closure(*kernel.unit_sources(config, "loopback")),
             name_expression=f"epjit::{config.tag}::{config.op}",
         )
     finally:

@@ -35,11 +35,6 @@ class CopyConfig(KernelConfig):
     pull: bool
 
     @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return self.num_warps * 32
-
-    @property
     def shared_bytes(self) -> int:
         """Dynamic shared memory of a block."""
         return self.num_warps * _STAGES * (self.row_bytes + _MBARRIER_BYTES)

@@ -47,23 +47,10 @@ class ChaseConfig(KernelConfig):
 
     source: ClassVar[str] = "bench/chase.cu"
     op: ClassVar[str] = "chase"
+    tag_template: ClassVar[str] = "bench"
+    threads: ClassVar[int] = 32
 
     num_steps: int = 2048
-
-    @property
-    def threads(self) -> int:
-        """Threads of the block."""
-        return 32
-
-    @property
-    def shared_bytes(self) -> int:
-        """None."""
-        return 0
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return "bench"
 
 
 def measure() -> Iterator[PeerLink]:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import functools
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from importlib import resources
-from typing import TYPE_CHECKING, ParamSpec, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from epjit.errors import CompileError
 
@@ -22,8 +22,7 @@ if TYPE_CHECKING:
 ROOT: Traversable | None = None
 """Folder that holds the sources; None is `epjit/cuda_src` of this package."""
 
-P = ParamSpec("P")
-R = TypeVar("R")
+F = TypeVar("F", bound=Callable[..., Any])
 
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
 
@@ -33,15 +32,15 @@ def root() -> Traversable:
     return resources.files("epjit") / "cuda_src" if ROOT is None else ROOT
 
 
-def remembered(function: Callable[P, R]) -> Callable[P, R]:
+def remembered(function: F) -> F:
     """Calls a function of sources once a process; of another `ROOT` (tests) always anew."""
     remembers = functools.cache(function)
 
     @functools.wraps(function)
-    def call(*args: P.args, **kwargs: P.kwargs) -> R:
-        return remembers(*args, **kwargs) if ROOT is None else function(*args, **kwargs)
+    def call(*args: Hashable) -> object:
+        return (remembers if ROOT is None else function)(*args)
 
-    return call
+    return cast("F", call)
 
 
 @remembered
