@@ -14,7 +14,7 @@ from epjit.cli import show
 
 if TYPE_CHECKING:
     from epjit.kernels.shapes import CombineShape, DispatchShape
-    from epjit.runtime.jit import KernelConfig
+    from epjit.runtime.kernel import KernelConfig
 
 
 class Dtype(str, Enum):
@@ -64,7 +64,7 @@ def warmup(
     from epjit import env
     from epjit.runtime import nvshmem_device
     from epjit.runtime.cache import CubinCache
-    from epjit.runtime.jit import compile_kernel
+    from epjit.runtime.kernel import compile_kernel
     from epjit.runtime.nvrtc import version
 
     if topk_bits not in (32, 64):

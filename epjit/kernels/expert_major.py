@@ -8,9 +8,9 @@ from typing import ClassVar
 
 from epjit.config import MAX_LOCAL_EXPERTS, MAX_ROW_BYTES, MAX_TOPK
 from epjit.kernels import variants
-from epjit.kernels.shapes import copier_shape
+from epjit.kernels.shapes import copier_bytes, copier_shape
 from epjit.runtime.device import shared_limit
-from epjit.runtime.jit import KernelConfig
+from epjit.runtime.kernel import KernelConfig
 
 for _variant in (
     variants.Variant("permute", "tma", 90, "rows are copied by TMA bulk copies"),
@@ -25,24 +25,16 @@ class PlaceConfig(KernelConfig):
 
     source: ClassVar[str] = "moe/place.cu"
     op: ClassVar[str] = "place"
+    tag_template: ClassVar[str] = "moe_e{0.num_experts}"
+    threads: ClassVar[int] = 512
 
     num_experts: int
     topk_is_int64: bool
 
     @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return 512
-
-    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: a counter an expert and one a warp."""
+        """A counter an expert and one a warp."""
         return 4 * (self.num_experts + self.threads // 32)
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"moe_e{self.num_experts}"
 
 
 @dataclass(frozen=True)
@@ -51,6 +43,7 @@ class PermuteConfig(KernelConfig):
 
     source: ClassVar[str] = "moe/permute.cu"
     op: ClassVar[str] = "permute"
+    tag_template: ClassVar[str] = "moe_h{0.row_bytes}"
 
     row_bytes: int
     tma: bool
@@ -64,19 +57,9 @@ class PermuteConfig(KernelConfig):
         return cls(row_bytes, tma, *copier_shape(tma, 16, row_bytes, limit))
 
     @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
-
-    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: rows on their way, one mbarrier a warp."""
-        return self.num_warps * (self.rows_per_warp * self.row_bytes + 8) if self.tma else 0
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"moe_h{self.row_bytes}"
+        """Rows on their way."""
+        return copier_bytes(self.tma, self.num_warps, self.rows_per_warp, self.row_bytes)
 
 
 @dataclass(frozen=True)
@@ -85,25 +68,12 @@ class UnpermuteConfig(KernelConfig):
 
     source: ClassVar[str] = "moe/unpermute.cu"
     op: ClassVar[str] = "unpermute"
+    tag_template: ClassVar[str] = "moe_h{0.row_bytes}_k{0.num_topk}"
+    threads: ClassVar[int] = 512
 
     row_bytes: int
     num_topk: int
     is_f16: bool
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return 512
-
-    @property
-    def shared_bytes(self) -> int:
-        """None."""
-        return 0
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"moe_h{self.row_bytes}_k{self.num_topk}"
 
 
 @dataclass(frozen=True)
@@ -112,23 +82,9 @@ class BlankConfig(KernelConfig):
 
     source: ClassVar[str] = "moe/blank.cu"
     op: ClassVar[str] = "blank"
+    tag_template: ClassVar[str] = "moe"
 
     num_warps: int = 16
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
-
-    @property
-    def shared_bytes(self) -> int:
-        """None."""
-        return 0
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return "moe"
 
 
 def example_configs(arch: str) -> Iterator[KernelConfig]:

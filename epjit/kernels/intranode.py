@@ -10,9 +10,9 @@ from epjit import tuned
 from epjit.config import MAX_RANKS
 from epjit.kernels import variants
 from epjit.kernels.layout import LayoutConfig
-from epjit.kernels.shapes import CombineShape, DispatchShape, align, copier_shape
+from epjit.kernels.shapes import CombineShape, DispatchShape, align, copier_bytes, copier_shape
 from epjit.runtime.device import shared_limit
-from epjit.runtime.jit import KernelConfig
+from epjit.runtime.kernel import KernelConfig
 
 MAX_SLOTS = 65536  # of one source rank: bounds the words to 4 MiB
 # SMs x bytes of a row from which pushing is held by the links: measured with two H200s.
@@ -40,23 +40,15 @@ class NotifyConfig(KernelConfig):
 
     source: ClassVar[str] = "intranode/notify.cu"
     op: ClassVar[str] = "notify"
+    tag_template: ClassVar[str] = "intranode_r{0.num_ranks}"
+    threads: ClassVar[int] = 512
 
     num_ranks: int
 
     @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return 512
-
-    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: one sum a warp."""
+        """One sum a warp."""
         return self.threads // 32 * 4
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"intranode_r{self.num_ranks}"
 
 
 @dataclass(frozen=True)
@@ -65,6 +57,9 @@ class DispatchConfig(KernelConfig):
 
     source: ClassVar[str] = "intranode/dispatch.cu"
     op: ClassVar[str] = "dispatch"
+    tag_template: ClassVar[str] = (
+        "intranode_r{0.num_ranks}_h{0.hidden_bytes}_s{0.num_scales}_k{0.num_topk}"
+    )
 
     num_ranks: int
     hidden_bytes: int
@@ -104,14 +99,9 @@ class DispatchConfig(KernelConfig):
         return max(1, self.num_warps * quarters // 4)
 
     @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
-
-    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: rows on their way, one mbarrier a warp."""
-        return self.num_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
+        """Rows on their way."""
+        return copier_bytes(self.tma, self.num_warps, self.rows_per_warp, self.hidden_bytes)
 
     @property
     def slot_bytes(self) -> int:
@@ -123,13 +113,6 @@ class DispatchConfig(KernelConfig):
         """Bytes of slots for one token of every rank that shares them."""
         return self.num_ranks * self.slot_bytes if self.push else self.slot_bytes
 
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return (
-            f"intranode_r{self.num_ranks}_h{self.hidden_bytes}_s{self.num_scales}_k{self.num_topk}"
-        )
-
 
 @dataclass(frozen=True)
 class CombineConfig(KernelConfig):
@@ -137,6 +120,7 @@ class CombineConfig(KernelConfig):
 
     source: ClassVar[str] = "intranode/combine.cu"
     op: ClassVar[str] = "combine"
+    tag_template: ClassVar[str] = "intranode_r{0.num_ranks}_h{0.hidden_bytes}_k{0.num_topk}"
 
     num_ranks: int
     hidden_bytes: int
@@ -161,14 +145,9 @@ class CombineConfig(KernelConfig):
         return cls(num_ranks, *shape, tma, warps, push, rows)
 
     @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
-
-    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: rows on their way, one mbarrier a pushing warp."""
-        return self.num_push_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
+        """Rows on their way."""
+        return copier_bytes(self.tma, self.num_push_warps, self.rows_per_warp, self.hidden_bytes)
 
     @property
     def slot_bytes(self) -> int:
@@ -179,11 +158,6 @@ class CombineConfig(KernelConfig):
     def bytes_a_token(self) -> int:
         """Bytes of slots that a token takes: one row from each rank."""
         return self.num_ranks * self.slot_bytes
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"intranode_r{self.num_ranks}_h{self.hidden_bytes}_k{self.num_topk}"
 
 
 def example_configs(arch: str) -> Iterator[KernelConfig]:

@@ -14,9 +14,9 @@ from epjit.config import (
 )
 from epjit.formats import BF16, FORMATS, FP8, NVFP4, RowFormat
 from epjit.kernels import variants
-from epjit.kernels.shapes import align
+from epjit.kernels.shapes import align, copier_bytes
 from epjit.runtime.device import shared_limit
-from epjit.runtime.jit import KernelConfig
+from epjit.runtime.kernel import KernelConfig
 
 _LOG_BLOCK = 128  # channels
 _CAST_ELEMENTS = 16
@@ -59,12 +59,32 @@ class LowLatencyCombineShape(NamedTuple):
     logfmt: bool
 
 
+class _LowLatencyConfig(KernelConfig):
+    """Base of kernels whose ranks share one NVLink domain, or with `remote` have several."""
+
+    num_ranks: int
+    remote: bool
+
+    @property
+    def transport(self) -> bool:
+        """Whether other domains are reached."""
+        return self.remote
+
+    @property
+    def ranks(self) -> str:
+        """The ranks, for the tag."""
+        return f"r{self.num_ranks}{'_rdma' if self.remote else ''}"
+
+
 @dataclass(frozen=True)
-class LowLatencyDispatchConfig(KernelConfig):
+class LowLatencyDispatchConfig(_LowLatencyConfig):
     """What the dispatch kernel is compiled for; the fields are explained in dispatch.cu."""
 
     source: ClassVar[str] = "low_latency/dispatch.cu"
     op: ClassVar[str] = "dispatch"
+    tag_template: ClassVar[str] = (
+        "low_latency_{0.ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}_{0.row_format.name}"
+    )
     starts_early: ClassVar[bool] = True
 
     num_ranks: int
@@ -84,43 +104,30 @@ class LowLatencyDispatchConfig(KernelConfig):
         return cls(num_ranks, *shape, 16, remote)
 
     @property
-    def transport(self) -> bool:  # type: ignore[override]
-        """Whether the kernel is linked with a transport."""
-        return self.remote
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
+    def row_format(self) -> RowFormat:
+        """How rows travel."""
+        return FORMATS[self.format]
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: a counter for each expert, a few words of the block."""
+        """A counter for each expert, a few words of the block."""
         a_rank = self.num_ranks if self.remote else MAX_RANKS
         return 4 * (self.num_experts + 2 + 2 * a_rank)
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of one token's slot."""
-        row_format = FORMATS[self.format]
-        scales = align(row_format.num_scale_bytes(self.hidden), 8)
-        return align(row_format.row_bytes(self.hidden) + scales + 8 * self.num_topk)
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        name = FORMATS[self.format].name
-        return (
-            f"low_latency_{_ranks(self)}_e{self.num_experts}_h{self.hidden}_k{self.num_topk}_{name}"
-        )
+        scales = align(self.row_format.num_scale_bytes(self.hidden), 8)
+        return align(self.row_format.row_bytes(self.hidden) + scales + 8 * self.num_topk)
 
 
 @dataclass(frozen=True)
-class LowLatencyCombineConfig(KernelConfig):
+class LowLatencyCombineConfig(_LowLatencyConfig):
     """What the combine kernel is compiled for; the fields are explained in combine.cu."""
 
     source: ClassVar[str] = "low_latency/combine.cu"
     op: ClassVar[str] = "combine"
+    tag_template: ClassVar[str] = "low_latency_{0.ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}"
     starts_early: ClassVar[bool] = True
 
     num_ranks: int
@@ -156,19 +163,9 @@ class LowLatencyCombineConfig(KernelConfig):
         return cls(num_ranks, *shape, tma, warps, push, rows, remote)
 
     @property
-    def transport(self) -> bool:  # type: ignore[override]
-        """Whether the kernel is linked with a transport."""
-        return self.remote
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
-
-    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: rows on their way, one mbarrier a pushing warp."""
-        return self.num_push_warps * (self.rows_per_warp * 2 * self.hidden + 8) if self.tma else 0
+        """Rows on their way."""
+        return copier_bytes(self.tma, self.num_push_warps, self.rows_per_warp, 2 * self.hidden)
 
     @property
     def slot_bytes(self) -> int:
@@ -177,11 +174,6 @@ class LowLatencyCombineConfig(KernelConfig):
             return 2 * self.hidden
         return align(self.hidden // _CAST_ELEMENTS * 20 + self.hidden // _LOG_BLOCK * 4, 16)
 
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"low_latency_{_ranks(self)}_e{self.num_experts}_h{self.hidden}_k{self.num_topk}"
-
 
 @dataclass(frozen=True)
 class LowLatencyReducedCombineConfig(KernelConfig):
@@ -189,6 +181,9 @@ class LowLatencyReducedCombineConfig(KernelConfig):
 
     source: ClassVar[str] = "low_latency/combine_reduced.cu"
     op: ClassVar[str] = "combine"
+    tag_template: ClassVar[str] = (
+        "low_latency_reduced_r{0.num_ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}"
+    )
     starts_early: ClassVar[bool] = True
 
     num_ranks: int
@@ -204,16 +199,6 @@ class LowLatencyReducedCombineConfig(KernelConfig):
     ) -> LowLatencyReducedCombineConfig:
         """The form of the block: as many warps as registers hold the rows of, one a rank."""
         return cls(num_ranks, *shape[:4], 24 if num_ranks <= 4 else 16)
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory."""
-        return 0
 
     def num_parts(self, max_tokens: int) -> int:
         """Pieces of a row, the same on all ranks; each is published by itself, which takes 2 us.
@@ -236,29 +221,17 @@ class LowLatencyReducedCombineConfig(KernelConfig):
             )
         return num_parts
 
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return (
-            f"low_latency_reduced_r{self.num_ranks}_e{self.num_experts}_h{self.hidden}"
-            f"_k{self.num_topk}"
-        )
-
 
 @dataclass(frozen=True)
-class CleanConfig(KernelConfig):
+class CleanConfig(_LowLatencyConfig):
     """What the clean kernel is compiled for."""
 
     source: ClassVar[str] = "low_latency/clean.cu"
     op: ClassVar[str] = "clean"
+    tag_template: ClassVar[str] = "low_latency_{0.ranks}"
 
     num_ranks: int
     remote: bool = False
-
-    @property
-    def transport(self) -> bool:  # type: ignore[override]
-        """Whether the kernel is linked with a transport."""
-        return self.remote
 
     @property
     def threads(self) -> int:
@@ -267,18 +240,8 @@ class CleanConfig(KernelConfig):
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: a word for each warp, when there are several."""
+        """A word for each warp, when there are several."""
         return self.threads // 8 if self.threads > 32 else 0
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"low_latency_{_ranks(self)}"
-
-
-def _ranks(config: LowLatencyDispatchConfig | LowLatencyCombineConfig | CleanConfig) -> str:
-    """Names the ranks of a config."""
-    return f"r{config.num_ranks}{'_rdma' if config.remote else ''}"
 
 
 def example_configs(arch: str) -> Iterator[KernelConfig]:

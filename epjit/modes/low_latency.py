@@ -47,7 +47,8 @@ from epjit.runtime.device import arch_of, num_sms
 from epjit.runtime.empty import Form, empty_on, matrix
 from epjit.runtime.fault import FaultRecord, raise_abort
 from epjit.runtime.interrupt import interruptible, synchronize
-from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
+from epjit.runtime.kernel import C, Kernel, compile_kernel
+from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import RemoteMemory, Transport, make_transport
 
@@ -109,7 +110,7 @@ class _Plan(Generic[Forms]):
 
     def __init__(
         self,
-        launch: Launch,
+        launch: Launch[Any],
         grid: int,
         num_parts: int,
         call: DispatchCall | CombineCall,
@@ -211,7 +212,7 @@ class LowLatency:
             self._peers.copy_(torch.tensor(peers, dtype=torch.int32, device="cpu"))
         self._fault = FaultRecord()
         resources.callback(self._fault.close)
-        self._launches: dict[LowLatencyDispatchShape | LowLatencyCombineShape, Launch] = {}
+        self._launches: dict[LowLatencyDispatchShape | LowLatencyCombineShape, Launch[Any]] = {}
         self._dispatch_plans: dict[DispatchCall, _Plan[DispatchedForms]] = {}
         self._combine_plans: dict[CombineCall, _Plan[tuple[Form]]] = {}
         self._empty = empty_on(device)
@@ -226,7 +227,7 @@ class LowLatency:
         group.barrier()
         resources.callback(self._leave)
 
-    def _kernel(self, config: KernelConfig) -> Kernel:
+    def _kernel(self, config: C) -> Kernel[C]:
         """Compiled and loaded, and linked with the transport when it needs one."""
         return Kernel(config, device=self._device.index, transport=self._body)
 
@@ -261,7 +262,7 @@ class LowLatency:
 
     def launch(
         self, shape: LowLatencyDispatchShape | LowLatencyCombineShape, max_tokens: int
-    ) -> Launch:
+    ) -> Launch[Any]:
         """The launch of a shape; collective when it is the first of its kind.
 
         Raises:
@@ -274,7 +275,7 @@ class LowLatency:
 
     def _build(
         self, shape: LowLatencyDispatchShape | LowLatencyCombineShape, max_tokens: int
-    ) -> Launch:
+    ) -> Launch[Any]:
         """Compiles and loads, then meets the group: nobody may wait for a peer that compiles.
 
         With `enable_shrink` a rank may be gone for good, so ranks do not meet.
@@ -402,8 +403,7 @@ class LowLatency:
             ),
             call.max_tokens,
         )
-        config = launch.kernel.config
-        assert isinstance(config, LowLatencyDispatchConfig)
+        config: LowLatencyDispatchConfig = launch.kernel.config
         num_slots = num_ranks * call.max_tokens
         grid = min(self._num_sms, max(call.num_tokens + 1, num_slots * 8 // config.num_warps))
         num_parts = max(1, min(8, grid * config.num_warps // num_slots))
@@ -427,8 +427,7 @@ class LowLatency:
             ),
             call.max_tokens,
         )
-        config = launch.kernel.config
-        assert isinstance(config, LowLatencyCombineConfig | LowLatencyReducedCombineConfig)
+        config: LowLatencyCombineConfig | LowLatencyReducedCombineConfig = launch.kernel.config
         grid = min(self._num_sms, max(call.max_tokens * call.num_topk // 4, 16))
         if isinstance(config, LowLatencyReducedCombineConfig):
             num_parts = config.num_parts(call.max_tokens)

@@ -9,7 +9,7 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -23,7 +23,8 @@ from epjit.runtime.empty import Form, empty_on, matrix
 from epjit.runtime.fault import FaultRecord, raise_abort
 from epjit.runtime.host import PinnedArray, nap
 from epjit.runtime.interrupt import synchronize
-from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
+from epjit.runtime.kernel import C, Kernel, KernelConfig, compile_kernel
+from epjit.runtime.launch import Launch
 
 if TYPE_CHECKING:
     from epjit.runtime.group import Group
@@ -37,8 +38,6 @@ _EPOCH, _ABORT, _COUNTERS = 0, 1, 32  # places in the local words
 # longer poll without naps starves other threads: giving the GIL away and taking it back at once
 # leaves them it only every 5 ms.
 _SPIN_SECONDS = 1e-3
-
-C = TypeVar("C", bound=KernelConfig)
 
 
 class Received(NamedTuple):
@@ -90,7 +89,7 @@ class NormalMode(ABC):
         self._num_counts = num_counts
         self._host_counts = PinnedArray(2 * num_counts, device=device.index)
         resources.callback(self._host_counts.close)
-        self._launches: dict[DispatchShape | CombineShape, Launch] = {}
+        self._launches: dict[DispatchShape | CombineShape, Launch[Any]] = {}
         self._half_way = ""  # why a dispatch ended between its two kernels
         self._is_lost = False  # a peer, when this rank closes
 
@@ -117,7 +116,7 @@ class NormalMode(ABC):
         """The kernel of a shape on this GPU."""
 
     @abstractmethod
-    def _bind(self, shape: DispatchShape | CombineShape, config: Any) -> Launch:
+    def _bind(self, shape: DispatchShape | CombineShape, config: Any) -> Launch[Any]:
         """Compiles and loads; binds what stays the same from call to call.
 
         Raises:
@@ -128,7 +127,7 @@ class NormalMode(ABC):
     def _ahead(self, arch: str) -> Iterable[tuple[KernelConfig, str]]:
         """All kernels of this buffer for an architecture, each with its transport."""
 
-    def launch(self, shape: DispatchShape | CombineShape) -> Launch:
+    def launch(self, shape: DispatchShape | CombineShape) -> Launch[Any]:
         """The launch of a shape; collective when it is the first of its kind.
 
         Raises:
@@ -139,7 +138,7 @@ class NormalMode(ABC):
         found = self._launches.get(shape)
         return found if found is not None else self._build(shape)
 
-    def _build(self, shape: DispatchShape | CombineShape) -> Launch:
+    def _build(self, shape: DispatchShape | CombineShape) -> Launch[Any]:
         """Compiles and loads, then meets the group: nobody may wait for a peer that compiles."""
         config = self._config(shape)
         if torch.cuda.is_current_stream_capturing():
@@ -159,7 +158,7 @@ class NormalMode(ABC):
             for config, transport in self._ahead(arch):
                 compile_kernel(config, arch=arch, transport=transport)
 
-    def _kernel(self, config: C, transport: str = "nvshmem") -> Kernel:
+    def _kernel(self, config: C, transport: str = "nvshmem") -> Kernel[C]:
         return Kernel(config, device=self._device.index, transport=transport)
 
     # ---- outputs ---------------------------------------------------------------------------------

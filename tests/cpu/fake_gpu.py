@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 
-from epjit.runtime import driver, jit
+from epjit.runtime import driver, kernel, launch
 from epjit.runtime import stream as streams
 from epjit.runtime.symmetric import SymmetricMemory
 
@@ -118,10 +118,10 @@ class FakeGpu:
             return 9 if "CAPABILITY_MAJOR" in str(args[0]) else 1 << 18
         return 0
 
-    def compile(self, config: Any, **_: Any) -> jit.Compiled:
+    def compile(self, config: Any, **_: Any) -> kernel.Compiled:
         """An entry, as the compiler gives it."""
         self.step(f"compile {config.op}")
-        return jit.Compiled(b"", "kernel", "", 32, 0, False)
+        return kernel.Compiled(b"", "kernel", "", 32, 0, False)
 
     def module(self) -> Any:
         """A module of CuPy."""
@@ -151,10 +151,10 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     monkeypatch.setattr(driver, "call", gpu.call)
     monkeypatch.setattr(driver, "using", lambda device: nullcontext())
     monkeypatch.setattr(driver, "primary_context", lambda device: 1)
-    monkeypatch.setattr(jit, "compile_kernel", gpu.compile)
-    monkeypatch.setattr(jit, "can_start_early", lambda *_, **__: False)
-    monkeypatch.setattr(jit, "_launch_shape", mock.MagicMock())
-    monkeypatch.setattr(jit, "require", lambda *_, **__: SimpleNamespace(Module=gpu.module))
+    monkeypatch.setattr(kernel, "compile_kernel", gpu.compile)
+    monkeypatch.setattr(kernel, "can_start_early", lambda *_, **__: False)
+    monkeypatch.setattr(launch, "_launch_shape", mock.MagicMock())
+    monkeypatch.setattr(kernel, "require", lambda *_, **__: SimpleNamespace(Module=gpu.module))
     monkeypatch.setattr(
         streams, "high_priority_stream", lambda device: SimpleNamespace(cuda_stream=7)
     )

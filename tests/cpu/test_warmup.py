@@ -21,7 +21,7 @@ from epjit.kernels import shapes
 from epjit.modes import internode, intranode, layout, low_latency, normal
 from epjit.runtime import nvjitlink, nvrtc
 from epjit.runtime.group import Group
-from epjit.runtime.jit import KernelConfig, compile_kernel
+from epjit.runtime.kernel import KernelConfig, compile_kernel
 from epjit.runtime.topology import Topology
 
 ARCH, RANKS, HIDDEN, TOPK, EXPERTS = "sm_90a", 4, 512, 2, 8

@@ -58,7 +58,7 @@ struct InternodeDispatchConfig {
   int32_t tokens_per_chunk;  // of one put; ring_slots is a multiple of twice this
 };
 
-struct InternodeDispatchParams {
+struct InternodeDispatchParams : Operation, RailParams, RingParams {
   const char* x;           // [num_tokens, hidden_bytes]
   const uint32_t* scales;  // [num_tokens, num_scales], strides below, in elements
   int64_t scale_token_stride;
@@ -81,26 +81,11 @@ struct InternodeDispatchParams {
                         // (8 bits) | its position here << 8; null when the handle has it already
   const int32_t* fits;  // [num_domains, num_local], from notify: how many tokens of ranks[n, local]
                         // local rank j has room for; not read where passing is null
-  uint64_t inbox[8];    // symmetric, of each local rank, as mapped here
-  uint64_t words[8];    // symmetric, of each local rank
-  uint64_t signals[8];  // symmetric, of each local rank
-  uint64_t done[8];     // symmetric, of each local rank
-  char* stage;          // this rank's
-  uint64_t entered[8];  // symmetric, of each local rank, as mapped here: see rail.cuh
-  uint64_t* ready;      // this rank's, as the two that follow: see rail.cuh
-  uint64_t* credits;    // [num_domains, 2]
-  uint64_t* arrived;    // [num_domains, ring_slots / tokens_per_chunk]
-  uint64_t* staged;     // local [num_domains, ring_slots / tokens_per_chunk]
-  const int32_t* ranks;  // [num_domains, num_local]: numbers in the group
-  const int32_t* pes;    // [ranks]: numbers for the transport
-  uint64_t transport;
+  uint64_t inbox[kMaxRanks];  // symmetric, of each local rank, as mapped here
+  uint64_t words[kMaxRanks];  // symmetric, of each local rank
   // local [2 + 2 * ranks]: ticket, next chunk, tokens pulled of (channel, window & 1); zero on entry
   // and on exit
   uint32_t* counters;
-  uint32_t* epoch;  // local [1]
-  uint64_t* fault;  // host [2, 8], see sync.cuh
-  uint32_t* abort;  // local [1]
-  uint64_t timeout_ns;
   int32_t ring_slots;
   int32_t num_send_warps;  // of num_copy_warps, at least 1, fewer than all
   int32_t num_tokens;
@@ -176,7 +161,7 @@ class InternodeDispatch {
                           segment_start(kRanks));
       }
     }
-    finish_operation<kLocal>(rail.waiter, p.signals, p.counters, 2 + 2 * kRanks, p.epoch);
+    finish_operation<kLocal>(p, rail.waiter, 2 + 2 * kRanks);
   }
 
  private:

@@ -56,6 +56,7 @@
 // Launch: any grid, dispatch_threads() threads. Graph-safe.
 #include "epjit/cast.cuh"
 #include "epjit/copy.cuh"
+#include "low_latency/memory.cuh"
 #include "low_latency/peers.cuh"
 
 namespace epjit {
@@ -71,7 +72,7 @@ struct LowLatencyDispatchConfig {
   bool remote;  // the group spans several NVLink domains
 };
 
-struct LowLatencyDispatchParams {
+struct LowLatencyDispatchParams : Operation, PeerParams, LowLatencyParams {
   const char* x;              // [num_tokens, hidden] bf16
   const void* topk_idx;       // [num_tokens, num_topk] int32 or int64, global experts
   const float* global_scale;  // [1]; kNvfp4 alone
@@ -79,29 +80,18 @@ struct LowLatencyDispatchParams {
   // 4-byte units (one scale, or four exponents): [experts_per_rank, units, num_ranks * max_tokens];
   // kMxfp8, kNvfp4: bytes [experts_per_rank, num_ranks * max_tokens, scales]
   char* recv_scales;
-  int32_t* recv_count;      // [experts_per_rank]
-  int32_t* src_info;        // [experts_per_rank, num_ranks * max_tokens]
-  int64_t* layout_range;    // [experts_per_rank, num_ranks]
-  int32_t* source_tokens;   // [num_ranks]: tokens of each source, 0 when it is masked
-  int32_t* source_rows;     // [num_ranks, max_tokens, num_topk]; undefined beyond source_tokens
-  int32_t* recv_stats;      // [experts_per_rank], += rows; or null
-  int64_t* wait_cost;       // [num_ranks], += cycles until its counts were here; or null
-  uint64_t slots[8];        // symmetric, of each rank of the domain
-  uint64_t words[8];        // symmetric, of each rank of the domain
-  uint64_t counts[8];       // symmetric, of each rank of the domain
-  uint64_t signals[8];      // symmetric, of each rank of the domain
-  uint64_t* staged_counts;  // symmetric, own, as counts; null in one domain
-  const int32_t* peers;     // local [num_ranks], see peers.cuh; null in one domain
-  uint64_t transport;
-  uint32_t* decisions;  // local [num_ranks]: epoch << 2 | whether it was dropped after all << 1 |
-                        // whether the source is received
-  uint32_t* counters;   // local [3]: ticket, next unit, next row; zero on entry and on exit
-  uint32_t* epoch;      // local [1]
-  uint64_t* fault;      // host [8]
-  uint32_t* abort;      // local [1]
-  uint32_t* mask;       // local [num_ranks], or null
-  uint64_t timeout_ns;
-  int64_t half_bytes;
+  int32_t* recv_count;         // [experts_per_rank]
+  int32_t* src_info;           // [experts_per_rank, num_ranks * max_tokens]
+  int64_t* layout_range;       // [experts_per_rank, num_ranks]
+  int32_t* source_tokens;      // [num_ranks]: tokens of each source, 0 when it is masked
+  int32_t* source_rows;        // [num_ranks, max_tokens, num_topk]; undefined beyond source_tokens
+  int32_t* recv_stats;         // [experts_per_rank], += rows; or null
+  int64_t* wait_cost;          // [num_ranks], += cycles until its counts were here; or null
+  uint64_t counts[kMaxRanks];  // symmetric, of each rank of the domain
+  uint64_t* staged_counts;     // symmetric, own, as counts; null in one domain
+  uint32_t* decisions;    // local [num_ranks]: epoch << 2 | whether it was dropped after all << 1 |
+                          // whether the source is received
+  uint32_t* counters;     // local [3]: ticket, next unit, next row; zero on entry and on exit
   int32_t words_stride;   // words of a half
   int32_t counts_stride;  // words of a row
   int32_t num_tokens;
@@ -216,13 +206,12 @@ class LowLatencyDispatch {
 
   // Of a reader of this domain, by its index in `slots`.
   __device__ char* slot(int reader, int source, int token) const {
-    return reinterpret_cast<char*>(p.slots[reader]) + half() * p.half_bytes +
+    return half_of_slots(p, reader, waiter.epoch) +
            (static_cast<int64_t>(source) * p.max_tokens + token) * kSlotBytes;
   }
 
   __device__ uint64_t* word(int reader, int source, int token) const {
-    return reinterpret_cast<uint64_t*>(p.words[reader]) +
-           static_cast<int64_t>(half()) * p.words_stride + source * p.max_tokens + token;
+    return half_of_words(p, reader, waiter.epoch) + source * p.max_tokens + token;
   }
 
   __device__ uint64_t* counts(int reader, int source) const {
