@@ -39,7 +39,7 @@ for _variant in (
 class PlaceConfig(KernelConfig):
     """What the place kernel is compiled for."""
 
-    source: ClassVar[str] = "moe/place.cu"
+    source: ClassVar[str] = "expert_major/place.cu"
     op: ClassVar[str] = "place"
 
     num_experts: int
@@ -65,7 +65,7 @@ class PlaceConfig(KernelConfig):
 class PermuteConfig(KernelConfig):
     """What the permute kernel is compiled for; the fields are explained in permute.cu."""
 
-    source: ClassVar[str] = "moe/permute.cu"
+    source: ClassVar[str] = "expert_major/permute.cu"
     op: ClassVar[str] = "permute"
 
     row_bytes: int
@@ -99,7 +99,7 @@ class PermuteConfig(KernelConfig):
 class UnpermuteConfig(KernelConfig):
     """What the unpermute kernel is compiled for."""
 
-    source: ClassVar[str] = "moe/unpermute.cu"
+    source: ClassVar[str] = "expert_major/unpermute.cu"
     op: ClassVar[str] = "unpermute"
 
     row_bytes: int
@@ -126,7 +126,7 @@ class UnpermuteConfig(KernelConfig):
 class BlankConfig(KernelConfig):
     """What the blank kernel is compiled for."""
 
-    source: ClassVar[str] = "moe/blank.cu"
+    source: ClassVar[str] = "expert_major/blank.cu"
     op: ClassVar[str] = "blank"
 
     num_warps: int = 16

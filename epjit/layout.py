@@ -18,7 +18,7 @@ _MAX_BLOCKS = 1024
 class LayoutConfig(KernelConfig):
     """What the layout kernel is compiled for."""
 
-    source: ClassVar[str] = "intranode/layout.cu"
+    source: ClassVar[str] = "layout/layout.cu"
     op: ClassVar[str] = "layout"
 
     num_ranks: int
