@@ -23,7 +23,7 @@ for _variant in (
 class PlaceConfig(KernelConfig):
     """What the place kernel is compiled for."""
 
-    source: ClassVar[str] = "moe/place.cu"
+    source: ClassVar[str] = "expert_major/place.cu"
     op: ClassVar[str] = "place"
     tag_template: ClassVar[str] = "moe_e{0.num_experts}"
     threads: ClassVar[int] = 512
@@ -41,7 +41,7 @@ class PlaceConfig(KernelConfig):
 class PermuteConfig(KernelConfig):
     """What the permute kernel is compiled for; the fields are explained in permute.cu."""
 
-    source: ClassVar[str] = "moe/permute.cu"
+    source: ClassVar[str] = "expert_major/permute.cu"
     op: ClassVar[str] = "permute"
     tag_template: ClassVar[str] = "moe_h{0.row_bytes}"
 
@@ -66,7 +66,7 @@ class PermuteConfig(KernelConfig):
 class UnpermuteConfig(KernelConfig):
     """What the unpermute kernel is compiled for."""
 
-    source: ClassVar[str] = "moe/unpermute.cu"
+    source: ClassVar[str] = "expert_major/unpermute.cu"
     op: ClassVar[str] = "unpermute"
     tag_template: ClassVar[str] = "moe_h{0.row_bytes}_k{0.num_topk}"
     threads: ClassVar[int] = 512
@@ -80,7 +80,7 @@ class UnpermuteConfig(KernelConfig):
 class BlankConfig(KernelConfig):
     """What the blank kernel is compiled for."""
 
-    source: ClassVar[str] = "moe/blank.cu"
+    source: ClassVar[str] = "expert_major/blank.cu"
     op: ClassVar[str] = "blank"
     tag_template: ClassVar[str] = "moe"
 

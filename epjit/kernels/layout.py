@@ -12,7 +12,7 @@ from epjit.runtime.kernel import KernelConfig
 class LayoutConfig(KernelConfig):
     """What the layout kernel is compiled for."""
 
-    source: ClassVar[str] = "intranode/layout.cu"
+    source: ClassVar[str] = "layout/layout.cu"
     op: ClassVar[str] = "layout"
     threads: ClassVar[int] = 64  # one a token
     shared_bytes: ClassVar[int] = 8192 * 4  # the counts of a block

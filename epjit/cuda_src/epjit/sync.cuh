@@ -337,6 +337,27 @@ __device__ __forceinline__ bool all_lanes(bool ok) {
   return ok;
 }
 
+// One warp waits until all peers have begun, so that none of them is in an earlier operation when
+// this one ends; it adds the cycles that it waited for each to `wait_cost`, if there is one. Then it
+// lets the next kernel in.
+template <int kRanks>
+__device__ __forceinline__ bool meet_peers(const Waiter& waiter, int64_t* wait_cost, int lane) {
+  bool ok = true;
+  for (int peer = lane; peer < kRanks && ok; peer += kWarpSize) {
+    if (peer == waiter.rank || is_masked(waiter, peer)) continue;
+    const uint64_t start = ptx::clock64();
+    uint64_t seen;
+    ok = wait_until(waiter, waiter.start_tag, peer, 0, stamp(waiter.epoch, 0),
+                    entered_signal(waiter.signals, peer), seen,
+                    [&](uint64_t value) { return has_started(value, waiter.epoch); }) ||
+         is_masked(waiter, peer);
+    if (wait_cost != nullptr) wait_cost[peer] += static_cast<int64_t>(ptx::clock64() - start);
+  }
+  ok = all_lanes(ok);
+  if (ok) ptx::griddepcontrol_launch_dependents();
+  return ok;
+}
+
 // Lane r < num_ranks waits until rank r has finished the operation `epoch`. Called by a whole warp.
 template <int kNumRanks>
 __device__ __forceinline__ bool wait_finished(const Waiter& waiter, WaitTag tag, int lane,

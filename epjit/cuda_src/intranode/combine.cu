@@ -249,9 +249,7 @@ class Combine {
 
     const char* rows[kRanks];
 #pragma unroll
-    for (int r = 0; r < kRanks; ++r)
-      rows[r] =
-          reinterpret_cast<const char*>(__shfl_sync(kFullMask, reinterpret_cast<uint64_t>(row), r));
+    for (int r = 0; r < kRanks; ++r) rows[r] = of_lane(row, r);
     const int64_t out = static_cast<int64_t>(token) * kCfg.hidden_bytes;
 
     const int part_vecs = align_up(ceil_div(kVecs, p.num_parts), kWarpSize);
@@ -286,8 +284,7 @@ class Combine {
         float sum = 0.0f;
 #pragma unroll
         for (int r = 0; r < kRanks; ++r) {
-          const auto of_rank = reinterpret_cast<const float*>(
-              __shfl_sync(kFullMask, reinterpret_cast<uint64_t>(weights), r));
+          const float* const of_rank = of_lane(weights, r);
           if (of_rank != nullptr && lane < kTopk) sum += of_rank[lane];
         }
         if (lane < kTopk) p.combined_topk_weights[static_cast<int64_t>(token) * kTopk + lane] = sum;

@@ -33,9 +33,10 @@
 // Launch: any grid, combine_threads() threads. Graph-safe.
 #include "epjit/cast.cuh"
 #include "epjit/copy.cuh"
+#include "epjit/sum.cuh"
+#include "epjit/topk.cuh"
 #include "low_latency/memory.cuh"
 #include "low_latency/peers.cuh"
-#include "low_latency/weighted_sum.cuh"
 
 namespace epjit {
 
@@ -91,7 +92,7 @@ template <LowLatencyCombineConfig kCfg>
 class LowLatencyCombine {
   static constexpr int kRanks = kCfg.num_ranks;
   static constexpr int kExperts = kCfg.num_experts;
-  static constexpr int kLocal = kExperts / kRanks;
+  static constexpr int kExpertsARank = kExperts / kRanks;
   static constexpr int kTopk = kCfg.num_topk;
   static constexpr int kRows = kCfg.rows_per_warp;
   static constexpr int kRowBytes = 2 * kCfg.hidden;
@@ -312,8 +313,8 @@ class LowLatencyCombine {
     float weight = 0.0f;
     if (lane < kTopk) {
       const int selection = token * kTopk + lane;
-      const int e = selected_expert<kCfg.topk_is_int64, kExperts>(p.topk_idx, selection);
-      const int peer = e / kLocal;
+      const int e = load_choice<kCfg.topk_is_int64>(p.topk_idx, selection, kExperts);
+      const int peer = e / kExpertsARank;
       weight = p.topk_weights[selection];
       int64_t stays = -1;
       if (e >= 0 && peer == p.rank)

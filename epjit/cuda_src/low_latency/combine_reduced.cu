@@ -27,9 +27,9 @@
 // Halves are free for the reason that dispatch.cu gives.
 //
 // Launch: any grid, combine_threads() threads. Graph-safe.
-#include "epjit/copy.cuh"
+#include "epjit/sum.cuh"
+#include "epjit/topk.cuh"
 #include "low_latency/memory.cuh"
-#include "low_latency/weighted_sum.cuh"
 
 namespace epjit {
 
@@ -73,7 +73,7 @@ template <LowLatencyReducedCombineConfig kCfg>
 class LowLatencyReducedCombine {
   static constexpr int kRanks = kCfg.num_ranks;
   static constexpr int kExperts = kCfg.num_experts;
-  static constexpr int kLocal = kExperts / kRanks;
+  static constexpr int kExpertsARank = kExperts / kRanks;
   static constexpr int kTopk = kCfg.num_topk;
   static constexpr int kRowBytes = 2 * kCfg.hidden;
   static constexpr int kVecs = kRowBytes / 16;
@@ -170,8 +170,8 @@ class LowLatencyReducedCombine {
   __device__ void send_weight(int selection) const {
     if (selection >= p.num_tokens * kTopk) return;
     const float weight = p.topk_weights[selection];
-    const int e = selected_expert<kCfg.topk_is_int64, kExperts>(p.topk_idx, selection);
-    const int reader = e / kLocal;
+    const int e = load_choice<kCfg.topk_is_int64>(p.topk_idx, selection, kExperts);
+    const int reader = e / kExpertsARank;
     if (e >= 0 && reader != p.rank && may_send(waiter, reader))
       ptx::st_relaxed_sys(weight_word(reader, p.rank, selection),
                           stamp(waiter.epoch, __float_as_uint(weight)));
@@ -224,8 +224,8 @@ class LowLatencyReducedCombine {
     // Lane k has selection k: of this rank its row, of others the rank.
     const int64_t selection = static_cast<int64_t>(token) * kTopk + lane;
     const int e =
-        lane < kTopk ? selected_expert<kCfg.topk_is_int64, kExperts>(p.topk_idx, selection) : -1;
-    const int peer = e >= 0 ? e / kLocal : -1;
+        lane < kTopk ? load_choice<kCfg.topk_is_int64>(p.topk_idx, selection, kExperts) : -1;
+    const int peer = e >= 0 ? e / kExpertsARank : -1;
     const uint32_t ranks = __reduce_or_sync(kFullMask, peer >= 0 ? 1u << peer : 0);
     // On their way while it waits.
     int stays = -1;
