@@ -307,23 +307,6 @@ VARIABLES: tuple[Variable[object], ...] = tuple(
 )
 
 
-def variant(op: str) -> str:
-    """Reads the variant that the user wants for an operation.
-
-    Args:
-        op: Name of the operation, such as ``"dispatch"``.
-
-    Returns:
-        The text of ``EPJIT_<OP>_VARIANT``, ``"auto"`` when unset; `kernels.variants` checks it.
-    """
-    return os.environ.get(variant_name(op), "").strip() or "auto"
-
-
-def variant_name(op: str) -> str:
-    """Name of the environment variable that chooses the variant of `op`."""
-    return f"EPJIT_{op.upper()}_VARIANT"
-
-
 def set_default(name: str, value: str) -> None:
     """Sets a variable of another library for this process, unless the user has set it."""
     os.environ.setdefault(name, value)

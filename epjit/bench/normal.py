@@ -345,7 +345,7 @@ def measure_ceilings(
 def start(rank: int, settings: Settings, port: int, queue: Any) -> tuple[dist.ProcessGroup, Say]:
     """Meets the other ranks; returns the group, and what reports a row (of rank 0)."""
     from epjit import __version__, env
-    from epjit.kernels import intranode, low_latency, variants  # noqa: F401  (two have variants)
+    from epjit.kernels.variants import CHOICES
 
     on_cpu = settings.device == "cpu"
     if on_cpu:
@@ -368,7 +368,7 @@ def start(rank: int, settings: Settings, port: int, queue: Any) -> tuple[dist.Pr
         nvl_bytes=settings.nvl_bytes,
         nvlink_domain=domain_size(settings.ranks),
         torch=torch.__version__,
-        variants={op: env.variant(op) for op in variants.operations()},
+        variants={op: choice.variable() for op, choice in CHOICES.items()},
     )
     return group, say
 

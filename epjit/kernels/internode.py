@@ -175,7 +175,7 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
     Args:
         arch: Such as ``"sm_90a"``.
     """
-    variant = "tma" if variants.runs_on("combine", "tma", arch) else "ldst"
+    variant = variants.names("combine", arch)[0]
     for num_domains, num_local, row_bytes, num_scales, num_topk in (
         (2, 1, 14336, 0, 8),
         (4, 8, 7168, 56, 8),

@@ -17,21 +17,6 @@ from epjit.runtime.jit import KernelConfig
 MAX_SLOTS = 65536  # of one source rank: bounds the words to 4 MiB
 # SMs x bytes of a row from which pushing is held by the links: measured with two H200s.
 _LINK_BOUND_BYTES = 300_000
-# With more, a token is better staged once and pulled: 4096 tokens of BF16 on four H200s, 586 us
-# instead of 602 with 24 SMs, 620 instead of 692 with 12; on two, 223 instead of 207.
-MOST_PUSHING_RANKS = 2
-
-for _variant in (
-    variants.Variant("dispatch", "push", 90, "tokens are pushed to peers by TMA bulk copies"),
-    variants.Variant("dispatch", "tma", 90, "peers pull by TMA bulk copies"),
-    variants.Variant("dispatch", "ldst", 80, "peers pull by 16-byte loads and stores"),
-    variants.Variant(
-        "dispatch", "direct", 90, "the source writes rows to their final place", opt_in=True
-    ),
-    variants.Variant("combine", "tma", 90, "rows are pushed by TMA bulk copies"),
-    variants.Variant("combine", "ldst", 80, "rows are pushed by 16-byte loads and stores"),
-):
-    variants.register(_variant)
 
 
 @dataclass(frozen=True)
@@ -206,27 +191,20 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         (3, 32, 1, 2),
     )
     for num_ranks, hidden_bytes, num_scales, num_topk in rows:
-        for variant in variants.names("dispatch"):
-            if variants.runs_on("dispatch", variant, arch):
-                yield DispatchConfig.choose(
-                    DispatchShape(hidden_bytes, num_scales, num_topk, num_ranks != 8),
-                    num_ranks=num_ranks,
-                    variant=variant,
-                    limit=limit,
-                )
-        for variant in variants.names("combine") if num_scales == 0 else ():
-            if variants.runs_on("combine", variant, arch):
-                yield CombineConfig.choose(
-                    CombineShape(hidden_bytes, num_topk, is_f16=num_ranks == 2),
-                    num_ranks=num_ranks,
-                    variant=variant,
-                    limit=limit,
-                )
-
-
-def preferred_variant(num_ranks: int) -> str | None:
-    """What ``auto`` takes before all others."""
-    return "tma" if num_ranks > MOST_PUSHING_RANKS else None
+        for variant in variants.names("dispatch", arch):
+            yield DispatchConfig.choose(
+                DispatchShape(hidden_bytes, num_scales, num_topk, num_ranks != 8),
+                num_ranks=num_ranks,
+                variant=variant,
+                limit=limit,
+            )
+        for variant in variants.names("combine", arch) if num_scales == 0 else ():
+            yield CombineConfig.choose(
+                CombineShape(hidden_bytes, num_topk, is_f16=num_ranks == 2),
+                num_ranks=num_ranks,
+                variant=variant,
+                limit=limit,
+            )
 
 
 def config_of(
@@ -236,7 +214,7 @@ def config_of(
     limit = shared_limit(arch)
     op = "dispatch" if isinstance(shape, DispatchShape) else "combine"
     best = tuned.best(op, gpu=gpu, num_ranks=num_ranks, hidden_bytes=shape.hidden_bytes)
-    preferred = preferred_variant(num_ranks) if best is None else best.variant
+    preferred = variants.CHOICES[op].preferred(num_ranks) if best is None else best.variant
     variant = variants.resolve(op, arch, preferred=preferred)
     if isinstance(shape, DispatchShape):
         return DispatchConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)

@@ -24,20 +24,6 @@ STEP = 256  # channels that a warp adds at a time
 # Of a half: one a token or a choice; for `reduced` one a piece of a row and one a weight.
 NUM_WORDS = max(MAX_LOW_LATENCY_TOKENS, MAX_LOW_LATENCY_CHOICES)
 
-for _variant in (
-    # First, so that auto takes it: with two H200s a pair of calls in a graph takes 52.9 us against
-    # 53.2 with 128 tokens (BF16: 54.3 against 56.5) and 23.9 against 25.0 with 8.
-    variants.Variant("low_latency_combine", "ldst", 80, "rows are pushed by 16-byte stores"),
-    variants.Variant("low_latency_combine", "tma", 90, "rows are pushed by TMA bulk copies"),
-    variants.Variant(
-        "low_latency_combine",
-        "reduced",
-        80,
-        "a rank's rows are summed, and rounded, before they cross",
-    ),
-):
-    variants.register(_variant)
-
 
 class LowLatencyDispatchShape(NamedTuple):
     """What tells one dispatch kernel of a Buffer from another; the same on all ranks."""
@@ -287,7 +273,7 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
     Args:
         arch: Such as ``"sm_90a"``.
     """
-    limit = shared_limit(arch)
+    limit, names = shared_limit(arch), variants.names("low_latency_combine", arch)
     formats: tuple[RowFormat, ...]
     for num_ranks in range(1, MAX_RANKS + 1):
         yield CleanConfig(num_ranks)
@@ -301,16 +287,15 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         for row_format in formats:
             shape = LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, wide)
             yield LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks)
-        for variant in variants.names("low_latency_combine"):
+        for variant in names:
             # The log format has one kernel, whatever the variant.
             for logfmt in (False, True) if variant == "ldst" and hidden != 24 else (False,):
-                if variants.runs_on("low_latency_combine", variant, arch):
-                    yield _combine_config(
-                        LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt),
-                        num_ranks=num_ranks,
-                        variant=variant,
-                        limit=limit,
-                    )
+                yield _combine_config(
+                    LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt),
+                    num_ranks=num_ranks,
+                    variant=variant,
+                    limit=limit,
+                )
     for num_ranks in (2, 16, 40, 256):
         yield CleanConfig(num_ranks, remote=True)
     for num_ranks, num_experts, hidden, num_topk, formats in (
@@ -322,16 +307,17 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         for row_format in formats:
             shape = LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, wide)
             yield LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks, remote=True)
-        for variant in ("ldst", "tma"):
+        for variant in names:
+            if variant == "reduced":  # of one domain only
+                continue
             for logfmt in (False, True) if (variant, num_ranks) == ("ldst", 4) else (False,):
-                if variants.runs_on("low_latency_combine", variant, arch):
-                    yield LowLatencyCombineConfig.choose(
-                        LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt),
-                        num_ranks=num_ranks,
-                        variant=variant,
-                        limit=limit,
-                        remote=True,
-                    )
+                yield LowLatencyCombineConfig.choose(
+                    LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt),
+                    num_ranks=num_ranks,
+                    variant=variant,
+                    limit=limit,
+                    remote=True,
+                )
 
 
 def warmup_shapes(

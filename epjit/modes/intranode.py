@@ -115,7 +115,7 @@ class Intranode(NormalMode):
             num_counters=32,
             num_counts=1 + MAX_LOCAL_EXPERTS,
         )
-        direct = env.variant("dispatch") == "direct" and group.size > 1
+        direct = env.dispatch_variant() == "direct" and group.size > 1
         num_output_bytes = align(env.direct_bytes()) if direct else 0
         self._arena = _Arena(group.size, num_nvl_bytes, num_output_bytes)
         notify_kernel = self._kernel(NotifyConfig(group.size))

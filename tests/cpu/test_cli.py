@@ -323,11 +323,19 @@ def test_doctor_names_what_is_misspelt(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "none of auto, push, tma, ldst, direct" in found["EPJIT_DISPATCH_VARIANT"].value
 
 
-def test_doctor_needs_no_torch_to_look_at_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "epjit.kernels.low_latency", None)
-    monkeypatch.setenv("EPJIT_TIMEOUT_SECONDS", "5")
-    found = {each.name: each for each in software.check_environment()}
-    assert found["EPJIT_TIMEOUT_SECONDS"].status is Status.ok
+def test_variants_and_the_environment_are_looked_at_without_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from epjit.cli.doctor.software import check_environment\n"
+        "from epjit.cli.variants import variants\n"
+        "variants('sm_90a', as_json=True)\n"
+        "print([check.value for check in check_environment()])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "EPJIT_TIMEOUT_SECONDS": "soon"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "EPJIT_DISPATCH_VARIANT=push" in done.stdout
+    assert "EPJIT_TIMEOUT_SECONDS='soon' is not" in done.stdout
 
 
 def test_warmup_takes_the_archs_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -768,10 +776,7 @@ def test_a_damaged_tuned_file_is_a_warning(cache_dir: Path, text: str) -> None:
 
 
 def test_auto_takes_the_tuned_variant_where_it_runs() -> None:
-    from epjit.kernels import (
-        intranode,  # noqa: F401  (registers them)
-        variants,
-    )
+    from epjit.kernels import variants
 
     assert variants.resolve("dispatch", "sm_90a", preferred="tma") == "tma"
     assert variants.resolve("dispatch", "sm_80", preferred="push") == "ldst"

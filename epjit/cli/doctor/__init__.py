@@ -79,7 +79,7 @@ def verdict(checks: list[Check]) -> Check:
     name = "a Buffer here"
     try:
         from epjit.buffer import use_gpu
-        from epjit.kernels import intranode, variants
+        from epjit.kernels import variants
         from epjit.runtime import device
 
         if not use_gpu():
@@ -87,9 +87,8 @@ def verdict(checks: list[Check]) -> Check:
             value = f"runs on the CPU backend ({why}): the same results, and not fast"
             return _VERDICT.ok(name, value)
         count, arch = device.count(), device.arch_of(0)
-        preferred = intranode.preferred_variant(count)
         taken = [
-            f"{op} {variants.resolve(op, arch, preferred=preferred if op == 'dispatch' else None)}"
+            f"{op} {variants.resolve(op, arch, preferred=variants.CHOICES[op].preferred(count))}"
             for op in ("dispatch", "combine", "low_latency_combine")
         ]
         gpus = [device.name(index) for index in range(count)]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import importlib
 import os
 import platform
@@ -83,17 +82,13 @@ def check_compiler() -> Iterator[Check]:
 def check_environment() -> Iterator[Check]:
     """Every variable that is set, and whether it can be read."""
     from epjit import env
-    from epjit.kernels import variants
-
-    # They register their variants, and need torch, whose absence another line says.
-    with contextlib.suppress(ImportError):
-        from epjit.kernels import expert_major, intranode, low_latency  # noqa: F401
+    from epjit.kernels.variants import CHOICES
 
     known = {variable.name for variable in env.VARIABLES}
     for name in sorted(os.environ):
         if name.startswith("EPJIT_") and name not in known and not name.startswith(_OF_TESTS):
             yield _ENVIRONMENT.warning(name, "no variable of epjit", "is it misspelt?")
-    choices = {env.variant_name(op): variants.choices(op) for op in variants.operations()}
+    choices = {choice.variable.name: choice.allowed for choice in CHOICES.values()}
     for variable in env.VARIABLES:
         text = variable.text()
         if not text:
