@@ -142,7 +142,7 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
             yield UnpermuteConfig(row_bytes, num_topk, is_f16=num_topk == 1)
 
 
-def warmup_configs(
+def kernels_of(
     row_bytes: int, *, num_topk: int, num_experts: int, is_f16: bool, topk_is_int64: bool, arch: str
 ) -> list[KernelConfig]:
     """Every kernel that rows by expert of one shape need on an architecture.

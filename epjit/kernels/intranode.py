@@ -177,7 +177,6 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
     Args:
         arch: Such as ``"sm_90a"``.
     """
-    limit = shared_limit(arch)
     for num_ranks in range(1, MAX_RANKS + 1):
         yield NotifyConfig(num_ranks)
         for wide in (True, False):
@@ -192,42 +191,48 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
     )
     for num_ranks, hidden_bytes, num_scales, num_topk in rows:
         for variant in variants.names("dispatch", arch):
-            yield DispatchConfig.choose(
-                DispatchShape(hidden_bytes, num_scales, num_topk, num_ranks != 8),
-                num_ranks=num_ranks,
-                variant=variant,
-                limit=limit,
-            )
+            dispatch = DispatchShape(hidden_bytes, num_scales, num_topk, num_ranks != 8)
+            yield config_of(dispatch, num_ranks, arch, variant=variant)
         for variant in variants.names("combine", arch) if num_scales == 0 else ():
-            yield CombineConfig.choose(
-                CombineShape(hidden_bytes, num_topk, is_f16=num_ranks == 2),
-                num_ranks=num_ranks,
-                variant=variant,
-                limit=limit,
-            )
+            combine = CombineShape(hidden_bytes, num_topk, is_f16=num_ranks == 2)
+            yield config_of(combine, num_ranks, arch, variant=variant)
 
 
 def config_of(
-    shape: DispatchShape | CombineShape, num_ranks: int, arch: str, *, gpu: str = ""
+    shape: DispatchShape | CombineShape,
+    num_ranks: int,
+    arch: str,
+    *,
+    gpu: str = "",
+    variant: str | None = None,
 ) -> DispatchConfig | CombineConfig:
-    """The kernel of a shape, of the variant that the environment asks for or that was tuned."""
-    limit = shared_limit(arch)
+    """The kernel of a shape, of the variant that the environment asks for or that was tuned.
+
+    Args:
+        shape: Of the call.
+        num_ranks: Size of the group.
+        arch: Such as ``"sm_90a"``.
+        gpu: Product name, for the variants that were tuned there.
+        variant: Takes this one instead.
+    """
     op = "dispatch" if isinstance(shape, DispatchShape) else "combine"
-    best = tuned.best(op, gpu=gpu, num_ranks=num_ranks, hidden_bytes=shape.hidden_bytes)
-    preferred = variants.CHOICES[op].preferred(num_ranks) if best is None else best.variant
-    variant = variants.resolve(op, arch, preferred=preferred)
+    if variant is None:
+        best = tuned.best(op, gpu=gpu, num_ranks=num_ranks, hidden_bytes=shape.hidden_bytes)
+        preferred = variants.CHOICES[op].preferred(num_ranks) if best is None else best.variant
+        variant = variants.resolve(op, arch, preferred=preferred)
+    limit = shared_limit(arch)
     if isinstance(shape, DispatchShape):
         return DispatchConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
     return CombineConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
 
 
-def warmup_configs(
+def kernels_of(
     shapes: Iterable[DispatchShape | CombineShape], *, num_ranks: int, arch: str, gpu: str = ""
 ) -> list[KernelConfig]:
-    """Every kernel that a Buffer compiles for these shapes on an architecture.
+    """Every kernel that a Buffer compiles: when it is made, and for calls of these shapes.
 
     Args:
-        shapes: From `warmup_shapes`.
+        shapes: Of the calls.
         num_ranks: Size of the group.
         arch: Such as ``"sm_90a"``.
         gpu: Product name, for the variants that were tuned there.

@@ -25,8 +25,8 @@ from epjit.kernels.intranode import (
     NotifyConfig,
     check_warps,
     config_of,
+    kernels_of,
     num_slots,
-    warmup_configs,
 )
 from epjit.kernels.shapes import CombineShape, DispatchShape, align
 from epjit.modes.normal import (
@@ -166,7 +166,7 @@ class Intranode(NormalMode):
         )
 
     def _ahead(self, arch: str) -> Iterator[tuple[KernelConfig, str]]:
-        for config in warmup_configs(self._launches, num_ranks=self._group.size, arch=arch):
+        for config in kernels_of(self._launches, num_ranks=self._group.size, arch=arch):
             yield config, "nvshmem"  # none of them needs a transport
 
     # ---- operations ------------------------------------------------------------------------------

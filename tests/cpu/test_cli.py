@@ -790,6 +790,6 @@ def test_auto_pulls_where_there_are_many_ranks(cache_dir: Path) -> None:
     assert not cache_dir.exists()
     shape = DispatchShape(14336, 0, 8, True)
     for num_ranks, push in ((2, True), (3, False), (8, False)):
-        configs = intranode.warmup_configs([shape], num_ranks=num_ranks, arch="sm_90a")
+        configs = intranode.kernels_of([shape], num_ranks=num_ranks, arch="sm_90a")
         (config,) = (each for each in configs if isinstance(each, intranode.DispatchConfig))
         assert config.push is push
