@@ -52,7 +52,7 @@ class Variable(Generic[T]):
             raise ValueError(f"{self.name}={text!r} is not {self.kind}") from None
 
     def text(self) -> str:
-        """What the environment has, unchecked; empty when it is unset."""
+        """The text in the environment, unchecked; empty when it is unset."""
         return os.environ.get(self.name, "").strip()
 
 

@@ -28,7 +28,7 @@ SWEEP = (4, 8, 12, 16, 20, 24, 32)
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is run.
+    """Sizes and choices of a run.
 
     Attributes:
         ranks: Processes, a GPU each.
@@ -102,7 +102,7 @@ class Settings:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """What is timed: epjit first."""
+        """The modules that are timed: epjit first."""
         return ("epjit", *self.compare)
 
 
@@ -227,7 +227,7 @@ class Case:
         )
 
     def expected_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """What dispatch of x must deliver: by source rank, then by token."""
+        """The rows that dispatch of x must deliver: by source rank, then by token."""
         parts = zip(gathered(x, self.group), self.sources, strict=True)
         return torch.cat([part.view(torch.uint8)[mask] for part, mask in parts])
 

@@ -32,10 +32,8 @@ def check_gpus() -> Iterator[Check]:
     try:
         count = device.count()
     except ImportError as error:
-        if probe.has_gpu():
-            yield _GPUS.wrong("driver", "cannot be asked", str(error))
-        else:
-            yield _GPUS.info("driver", _NO_DRIVER)
+        unknown = _GPUS.wrong("driver", "cannot be asked", str(error))
+        yield unknown if probe.has_gpu() else _GPUS.info("driver", _NO_DRIVER)
         return
     except RuntimeError as error:
         if Path("/dev/nvidiactl").exists():

@@ -52,11 +52,9 @@ def check_compiler() -> Iterator[Check]:
     try:
         version = nvrtc.version()
     except ImportError as error:
-        if probe.has_gpu():
-            yield _COMPILER.wrong("NVRTC", "not found", str(error))
-        else:
-            value = "not found; it is only needed for a GPU, and for `warmup`"
-            yield _COMPILER.info("NVRTC", value)
+        missing = _COMPILER.wrong("NVRTC", "not found", str(error))
+        unused = "not found; it is only needed for a GPU, and for `warmup`"
+        yield missing if probe.has_gpu() else _COMPILER.info("NVRTC", unused)
         return
     yield _COMPILER.ok("NVRTC", f"{version[0]}.{version[1]} ({probe.mapped('nvrtc')})")
     arch = device.arch_of(0) if probe.num_gpus() else "sm_90a"
