@@ -64,7 +64,7 @@ def copy_config(arch: str, *, num_ranks: int, pull: bool) -> CopyConfig:
 
 
 def example_configs(arch: str) -> list[CopyConfig]:
-    """What the compile tests compile; nothing where there are no bulk copies (before sm_90)."""
+    """Kernels for the compile test; none where there are no bulk copies (before sm_90)."""
     if arch_number(arch) < 90:
         return []
     return [copy_config(arch, num_ranks=4, pull=pull) for pull in (False, True)]

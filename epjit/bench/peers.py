@@ -1,4 +1,4 @@
-"""What each GPU of this process reaches of each other one: bandwidth of a copy, latency of a load.
+"""Links between the GPUs of this process: bandwidth of a copy, latency of a load, for each pair.
 
 One process, one thread a GPU: this is what `doctor` runs, before any group exists.
 """
@@ -24,7 +24,7 @@ _WORD_STRIDE = 256  # bytes: each word in a sector of its own
 
 
 class PeerLink(NamedTuple):
-    """What one GPU reaches of another one's memory.
+    """The link from one GPU to another one's memory.
 
     Attributes:
         reader: GPU that loads.

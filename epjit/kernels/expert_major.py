@@ -12,12 +12,6 @@ from epjit.kernels.shapes import copier_bytes, copier_shape
 from epjit.runtime.device import shared_limit
 from epjit.runtime.kernel import KernelConfig
 
-for _variant in (
-    variants.Variant("permute", "tma", 90, "rows are copied by TMA bulk copies"),
-    variants.Variant("permute", "ldst", 80, "rows are copied by 16-byte loads and stores"),
-):
-    variants.register(_variant)
-
 
 @dataclass(frozen=True)
 class PlaceConfig(KernelConfig):
@@ -98,14 +92,13 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         yield PlaceConfig(num_experts, wide)
     yield BlankConfig()
     for row_bytes in (16, 7168, 14336, MAX_ROW_BYTES):
-        for variant in variants.names("permute"):
-            if variants.runs_on("permute", variant, arch):
-                yield PermuteConfig.choose(row_bytes, variant=variant, limit=limit)
+        for variant in variants.names("permute", arch):
+            yield PermuteConfig.choose(row_bytes, variant=variant, limit=limit)
         for num_topk in (1, 8, MAX_TOPK):
             yield UnpermuteConfig(row_bytes, num_topk, is_f16=num_topk == 1)
 
 
-def warmup_configs(
+def kernels_of(
     row_bytes: int, *, num_topk: int, num_experts: int, is_f16: bool, topk_is_int64: bool, arch: str
 ) -> list[KernelConfig]:
     """Every kernel that rows by expert of one shape need on an architecture.

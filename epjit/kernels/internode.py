@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from epjit.config import MAX_DOMAINS, MAX_RANKS
 from epjit.kernels import variants
@@ -160,7 +160,7 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
     Args:
         arch: Such as ``"sm_90a"``.
     """
-    variant = "tma" if variants.runs_on("combine", "tma", arch) else "ldst"
+    variant = variants.names("combine", arch)[0]
     for num_domains, num_local, row_bytes, num_scales, num_topk in (
         (2, 1, 14336, 0, 8),
         (4, 8, 7168, 56, 8),
@@ -176,56 +176,46 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
             shapes.append(CombineShape(row_bytes, num_topk, is_f16=num_local == 1))
         for shape in shapes:
             for each in {variant, "ldst" if num_local == 5 else variant}:
-                yield _choose(
-                    shape,
-                    num_domains=num_domains,
-                    num_local=num_local,
-                    variant=each,
-                    limit=shared_limit(arch),
-                )
-
-
-def _choose(
-    shape: DispatchShape | CombineShape,
-    *,
-    num_domains: int,
-    num_local: int,
-    variant: str,
-    limit: int,
-) -> InternodeDispatchConfig | InternodeCombineConfig:
-    """The kernel of a shape. ``push`` is not told from ``tma``: tokens are pulled here."""
-    cut: Any = {
-        "num_domains": num_domains,
-        "num_local": num_local,
-        "variant": variant,
-        "limit": limit,
-    }
-    if isinstance(shape, DispatchShape):
-        return InternodeDispatchConfig.choose(shape, **cut)
-    return InternodeCombineConfig.choose(shape, **cut)
+                yield config_of(shape, num_domains, num_local, arch, variant=each)
 
 
 def config_of(
-    shape: DispatchShape | CombineShape, num_domains: int, num_local: int, arch: str
+    shape: DispatchShape | CombineShape,
+    num_domains: int,
+    num_local: int,
+    arch: str,
+    *,
+    variant: str | None = None,
 ) -> InternodeDispatchConfig | InternodeCombineConfig:
-    """The kernel of a shape, of the variant that the environment asks for."""
+    """The kernel of a shape, of the variant that the environment asks for.
+
+    Args:
+        shape: Of the call.
+        num_domains: NVLink domains, more than one.
+        num_local: Ranks of each.
+        arch: Such as ``"sm_90a"``.
+        variant: Takes this one instead. ``push`` is not told from ``tma``: tokens are pulled here.
+    """
     op = "dispatch" if isinstance(shape, DispatchShape) else "combine"
-    return _choose(
-        shape,
-        num_domains=num_domains,
-        num_local=num_local,
-        variant=variants.resolve(op, arch),
-        limit=shared_limit(arch),
+    if variant is None:
+        variant = variants.resolve(op, arch)
+    limit = shared_limit(arch)
+    if isinstance(shape, DispatchShape):
+        return InternodeDispatchConfig.choose(
+            shape, num_domains=num_domains, num_local=num_local, variant=variant, limit=limit
+        )
+    return InternodeCombineConfig.choose(
+        shape, num_domains=num_domains, num_local=num_local, variant=variant, limit=limit
     )
 
 
-def warmup_configs(
+def kernels_of(
     shapes: Iterable[DispatchShape | CombineShape], *, num_domains: int, num_local: int, arch: str
 ) -> list[KernelConfig]:
-    """Every kernel that a Buffer compiles for these shapes on an architecture.
+    """Every kernel that a Buffer compiles: when it is made, and for calls of these shapes.
 
     Args:
-        shapes: From `warmup_shapes`.
+        shapes: Of the calls.
         num_domains: NVLink domains, more than one.
         num_local: Ranks of each.
         arch: Such as ``"sm_90a"``.

@@ -17,21 +17,6 @@ from epjit.runtime.kernel import KernelConfig
 MAX_SLOTS = 65536  # of one source rank: bounds the words to 4 MiB
 # SMs x bytes of a row from which pushing is held by the links: measured with two H200s.
 _LINK_BOUND_BYTES = 300_000
-# With more, a token is better staged once and pulled: 4096 tokens of BF16 on four H200s, 586 us
-# instead of 602 with 24 SMs, 620 instead of 692 with 12; on two, 223 instead of 207.
-MOST_PUSHING_RANKS = 2
-
-for _variant in (
-    variants.Variant("dispatch", "push", 90, "tokens are pushed to peers by TMA bulk copies"),
-    variants.Variant("dispatch", "tma", 90, "peers pull by TMA bulk copies"),
-    variants.Variant("dispatch", "ldst", 80, "peers pull by 16-byte loads and stores"),
-    variants.Variant(
-        "dispatch", "direct", 90, "the source writes rows to their final place", opt_in=True
-    ),
-    variants.Variant("combine", "tma", 90, "rows are pushed by TMA bulk copies"),
-    variants.Variant("combine", "ldst", 80, "rows are pushed by 16-byte loads and stores"),
-):
-    variants.register(_variant)
 
 
 @dataclass(frozen=True)
@@ -166,7 +151,6 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
     Args:
         arch: Such as ``"sm_90a"``.
     """
-    limit = shared_limit(arch)
     for num_ranks in range(1, MAX_RANKS + 1):
         yield NotifyConfig(num_ranks)
         for wide in (True, False):
@@ -180,50 +164,49 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         (3, 32, 1, 2),
     )
     for num_ranks, hidden_bytes, num_scales, num_topk in rows:
-        for variant in variants.names("dispatch"):
-            if variants.runs_on("dispatch", variant, arch):
-                yield DispatchConfig.choose(
-                    DispatchShape(hidden_bytes, num_scales, num_topk, num_ranks != 8),
-                    num_ranks=num_ranks,
-                    variant=variant,
-                    limit=limit,
-                )
-        for variant in variants.names("combine") if num_scales == 0 else ():
-            if variants.runs_on("combine", variant, arch):
-                yield CombineConfig.choose(
-                    CombineShape(hidden_bytes, num_topk, is_f16=num_ranks == 2),
-                    num_ranks=num_ranks,
-                    variant=variant,
-                    limit=limit,
-                )
-
-
-def preferred_variant(num_ranks: int) -> str | None:
-    """What ``auto`` takes before all others."""
-    return "tma" if num_ranks > MOST_PUSHING_RANKS else None
+        for variant in variants.names("dispatch", arch):
+            dispatch = DispatchShape(hidden_bytes, num_scales, num_topk, num_ranks != 8)
+            yield config_of(dispatch, num_ranks, arch, variant=variant)
+        for variant in variants.names("combine", arch) if num_scales == 0 else ():
+            combine = CombineShape(hidden_bytes, num_topk, is_f16=num_ranks == 2)
+            yield config_of(combine, num_ranks, arch, variant=variant)
 
 
 def config_of(
-    shape: DispatchShape | CombineShape, num_ranks: int, arch: str, *, gpu: str = ""
+    shape: DispatchShape | CombineShape,
+    num_ranks: int,
+    arch: str,
+    *,
+    gpu: str = "",
+    variant: str | None = None,
 ) -> DispatchConfig | CombineConfig:
-    """The kernel of a shape, of the variant that the environment asks for or that was tuned."""
-    limit = shared_limit(arch)
+    """The kernel of a shape, of the variant that the environment asks for or that was tuned.
+
+    Args:
+        shape: Of the call.
+        num_ranks: Size of the group.
+        arch: Such as ``"sm_90a"``.
+        gpu: Product name, for the variants that were tuned there.
+        variant: Takes this one instead.
+    """
     op = "dispatch" if isinstance(shape, DispatchShape) else "combine"
-    best = tuned.best(op, gpu=gpu, num_ranks=num_ranks, hidden_bytes=shape.hidden_bytes)
-    preferred = preferred_variant(num_ranks) if best is None else best.variant
-    variant = variants.resolve(op, arch, preferred=preferred)
+    if variant is None:
+        best = tuned.best(op, gpu=gpu, num_ranks=num_ranks, hidden_bytes=shape.hidden_bytes)
+        preferred = variants.CHOICES[op].preferred(num_ranks) if best is None else best.variant
+        variant = variants.resolve(op, arch, preferred=preferred)
+    limit = shared_limit(arch)
     if isinstance(shape, DispatchShape):
         return DispatchConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
     return CombineConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
 
 
-def warmup_configs(
+def kernels_of(
     shapes: Iterable[DispatchShape | CombineShape], *, num_ranks: int, arch: str, gpu: str = ""
 ) -> list[KernelConfig]:
-    """Every kernel that a Buffer compiles for these shapes on an architecture.
+    """Every kernel that a Buffer compiles: when it is made, and for calls of these shapes.
 
     Args:
-        shapes: From `warmup_shapes`.
+        shapes: Of the calls.
         num_ranks: Size of the group.
         arch: Such as ``"sm_90a"``.
         gpu: Product name, for the variants that were tuned there.

@@ -24,20 +24,6 @@ STEP = 256  # channels that a warp adds at a time
 # Of a half: one a token or a choice; for `reduced` one a piece of a row and one a weight.
 NUM_WORDS = max(MAX_LOW_LATENCY_TOKENS, MAX_LOW_LATENCY_CHOICES)
 
-for _variant in (
-    # First, so that auto takes it: with two H200s a pair of calls in a graph takes 52.9 us against
-    # 53.2 with 128 tokens (BF16: 54.3 against 56.5) and 23.9 against 25.0 with 8.
-    variants.Variant("low_latency_combine", "ldst", 80, "rows are pushed by 16-byte stores"),
-    variants.Variant("low_latency_combine", "tma", 90, "rows are pushed by TMA bulk copies"),
-    variants.Variant(
-        "low_latency_combine",
-        "reduced",
-        80,
-        "a rank's rows are summed, and rounded, before they cross",
-    ),
-):
-    variants.register(_variant)
-
 
 class LowLatencyDispatchShape(NamedTuple):
     """What tells one dispatch kernel of a Buffer from another; the same on all ranks."""
@@ -250,7 +236,7 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
     Args:
         arch: Such as ``"sm_90a"``.
     """
-    limit = shared_limit(arch)
+    names = variants.names("low_latency_combine", arch)
     formats: tuple[RowFormat, ...]
     for num_ranks in range(1, MAX_RANKS + 1):
         yield CleanConfig(num_ranks)
@@ -264,16 +250,11 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         for row_format in formats:
             shape = LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, wide)
             yield LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks)
-        for variant in variants.names("low_latency_combine"):
+        for variant in names:
             # The log format has one kernel, whatever the variant.
             for logfmt in (False, True) if variant == "ldst" and hidden != 24 else (False,):
-                if variants.runs_on("low_latency_combine", variant, arch):
-                    yield _combine_config(
-                        LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt),
-                        num_ranks=num_ranks,
-                        variant=variant,
-                        limit=limit,
-                    )
+                combine = LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt)
+                yield config_of(combine, num_ranks, arch, remote=False, variant=variant)
     for num_ranks in (2, 16, 40, 256):
         yield CleanConfig(num_ranks, remote=True)
     for num_ranks, num_experts, hidden, num_topk, formats in (
@@ -285,16 +266,12 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         for row_format in formats:
             shape = LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, wide)
             yield LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks, remote=True)
-        for variant in ("ldst", "tma"):
+        for variant in names:
+            if variant == "reduced":  # of one domain only
+                continue
             for logfmt in (False, True) if (variant, num_ranks) == ("ldst", 4) else (False,):
-                if variants.runs_on("low_latency_combine", variant, arch):
-                    yield LowLatencyCombineConfig.choose(
-                        LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt),
-                        num_ranks=num_ranks,
-                        variant=variant,
-                        limit=limit,
-                        remote=True,
-                    )
+                combine = LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt)
+                yield config_of(combine, num_ranks, arch, remote=True, variant=variant)
 
 
 def warmup_shapes(
@@ -306,31 +283,11 @@ def warmup_shapes(
     row_format: RowFormat,
     use_logfmt: bool = False,
 ) -> tuple[LowLatencyDispatchShape, LowLatencyCombineShape]:
-    """What a Buffer launches for calls of these sizes."""
+    """The kernels that calls of these sizes need."""
     return (
         LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, topk_is_int64),
         LowLatencyCombineShape(num_experts, hidden, num_topk, topk_is_int64, use_logfmt),
     )
-
-
-def warmup_configs(
-    shapes: Iterable[LowLatencyDispatchShape | LowLatencyCombineShape],
-    *,
-    num_ranks: int,
-    arch: str,
-    remote: bool = False,
-) -> Iterator[KernelConfig]:
-    """What a Buffer in low-latency mode compiles for these shapes on an architecture.
-
-    Args:
-        shapes: Of `warmup_shapes`.
-        num_ranks: Of the group.
-        arch: Such as ``"sm_90a"``.
-        remote: Whether the group spans several NVLink domains.
-    """
-    yield CleanConfig(num_ranks, remote)
-    for shape in shapes:
-        yield config_of(shape, num_ranks, arch, remote=remote)
 
 
 def config_of(
@@ -339,22 +296,44 @@ def config_of(
     arch: str,
     *,
     remote: bool,
+    variant: str | None = None,
 ) -> LowLatencyDispatchConfig | LowLatencyCombineConfig | LowLatencyReducedCombineConfig:
-    """The kernel of a shape for an architecture, of the variant that the environment asks for."""
+    """The kernel of a shape, of the variant that the environment asks for.
+
+    Args:
+        shape: Of the call.
+        num_ranks: Size of the group.
+        arch: Such as ``"sm_90a"``.
+        remote: Whether the group spans several NVLink domains.
+        variant: Takes this one instead.
+    """
     if isinstance(shape, LowLatencyDispatchShape):
         return LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks, remote=remote)
-    variant, limit = variants.resolve("low_latency_combine", arch), shared_limit(arch)
-    if remote:
-        return LowLatencyCombineConfig.choose(
-            shape, num_ranks=num_ranks, variant=variant, limit=limit, remote=True
-        )
-    return _combine_config(shape, num_ranks=num_ranks, variant=variant, limit=limit)
-
-
-def _combine_config(
-    shape: LowLatencyCombineShape, *, num_ranks: int, variant: str, limit: int
-) -> LowLatencyCombineConfig | LowLatencyReducedCombineConfig:
-    """The log format is not added up before it travels: it would have to be encoded anew."""
-    if variant == "reduced" and not shape.logfmt:
+    if variant is None:
+        variant = variants.resolve("low_latency_combine", arch)
+    # The log format is not added up before it travels: it would have to be encoded anew.
+    if variant == "reduced" and not remote and not shape.logfmt:
         return LowLatencyReducedCombineConfig.choose(shape, num_ranks=num_ranks)
-    return LowLatencyCombineConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
+    limit = shared_limit(arch)
+    return LowLatencyCombineConfig.choose(
+        shape, num_ranks=num_ranks, variant=variant, limit=limit, remote=remote
+    )
+
+
+def kernels_of(
+    shapes: Iterable[LowLatencyDispatchShape | LowLatencyCombineShape],
+    *,
+    num_ranks: int,
+    arch: str,
+    remote: bool,
+) -> list[KernelConfig]:
+    """Every kernel of the mode that a Buffer compiles: when it is made, and for these shapes.
+
+    Args:
+        shapes: Of the calls.
+        num_ranks: Size of the group.
+        arch: Such as ``"sm_90a"``.
+        remote: Whether the group spans several NVLink domains.
+    """
+    clean = CleanConfig(num_ranks, remote)
+    return [clean, *(config_of(shape, num_ranks, arch, remote=remote) for shape in shapes)]

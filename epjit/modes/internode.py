@@ -24,9 +24,9 @@ from epjit.kernels.internode import (
     check_warps,
     combine_slots,
     config_of,
+    kernels_of,
     max_slots,
     ring_slots,
-    warmup_configs,
 )
 from epjit.kernels.shapes import ALIGNMENT, CombineShape, DispatchShape, align
 from epjit.modes.normal import SIGNALS_BYTES, NormalMode, Received, combine_shape, dispatch_shape
@@ -224,7 +224,7 @@ class Internode(NormalMode):
 
     def _ahead(self, arch: str) -> Iterator[tuple[KernelConfig, str]]:
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
-        for config in warmup_configs(
+        for config in kernels_of(
             self._launches, num_domains=num_domains, num_local=num_local, arch=arch
         ):
             yield config, self._transport.name

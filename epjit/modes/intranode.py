@@ -25,8 +25,8 @@ from epjit.kernels.intranode import (
     NotifyConfig,
     check_warps,
     config_of,
+    kernels_of,
     num_slots,
-    warmup_configs,
 )
 from epjit.kernels.shapes import CombineShape, DispatchShape, align
 from epjit.modes.normal import (
@@ -116,7 +116,7 @@ class Intranode(NormalMode):
             num_counters=32,
             num_counts=1 + MAX_LOCAL_EXPERTS,
         )
-        direct = env.variant("dispatch") == "direct" and group.size > 1
+        direct = env.dispatch_variant() == "direct" and group.size > 1
         num_output_bytes = align(env.direct_bytes()) if direct else 0
         self._arena = _Arena(group.size, num_nvl_bytes, num_output_bytes)
         notify_kernel = self._kernel(NotifyConfig(group.size))
@@ -167,7 +167,7 @@ class Intranode(NormalMode):
         )
 
     def _ahead(self, arch: str) -> Iterator[tuple[KernelConfig, str]]:
-        for config in warmup_configs(self._launches, num_ranks=self._group.size, arch=arch):
+        for config in kernels_of(self._launches, num_ranks=self._group.size, arch=arch):
             yield config, "nvshmem"  # none of them needs a transport
 
     # ---- operations ------------------------------------------------------------------------------

@@ -33,7 +33,7 @@ from epjit.kernels.low_latency import (
     LowLatencyDispatchShape,
     LowLatencyReducedCombineConfig,
     config_of,
-    warmup_configs,
+    kernels_of,
     warmup_shapes,
 )
 from epjit.kernels.shapes import align
@@ -344,7 +344,7 @@ class LowLatency:
         for shape in shapes:
             self.launch(shape, max_tokens)
         for arch in archs:
-            for config in warmup_configs(
+            for config in kernels_of(
                 shapes, num_ranks=self._group.size, arch=arch, remote=self._remote
             ):
                 compile_kernel(config, arch=arch, transport=self._body)

@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from epjit import env
 from epjit.config import MAX_RANKS
 from epjit.errors import CommunicationError
 from epjit.kernels.shapes import CombineShape, DispatchShape
+from epjit.kernels.variants import CHOICES
 from epjit.reference.intranode import no_room
 from epjit.runtime.device import arch_of
 from epjit.runtime.empty import Form, empty_on, matrix
@@ -358,7 +358,7 @@ def agree_on_kernel(group: Group, config: KernelConfig) -> None:
     group.agree(
         f"kernels for {config.op}",
         config,
-        remedy=f"set {env.variant_name(config.op)} to the same value everywhere, or give all "
+        remedy=f"set {CHOICES[config.op].variable.name} to the same value everywhere, or give all "
         "ranks the same EPJIT_CACHE_DIR (tuned.json is in it)",
         op=config.op,
     )
