@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -31,7 +31,7 @@ from epjit.kernels.intranode import (
 from epjit.kernels.shapes import CombineShape, DispatchShape, align
 from epjit.modes.normal import (
     SIGNALS_BYTES,
-    NormalMode,
+    Normal,
     Received,
     combine_shape,
     dispatch_shape,
@@ -84,7 +84,7 @@ class _Outputs(NamedTuple):
     has_room: bool
 
 
-class Intranode(NormalMode):
+class Intranode(Normal):
     """Everything one rank needs for the operations of one NVLink domain.
 
     Collective: all ranks construct it together.
@@ -124,6 +124,7 @@ class Intranode(NormalMode):
             self._arena.total, group=group, device=device.index, fabric=use_fabric
         )
         resources.callback(self._close_memory)
+        self._signals_at = self._arena.signals
         self._pool: BlockPool | None = None
         if num_output_bytes:
             self._pool = _output_pool(num_output_bytes, device.index)
@@ -136,12 +137,7 @@ class Intranode(NormalMode):
             notify=self._everywhere(self._arena.notify),
             notify_stride=self._arena.notify_stride,
         )
-        torch.cuda.synchronize(device)
-        group.barrier()
-        resources.callback(self._leave)
-
-    def _common(self) -> dict[str, object]:
-        return {**super()._common(), "signals": self._everywhere(self._arena.signals)}
+        self._meet(resources)
 
     # ---- launches --------------------------------------------------------------------------------
 
@@ -149,7 +145,7 @@ class Intranode(NormalMode):
         gpu = torch.cuda.get_device_name(self._device)
         return config_of(shape, self._group.size, self._arch, gpu=gpu)
 
-    def _bind(self, shape: DispatchShape | CombineShape, config: Any) -> Launch[Any]:
+    def _bind(self, config: Any) -> Launch[Any]:
         own: dict[str, list[int]] = {}
         if isinstance(config, DispatchConfig):
             # Places count from the start of the memory, so that 0 is none.
@@ -166,9 +162,8 @@ class Intranode(NormalMode):
             num_slots=num_slots(config, self._arena.slots_bytes),
         )
 
-    def _ahead(self, arch: str) -> Iterator[tuple[KernelConfig, str]]:
-        for config in kernels_of(self._launches, num_ranks=self._group.size, arch=arch):
-            yield config, "nvshmem"  # none of them needs a transport
+    def _configs_on(self, arch: str) -> list[KernelConfig]:
+        return kernels_of(self._launches, num_ranks=self._group.size, arch=arch)
 
     # ---- operations ------------------------------------------------------------------------------
 
@@ -380,7 +375,7 @@ class Intranode(NormalMode):
     # ---- the end ---------------------------------------------------------------------------------
 
     def _control(self) -> list[torch.Tensor]:
-        return [self.memory.tensor(torch.uint8)[self._arena.signals : self._arena.outputs]]
+        return [self.memory.tensor(torch.uint8)[self._signals_at : self._arena.outputs]]
 
     def _close_memory(self) -> None:
         if self._pool is None:

@@ -201,7 +201,6 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
         lambda device: SimpleNamespace(multi_processor_count=132),
     )
     monkeypatch.setattr("epjit.buffer.empty_on", mock.MagicMock())
-    monkeypatch.setattr("epjit.modes.normal.empty_on", mock.MagicMock())
-    monkeypatch.setattr("epjit.modes.low_latency.empty_on", mock.MagicMock())
+    monkeypatch.setattr("epjit.modes.base.empty_on", mock.MagicMock())
     monkeypatch.setenv("EPJIT_BACKEND", "cuda")
     yield gpu

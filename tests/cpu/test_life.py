@@ -156,7 +156,7 @@ def test_an_exception_ends_a_buffer_at_once_and_is_seen(gpu: FakeGpu) -> None:
     """A peer that has not finished is waited for a second; queued waits end."""
     start = time.monotonic()
     with suppress(ZeroDivisionError), make(gpu, timeout_seconds=100) as buffer:
-        buffer._mode._local[0] = 5  # operations, of which the peer has finished none
+        buffer._mode._epoch[0] = 5  # operations, of which the peer has finished none
         gpu.calls.clear()
         raise ZeroDivisionError
     assert gpu.calls.index("cuMemcpyHtoDAsync") < gpu.calls.index("cuMemFree")  # raise_abort
@@ -268,7 +268,7 @@ def test_a_program_that_an_exception_ends_waits_for_no_peer(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     buffer = make(gpu, timeout_seconds=100)
-    buffer._mode._local[0] = 5  # operations, of which the peer has finished none
+    buffer._mode._epoch[0] = 5  # operations, of which the peer has finished none
     monkeypatch.setattr(sys, "last_type", KeyError, raising=False)
     gpu.calls.clear()
     start = time.monotonic()
