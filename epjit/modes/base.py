@@ -14,7 +14,8 @@ from epjit.runtime.device import arch_of
 from epjit.runtime.empty import empty_on
 from epjit.runtime.fault import FaultRecord, raise_abort
 from epjit.runtime.interrupt import interruptible, synchronize
-from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
+from epjit.runtime.kernel import C, Kernel, KernelConfig, compile_kernel
+from epjit.runtime.launch import Launch
 
 if TYPE_CHECKING:
     from epjit.runtime.group import Group
@@ -64,7 +65,7 @@ class Mode(ABC, Generic[Shape]):
         self._epoch, self._abort = self._own_words(2).split(1)
         self._fault = FaultRecord()
         resources.callback(self._fault.close)
-        self._launches: dict[Shape, Launch] = {}
+        self._launches: dict[Shape, Launch[Any]] = {}
 
     def _own_words(self, num_words: int) -> torch.Tensor:
         """Words of this rank that no peer reaches: int32 `[num_words]`, 0 here and after `reset`.
@@ -118,7 +119,7 @@ class Mode(ABC, Generic[Shape]):
         """
 
     @abstractmethod
-    def _bind(self, config: Any) -> Launch:
+    def _bind(self, config: Any) -> Launch[Any]:
         """Compiles and loads; binds what stays the same from call to call. Not collective.
 
         Raises:
@@ -145,7 +146,7 @@ class Mode(ABC, Generic[Shape]):
             ValueError: As `_config`.
         """
 
-    def launch(self, shape: Shape, **sizes: int) -> Launch:
+    def launch(self, shape: Shape, **sizes: int) -> Launch[Any]:
         """The launch of a shape; collective when it is the first of its kind.
 
         Args:
@@ -161,7 +162,7 @@ class Mode(ABC, Generic[Shape]):
         found = self._launches.get(shape)
         return found if found is not None else self._build(shape, **sizes)
 
-    def _build(self, shape: Shape, **sizes: int) -> Launch:
+    def _build(self, shape: Shape, **sizes: int) -> Launch[Any]:
         """Compiles and loads, then meets the group: nobody may wait for a peer that compiles."""
         config = self._config(shape)
         if torch.cuda.is_current_stream_capturing():
@@ -187,7 +188,7 @@ class Mode(ABC, Generic[Shape]):
             for config in self._configs_on(arch, shapes):
                 compile_kernel(config, arch=arch, body=self._body)
 
-    def _kernel(self, config: KernelConfig) -> Kernel:
+    def _kernel(self, config: C) -> Kernel[C]:
         """Compiled and loaded, and linked with the transport when it needs one."""
         return Kernel(config, device=self._device.index, body=self._body)
 

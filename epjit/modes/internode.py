@@ -23,15 +23,16 @@ from epjit.kernels.internode import (
     check_warps,
     combine_slots,
     config_of,
+    kernels_of,
     max_slots,
     ring_slots,
-    warmup_configs,
 )
 from epjit.kernels.shapes import ALIGNMENT, CombineShape, DispatchShape, align
 from epjit.modes.normal import SIGNALS_BYTES, Normal, Received, combine_shape, dispatch_shape
 from epjit.reference.intranode import Dispatched
 from epjit.runtime.group import BUFFER, Group
-from epjit.runtime.jit import KernelConfig, Launch
+from epjit.runtime.kernel import KernelConfig
+from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import Transport, make_transport
 
@@ -192,7 +193,7 @@ class Internode(Normal):
     def _config(self, shape: DispatchShape | CombineShape) -> KernelConfig:
         return config_of(shape, self._topology.num_domains, self._topology.num_local, self._arch)
 
-    def _bind(self, config: Any) -> Launch:
+    def _bind(self, config: Any) -> Launch[Any]:
         bound = self._common()
         bound.update(
             words=self._everywhere(self._arena.words),
@@ -216,7 +217,7 @@ class Internode(Normal):
         self, arch: str, shapes: Iterable[DispatchShape | CombineShape]
     ) -> list[KernelConfig]:
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
-        return warmup_configs(shapes, num_domains=num_domains, num_local=num_local, arch=arch)
+        return kernels_of(shapes, num_domains=num_domains, num_local=num_local, arch=arch)
 
     # ---- operations ------------------------------------------------------------------------------
 
@@ -330,22 +331,22 @@ class Internode(Normal):
         )
         return received.recv_x, received.recv_scales
 
-    def _dispatch_launch(self, shape: DispatchShape, num_sms: int) -> Launch:
+    def _dispatch_launch(
+        self, shape: DispatchShape, num_sms: int
+    ) -> Launch[InternodeDispatchConfig]:
         """The launch of a shape, before anything is queued.
 
         Raises:
             ValueError: The SMs are too few.
         """
         launch = self.launch(shape)
-        config = launch.kernel.config
-        assert isinstance(config, InternodeDispatchConfig)
-        check_warps(config, num_sms)
+        check_warps(launch.kernel.config, num_sms)
         return launch
 
     def _dispatch_rows(
         self,
         scope: GpuScope,
-        launch: Launch,
+        launch: Launch[InternodeDispatchConfig],
         x: torch.Tensor,
         scales: torch.Tensor | None,
         topk_idx: torch.Tensor | None,
@@ -358,8 +359,6 @@ class Internode(Normal):
     ) -> Received:
         """Allocates the received rows and queues the dispatch kernel."""
         recv_src_meta, passing = handle[7], handle[9]
-        config = launch.kernel.config
-        assert isinstance(config, InternodeDispatchConfig)
         forms = self._forms(recv_src_meta.shape[0], x, scales, topk_idx)
         with scope.allocating():
             received = Received(*self._empty(forms))
@@ -372,7 +371,7 @@ class Internode(Normal):
             "recv_src_meta": recv_src_meta.data_ptr() if fills_handle else 0,
             "passing": passing.data_ptr() if fills_handle else 0,
             "num_passing": passing.shape[0],
-            "num_send_warps": config.send_warps,
+            "num_send_warps": launch.kernel.config.send_warps,
             "experts_per_rank": experts_per_rank,
         }
         launch.start(scope.stream, num_sms, values)
@@ -401,8 +400,7 @@ class Internode(Normal):
         """Sums rows inside each domain, sends the sums to the ranks of their tokens."""
         num_tokens = handle[8].shape[0]
         launch = self.launch(combine_shape(x, topk_weights))
-        config = launch.kernel.config
-        assert isinstance(config, InternodeCombineConfig)
+        config: InternodeCombineConfig = launch.kernel.config
         check_warps(config, num_sms)
         combined, values = self._combined(scope, x, num_tokens, topk_weights, bias)
         scope.start()

@@ -25,8 +25,8 @@ from epjit.kernels.intranode import (
     NotifyConfig,
     check_warps,
     config_of,
+    kernels_of,
     num_slots,
-    warmup_configs,
 )
 from epjit.kernels.shapes import CombineShape, DispatchShape, align
 from epjit.modes.normal import (
@@ -39,7 +39,8 @@ from epjit.modes.normal import (
 )
 from epjit.reference.intranode import Dispatched, Handle
 from epjit.runtime.empty import Form, matrix, vector
-from epjit.runtime.jit import KernelConfig, Launch
+from epjit.runtime.kernel import KernelConfig
+from epjit.runtime.launch import Launch
 from epjit.runtime.pool import BlockPool, NoRoomError
 from epjit.runtime.stream import record_event
 from epjit.runtime.symmetric import SymmetricMemory, tensor_over
@@ -115,7 +116,7 @@ class Intranode(Normal):
             num_counters=32,
             num_counts=1 + MAX_LOCAL_EXPERTS,
         )
-        direct = env.variant("dispatch") == "direct" and group.size > 1
+        direct = env.dispatch_variant() == "direct" and group.size > 1
         num_output_bytes = align(env.direct_bytes()) if direct else 0
         self._arena = _Arena(group.size, num_nvl_bytes, num_output_bytes)
         notify_kernel = self._kernel(NotifyConfig(group.size))
@@ -144,7 +145,7 @@ class Intranode(Normal):
         gpu = torch.cuda.get_device_name(self._device)
         return config_of(shape, self._group.size, self._arch, gpu=gpu)
 
-    def _bind(self, config: Any) -> Launch:
+    def _bind(self, config: Any) -> Launch[Any]:
         own: dict[str, list[int]] = {}
         if isinstance(config, DispatchConfig):
             # Places count from the start of the memory, so that 0 is none.
@@ -164,7 +165,7 @@ class Intranode(Normal):
     def _configs_on(
         self, arch: str, shapes: Iterable[DispatchShape | CombineShape]
     ) -> list[KernelConfig]:
-        return warmup_configs(shapes, num_ranks=self._group.size, arch=arch)
+        return kernels_of(shapes, num_ranks=self._group.size, arch=arch)
 
     # ---- operations ------------------------------------------------------------------------------
 
@@ -269,7 +270,7 @@ class Intranode(Normal):
     def _allocate_outputs(
         self,
         scope: GpuScope,
-        launch: Launch,
+        launch: Launch[DispatchConfig],
         num_rows: int,
         x: torch.Tensor,
         scales: torch.Tensor | None,
@@ -285,10 +286,9 @@ class Intranode(Normal):
         """
         src_idx = vector(torch.int32, num_rows) if with_src_idx else None
         forms = (*self._forms(num_rows, x, scales, topk_idx), src_idx)
-        config = launch.kernel.config
-        assert isinstance(config, DispatchConfig)
         with scope.allocating():
-            blocks = self._empty_blocks(scope, forms) if config.direct else None
+            direct = launch.kernel.config.direct
+            blocks = self._empty_blocks(scope, forms) if direct else None
             tensors = self._empty(forms) if blocks is None else blocks
         return _Outputs(Received(*tensors[:4]), tensors[4], blocks is not None)
 
@@ -331,11 +331,10 @@ class Intranode(Normal):
         }
 
     def _dispatch_rows(
-        self, scope: GpuScope, launch: Launch, outputs: _Outputs, *, num_sms: int
+        self, scope: GpuScope, launch: Launch[DispatchConfig], outputs: _Outputs, *, num_sms: int
     ) -> None:
         """Queues the dispatch kernel; what it reads is prepared."""
         config = launch.kernel.config
-        assert isinstance(config, DispatchConfig)
         scope.start()
         values = {
             **self._outputs(outputs.received),
@@ -359,9 +358,8 @@ class Intranode(Normal):
         rank_prefix, _, _, recv_src_idx, _, send_head = handle
         num_tokens = send_head.shape[0]
         launch = self.launch(combine_shape(x, topk_weights))
-        combine_config = launch.kernel.config
-        assert isinstance(combine_config, CombineConfig)
-        check_warps(combine_config, num_sms)
+        config: CombineConfig = launch.kernel.config
+        check_warps(config, num_sms)
         combined, values = self._combined(scope, x, num_tokens, topk_weights, bias)
         scope.start()
         values |= {
@@ -371,9 +369,7 @@ class Intranode(Normal):
             # Several warps share a token's sum unless there are many tokens a warp: shorter units
             # end closer together (4 parts instead of 1: 128 tokens on 12 SMs 26.7 us, not 31.4,
             # 512 on 24 SMs 42.6, not 47.4; 4096 on 12 SMs 310, not 276).
-            "num_parts": max(
-                1, min(4, 6 * combine_config.num_warps * num_sms // max(num_tokens, 1))
-            ),
+            "num_parts": max(1, min(4, 6 * config.num_warps * num_sms // max(num_tokens, 1))),
         }
         launch.start(scope.stream, num_sms, values)
         return combined

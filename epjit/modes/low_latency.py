@@ -28,7 +28,7 @@ from epjit.kernels.low_latency import (
     LowLatencyDispatchShape,
     LowLatencyReducedCombineConfig,
     config_of,
-    warmup_configs,
+    kernels_of,
 )
 from epjit.kernels.shapes import align
 from epjit.modes.base import Mode
@@ -40,7 +40,8 @@ from epjit.reference.low_latency import (
 )
 from epjit.runtime.device import num_sms
 from epjit.runtime.empty import Form, matrix
-from epjit.runtime.jit import KernelConfig, Launch
+from epjit.runtime.kernel import KernelConfig
+from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import Transport, make_transport
 
@@ -102,7 +103,7 @@ class _Plan(Generic[Forms]):
 
     def __init__(
         self,
-        launch: Launch,
+        launch: Launch[Any],
         grid: int,
         num_parts: int,
         call: DispatchCall | CombineCall,
@@ -226,7 +227,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
     def _config(self, shape: LowLatencyDispatchShape | LowLatencyCombineShape) -> KernelConfig:
         return config_of(shape, self._group.size, self._arch, remote=self._remote)
 
-    def _bind(self, config: Any) -> Launch:
+    def _bind(self, config: Any) -> Launch[Any]:
         arena = self._arena
         bound = self._common()
         bound.update(
@@ -266,7 +267,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
     def _configs_on(
         self, arch: str, shapes: Iterable[LowLatencyDispatchShape | LowLatencyCombineShape]
     ) -> Iterable[KernelConfig]:
-        return warmup_configs(shapes, num_ranks=self._group.size, arch=arch, remote=self._remote)
+        return kernels_of(shapes, num_ranks=self._group.size, arch=arch, remote=self._remote)
 
     # ---- operations ------------------------------------------------------------------------------
 
@@ -322,8 +323,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
             ),
             num_max_dispatch_tokens_per_rank=call.max_tokens,
         )
-        config = launch.kernel.config
-        assert isinstance(config, LowLatencyDispatchConfig)
+        config: LowLatencyDispatchConfig = launch.kernel.config
         num_slots = num_ranks * call.max_tokens
         grid = min(self._num_sms, max(call.num_tokens + 1, num_slots * 8 // config.num_warps))
         num_parts = max(1, min(8, grid * config.num_warps // num_slots))
@@ -347,8 +347,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
             ),
             num_max_dispatch_tokens_per_rank=call.max_tokens,
         )
-        config = launch.kernel.config
-        assert isinstance(config, LowLatencyCombineConfig | LowLatencyReducedCombineConfig)
+        config: LowLatencyCombineConfig | LowLatencyReducedCombineConfig = launch.kernel.config
         grid = min(self._num_sms, max(call.max_tokens * call.num_topk // 4, 16))
         if isinstance(config, LowLatencyReducedCombineConfig):
             num_parts = config.num_parts(call.max_tokens)

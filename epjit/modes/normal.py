@@ -12,14 +12,14 @@ from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 
-from epjit import env
 from epjit.errors import CommunicationError
 from epjit.kernels.shapes import CombineShape, DispatchShape
+from epjit.kernels.variants import CHOICES
 from epjit.modes.base import Mode
 from epjit.reference.intranode import no_room
 from epjit.runtime.empty import Form, matrix
 from epjit.runtime.host import PinnedArray, nap
-from epjit.runtime.jit import KernelConfig
+from epjit.runtime.kernel import KernelConfig
 
 if TYPE_CHECKING:
     from epjit.runtime.group import Group
@@ -270,7 +270,7 @@ def agree_on_kernel(group: Group, config: KernelConfig) -> None:
     group.agree(
         f"kernels for {config.op}",
         config,
-        remedy=f"set {env.variant_name(config.op)} to the same value everywhere, or give all "
+        remedy=f"set {CHOICES[config.op].variable.name} to the same value everywhere, or give all "
         "ranks the same EPJIT_CACHE_DIR (tuned.json is in it)",
         op=config.op,
     )

@@ -19,12 +19,11 @@ import torch
 
 from epjit import Buffer, life
 from epjit.runtime import stream as streams
-from epjit.runtime import symmetric
 from epjit.runtime import transport as transports
 from epjit.runtime.group import Group
 from epjit.runtime.heap import Heap
 from epjit.runtime.topology import Topology
-from tests.cpu.fake_gpu import FakeGpu, fake_gpu
+from tests.cpu.fake_gpu import FakeGpu, Twin, fake_gpu
 
 KINDS: dict[str, dict[str, Any]] = {
     "normal": {"num_nvl_bytes": 1 << 20},
@@ -39,27 +38,6 @@ KINDS: dict[str, dict[str, Any]] = {
         "nvlink_domain": 1,
     },
 }
-
-
-class Twin:
-    """The communicator of a rank whose peer says the same, in a process of its own.
-
-    Each gather is a step that may fail.
-    """
-
-    def __init__(self, gpu: FakeGpu) -> None:
-        self._gpu = gpu
-
-    def Get_rank(self) -> int:
-        return 0
-
-    def Get_size(self) -> int:
-        return 2
-
-    def allgather(self, obj: Any) -> list[Any]:
-        self._gpu.step("allgather")
-        is_memory = isinstance(obj, symmetric._Region) and not obj.error
-        return [obj, obj._replace(process="another") if is_memory else obj]
 
 
 @pytest.fixture
