@@ -108,6 +108,7 @@ class Buffer(Life):
         enable_shrink: As passed.
         runtime: V1's inner object; None after `destroy`.
         device: Where the tensors live.
+        topology: NVLink domains of the ranks.
 
     Raises:
         TypeError: A number that is no int.
@@ -186,7 +187,7 @@ class Buffer(Life):
         self._resources = Resources(self._entered)
         give_back_left()
         links = self._links
-        self._topology = topology = find_topology(
+        self.topology = topology = find_topology(
             links,
             device=self.device.index,
             domain_size=nvlink_domain,
@@ -344,9 +345,7 @@ class Buffer(Life):
             return self._low_latency.memory
         mode: Any = self._mode
         # In one domain num_rdma_bytes is 0, and nothing of the memory is seen.
-        return (
-            mode.rdma_memory if use_rdma_buffer and self._topology.num_domains > 1 else mode.memory
-        )
+        return mode.rdma_memory if use_rdma_buffer and self.topology.spans_domains else mode.memory
 
     # ---- life ------------------------------------------------------------------------------------
 
@@ -375,8 +374,8 @@ class Buffer(Life):
             f"num_nvl_bytes={self.num_nvl_bytes}",
             f"num_rdma_bytes={self.num_rdma_bytes}",
         ]
-        if self._topology.num_domains > 1:
-            facts.append(f"{self._topology.num_domains} NVLink domains")
+        if self.topology.spans_domains:
+            facts.append(f"{self.topology.num_domains} NVLink domains")
         if self.low_latency_mode:
             facts.append("low_latency_mode" + ", enable_shrink" * self.enable_shrink)
         if self.runtime is None:
@@ -700,7 +699,7 @@ class Buffer(Life):
             RuntimeError: Not in low-latency mode, or a hook has not been called.
             CommunicationError: An earlier operation of this buffer failed.
         """
-        mode = self._low_latency_mode("low_latency_dispatch")
+        mode = self._ready_low_latency("low_latency_dispatch")
         check_flags(async_finish=async_finish, return_recv_hook=return_recv_hook)
         max_tokens = as_int("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank)
         num_experts = as_int("num_experts", num_experts)
@@ -775,7 +774,7 @@ class Buffer(Life):
             RuntimeError: Not in low-latency mode, or a hook has not been called.
             CommunicationError: An earlier operation of this buffer failed.
         """
-        mode = self._low_latency_mode("low_latency_combine")
+        mode = self._ready_low_latency("low_latency_combine")
         check_flags(async_finish=async_finish, return_recv_hook=return_recv_hook)
         call = self._low_latency_checks.combine(
             CombineTensors(x, topk_idx, topk_weights, out, combine_wait_recv_cost_stats),
@@ -806,7 +805,7 @@ class Buffer(Life):
             TypeError, ValueError: Not a handle, or the buffer is too small.
             RuntimeError: Not in low-latency mode, or destroyed.
         """
-        mode = self._low_latency_mode("get_next_low_latency_combine_buffer", received=False)
+        mode = self._ready_low_latency("get_next_low_latency_combine_buffer", received=False)
         max_tokens, hidden, num_experts = self._low_latency_checks.send_buffer(handle)
         with self._entered():
             return mode.send_buffer(num_experts=num_experts, max_tokens=max_tokens, hidden=hidden)
@@ -830,7 +829,7 @@ class Buffer(Life):
             RuntimeError: Not in low-latency mode, or a hook has not been called.
             CommunicationError: An earlier operation of this buffer failed.
         """
-        mode = self._low_latency_mode("clean_low_latency_buffer")
+        mode = self._ready_low_latency("clean_low_latency_buffer")
         self._low_latency_checks.sizes(num_max_dispatch_tokens_per_rank, num_experts)
         self._low_latency_checks.hidden(hidden)
         with self._in_order() as stream:
@@ -914,7 +913,7 @@ class Buffer(Life):
             ValueError: Sizes that no low-latency call can have.
             RuntimeError: Not in low-latency mode, or a hook has not been called.
         """
-        mode = self._low_latency_mode("low_latency_warmup")
+        mode = self._ready_low_latency("low_latency_warmup")
         max_tokens = as_int("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank)
         hidden, num_experts = as_int("hidden", hidden), as_int("num_experts", num_experts)
         num_topk = as_int("num_topk", num_topk)
@@ -934,10 +933,10 @@ class Buffer(Life):
             use_logfmt=use_logfmt,
         )
         with self._entered():
-            mode.warmup(shapes, max_tokens)
+            mode.warmup(shapes, num_max_dispatch_tokens_per_rank=max_tokens)
 
-    def _low_latency_mode(self, op: str, *, received: bool = True) -> AnyLowLatency:
-        """What runs the low-latency calls; `received`: no hook may be left to call."""
+    def _ready_low_latency(self, op: str, *, received: bool = True) -> AnyLowLatency:
+        """The low-latency mode, ready for `op`; `received`: no hook may be left to call."""
         self._check_alive()
         if self._low_latency is None:
             raise RuntimeError(

@@ -32,11 +32,11 @@ class BufferRuntime:
 
     def get_num_rdma_ranks(self) -> int:
         """Number of NVLink domains."""
-        return self._buffer._topology.num_domains
+        return self._buffer.topology.num_domains
 
     def get_rdma_rank(self) -> int:
         """This rank's NVLink domain."""
-        return self._buffer._topology.domain
+        return self._buffer.topology.domain
 
     def get_root_rdma_rank(self, is_global: bool) -> int:
         """The rank that makes the RDMA unique id in V1: the first of the group or of a rail.
@@ -44,7 +44,7 @@ class BufferRuntime:
         Args:
             is_global: Its number in the group; else its NVLink domain, which is 0.
         """
-        topology = self._buffer._topology
+        topology = self._buffer.topology
         return topology.domains[0][topology.local] if is_global else 0
 
     def get_local_device_id(self) -> int:

@@ -45,7 +45,6 @@ def check_topology(settings: Settings, topology: Topology) -> None:
     Raises:
         ValueError: They do not.
     """
-    several = topology.num_domains > 1
     num_rdma_bytes, num_qps = settings.num_rdma_bytes, settings.num_qps_per_rank
     reasons = []
     if topology.num_local > MAX_RANKS:
@@ -53,13 +52,13 @@ def check_topology(settings: Settings, topology: Topology) -> None:
             f"all {topology.num_local} ranks are in one NVLink domain, which may have up to "
             f"{MAX_RANKS}; cut it with nvlink_domain (EPJIT_NVLINK_DOMAIN), a number of ranks"
         )
-    if not several and num_rdma_bytes > 0 and not settings.low_latency_mode:
+    if not topology.spans_domains and num_rdma_bytes > 0 and not settings.low_latency_mode:
         reasons.append(
             f"num_rdma_bytes is {num_rdma_bytes}, but {topology.num_local} ranks share one NVLink "
             "domain and use none; pass 0 (Config.get_rdma_buffer_size_hint does), or "
             "low_latency_mode=True, which uses it"
         )
-    if num_qps < 1 and (several or settings.low_latency_mode):
+    if num_qps < 1 and (topology.spans_domains or settings.low_latency_mode):
         reasons.append(
             f"num_qps_per_rank is {num_qps}, but must be at least 1 (V1 takes the number "
             "of SMs, in low-latency mode that of local experts)"

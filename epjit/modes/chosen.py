@@ -81,7 +81,7 @@ class ChosenKernels:
 
     def _check(self, shape: DispatchShape | CombineShape, num_sms: int) -> None:
         config = self.launch(shape)
-        if self._topology.num_domains > 1:
+        if self._topology.spans_domains:
             internode.check_warps(config, num_sms)
         elif isinstance(config, intranode.CombineConfig):
             intranode.check_warps(config, num_sms)
@@ -93,7 +93,7 @@ class ChosenKernels:
             ValueError: There is no such variant, it has no room for so many tokens, or the rows lie
                 where they would be staged.
         """
-        x, sizes, several = call.given.x, call.sizes, self._topology.num_domains > 1
+        x, sizes, several = call.given.x, call.sizes, self._topology.spans_domains
         if several and not sizes.zero_copy:
             begin = send_buffer.data_ptr()
             check_source(x, begin, begin + send_buffer.nbytes, use_logfmt=sizes.use_logfmt)

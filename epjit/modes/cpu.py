@@ -99,8 +99,9 @@ class CpuNormal:
     def give_up(self) -> None:
         """Nothing: no wait is queued here."""
 
-    def warmup(self, shapes: Iterable[DispatchShape | CombineShape]) -> None:
+    def warmup(self, shapes: Iterable[DispatchShape | CombineShape], **sizes: int) -> None:
         """Refuses what a GPU would refuse."""
+        del sizes
         for shape in shapes:
             self._chosen.launch(shape)
 
@@ -409,7 +410,7 @@ class CpuLowLatency:
         return half[: 2 * num_experts * max_tokens * hidden].view(torch.bfloat16).view(shape)
 
     def warmup(
-        self, shapes: Iterable[LowLatencyDispatchShape | LowLatencyCombineShape], max_tokens: int
+        self, shapes: Iterable[LowLatencyDispatchShape | LowLatencyCombineShape], **sizes: int
     ) -> None:
         """Nothing: no kernel runs here."""
 

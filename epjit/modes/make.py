@@ -89,7 +89,7 @@ def _on_gpu(
     if timeout_seconds is None:
         timeout_seconds = env.timeout_seconds()
     mode: Intranode | Internode
-    if topology.num_domains > 1:
+    if topology.spans_domains:
         mode = Internode(
             group,
             topology,

@@ -78,7 +78,7 @@ class World:
         buffer._resources = Resources(buffer._entered)
         buffer._resources.callback(self.wants("resources.close"))
         buffer.rank, buffer.group_size = 0, RANKS
-        buffer._topology = Topology(0, (tuple(range(RANKS)),))
+        buffer.topology = Topology(0, (tuple(range(RANKS)),))
         buffer.num_nvl_bytes = buffer.num_rdma_bytes = 1 << 20
         buffer.explicitly_destroy, buffer.enable_shrink = True, True
         buffer._unreceived = None

@@ -7,7 +7,7 @@ from typing import Any, NoReturn
 import pytest
 
 from epjit import Buffer
-from epjit.runtime.jit import Launch
+from epjit.runtime.launch import Launch
 from tests.harness.ranks import run_ranks
 from tests.refusals import CASES
 from tests.refusals.table import (

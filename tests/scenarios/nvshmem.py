@@ -40,13 +40,15 @@ def ring(
     if first == "torch" and not begin_by_torch(process_group):
         return SKIPPED
     if first == "ctypes":
-        problem = nvshmem._bootstrap(group, [group.size - 1 - rank for rank in range(group.size)])
+        problem = nvshmem._bootstrap(
+            group, [group.size - 1 - rank for rank in range(group.size)], device
+        )
         assert not problem, problem
         nvshmem._begun_here = False
     topology = find_topology(group, device=device, domain_size=domain_size)
     assert topology.num_local == domain_size
     transport = make_transport(group, topology, device=device)
-    assert transport.name == "nvshmem"
+    assert transport.body == "nvshmem"
     registers = 0
     with ring_sources():
         for row_bytes in (16, 7168, 7168 * 2 + 16, 1 << 20):
