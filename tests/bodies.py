@@ -428,7 +428,7 @@ def replays(
             oracle.dispatch(world, r, num_experts=experts, num_worst_tokens=worst)
             for r in range(num_ranks)
         ]
-        rows = oracle.num_recv(want[rank].handle, rank)
+        rows = int(want[rank].handle.num_received(rank))
         recv_x, recv_idx, cached, combined, combined_weights = outputs
         prefix = f"rank {rank}, replay {seed}"
         assert_rows_equal(recv_x[:rows], want[rank].recv_x[:rows], f"{prefix}: recv_x")

@@ -23,6 +23,7 @@ from epjit.config import (
     MAX_RANKS,
 )
 from epjit.formats import RowFormat
+from epjit.handles import LowLatencyDispatched, LowLatencySpecs
 from epjit.kernels.low_latency import (
     NUM_WORDS,
     STEP,
@@ -37,12 +38,6 @@ from epjit.kernels.low_latency import (
     warmup_shapes,
 )
 from epjit.kernels.shapes import align
-from epjit.reference.low_latency import (
-    DispatchedForms,
-    LowLatencyDispatched,
-    allocate_dispatched,
-    dispatched_forms,
-)
 from epjit.runtime.device import arch_of, num_sms
 from epjit.runtime.empty import Form, empty_on, matrix
 from epjit.runtime.fault import FaultRecord, raise_abort
@@ -60,7 +55,7 @@ if TYPE_CHECKING:
 # beside them. The blocks that stay (16 of 132) move what comes after a wait of 1 ms or more.
 _WAITING_KERNELS = 8
 
-Forms = TypeVar("Forms", DispatchedForms, tuple[Form])
+Forms = TypeVar("Forms", LowLatencySpecs, tuple[Form])
 
 
 class _Arena:
@@ -212,7 +207,7 @@ class LowLatency:
         self._fault = FaultRecord()
         resources.callback(self._fault.close)
         self._launches: dict[LowLatencyDispatchShape | LowLatencyCombineShape, Launch] = {}
-        self._dispatch_plans: dict[DispatchCall, _Plan[DispatchedForms]] = {}
+        self._dispatch_plans: dict[DispatchCall, _Plan[LowLatencySpecs]] = {}
         self._combine_plans: dict[CombineCall, _Plan[tuple[Form]]] = {}
         self._empty = empty_on(device)
         self._clean = Launch(
@@ -366,7 +361,7 @@ class LowLatency:
         plan = self._dispatch_plans.get(call)
         if plan is None:
             plan = self._plan_dispatch(call)
-        outputs = allocate_dispatched(plan.outputs, self._empty)
+        outputs = LowLatencyDispatched.allocate(plan.outputs, self._empty)
         scope.start()
         recv_x, recv_scales, recv_count, src_info, layout_range = outputs
         handle = src_info.data_ptr()
@@ -390,7 +385,7 @@ class LowLatency:
         plan.launch.start(scope.stream, plan.grid, values, plan.whole)
         return outputs, None
 
-    def _plan_dispatch(self, call: DispatchCall) -> _Plan[DispatchedForms]:
+    def _plan_dispatch(self, call: DispatchCall) -> _Plan[LowLatencySpecs]:
         """Sending takes a block a token, one the counts; receiving a warp an eighth of a row."""
         if self._transport is not None and call.max_tokens > self._most_tokens:
             self._transport.check_queues(call.max_tokens)
@@ -407,7 +402,7 @@ class LowLatency:
         num_slots = num_ranks * call.max_tokens
         grid = min(self._num_sms, max(call.num_tokens + 1, num_slots * 8 // config.num_warps))
         num_parts = max(1, min(8, grid * config.num_warps // num_slots))
-        outputs = dispatched_forms(
+        outputs = LowLatencyDispatched.specs(
             row_format,
             num_ranks=num_ranks,
             num_tokens=call.num_tokens,

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from epjit.config import MAX_RANKS
-from epjit.reference.intranode import Dispatched, RankInput
+from epjit.handles import Dispatched
+from epjit.reference.intranode import RankInput
 from epjit.runtime import fault
 from tests.emulation import build
 from tests.emulation.build import Launch, emulate, guarded, params_type
