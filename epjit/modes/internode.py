@@ -215,9 +215,7 @@ class Internode(Normal):
 
     def _configs_on(self, arch: str) -> list[KernelConfig]:
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
-        return kernels_of(
-            self._launches, num_domains=num_domains, num_local=num_local, arch=arch
-        )
+        return kernels_of(self._launches, num_domains=num_domains, num_local=num_local, arch=arch)
 
     # ---- operations ------------------------------------------------------------------------------
 
