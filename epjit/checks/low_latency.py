@@ -9,7 +9,15 @@ from typing import Any
 import torch
 
 from epjit import env
-from epjit.checks.match import check, check_aligned, check_experts, check_topk, remember, signature
+from epjit.checks.match import (
+    as_handle,
+    check,
+    check_aligned,
+    check_experts,
+    check_topk,
+    remember,
+    signature,
+)
 from epjit.config import (
     MAX_LOW_LATENCY_CHOICES,
     MAX_LOW_LATENCY_EXPERTS,
@@ -371,25 +379,16 @@ class LowLatencyChecks:
         )
 
 
-def as_handle(handle: Any) -> LowLatencyHandle:
+def as_low_latency_handle(handle: Any) -> LowLatencyHandle:
     """The handle that a caller gives.
 
     Raises:
         TypeError: It is none.
     """
-    if type(handle) is LowLatencyHandle:
-        return handle
-    if not isinstance(handle, tuple | list) or len(handle) != len(LowLatencyHandle._fields):
-        got = (
-            f"{type(handle).__name__} of {len(handle)}"
-            if isinstance(handle, tuple | list)
-            else type(handle).__name__
-        )
-        raise TypeError(
-            f"handle is a {got}, expected the tuple of {len(LowLatencyHandle._fields)} that "
-            "low_latency_dispatch returned"
-        )
-    src_info, layout_range, *sizes = handle
+    named = as_handle(handle, LowLatencyHandle, "low_latency_dispatch")
+    if named is handle:
+        return named
+    src_info, layout_range, *sizes = named
     numbers = (as_int(f"handle[{index}]", size) for index, size in enumerate(sizes, start=2))
     return LowLatencyHandle(src_info, layout_range, *numbers)
 

@@ -17,9 +17,10 @@ import torch.distributed as dist
 
 import epjit
 from epjit import Buffer, CommunicationError, Config, EventHandle, EventOverlap
-from tests import bodies, launch
-from tests.data import assert_rows_equal, payload, routing, topk_weights
-from tests.rounds import Round, check_no_room, check_round, random_round
+from tests.harness import launch
+from tests.harness.data import assert_rows_equal, payload, routing, topk_weights
+from tests.rounds.normal import Round, check_no_room, check_round, random_round
+from tests.scenarios import normal
 
 CPU = {"EPJIT_BACKEND": "cpu"}
 
@@ -417,7 +418,7 @@ def test_no_tokens_anywhere(num_ranks: int) -> None:
 @pytest.mark.parametrize(("num_ranks", "num_rounds"), [(1, 30), (2, 30), (3, 30), (4, 10)])
 def test_random_rounds_of_processes(num_ranks: int, num_rounds: int) -> None:
     assert (
-        launch.run(bodies.random_rounds, num_ranks, CPU, num_rounds, 24) == [num_rounds] * num_ranks
+        launch.run(normal.random_rounds, num_ranks, CPU, num_rounds, 24) == [num_rounds] * num_ranks
     )
 
 
@@ -433,12 +434,12 @@ def test_group_is_kept_as_passed() -> None:
 
 
 def test_buffer_outlives_the_process_group() -> None:
-    launch.run(bodies.outlives_group, 2, CPU)
+    launch.run(normal.outlives_group, 2, CPU)
 
 
 def test_buffers_come_and_go() -> None:
-    launch.run(bodies.replaced, 2, CPU)
-    launch.run(bodies.recreated, 2, CPU, 3)
+    launch.run(normal.replaced, 2, CPU)
+    launch.run(normal.recreated, 2, CPU, 3)
 
 
 @pytest.mark.parametrize(("num_ranks", "victim", "op"), [(3, 2, "dispatch"), (3, 0, "combine")])
@@ -448,15 +449,15 @@ def test_killed_process(
     """Rank 0 hosts what the others meet in, so it is a case of its own."""
     monkeypatch.setattr(launch, "_GRACE_SECONDS", 20.0)  # the survivors still have something to say
     with pytest.raises(launch.RankFailedError) as caught:
-        launch.run(bodies.killed, num_ranks, CPU, op, victim, 2.0)
+        launch.run(normal.killed, num_ranks, CPU, op, victim, 2.0)
     assert list(caught.value.errors) == [victim], str(caught.value)
     assert f"exit code {-signal.SIGKILL}" in caught.value.errors[victim]
 
 
 def test_withheld_process() -> None:
-    cases = bodies.cases_of(("dispatch",), 3)
-    texts = launch.run(bodies.withheld, 3, CPU, cases, 1.0)
-    bodies.assert_all_but_the_absent(texts, cases)
+    cases = normal.cases_of(("dispatch",), 3)
+    texts = launch.run(normal.withheld, 3, CPU, cases, 1.0)
+    normal.assert_all_but_the_absent(texts, cases)
     for of_rank in texts:
         for text, (_, absent) in zip(of_rank, cases, strict=True):
             assert text == "" or (f"rank {absent}" in text and "1 s" in text)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 from epjit import Buffer, Config
-from tests import launch
-from tests.data import payload, routing
+from tests.harness import launch
+from tests.harness.data import payload, routing
 
 
 @pytest.fixture(autouse=True)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import script_environ
+from tests.harness.launch import script_environ
 
 # Two namespaces and a cable between them; $1 is what each rank runs.
 _HOST = """

@@ -16,7 +16,7 @@ from epjit.modes.cpu import CpuBackend
 from epjit.reference import intranode
 from epjit.reference.intranode import RankInput
 from epjit.runtime.group import BUFFER, Group
-from tests import data, launch
+from tests.harness import data, launch
 
 NUM_TOPK = 3
 HIDDEN = 16

@@ -20,7 +20,7 @@ import pytest
 
 from epjit.bench.timing import free_port
 from tests.cpu.test_cli import cache_dir, invoke  # noqa: F401
-from tests.launch import run
+from tests.harness.launch import run
 
 ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "compat/README.md"]

@@ -16,7 +16,7 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from epjit import Buffer, moe
 from epjit.checks.match import check
 from epjit.runtime.group import Group
-from tests import launch
+from tests.harness import launch
 
 _RANKS, _EXPERTS, _TOKENS, _HIDDEN, _TOPK = 8, 16, 10, 64, 2
 

@@ -1,6 +1,6 @@
 """The kernels between NVLink domains, run on the CPU by the emulation, against the reference.
 
-As in `test_emulated_kernels`; what rail peers send lands late, out of order, and reads its source
+As in `test_emulated_intranode`; what rail peers send lands late, out of order, and reads its source
 when it lands.
 """
 

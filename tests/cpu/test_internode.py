@@ -12,9 +12,10 @@ import torch.distributed as dist
 
 from epjit import Buffer, CommunicationError, Config
 from epjit.runtime.topology import Topology
-from tests import bodies, bodies_internode, launch
-from tests.data import ROUTING_KINDS
-from tests.rounds import Round, check_no_room, check_round, random_round
+from tests.harness import launch
+from tests.harness.data import ROUTING_KINDS
+from tests.rounds.normal import Round, check_no_room, check_round, random_round
+from tests.scenarios import internode, normal
 
 CPU = {"EPJIT_BACKEND": "cpu"}
 SCATTERED = ((0, 3, 4), (1, 2, 5))
@@ -82,8 +83,8 @@ def test_random_rounds_of_scattered_ranks() -> None:
 def test_as_v1_with_scattered_ranks() -> None:
     def worker(comm: Any) -> None:
         buffer = Buffer(None, 1 << 20, 1 << 20, comm=comm)
-        inputs = bodies_internode.Inputs(SCATTERED, **SIZES)
-        bodies_internode.check_as_v1(buffer, inputs, num_sms=4)
+        inputs = internode.Inputs(SCATTERED, **SIZES)
+        internode.check_as_v1(buffer, inputs, num_sms=4)
 
     launch.run_threads(worker, 6)
 
@@ -259,24 +260,24 @@ def test_withheld_thread(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(("num_ranks", "nvlink_domain"), [(4, 2), (6, 3), (4, 1)])
 def test_random_rounds_of_processes(num_ranks: int, nvlink_domain: int) -> None:
     environ = cut(nvlink_domain)
-    assert launch.run(bodies.random_rounds, num_ranks, environ, 10, 24) == [10] * num_ranks
+    assert launch.run(normal.random_rounds, num_ranks, environ, 10, 24) == [10] * num_ranks
 
 
 def test_as_v1_in_processes() -> None:
     """The checks of DeepEP's tests/test_internode.py on 2 x 2; the same hash each time."""
-    places = launch.run(bodies_internode.as_v1, 4, cut(2), SIZES, 4, 1)
+    places = launch.run(internode.as_v1, 4, cut(2), SIZES, 4, 1)
     assert places == [(2, 0), (2, 0), (2, 1), (2, 1)]
 
 
 def two_hosts(group: dist.ProcessGroup) -> tuple[int, int]:
     """Ranks 0, 2 on one host and 1, 3 on another, as far as they can tell."""
-    bodies.set_up(group, CPU)
+    normal.set_up(group, CPU)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("epjit.runtime.topology.host_id", lambda: f"host {group.rank() % 2}")
         buffer = Buffer(group, 1 << 20, 1 << 20)
     for seed in range(5):
         check_round(buffer, random_round(4, seed, num_sms=4, max_tokens=20))
-    assert buffer._topology.domains == ((0, 2), (1, 3))
+    assert buffer.topology.domains == ((0, 2), (1, 3))
     assert buffer.runtime is not None
     return buffer.runtime.get_num_rdma_ranks(), buffer.runtime.get_rdma_rank()
 
@@ -288,17 +289,17 @@ def test_hosts_are_domains() -> None:
 def test_other_bodies_between_domains() -> None:
     """What every Buffer must do: come, go, outlive its group, be replaced."""
     environ = cut(1)
-    launch.run(bodies.outlives_group, 2, environ)
-    launch.run(bodies.replaced, 2, environ)
-    launch.run(bodies.recreated, 2, environ, 3)
-    assert launch.run(bodies.graph, 2, environ, 5, 16, 4) == [5, 5]
+    launch.run(normal.outlives_group, 2, environ)
+    launch.run(normal.replaced, 2, environ)
+    launch.run(normal.recreated, 2, environ, 3)
+    assert launch.run(normal.graph, 2, environ, 5, 16, 4) == [5, 5]
 
 
 def test_killed_node(monkeypatch: pytest.MonkeyPatch) -> None:
     """Both ranks of a domain die: the others name one of them."""
     monkeypatch.setattr(launch, "_GRACE_SECONDS", 20.0)  # the survivors still have something to say
     with pytest.raises(launch.RankFailedError) as caught:
-        launch.run(bodies.killed, 4, cut(2), "combine", 2, 2.0, (3,))
+        launch.run(normal.killed, 4, cut(2), "combine", 2, 2.0, (3,))
     assert sorted(caught.value.errors) == [2, 3], str(caught.value)
     assert all(f"exit code {-signal.SIGKILL}" in text for text in caught.value.errors.values())
 

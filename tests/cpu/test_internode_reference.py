@@ -10,8 +10,8 @@ import torch
 from epjit.handles import Dispatched, Handle
 from epjit.reference import internode, intranode
 from epjit.reference.intranode import RankInput
-from tests import data
-from tests.cpu.test_reference import brute_layout, f32, make_inputs
+from tests.cpu.test_intranode_reference import brute_layout, f32, make_inputs
+from tests.harness import data
 
 DOMAINS = {
     "2x2": ((0, 1), (2, 3)),

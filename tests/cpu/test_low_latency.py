@@ -17,9 +17,9 @@ from epjit.config import MAX_LOW_LATENCY_CHOICES, MAX_LOW_LATENCY_TOKENS
 from epjit.handles import routes
 from epjit.kernels.low_latency import LowLatencyCombineShape, LowLatencyReducedCombineConfig
 from epjit.modes.low_latency import _Arena
-from tests import bodies, bodies_low_latency, launch
-from tests.data import ROUTING_KINDS, assert_rows_equal, payload
-from tests.rounds_low_latency import (
+from tests.harness import launch
+from tests.harness.data import ROUTING_KINDS, assert_rows_equal, payload
+from tests.rounds.low_latency import (
     BY_NAME,
     FLAGS,
     ROOM,
@@ -29,6 +29,7 @@ from tests.rounds_low_latency import (
     make_low_latency,
     random_low_latency_round,
 )
+from tests.scenarios import low_latency, normal
 
 CPU = {"EPJIT_BACKEND": "cpu"}
 
@@ -93,7 +94,7 @@ def test_formats(row_format: str, how: Any) -> None:
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 def test_random_rounds_of_threads(num_ranks: int) -> None:
     def body(buffer: Buffer) -> None:
-        bodies_low_latency.rounds(buffer, 30, 32)
+        low_latency.rounds(buffer, 30, 32)
 
     run(body, num_ranks)
 
@@ -103,7 +104,7 @@ def test_random_rounds_between_domains(num_ranks: int, domain: int) -> None:
     def body(buffer: Buffer) -> None:
         assert buffer.runtime is not None
         assert buffer.runtime.get_num_rdma_ranks() == num_ranks // domain
-        bodies_low_latency.rounds(buffer, 12, 16)
+        low_latency.rounds(buffer, 12, 16)
 
     run(body, num_ranks, nvlink_domain=domain)
 
@@ -162,7 +163,7 @@ def test_rows_to_other_domains_need_the_send_buffer() -> None:
 @pytest.mark.parametrize(("num_ranks", "num_rounds"), [(2, 40), (3, 30), (4, 20)])
 def test_random_rounds_of_processes(num_ranks: int, num_rounds: int) -> None:
     """Rounds of the normal mode lie between them, on the same buffers."""
-    done = launch.run(bodies_low_latency.random_rounds, num_ranks, CPU, num_rounds, 32, 4)
+    done = launch.run(low_latency.random_rounds, num_ranks, CPU, num_rounds, 32, 4)
     assert done == [num_rounds] * num_ranks
 
 
@@ -236,17 +237,15 @@ def test_the_hint_is_enough() -> None:
 
 
 def test_graph_steps_run_eagerly() -> None:
-    """The bodies of the GPU tier, without a GPU."""
+    """The scenarios of the GPU tier, without a GPU."""
     for use_hooks in (False, True):
-        run(
-            lambda buffer, use=use_hooks: bodies_low_latency.replays(buffer, 8, 6, use_hooks=use), 2
-        )
+        run(lambda buffer, use=use_hooks: low_latency.replays(buffer, 8, 6, use_hooks=use), 2)
 
 
 def test_both_modes_on_one_buffer() -> None:
     def body(comm: Any) -> None:
         buffer = Buffer(None, 1 << 16, ROOM, low_latency_mode=True, comm=comm)
-        bodies_low_latency.rounds(buffer, 12, 16, num_sms=4)
+        low_latency.rounds(buffer, 12, 16, num_sms=4)
 
     launch.run_threads(body, 2)
 
@@ -254,17 +253,17 @@ def test_both_modes_on_one_buffer() -> None:
 def test_ambient_default_dtype() -> None:
     torch.set_default_dtype(torch.bfloat16)
     try:
-        run(lambda buffer: bodies_low_latency.rounds(buffer, 6, 16), 2)
+        run(lambda buffer: low_latency.rounds(buffer, 6, 16), 2)
     finally:
         torch.set_default_dtype(torch.float32)
 
 
 def test_scratch_over_the_whole_buffer() -> None:
-    launch.run(bodies_low_latency.overwritten, 2, CPU)
+    launch.run(low_latency.overwritten, 2, CPU)
 
 
 def test_ranks_that_are_set_up_differently() -> None:
-    launch.run(bodies_low_latency.set_up_differently, 2, CPU)
+    launch.run(low_latency.set_up_differently, 2, CPU)
 
 
 def test_cumulative_stats_add_up() -> None:
@@ -427,7 +426,7 @@ def test_hook_from_another_thread() -> None:
 
 
 def test_calls_from_fresh_threads() -> None:
-    launch.run(bodies_low_latency.fresh_threads, 2, CPU)
+    launch.run(low_latency.fresh_threads, 2, CPU)
 
 
 def test_destroy() -> None:
@@ -483,7 +482,7 @@ def test_masks() -> None:
             buffer.clean_low_latency_buffer(8, case.hidden, case.num_experts)
         else:
             buffer.low_latency_update_mask_buffer(2, True)
-            bodies_low_latency.round_without(buffer, case, masked, 0)
+            low_latency.round_without(buffer, case, masked, 0)
             buffer.low_latency_query_mask_buffer(status)
             assert status.tolist() == [0, 0, 1]
             buffer.low_latency_update_mask_buffer(1, True)
@@ -562,9 +561,9 @@ def test_more_rows_than_a_slab() -> None:
 
 
 def test_withheld_process() -> None:
-    cases = bodies.cases_of(bodies_low_latency.OPS, 3)
-    texts = launch.run(bodies_low_latency.withheld, 3, CPU, cases, 1.0)
-    bodies.assert_all_but_the_absent(texts, cases)
+    cases = normal.cases_of(low_latency.OPS, 3)
+    texts = launch.run(low_latency.withheld, 3, CPU, cases, 1.0)
+    normal.assert_all_but_the_absent(texts, cases)
 
 
 def test_withheld_clean(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -28,8 +28,8 @@ from epjit.handles import LowLatencyDispatched, routes
 from epjit.reference import low_latency as reference
 from epjit.reference.low_latency import RankInput
 from epjit.runtime.empty import empty_on
-from tests import data
-from tests.rounds_low_latency import expert_outputs, rough_rows
+from tests.harness import data
+from tests.rounds.low_latency import expert_outputs, rough_rows
 
 QUANTIZED = [each for each in FORMATS if each is not BF16]
 E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)

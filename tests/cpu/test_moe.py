@@ -18,18 +18,18 @@ from epjit import Buffer, moe
 from epjit.handles import handle_type
 from epjit.modes import expert_major
 from epjit.runtime.group import ThreadGroup
-from tests import moe_bodies
-from tests.launch import run
+from tests.harness.launch import run
+from tests.scenarios import moe as scenarios
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3])
 def test_eager_against_the_dense_layer(num_ranks: int) -> None:
-    run(moe_bodies.eager, num_ranks)
+    run(scenarios.eager, num_ranks)
 
 
 @pytest.mark.parametrize(("backend", "quick"), [("aot_eager", False), ("inductor", True)])
 def test_compiled_in_one_graph(backend: str, quick: bool) -> None:
-    run(moe_bodies.compiled, 2, backend, quick, timeout=240)
+    run(scenarios.compiled, 2, backend, quick, timeout=240)
 
 
 def spoil() -> None:
@@ -61,12 +61,12 @@ def spoil() -> None:
 
 def watched_among_nans(group: Any) -> None:
     spoil()
-    moe_bodies.watched(group)
+    scenarios.watched(group)
 
 
 def between_domains_among_nans(group: Any) -> None:
     spoil()
-    moe_bodies.between_domains(group, 2)
+    scenarios.between_domains(group, 2)
 
 
 def test_what_did_not_arrive_spoils_no_gradient() -> None:
@@ -78,21 +78,21 @@ def test_between_domains() -> None:
 
 
 def checkpointed_and_registered(group: Any) -> None:
-    moe_bodies.checkpointed(group)
-    moe_bodies.registered(group)
+    scenarios.checkpointed(group)
+    scenarios.registered(group)
 
 
 def test_rows_and_gradients_at_odd_addresses() -> None:
-    run(moe_bodies.odd_addresses, 2)
+    run(scenarios.odd_addresses, 2)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast(compiled: bool) -> None:
-    run(moe_bodies.autocasted, 2, compiled, timeout=240)
+    run(scenarios.autocasted, 2, compiled, timeout=240)
 
 
 def test_worst_tokens() -> None:
-    run(moe_bodies.agreed, 3)
+    run(scenarios.agreed, 3)
 
 
 def test_checkpointed_and_a_buffer_of_ones_own() -> None:
@@ -100,19 +100,19 @@ def test_checkpointed_and_a_buffer_of_ones_own() -> None:
 
 
 def test_compiled_once_for_all_numbers_of_tokens() -> None:
-    run(moe_bodies.compiled_once, 2)
+    run(scenarios.compiled_once, 2)
 
 
 def test_exported() -> None:
-    run(moe_bodies.exported, 2)
+    run(scenarios.exported, 2)
 
 
 def test_buffers_are_managed() -> None:
-    run(moe_bodies.managed, 2)
+    run(scenarios.managed, 2)
 
 
 def test_what_a_graph_captured_outlives_its_successor() -> None:
-    run(moe_bodies.outgrown, 2)
+    run(scenarios.outgrown, 2)
 
 
 def told_of_growth(group: Any) -> list[str]:

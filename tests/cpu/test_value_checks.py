@@ -11,8 +11,9 @@ import torch
 
 from epjit import Buffer
 from epjit.checks.values import ValueChecks
-from tests import bodies_value_checks, launch
-from tests.rounds_low_latency import ROOM
+from tests.harness import launch
+from tests.rounds.low_latency import ROOM
+from tests.scenarios import value_checks
 
 WORLDS = pytest.mark.parametrize(("num_ranks", "domain"), [(3, None), (4, 2)], ids=["3", "2x2"])
 
@@ -37,7 +38,7 @@ def test_what_is_right_goes_through(
     num_ranks: int, domain: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EPJIT_CHECK", "1")
-    run(bodies_value_checks.accepts, num_ranks, domain)
+    run(value_checks.accepts, num_ranks, domain)
 
 
 @WORLDS
@@ -45,7 +46,7 @@ def test_what_is_wrong_is_refused(
     num_ranks: int, domain: int | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EPJIT_CHECK", "1")
-    run(bodies_value_checks.refuses, num_ranks, domain)
+    run(value_checks.refuses, num_ranks, domain)
 
 
 def test_nothing_is_looked_at_without_it() -> None:

@@ -21,7 +21,7 @@ def _num_gpus() -> int:
 
 
 def _on_cpu() -> bool:
-    """Whether the bodies run on the CPU backend, to try them where there is no GPU."""
+    """Whether the scenarios run on the CPU backend, to try them where there is no GPU."""
     return os.environ.get("EPJIT_BACKEND") == "cpu"
 
 

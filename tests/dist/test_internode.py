@@ -2,7 +2,7 @@
 
 Between the domains bytes travel by NVSHMEM (by its own loads and stores on one host, since no
 machine of ours has an RDMA NIC), or by the loopback transport with delays. With
-``EPJIT_BACKEND=cpu EPJIT_TEST_RANKS=4`` the same bodies run without a GPU.
+``EPJIT_BACKEND=cpu EPJIT_TEST_RANKS=4`` the same scenarios run without a GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ import signal
 
 import pytest
 
-from tests import bodies, bodies_internode, launch
+from tests.harness import launch
+from tests.scenarios import internode, normal
 
 TIMEOUT_SECONDS = 2.0
 SIZES = {"num_tokens": 128, "hidden": 2048, "num_topk": 8, "num_topk_groups": 2, "seed": 1}
@@ -46,7 +47,7 @@ def patient(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_random_rounds(num_ranks: int, transport: dict[str, str]) -> None:
     """300 fresh rounds on two buffers in turn, with a rank that is late now and then."""
-    done = launch.run(bodies.random_rounds, num_ranks, transport, 300, 160, timeout=800)
+    done = launch.run(normal.random_rounds, num_ranks, transport, 300, 160, timeout=800)
     assert done == [300] * num_ranks
 
 
@@ -55,18 +56,18 @@ def test_model_shapes(num_ranks: int, environ: dict[str, str], variant: str) -> 
     """Rows of real models, and the longest and the shortest row there is."""
     shapes = ((7168, 256), (2880, 128), (16384, 32), (16, 32))
     names = {f"EPJIT_{op}_VARIANT": variant for op in ("DISPATCH", "COMBINE")}
-    launch.run(bodies.shapes, num_ranks, environ | names, shapes, 333, timeout=600)
+    launch.run(normal.shapes, num_ranks, environ | names, shapes, 333, timeout=600)
 
 
 def test_small_buffers(num_ranks: int, transport: dict[str, str]) -> None:
     """The smallest legal buffers."""
-    sizes = launch.run(bodies_internode.small_buffers, num_ranks, transport, 333, 6, timeout=400)
+    sizes = launch.run(internode.small_buffers, num_ranks, transport, 333, 6, timeout=400)
     assert all(each == sizes[0] for each in sizes)
 
 
 def test_graph(num_ranks: int, transport: dict[str, str]) -> None:
     """Captured once, replayed 100 times with changed inputs and eager calls between."""
-    done = launch.run(bodies.graph, num_ranks, transport, 101, 100, 12, timeout=400)
+    done = launch.run(normal.graph, num_ranks, transport, 101, 100, 12, timeout=400)
     assert done == [101] * num_ranks
 
 
@@ -74,15 +75,15 @@ def test_as_v1(num_ranks: int, transport: dict[str, str]) -> None:
     """The checks of DeepEP's tests/test_internode.py, twice with the same hash."""
     sizes = SIZES | {"num_experts": 64 * num_ranks}
     size = int(transport["EPJIT_NVLINK_DOMAIN"])
-    places = launch.run(bodies_internode.as_v1, num_ranks, transport, sizes, 24, 1, timeout=800)
+    places = launch.run(internode.as_v1, num_ranks, transport, sizes, 24, 1, timeout=800)
     assert places == [(num_ranks // size, rank // size) for rank in range(num_ranks)]
 
 
 def test_withheld_peer(num_ranks: int, environ: dict[str, str]) -> None:
     """A rank does not come: the others name it in time, live on, and work again after reset()."""
-    cases = bodies.cases_of(("notify", "dispatch", "combine"), num_ranks)
-    texts = launch.run(bodies.withheld, num_ranks, environ, cases, TIMEOUT_SECONDS, timeout=200)
-    bodies.assert_all_but_the_absent(texts, cases)
+    cases = normal.cases_of(("notify", "dispatch", "combine"), num_ranks)
+    texts = launch.run(normal.withheld, num_ranks, environ, cases, TIMEOUT_SECONDS, timeout=200)
+    normal.assert_all_but_the_absent(texts, cases)
 
 
 @pytest.mark.usefixtures("patient")
@@ -92,7 +93,7 @@ def test_killed_node(num_ranks: int, op: str, environ: dict[str, str]) -> None:
     victims = tuple(range(num_ranks - int(environ["EPJIT_NVLINK_DOMAIN"]), num_ranks))
     with pytest.raises(launch.RankFailedError) as caught:
         launch.run(
-            bodies.killed,
+            normal.killed,
             num_ranks,
             environ,
             op,
@@ -107,16 +108,16 @@ def test_killed_node(num_ranks: int, op: str, environ: dict[str, str]) -> None:
 
 def test_buffer_is_replaced_by_a_bigger_one(num_ranks: int, transport: dict[str, str]) -> None:
     """As frameworks do: the old one goes after the new one has come."""
-    launch.run(bodies.replaced, num_ranks, transport, timeout=200)
+    launch.run(normal.replaced, num_ranks, transport, timeout=200)
 
 
 @pytest.mark.needs_own_gpu
 def test_buffers_come_and_go(num_ranks: int, transport: dict[str, str]) -> None:
     """Twenty times; the device has as much free memory as before, give or take the driver's own."""
-    grown = launch.run(bodies.recreated, num_ranks, transport, 20, timeout=400)
-    assert max(grown) < 32 * bodies.MB, grown
+    grown = launch.run(normal.recreated, num_ranks, transport, 20, timeout=400)
+    assert max(grown) < 32 * normal.MB, grown
 
 
 def test_buffer_outlives_the_process_group(num_ranks: int, environ: dict[str, str]) -> None:
     """Nothing but the constructor uses torch.distributed."""
-    launch.run(bodies.outlives_group, num_ranks, environ, timeout=200)
+    launch.run(normal.outlives_group, num_ranks, environ, timeout=200)

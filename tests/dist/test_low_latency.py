@@ -1,7 +1,7 @@
 """The low-latency mode on real GPUs, one process each, against the reference.
 
 Also cut into NVLink domains, between which bytes travel by NVSHMEM, or by the loopback transport
-with delays. ``EPJIT_BACKEND=cpu EPJIT_TEST_RANKS=2`` runs the same bodies without a GPU, to try them.
+with delays. ``EPJIT_BACKEND=cpu EPJIT_TEST_RANKS=2`` runs the same scenarios without a GPU, to try them.
 """
 
 from __future__ import annotations
@@ -16,7 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from tests import bodies, bodies_low_latency, launch
+from tests.harness import launch
+from tests.scenarios import low_latency, normal
 
 SHAPES = ((7168, 256), (2880, 128), (8192, 64), (16384, 32), (16, 32))
 TIMEOUT_SECONDS = 2.0
@@ -63,21 +64,21 @@ def test_random_rounds(num_ranks: int, world: dict[str, str]) -> None:
     """Fresh rounds, 1000 or between domains 300, with a rank that is late now and then."""
     num_rounds = 300 if world else 1000
     done = launch.run(
-        bodies_low_latency.random_rounds, num_ranks, world, num_rounds, 64, timeout=850
+        low_latency.random_rounds, num_ranks, world, num_rounds, 64, timeout=850
     )
     assert done == [num_rounds] * num_ranks
 
 
 def test_random_rounds_beside_the_normal_mode(num_ranks: int, world: dict[str, str]) -> None:
     """Rounds of both modes on one buffer."""
-    done = launch.run(bodies_low_latency.random_rounds, num_ranks, world, 100, 64, 12, timeout=600)
+    done = launch.run(low_latency.random_rounds, num_ranks, world, 100, 64, 12, timeout=600)
     assert done == [100] * num_ranks
 
 
 @pytest.mark.needs_own_gpu
 def test_calls_from_fresh_threads(num_ranks: int) -> None:
     """There GPU 0 is current, which on all ranks but the first is not the Buffer's."""
-    launch.run(bodies_low_latency.fresh_threads, num_ranks, {}, timeout=300)
+    launch.run(low_latency.fresh_threads, num_ranks, {}, timeout=300)
 
 
 @pytest.mark.needs_own_gpu
@@ -85,35 +86,35 @@ def test_calls_from_fresh_threads(num_ranks: int) -> None:
 def test_random_rounds_with_a_nccl_group(num_ranks: int) -> None:
     """The process group may be of any backend; nothing of ours goes through it later."""
     done = launch.run(
-        bodies_low_latency.random_rounds, num_ranks, {}, 12, 64, timeout=300, backend="nccl"
+        low_latency.random_rounds, num_ranks, {}, 12, 64, timeout=300, backend="nccl"
     )
     assert done == [12] * num_ranks
 
 
 def test_model_shapes(num_ranks: int, world: dict[str, str]) -> None:
     """Rows of real models, and the longest and the shortest row there is, in every format."""
-    launch.run(bodies_low_latency.model_shapes, num_ranks, world, SHAPES, 32, timeout=800)
+    launch.run(low_latency.model_shapes, num_ranks, world, SHAPES, 32, timeout=800)
 
 
 @pytest.mark.parametrize("use_hooks", [False, True])
 def test_graph(num_ranks: int, world: dict[str, str], use_hooks: bool) -> None:
     """Three operations, captured once, replayed 100 times with changed inputs."""
-    done = launch.run(bodies_low_latency.graph, num_ranks, world, 101, 32, use_hooks, timeout=400)
+    done = launch.run(low_latency.graph, num_ranks, world, 101, 32, use_hooks, timeout=400)
     assert done == [101] * num_ranks
 
 
 def test_scratch_over_the_whole_buffer(num_ranks: int, world: dict[str, str]) -> None:
     """What a user writes to the exposed memory breaks nothing."""
-    launch.run(bodies_low_latency.overwritten, num_ranks, world, timeout=200)
+    launch.run(low_latency.overwritten, num_ranks, world, timeout=200)
 
 
 def test_withheld_peer(two_or_more: int, world: dict[str, str]) -> None:
     """A rank does not come: the others name it in time, live on, and work again after reset()."""
-    cases = bodies.cases_of(bodies_low_latency.OPS, two_or_more)
+    cases = normal.cases_of(low_latency.OPS, two_or_more)
     texts = launch.run(
-        bodies_low_latency.withheld, two_or_more, world, cases, TIMEOUT_SECONDS, timeout=200
+        low_latency.withheld, two_or_more, world, cases, TIMEOUT_SECONDS, timeout=200
     )
-    bodies.assert_all_but_the_absent(texts, cases)
+    normal.assert_all_but_the_absent(texts, cases)
 
 
 @pytest.mark.needs_gpu
@@ -122,20 +123,20 @@ def test_withheld_peer(two_or_more: int, world: dict[str, str]) -> None:
 def test_buffers_in_another_order(two_or_more: int, num_buffers: int, variant: str) -> None:
     """A kernel that waits for a peer leaves SMs to the kernel that the peer waits for."""
     environ = {"EPJIT_LOW_LATENCY_COMBINE_VARIANT": variant}
-    launch.run(bodies_low_latency.crossed, two_or_more, environ, num_buffers, timeout=200)
+    launch.run(low_latency.crossed, two_or_more, environ, num_buffers, timeout=200)
 
 
 def test_ranks_that_are_set_up_differently(two_or_more: int) -> None:
     """They say so, with both values, instead of waiting for each other."""
-    launch.run(bodies_low_latency.set_up_differently, two_or_more, {}, timeout=120)
+    launch.run(low_latency.set_up_differently, two_or_more, {}, timeout=120)
 
 
 @pytest.mark.needs_gpu
 def test_shrink(two_or_more: int, world: dict[str, str]) -> None:
     """A rank that stops answering is masked, the others go on, and it comes back."""
-    cases = bodies.cases_of(("dispatch", "combine", "clean"), two_or_more)
+    cases = normal.cases_of(("dispatch", "combine", "clean"), two_or_more)
     launch.run(
-        bodies_low_latency.shrunk, two_or_more, world, cases, TIMEOUT_SECONDS, timeout=400
+        low_latency.shrunk, two_or_more, world, cases, TIMEOUT_SECONDS, timeout=400
     )
 
 

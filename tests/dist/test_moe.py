@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests import launch, moe_bodies
+from tests.harness import launch
+from tests.scenarios import moe as scenarios
 
 pytestmark = pytest.mark.timeout(900)
 
@@ -24,21 +25,21 @@ BODIES = (
 
 @pytest.mark.parametrize("body", BODIES)
 def test_layer(num_ranks: int, body: str) -> None:
-    launch.run(getattr(moe_bodies, body), num_ranks, timeout=300)
+    launch.run(getattr(scenarios, body), num_ranks, timeout=300)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast(num_ranks: int, compiled: bool) -> None:
-    launch.run(moe_bodies.autocasted, num_ranks, compiled, timeout=300)
+    launch.run(scenarios.autocasted, num_ranks, compiled, timeout=300)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_layer(num_ranks: int, backend: str) -> None:
-    launch.run(moe_bodies.compiled, num_ranks, backend, timeout=600)
+    launch.run(scenarios.compiled, num_ranks, backend, timeout=600)
 
 
 @pytest.mark.parametrize("nvlink_domain", [1, 2])
 def test_layer_between_domains(num_ranks: int, nvlink_domain: int) -> None:
     if num_ranks % nvlink_domain or num_ranks == nvlink_domain:
         pytest.skip(f"{num_ranks} ranks are no domains of {nvlink_domain}")
-    launch.run(moe_bodies.between_domains, num_ranks, nvlink_domain, timeout=600)
+    launch.run(scenarios.between_domains, num_ranks, nvlink_domain, timeout=600)

@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import pytest
 
-from tests import launch
-from tests.transport import bodies
+from tests.harness import launch
+from tests.scenarios import nvshmem
 
 MIB = 1 << 20
 
@@ -26,7 +26,7 @@ def test_ring(num_ranks: int, domain_size: int, environment: dict[str, str]) -> 
     if num_ranks % domain_size or num_ranks == domain_size:
         pytest.skip(f"{num_ranks} ranks are not two or more domains of {domain_size}")
     found = launch.run(
-        bodies.ring, num_ranks, environment, "epjit", 20, domain_size, timeout=300
+        nvshmem.ring, num_ranks, environment, "epjit", 20, domain_size, timeout=300
     )
     assert {tuple(pes) for pes, *_ in found} == {tuple(range(num_ranks))}
     assert all(registers > 16 and not joined for _, registers, joined in found)
@@ -34,7 +34,7 @@ def test_ring(num_ranks: int, domain_size: int, environment: dict[str, str]) -> 
 
 def test_ring_after_somebody_has_begun_nvshmem(num_ranks: int) -> None:
     """With other numbers than ours, so that the kernels must use `pes`."""
-    found = launch.run(bodies.ring, num_ranks, {}, "ctypes", 5, 1, timeout=300)
+    found = launch.run(nvshmem.ring, num_ranks, {}, "ctypes", 5, 1, timeout=300)
     assert {tuple(pes) for pes, *_ in found} == {tuple(reversed(range(num_ranks)))}
     assert all(joined for *_, joined in found)
 
@@ -42,16 +42,16 @@ def test_ring_after_somebody_has_begun_nvshmem(num_ranks: int) -> None:
 @pytest.mark.needs_own_gpu
 def test_ring_after_torch_has_begun_nvshmem(num_ranks: int) -> None:
     found = launch.run(
-        bodies.ring, num_ranks, {}, "torch", 5, 1, timeout=300, backend="nccl"
+        nvshmem.ring, num_ranks, {}, "torch", 5, 1, timeout=300, backend="nccl"
     )
-    if bodies.SKIPPED in found:
+    if nvshmem.SKIPPED in found:
         pytest.skip("this torch has no NVSHMEM")
     assert all(joined for *_, joined in found)
 
 
 @pytest.mark.needs_own_gpu
 def test_created_again_without_a_leak(num_ranks: int, environment: dict[str, str]) -> None:
-    found = launch.run(bodies.create_again, num_ranks, environment, 20, timeout=500)
+    found = launch.run(nvshmem.create_again, num_ranks, environment, 20, timeout=500)
     for free, attached in found:
         assert attached == 0
         # The first two let everybody fill their caches.

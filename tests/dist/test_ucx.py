@@ -1,7 +1,7 @@
 """Two ranks on hosts of their own: real NVSHMEM, and every row and signal over a (TCP) network.
 
 ``EPJIT_TEST_UCX`` names a folder that `tests/transport/ucx/bundle.py` has made. With
-``EPJIT_BACKEND=cpu EPJIT_TEST_RANKS=2`` the bodies run on such hosts without a GPU, to try them.
+``EPJIT_BACKEND=cpu EPJIT_TEST_RANKS=2`` the scenarios run on such hosts without a GPU, to try them.
 """
 
 from __future__ import annotations
@@ -13,8 +13,9 @@ from typing import Any
 
 import pytest
 
-from tests import bodies, bodies_internode, bodies_low_latency, launch
-from tests.transport import bodies as transport_bodies
+from tests.harness import launch
+from tests.scenarios import internode, low_latency, normal
+from tests.scenarios import nvshmem
 from tests.transport import ucx
 
 MIB = 1 << 20
@@ -50,20 +51,20 @@ def bytes_received() -> int:
 @pytest.mark.needs_gpu
 def test_ring(on_hosts: Callable[..., list[Any]]) -> None:
     before = bytes_received()
-    found = on_hosts(transport_bodies.ring, "epjit", 10, 1)
+    found = on_hosts(nvshmem.ring, "epjit", 10, 1)
     assert [(pes, joined) for pes, _, joined in found] == [([0, 1], False)] * 2
     # The longest rows alone: two ranks, four warps, ten rounds, once by put and once by put_signal.
     assert bytes_received() - before > 2 * 4 * 10 * 2 * MIB
 
 
 def test_random_rounds(on_hosts: Callable[..., list[Any]]) -> None:
-    assert on_hosts(bodies.random_rounds, 20, 160) == [20, 20]
+    assert on_hosts(normal.random_rounds, 20, 160) == [20, 20]
 
 
 def test_low_latency(on_hosts: Callable[..., list[Any]]) -> None:
-    assert on_hosts(bodies_low_latency.random_rounds, 20, 64) == [20, 20]
+    assert on_hosts(low_latency.random_rounds, 20, 64) == [20, 20]
 
 
 def test_as_v1(on_hosts: Callable[..., list[Any]]) -> None:
     """The checks of DeepEP's tests/test_internode.py, twice with the same hash."""
-    assert on_hosts(bodies_internode.as_v1, SIZES | {"seed": 1}, 24, 1) == [(2, 0), (2, 1)]
+    assert on_hosts(internode.as_v1, SIZES | {"seed": 1}, 24, 1) == [(2, 0), (2, 1)]

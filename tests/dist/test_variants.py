@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from epjit import Buffer
-from tests import launch
+from tests.harness import launch
 
 
 def chooses_differently(group: Any) -> None:

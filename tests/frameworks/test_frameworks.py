@@ -7,9 +7,9 @@ from collections.abc import Callable
 
 import pytest
 
-from tests.frameworks import bodies
+from tests.frameworks import scenarios
 from tests.frameworks.fetch import FOLDER, MARK
-from tests.launch import run
+from tests.harness.launch import run
 
 NUM_RANKS = int(os.environ.get("EPJIT_TEST_RANKS") or 2)
 
@@ -23,15 +23,15 @@ def needs(framework: str) -> None:
 @pytest.mark.parametrize(
     ("framework", "body"),
     [
-        ("megatron-core", bodies.megatron_fused_a2a),
-        ("megatron-core", bodies.megatron_flex_dispatcher),
-        ("vllm", bodies.vllm_high_throughput),
-        ("vllm", bodies.vllm_low_latency),
-        ("sglang", bodies.sglang_normal),
-        ("sglang", bodies.sglang_auto),
-        ("lmdeploy", bodies.lmdeploy_normal),
-        ("lmdeploy", bodies.lmdeploy_low_latency),
-        ("xtuner", bodies.xtuner_op),
+        ("megatron-core", scenarios.megatron_fused_a2a),
+        ("megatron-core", scenarios.megatron_flex_dispatcher),
+        ("vllm", scenarios.vllm_high_throughput),
+        ("vllm", scenarios.vllm_low_latency),
+        ("sglang", scenarios.sglang_normal),
+        ("sglang", scenarios.sglang_auto),
+        ("lmdeploy", scenarios.lmdeploy_normal),
+        ("lmdeploy", scenarios.lmdeploy_low_latency),
+        ("xtuner", scenarios.xtuner_op),
     ],
 )
 def test_calls(framework: str, body: Callable[..., None]) -> None:

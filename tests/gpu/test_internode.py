@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from epjit import Buffer
-from tests import bodies_internode
-from tests.bodies import replays
-from tests.data import ROUTING_KINDS
 from tests.emulation.world import LONG_RUNS
-from tests.gpu.ranks import capture, check_withheld_peer, meet, run_ranks, start_at
-from tests.rounds import SMALL, Round, check_no_room, check_round, random_round
+from tests.harness.data import ROUTING_KINDS
+from tests.harness.ranks import SMALL, capture, meet, run_ranks, start_at
+from tests.rounds.normal import Round, check_no_room, check_round, random_round
+from tests.scenarios import internode
+from tests.scenarios.normal import check_withheld_peer, replays
 
 WORLDS = ((2, 2), (4, 2), (2, 4), (8, 2))  # domains, ranks of each
 SMS = {4: 12, 8: 8, 16: 6}  # of a rank: the blocks of all run at once
@@ -111,10 +111,10 @@ def test_signals_of_long_ago(epoch: int, stale: int) -> None:
                 **sizes,
             )
 
-        small = make(**bodies_internode.smallest_sizes(make, 512, 2))
-        bodies_internode.check_small(small, tokens=TOKENS, num_rounds=1)
+        small = make(**internode.smallest_sizes(make, 512, 2))
+        internode.check_small(small, tokens=TOKENS, num_rounds=1)
         start_at(small, epoch, stale=stale)
-        bodies_internode.check_small(small, tokens=TOKENS, num_rounds=3)
+        internode.check_small(small, tokens=TOKENS, num_rounds=3)
         meet(buffer)
         small.destroy()
 
@@ -136,8 +136,8 @@ def test_small_buffers(num_domains: int, num_local: int) -> None:
                 **sizes,
             )
 
-        small = make(**bodies_internode.smallest_sizes(make, 512, 2))
-        bodies_internode.check_small(small, tokens=TOKENS, num_rounds=2 if SMALL else 6)
+        small = make(**internode.smallest_sizes(make, 512, 2))
+        internode.check_small(small, tokens=TOKENS, num_rounds=2 if SMALL else 6)
         meet(buffer)
         small.destroy()
 
@@ -184,8 +184,8 @@ def test_as_v1(num_domains: int, num_local: int) -> None:
     num_ranks = num_domains * num_local
 
     def body(buffer: Buffer) -> None:
-        inputs = bodies_internode.Inputs(
-            buffer._topology.domains,
+        inputs = internode.Inputs(
+            buffer.topology.domains,
             num_tokens=16 if SMALL else 128,
             hidden=256 if SMALL else 1024,
             num_topk=8,
@@ -193,7 +193,7 @@ def test_as_v1(num_domains: int, num_local: int) -> None:
             num_topk_groups=2,
             seed=1,
         )
-        bodies_internode.check_as_v1(buffer, inputs, num_sms=SMS[num_ranks])
+        internode.check_as_v1(buffer, inputs, num_sms=SMS[num_ranks])
 
     run_domains(num_domains, num_local, body)
 

@@ -9,21 +9,18 @@ import pytest
 import torch
 
 from epjit import Buffer, Config
-from tests.bodies import replays
-from tests.data import ROUTING_KINDS, payload, routing, topk_weights
 from tests.emulation.world import LONG_RUNS
-from tests.gpu.ranks import SMS, capture, check_withheld_peer, meet, run_ranks, start_at
-from tests.rounds import (
+from tests.harness.data import ROUTING_KINDS, payload, routing, topk_weights
+from tests.harness.ranks import SMALL, SMS, capture, line_up, meet, run_ranks, settle, start_at
+from tests.rounds.normal import (
     DISPATCH_VARIANTS,
-    SMALL,
     Round,
     check_no_room,
     check_round,
-    line_up,
     random_round,
-    settle,
     variant_environ,
 )
+from tests.scenarios.normal import check_withheld_peer, replays
 
 RANKS = (1, 2, 3, 4, 8)
 TOKENS = 16 if SMALL else 333

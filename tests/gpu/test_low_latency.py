@@ -15,11 +15,9 @@ import torch
 
 from epjit import Buffer
 from epjit.handles import routes
-from tests import bodies_low_latency
-from tests.data import ROUTING_KINDS, assert_rows_equal
-from tests.gpu.ranks import meet, next_stream, run_ranks
-from tests.rounds import SMALL, line_up, settle
-from tests.rounds_low_latency import (
+from tests.harness.data import ROUTING_KINDS, assert_rows_equal
+from tests.harness.ranks import SMALL, line_up, meet, next_stream, run_ranks, settle
+from tests.rounds.low_latency import (
     BY_NAME,
     FLAGS,
     ROOM,
@@ -29,6 +27,7 @@ from tests.rounds_low_latency import (
     make_low_latency,
     random_low_latency_round,
 )
+from tests.scenarios import low_latency
 
 # Ranks, and how many of them share an NVLink domain (None: all).
 WORLDS = (
@@ -77,7 +76,7 @@ def test_buffers_in_another_order(variant: str, monkeypatch: pytest.MonkeyPatch)
 
     def body(*buffers: Buffer) -> None:
         streams = [next_stream() for _ in buffers]
-        bodies_low_latency.in_another_order(buffers, streams)
+        low_latency.in_another_order(buffers, streams)
 
     run_low_latency(2, body, num_buffers=3, low_latency_sms=0, timeout_seconds=10)
 
@@ -160,7 +159,7 @@ def test_random_rounds(num_ranks: int, domain: int | None) -> None:
     num_rounds = 10 if SMALL else 300
 
     def body(buffer: Buffer) -> None:
-        bodies_low_latency.rounds(buffer, num_rounds, TOKENS, num_sms=4)
+        low_latency.rounds(buffer, num_rounds, TOKENS, num_sms=4)
 
     run_low_latency(num_ranks, body, domain=domain, num_nvl_bytes=16 << 20, timeout=580)
 
@@ -172,7 +171,7 @@ def test_graph(num_ranks: int, domain: int | None, use_hooks: bool) -> None:
 
     def body(buffer: Buffer) -> None:
         num_replays = 5 if SMALL else 101
-        bodies_low_latency.replays(
+        low_latency.replays(
             buffer,
             num_replays,
             TOKENS,
@@ -188,26 +187,26 @@ def test_scratch_over_the_whole_buffer(num_ranks: int, domain: int | None) -> No
     """What a user writes to the exposed memory breaks nothing, cleaned up or not."""
 
     def body(buffer: Buffer) -> None:
-        bodies_low_latency.overwrite(buffer, functools.partial(meet, buffer))
+        low_latency.overwrite(buffer, functools.partial(meet, buffer))
 
     run_low_latency(num_ranks, body, domain=domain)
 
 
-@pytest.mark.parametrize("op", bodies_low_latency.OPS)
+@pytest.mark.parametrize("op", low_latency.OPS)
 @worlds(2, 4)
 def test_withheld_peer(num_ranks: int, domain: int | None, op: str) -> None:
     """A rank that does not come: the others name it, live on, and work again after reset()."""
     absent = num_ranks - 1
 
     def body(buffer: Buffer) -> None:
-        check_low_latency_round(buffer, bodies_low_latency.steady(num_ranks))
+        check_low_latency_round(buffer, low_latency.steady(num_ranks))
         meet(buffer)
-        text = bodies_low_latency.expect_error(buffer, op, absent, 10)
+        text = low_latency.expect_error(buffer, op, absent, 10)
         assert bool(text) is (buffer.rank != absent)
         meet(buffer)
         buffer.reset()
         for seed in range(2, 5):
-            check_low_latency_round(buffer, bodies_low_latency.steady(num_ranks, seed))
+            check_low_latency_round(buffer, low_latency.steady(num_ranks, seed))
 
     run_low_latency(num_ranks, body, domain=domain, timeout_seconds=2)
 
@@ -219,7 +218,7 @@ def test_shrink(num_ranks: int, domain: int | None, op: str) -> None:
     absent = num_ranks - 1
 
     def body(buffer: Buffer) -> None:
-        bodies_low_latency.shrink(buffer, op, absent, 30, functools.partial(meet, buffer))
+        low_latency.shrink(buffer, op, absent, 30, functools.partial(meet, buffer))
 
     run_low_latency(num_ranks, body, domain=domain, timeout_seconds=2, enable_shrink=True)
 
@@ -229,14 +228,14 @@ def test_masks_by_hand() -> None:
     masked = torch.tensor([0, 0, 1], dtype=torch.int32, device="cpu")
 
     def body(buffer: Buffer) -> None:
-        case = bodies_low_latency.steady(3)
+        case = low_latency.steady(3)
         check_low_latency_round(buffer, case)
         meet(buffer)
         if buffer.rank != 2:
             buffer.low_latency_update_mask_buffer(2, True)
         meet(buffer)  # that is a kernel of torch's, which could not be loaded while a peer's spins
         if buffer.rank != 2:
-            bodies_low_latency.round_without(buffer, case, masked, 0)
+            low_latency.round_without(buffer, case, masked, 0)
         else:
             line_up(buffer)  # as `round_without` does
         meet(buffer)
@@ -284,7 +283,7 @@ def test_sending_ends_without_the_peer() -> None:
     """After the sending half no kernel waits: the stream runs dry before the peer has come."""
 
     def body(buffer: Buffer) -> None:
-        case = bodies_low_latency.steady(2)
+        case = low_latency.steady(2)
         check_low_latency_round(buffer, case)
         made = make_low_latency(case)
         own = made.exchanges[0].inputs[buffer.rank]

@@ -8,9 +8,9 @@ import torch
 from epjit.modes import expert_major
 from epjit.modes.expert_major import row_bound
 from epjit.reference import expert_major as reference
-from tests import moe_bodies
-from tests.launch import run
-from tests.rounds import SMALL
+from tests.harness.launch import run
+from tests.harness.ranks import SMALL
+from tests.scenarios import moe as scenarios
 
 SHAPES = ((333, 8, 32, 128), (1, 1, 1, 1), (0, 4, 7, 16), (5000, 8, 3, 1), (64, 32, 256, 8))
 
@@ -84,13 +84,13 @@ def test_place_and_permute_in_a_graph() -> None:
     "body", ["eager", "watched", "odd_addresses", "replayed", "checkpointed", "exported"]
 )
 def test_a_layer_of_one_rank(body: str) -> None:
-    run(getattr(moe_bodies, body), 1, timeout=240)
+    run(getattr(scenarios, body), 1, timeout=240)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast_of_one_rank(compiled: bool) -> None:
-    run(moe_bodies.autocasted, 1, compiled, timeout=240)
+    run(scenarios.autocasted, 1, compiled, timeout=240)
 
 
 def test_compiled_layer_of_one_rank() -> None:
-    run(moe_bodies.compiled, 1, "inductor", timeout=400)
+    run(scenarios.compiled, 1, "inductor", timeout=400)

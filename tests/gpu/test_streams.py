@@ -11,9 +11,9 @@ import torch
 
 from epjit import Buffer, CommunicationError, Config
 from epjit.runtime import driver
-from tests.gpu.ranks import meet, run_ranks
-from tests.launch import RankFailedError
-from tests.rounds import Round, check_round, line_up, settle, variant_environ
+from tests.harness.launch import RankFailedError
+from tests.harness.ranks import line_up, meet, run_ranks, settle
+from tests.rounds.normal import Round, check_round, variant_environ
 
 HIDDEN = 4096
 TOKENS = 256

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 
 from epjit import Buffer
-from tests import bodies_value_checks
-from tests.gpu.ranks import run_ranks
-from tests.rounds_low_latency import ROOM
+from tests.harness.ranks import run_ranks
+from tests.rounds.low_latency import ROOM
+from tests.scenarios import value_checks
 
 
 @pytest.mark.parametrize(("num_ranks", "domain"), [(3, None), (4, 2)], ids=["3", "2x2"])
-@pytest.mark.parametrize("body", [bodies_value_checks.accepts, bodies_value_checks.refuses])
+@pytest.mark.parametrize("body", [value_checks.accepts, value_checks.refuses])
 def test_values(
     num_ranks: int, domain: int | None, body: object, monkeypatch: pytest.MonkeyPatch
 ) -> None:
