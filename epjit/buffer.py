@@ -10,11 +10,10 @@ import torch
 
 from epjit import env, signatures, tuned
 from epjit.buffer_runtime import BufferRuntime
-from epjit.calls import Bias, CombineTensors, DispatchTensors, Handle, Payload, Settings
+from epjit.calls import Bias, CombineTensors, DispatchTensors, Payload, Settings
 from epjit.checks.construction import agree_on_settings, check_settings, check_topology
 from epjit.checks.low_latency import (
     LowLatencyChecks,
-    LowLatencyHandle,
     check_flags,
     check_positive,
     check_rank,
@@ -22,15 +21,20 @@ from epjit.checks.low_latency import (
 from epjit.checks.match import check_runs
 from epjit.checks.normal import NormalChecks, check_warmup, part_of
 from epjit.checks.values import ValueChecks
-from epjit.config import Config, default_combine_config, default_dispatch_config
+from epjit.config import (
+    Config,
+    default_combine_config,
+    default_dispatch_config,
+    low_latency_size_hint,
+)
 from epjit.event import EventHandle, EventOverlap
 from epjit.formats import choose_format
+from epjit.handles import GivenHandle, GivenLowLatencyHandle, Handle, LowLatencyHandle
 from epjit.kernels import low_latency
 from epjit.kernels.shapes import warmup_shapes
 from epjit.life import Life, Resources, give_back_left, watch
 from epjit.modes.make import AnyLowLatency, make_parts, new_device, use_gpu
 from epjit.numbers import as_int, as_seconds
-from epjit.reference.low_latency import size_hint
 from epjit.runtime.group import Group, as_process_group
 from epjit.runtime.topology import find_topology
 from epjit.scope import Turns
@@ -296,7 +300,7 @@ class Buffer(Life):
             num_ranks=num_ranks,
             num_experts=num_experts,
         )
-        return size_hint(*sizes)
+        return low_latency_size_hint(*sizes)
 
     def get_comm_stream(self) -> torch.cuda.Stream:
         """The communication stream.
@@ -489,7 +493,7 @@ class Buffer(Life):
     def dispatch(
         self,
         x: Payload,
-        handle: Handle | None = None,
+        handle: GivenHandle | None = None,
         num_tokens_per_rank: torch.Tensor | None = None,
         num_tokens_per_rdma_rank: torch.Tensor | None = None,
         is_token_in_rank: torch.Tensor | None = None,
@@ -588,7 +592,7 @@ class Buffer(Life):
     def combine(
         self,
         x: torch.Tensor,
-        handle: Handle,
+        handle: GivenHandle,
         topk_weights: torch.Tensor | None = None,
         bias: Bias = None,
         config: Config | None = None,
@@ -727,7 +731,8 @@ class Buffer(Life):
             hook = self._hook("low_latency_dispatch", receive, scope.stream)
             event = scope.finish_keeping(call, received)
         recv_x, recv_scales, recv_count, src_info, layout_range = received
-        handle = (src_info, layout_range, max_tokens, call.sizes.hidden, num_experts)
+        hidden = call.sizes.hidden
+        handle = LowLatencyHandle(src_info, layout_range, max_tokens, hidden, num_experts)
         return _payload(recv_x, recv_scales), recv_count, handle, event, hook
 
     @signatures.low_latency_combine
@@ -736,7 +741,7 @@ class Buffer(Life):
         x: torch.Tensor,
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
-        handle: LowLatencyHandle,
+        handle: GivenLowLatencyHandle,
         use_logfmt: bool = False,
         zero_copy: bool = False,
         async_finish: bool = False,
@@ -789,7 +794,7 @@ class Buffer(Life):
             event = scope.finish_keeping(call, (combined_x,))
         return combined_x, event, hook
 
-    def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
+    def get_next_low_latency_combine_buffer(self, handle: GivenLowLatencyHandle) -> torch.Tensor:
         """Where `low_latency_combine(zero_copy=True)` finds its rows.
 
         Write all received rows there (``buffer[:, :, :] = y``) on the stream of that combine, with

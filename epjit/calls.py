@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 from torch import Tensor
 
@@ -15,8 +15,8 @@ from epjit.formats import RowFormat
 Payload: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 """Rows, or rows and their scales, as users pass them and get them."""
 Bias: TypeAlias = "Tensor | tuple[Tensor | None, Tensor | None] | None"
-Handle: TypeAlias = tuple[Tensor, ...]
-"""The tensors that a dispatch leaves, see `epjit.reference.intranode.Handle`."""
+OwnHandle: TypeAlias = Any
+"""An `epjit.handles.Handle` of the one type that all handles of a Buffer have."""
 
 
 class Settings(NamedTuple):
@@ -57,21 +57,10 @@ class Dispatch(NamedTuple):
     scales: Tensor | None
     topk_idx: Tensor | None
     topk_weights: Tensor | None
-    routing: Routing | Handle
+    routing: Routing | OwnHandle
     expert_alignment: int
     num_worst_tokens: int
     num_sms: int
-
-
-class Received(NamedTuple):
-    """The outcome of a dispatch; of a cached one, the first two."""
-
-    recv_x: Tensor
-    recv_scales: Tensor | None
-    recv_topk_idx: Tensor | None = None
-    recv_topk_weights: Tensor | None = None
-    per_expert: list[int] | None = None
-    handle: Handle | None = None
 
 
 class Combine(NamedTuple):
@@ -81,7 +70,7 @@ class Combine(NamedTuple):
     topk_weights: Tensor | None
     bias_0: Tensor | None
     bias_1: Tensor | None
-    handle: Handle
+    handle: OwnHandle
     num_sms: int
 
 

@@ -26,12 +26,13 @@ MAX_LOW_LATENCY_CHOICES = 131072  # of one rank, at its maximum of tokens
 
 _ALIGNMENT = 128
 # V1's hint leaves room for this much beside each row, whatever is really sent.
-_MAX_TOPK = 128
-_MAX_SCALES = 128
-_ROW_METADATA_BYTES = 8 + _MAX_TOPK * 8 + _MAX_TOPK * 4 + _MAX_SCALES * 4
+_V1_MAX_TOPK = 128
+_V1_MAX_SCALES = 128
+_ROW_METADATA_BYTES = 8 + _V1_MAX_TOPK * 8 + _V1_MAX_TOPK * 4 + _V1_MAX_SCALES * 4
 _RDMA_METADATA_BYTES = 16
 # The least that the kernels work with: two windows of eight rows for each rank.
 _MIN_ROWS_A_RANK = 16
+_SLOT_EXTRA_BYTES = 512  # what a low-latency slot may have beside the 2 * H bytes of a row
 
 
 @dataclass(frozen=True)
@@ -112,7 +113,7 @@ class Config:
         num_nvl_ranks = min(num_ranks, _ranks_per_domain(ranks_per_domain))
         rows = max(num_channels * self.num_max_nvl_chunked_recv_tokens, _MIN_ROWS_A_RANK)
         size = num_nvl_ranks * rows * (hidden_bytes + _ROW_METADATA_BYTES)
-        return -(-size // _ALIGNMENT) * _ALIGNMENT
+        return _align(size)
 
     def get_rdma_buffer_size_hint(
         self, hidden_bytes: int, num_ranks: int, *, ranks_per_domain: int | None = None
@@ -137,7 +138,29 @@ class Config:
         num_domains = -(-num_ranks // a_domain)
         rows = max(self.num_sms // 2, 1) * num_domains * self.num_max_rdma_chunked_recv_tokens
         size = 2 * rows * (hidden_bytes + _ROW_METADATA_BYTES + _RDMA_METADATA_BYTES)
-        return -(-size // _ALIGNMENT) * _ALIGNMENT
+        return _align(size)
+
+
+def low_latency_size_hint(max_tokens: int, hidden: int, num_ranks: int, num_experts: int) -> int:
+    """Bytes that dispatch and combine need for these sizes, in any format and for any top-k.
+
+    Half of them hold rows that arrive, for calls with even and odd numbers; the other half is the
+    buffer of `get_next_low_latency_combine_buffer`.
+
+    Args:
+        max_tokens: `M`.
+        hidden: `H`.
+        num_ranks: `R`.
+        num_experts: `E`.
+
+    Returns:
+        A multiple of 128 that grows with each argument.
+    """
+    row_bytes = 2 * hidden
+    arriving = max(
+        num_ranks * max_tokens * (row_bytes + _SLOT_EXTRA_BYTES), max_tokens * MAX_TOPK * row_bytes
+    )
+    return max(2 * _align(num_experts * max_tokens * row_bytes), 4 * _align(arriving))
 
 
 # V1's defaults, (NVLink send, NVLink receive, RDMA send, RDMA receive) by ranks: of a number that
@@ -182,6 +205,10 @@ def _chunks(table: dict[int, tuple[int, int, int, int]], num_ranks: int) -> tupl
             f"there is no config for {num_ranks} ranks; epjit has 1 to {MAX_GROUP}"
         )
     return table[max(ranks for ranks in table if ranks <= num_ranks)]
+
+
+def _align(num_bytes: int) -> int:
+    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _sizes(hidden_bytes: int, num_ranks: int) -> tuple[int, int]:

@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from epjit import calls
-from epjit.calls import Bias, Handle, Payload
+from epjit.calls import Bias, OwnHandle, Payload
 from epjit.checks.match import (
+    as_handle,
     check,
     check_aligned,
     check_experts,
@@ -26,35 +29,12 @@ from epjit.config import (
     MAX_TOPK,
     Config,
 )
+from epjit.handles import GivenHandle, handle_type
 from epjit.numbers import as_int
 
 if TYPE_CHECKING:
     from epjit.checks.values import ValueChecks
     from epjit.event import EventOverlap
-
-
-class Slots(NamedTuple):
-    """Where a handle of the normal mode has what: indices of its tensors."""
-
-    number: int  # of tensors
-    ranks: int  # has an entry a rank
-    rows: int  # has an entry a received row
-    tokens: int  # has an entry a token that was sent
-    experts: int  # has a count an expert of this rank
-
-
-SLOTS = Slots(number=6, ranks=0, rows=3, tokens=5, experts=2)
-SLOTS_BETWEEN_DOMAINS = Slots(number=10, ranks=6, rows=7, tokens=8, experts=5)
-
-
-def _handle_sizes(num_ranks: int, num_domains: int) -> tuple[tuple[int, int, int], ...]:
-    """Elements of a handle's tensors: index, how many in any case, how many more a token."""
-    if num_domains == 1:
-        return (0, num_ranks**2, 0), (1, num_ranks, 0), (5, 0, num_ranks)
-    return (
-        *((1, num_domains, num_domains), (2, num_ranks, 0), (3, 0, num_ranks)),
-        *((4, num_domains, 0), (6, num_ranks, 0)),
-    )
 
 
 class NormalChecks:
@@ -89,8 +69,7 @@ class NormalChecks:
         self._dispatch_config, self._combine_config = dispatch_config, combine_config
         self._values = values
         self._passed: dict[Hashable, bool] = {}
-        self._slots = SLOTS if num_domains == 1 else SLOTS_BETWEEN_DOMAINS
-        self._handle_sizes = _handle_sizes(num_ranks, num_domains)
+        self._handle_type: Any = handle_type(num_domains)
 
     # ---- calls -----------------------------------------------------------------------------------
 
@@ -112,7 +91,7 @@ class NormalChecks:
     def dispatch(
         self,
         x: Payload,
-        handle: Handle | None,
+        handle: GivenHandle | None,
         counts: tuple[Any, Any, Any, Any],
         topk_idx: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
@@ -137,8 +116,8 @@ class NormalChecks:
                 raise ValueError(
                     "a cached dispatch (handle=...) takes no topk_idx and no topk_weights"
                 )
-            handle = self._handle(handle, num_tokens=num_tokens)
-            call = calls.Dispatch(rows, scales, None, None, handle, 1, 0, config.num_sms)
+            own = self._handle(handle, num_tokens=num_tokens)
+            call = calls.Dispatch(rows, scales, None, None, own, 1, 0, config.num_sms)
         else:
             routing = self._routing(num_tokens, counts, topk_idx, topk_weights)
             expert_alignment = as_int("expert_alignment", expert_alignment, least=1)
@@ -164,7 +143,7 @@ class NormalChecks:
     def combine(
         self,
         x: torch.Tensor,
-        handle: Handle,
+        handle: GivenHandle,
         topk_weights: torch.Tensor | None,
         bias: Bias,
         config: Config | None,
@@ -172,11 +151,9 @@ class NormalChecks:
         after: EventOverlap | None,
     ) -> calls.Combine:
         """Everything that `combine` takes."""
-        handle = self._handle(handle, num_tokens=None)
-        num_rows = handle[self._slots.rows].shape[0]
-        num_tokens = handle[self._slots.tokens].shape[0]
-        biases = _pair(bias)
-        self._returned(x, topk_weights, biases, num_rows, num_tokens)
+        own = self._handle(handle, num_tokens=None)
+        num_tokens, biases = own.num_tokens, _pair(bias)
+        self._returned(x, topk_weights, biases, own.num_rows, num_tokens)
         if config is None:
             config = self._combine_config(
                 self._num_ranks,
@@ -184,7 +161,7 @@ class NormalChecks:
                 num_tokens=num_tokens,
             )
         self._config(config)
-        call = calls.Combine(x, topk_weights, *biases, handle, config.num_sms)
+        call = calls.Combine(x, topk_weights, *biases, own, config.num_sms)
         if self._values is not None:
             self._values.combine(call, after=after)
         return call
@@ -305,19 +282,10 @@ class NormalChecks:
                 self._rows(name, value, num_tokens, (x.dtype,), why, x.shape[1])
         remember(self._passed, arguments, True)
 
-    def _handle(self, handle: Handle, *, num_tokens: int | None) -> Handle:
-        slots = self._slots
-        if not isinstance(handle, tuple | list) or len(handle) != slots.number:
-            got = (
-                f"{type(handle).__name__} of {len(handle)}"
-                if isinstance(handle, tuple | list)
-                else type(handle).__name__
-            )
-            raise TypeError(
-                f"handle is a {got}, expected the tuple of {slots.number} that dispatch returned"
-            )
-        device = self._device
-        for index, tensor in enumerate(handle):
+    def _handle(self, handle: GivenHandle, *, num_tokens: int | None) -> OwnHandle:
+        """The handle with names, of the type of this Buffer's mode."""
+        device, named = self._device, as_handle(handle, self._handle_type, "dispatch")
+        for index, tensor in enumerate(named):
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(
                     f"handle[{index}] is a {type(tensor).__name__}, expected what dispatch returned"
@@ -327,28 +295,27 @@ class NormalChecks:
                     f"handle[{index}] is on {tensor.device}, but this Buffer is on {device}; "
                     f"move it with .to({str(device)!r})"
                 )
-        ranks, routed = handle[slots.ranks].shape[0], handle[slots.tokens]
+        ranks, domains, tokens = named.num_ranks, named.num_domains, named.num_tokens
         if ranks != self._num_ranks:
             raise ValueError(f"handle is of {ranks} ranks, but this Buffer has {self._num_ranks}")
-        if self._num_domains > 1 and routed.shape[1] != self._num_domains:
+        if domains != self._num_domains:
             raise ValueError(
-                f"handle is of {routed.shape[1]} NVLink domains, but this Buffer has "
+                f"handle is of {domains} NVLink domains, but this Buffer has "
                 f"{self._num_domains}; use it with the Buffer that made it"
             )
-        tokens = routed.shape[0]
         if num_tokens is not None and tokens != num_tokens:
             raise ValueError(
                 f"x has {num_tokens} tokens, but the handle routes {tokens}: "
                 "a cached dispatch sends a row for each token of the first one"
             )
-        for index, size, size_a_token in self._handle_sizes:
-            if handle[index].numel() != size + size_a_token * tokens:
+        for index, size in _handle_sizes(tokens, ranks, domains):
+            if named[index].numel() != size:
                 raise ValueError(
-                    f"handle[{index}] has {handle[index].numel()} elements, but that of a dispatch "
-                    f"of {tokens} tokens between {ranks} ranks has "
-                    f"{size + size_a_token * tokens}; pass the handle as dispatch returned it"
+                    f"handle[{index}] has {named[index].numel()} elements, but that of a dispatch "
+                    f"of {tokens} tokens between {ranks} ranks has {size}; pass the handle as "
+                    "dispatch returned it"
                 )
-        return tuple(handle)
+        return named
 
     def _routing(
         self,
@@ -409,6 +376,20 @@ class NormalChecks:
             )
         remember(self._passed, arguments, True)
         return routing
+
+
+@functools.lru_cache(maxsize=1024)  # asked in every call with a handle
+def _handle_sizes(num_tokens: int, num_ranks: int, num_domains: int) -> list[tuple[int, int]]:
+    """Elements of a handle's tensors, with their places, as far as the routing says them."""
+    kind = handle_type(num_domains)
+    specs = kind.specs(
+        num_tokens=num_tokens, num_ranks=num_ranks, num_domains=num_domains, experts_per_rank=0
+    )
+    return [
+        (index, math.prod(spec[0]))
+        for index, (name, spec) in enumerate(zip(kind._fields, specs, strict=True))
+        if spec is not None and name != "recv_expert_counts"
+    ]
 
 
 def check_warmup(hidden_bytes: int, num_topk: int, num_scales: int) -> None:

@@ -19,15 +19,19 @@ from epjit.calls import (
     Combine,
     Combined,
     Dispatch,
-    Handle,
     LowLatencyCombine,
     LowLatencyDispatch,
-    Received,
     Routing,
+)
+from epjit.handles import (
+    Dispatched,
+    Handle,
+    InternodeHandle,
+    IntranodeHandle,
+    LowLatencyDispatched,
 )
 from epjit.reference import Normal, internode, intranode, low_latency
 from epjit.reference.intranode import RankInput
-from epjit.reference.low_latency import LowLatencyDispatched
 from epjit.runtime.empty import empty_on
 from epjit.runtime.fault import Overflow
 
@@ -111,7 +115,7 @@ class CpuNormal:
         return Routing(*self._reference.layout(call.topk_idx, call.num_experts))
 
     @torch.no_grad()
-    def dispatch(self, scope: AnyScope, call: Dispatch) -> Received:
+    def dispatch(self, scope: AnyScope, call: Dispatch) -> Dispatched:
         """Sends rows along new counts or along a handle.
 
         Raises:
@@ -149,25 +153,19 @@ class CpuNormal:
             expert_alignment=call.expert_alignment,
             num_worst_tokens=[int(tensors[-1]) for tensors in worlds],
         )
-        if self._reference.several:
+        handle = received.handle
+        if isinstance(handle, InternodeHandle):
             self._check_room(
                 "tokens pass into the NVLink domain through",
-                came=int(received.handle[4][-1]),
-                room=received.handle[9].shape[0],
+                came=int(handle.recv_rdma_rank_prefix_sum[-1]),
+                room=handle.num_passing,
             )
         self._check_room(
             "rows come to",
             came=sum(int(each.is_token_in_rank[:, rank].sum()) for each in inputs),
             room=received.recv_x.shape[0],
         )
-        return Received(
-            received.recv_x,
-            received.recv_scales,
-            received.recv_topk_idx,
-            received.recv_topk_weights,
-            received.num_recv_tokens_per_expert_list,
-            received.handle,
-        )
+        return received
 
     def _check_counts(self, routing: Routing) -> None:
         in_rank = routing.is_token_in_rank
@@ -187,7 +185,7 @@ class CpuNormal:
         if came > room:
             self._overflow = Overflow("dispatch", what, self._group.rank, came=came, room=room)
 
-    def _cached_dispatch(self, x: Tensor, scales: Tensor | None, handle: Handle) -> Received:
+    def _cached_dispatch(self, x: Tensor, scales: Tensor | None, handle: Handle) -> Dispatched:
         """Sends another payload along the routing of `handle`."""
         op = "cached dispatch"
         facts = {**_payload_facts(x, scales), **self._handle_facts(handle)}
@@ -195,7 +193,7 @@ class CpuNormal:
         handles = self._handles_of_one_dispatch(op, worlds)
         rows = [tensors[0] for tensors in worlds]
         row_scales = None if scales is None else [tensors[1] for tensors in worlds]
-        return Received(
+        return Dispatched(
             *self._reference.cached_dispatch(rows, row_scales, handles, self._group.rank)
         )
 
@@ -219,24 +217,26 @@ class CpuNormal:
 
     def _handle_facts(self, handle: Handle) -> dict[str, object]:
         """What the handles of one dispatch have in common on all ranks."""
-        if self._reference.several:
+        if isinstance(handle, InternodeHandle):
             return {}  # each has only what concerns its rank
         return {
-            "the handle's rank_prefix_matrix": handle[0].tolist(),
-            "the handle's source_tokens": handle[1].tolist(),
+            "the handle's rank_prefix_matrix": handle.rank_prefix_matrix.tolist(),
+            "the handle's source_tokens": handle.source_tokens.tolist(),
         }
 
-    def _handles_of_one_dispatch(self, op: str, worlds: list[tuple[Any, ...]]) -> list[Handle]:
+    def _handles_of_one_dispatch(self, op: str, worlds: list[tuple[Any, ...]]) -> list[Any]:
         """The handles of all ranks, once they are known to belong together."""
-        handles: list[Handle] = [tensors[2:] for tensors in worlds]
         if not self._reference.several:
-            return handles
-        sent = torch.stack([handle[0].sum(dim=0) for handle in handles])  # [source, receiver]
+            return [IntranodeHandle(*tensors[2:]) for tensors in worlds]
+        handles = [InternodeHandle(*tensors[2:]) for tensors in worlds]
+        # [source, receiver]
+        sent = torch.stack([handle.is_token_in_rank.sum(dim=0) for handle in handles])
         for receiver, handle in enumerate(handles):
-            received = handle[6].diff(prepend=handle[6].new_zeros(1))
+            ends = handle.recv_gbl_rank_prefix_sum
+            received = ends.diff(prepend=ends.new_zeros(1))
             # The last ones may have been left out for want of room.
-            fit = sent[:, receiver].cumsum(dim=0).clamp(max=handle[7].shape[0])
-            for source in torch.nonzero(handle[6] != fit).flatten().tolist():
+            fit = sent[:, receiver].cumsum(dim=0).clamp(max=handle.num_rows)
+            for source in torch.nonzero(ends != fit).flatten().tolist():
                 raise ValueError(
                     f"{op}: by the handle of rank {source} it sends {int(sent[source, receiver])} "
                     f"rows to rank {receiver}, by the handle of rank {receiver} "
@@ -304,7 +304,7 @@ class CpuLowLatency:
         """
         x, topk_idx, global_scale, recv_stats, _ = call.given
         sizes = call.sizes
-        forms = low_latency.dispatched_forms(
+        specs = LowLatencyDispatched.specs(
             sizes.row_format,
             num_ranks=self._group.size,
             num_tokens=sizes.num_tokens,
@@ -313,7 +313,7 @@ class CpuLowLatency:
             num_topk=sizes.num_topk,
             hidden=sizes.hidden,
         )
-        out = low_latency.allocate_dispatched(forms, empty_on(x.device))
+        out = LowLatencyDispatched.allocate(specs, empty_on(x.device))
         scope.start()
         if call.split:
             x, topk_idx = x.clone(), topk_idx.clone()

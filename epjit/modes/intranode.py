@@ -17,8 +17,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from epjit import env
-from epjit.calls import Combine, Combined, Dispatch, Handle, Received, Routing
+from epjit.calls import Combine, Combined, Dispatch, Routing
 from epjit.config import MAX_LOCAL_EXPERTS, MAX_RANKS
+from epjit.handles import Dispatched, IntranodeHandle
 from epjit.kernels.intranode import (
     MAX_SLOTS,
     CombineConfig,
@@ -37,7 +38,7 @@ from epjit.modes.normal import (
     dispatch_shape,
     pointer,
 )
-from epjit.runtime.empty import Form, matrix, vector
+from epjit.runtime.empty import Form
 from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.pool import BlockPool, NoRoomError
@@ -78,7 +79,7 @@ def _output_pool(num_bytes: int, device: int) -> BlockPool:
 class _Outputs(NamedTuple):
     """What a dispatch writes, and whether peers reach it."""
 
-    received: Received
+    received: Dispatched
     src_idx: torch.Tensor | None
     has_room: bool
 
@@ -168,7 +169,7 @@ class Intranode(Normal):
 
     # ---- operations ------------------------------------------------------------------------------
 
-    def dispatch(self, scope: AnyScope, call: Dispatch) -> Received:
+    def dispatch(self, scope: AnyScope, call: Dispatch) -> Dispatched:
         """Notify, then dispatch; the host waits for the counts unless there is a worst case."""
         routing = call.routing
         if not isinstance(routing, Routing):
@@ -176,14 +177,15 @@ class Intranode(Normal):
         num_ranks, num_tokens, waits = self._group.size, call.x.shape[0], self._waits(call)
         launch = self.launch(dispatch_shape(call))
         experts_per_rank = routing.num_tokens_per_expert.shape[0] // num_ranks
-        forms = (
-            matrix(torch.int32, num_ranks, num_ranks),
-            vector(torch.int32, num_ranks),
-            vector(torch.int32, experts_per_rank),
-            matrix(torch.int32, num_tokens, num_ranks),
+        specs = IntranodeHandle.specs(
+            num_tokens=num_tokens,
+            num_ranks=num_ranks,
+            num_domains=1,
+            experts_per_rank=experts_per_rank,
         )
         with scope.allocating():
-            rank_prefix, source_tokens, expert_counts, send_head = self._empty(forms)
+            handle = IntranodeHandle(*self._empty(specs))
+        shared = self._routing(handle)
         scope.start()
         with self._between_kernels():
             self._notify(
@@ -192,10 +194,8 @@ class Intranode(Normal):
                 num_tokens_per_rank=routing.num_tokens_per_rank.data_ptr(),
                 num_tokens_per_expert=routing.num_tokens_per_expert.data_ptr(),
                 is_token_in_rank=routing.is_token_in_rank.data_ptr(),
-                rank_prefix=rank_prefix.data_ptr(),
-                source_tokens=source_tokens.data_ptr(),
-                expert_counts=expert_counts.data_ptr(),
-                send_head=send_head.data_ptr(),
+                **shared,
+                expert_counts=handle.recv_expert_counts.data_ptr(),
                 host_counts=self._ask_for_counts(waits),
                 num_tokens=num_tokens,
                 num_recv_rows=call.num_worst_tokens,
@@ -206,7 +206,7 @@ class Intranode(Normal):
             launch.prepare(
                 {
                     **self._inputs(call),
-                    **self._routing(rank_prefix, source_tokens, send_head),
+                    **shared,
                     "experts_per_rank": experts_per_rank,
                 }
             )
@@ -217,30 +217,24 @@ class Intranode(Normal):
             outputs = self._allocate_outputs(scope, launch, num_rows, call, with_src_idx=True)
             self._dispatch_rows(scope, launch, outputs, num_sms=call.num_sms)
             assert outputs.src_idx is not None
-            handle = (
-                rank_prefix,
-                source_tokens,
-                expert_counts,
-                outputs.src_idx,
-                routing.is_token_in_rank,
-                send_head,
+            handle = handle._replace(
+                recv_src_idx=outputs.src_idx, is_token_in_rank=routing.is_token_in_rank
             )
-        return Received(*outputs.received[:4], per_expert, handle)
+        return Dispatched(*outputs.received[:4], per_expert, handle)
 
-    def _cached_dispatch(self, scope: AnyScope, call: Dispatch, handle: Handle) -> Received:
+    def _cached_dispatch(
+        self, scope: AnyScope, call: Dispatch, handle: IntranodeHandle
+    ) -> Dispatched:
         """Dispatches another payload along the routing of a handle."""
         launch = self.launch(dispatch_shape(call))
-        rank_prefix, source_tokens, _, recv_src_idx, _, send_head = handle
         launch.prepare(
             {
                 **self._inputs(call),
-                **self._routing(rank_prefix, source_tokens, send_head),
+                **self._routing(handle),
                 "experts_per_rank": 1,
             }
         )
-        outputs = self._allocate_outputs(
-            scope, launch, recv_src_idx.shape[0], call, with_src_idx=False
-        )
+        outputs = self._allocate_outputs(scope, launch, handle.num_rows, call, with_src_idx=False)
         self._dispatch_rows(scope, launch, outputs, num_sms=call.num_sms)
         return outputs.received
 
@@ -259,13 +253,13 @@ class Intranode(Normal):
         a CUDA graph writes is written at every replay, also when the tensors are long gone: that is
         what torch keeps private pools for, so under capture all outputs are torch's.
         """
-        src_idx = vector(torch.int32, num_rows) if with_src_idx else None
-        forms = (*self._forms(num_rows, call), src_idx)
+        src_idx = IntranodeHandle.row_specs(num_rows) if with_src_idx else (None,)
+        forms = (*self._forms(num_rows, call), *src_idx)
         with scope.allocating():
             direct = launch.kernel.config.direct
             blocks = self._empty_blocks(scope, forms) if direct else None
             tensors = self._empty(forms) if blocks is None else blocks
-        return _Outputs(Received(*tensors[:4]), tensors[4], blocks is not None)
+        return _Outputs(Dispatched(*tensors[:4]), tensors[4], blocks is not None)
 
     def _empty_blocks(self, scope: AnyScope, forms: Iterable[Form | None]) -> list[Any] | None:
         """Outputs where peers reach them, if there is room for all."""
@@ -295,14 +289,12 @@ class Intranode(Normal):
         return rows if shape[0] else rows[:0]
 
     @staticmethod
-    def _routing(
-        rank_prefix: torch.Tensor, source_tokens: torch.Tensor, send_head: torch.Tensor
-    ) -> dict[str, int]:
-        """What a dispatch takes from a handle."""
+    def _routing(handle: IntranodeHandle) -> dict[str, int]:
+        """Parameters for what notify writes to a handle, and dispatch takes from it."""
         return {
-            "rank_prefix": rank_prefix.data_ptr(),
-            "source_tokens": source_tokens.data_ptr(),
-            "send_head": send_head.data_ptr(),
+            "rank_prefix": handle.rank_prefix_matrix.data_ptr(),
+            "source_tokens": handle.source_tokens.data_ptr(),
+            "send_head": handle.send_head.data_ptr(),
         }
 
     def _dispatch_rows(
@@ -321,17 +313,17 @@ class Intranode(Normal):
 
     def combine(self, scope: AnyScope, call: Combine) -> Combined:
         """Pushes rows back to the ranks of their tokens and sums them there."""
-        rank_prefix, _, _, recv_src_idx, _, send_head = call.handle
-        num_tokens, num_sms = send_head.shape[0], call.num_sms
+        handle: IntranodeHandle = call.handle
+        num_tokens, num_sms = handle.num_tokens, call.num_sms
         launch = self.launch(combine_shape(call))
         config: CombineConfig = launch.kernel.config
         check_warps(config, num_sms)
         combined, values = self._combined(scope, call, num_tokens)
         scope.start()
         values |= {
-            "recv_src_idx": recv_src_idx.data_ptr(),
-            "send_head": send_head.data_ptr(),
-            "rank_prefix": rank_prefix.data_ptr(),
+            "recv_src_idx": handle.recv_src_idx.data_ptr(),
+            "send_head": handle.send_head.data_ptr(),
+            "rank_prefix": handle.rank_prefix_matrix.data_ptr(),
             # Several warps share a token's sum unless there are many tokens a warp: shorter units
             # end closer together (4 parts instead of 1: 128 tokens on 12 SMs 26.7 us, not 31.4,
             # 512 on 24 SMs 42.6, not 47.4; 4096 on 12 SMs 310, not 276).

@@ -19,6 +19,7 @@ from epjit.calls import CombineSizes, DispatchSizes, LowLatencyCombine, LowLaten
 from epjit.checks.low_latency import check_source
 from epjit.checks.match import remember
 from epjit.config import MAX_LOW_LATENCY_EXPERTS, MAX_LOW_LATENCY_TOKENS, MAX_RANKS
+from epjit.handles import LowLatencyDispatched, LowLatencySpecs
 from epjit.kernels.low_latency import (
     NUM_WORDS,
     STEP,
@@ -33,12 +34,6 @@ from epjit.kernels.low_latency import (
 )
 from epjit.kernels.shapes import align
 from epjit.modes.base import Mode
-from epjit.reference.low_latency import (
-    DispatchedForms,
-    LowLatencyDispatched,
-    allocate_dispatched,
-    dispatched_forms,
-)
 from epjit.runtime.device import num_sms
 from epjit.runtime.empty import Form, matrix
 from epjit.runtime.kernel import KernelConfig
@@ -55,7 +50,7 @@ if TYPE_CHECKING:
 # beside them. The blocks that stay (16 of 132) move what comes after a wait of 1 ms or more.
 _WAITING_KERNELS = 8
 
-Forms = TypeVar("Forms", DispatchedForms, tuple[Form])
+Forms = TypeVar("Forms", LowLatencySpecs, tuple[Form])
 
 
 class _Arena:
@@ -200,7 +195,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
             dtype=torch.int32,
             device=device,
         )
-        self._dispatch_plans: dict[DispatchSizes, _Plan[DispatchedForms]] = {}
+        self._dispatch_plans: dict[DispatchSizes, _Plan[LowLatencySpecs]] = {}
         self._combine_plans: dict[CombineSizes, _Plan[tuple[Form]]] = {}
         self._clean = Launch(
             clean_kernel,
@@ -279,7 +274,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         plan = self._dispatch_plans.get(call.sizes)
         if plan is None:
             plan = self._plan_dispatch(call.sizes)
-        outputs = allocate_dispatched(plan.outputs, self._empty)
+        outputs = LowLatencyDispatched.allocate(plan.outputs, self._empty)
         scope.start()
         x, topk_idx, global_scale, recv_stats, cycles = call.given
         recv_x, recv_scales, recv_count, src_info, layout_range = outputs
@@ -303,7 +298,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         plan.launch.start(scope.stream, plan.grid, values, plan.whole)
         return outputs, None
 
-    def _plan_dispatch(self, sizes: DispatchSizes) -> _Plan[DispatchedForms]:
+    def _plan_dispatch(self, sizes: DispatchSizes) -> _Plan[LowLatencySpecs]:
         """Sending takes a block a token, one the counts; receiving a warp an eighth of a row."""
         if self._transport is not None and sizes.max_tokens > self._most_tokens:
             self._transport.check_queues(sizes.max_tokens)
@@ -323,7 +318,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         num_slots = num_ranks * sizes.max_tokens
         grid = min(self._num_sms, max(sizes.num_tokens + 1, num_slots * 8 // config.num_warps))
         num_parts = max(1, min(8, grid * config.num_warps // num_slots))
-        outputs = dispatched_forms(
+        outputs = LowLatencyDispatched.specs(
             row_format,
             num_ranks=num_ranks,
             num_tokens=sizes.num_tokens,

@@ -14,8 +14,9 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from epjit import calls
-from epjit.calls import Combine, Combined, Dispatch, Received, Routing
+from epjit.calls import Combine, Combined, Dispatch, Routing
 from epjit.errors import CommunicationError
+from epjit.handles import Dispatched
 from epjit.kernels.shapes import CombineShape, DispatchShape
 from epjit.kernels.variants import CHOICES
 from epjit.modes.base import Mode
@@ -113,7 +114,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
         return routing
 
     @abstractmethod
-    def dispatch(self, scope: AnyScope, call: Dispatch) -> Received:
+    def dispatch(self, scope: AnyScope, call: Dispatch) -> Dispatched:
         """Sends rows along new counts or along a handle.
 
         Raises:
@@ -138,7 +139,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
 
     @staticmethod
     def _forms(num_rows: int, call: Dispatch) -> tuple[Form | None, ...]:
-        """Outputs of a dispatch of `num_rows` rows, in the order of `Received`."""
+        """Outputs of a dispatch of `num_rows` rows, in the order of `Dispatched`."""
         x, scales, topk_idx = call.x, call.scales, call.topk_idx
         rows = matrix(x.dtype, num_rows, x.shape[1])
         row_scales = None if scales is None else matrix(scales.dtype, num_rows, scales.shape[1])
@@ -163,7 +164,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
         }
 
     @staticmethod
-    def _outputs(received: Received) -> dict[str, int]:
+    def _outputs(received: Dispatched) -> dict[str, int]:
         """Parameters for what a dispatch writes."""
         recv_x, recv_scales, recv_topk_idx, recv_topk_weights, _, _ = received
         return {

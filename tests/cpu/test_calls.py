@@ -16,11 +16,11 @@ import torch
 
 from epjit import Buffer
 from epjit.buffer_runtime import BufferRuntime
-from epjit.calls import Combined, Received, Routing
+from epjit.calls import Combined, Routing
 from epjit.checks.low_latency import LowLatencyChecks
-from epjit.checks.normal import SLOTS, NormalChecks
+from epjit.checks.normal import NormalChecks
+from epjit.handles import Dispatched, IntranodeHandle, LowLatencyDispatched
 from epjit.life import Resources
-from epjit.reference.low_latency import LowLatencyDispatched
 from epjit.runtime import driver
 from epjit.runtime.topology import Topology
 from epjit.scope import Streams, Turns
@@ -89,7 +89,7 @@ class World:
         self.received = mock.Mock()
         parts: dict[str, Any] = {
             "layout": Routing(ints, None, ints, ints),
-            "dispatch": Received(ints, None, None, None, [], (ints,) * SLOTS.number),
+            "dispatch": Dispatched(ints, None, None, None, [], IntranodeHandle(*[ints] * 6)),
             "combine": Combined(ints, None),
         }
         buffer._mode = self.part("mode", **parts, memory=self.part("memory"))
@@ -164,7 +164,7 @@ def ints(*shape: int) -> torch.Tensor:
 
 
 X, IDX, WEIGHTS = torch.zeros((TOKENS, HIDDEN)), ints(TOKENS, TOPK), torch.zeros((TOKENS, TOPK))
-HANDLE = (ints(RANKS, RANKS),) * SLOTS.number
+HANDLE = IntranodeHandle(*[ints(RANKS, RANKS)] * 6)
 LAYOUT: Any = {
     "num_tokens_per_rank": ints(RANKS),
     "is_token_in_rank": ints(TOKENS, RANKS).bool(),

@@ -13,8 +13,9 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from epjit.calls import Combine, Combined, Dispatch, Handle, Layout, Received, Routing
+from epjit.calls import Combine, Combined, Dispatch, Layout, Routing
 from epjit.errors import CommunicationError
+from epjit.handles import Dispatched, Handle
 from epjit.modes.cpu import CpuLowLatency, CpuNormal
 from epjit.modes.internode import Internode
 from epjit.modes.intranode import Intranode
@@ -90,7 +91,7 @@ class Backend:
     def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Routing:
         return self._mode.layout(self._scope, Layout(topk_idx, num_experts))
 
-    def dispatch(self, given: RankInput, counts: Any = None, **options: int) -> Received:
+    def dispatch(self, given: RankInput, counts: Any = None, **options: int) -> Dispatched:
         """Dispatch one rank's input, and with it the counts of its ranks and its domains."""
         if counts is None:
             counts = given.is_token_in_rank.sum(dim=0, dtype=torch.int32), None
@@ -148,12 +149,10 @@ def check_one_rank(group: Group, kind: data.RoutingKind, payload: str, with_topk
             intranode.dispatch(world, rank, num_experts=num_experts, **options)
             for rank in range(num_ranks)
         ]
-        for name, value, received in zip(
-            Received._fields, vars(want[group.rank]).values(), got, strict=True
-        ):
-            assert_same(received, value, f"rank {group.rank}: {name}")
+        for name, value in want[group.rank]._asdict().items():
+            assert_same(getattr(got, name), value, f"rank {group.rank}: {name}")
         assert got.handle is not None
-        assert got.handle[4] is own.is_token_in_rank
+        assert got.handle.is_token_in_rank is own.is_token_in_rank
 
         xs = [
             data.random_payload(each.recv_x.shape[0], HIDDEN, torch.bfloat16, seed=rank)

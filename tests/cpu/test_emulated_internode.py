@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from epjit.handles import InternodeHandle
 from epjit.kernels.internode import (
     InternodeCombineConfig,
     InternodeDispatchConfig,
@@ -269,7 +270,7 @@ class Routing:
             )
             for rank in range(shape.num_ranks)
         ]
-        self.num_recv = [int(e.handle[6][-1]) for e in self.expected]
+        self.num_recv = [int(e.handle.num_received(r)) for r, e in enumerate(self.expected)]
         self.worst = rooms(shape.num_worst_tokens, shape.num_ranks)
         came = sum(each.is_token_in_rank.sum(dim=0) for each in self.inputs).tolist()
         note_overflows(world, came, self.worst)
@@ -280,7 +281,7 @@ class Routing:
     def _layout(self, idx: Tensor) -> tuple[Tensor, Tensor]:
         return reference.layout(idx, self.shape.num_experts, self.shape.domains)[2:]
 
-    def _notify(self, rank: int) -> reference.Handle:
+    def _notify(self, rank: int) -> InternodeHandle:
         shape, world = self.shape, self.world
         own, expected = self.inputs[rank], self.expected[rank].handle
         num_tokens, num_ranks, num_domains = shape.tokens[rank], shape.num_ranks, shape.num_domains
@@ -294,9 +295,9 @@ class Routing:
         passing_prefix = guarded(num_domains, dtype=torch.int32)
         expert_counts = guarded(EXPERTS_A_RANK, dtype=torch.int32)
         rank_prefix = guarded(num_ranks, dtype=torch.int32)
-        src_meta = guarded(expected[7].shape[0], 8, dtype=torch.uint8)
+        src_meta = guarded(expected.num_rows, 8, dtype=torch.uint8)
         send_domain_head = guarded(num_tokens, num_domains, dtype=torch.int32)
-        passing = guarded(expected[9].shape[0], dtype=torch.int32)
+        passing = guarded(expected.num_passing, dtype=torch.int32)
         host_counts = guarded(2 + EXPERTS_A_RANK, dtype=torch.int64)
         world.queue(
             rank,
@@ -321,12 +322,14 @@ class Routing:
             experts_per_rank=EXPERTS_A_RANK,
             expert_alignment=ALIGNMENT,
         )
-        aligned = [-(-count // ALIGNMENT) * ALIGNMENT for count in expected[5].tolist()]
-        counts = [int(expected[4][-1]), *aligned]
+        aligned = [
+            -(-count // ALIGNMENT) * ALIGNMENT for count in expected.recv_expert_counts.tolist()
+        ]
+        counts = [int(expected.recv_rdma_rank_prefix_sum[-1]), *aligned]
         world.expect(rank, "counts", host_counts[1:], torch.tensor(counts))
         if not self.worst[rank]:
             world.expect(rank, "rows", host_counts[:1], torch.tensor(self.num_recv[rank:][:1]))
-        handle = (
+        handle = InternodeHandle(
             own.is_token_in_rank,
             send_tokens,
             channel_tokens,
@@ -338,11 +341,14 @@ class Routing:
             send_domain_head,
             passing,
         )
-        for i in (2, 3, 4, 5, 6, 8):
-            world.expect(rank, f"handle {i}", handle[i], expected[i])
+        made_later = ("send_tokens", "recv_src_meta", "send_nvl_head")
+        for name, got, wanted in zip(handle._fields, handle, expected, strict=True):
+            if name not in made_later:
+                world.expect(rank, name, got, wanted)
         world.expect(rank, "tokens to domains", send_tokens[:, num_tokens], per_domain)
         for n, length in enumerate(per_domain.tolist()):
-            world.expect(rank, f"channel to {n}", send_tokens[n, :length], expected[1][n, :length])
+            wanted = expected.send_tokens[n, :length]
+            world.expect(rank, f"channel to {n}", send_tokens[n, :length], wanted)
         return handle
 
     def dispatch(self) -> None:
@@ -356,15 +362,17 @@ class Routing:
                 shape.grid,
                 **self._common(rank),
                 **receive(world, rank, own, expected, n),
-                recv_src_meta=handle[7],
-                passing=handle[9],
-                num_passing=handle[9].shape[0],
+                recv_src_meta=handle.recv_src_meta,
+                passing=handle.send_nvl_head,
+                num_passing=handle.num_passing,
                 fits=self.fits[rank],
                 num_send_warps=2,
             )
-            passing = min(int(expected.handle[4][-1]), handle[9].shape[0])
-            world.expect(rank, "src_meta", handle[7][:n], expected.handle[7][:n])
-            world.expect(rank, "passing", handle[9][:passing], expected.handle[9][:passing])
+            wanted = expected.handle
+            passing = min(int(wanted.recv_rdma_rank_prefix_sum[-1]), handle.num_passing)
+            for name, length in (("recv_src_meta", n), ("send_nvl_head", passing)):
+                got = getattr(handle, name)[:length]
+                world.expect(rank, name, got, getattr(wanted, name)[:length])
         world.epochs += 1
 
     def cached_dispatch(self) -> None:
@@ -401,34 +409,34 @@ class Routing:
     def _common(self, rank: int) -> dict[str, Any]:
         handle = self.handles[rank]
         return {
-            "send_head": handle[3],
-            "send_tokens": handle[1],
-            "channel_tokens": handle[2],
-            "passing_prefix": handle[4],
-            "rank_prefix": handle[6],
+            "send_head": handle.send_head,
+            "send_tokens": handle.send_tokens,
+            "channel_tokens": handle.channel_tokens,
+            "passing_prefix": handle.recv_rdma_rank_prefix_sum,
+            "rank_prefix": handle.recv_gbl_rank_prefix_sum,
             "num_tokens": self.shape.tokens[rank],
-            "num_recv_rows": handle[7].shape[0],
+            "num_recv_rows": handle.num_rows,
         }
 
     def combine(self, *, num_biases: int = 0, num_parts: int = 1) -> None:
         """Rows back to their owners, summed on the way and there."""
         shape, world = self.shape, self.world
         handles = [each.handle for each in self.expected]
-        xs, weights = draw_rows(world, [handle[7].shape[0] for handle in handles])
+        xs, weights = draw_rows(world, [handle.num_rows for handle in handles])
         for rank in range(shape.num_ranks):
             bias = draw_biases(world, rank, num_biases)
             expected = reference.combine(xs, handles, rank, shape.domains, weights, bias)
-            values = self._common(rank)
+            values, handle = self._common(rank), self.handles[rank]
             del values["num_recv_rows"], values["send_head"]
             world.queue(
                 rank,
                 shape.combine,
                 shape.grid,
                 **values | sums(world, rank, xs[rank], weights[rank], bias, expected),
-                recv_src_meta=self.handles[rank][7],
-                send_domain_head=self.handles[rank][8],
-                passing=self.handles[rank][9],
-                num_passing=self.handles[rank][9].shape[0],
+                recv_src_meta=handle.recv_src_meta,
+                send_domain_head=handle.send_rdma_head,
+                passing=handle.send_nvl_head,
+                num_passing=handle.num_passing,
                 num_parts=num_parts,
             )
         world.epochs += 1
@@ -598,7 +606,10 @@ def test_more_rows_than_there_is_room_for(cut: tuple[int, int]) -> None:
             routing.dispatch()
             routing.cached_dispatch()
             routing.combine(num_biases=1, num_parts=2)
-            if any(int(e.handle[4][-1]) > e.handle[9].shape[0] for e in routing.expected):
+            if any(
+                int(e.handle.recv_rdma_rank_prefix_sum[-1]) > e.handle.num_passing
+                for e in routing.expected
+            ):
                 # Of tokens that `passing` has no room for, sums lack more than in the reference.
                 for rank in world.ranks:
                     rank.checks = [each for each in rank.checks if "combined" not in each[0]]

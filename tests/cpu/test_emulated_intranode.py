@@ -7,7 +7,6 @@ time; what arrives is compared bit for bit.
 
 from __future__ import annotations
 
-import dataclasses
 import random
 import shutil
 from dataclasses import dataclass
@@ -17,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from epjit.handles import IntranodeHandle
 from epjit.kernels.intranode import CombineConfig, DispatchConfig, NotifyConfig
 from epjit.kernels.layout import LayoutConfig
 from epjit.reference import intranode as reference
@@ -198,7 +198,7 @@ class Routing:
             )
             for rank in range(shape.num_ranks)
         ]
-        self.num_recv = [int(e.handle[0][-1, r]) for r, e in enumerate(self.expected)]
+        self.num_recv = [int(e.handle.num_received(r)) for r, e in enumerate(self.expected)]
         self.worst = reference.rooms(shape.num_worst_tokens, shape.num_ranks)
         came = sum(each.is_token_in_rank.sum(dim=0) for each in self.inputs).tolist()
         note_overflows(world, came, self.worst)
@@ -208,7 +208,7 @@ class Routing:
     def _layout(self, idx: Tensor) -> tuple[Tensor, Tensor]:
         return reference.layout(idx, self.shape.num_experts, self.shape.num_ranks)[1:]
 
-    def _layout_and_notify(self, rank: int) -> reference.Handle:
+    def _layout_and_notify(self, rank: int) -> IntranodeHandle:
         shape, world = self.shape, self.world
         own, expected = self.inputs[rank], self.expected[rank].handle
         num_tokens, num_ranks = shape.tokens[rank], shape.num_ranks
@@ -239,7 +239,7 @@ class Routing:
         rank_prefix = guarded(num_ranks, num_ranks, dtype=torch.int32)
         source_tokens = guarded(num_ranks, dtype=torch.int32)
         expert_counts = guarded(EXPERTS_A_RANK, dtype=torch.int32)
-        src_idx = guarded(expected[3].shape[0], dtype=torch.int32)
+        src_idx = guarded(expected.num_rows, dtype=torch.int32)
         send_head = guarded(num_tokens, num_ranks, dtype=torch.int32)
         host_counts = guarded(1 + EXPERTS_A_RANK, dtype=torch.int64)
         world.queue(
@@ -260,18 +260,18 @@ class Routing:
             experts_per_rank=EXPERTS_A_RANK,
             expert_alignment=ALIGNMENT,
         )
-        aligned = [-(-count // ALIGNMENT) * ALIGNMENT for count in expected[2].tolist()]
+        aligned = [
+            -(-count // ALIGNMENT) * ALIGNMENT for count in expected.recv_expert_counts.tolist()
+        ]
         world.expect(rank, "counts", host_counts[1:], torch.tensor(aligned))
         if not self.worst[rank]:
             world.expect(rank, "rows", host_counts[:1], torch.tensor(self.num_recv[rank:][:1]))
-        handle = (rank_prefix, source_tokens, expert_counts, src_idx, in_rank, send_head)
-        for i, name in (
-            (0, "prefix"),
-            (1, "source_tokens"),
-            (2, "expert_counts"),
-            (5, "send_head"),
-        ):
-            world.expect(rank, name, handle[i], expected[i])
+        handle = IntranodeHandle(
+            rank_prefix, source_tokens, expert_counts, src_idx, in_rank, send_head
+        )
+        for name, got, wanted in zip(handle._fields, handle, expected, strict=True):
+            if name not in ("recv_src_idx", "is_token_in_rank"):
+                world.expect(rank, name, got, wanted)
         return handle
 
     def dispatch(self, *, count: bool = False) -> None:
@@ -290,11 +290,12 @@ class Routing:
                 shape.grid,
                 **self._common(rank),
                 **values,
-                recv_src_idx=handle[3],
+                recv_src_idx=handle.recv_src_idx,
                 num_slots=shape.slots,
                 **self._room(shape.dispatch, 2),
             )
-            world.expect(rank, "recv_src_idx", handle[3][:n], expected.handle[3][:n])
+            wanted = expected.handle.recv_src_idx[:n]
+            world.expect(rank, "recv_src_idx", handle.recv_src_idx[:n], wanted)
             if count:
                 assert expected.recv_topk_idx is not None
                 self._count(rank, values["recv_topk_idx"], expected.recv_topk_idx)
@@ -365,13 +366,13 @@ class Routing:
         }
 
     def _common(self, rank: int) -> dict[str, Any]:
-        rank_prefix, source_tokens, _, src_idx, _, send_head = self.handles[rank]
+        handle = self.handles[rank]
         return {
-            "rank_prefix": rank_prefix,
-            "source_tokens": source_tokens,
-            "send_head": send_head,
+            "rank_prefix": handle.rank_prefix_matrix,
+            "source_tokens": handle.source_tokens,
+            "send_head": handle.send_head,
             "num_tokens": self.shape.tokens[rank],
-            "num_recv_rows": src_idx.shape[0],
+            "num_recv_rows": handle.num_rows,
         }
 
     def combine(self, *, num_biases: int = 0, num_parts: int = 1) -> None:
@@ -379,20 +380,20 @@ class Routing:
         shape, world = self.shape, self.world
         config = shape.combine
         handles = [each.handle for each in self.expected]
-        xs, weights = draw_rows(world, [handle[3].shape[0] for handle in handles])
+        xs, weights = draw_rows(world, [handle.num_rows for handle in handles])
         num_slots = world.ranks[0].slots.numel() // config.bytes_a_token // 2 * 2
         for rank in range(shape.num_ranks):
             bias = draw_biases(world, rank, num_biases)
             expected = reference.combine(xs, handles, rank, weights, bias)
-            rank_prefix, _, _, src_idx, _, send_head = self.handles[rank]
+            handle = self.handles[rank]
             world.queue(
                 rank,
                 config,
                 shape.grid,
                 **sums(world, rank, xs[rank], weights[rank], bias, expected),
-                recv_src_idx=src_idx,
-                send_head=send_head,
-                rank_prefix=rank_prefix,
+                recv_src_idx=handle.recv_src_idx,
+                send_head=handle.send_head,
+                rank_prefix=handle.rank_prefix_matrix,
                 num_slots=num_slots,
                 num_parts=num_parts,
             )
@@ -557,12 +558,11 @@ def test_handle_whose_tensors_do_not_fit_together(op: str, variant: str) -> None
         routing.dispatch()
         world.run(seed)
         num_recv = routing.num_recv[1]
-        rank_prefix, source_tokens, counts, src_idx, *rest = routing.handles[1]
-        routing.handles[1] = (rank_prefix, source_tokens, counts, copy(src_idx[:cut]), *rest)
-        routing.expected[1] = dataclasses.replace(
-            routing.expected[1],
-            handle=(*routing.expected[1].handle[:3], src_idx[:cut], *rest),
-        )
+        handle, expected = routing.handles[1], routing.expected[1]
+        few = handle.recv_src_idx[:cut]
+        routing.handles[1] = handle._replace(recv_src_idx=copy(few))
+        named = expected.handle._replace(recv_src_idx=few)
+        routing.expected[1] = expected._replace(handle=named)
         getattr(routing, op)()
         world.run(seed, compare=False)
         record = world.ranks[1].fault[8:].tolist()

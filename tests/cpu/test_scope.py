@@ -12,8 +12,9 @@ import pytest
 import torch
 
 from epjit import Buffer, EventOverlap
-from epjit.calls import Dispatch, Received, Routing
+from epjit.calls import Dispatch, Routing
 from epjit.event import EventHandle, next_number
+from epjit.handles import Dispatched, IntranodeHandle
 from epjit.runtime import stream as streams
 from epjit.runtime.stream import BlockedStreamError, CommStream
 from epjit.scope import CpuStreams, CurrentStream, KeepingOverlap, Scope, Streams, Turns
@@ -210,16 +211,16 @@ def test_the_allocator_is_told_of_every_tensor_of_a_call(
 ) -> None:
     """Those of its counts or handle, too; ints, lists of counts and None are none."""
     world = World(monkeypatch)
-    made: list[Any] = [FakeTensor() for _ in range(20)]
+    made: list[Any] = [FakeTensor() for _ in range(18)]
     x, scales, idx, weights, *rest = made
     new = Dispatch(x, scales, idx, weights, Routing(*rest[:4]), 1, 0, 4)
     cached = Dispatch(x, None, None, None, tuple(rest[4:8]), 1, 0, 4)
-    received = Received(*rest[8:12], [3, 4], tuple(rest[12:]))
+    received = Dispatched(*rest[8:12], [3, 4], IntranodeHandle(*[None] * 4, *rest[12:]))
     for call in (new, cached):
         with world.scope(previous=FakeEvent() if has_event else None, is_async=True) as scope:
             scope.finish(call, received)
     outputs = ["current" if has_event else "comm"] * 2
-    assert [each.streams for each in rest[8:]] == [outputs] * 8
+    assert [each.streams for each in rest[8:]] == [outputs] * 6
     assert x.streams == ["comm"] * 2
     assert [each.streams for each in made[1:12]] == [["comm"]] * 11
 

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from epjit.config import MAX_RANKS
-from epjit.reference.intranode import Dispatched, RankInput
+from epjit.handles import Dispatched
+from epjit.reference.intranode import RankInput
 from epjit.runtime import fault
 from epjit.runtime.params import field_types, params_type
 from tests.emulation import build

@@ -28,7 +28,7 @@ from epjit.reference import intranode as reference
 from tests.harness import launch
 from tests.harness.data import ROUTING_KINDS, assert_rows_equal
 from tests.harness.ranks import line_up, meet, settle
-from tests.rounds.normal import Prepared, Round, check_round, make_world, num_recv, random_round
+from tests.rounds.normal import Prepared, Round, check_round, make_world, random_round
 
 MB = 1 << 20
 
@@ -447,7 +447,7 @@ def replays(
             oracle.dispatch(world, r, num_experts=experts, num_worst_tokens=worst)
             for r in range(num_ranks)
         ]
-        rows = num_recv(want[rank].handle, rank)
+        rows = int(want[rank].handle.num_received(rank))
         recv_x, recv_idx, cached, combined, combined_weights = outputs
         prefix = f"rank {rank}, replay {seed}"
         assert_rows_equal(recv_x[:rows], want[rank].recv_x[:rows], f"{prefix}: recv_x")
