@@ -728,7 +728,7 @@ class Buffer(Life):
         )
         with self._entered(), self._streams.low_latency_scope(async_finish) as scope:
             received, receive = mode.dispatch(scope, call)
-            hook = self._hook("low_latency_dispatch", receive, scope.stream)
+            hook = receive and self._hook("low_latency_dispatch", receive, scope.stream)
             event = scope.finish_keeping(call, received)
         recv_x, recv_scales, recv_count, src_info, layout_range = received
         hidden = call.sizes.hidden
@@ -790,7 +790,7 @@ class Buffer(Life):
         )
         with self._entered(), self._streams.low_latency_scope(async_finish) as scope:
             combined_x, receive = mode.combine(scope, call)
-            hook = self._hook("low_latency_combine", receive, scope.stream)
+            hook = receive and self._hook("low_latency_combine", receive, scope.stream)
             event = scope.finish_keeping(call, (combined_x,))
         return combined_x, event, hook
 
@@ -966,10 +966,8 @@ class Buffer(Life):
             yield scope.stream
             scope.finish()
 
-    def _hook(self, op: str, receive: Hook | None, stream: int) -> Hook | None:
+    def _hook(self, op: str, receive: Hook, stream: int) -> Hook:
         """What the caller gets for `receive`: it can be called once, and until reset()."""
-        if receive is None:
-            return None
         unreceived = self._unreceived = Unreceived(op)
 
         def hook() -> None:

@@ -91,7 +91,8 @@ class Life:
         check_runs("a call of a Buffer")
         if self.runtime is None:
             raise RuntimeError("this Buffer is destroyed")
-        give_back_left()
+        if _left:
+            give_back_left()
         if not fault:
             return
         self._mode.raise_fault()

@@ -102,13 +102,25 @@ class NormalChecks:
         after: EventOverlap | None,
     ) -> calls.Dispatch:
         """Everything that `dispatch` takes; `counts` in the order of `calls.Routing`."""
-        rows, scales = self._payload(x)
-        num_tokens = rows.shape[0]
+        rows, scales = _rows_and_scales(x)
+        if handle is None:
+            per_rank, per_rdma_rank, *others = counts
+            if self._num_domains == 1:
+                per_rdma_rank = None
+            routing = calls.Routing(per_rank, per_rdma_rank, *others)
+            arguments = signature(rows, scales, topk_idx, topk_weights, *routing)
+        else:
+            arguments = signature(rows, scales)
+        has_passed = arguments in self._passed
+        if has_passed:
+            check_aligned("x", rows)
+        else:
+            self._payload(rows, scales)
         if config is None:
             config = self._dispatch_config(
                 self._num_ranks,
                 hidden_bytes=rows.shape[1] * rows.element_size(),
-                num_tokens=num_tokens,
+                num_tokens=rows.shape[0],
             )
         self._config(config)
         if handle is not None:
@@ -116,10 +128,11 @@ class NormalChecks:
                 raise ValueError(
                     "a cached dispatch (handle=...) takes no topk_idx and no topk_weights"
                 )
-            own = self._handle(handle, num_tokens=num_tokens)
+            own = self._handle(handle, num_tokens=rows.shape[0])
             call = calls.Dispatch(rows, scales, None, None, own, 1, 0, config.num_sms)
         else:
-            routing = self._routing(num_tokens, counts, topk_idx, topk_weights)
+            if not has_passed:
+                self._routing(rows.shape[0], routing, topk_idx, topk_weights)
             expert_alignment = as_int("expert_alignment", expert_alignment, least=1)
             num_worst_tokens = as_int("num_worst_tokens", num_worst_tokens, least=0)
             if num_worst_tokens > 0 and topk_idx is None:
@@ -136,6 +149,8 @@ class NormalChecks:
                 num_worst_tokens,
                 config.num_sms,
             )
+        if not has_passed:
+            remember(self._passed, arguments, True)
         if self._values is not None:
             self._values.dispatch(call, after=after)
         return call
@@ -152,8 +167,9 @@ class NormalChecks:
     ) -> calls.Combine:
         """Everything that `combine` takes."""
         own = self._handle(handle, num_tokens=None)
-        num_tokens, biases = own.num_tokens, _pair(bias)
-        self._returned(x, topk_weights, biases, own.num_rows, num_tokens)
+        num_tokens = own.num_tokens
+        bias_0, bias_1 = _pair(bias) if isinstance(bias, tuple) else (bias, None)
+        self._returned(x, topk_weights, bias_0, bias_1, own.num_rows, num_tokens)
         if config is None:
             config = self._combine_config(
                 self._num_ranks,
@@ -161,7 +177,7 @@ class NormalChecks:
                 num_tokens=num_tokens,
             )
         self._config(config)
-        call = calls.Combine(x, topk_weights, *biases, own, config.num_sms)
+        call = calls.Combine(x, topk_weights, bias_0, bias_1, own, config.num_sms)
         if self._values is not None:
             self._values.combine(call, after=after)
         return call
@@ -216,16 +232,7 @@ class NormalChecks:
             )
         check_aligned(name, x)
 
-    def _payload(self, x: Payload) -> tuple[torch.Tensor, torch.Tensor | None]:
-        if isinstance(x, tuple) and len(x) != 2:
-            raise TypeError(
-                f"x is a tuple of {len(x)}, expected a tensor or a tuple of two: rows and scales"
-            )
-        rows, scales = x if isinstance(x, tuple) else (x, None)
-        arguments = signature(rows, scales)
-        if arguments in self._passed:
-            check_aligned("x", rows)
-            return rows, scales
+    def _payload(self, rows: torch.Tensor, scales: torch.Tensor | None) -> None:
         self._rows("x", rows, "num_tokens", None, "")
         if rows.shape[0] > MAX_TOKENS:
             raise ValueError(f"x has {rows.shape[0]} tokens; one call takes at most {MAX_TOKENS}")
@@ -243,19 +250,17 @@ class NormalChecks:
                 raise TypeError(
                     f"x[0] has dtype {rows.dtype}; a payload with scales has one byte an element"
                 )
-        remember(self._passed, arguments, True)
-        return rows, scales
 
     def _returned(
         self,
         x: torch.Tensor,
         topk_weights: torch.Tensor | None,
-        biases: tuple[torch.Tensor | None, torch.Tensor | None],
+        bias_0: torch.Tensor | None,
+        bias_1: torch.Tensor | None,
         num_rows: int,
         num_tokens: int,
     ) -> None:
         """The tensors of a combine along with a handle of so many rows and tokens."""
-        bias_0, bias_1 = biases
         arguments = (signature(x, topk_weights, bias_0, bias_1), num_rows, num_tokens)
         if arguments in self._passed:
             check_aligned("x", x)
@@ -320,17 +325,13 @@ class NormalChecks:
     def _routing(
         self,
         num_tokens: int,
-        counts: tuple[Any, Any, Any, Any],
+        routing: calls.Routing,
         topk_idx: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
-    ) -> calls.Routing:
-        per_rank, per_rdma_rank, per_expert, in_rank = counts
+    ) -> None:
+        per_rank, per_rdma_rank, per_expert, in_rank = routing
         several = self._num_domains > 1
-        routing = calls.Routing(per_rank, per_rdma_rank if several else None, per_expert, in_rank)
-        arguments = (signature(topk_idx, topk_weights, *routing), num_tokens)
-        if arguments in self._passed:
-            return routing
-        given = {
+        given: dict[str, object] = {
             "num_tokens_per_rank": per_rank,
             "is_token_in_rank": in_rank,
             "num_tokens_per_expert": per_expert,
@@ -374,8 +375,6 @@ class NormalChecks:
                 device=self._device,
                 why="as topk_idx",
             )
-        remember(self._passed, arguments, True)
-        return routing
 
 
 @functools.lru_cache(maxsize=1024)  # asked in every call with a handle
@@ -437,11 +436,19 @@ def part_of(
     return view[: size.numel()].view(size)
 
 
-def _pair(bias: Bias) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    if isinstance(bias, tuple):
-        if len(bias) != 2:
-            raise ValueError(
-                f"bias is a tuple of {len(bias)}, expected one tensor or a tuple of two"
-            )
-        return bias
-    return bias, None
+def _rows_and_scales(x: Payload) -> tuple[torch.Tensor, torch.Tensor | None]:
+    if not isinstance(x, tuple):
+        return x, None
+    if len(x) != 2:
+        raise TypeError(
+            f"x is a tuple of {len(x)}, expected a tensor or a tuple of two: rows and scales"
+        )
+    return x
+
+
+def _pair(
+    bias: tuple[torch.Tensor | None, torch.Tensor | None],
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    if len(bias) != 2:
+        raise ValueError(f"bias is a tuple of {len(bias)}, expected one tensor or a tuple of two")
+    return bias

@@ -217,9 +217,10 @@ class Intranode(Normal):
             outputs = self._allocate_outputs(scope, launch, num_rows, call, with_src_idx=True)
             self._dispatch_rows(scope, launch, outputs, num_sms=call.num_sms)
             assert outputs.src_idx is not None
-            handle = handle._replace(
-                recv_src_idx=outputs.src_idx, is_token_in_rank=routing.is_token_in_rank
-            )
+            # (`_replace` takes 1 us.)
+            prefix, tokens, counts, _, _, head = handle
+            in_rank = routing.is_token_in_rank
+            handle = IntranodeHandle(prefix, tokens, counts, outputs.src_idx, in_rank, head)
         return Dispatched(*outputs.received[:4], per_expert, handle)
 
     def _cached_dispatch(

@@ -80,8 +80,9 @@ class Normal(Mode[DispatchShape | CombineShape]):
         )
         self.num_sms = num_sms(device.index)
         self._patience = timeout_seconds
-        self._num_domains = len(domains or (1,))
         self._layout = Layout(group.size, device, domains)
+        per_domain = None if domains is None else vector(torch.int32, len(domains))
+        self._counts = vector(torch.int32, group.size), per_domain
         self._counters = self._own_words(num_counters)
         # The first half is read by a host that waits for counts; the second takes those that nobody
         # waits for.
@@ -100,17 +101,16 @@ class Normal(Mode[DispatchShape | CombineShape]):
 
     def layout(self, scope: AnyScope, call: calls.Layout) -> Routing:
         """Counts where tokens go."""
-        num_ranks = self._group.size
+        topk_idx, num_experts = call
         forms = (
-            vector(torch.int32, num_ranks),
-            vector(torch.int32, self._num_domains) if self._num_domains > 1 else None,
-            vector(torch.int32, call.num_experts),
-            matrix(torch.bool, call.topk_idx.shape[0], num_ranks),
+            *self._counts,
+            vector(torch.int32, num_experts),
+            matrix(torch.bool, topk_idx.shape[0], self._group.size),
         )
         with scope.allocating():
             routing = Routing(*self._empty(forms))
         scope.start()
-        self._layout(scope.stream, call.topk_idx, routing)
+        self._layout(scope.stream, topk_idx, routing)
         return routing
 
     @abstractmethod
