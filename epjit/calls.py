@@ -41,8 +41,14 @@ class Layout(NamedTuple):
     num_experts: int
 
 
+Counts: TypeAlias = tuple[Tensor, "Tensor | None", Tensor, Tensor]
+"""The results of `get_dispatch_layout`: the tensors of a `Routing`."""
+Sums: TypeAlias = tuple[Tensor, "Tensor | None"]
+"""The results of `combine`: rows and weights."""
+
+
 class Routing(NamedTuple):
-    """The counts of `get_dispatch_layout`, in its order."""
+    """The counts of `get_dispatch_layout`, in its order, as a dispatch takes them."""
 
     num_tokens_per_rank: Tensor
     num_tokens_per_rdma_rank: Tensor | None  # between NVLink domains
@@ -72,13 +78,6 @@ class Combine(NamedTuple):
     bias_1: Tensor | None
     handle: OwnHandle
     num_sms: int
-
-
-class Combined(NamedTuple):
-    """The outcome of a combine."""
-
-    x: Tensor
-    topk_weights: Tensor | None
 
 
 # ---- low latency --------------------------------------------------------------------------------

@@ -17,11 +17,12 @@ from torch import Tensor
 from epjit import calls, env
 from epjit.calls import (
     Combine,
-    Combined,
+    Counts,
     Dispatch,
     LowLatencyCombine,
     LowLatencyDispatch,
     Routing,
+    Sums,
 )
 from epjit.handles import (
     Dispatched,
@@ -109,10 +110,10 @@ class CpuNormal:
         for shape in shapes:
             self._chosen.launch(shape)
 
-    def layout(self, scope: AnyScope, call: calls.Layout) -> Routing:
+    def layout(self, scope: AnyScope, call: calls.Layout) -> Counts:
         """Counts where the tokens of this rank go; not collective."""
         del scope
-        return Routing(*self._reference.layout(call.topk_idx, call.num_experts))
+        return self._reference.layout(call.topk_idx, call.num_experts)
 
     @torch.no_grad()
     def dispatch(self, scope: AnyScope, call: Dispatch) -> Dispatched:
@@ -198,7 +199,7 @@ class CpuNormal:
         )
 
     @torch.no_grad()
-    def combine(self, scope: AnyScope, call: Combine) -> Combined:
+    def combine(self, scope: AnyScope, call: Combine) -> Sums:
         """Brings rows back to the ranks of their tokens and sums them."""
         del scope
         self._chosen.check_combine(call)
@@ -213,7 +214,7 @@ class CpuNormal:
         xs = [tensors[0] for tensors in worlds]
         weights = None if topk_weights is None else [tensors[1] for tensors in worlds]
         rank, biases = self._group.rank, (bias_0, bias_1)
-        return Combined(*self._reference.combine(xs, handles, rank, weights, biases))
+        return self._reference.combine(xs, handles, rank, weights, biases)
 
     def _handle_facts(self, handle: Handle) -> dict[str, object]:
         """What the handles of one dispatch have in common on all ranks."""

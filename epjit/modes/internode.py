@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from epjit.calls import Combine, Combined, Dispatch, Routing
+from epjit.calls import Combine, Dispatch, Routing, Sums
 from epjit.config import MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS
 from epjit.handles import Dispatched, InternodeHandle
 from epjit.kernels.internode import (
@@ -339,7 +339,7 @@ class Internode(Normal):
             "rank_prefix": handle.recv_gbl_rank_prefix_sum.data_ptr(),
         }
 
-    def combine(self, scope: AnyScope, call: Combine) -> Combined:
+    def combine(self, scope: AnyScope, call: Combine) -> Sums:
         """Sums rows inside each domain, sends the sums to the ranks of their tokens."""
         handle: InternodeHandle = call.handle
         num_tokens, num_sms = handle.num_tokens, call.num_sms

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from epjit import env
-from epjit.calls import Combine, Combined, Dispatch, Routing
+from epjit.calls import Combine, Dispatch, Routing, Sums
 from epjit.config import MAX_LOCAL_EXPERTS, MAX_RANKS
 from epjit.handles import Dispatched, IntranodeHandle
 from epjit.kernels.intranode import (
@@ -312,7 +312,7 @@ class Intranode(Normal):
         }
         launch.start(scope.stream, num_sms, values)
 
-    def combine(self, scope: AnyScope, call: Combine) -> Combined:
+    def combine(self, scope: AnyScope, call: Combine) -> Sums:
         """Pushes rows back to the ranks of their tokens and sums them there."""
         handle: IntranodeHandle = call.handle
         num_tokens, num_sms = handle.num_tokens, call.num_sms

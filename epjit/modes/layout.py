@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from epjit.calls import Routing
+from epjit.calls import Counts
 from epjit.config import MAX_DOMAINS, MAX_EXPERTS
 from epjit.kernels.layout import LayoutConfig
 from epjit.runtime.kernel import Kernel
@@ -51,17 +51,17 @@ class Layout:
         self,
         stream: int,
         topk_idx: torch.Tensor,
-        routing: Routing,
+        counts: Counts,
     ) -> None:
         """Queues the kernel.
 
         Args:
             stream: Handle of the CUDA stream.
             topk_idx: int32 or int64 `[T, K]`.
-            routing: Outputs.
+            counts: Outputs.
         """
         num_tokens, num_topk = topk_idx.shape
-        per_rank, per_rdma_rank, per_expert, in_rank = routing
+        per_rank, per_rdma_rank, per_expert, in_rank = counts
         values = {
             "topk_idx": topk_idx.data_ptr(),
             "num_tokens_per_rank": per_rank.data_ptr(),

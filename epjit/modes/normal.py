@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from epjit import calls
-from epjit.calls import Combine, Combined, Dispatch, Routing
+from epjit.calls import Combine, Counts, Dispatch, Sums
 from epjit.errors import CommunicationError
 from epjit.handles import Dispatched
 from epjit.kernels.shapes import CombineShape, DispatchShape
@@ -99,7 +99,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
 
     # ---- operations ------------------------------------------------------------------------------
 
-    def layout(self, scope: AnyScope, call: calls.Layout) -> Routing:
+    def layout(self, scope: AnyScope, call: calls.Layout) -> Counts:
         """Counts where tokens go."""
         topk_idx, num_experts = call
         forms = (
@@ -108,10 +108,11 @@ class Normal(Mode[DispatchShape | CombineShape]):
             matrix(torch.bool, topk_idx.shape[0], self._group.size),
         )
         with scope.allocating():
-            routing = Routing(*self._empty(forms))
+            per_rank, per_rdma_rank, per_expert, in_rank = self._empty(forms)
         scope.start()
-        self._layout(scope.stream, topk_idx, routing)
-        return routing
+        counts = (per_rank, per_rdma_rank, per_expert, in_rank)
+        self._layout(scope.stream, topk_idx, counts)
+        return counts
 
     @abstractmethod
     def dispatch(self, scope: AnyScope, call: Dispatch) -> Dispatched:
@@ -122,7 +123,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
         """
 
     @abstractmethod
-    def combine(self, scope: AnyScope, call: Combine) -> Combined:
+    def combine(self, scope: AnyScope, call: Combine) -> Sums:
         """Brings rows back and sums them."""
 
     @staticmethod
@@ -177,7 +178,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
 
     def _combined(
         self, scope: AnyScope, call: Combine, num_tokens: int
-    ) -> tuple[Combined, dict[str, int]]:
+    ) -> tuple[Sums, dict[str, int]]:
         """Outputs of a combine, and parameters for what it sums."""
         x, topk_weights, bias_0, bias_1, _, _ = call
         forms = (
@@ -187,18 +188,18 @@ class Normal(Mode[DispatchShape | CombineShape]):
             else matrix(torch.float32, num_tokens, topk_weights.shape[1]),
         )
         with scope.allocating():
-            combined = Combined(*self._empty(forms))
+            combined_x, combined_weights = self._empty(forms)
         values = {
             "x": x.data_ptr(),
             "topk_weights": pointer(topk_weights),
             "bias_0": pointer(bias_0),
             "bias_1": pointer(bias_1),
-            "combined_x": combined.x.data_ptr(),
-            "combined_topk_weights": pointer(combined.topk_weights),
+            "combined_x": combined_x.data_ptr(),
+            "combined_topk_weights": pointer(combined_weights),
             "num_rows": x.shape[0],
             "num_tokens": num_tokens,
         }
-        return combined, values
+        return (combined_x, combined_weights), values
 
     # ---- the host's waits, faults, the end -------------------------------------------------------
 

@@ -16,7 +16,6 @@ import torch
 
 from epjit import Buffer
 from epjit.buffer_runtime import BufferRuntime
-from epjit.calls import Combined, Routing
 from epjit.checks.low_latency import LowLatencyChecks
 from epjit.checks.normal import NormalChecks
 from epjit.handles import Dispatched, IntranodeHandle, LowLatencyDispatched
@@ -88,9 +87,9 @@ class World:
         )
         self.received = mock.Mock()
         parts: dict[str, Any] = {
-            "layout": Routing(ints, None, ints, ints),
+            "layout": (ints, None, ints, ints),
             "dispatch": Dispatched(ints, None, None, None, [], IntranodeHandle(*[ints] * 6)),
-            "combine": Combined(ints, None),
+            "combine": (ints, None),
         }
         buffer._mode = self.part("mode", **parts, memory=self.part("memory"))
         buffer._low_latency = self.part(

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from epjit.calls import Combine, Combined, Dispatch, Layout, Routing
+from epjit.calls import Combine, Counts, Dispatch, Layout, Routing, Sums
 from epjit.errors import CommunicationError
 from epjit.handles import Dispatched, Handle
 from epjit.modes.cpu import CpuLowLatency, CpuNormal
@@ -88,7 +88,7 @@ class Backend:
         self._mode = CpuNormal(group, topology, chosen, num_nvl_bytes=0, num_rdma_bytes=0)
         self._scope = CpuScope(async_finish=False)
 
-    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Routing:
+    def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Counts:
         return self._mode.layout(self._scope, Layout(topk_idx, num_experts))
 
     def dispatch(self, given: RankInput, counts: Any = None, **options: int) -> Dispatched:
@@ -107,7 +107,7 @@ class Backend:
 
     def combine(
         self, x: torch.Tensor, handle: Handle | None, weights: Any = None, bias: Any = None
-    ) -> Combined:
+    ) -> Sums:
         assert handle is not None
         biases = bias if isinstance(bias, tuple) else (bias, None)
         return self._mode.combine(self._scope, Combine(x, weights, *biases, handle, 20))
