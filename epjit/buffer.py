@@ -88,11 +88,11 @@ class BufferRuntime:
 
     def get_num_rdma_ranks(self) -> int:
         """Number of NVLink domains."""
-        return self._buffer._topology.num_domains
+        return self._buffer.topology.num_domains
 
     def get_rdma_rank(self) -> int:
         """This rank's NVLink domain."""
-        return self._buffer._topology.domain
+        return self._buffer.topology.domain
 
     def get_root_rdma_rank(self, is_global: bool) -> int:
         """The rank that makes the RDMA unique id in V1: the first of the group or of a rail.
@@ -100,7 +100,7 @@ class BufferRuntime:
         Args:
             is_global: Its number in the group; else its NVLink domain, which is 0.
         """
-        topology = self._buffer._topology
+        topology = self._buffer.topology
         return topology.domains[0][topology.local] if is_global else 0
 
     def get_local_device_id(self) -> int:
@@ -215,6 +215,7 @@ class Buffer:
         enable_shrink: As passed.
         runtime: V1's inner object; None after `destroy`.
         device: Where the tensors live.
+        topology: NVLink domains of the ranks.
 
     Raises:
         TypeError: A number that is no int.
@@ -284,11 +285,11 @@ class Buffer:
         self._entered = Turns(self.device.index)
         self._resources = Resources(self._entered)
         give_back_left()
-        self._topology = find_topology(
+        self.topology = find_topology(
             links, device=self.device.index, domain_size=nvlink_domain, use_fabric=use_fabric
         )
-        self._num_domains = self._topology.num_domains
-        _check_topology(self._topology, num_rdma_bytes, num_qps_per_rank, low_latency_mode)
+        self._num_domains = self.topology.num_domains
+        _check_topology(self.topology, num_rdma_bytes, num_qps_per_rank, low_latency_mode)
         if low_latency_mode:
             check_variant(self._num_domains)
         self._agree(use_fabric, num_qps_per_rank)
@@ -311,11 +312,11 @@ class Buffer:
             self._available_sms = _CPU_SMS
             self._chosen = ChosenKernels(
                 links,
-                self._topology,
+                self.topology,
                 num_nvl_bytes=num_nvl_bytes,
                 num_rdma_bytes=num_rdma_bytes,
             )
-            domains = self._topology.domains
+            domains = self.topology.domains
             self._cpu = CpuBackend(links, domains if len(domains) > 1 else None)
             self._cpu_memory = CpuMemory(num_nvl_bytes)
             self._cpu_rdma_memory = CpuMemory(num_rdma_bytes)
@@ -328,7 +329,7 @@ class Buffer:
                 )
         self._values: ValueChecks | None = None
         if env.check_values():
-            self._values = ValueChecks(links.rank, self._topology.domains, self._in_order)
+            self._values = ValueChecks(links.rank, self.topology.domains, self._in_order)
         self.runtime = BufferRuntime(self)
 
     def _agree(self, use_fabric: bool, num_qps_per_rank: int) -> None:
@@ -341,7 +342,7 @@ class Buffer:
             "enable_shrink": bool(self.enable_shrink),
             "use_fabric": bool(use_fabric),
             "num_qps_per_rank": num_qps_per_rank,
-            "NVLink domains": self._topology.domains,
+            "NVLink domains": self.topology.domains,
             variant.name: variant() if self.low_latency_mode else None,
         }
         self._links.agree_on(
@@ -360,20 +361,20 @@ class Buffer:
         self._available_sms = properties.multi_processor_count
         self._comm = CommStream(self.device.index)
         watch(self)
-        several = self._num_domains > 1
+        spans_domains = self.topology.spans_domains
         self._layout = Layout(
-            self.group_size, self.device, self._topology.domains if several else None
+            self.group_size, self.device, self.topology.domains if spans_domains else None
         )
         self._resources.hold(self._comm, self._layout)
         if timeout_seconds is None:
             timeout_seconds = env.timeout_seconds()
         self._mode: Intranode | Internode
-        if several:
+        if spans_domains:
             from epjit.modes.internode import Internode
 
             self._mode = Internode(
                 self._links,
-                self._topology,
+                self.topology,
                 self._resources,
                 num_nvl_bytes=self.num_nvl_bytes,
                 num_rdma_bytes=self.num_rdma_bytes,
@@ -398,7 +399,7 @@ class Buffer:
 
             self._low_latency = LowLatency(
                 self._links,
-                self._topology,
+                self.topology,
                 self._resources,
                 num_rdma_bytes=self.num_rdma_bytes,
                 device=self.device,
@@ -1176,7 +1177,7 @@ class Buffer:
             RuntimeError: Not in low-latency mode, or a hook has not been called.
             CommunicationError: An earlier operation of this buffer failed.
         """
-        mode = self._low_latency_mode("low_latency_dispatch")
+        mode = self._ready_low_latency("low_latency_dispatch")
         check_forms(async_finish=async_finish, return_recv_hook=return_recv_hook)
         max_tokens = as_int("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank)
         num_experts = as_int("num_experts", num_experts)
@@ -1274,7 +1275,7 @@ class Buffer:
             RuntimeError: Not in low-latency mode, or a hook has not been called.
             CommunicationError: An earlier operation of this buffer failed.
         """
-        mode = self._low_latency_mode("low_latency_combine")
+        mode = self._ready_low_latency("low_latency_combine")
         check_forms(async_finish=async_finish, return_recv_hook=return_recv_hook)
         call = self._low_latency_checks.combine(
             x,
@@ -1330,7 +1331,7 @@ class Buffer:
             TypeError, ValueError: Not a handle, or the buffer is too small.
             RuntimeError: Not in low-latency mode, or destroyed.
         """
-        mode = self._low_latency_mode("get_next_low_latency_combine_buffer", received=False)
+        mode = self._ready_low_latency("get_next_low_latency_combine_buffer", received=False)
         max_tokens, hidden, num_experts = self._low_latency_checks.send_buffer(handle)
         with self._entered():
             return mode.send_buffer(num_experts=num_experts, max_tokens=max_tokens, hidden=hidden)
@@ -1354,7 +1355,7 @@ class Buffer:
             RuntimeError: Not in low-latency mode, or a hook has not been called.
             CommunicationError: An earlier operation of this buffer failed.
         """
-        mode = self._low_latency_mode("clean_low_latency_buffer")
+        mode = self._ready_low_latency("clean_low_latency_buffer")
         self._low_latency_checks.sizes(num_max_dispatch_tokens_per_rank, num_experts)
         self._low_latency_checks.hidden(hidden)
         with self._in_order() as stream:
@@ -1448,7 +1449,7 @@ class Buffer:
             ValueError: Sizes that no low-latency call can have.
             RuntimeError: Not in low-latency mode, or a hook has not been called.
         """
-        mode = self._low_latency_mode("low_latency_warmup")
+        mode = self._ready_low_latency("low_latency_warmup")
         max_tokens = as_int("num_max_dispatch_tokens_per_rank", num_max_dispatch_tokens_per_rank)
         hidden, num_experts = as_int("hidden", hidden), as_int("num_experts", num_experts)
         num_topk = as_int("num_topk", num_topk)
@@ -1476,8 +1477,8 @@ class Buffer:
                 archs=env.torch_cuda_arch_list(),
             )
 
-    def _low_latency_mode(self, op: str, *, received: bool = True) -> LowLatency | CpuLowLatency:
-        """What runs the low-latency calls; `received`: no hook may be left to call."""
+    def _ready_low_latency(self, op: str, *, received: bool = True) -> LowLatency | CpuLowLatency:
+        """The low-latency mode, ready for `op`; `received`: no hook may be left to call."""
         self._check_alive()
         if self._low_latency is None:
             raise RuntimeError(
@@ -1869,20 +1870,19 @@ def _check_buffer(
 def _check_topology(
     topology: Topology, num_rdma_bytes: int, num_qps_per_rank: int, low_latency_mode: bool
 ) -> None:
-    several = topology.num_domains > 1
     reasons = []
     if topology.num_local > MAX_RANKS:
         reasons.append(
             f"all {topology.num_local} ranks are in one NVLink domain, which may have up to "
             f"{MAX_RANKS}; cut it with nvlink_domain (EPJIT_NVLINK_DOMAIN), a number of ranks"
         )
-    if not several and num_rdma_bytes > 0 and not low_latency_mode:
+    if not topology.spans_domains and num_rdma_bytes > 0 and not low_latency_mode:
         reasons.append(
             f"num_rdma_bytes is {num_rdma_bytes}, but {topology.num_local} ranks share one NVLink "
             "domain and use none; pass 0 (Config.get_rdma_buffer_size_hint does), or "
             "low_latency_mode=True, which uses it"
         )
-    if num_qps_per_rank < 1 and (several or low_latency_mode):
+    if num_qps_per_rank < 1 and (topology.spans_domains or low_latency_mode):
         reasons.append(
             f"num_qps_per_rank is {num_qps_per_rank}, but must be at least 1 (V1 takes the number "
             "of SMs, in low-latency mode that of local experts)"

@@ -52,7 +52,7 @@ class Variable(Generic[T]):
             raise ValueError(f"{self.name}={text!r} is not {self.kind}") from None
 
     def text(self) -> str:
-        """What the environment has, unchecked; empty when it is unset."""
+        """The text in the environment, unchecked; empty when it is unset."""
         return os.environ.get(self.name, "").strip()
 
 
@@ -305,23 +305,6 @@ torch_cuda_arch_list: Variable[tuple[str, ...]] = Variable(
 VARIABLES: tuple[Variable[object], ...] = tuple(
     value for value in list(globals().values()) if isinstance(value, Variable)
 )
-
-
-def variant(op: str) -> str:
-    """Reads the variant that the user wants for an operation.
-
-    Args:
-        op: Name of the operation, such as ``"dispatch"``.
-
-    Returns:
-        The text of ``EPJIT_<OP>_VARIANT``, ``"auto"`` when unset; `kernels.variants` checks it.
-    """
-    return os.environ.get(variant_name(op), "").strip() or "auto"
-
-
-def variant_name(op: str) -> str:
-    """Name of the environment variable that chooses the variant of `op`."""
-    return f"EPJIT_{op.upper()}_VARIANT"
 
 
 def set_default(name: str, value: str) -> None:

@@ -8,14 +8,15 @@ from typing import Any, ClassVar
 
 from epjit.arch import arch_number
 from epjit.runtime import device as gpu
-from epjit.runtime import jit
+from epjit.runtime.kernel import Kernel, KernelConfig
+from epjit.runtime.launch import Launch
 
 _STAGES = 2
 _MBARRIER_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class CopyConfig(jit.KernelConfig):
+class CopyConfig(KernelConfig):
     """Compile-time values of `bench/copy.cu`.
 
     Attributes:
@@ -32,11 +33,6 @@ class CopyConfig(jit.KernelConfig):
     num_warps: int
     row_bytes: int
     pull: bool
-
-    @property
-    def threads(self) -> int:
-        """Threads of a block."""
-        return self.num_warps * 32
 
     @property
     def shared_bytes(self) -> int:
@@ -68,7 +64,7 @@ def copy_config(arch: str, *, num_ranks: int, pull: bool) -> CopyConfig:
 
 
 def example_configs(arch: str) -> list[CopyConfig]:
-    """What the compile tests compile; nothing where there are no bulk copies (before sm_90)."""
+    """Kernels for the compile test; none where there are no bulk copies (before sm_90)."""
     if arch_number(arch) < 90:
         return []
     return [copy_config(arch, num_ranks=4, pull=pull) for pull in (False, True)]
@@ -94,8 +90,8 @@ class LinkCopy:
         self.row_bytes = config.row_bytes
         self.num_rows = bytes_per_peer // config.row_bytes
         self.sent_bytes = self.num_rows * config.row_bytes * (group.size - 1)
-        self._launch = jit.Launch(
-            jit.Kernel(config, device=device),
+        self._launch = Launch(
+            Kernel(config, device=device),
             memory=[*memory.peer_ptrs, *[0] * (8 - group.size)],
             num_rows=self.num_rows,
             rank=group.rank,

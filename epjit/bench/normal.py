@@ -28,7 +28,7 @@ SWEEP = (4, 8, 12, 16, 20, 24, 32)
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """What is run.
+    """Sizes and choices of a run.
 
     Attributes:
         ranks: Processes, a GPU each.
@@ -102,7 +102,7 @@ class Settings:
 
     @property
     def modules(self) -> tuple[str, ...]:
-        """What is timed: epjit first."""
+        """The modules that are timed: epjit first."""
         return ("epjit", *self.compare)
 
 
@@ -227,7 +227,7 @@ class Case:
         )
 
     def expected_rows(self, x: torch.Tensor) -> torch.Tensor:
-        """What dispatch of x must deliver: by source rank, then by token."""
+        """The rows that dispatch of x must deliver: by source rank, then by token."""
         parts = zip(gathered(x, self.group), self.sources, strict=True)
         return torch.cat([part.view(torch.uint8)[mask] for part, mask in parts])
 
@@ -345,7 +345,7 @@ def measure_ceilings(
 def start(rank: int, settings: Settings, port: int, queue: Any) -> tuple[dist.ProcessGroup, Say]:
     """Meets the other ranks; returns the group, and what reports a row (of rank 0)."""
     from epjit import __version__, env
-    from epjit.kernels import intranode, low_latency, variants  # noqa: F401  (two have variants)
+    from epjit.kernels.variants import CHOICES
 
     on_cpu = settings.device == "cpu"
     if on_cpu:
@@ -368,7 +368,7 @@ def start(rank: int, settings: Settings, port: int, queue: Any) -> tuple[dist.Pr
         nvl_bytes=settings.nvl_bytes,
         nvlink_domain=domain_size(settings.ranks),
         torch=torch.__version__,
-        variants={op: env.variant(op) for op in variants.operations()},
+        variants={op: choice.variable() for op, choice in CHOICES.items()},
     )
     return group, say
 

@@ -1,4 +1,4 @@
-"""What each GPU of this process reaches of each other one: bandwidth of a copy, latency of a load.
+"""Links between the GPUs of this process: bandwidth of a copy, latency of a load, for each pair.
 
 One process, one thread a GPU: this is what `doctor` runs, before any group exists.
 """
@@ -11,8 +11,10 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from epjit.runtime import device as gpu
-from epjit.runtime import driver, jit
+from epjit.runtime import driver
 from epjit.runtime.group import Group, ThreadGroup
+from epjit.runtime.kernel import Kernel, KernelConfig
+from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
 
 _COPY_BYTES = 256 << 20
@@ -22,7 +24,7 @@ _WORD_STRIDE = 256  # bytes: each word in a sector of its own
 
 
 class PeerLink(NamedTuple):
-    """What one GPU reaches of another one's memory.
+    """The link from one GPU to another one's memory.
 
     Attributes:
         reader: GPU that loads.
@@ -40,28 +42,15 @@ class PeerLink(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ChaseConfig(jit.KernelConfig):
+class ChaseConfig(KernelConfig):
     """Compile-time values of `bench/chase.cu`."""
 
     source: ClassVar[str] = "bench/chase.cu"
     op: ClassVar[str] = "chase"
+    tag_template: ClassVar[str] = "bench"
+    threads: ClassVar[int] = 32
 
     num_steps: int = 2048
-
-    @property
-    def threads(self) -> int:
-        """Threads of the block."""
-        return 32
-
-    @property
-    def shared_bytes(self) -> int:
-        """None."""
-        return 0
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return "bench"
 
 
 def measure() -> Iterator[PeerLink]:
@@ -161,7 +150,7 @@ def _latency(reader: int, own: int, remote: int) -> float:
     with driver.using(reader):
         driver.call("cuMemcpyHtoD", own, words.ctypes.data, words.nbytes)
         driver.call("cuMemcpyDtoD", remote, own, words.nbytes)
-    launch = jit.Launch(jit.Kernel(config, device=reader), chain=remote, out=own)
+    launch = Launch(Kernel(config, device=reader), chain=remote, out=own)
     with driver.using(reader):
         flags = driver.load().CUstream_flags.CU_STREAM_NON_BLOCKING
         stream = driver.call("cuStreamCreate", flags)

@@ -11,10 +11,10 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from epjit import env, tuned
+from epjit import tuned
 from epjit.bench.normal import Case, Settings, start, tensors
 from epjit.bench.timing import Row, free_port, run_ranks, timed
-from epjit.kernels import variants
+from epjit.kernels.variants import CHOICES
 
 OPS = ("dispatch", "combine")
 
@@ -96,11 +96,8 @@ def names(op: str, *, on_cpu: bool) -> list[str]:
     from epjit.runtime.device import arch_of
 
     arch = arch_of(torch.cuda.current_device())
-    return [
-        name
-        for name in variants.names(op)
-        if variants.runs_on(op, name, arch) and not variants.is_opt_in(op, name)
-    ]
+    known = CHOICES[op].variants
+    return [each.name for each in known if each.runs_on(arch) and not each.opt_in]
 
 
 def _time(case: Case, op: str, sms: int) -> float:
@@ -120,10 +117,10 @@ def _time(case: Case, op: str, sms: int) -> float:
 @contextmanager
 def _variant(op: str, name: str) -> Iterator[None]:
     """Asks for a variant, for Buffers that are made in the body."""
-    variable = env.variant_name(op)
-    before = env.variant(op)
-    os.environ[variable] = name
+    variable = CHOICES[op].variable
+    before = variable()
+    os.environ[variable.name] = name
     try:
         yield
     finally:
-        os.environ[variable] = before
+        os.environ[variable.name] = before

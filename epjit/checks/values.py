@@ -158,6 +158,10 @@ class ValueChecks:
         with in_order(), torch.no_grad():
             if after is not None and after.event is not None:
                 after.current_stream_wait()
+            if is_on_gpu:
+                # A copy to pageable memory that waits for kernels keeps out other threads' copies;
+                # where these are ranks of the same process, all of them then time out.
+                torch.cuda.current_stream().synchronize()
             return [tuple(None if each is None else each.detach().cpu() for each in tensors)]
 
     def _check_handle(

@@ -195,5 +195,5 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
 
 
 def _case(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What two modules are compared by."""
+    """The case of a row: rows of two modules with the same are compared."""
     return tuple(row.get(key) for key in ("op", "dtype", "tokens", "sms"))

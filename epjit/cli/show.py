@@ -13,7 +13,7 @@ _PIPE_WIDTH = 120
 
 
 def console() -> Console:
-    """What goes to stdout; wide enough for tables when that is a file."""
+    """The console on stdout; wide enough for tables when that is a file."""
     out = Console(highlight=False)
     return out if out.is_terminal else Console(highlight=False, width=_PIPE_WIDTH)
 
@@ -39,7 +39,7 @@ def table(
 
 
 class Steps:
-    """Where a long command is: a bar on a terminal, else a line a step on stderr."""
+    """Progress of a long command: a bar on a terminal, else a line a step on stderr."""
 
     def __init__(self, progress: Progress | None, out: Console, total: int | None) -> None:
         self._progress, self._out = progress, out

@@ -17,25 +17,22 @@ def variants(
     as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
 ) -> None:
     """List the implementations of each operation and how to choose one."""
-    from epjit import env
-    from epjit.kernels import expert_major, intranode, low_latency  # noqa: F401  (register them)
-    from epjit.kernels import variants as registry
+    from epjit.kernels.variants import CHOICES
 
     arch = arch or _arch_of_gpu()
-    rows = []
-    for each in registry.registered():
-        taken = "" if arch is None else _taken(each.op, each.name, arch)
-        rows.append(
-            {
-                "op": each.op,
-                "variant": each.name,
-                "from": f"sm_{each.min_arch}",
-                "chosen": taken != "",
-                "taken": taken,
-                "set": f"{env.variant_name(each.op)}={each.name}",
-                "description": each.description,
-            }
-        )
+    rows = [
+        {
+            "op": op,
+            "variant": each.name,
+            "from": f"sm_{each.min_arch}",
+            "chosen": (taken := "" if arch is None else _taken(op, each.name, arch)) != "",
+            "taken": taken,
+            "set": f"{choice.variable.name}={each.name}",
+            "description": each.description,
+        }
+        for op, choice in CHOICES.items()
+        for each in choice.variants
+    ]
     if as_json:
         typer.echo(json.dumps({"arch": arch, "variants": rows}))
         return
@@ -52,13 +49,11 @@ def variants(
 
 def _taken(op: str, name: str, arch: str) -> str:
     """For which groups `auto`, or the environment, takes a variant; nothing: for none."""
-    from epjit.kernels import intranode
-    from epjit.kernels.variants import resolve
+    from epjit.kernels.variants import CHOICES, MOST_PUSHING_RANKS, resolve
 
-    most = intranode.MOST_PUSHING_RANKS
+    most = MOST_PUSHING_RANKS
     few = resolve(op, arch) == name
-    preferred = intranode.preferred_variant(most + 1) if op == "dispatch" else None
-    many = resolve(op, arch, preferred=preferred) == name
+    many = resolve(op, arch, preferred=CHOICES[op].preferred(most + 1)) == name
     if few and many:
         return "yes"
     return f"up to {most} ranks" if few else f"more than {most}" if many else ""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from enum import Enum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
 
 from epjit.cli import show
 
 if TYPE_CHECKING:
-    from epjit.kernels.shapes import CombineShape, DispatchShape
-    from epjit.runtime.jit import KernelConfig
+    from epjit.runtime.kernel import KernelConfig
 
 
 class Dtype(str, Enum):
@@ -61,33 +60,168 @@ def warmup(
     topk_bits: Annotated[int, typer.Option(help="64 or 32: width of a choice.")] = 64,
 ) -> None:
     """Compile the kernels of given shapes into the cache; needs no GPU."""
-    from epjit import env
-    from epjit.runtime import nvshmem_device
-    from epjit.runtime.cache import CubinCache
-    from epjit.runtime.jit import compile_kernel
-    from epjit.runtime.nvrtc import version
-
     if topk_bits not in (32, 64):
         raise ValueError(f"--topk-bits is {topk_bits}, but must be 32 or 64")
     gpus = dict.fromkeys(map(_full_name, arch), "") if arch else _default_archs()
-    archs = list(gpus)
-    jobs = [
+    if low_latency and not experts:
+        raise ValueError("--low-latency needs --experts: its kernels are compiled for their number")
+    calls = [
+        Calls(elements, each, topk, experts, topk_bits == 64, logfmt)
+        for elements in hidden
+        for each in dtype
+    ]
+    kernels = _low_latency if low_latency else _normal
+    jobs = dict.fromkeys(
         (config, each)
         for each, gpu in gpus.items()
-        for config in configs(
-            each,
-            gpu,
-            ranks=ranks,
-            domains=domains,
-            hidden=hidden,
-            topk=topk,
-            experts=experts,
-            dtypes=dtype,
-            wide=topk_bits == 64,
-            low_latency=low_latency,
-            logfmt=logfmt,
+        for num_ranks in ranks
+        for config in kernels(Group(num_ranks, domains, each, gpu), calls)
+    )
+    compiled = _compile(list(jobs))
+    typer.echo(
+        f"{len(jobs)} kernels for {', '.join(gpus)}: {compiled} compiled, "
+        f"{len(jobs) - compiled} were in the cache"
+    )
+
+
+class Group(NamedTuple):
+    """The ranks that make Buffers, and their GPUs."""
+
+    num_ranks: int
+    domains: int
+    arch: str
+    gpu: str
+
+    @property
+    def num_local(self) -> int:
+        """Ranks of an NVLink domain."""
+        return self.num_ranks // self.domains
+
+    def check(self) -> None:
+        """Refuses domains of unequal size."""
+        from epjit.config import MAX_DOMAINS
+
+        if not 1 <= self.domains <= MAX_DOMAINS or self.num_ranks % self.domains:
+            raise ValueError(
+                f"--domains is {self.domains}, but must be 1 to {MAX_DOMAINS} and divide "
+                f"{self.num_ranks} ranks: all NVLink domains have the same number"
+            )
+
+
+class Calls(NamedTuple):
+    """Calls of one kind, as the options describe them."""
+
+    hidden: int
+    dtype: Dtype
+    topk: int
+    experts: int
+    topk_is_int64: bool
+    logfmt: bool
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of a row of the normal mode."""
+        return self.hidden * (1 if self.dtype is Dtype.fp8 else 2)
+
+    def check(self, group: Group) -> None:
+        """Refuses calls that no Buffer of these ranks takes."""
+        from epjit.config import MAX_EXPERTS, MAX_RANKS, MAX_ROW_BYTES, MAX_TOPK
+
+        if not 1 <= group.num_local <= MAX_RANKS or not 0 <= self.topk <= MAX_TOPK:
+            raise ValueError(
+                f"{group.num_local} ranks and top-{self.topk}: there are kernels for 1 to "
+                f"{MAX_RANKS} ranks of one NVLink domain and up to top-{MAX_TOPK}; see --domains"
+            )
+        if self.row_bytes <= 0 or self.row_bytes % 16 or self.row_bytes > MAX_ROW_BYTES:
+            raise ValueError(
+                f"a row of {self.hidden} {self.dtype.value} has {self.row_bytes} bytes, but must "
+                f"have a multiple of 16, at most {MAX_ROW_BYTES}"
+            )
+        if not 0 <= self.experts <= MAX_EXPERTS or self.experts % group.num_ranks:
+            raise ValueError(
+                f"--experts is {self.experts}, no multiple of {group.num_ranks} ranks up to "
+                f"{MAX_EXPERTS}"
+            )
+
+
+def _normal(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
+    """Kernels that a Buffer compiles when it is made, and for calls of the normal mode."""
+    from epjit.kernels import expert_major, internode, intranode
+    from epjit.kernels.shapes import CombineShape, DispatchShape, warmup_shapes
+
+    group.check()
+    shapes: list[DispatchShape | CombineShape] = []
+    for each in calls:
+        if each.dtype not in _NORMAL:
+            name = each.dtype.value
+            raise ValueError(f"rows of {name} are of the low-latency mode: add --low-latency")
+        each.check(group)
+        shapes += warmup_shapes(
+            each.row_bytes,
+            num_topk=each.topk,
+            num_scales=each.hidden // 128 if each.dtype is Dtype.fp8 else 0,
+            topk_is_int64=each.topk_is_int64,
+            is_f16=each.dtype is Dtype.fp16,
         )
-    ]
+    ranks, domains, arch, gpu = group
+    if domains == 1:
+        yield from intranode.kernels_of(shapes, num_ranks=ranks, arch=arch, gpu=gpu)
+    else:
+        local = group.num_local
+        yield from internode.kernels_of(shapes, num_domains=domains, num_local=local, arch=arch)
+    for each in calls:
+        if each.experts and each.dtype is not Dtype.fp8:
+            yield from expert_major.kernels_of(
+                each.row_bytes,
+                num_topk=each.topk,
+                num_experts=each.experts // ranks,
+                is_f16=each.dtype is Dtype.fp16,
+                topk_is_int64=each.topk_is_int64,
+                arch=arch,
+            )
+
+
+def _low_latency(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
+    """Kernels that a Buffer compiles when it is made, and for low-latency calls."""
+    from epjit.checks.low_latency import check_variant
+    from epjit.formats import BF16, FORMATS
+    from epjit.kernels import low_latency
+
+    yield from _normal(group, ())
+    formats = {each.name: each for each in FORMATS}
+    for each in calls:
+        each.check(group)
+        check_variant(group.domains)
+        row_format = formats.get(each.dtype.value, BF16)
+        granularity = max(row_format.granularity, 128 if each.logfmt else 1)
+        if each.dtype is Dtype.fp16 or each.topk < 1 or each.hidden % granularity:
+            raise ValueError(
+                f"low-latency rows of {each.hidden} {each.dtype.value} with top-{each.topk}: there "
+                f"is no fp16, these rows have a multiple of {granularity} channels, and top-k is "
+                "at least 1"
+            )
+        for use_logfmt in (False, True)[: 1 + each.logfmt]:
+            shapes = low_latency.warmup_shapes(
+                hidden=each.hidden,
+                num_experts=each.experts,
+                num_topk=each.topk,
+                topk_is_int64=each.topk_is_int64,
+                row_format=row_format,
+                use_logfmt=use_logfmt,
+            )
+            yield from low_latency.kernels_of(
+                shapes, num_ranks=group.num_ranks, arch=group.arch, remote=group.domains > 1
+            )
+
+
+def _compile(jobs: Sequence[tuple[KernelConfig, str]]) -> int:
+    """Compiles each kernel for its architecture; returns how many were not in the cache."""
+    from epjit import env
+    from epjit.runtime import nvshmem_device
+    from epjit.runtime.cache import CubinCache
+    from epjit.runtime.kernel import compile_kernel
+    from epjit.runtime.nvrtc import version
+
     # auto takes loopback only for ranks of one process
     transport = "loopback" if env.transport() == "loopback" else "nvshmem"
     version()  # NVRTC is missing: say so once, before anything starts
@@ -106,167 +240,11 @@ def warmup(
             from_cache = done.result().from_cache
             compiled += not from_cache
             steps.next(f"{each} {config.tag}.{config.op}{' (cached)' if from_cache else ''}")
-    typer.echo(
-        f"{len(jobs)} kernels for {', '.join(archs)}: {compiled} compiled, "
-        f"{len(jobs) - compiled} were in the cache"
-    )
-
-
-def configs(
-    arch: str,
-    gpu: str,
-    *,
-    ranks: Iterable[int],
-    domains: int,
-    hidden: Iterable[int],
-    topk: int,
-    experts: int,
-    dtypes: Iterable[Dtype],
-    wide: bool,
-    low_latency: bool = False,
-    logfmt: bool = False,
-) -> list[KernelConfig]:
-    """What Buffers of these shapes compile on an architecture, each kernel once.
-
-    Raises:
-        ValueError: A shape that no Buffer takes.
-    """
-    from epjit.config import MAX_DOMAINS, MAX_EXPERTS, MAX_RANKS, MAX_ROW_BYTES, MAX_TOPK
-    from epjit.kernels import expert_major
-    from epjit.kernels.shapes import warmup_shapes
-
-    found: dict[KernelConfig, None] = {}
-    if low_latency and not experts:
-        raise ValueError("--low-latency needs --experts: its kernels are compiled for their number")
-    for num_ranks in ranks:
-        if not 1 <= domains <= MAX_DOMAINS or num_ranks % domains:
-            raise ValueError(
-                f"--domains is {domains}, but must be 1 to {MAX_DOMAINS} and divide {num_ranks} "
-                "ranks: all NVLink domains have the same number"
-            )
-        found |= dict.fromkeys(_normal([], num_ranks, domains, arch, gpu))  # of every Buffer
-        for elements in hidden:
-            for dtype in dtypes:
-                if not low_latency and dtype not in _NORMAL:
-                    raise ValueError(
-                        f"rows of {dtype.value} are of the low-latency mode: add --low-latency"
-                    )
-                row_bytes = elements * (1 if dtype is Dtype.fp8 else 2)
-                num_local = num_ranks // domains
-                if not 1 <= num_local <= MAX_RANKS or not 0 <= topk <= MAX_TOPK:
-                    raise ValueError(
-                        f"{num_local} ranks and top-{topk}: there are kernels for 1 to "
-                        f"{MAX_RANKS} ranks of one NVLink domain and up to top-{MAX_TOPK}; see "
-                        "--domains"
-                    )
-                if row_bytes <= 0 or row_bytes % 16 or row_bytes > MAX_ROW_BYTES:
-                    raise ValueError(
-                        f"a row of {elements} {dtype.value} has {row_bytes} bytes, but must have a "
-                        f"multiple of 16, at most {MAX_ROW_BYTES}"
-                    )
-                if not 0 <= experts <= MAX_EXPERTS or experts % num_ranks:
-                    raise ValueError(
-                        f"--experts is {experts}, no multiple of {num_ranks} ranks up to "
-                        f"{MAX_EXPERTS}"
-                    )
-                if low_latency:
-                    found |= dict.fromkeys(
-                        _low_latency(
-                            num_ranks,
-                            domains,
-                            arch,
-                            elements,
-                            experts,
-                            topk,
-                            dtype=dtype,
-                            wide=wide,
-                            logfmt=logfmt,
-                        )
-                    )
-                    continue
-                shapes = warmup_shapes(
-                    row_bytes,
-                    num_topk=topk,
-                    num_scales=elements // 128 if dtype is Dtype.fp8 else 0,
-                    topk_is_int64=wide,
-                    is_f16=dtype is Dtype.fp16,
-                )
-                found |= dict.fromkeys(_normal(shapes, num_ranks, domains, arch, gpu))
-                if not experts or dtype is Dtype.fp8:
-                    continue
-                by_expert = expert_major.warmup_configs(
-                    row_bytes,
-                    num_topk=topk,
-                    num_experts=experts // num_ranks,
-                    is_f16=dtype is Dtype.fp16,
-                    topk_is_int64=wide,
-                    arch=arch,
-                )
-                found |= dict.fromkeys(by_expert)
-    return list(found)
-
-
-def _normal(
-    shapes: Iterable[DispatchShape | CombineShape],
-    num_ranks: int,
-    domains: int,
-    arch: str,
-    gpu: str,
-) -> list[KernelConfig]:
-    """What a Buffer compiles when it is made and for these shapes."""
-    from epjit.kernels import internode, intranode
-
-    if domains == 1:
-        return intranode.warmup_configs(shapes, num_ranks=num_ranks, arch=arch, gpu=gpu)
-    return internode.warmup_configs(
-        shapes, num_domains=domains, num_local=num_ranks // domains, arch=arch
-    )
-
-
-def _low_latency(
-    num_ranks: int,
-    domains: int,
-    arch: str,
-    hidden: int,
-    experts: int,
-    topk: int,
-    *,
-    dtype: Dtype,
-    wide: bool,
-    logfmt: bool,
-) -> list[KernelConfig]:
-    """What low-latency calls compile."""
-    from epjit.checks.low_latency import check_variant
-    from epjit.formats import BF16, FORMATS
-    from epjit.kernels import low_latency
-
-    check_variant(domains)
-    row_format = {each.name: each for each in FORMATS}.get(dtype.value, BF16)
-    granularity = max(row_format.granularity, 128 if logfmt else 1)
-    if dtype is Dtype.fp16 or topk < 1 or hidden % granularity:
-        raise ValueError(
-            f"low-latency rows of {hidden} {dtype.value} with top-{topk}: there is no fp16, these "
-            f"rows have a multiple of {granularity} channels, and top-k is at least 1"
-        )
-    shapes = [
-        shape
-        for use_logfmt in (False, True)[: 1 + logfmt]
-        for shape in low_latency.warmup_shapes(
-            hidden=hidden,
-            num_experts=experts,
-            num_topk=topk,
-            topk_is_int64=wide,
-            row_format=row_format,
-            use_logfmt=use_logfmt,
-        )
-    ]
-    return list(
-        low_latency.warmup_configs(shapes, num_ranks=num_ranks, arch=arch, remote=domains > 1)
-    )
+    return compiled
 
 
 def _full_name(arch: str) -> str:
-    """What a GPU asks for: from sm_90 on with an `a`."""
+    """The name by which a GPU asks: from sm_90 on with an `a`."""
     from epjit.arch import arch_name, arch_number
 
     number = arch_number(arch)

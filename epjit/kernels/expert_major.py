@@ -8,49 +8,36 @@ from typing import ClassVar
 
 from epjit.config import MAX_LOCAL_EXPERTS, MAX_ROW_BYTES, MAX_TOPK
 from epjit.kernels import variants
-from epjit.kernels.shapes import copier_shape
+from epjit.kernels.shapes import copier_bytes, copier_shape
 from epjit.runtime.device import shared_limit
-from epjit.runtime.jit import KernelConfig
-
-for _variant in (
-    variants.Variant("permute", "tma", 90, "rows are copied by TMA bulk copies"),
-    variants.Variant("permute", "ldst", 80, "rows are copied by 16-byte loads and stores"),
-):
-    variants.register(_variant)
+from epjit.runtime.kernel import KernelConfig
 
 
 @dataclass(frozen=True)
 class PlaceConfig(KernelConfig):
     """What the place kernel is compiled for."""
 
-    source: ClassVar[str] = "moe/place.cu"
+    source: ClassVar[str] = "expert_major/place.cu"
     op: ClassVar[str] = "place"
+    tag_template: ClassVar[str] = "moe_e{0.num_experts}"
+    threads: ClassVar[int] = 512
 
     num_experts: int
     topk_is_int64: bool
 
     @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return 512
-
-    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: a counter an expert and one a warp."""
+        """A counter an expert and one a warp."""
         return 4 * (self.num_experts + self.threads // 32)
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"moe_e{self.num_experts}"
 
 
 @dataclass(frozen=True)
 class PermuteConfig(KernelConfig):
     """What the permute kernel is compiled for; the fields are explained in permute.cu."""
 
-    source: ClassVar[str] = "moe/permute.cu"
+    source: ClassVar[str] = "expert_major/permute.cu"
     op: ClassVar[str] = "permute"
+    tag_template: ClassVar[str] = "moe_h{0.row_bytes}"
 
     row_bytes: int
     tma: bool
@@ -64,71 +51,34 @@ class PermuteConfig(KernelConfig):
         return cls(row_bytes, tma, *copier_shape(tma, 16, row_bytes, limit))
 
     @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
-
-    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: rows on their way, one mbarrier a warp."""
-        return self.num_warps * (self.rows_per_warp * self.row_bytes + 8) if self.tma else 0
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"moe_h{self.row_bytes}"
+        """Rows on their way."""
+        return copier_bytes(self.tma, self.num_warps, self.rows_per_warp, self.row_bytes)
 
 
 @dataclass(frozen=True)
 class UnpermuteConfig(KernelConfig):
     """What the unpermute kernel is compiled for."""
 
-    source: ClassVar[str] = "moe/unpermute.cu"
+    source: ClassVar[str] = "expert_major/unpermute.cu"
     op: ClassVar[str] = "unpermute"
+    tag_template: ClassVar[str] = "moe_h{0.row_bytes}_k{0.num_topk}"
+    threads: ClassVar[int] = 512
 
     row_bytes: int
     num_topk: int
     is_f16: bool
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return 512
-
-    @property
-    def shared_bytes(self) -> int:
-        """None."""
-        return 0
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"moe_h{self.row_bytes}_k{self.num_topk}"
 
 
 @dataclass(frozen=True)
 class BlankConfig(KernelConfig):
     """What the blank kernel is compiled for."""
 
-    source: ClassVar[str] = "moe/blank.cu"
+    source: ClassVar[str] = "expert_major/blank.cu"
     op: ClassVar[str] = "blank"
+    tag_template: ClassVar[str] = "moe"
 
     num_warps: int = 16
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
-
-    @property
-    def shared_bytes(self) -> int:
-        """None."""
-        return 0
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return "moe"
 
 
 def example_configs(arch: str) -> Iterator[KernelConfig]:
@@ -142,14 +92,13 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         yield PlaceConfig(num_experts, wide)
     yield BlankConfig()
     for row_bytes in (16, 7168, 14336, MAX_ROW_BYTES):
-        for variant in variants.names("permute"):
-            if variants.runs_on("permute", variant, arch):
-                yield PermuteConfig.choose(row_bytes, variant=variant, limit=limit)
+        for variant in variants.names("permute", arch):
+            yield PermuteConfig.choose(row_bytes, variant=variant, limit=limit)
         for num_topk in (1, 8, MAX_TOPK):
             yield UnpermuteConfig(row_bytes, num_topk, is_f16=num_topk == 1)
 
 
-def warmup_configs(
+def kernels_of(
     row_bytes: int, *, num_topk: int, num_experts: int, is_f16: bool, topk_is_int64: bool, arch: str
 ) -> list[KernelConfig]:
     """Every kernel that rows by expert of one shape need on an architecture.

@@ -4,14 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from epjit.config import MAX_DOMAINS, MAX_RANKS
 from epjit.kernels import variants
 from epjit.kernels.layout import LayoutConfig
-from epjit.kernels.shapes import ALIGNMENT, CombineShape, DispatchShape, align, copier_shape
+from epjit.kernels.shapes import (
+    ALIGNMENT,
+    CombineShape,
+    DispatchShape,
+    align,
+    copier_bytes,
+    copier_shape,
+)
 from epjit.runtime.device import shared_limit
-from epjit.runtime.jit import KernelConfig
+from epjit.runtime.kernel import KernelConfig
 
 _FORWARD_WARPS = 2  # kForwardWarps of dispatch.cu
 _TOKENS_PER_CHUNK = 4
@@ -24,25 +31,17 @@ class InternodeNotifyConfig(KernelConfig):
 
     source: ClassVar[str] = "internode/notify.cu"
     op: ClassVar[str] = "notify"
+    tag_template: ClassVar[str] = "internode_{0.num_domains}x{0.num_local}"
+    threads: ClassVar[int] = 512
     transport: ClassVar[bool] = True
 
     num_domains: int
     num_local: int
 
     @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return 512
-
-    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: a sum a warp; the rows of each source for each local rank."""
+        """A sum a warp; the rows of each source for each local rank."""
         return 4 * (self.threads // 32 + (self.num_domains * self.num_local + 1) * self.num_local)
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"internode_{self.num_domains}x{self.num_local}"
 
 
 @dataclass(frozen=True)
@@ -51,6 +50,9 @@ class InternodeDispatchConfig(KernelConfig):
 
     source: ClassVar[str] = "internode/dispatch.cu"
     op: ClassVar[str] = "dispatch"
+    tag_template: ClassVar[str] = (
+        "internode_{0.num_domains}x{0.num_local}_h{0.hidden_bytes}_s{0.num_scales}_k{0.num_topk}"
+    )
     transport: ClassVar[bool] = True
 
     num_domains: int
@@ -87,22 +89,14 @@ class InternodeDispatchConfig(KernelConfig):
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: rows on their way, one mbarrier a warp that copies."""
-        return self.num_copy_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
+        """Rows on their way."""
+        return copier_bytes(self.tma, self.num_copy_warps, self.rows_per_warp, self.hidden_bytes)
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of one token in a ring."""
         beside = self.num_scales + 2 * self.num_topk + self.num_local + 1
         return align(self.hidden_bytes + 4 * beside)
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return (
-            f"internode_{self.num_domains}x{self.num_local}_h{self.hidden_bytes}"
-            f"_s{self.num_scales}_k{self.num_topk}"
-        )
 
 
 @dataclass(frozen=True)
@@ -111,6 +105,9 @@ class InternodeCombineConfig(KernelConfig):
 
     source: ClassVar[str] = "internode/combine.cu"
     op: ClassVar[str] = "combine"
+    tag_template: ClassVar[str] = (
+        "internode_{0.num_domains}x{0.num_local}_h{0.hidden_bytes}_k{0.num_topk}"
+    )
     transport: ClassVar[bool] = True
 
     num_domains: int
@@ -142,14 +139,9 @@ class InternodeCombineConfig(KernelConfig):
         )
 
     @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
-
-    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: rows on their way, one mbarrier a pushing warp."""
-        return self.num_push_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
+        """Rows on their way."""
+        return copier_bytes(self.tma, self.num_push_warps, self.rows_per_warp, self.hidden_bytes)
 
     @property
     def reduce_warps(self) -> int:
@@ -161,13 +153,6 @@ class InternodeCombineConfig(KernelConfig):
         """Bytes of one row in a slot or a ring."""
         return align(self.hidden_bytes + 4 * self.num_topk)
 
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return (
-            f"internode_{self.num_domains}x{self.num_local}_h{self.hidden_bytes}_k{self.num_topk}"
-        )
-
 
 def example_configs(arch: str) -> Iterator[KernelConfig]:
     """Kernels of every variant that an architecture can run, over shapes that differ in kind.
@@ -175,7 +160,7 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
     Args:
         arch: Such as ``"sm_90a"``.
     """
-    variant = "tma" if variants.runs_on("combine", "tma", arch) else "ldst"
+    variant = variants.names("combine", arch)[0]
     for num_domains, num_local, row_bytes, num_scales, num_topk in (
         (2, 1, 14336, 0, 8),
         (4, 8, 7168, 56, 8),
@@ -191,56 +176,46 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
             shapes.append(CombineShape(row_bytes, num_topk, is_f16=num_local == 1))
         for shape in shapes:
             for each in {variant, "ldst" if num_local == 5 else variant}:
-                yield _choose(
-                    shape,
-                    num_domains=num_domains,
-                    num_local=num_local,
-                    variant=each,
-                    limit=shared_limit(arch),
-                )
-
-
-def _choose(
-    shape: DispatchShape | CombineShape,
-    *,
-    num_domains: int,
-    num_local: int,
-    variant: str,
-    limit: int,
-) -> InternodeDispatchConfig | InternodeCombineConfig:
-    """The kernel of a shape. ``push`` is not told from ``tma``: tokens are pulled here."""
-    cut: Any = {
-        "num_domains": num_domains,
-        "num_local": num_local,
-        "variant": variant,
-        "limit": limit,
-    }
-    if isinstance(shape, DispatchShape):
-        return InternodeDispatchConfig.choose(shape, **cut)
-    return InternodeCombineConfig.choose(shape, **cut)
+                yield config_of(shape, num_domains, num_local, arch, variant=each)
 
 
 def config_of(
-    shape: DispatchShape | CombineShape, num_domains: int, num_local: int, arch: str
+    shape: DispatchShape | CombineShape,
+    num_domains: int,
+    num_local: int,
+    arch: str,
+    *,
+    variant: str | None = None,
 ) -> InternodeDispatchConfig | InternodeCombineConfig:
-    """The kernel of a shape, of the variant that the environment asks for."""
+    """The kernel of a shape, of the variant that the environment asks for.
+
+    Args:
+        shape: Of the call.
+        num_domains: NVLink domains, more than one.
+        num_local: Ranks of each.
+        arch: Such as ``"sm_90a"``.
+        variant: Takes this one instead. ``push`` is not told from ``tma``: tokens are pulled here.
+    """
     op = "dispatch" if isinstance(shape, DispatchShape) else "combine"
-    return _choose(
-        shape,
-        num_domains=num_domains,
-        num_local=num_local,
-        variant=variants.resolve(op, arch),
-        limit=shared_limit(arch),
+    if variant is None:
+        variant = variants.resolve(op, arch)
+    limit = shared_limit(arch)
+    if isinstance(shape, DispatchShape):
+        return InternodeDispatchConfig.choose(
+            shape, num_domains=num_domains, num_local=num_local, variant=variant, limit=limit
+        )
+    return InternodeCombineConfig.choose(
+        shape, num_domains=num_domains, num_local=num_local, variant=variant, limit=limit
     )
 
 
-def warmup_configs(
+def kernels_of(
     shapes: Iterable[DispatchShape | CombineShape], *, num_domains: int, num_local: int, arch: str
 ) -> list[KernelConfig]:
-    """Every kernel that a Buffer compiles for these shapes on an architecture.
+    """Every kernel that a Buffer compiles: when it is made, and for calls of these shapes.
 
     Args:
-        shapes: From `warmup_shapes`.
+        shapes: Of the calls.
         num_domains: NVLink domains, more than one.
         num_local: Ranks of each.
         arch: Such as ``"sm_90a"``.

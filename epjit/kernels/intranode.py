@@ -10,28 +10,13 @@ from epjit import tuned
 from epjit.config import MAX_RANKS
 from epjit.kernels import variants
 from epjit.kernels.layout import LayoutConfig
-from epjit.kernels.shapes import CombineShape, DispatchShape, align, copier_shape
+from epjit.kernels.shapes import CombineShape, DispatchShape, align, copier_bytes, copier_shape
 from epjit.runtime.device import shared_limit
-from epjit.runtime.jit import KernelConfig
+from epjit.runtime.kernel import KernelConfig
 
 MAX_SLOTS = 65536  # of one source rank: bounds the words to 4 MiB
 # SMs x bytes of a row from which pushing is held by the links: measured with two H200s.
 _LINK_BOUND_BYTES = 300_000
-# With more, a token is better staged once and pulled: 4096 tokens of BF16 on four H200s, 586 us
-# instead of 602 with 24 SMs, 620 instead of 692 with 12; on two, 223 instead of 207.
-MOST_PUSHING_RANKS = 2
-
-for _variant in (
-    variants.Variant("dispatch", "push", 90, "tokens are pushed to peers by TMA bulk copies"),
-    variants.Variant("dispatch", "tma", 90, "peers pull by TMA bulk copies"),
-    variants.Variant("dispatch", "ldst", 80, "peers pull by 16-byte loads and stores"),
-    variants.Variant(
-        "dispatch", "direct", 90, "the source writes rows to their final place", opt_in=True
-    ),
-    variants.Variant("combine", "tma", 90, "rows are pushed by TMA bulk copies"),
-    variants.Variant("combine", "ldst", 80, "rows are pushed by 16-byte loads and stores"),
-):
-    variants.register(_variant)
 
 
 @dataclass(frozen=True)
@@ -40,23 +25,15 @@ class NotifyConfig(KernelConfig):
 
     source: ClassVar[str] = "intranode/notify.cu"
     op: ClassVar[str] = "notify"
+    tag_template: ClassVar[str] = "intranode_r{0.num_ranks}"
+    threads: ClassVar[int] = 512
 
     num_ranks: int
 
     @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return 512
-
-    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: one sum a warp."""
+        """One sum a warp."""
         return self.threads // 32 * 4
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"intranode_r{self.num_ranks}"
 
 
 @dataclass(frozen=True)
@@ -65,6 +42,9 @@ class DispatchConfig(KernelConfig):
 
     source: ClassVar[str] = "intranode/dispatch.cu"
     op: ClassVar[str] = "dispatch"
+    tag_template: ClassVar[str] = (
+        "intranode_r{0.num_ranks}_h{0.hidden_bytes}_s{0.num_scales}_k{0.num_topk}"
+    )
 
     num_ranks: int
     hidden_bytes: int
@@ -104,14 +84,9 @@ class DispatchConfig(KernelConfig):
         return max(1, self.num_warps * quarters // 4)
 
     @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
-
-    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: rows on their way, one mbarrier a warp."""
-        return self.num_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
+        """Rows on their way."""
+        return copier_bytes(self.tma, self.num_warps, self.rows_per_warp, self.hidden_bytes)
 
     @property
     def slot_bytes(self) -> int:
@@ -123,13 +98,6 @@ class DispatchConfig(KernelConfig):
         """Bytes of slots for one token of every rank that shares them."""
         return self.num_ranks * self.slot_bytes if self.push else self.slot_bytes
 
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return (
-            f"intranode_r{self.num_ranks}_h{self.hidden_bytes}_s{self.num_scales}_k{self.num_topk}"
-        )
-
 
 @dataclass(frozen=True)
 class CombineConfig(KernelConfig):
@@ -137,6 +105,7 @@ class CombineConfig(KernelConfig):
 
     source: ClassVar[str] = "intranode/combine.cu"
     op: ClassVar[str] = "combine"
+    tag_template: ClassVar[str] = "intranode_r{0.num_ranks}_h{0.hidden_bytes}_k{0.num_topk}"
 
     num_ranks: int
     hidden_bytes: int
@@ -161,14 +130,9 @@ class CombineConfig(KernelConfig):
         return cls(num_ranks, *shape, tma, warps, push, rows)
 
     @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
-
-    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: rows on their way, one mbarrier a pushing warp."""
-        return self.num_push_warps * (self.rows_per_warp * self.hidden_bytes + 8) if self.tma else 0
+        """Rows on their way."""
+        return copier_bytes(self.tma, self.num_push_warps, self.rows_per_warp, self.hidden_bytes)
 
     @property
     def slot_bytes(self) -> int:
@@ -180,11 +144,6 @@ class CombineConfig(KernelConfig):
         """Bytes of slots that a token takes: one row from each rank."""
         return self.num_ranks * self.slot_bytes
 
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"intranode_r{self.num_ranks}_h{self.hidden_bytes}_k{self.num_topk}"
-
 
 def example_configs(arch: str) -> Iterator[KernelConfig]:
     """Kernels of every variant that an architecture can run, over shapes that differ in kind.
@@ -192,7 +151,6 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
     Args:
         arch: Such as ``"sm_90a"``.
     """
-    limit = shared_limit(arch)
     for num_ranks in range(1, MAX_RANKS + 1):
         yield NotifyConfig(num_ranks)
         for wide in (True, False):
@@ -206,50 +164,49 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         (3, 32, 1, 2),
     )
     for num_ranks, hidden_bytes, num_scales, num_topk in rows:
-        for variant in variants.names("dispatch"):
-            if variants.runs_on("dispatch", variant, arch):
-                yield DispatchConfig.choose(
-                    DispatchShape(hidden_bytes, num_scales, num_topk, num_ranks != 8),
-                    num_ranks=num_ranks,
-                    variant=variant,
-                    limit=limit,
-                )
-        for variant in variants.names("combine") if num_scales == 0 else ():
-            if variants.runs_on("combine", variant, arch):
-                yield CombineConfig.choose(
-                    CombineShape(hidden_bytes, num_topk, is_f16=num_ranks == 2),
-                    num_ranks=num_ranks,
-                    variant=variant,
-                    limit=limit,
-                )
-
-
-def preferred_variant(num_ranks: int) -> str | None:
-    """What ``auto`` takes before all others."""
-    return "tma" if num_ranks > MOST_PUSHING_RANKS else None
+        for variant in variants.names("dispatch", arch):
+            dispatch = DispatchShape(hidden_bytes, num_scales, num_topk, num_ranks != 8)
+            yield config_of(dispatch, num_ranks, arch, variant=variant)
+        for variant in variants.names("combine", arch) if num_scales == 0 else ():
+            combine = CombineShape(hidden_bytes, num_topk, is_f16=num_ranks == 2)
+            yield config_of(combine, num_ranks, arch, variant=variant)
 
 
 def config_of(
-    shape: DispatchShape | CombineShape, num_ranks: int, arch: str, *, gpu: str = ""
+    shape: DispatchShape | CombineShape,
+    num_ranks: int,
+    arch: str,
+    *,
+    gpu: str = "",
+    variant: str | None = None,
 ) -> DispatchConfig | CombineConfig:
-    """The kernel of a shape, of the variant that the environment asks for or that was tuned."""
-    limit = shared_limit(arch)
+    """The kernel of a shape, of the variant that the environment asks for or that was tuned.
+
+    Args:
+        shape: Of the call.
+        num_ranks: Size of the group.
+        arch: Such as ``"sm_90a"``.
+        gpu: Product name, for the variants that were tuned there.
+        variant: Takes this one instead.
+    """
     op = "dispatch" if isinstance(shape, DispatchShape) else "combine"
-    best = tuned.best(op, gpu=gpu, num_ranks=num_ranks, hidden_bytes=shape.hidden_bytes)
-    preferred = preferred_variant(num_ranks) if best is None else best.variant
-    variant = variants.resolve(op, arch, preferred=preferred)
+    if variant is None:
+        best = tuned.best(op, gpu=gpu, num_ranks=num_ranks, hidden_bytes=shape.hidden_bytes)
+        preferred = variants.CHOICES[op].preferred(num_ranks) if best is None else best.variant
+        variant = variants.resolve(op, arch, preferred=preferred)
+    limit = shared_limit(arch)
     if isinstance(shape, DispatchShape):
         return DispatchConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
     return CombineConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
 
 
-def warmup_configs(
+def kernels_of(
     shapes: Iterable[DispatchShape | CombineShape], *, num_ranks: int, arch: str, gpu: str = ""
 ) -> list[KernelConfig]:
-    """Every kernel that a Buffer compiles for these shapes on an architecture.
+    """Every kernel that a Buffer compiles: when it is made, and for calls of these shapes.
 
     Args:
-        shapes: From `warmup_shapes`.
+        shapes: Of the calls.
         num_ranks: Size of the group.
         arch: Such as ``"sm_90a"``.
         gpu: Product name, for the variants that were tuned there.

@@ -5,29 +5,21 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
-from epjit.runtime.jit import KernelConfig
+from epjit.runtime.kernel import KernelConfig
 
 
 @dataclass(frozen=True)
 class LayoutConfig(KernelConfig):
     """What the layout kernel is compiled for."""
 
-    source: ClassVar[str] = "intranode/layout.cu"
+    source: ClassVar[str] = "layout/layout.cu"
     op: ClassVar[str] = "layout"
+    threads: ClassVar[int] = 64  # one a token
+    shared_bytes: ClassVar[int] = 8192 * 4  # the counts of a block
 
     num_ranks: int
     topk_is_int64: bool
     num_domains: int = 1
-
-    @property
-    def threads(self) -> int:
-        """Threads a block: one a token."""
-        return 64
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory: the counts of a block."""
-        return 8192 * 4
 
     @property
     def tag(self) -> str:

@@ -14,29 +14,15 @@ from epjit.config import (
 )
 from epjit.formats import BF16, FORMATS, FP8, NVFP4, RowFormat
 from epjit.kernels import variants
-from epjit.kernels.shapes import align
+from epjit.kernels.shapes import align, copier_bytes
 from epjit.runtime.device import shared_limit
-from epjit.runtime.jit import KernelConfig
+from epjit.runtime.kernel import KernelConfig
 
 _LOG_BLOCK = 128  # channels
 _CAST_ELEMENTS = 16
 STEP = 256  # channels that a warp adds at a time
 # Of a half: one a token or a choice; for `reduced` one a piece of a row and one a weight.
 NUM_WORDS = max(MAX_LOW_LATENCY_TOKENS, MAX_LOW_LATENCY_CHOICES)
-
-for _variant in (
-    # First, so that auto takes it: with two H200s a pair of calls in a graph takes 52.9 us against
-    # 53.2 with 128 tokens (BF16: 54.3 against 56.5) and 23.9 against 25.0 with 8.
-    variants.Variant("low_latency_combine", "ldst", 80, "rows are pushed by 16-byte stores"),
-    variants.Variant("low_latency_combine", "tma", 90, "rows are pushed by TMA bulk copies"),
-    variants.Variant(
-        "low_latency_combine",
-        "reduced",
-        80,
-        "a rank's rows are summed, and rounded, before they cross",
-    ),
-):
-    variants.register(_variant)
 
 
 class LowLatencyDispatchShape(NamedTuple):
@@ -59,12 +45,32 @@ class LowLatencyCombineShape(NamedTuple):
     logfmt: bool
 
 
+class _LowLatencyConfig(KernelConfig):
+    """Base of kernels whose ranks share one NVLink domain, or with `remote` have several."""
+
+    num_ranks: int
+    remote: bool
+
+    @property
+    def transport(self) -> bool:
+        """Whether other domains are reached."""
+        return self.remote
+
+    @property
+    def ranks(self) -> str:
+        """The ranks, for the tag."""
+        return f"r{self.num_ranks}{'_rdma' if self.remote else ''}"
+
+
 @dataclass(frozen=True)
-class LowLatencyDispatchConfig(KernelConfig):
+class LowLatencyDispatchConfig(_LowLatencyConfig):
     """What the dispatch kernel is compiled for; the fields are explained in dispatch.cu."""
 
     source: ClassVar[str] = "low_latency/dispatch.cu"
     op: ClassVar[str] = "dispatch"
+    tag_template: ClassVar[str] = (
+        "low_latency_{0.ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}_{0.row_format.name}"
+    )
     starts_early: ClassVar[bool] = True
 
     num_ranks: int
@@ -84,43 +90,30 @@ class LowLatencyDispatchConfig(KernelConfig):
         return cls(num_ranks, *shape, 16, remote)
 
     @property
-    def transport(self) -> bool:  # type: ignore[override]
-        """Whether the kernel is linked with a transport."""
-        return self.remote
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
+    def row_format(self) -> RowFormat:
+        """How rows travel."""
+        return FORMATS[self.format]
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: a counter for each expert, a few words of the block."""
+        """A counter for each expert, a few words of the block."""
         a_rank = self.num_ranks if self.remote else MAX_RANKS
         return 4 * (self.num_experts + 2 + 2 * a_rank)
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of one token's slot."""
-        row_format = FORMATS[self.format]
-        scales = align(row_format.num_scale_bytes(self.hidden), 8)
-        return align(row_format.row_bytes(self.hidden) + scales + 8 * self.num_topk)
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        name = FORMATS[self.format].name
-        return (
-            f"low_latency_{_ranks(self)}_e{self.num_experts}_h{self.hidden}_k{self.num_topk}_{name}"
-        )
+        scales = align(self.row_format.num_scale_bytes(self.hidden), 8)
+        return align(self.row_format.row_bytes(self.hidden) + scales + 8 * self.num_topk)
 
 
 @dataclass(frozen=True)
-class LowLatencyCombineConfig(KernelConfig):
+class LowLatencyCombineConfig(_LowLatencyConfig):
     """What the combine kernel is compiled for; the fields are explained in combine.cu."""
 
     source: ClassVar[str] = "low_latency/combine.cu"
     op: ClassVar[str] = "combine"
+    tag_template: ClassVar[str] = "low_latency_{0.ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}"
     starts_early: ClassVar[bool] = True
 
     num_ranks: int
@@ -156,19 +149,9 @@ class LowLatencyCombineConfig(KernelConfig):
         return cls(num_ranks, *shape, tma, warps, push, rows, remote)
 
     @property
-    def transport(self) -> bool:  # type: ignore[override]
-        """Whether the kernel is linked with a transport."""
-        return self.remote
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
-
-    @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: rows on their way, one mbarrier a pushing warp."""
-        return self.num_push_warps * (self.rows_per_warp * 2 * self.hidden + 8) if self.tma else 0
+        """Rows on their way."""
+        return copier_bytes(self.tma, self.num_push_warps, self.rows_per_warp, 2 * self.hidden)
 
     @property
     def slot_bytes(self) -> int:
@@ -177,11 +160,6 @@ class LowLatencyCombineConfig(KernelConfig):
             return 2 * self.hidden
         return align(self.hidden // _CAST_ELEMENTS * 20 + self.hidden // _LOG_BLOCK * 4, 16)
 
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"low_latency_{_ranks(self)}_e{self.num_experts}_h{self.hidden}_k{self.num_topk}"
-
 
 @dataclass(frozen=True)
 class LowLatencyReducedCombineConfig(KernelConfig):
@@ -189,6 +167,9 @@ class LowLatencyReducedCombineConfig(KernelConfig):
 
     source: ClassVar[str] = "low_latency/combine_reduced.cu"
     op: ClassVar[str] = "combine"
+    tag_template: ClassVar[str] = (
+        "low_latency_reduced_r{0.num_ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}"
+    )
     starts_early: ClassVar[bool] = True
 
     num_ranks: int
@@ -204,16 +185,6 @@ class LowLatencyReducedCombineConfig(KernelConfig):
     ) -> LowLatencyReducedCombineConfig:
         """The form of the block: as many warps as registers hold the rows of, one a rank."""
         return cls(num_ranks, *shape[:4], 24 if num_ranks <= 4 else 16)
-
-    @property
-    def threads(self) -> int:
-        """Threads a block."""
-        return self.num_warps * 32
-
-    @property
-    def shared_bytes(self) -> int:
-        """Dynamic shared memory."""
-        return 0
 
     def num_parts(self, max_tokens: int) -> int:
         """Pieces of a row, the same on all ranks; each is published by itself, which takes 2 us.
@@ -236,29 +207,17 @@ class LowLatencyReducedCombineConfig(KernelConfig):
             )
         return num_parts
 
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return (
-            f"low_latency_reduced_r{self.num_ranks}_e{self.num_experts}_h{self.hidden}"
-            f"_k{self.num_topk}"
-        )
-
 
 @dataclass(frozen=True)
-class CleanConfig(KernelConfig):
+class CleanConfig(_LowLatencyConfig):
     """What the clean kernel is compiled for."""
 
     source: ClassVar[str] = "low_latency/clean.cu"
     op: ClassVar[str] = "clean"
+    tag_template: ClassVar[str] = "low_latency_{0.ranks}"
 
     num_ranks: int
     remote: bool = False
-
-    @property
-    def transport(self) -> bool:  # type: ignore[override]
-        """Whether the kernel is linked with a transport."""
-        return self.remote
 
     @property
     def threads(self) -> int:
@@ -267,18 +226,8 @@ class CleanConfig(KernelConfig):
 
     @property
     def shared_bytes(self) -> int:
-        """Dynamic shared memory: a word for each warp, when there are several."""
+        """A word for each warp, when there are several."""
         return self.threads // 8 if self.threads > 32 else 0
-
-    @property
-    def tag(self) -> str:
-        """Namespace of the kernel."""
-        return f"low_latency_{_ranks(self)}"
-
-
-def _ranks(config: LowLatencyDispatchConfig | LowLatencyCombineConfig | CleanConfig) -> str:
-    """Names the ranks of a config."""
-    return f"r{config.num_ranks}{'_rdma' if config.remote else ''}"
 
 
 def example_configs(arch: str) -> Iterator[KernelConfig]:
@@ -287,7 +236,7 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
     Args:
         arch: Such as ``"sm_90a"``.
     """
-    limit = shared_limit(arch)
+    names = variants.names("low_latency_combine", arch)
     formats: tuple[RowFormat, ...]
     for num_ranks in range(1, MAX_RANKS + 1):
         yield CleanConfig(num_ranks)
@@ -301,16 +250,11 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         for row_format in formats:
             shape = LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, wide)
             yield LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks)
-        for variant in variants.names("low_latency_combine"):
+        for variant in names:
             # The log format has one kernel, whatever the variant.
             for logfmt in (False, True) if variant == "ldst" and hidden != 24 else (False,):
-                if variants.runs_on("low_latency_combine", variant, arch):
-                    yield _combine_config(
-                        LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt),
-                        num_ranks=num_ranks,
-                        variant=variant,
-                        limit=limit,
-                    )
+                combine = LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt)
+                yield config_of(combine, num_ranks, arch, remote=False, variant=variant)
     for num_ranks in (2, 16, 40, 256):
         yield CleanConfig(num_ranks, remote=True)
     for num_ranks, num_experts, hidden, num_topk, formats in (
@@ -322,16 +266,12 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         for row_format in formats:
             shape = LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, wide)
             yield LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks, remote=True)
-        for variant in ("ldst", "tma"):
+        for variant in names:
+            if variant == "reduced":  # of one domain only
+                continue
             for logfmt in (False, True) if (variant, num_ranks) == ("ldst", 4) else (False,):
-                if variants.runs_on("low_latency_combine", variant, arch):
-                    yield LowLatencyCombineConfig.choose(
-                        LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt),
-                        num_ranks=num_ranks,
-                        variant=variant,
-                        limit=limit,
-                        remote=True,
-                    )
+                combine = LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt)
+                yield config_of(combine, num_ranks, arch, remote=True, variant=variant)
 
 
 def warmup_shapes(
@@ -343,31 +283,11 @@ def warmup_shapes(
     row_format: RowFormat,
     use_logfmt: bool = False,
 ) -> tuple[LowLatencyDispatchShape, LowLatencyCombineShape]:
-    """What a Buffer launches for calls of these sizes."""
+    """The kernels that calls of these sizes need."""
     return (
         LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, topk_is_int64),
         LowLatencyCombineShape(num_experts, hidden, num_topk, topk_is_int64, use_logfmt),
     )
-
-
-def warmup_configs(
-    shapes: Iterable[LowLatencyDispatchShape | LowLatencyCombineShape],
-    *,
-    num_ranks: int,
-    arch: str,
-    remote: bool = False,
-) -> Iterator[KernelConfig]:
-    """What a Buffer in low-latency mode compiles for these shapes on an architecture.
-
-    Args:
-        shapes: Of `warmup_shapes`.
-        num_ranks: Of the group.
-        arch: Such as ``"sm_90a"``.
-        remote: Whether the group spans several NVLink domains.
-    """
-    yield CleanConfig(num_ranks, remote)
-    for shape in shapes:
-        yield config_of(shape, num_ranks, arch, remote=remote)
 
 
 def config_of(
@@ -376,22 +296,44 @@ def config_of(
     arch: str,
     *,
     remote: bool,
+    variant: str | None = None,
 ) -> LowLatencyDispatchConfig | LowLatencyCombineConfig | LowLatencyReducedCombineConfig:
-    """The kernel of a shape for an architecture, of the variant that the environment asks for."""
+    """The kernel of a shape, of the variant that the environment asks for.
+
+    Args:
+        shape: Of the call.
+        num_ranks: Size of the group.
+        arch: Such as ``"sm_90a"``.
+        remote: Whether the group spans several NVLink domains.
+        variant: Takes this one instead.
+    """
     if isinstance(shape, LowLatencyDispatchShape):
         return LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks, remote=remote)
-    variant, limit = variants.resolve("low_latency_combine", arch), shared_limit(arch)
-    if remote:
-        return LowLatencyCombineConfig.choose(
-            shape, num_ranks=num_ranks, variant=variant, limit=limit, remote=True
-        )
-    return _combine_config(shape, num_ranks=num_ranks, variant=variant, limit=limit)
-
-
-def _combine_config(
-    shape: LowLatencyCombineShape, *, num_ranks: int, variant: str, limit: int
-) -> LowLatencyCombineConfig | LowLatencyReducedCombineConfig:
-    """The log format is not added up before it travels: it would have to be encoded anew."""
-    if variant == "reduced" and not shape.logfmt:
+    if variant is None:
+        variant = variants.resolve("low_latency_combine", arch)
+    # The log format is not added up before it travels: it would have to be encoded anew.
+    if variant == "reduced" and not remote and not shape.logfmt:
         return LowLatencyReducedCombineConfig.choose(shape, num_ranks=num_ranks)
-    return LowLatencyCombineConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
+    limit = shared_limit(arch)
+    return LowLatencyCombineConfig.choose(
+        shape, num_ranks=num_ranks, variant=variant, limit=limit, remote=remote
+    )
+
+
+def kernels_of(
+    shapes: Iterable[LowLatencyDispatchShape | LowLatencyCombineShape],
+    *,
+    num_ranks: int,
+    arch: str,
+    remote: bool,
+) -> list[KernelConfig]:
+    """Every kernel of the mode that a Buffer compiles: when it is made, and for these shapes.
+
+    Args:
+        shapes: Of the calls.
+        num_ranks: Size of the group.
+        arch: Such as ``"sm_90a"``.
+        remote: Whether the group spans several NVLink domains.
+    """
+    clean = CleanConfig(num_ranks, remote)
+    return [clean, *(config_of(shape, num_ranks, arch, remote=remote) for shape in shapes)]

@@ -59,3 +59,8 @@ def copier_shape(tma: bool, max_warps: int, row_bytes: int, limit: int) -> tuple
     rows = (limit - 8 * max_warps) // row_bytes
     warps = min(max_warps, rows)
     return warps, min(max(rows // warps, 1), 8)
+
+
+def copier_bytes(tma: bool, num_warps: int, rows_per_warp: int, row_bytes: int) -> int:
+    """Shared memory of warps that move rows: by TMA the rows on their way, one mbarrier a warp."""
+    return num_warps * (rows_per_warp * row_bytes + 8) if tma else 0

@@ -1,7 +1,8 @@
-"""Implementations to choose from: one named variant for each, in one registry."""
+"""Implementations to choose from: a table with the named variants of each operation."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from epjit import env
@@ -9,6 +10,9 @@ from epjit.arch import arch_number
 
 _AUTO = "auto"
 _SM90 = 90
+# With more, a token is better staged once and pulled: 4096 tokens of BF16 on four H200s, 586 us
+# instead of 602 with 24 SMs, 620 instead of 692 with 12; on two, 223 instead of 207.
+MOST_PUSHING_RANKS = 2
 
 
 @dataclass(frozen=True)
@@ -16,77 +20,96 @@ class Variant:
     """One implementation of an operation.
 
     Attributes:
-        op: Operation, such as ``"dispatch"``.
         name: Name of the variant, unique within the operation.
         min_arch: First architecture that runs it, as a number: 90 for sm_90.
         description: One line for users.
-        opt_in: Whether only its name chooses it, never ``auto`` or what was tuned.
+        opt_in: Whether only its name chooses it, never ``auto`` or a tuned file.
     """
 
-    op: str
     name: str
     min_arch: int
     description: str
     opt_in: bool = False
 
+    def runs_on(self, arch: str) -> bool:
+        """Whether an architecture such as ``"sm_90a"`` can run it."""
+        return arch_number(arch) >= self.min_arch
 
-_registry: dict[tuple[str, str], Variant] = {}
 
+@dataclass(frozen=True)
+class Choice:
+    """The implementations of one operation.
 
-def register(variant: Variant) -> None:
-    """Adds a variant. Of one operation, ``auto`` takes the first that can run and is not opt-in.
-
-    Raises:
-        ValueError: Another variant has this name.
+    Attributes:
+        variable: Variable of the environment that chooses one.
+        variants: All of them. ``auto`` takes the first that can run and is not opt-in.
+        among_many: Name of the one that ``auto`` prefers with more ranks than `MOST_PUSHING_RANKS`.
     """
-    known = _registry.setdefault((variant.op, variant.name), variant)
-    if known != variant:
-        raise ValueError(f"{variant.op} has a variant {variant.name!r} already: {known}")
+
+    variable: env.Variable[str]
+    variants: tuple[Variant, ...]
+    among_many: str | None = None
+
+    @property
+    def allowed(self) -> tuple[str, ...]:
+        """Values of the variable."""
+        return (_AUTO, *(each.name for each in self.variants))
+
+    def preferred(self, num_ranks: int) -> str | None:
+        """The variant that ``auto`` takes before all others in a group of one NVLink domain."""
+        return self.among_many if num_ranks > MOST_PUSHING_RANKS else None
 
 
-def registered() -> tuple[Variant, ...]:
-    """All variants, in the order of registration."""
-    return tuple(_registry.values())
+CHOICES: Mapping[str, Choice] = {
+    "dispatch": Choice(
+        env.dispatch_variant,
+        (
+            Variant("push", 90, "tokens are pushed to peers by TMA bulk copies"),
+            Variant("tma", 90, "peers pull by TMA bulk copies"),
+            Variant("ldst", 80, "peers pull by 16-byte loads and stores"),
+            Variant("direct", 90, "the source writes rows to their final place", opt_in=True),
+        ),
+        among_many="tma",
+    ),
+    "combine": Choice(
+        env.combine_variant,
+        (
+            Variant("tma", 90, "rows are pushed by TMA bulk copies"),
+            Variant("ldst", 80, "rows are pushed by 16-byte loads and stores"),
+        ),
+    ),
+    "permute": Choice(
+        env.permute_variant,
+        (
+            Variant("tma", 90, "rows are copied by TMA bulk copies"),
+            Variant("ldst", 80, "rows are copied by 16-byte loads and stores"),
+        ),
+    ),
+    "low_latency_combine": Choice(
+        env.low_latency_combine_variant,
+        (
+            # First, so that auto takes it: with two H200s a pair of calls in a graph takes 52.9 us
+            # against 53.2 with 128 tokens (BF16: 54.3 against 56.5) and 23.9 against 25.0 with 8.
+            Variant("ldst", 80, "rows are pushed by 16-byte stores"),
+            Variant("tma", 90, "rows are pushed by TMA bulk copies"),
+            Variant("reduced", 80, "a rank's rows are summed, and rounded, before they cross"),
+        ),
+    ),
+}
 
 
-def operations() -> tuple[str, ...]:
-    """Operations that have variants, in the order of registration."""
-    return tuple(dict.fromkeys(variant.op for variant in _registry.values()))
-
-
-def names(op: str) -> tuple[str, ...]:
-    """Names of an operation's variants, in the order of preference."""
-    return tuple(variant.name for variant in _registry.values() if variant.op == op)
-
-
-def is_opt_in(op: str, name: str) -> bool:
-    """Whether only its name chooses a variant."""
-    return _registry[op, name].opt_in
-
-
-def choices(op: str) -> tuple[str, ...]:
-    """What ``EPJIT_<OP>_VARIANT`` may say."""
-    return (_AUTO, *names(op))
-
-
-def runs_on(op: str, name: str, arch: str) -> bool:
-    """Whether an architecture such as ``"sm_90a"`` can run a variant.
-
-    Raises:
-        ValueError: There is no such variant.
-    """
-    if (op, name) not in _registry:
-        raise ValueError(f"{op} has no variant {name!r}; it has {', '.join(names(op)) or 'none'}")
-    return arch_number(arch) >= _registry[op, name].min_arch
+def names(op: str, arch: str) -> tuple[str, ...]:
+    """Names of an operation's variants that an architecture can run, in the order of preference."""
+    return tuple(each.name for each in CHOICES[op].variants if each.runs_on(arch))
 
 
 def resolve(op: str, arch: str, *, preferred: str | None = None) -> str:
-    """The variant to use: what ``EPJIT_<OP>_VARIANT`` says, else the best that can run.
+    """The variant to use: the one that ``EPJIT_<OP>_VARIANT`` names, else the best that can run.
 
     Args:
-        op: Operation.
+        op: Operation, a key of `CHOICES`.
         arch: Architecture of the device, such as ``"sm_90a"``.
-        preferred: What ``auto`` takes before all others, where it can run.
+        preferred: The variant that ``auto`` takes before all others, where it can run.
 
     Returns:
         Name of the variant.
@@ -95,27 +118,27 @@ def resolve(op: str, arch: str, *, preferred: str | None = None) -> str:
         ValueError: The variable names no variant, or one that cannot run on `arch` or that
             ``DISABLE_SM90_FEATURES`` excludes.
     """
-    wanted = env.variant(op)
-    variable = env.variant_name(op)
+    choice = CHOICES[op]
+    wanted, variable = choice.variable(), choice.variable.name
     without_sm90 = env.disable_sm90_features()
-    if wanted != _AUTO:
-        if wanted not in names(op):
-            allowed = ", ".join(choices(op))
-            raise ValueError(f"{variable}={wanted!r} is not a variant of {op}; valid are {allowed}")
-        min_arch = _registry[op, wanted].min_arch
-        if not runs_on(op, wanted, arch):
-            raise ValueError(
-                f"{variable}={wanted!r} needs sm_{min_arch} or later; the device is {arch}"
-            )
-        if without_sm90 and min_arch >= _SM90:
-            raise ValueError(
-                f"{variable}={wanted!r} needs sm_{min_arch} features, which "
-                "DISABLE_SM90_FEATURES=1 excludes; unset one of the two"
-            )
-        return wanted
-    for name in sorted(names(op), key=lambda name: name != preferred):
-        variant = _registry[op, name]
-        excluded = variant.opt_in or (without_sm90 and variant.min_arch >= _SM90)
-        if runs_on(op, name, arch) and not excluded:
-            return name
-    raise ValueError(f"{op} has no variant that {arch} can run; it has {names(op) or 'none'}")
+    if wanted == _AUTO:
+        for variant in sorted(choice.variants, key=lambda each: each.name != preferred):
+            excluded = variant.opt_in or (without_sm90 and variant.min_arch >= _SM90)
+            if variant.runs_on(arch) and not excluded:
+                return variant.name
+        has = ", ".join(each.name for each in choice.variants)
+        raise ValueError(f"{op} has no variant that {arch} can run; it has {has}")
+    if wanted not in choice.allowed:
+        allowed = ", ".join(choice.allowed)
+        raise ValueError(f"{variable}={wanted!r} is not a variant of {op}; valid are {allowed}")
+    (variant,) = (each for each in choice.variants if each.name == wanted)
+    if not variant.runs_on(arch):
+        raise ValueError(
+            f"{variable}={wanted!r} needs sm_{variant.min_arch} or later; the device is {arch}"
+        )
+    if without_sm90 and variant.min_arch >= _SM90:
+        raise ValueError(
+            f"{variable}={wanted!r} needs sm_{variant.min_arch} features, which "
+            "DISABLE_SM90_FEATURES=1 excludes; unset one of the two"
+        )
+    return wanted

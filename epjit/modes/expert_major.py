@@ -18,7 +18,8 @@ from epjit.kernels.expert_major import BlankConfig, PlaceConfig, UnpermuteConfig
 from epjit.reference import expert_major as reference
 from epjit.reference.expert_major import Placement
 from epjit.runtime.device import arch_of
-from epjit.runtime.jit import Kernel, KernelConfig, Launch
+from epjit.runtime.kernel import C, Kernel
+from epjit.runtime.launch import Launch
 
 _INT32_MAX = (1 << 31) - 1
 _INDEX_DTYPES = (torch.int64, torch.int32)
@@ -191,7 +192,7 @@ def blank(rows: Tensor, count: Tensor) -> None:
 
 
 @functools.cache
-def _launch(config: KernelConfig, device: int) -> Launch:
+def _launch(config: C, device: int) -> Launch[C]:
     """Compiled and loaded at the first call of a shape; no peer waits for these kernels."""
     if torch.cuda.is_current_stream_capturing():
         raise RuntimeError(

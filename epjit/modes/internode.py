@@ -9,13 +9,12 @@ look at and write to the bytes that they asked for between operations. The kerne
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from epjit.config import MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS, MAX_RANKS
+from epjit.config import MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS
 from epjit.kernels.internode import (
     MAX_WORDS,
     InternodeCombineConfig,
@@ -24,18 +23,18 @@ from epjit.kernels.internode import (
     check_warps,
     combine_slots,
     config_of,
+    kernels_of,
     max_slots,
     ring_slots,
-    warmup_configs,
 )
 from epjit.kernels.shapes import ALIGNMENT, CombineShape, DispatchShape, align
-from epjit.modes.normal import SIGNALS_BYTES, NormalMode, Received, combine_shape, dispatch_shape
+from epjit.modes.normal import SIGNALS_BYTES, Normal, Received, combine_shape, dispatch_shape
 from epjit.reference.intranode import Dispatched
 from epjit.runtime.group import BUFFER, Group
-from epjit.runtime.interrupt import interruptible
-from epjit.runtime.jit import KernelConfig, Launch
+from epjit.runtime.kernel import KernelConfig
+from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
-from epjit.runtime.transport import make_transport
+from epjit.runtime.transport import Transport, make_transport
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -93,7 +92,7 @@ class _Rings:
         self.total = align(self.notify_stage + num_domains * self.notify_stride * 4)
 
 
-class Internode(NormalMode):
+class Internode(Normal):
     """Everything one rank needs for the operations between NVLink domains.
 
     Collective: all ranks construct it together.
@@ -113,6 +112,8 @@ class Internode(NormalMode):
         rdma_memory: Memory that the transport reaches; its first `num_rdma_bytes` are the user's.
     """
 
+    _transport: Transport
+
     def __init__(
         self,
         group: Group,
@@ -127,6 +128,14 @@ class Internode(NormalMode):
         num_qps_per_rank: int,
     ) -> None:
         num_domains, num_local = topology.num_domains, topology.num_local
+        transport = make_transport(
+            group,
+            topology,
+            device=device.index,
+            num_qps_per_rank=num_qps_per_rank,
+            use_fabric=use_fabric,
+        )
+        resources.callback(transport.close)
         super().__init__(
             group,
             resources,
@@ -134,22 +143,13 @@ class Internode(NormalMode):
             timeout_seconds=timeout_seconds,
             num_counters=2 + 2 * group.size + 5 * num_domains,
             num_counts=2 + MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS,
+            transport=transport,
         )
         self._topology = topology
         self._arena = _Arena(num_domains, num_local, num_nvl_bytes)
         self._rings = _Rings(num_domains, num_local, num_rdma_bytes)
-        self._transport = make_transport(
-            group,
-            topology,
-            device=device.index,
-            num_qps_per_rank=num_qps_per_rank,
-            use_fabric=use_fabric,
-        )
-        resources.callback(self._transport.close)
-        notify_kernel = self._kernel(
-            InternodeNotifyConfig(num_domains, num_local), self._transport.name
-        )
-        self.rdma_memory = self._transport.allocate(self._rings.total)
+        notify_kernel = self._kernel(InternodeNotifyConfig(num_domains, num_local))
+        self.rdma_memory = transport.allocate(self._rings.total)
         resources.callback(self.rdma_memory.close)
         self.memory = SymmetricMemory(
             self._arena.total,
@@ -158,36 +158,28 @@ class Internode(NormalMode):
             fabric=use_fabric,
         )
         resources.callback(self.memory.close)
+        self._signals_at = self._arena.signals
         ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
         # What a notify leaves for its dispatch: how many tokens of each channel fit.
         self._fits = torch.zeros((num_domains, num_local), **ints)
         self._ranks = torch.tensor(topology.domains, **ints)
-        self._pes = torch.tensor(self._transport.pes, **ints)
+        self._pes = torch.tensor(transport.pes, **ints)
         self._notify = Launch(
             notify_kernel,
             **self._common(),
-            inbox=self._inboxes(self._rings.notify_inbox),
+            inbox=self._everywhere(self._rings.notify_inbox, self.rdma_memory),
             stage=self.rdma_memory.ptr + self._rings.notify_stage,
             arrived=self.rdma_memory.ptr + self._rings.notify_arrived,
             notify_stride=self._rings.notify_stride,
             fits=self._fits.data_ptr(),
         )
-        torch.cuda.synchronize(device)
-        group.barrier()
-        resources.callback(self._leave)
-
-    def _inboxes(self, offset: int) -> list[int]:
-        """The address of the same part of the transport's memory on every rank of the domain."""
-        ranks = self._topology.domains[self._topology.domain]
-        pointers = [self.rdma_memory.peer_ptrs[rank] + offset for rank in ranks]
-        return pointers + [0] * (MAX_RANKS - len(pointers))
+        self._meet(resources)
 
     def _common(self) -> dict[str, object]:
         own = self.rdma_memory.ptr
         return {
             **super()._common(),
-            "signals": self._everywhere(self._arena.signals),
-            "entered": self._inboxes(self._rings.entered),
+            "entered": self._everywhere(self._rings.entered, self.rdma_memory),
             "ready": own + self._rings.ready,
             "ranks": self._ranks.data_ptr(),
             "pes": self._pes.data_ptr(),
@@ -201,7 +193,7 @@ class Internode(NormalMode):
     def _config(self, shape: DispatchShape | CombineShape) -> KernelConfig:
         return config_of(shape, self._topology.num_domains, self._topology.num_local, self._arch)
 
-    def _bind(self, shape: DispatchShape | CombineShape, config: Any) -> Launch:
+    def _bind(self, config: Any) -> Launch[Any]:
         bound = self._common()
         bound.update(
             words=self._everywhere(self._arena.words),
@@ -217,16 +209,15 @@ class Internode(NormalMode):
             bound["inbox"] = self.rdma_memory.ptr + self._rings.inbox
             bound["num_slots"] = combine_slots(config, self._arena.slots_bytes)
         else:
-            bound["inbox"] = self._inboxes(self._rings.inbox)
+            bound["inbox"] = self._everywhere(self._rings.inbox, self.rdma_memory)
             bound["fits"] = self._fits.data_ptr()
-        return Launch(self._kernel(config, self._transport.name), **bound)
+        return Launch(self._kernel(config), **bound)
 
-    def _ahead(self, arch: str) -> Iterator[tuple[KernelConfig, str]]:
+    def _configs_on(self, arch: str) -> list[KernelConfig]:
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
-        for config in warmup_configs(
+        return kernels_of(
             self._launches, num_domains=num_domains, num_local=num_local, arch=arch
-        ):
-            yield config, self._transport.name
+        )
 
     # ---- operations ------------------------------------------------------------------------------
 
@@ -340,22 +331,22 @@ class Internode(NormalMode):
         )
         return received.recv_x, received.recv_scales
 
-    def _dispatch_launch(self, shape: DispatchShape, num_sms: int) -> Launch:
+    def _dispatch_launch(
+        self, shape: DispatchShape, num_sms: int
+    ) -> Launch[InternodeDispatchConfig]:
         """The launch of a shape, before anything is queued.
 
         Raises:
             ValueError: The SMs are too few.
         """
         launch = self.launch(shape)
-        config = launch.kernel.config
-        assert isinstance(config, InternodeDispatchConfig)
-        check_warps(config, num_sms)
+        check_warps(launch.kernel.config, num_sms)
         return launch
 
     def _dispatch_rows(
         self,
         scope: GpuScope,
-        launch: Launch,
+        launch: Launch[InternodeDispatchConfig],
         x: torch.Tensor,
         scales: torch.Tensor | None,
         topk_idx: torch.Tensor | None,
@@ -368,8 +359,6 @@ class Internode(NormalMode):
     ) -> Received:
         """Allocates the received rows and queues the dispatch kernel."""
         recv_src_meta, passing = handle[7], handle[9]
-        config = launch.kernel.config
-        assert isinstance(config, InternodeDispatchConfig)
         forms = self._forms(recv_src_meta.shape[0], x, scales, topk_idx)
         with scope.allocating():
             received = Received(*self._empty(forms))
@@ -382,7 +371,7 @@ class Internode(NormalMode):
             "recv_src_meta": recv_src_meta.data_ptr() if fills_handle else 0,
             "passing": passing.data_ptr() if fills_handle else 0,
             "num_passing": passing.shape[0],
-            "num_send_warps": config.send_warps,
+            "num_send_warps": launch.kernel.config.send_warps,
             "experts_per_rank": experts_per_rank,
         }
         launch.start(scope.stream, num_sms, values)
@@ -411,8 +400,7 @@ class Internode(NormalMode):
         """Sums rows inside each domain, sends the sums to the ranks of their tokens."""
         num_tokens = handle[8].shape[0]
         launch = self.launch(combine_shape(x, topk_weights))
-        config = launch.kernel.config
-        assert isinstance(config, InternodeCombineConfig)
+        config: InternodeCombineConfig = launch.kernel.config
         check_warps(config, num_sms)
         combined, values = self._combined(scope, x, num_tokens, topk_weights, bias)
         scope.start()
@@ -433,15 +421,6 @@ class Internode(NormalMode):
 
     def _control(self) -> list[torch.Tensor]:
         return [
-            self.memory.tensor(torch.uint8)[self._arena.signals :],
+            *super()._control(),
             self.rdma_memory.tensor(torch.uint8)[self._rings.control :],
         ]
-
-    def _drain(self) -> None:
-        interruptible(self._transport.quiet)  # all ranks are here
-        self._group.barrier(op="reset")
-
-    def _leave(self) -> None:
-        super()._leave()
-        if not self._is_lost:
-            self._transport.quiet()  # the memory may be another Buffer's next

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -25,13 +25,13 @@ from epjit.kernels.intranode import (
     NotifyConfig,
     check_warps,
     config_of,
+    kernels_of,
     num_slots,
-    warmup_configs,
 )
 from epjit.kernels.shapes import CombineShape, DispatchShape, align
 from epjit.modes.normal import (
     SIGNALS_BYTES,
-    NormalMode,
+    Normal,
     Received,
     combine_shape,
     dispatch_shape,
@@ -39,7 +39,8 @@ from epjit.modes.normal import (
 )
 from epjit.reference.intranode import Dispatched, Handle
 from epjit.runtime.empty import Form, matrix, vector
-from epjit.runtime.jit import KernelConfig, Launch
+from epjit.runtime.kernel import KernelConfig
+from epjit.runtime.launch import Launch
 from epjit.runtime.pool import BlockPool, NoRoomError
 from epjit.runtime.stream import record_event
 from epjit.runtime.symmetric import SymmetricMemory, tensor_over
@@ -83,7 +84,7 @@ class _Outputs(NamedTuple):
     has_room: bool
 
 
-class Intranode(NormalMode):
+class Intranode(Normal):
     """Everything one rank needs for the operations of one NVLink domain.
 
     Collective: all ranks construct it together.
@@ -115,7 +116,7 @@ class Intranode(NormalMode):
             num_counters=32,
             num_counts=1 + MAX_LOCAL_EXPERTS,
         )
-        direct = env.variant("dispatch") == "direct" and group.size > 1
+        direct = env.dispatch_variant() == "direct" and group.size > 1
         num_output_bytes = align(env.direct_bytes()) if direct else 0
         self._arena = _Arena(group.size, num_nvl_bytes, num_output_bytes)
         notify_kernel = self._kernel(NotifyConfig(group.size))
@@ -123,6 +124,7 @@ class Intranode(NormalMode):
             self._arena.total, group=group, device=device.index, fabric=use_fabric
         )
         resources.callback(self._close_memory)
+        self._signals_at = self._arena.signals
         self._pool: BlockPool | None = None
         if num_output_bytes:
             self._pool = _output_pool(num_output_bytes, device.index)
@@ -135,12 +137,7 @@ class Intranode(NormalMode):
             notify=self._everywhere(self._arena.notify),
             notify_stride=self._arena.notify_stride,
         )
-        torch.cuda.synchronize(device)
-        group.barrier()
-        resources.callback(self._leave)
-
-    def _common(self) -> dict[str, object]:
-        return {**super()._common(), "signals": self._everywhere(self._arena.signals)}
+        self._meet(resources)
 
     # ---- launches --------------------------------------------------------------------------------
 
@@ -148,7 +145,7 @@ class Intranode(NormalMode):
         gpu = torch.cuda.get_device_name(self._device)
         return config_of(shape, self._group.size, self._arch, gpu=gpu)
 
-    def _bind(self, shape: DispatchShape | CombineShape, config: Any) -> Launch:
+    def _bind(self, config: Any) -> Launch[Any]:
         own: dict[str, list[int]] = {}
         if isinstance(config, DispatchConfig):
             # Places count from the start of the memory, so that 0 is none.
@@ -165,9 +162,8 @@ class Intranode(NormalMode):
             num_slots=num_slots(config, self._arena.slots_bytes),
         )
 
-    def _ahead(self, arch: str) -> Iterator[tuple[KernelConfig, str]]:
-        for config in warmup_configs(self._launches, num_ranks=self._group.size, arch=arch):
-            yield config, "nvshmem"  # none of them needs a transport
+    def _configs_on(self, arch: str) -> list[KernelConfig]:
+        return kernels_of(self._launches, num_ranks=self._group.size, arch=arch)
 
     # ---- operations ------------------------------------------------------------------------------
 
@@ -272,7 +268,7 @@ class Intranode(NormalMode):
     def _allocate_outputs(
         self,
         scope: GpuScope,
-        launch: Launch,
+        launch: Launch[DispatchConfig],
         num_rows: int,
         x: torch.Tensor,
         scales: torch.Tensor | None,
@@ -288,10 +284,9 @@ class Intranode(NormalMode):
         """
         src_idx = vector(torch.int32, num_rows) if with_src_idx else None
         forms = (*self._forms(num_rows, x, scales, topk_idx), src_idx)
-        config = launch.kernel.config
-        assert isinstance(config, DispatchConfig)
         with scope.allocating():
-            blocks = self._empty_blocks(scope, forms) if config.direct else None
+            direct = launch.kernel.config.direct
+            blocks = self._empty_blocks(scope, forms) if direct else None
             tensors = self._empty(forms) if blocks is None else blocks
         return _Outputs(Received(*tensors[:4]), tensors[4], blocks is not None)
 
@@ -334,11 +329,10 @@ class Intranode(NormalMode):
         }
 
     def _dispatch_rows(
-        self, scope: GpuScope, launch: Launch, outputs: _Outputs, *, num_sms: int
+        self, scope: GpuScope, launch: Launch[DispatchConfig], outputs: _Outputs, *, num_sms: int
     ) -> None:
         """Queues the dispatch kernel; what it reads is prepared."""
         config = launch.kernel.config
-        assert isinstance(config, DispatchConfig)
         scope.start()
         values = {
             **self._outputs(outputs.received),
@@ -362,9 +356,8 @@ class Intranode(NormalMode):
         rank_prefix, _, _, recv_src_idx, _, send_head = handle
         num_tokens = send_head.shape[0]
         launch = self.launch(combine_shape(x, topk_weights))
-        combine_config = launch.kernel.config
-        assert isinstance(combine_config, CombineConfig)
-        check_warps(combine_config, num_sms)
+        config: CombineConfig = launch.kernel.config
+        check_warps(config, num_sms)
         combined, values = self._combined(scope, x, num_tokens, topk_weights, bias)
         scope.start()
         values |= {
@@ -374,9 +367,7 @@ class Intranode(NormalMode):
             # Several warps share a token's sum unless there are many tokens a warp: shorter units
             # end closer together (4 parts instead of 1: 128 tokens on 12 SMs 26.7 us, not 31.4,
             # 512 on 24 SMs 42.6, not 47.4; 4096 on 12 SMs 310, not 276).
-            "num_parts": max(
-                1, min(4, 6 * combine_config.num_warps * num_sms // max(num_tokens, 1))
-            ),
+            "num_parts": max(1, min(4, 6 * config.num_warps * num_sms // max(num_tokens, 1))),
         }
         launch.start(scope.stream, num_sms, values)
         return combined
@@ -384,7 +375,7 @@ class Intranode(NormalMode):
     # ---- the end ---------------------------------------------------------------------------------
 
     def _control(self) -> list[torch.Tensor]:
-        return [self.memory.tensor(torch.uint8)[self._arena.signals : self._arena.outputs]]
+        return [self.memory.tensor(torch.uint8)[self._signals_at : self._arena.outputs]]
 
     def _close_memory(self) -> None:
         if self._pool is None:

@@ -8,7 +8,8 @@ import torch
 
 from epjit.config import MAX_DOMAINS, MAX_EXPERTS
 from epjit.kernels.layout import LayoutConfig
-from epjit.runtime.jit import Kernel, Launch
+from epjit.runtime.kernel import Kernel
+from epjit.runtime.launch import Launch
 
 _MAX_BLOCKS = 1024
 

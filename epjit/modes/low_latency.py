@@ -10,18 +10,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
 
 from epjit import env
 from epjit.checks.low_latency import CombineCall, DispatchCall, check_source
 from epjit.checks.match import remember
-from epjit.config import (
-    MAX_LOW_LATENCY_EXPERTS,
-    MAX_LOW_LATENCY_TOKENS,
-    MAX_RANKS,
-)
+from epjit.config import MAX_LOW_LATENCY_EXPERTS, MAX_LOW_LATENCY_TOKENS, MAX_RANKS
 from epjit.formats import RowFormat
 from epjit.kernels.low_latency import (
     NUM_WORDS,
@@ -33,23 +29,23 @@ from epjit.kernels.low_latency import (
     LowLatencyDispatchShape,
     LowLatencyReducedCombineConfig,
     config_of,
-    warmup_configs,
+    kernels_of,
     warmup_shapes,
 )
 from epjit.kernels.shapes import align
+from epjit.modes.base import Mode
 from epjit.reference.low_latency import (
     DispatchedForms,
     LowLatencyDispatched,
     allocate_dispatched,
     dispatched_forms,
 )
-from epjit.runtime.device import arch_of, num_sms
-from epjit.runtime.empty import Form, empty_on, matrix
-from epjit.runtime.fault import FaultRecord, raise_abort
-from epjit.runtime.interrupt import interruptible, synchronize
-from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
+from epjit.runtime.device import num_sms
+from epjit.runtime.empty import Form, matrix
+from epjit.runtime.kernel import KernelConfig
+from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
-from epjit.runtime.transport import RemoteMemory, Transport, make_transport
+from epjit.runtime.transport import Transport, make_transport
 
 if TYPE_CHECKING:
     from epjit.runtime.group import Group
@@ -109,7 +105,7 @@ class _Plan(Generic[Forms]):
 
     def __init__(
         self,
-        launch: Launch,
+        launch: Launch[Any],
         grid: int,
         num_parts: int,
         call: DispatchCall | CombineCall,
@@ -130,7 +126,7 @@ class _Plan(Generic[Forms]):
         self.receives = {**sizes, "sends": False, "receives": True}
 
 
-class LowLatency:
+class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
     """Everything one rank needs for the low-latency operations of a group.
 
     Collective: all ranks construct it together.
@@ -151,6 +147,8 @@ class LowLatency:
         mask: int32 `[R]`, 1 = masked.
     """
 
+    _warmup: ClassVar[str] = "low_latency_warmup"
+
     def __init__(
         self,
         group: Group,
@@ -164,77 +162,55 @@ class LowLatency:
         enable_shrink: bool,
         num_qps_per_rank: int,
     ) -> None:
-        self._group, self._topology = group, topology
-        self._remote = topology.num_domains > 1
-        self._transport: Transport | None = None
-        if self._remote:
-            self._transport = make_transport(
+        transport: Transport | None = None
+        if topology.spans_domains:
+            transport = make_transport(
                 group,
                 topology,
                 device=device.index,
                 num_qps_per_rank=num_qps_per_rank,
                 use_fabric=use_fabric,
             )
-            resources.callback(self._transport.close)
-        self._body = "nvshmem" if self._transport is None else self._transport.name
+            resources.callback(transport.close)
+        super().__init__(
+            group, resources, device=device, timeout_seconds=timeout_seconds, transport=transport
+        )
+        self._topology, self._remote = topology, topology.spans_domains
         self._is_lost = False  # a peer, when this rank closes
         self._most_tokens = 0  # of a rank, that the transport is known to serve
-        self._device = device
-        self._timeout_seconds = timeout_seconds
         self._shrink = enable_shrink
-        self._arch = arch_of(device.index)
         sms = num_sms(device.index)
         self._num_sms = min(env.low_latency_num_sms() or sms, sms)
         self._num_staying = max(1, sms // _WAITING_KERNELS)
         self._arena = _Arena(group.size, num_rdma_bytes, remote=self._remote)
         clean_kernel = self._kernel(CleanConfig(group.size, self._remote))
-        self.memory: SymmetricMemory | RemoteMemory
-        if self._transport is not None:
-            self.memory = self._transport.allocate(self._arena.total)
+        if transport is not None:
+            self.memory = transport.allocate(self._arena.total)
         else:
             self.memory = SymmetricMemory(
                 self._arena.total, group=group, device=device.index, fabric=use_fabric
             )
         resources.callback(self.memory.close)
-        # Counters 0..2, epoch 32, abort 33, state of clean from 40; then parts of a word each rank.
-        ranks = max(group.size, MAX_RANKS)
-        self._words = torch.zeros(48 + 5 * ranks, dtype=torch.int32, device=device)
-        self._mask_at, self._decisions_at, self._peers_at = (48 + i * ranks for i in (2, 3, 4))
-        self.mask = self._words[self._mask_at :][: group.size]
-        self._peers = self._words[self._peers_at :][: group.size]
-        if self._transport is not None:
-            domain = topology.domains[topology.domain]
-            peers = [
-                domain.index(rank) if rank in domain else -1 - pe
-                for rank, pe in enumerate(self._transport.pes)
-            ]
-            self._peers.copy_(torch.tensor(peers, dtype=torch.int32, device="cpu"))
-        self._fault = FaultRecord()
-        resources.callback(self._fault.close)
-        self._launches: dict[LowLatencyDispatchShape | LowLatencyCombineShape, Launch] = {}
+        self._signals_at = self._arena.signals
+        self._counters = self._own_words(3)
+        self._decisions = self._own_words(group.size)
+        self.mask = self._own_words(group.size)
+        domain, pes = topology.domains[topology.domain], [] if transport is None else transport.pes
+        self._peers = torch.tensor(
+            [domain.index(rank) if rank in domain else -1 - pe for rank, pe in enumerate(pes)],
+            dtype=torch.int32,
+            device=device,
+        )
         self._dispatch_plans: dict[DispatchCall, _Plan[DispatchedForms]] = {}
         self._combine_plans: dict[CombineCall, _Plan[tuple[Form]]] = {}
-        self._empty = empty_on(device)
         self._clean = Launch(
             clean_kernel,
             **self._common(),
             **self._reach(),
             meetings=self._everywhere(self._arena.meetings),
-            state=self._words[40:].data_ptr(),
+            state=self._own_words(1 + 2 * group.size).data_ptr(),
         )
-        torch.cuda.synchronize(device)
-        group.barrier()
-        resources.callback(self._leave)
-
-    def _kernel(self, config: KernelConfig) -> Kernel:
-        """Compiled and loaded, and linked with the transport when it needs one."""
-        return Kernel(config, device=self._device.index, transport=self._body)
-
-    def _everywhere(self, offset: int) -> list[int]:
-        """The address of the same part on every rank of this domain."""
-        domain = self._topology.domains[self._topology.domain]
-        pointers = [self.memory.peer_ptrs[rank] + offset for rank in domain]
-        return pointers + [0] * (MAX_RANKS - len(pointers))
+        self._meet(resources)
 
     def _reach(self) -> dict[str, object]:
         """Parameters of the kernels that reach other domains."""
@@ -246,52 +222,20 @@ class LowLatency:
         }
 
     def _common(self) -> dict[str, object]:
-        """Parameters that all kernels have."""
-        return {
-            "signals": self._everywhere(self._arena.signals),
-            "epoch": self._words[32:].data_ptr(),
-            "abort": self._words[33:].data_ptr(),
-            "mask": self.mask.data_ptr() if self._shrink else 0,
-            "fault": self._fault.device_ptr,
-            "timeout_ns": int(self._timeout_seconds * 1e9),
-            "rank": self._group.rank,
-        }
+        return {**super()._common(), "mask": self.mask.data_ptr() if self._shrink else 0}
 
     # ---- launches --------------------------------------------------------------------------------
 
-    def launch(
-        self, shape: LowLatencyDispatchShape | LowLatencyCombineShape, max_tokens: int
-    ) -> Launch:
-        """The launch of a shape; collective when it is the first of its kind.
+    def _config(self, shape: LowLatencyDispatchShape | LowLatencyCombineShape) -> KernelConfig:
+        return config_of(shape, self._group.size, self._arch, remote=self._remote)
 
-        Raises:
-            RuntimeError: It would have to be compiled while a CUDA graph is captured; the ranks
-                chose different kernels, or have another `max_tokens` in this call.
-            CommunicationError: A rank does not come; names it.
-        """
-        found = self._launches.get(shape)
-        return found if found is not None else self._build(shape, max_tokens)
-
-    def _build(
-        self, shape: LowLatencyDispatchShape | LowLatencyCombineShape, max_tokens: int
-    ) -> Launch:
-        """Compiles and loads, then meets the group: nobody may wait for a peer that compiles.
-
-        With `enable_shrink` a rank may be gone for good, so ranks do not meet.
-        """
-        config = config_of(shape, self._group.size, self._arch, remote=self._remote)
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"low_latency_{config.op} needs a kernel for {config} that is not compiled yet, "
-                "and nothing can be compiled while a CUDA graph is captured; run the call once "
-                "before the capture, or call Buffer.low_latency_warmup()"
-            )
+    def _bind(self, config: Any) -> Launch[Any]:
         arena = self._arena
         bound = self._common()
         bound.update(
             slots=self._everywhere(0),
             words=self._everywhere(arena.words),
-            counters=self._words.data_ptr(),
+            counters=self._counters.data_ptr(),
             half_bytes=arena.half_bytes,
             words_stride=arena.words_stride,
             num_staying=self._num_staying,
@@ -303,21 +247,29 @@ class LowLatency:
                 counts=self._everywhere(arena.counts),
                 counts_stride=arena.counts_stride,
                 staged_counts=own and own + arena.staged_counts,
-                decisions=self._words[self._decisions_at :].data_ptr(),
+                decisions=self._decisions.data_ptr(),
             )
         elif isinstance(config, LowLatencyCombineConfig):
             bound.update(**self._reach(), send_buffer=own and own + arena.send_buffer)
-        launch = Launch(self._kernel(config), **bound)
-        if not self._shrink:
-            self._group.agree(
-                f"kernels for low_latency_{config.op}",
-                f"{config}, num_max_dispatch_tokens_per_rank={max_tokens}",
-                remedy="make the same call on all ranks, with the same environment (above all "
-                f"{env.low_latency_combine_variant.name})",
-                op=f"low_latency_{config.op}",
-            )
-        self._launches[shape] = launch
-        return launch
+        return Launch(self._kernel(config), **bound)
+
+    def _agree(self, config: KernelConfig, **sizes: int) -> None:
+        """With `enable_shrink` a rank may be gone for good, so ranks do not meet."""
+        if self._shrink:
+            return
+        op = f"low_latency_{config.op}"
+        self._group.agree(
+            f"kernels for {op}",
+            ", ".join([str(config), *(f"{name}={size}" for name, size in sizes.items())]),
+            remedy="make the same call on all ranks, with the same environment (above all "
+            f"{env.low_latency_combine_variant.name})",
+            op=op,
+        )
+
+    def _configs_on(self, arch: str) -> Iterable[KernelConfig]:
+        return kernels_of(
+            self._launches, num_ranks=self._group.size, arch=arch, remote=self._remote
+        )
 
     def warmup(
         self,
@@ -341,12 +293,8 @@ class LowLatency:
             use_logfmt=use_logfmt,
         )
         for shape in shapes:
-            self.launch(shape, max_tokens)
-        for arch in archs:
-            for config in warmup_configs(
-                shapes, num_ranks=self._group.size, arch=arch, remote=self._remote
-            ):
-                compile_kernel(config, arch=arch, transport=self._body)
+            self.launch(shape, num_max_dispatch_tokens_per_rank=max_tokens)
+        self.compile_ahead(archs)
 
     # ---- operations ------------------------------------------------------------------------------
 
@@ -400,10 +348,9 @@ class LowLatency:
             LowLatencyDispatchShape(
                 call.num_experts, call.hidden, row_format.code, call.num_topk, call.topk_is_int64
             ),
-            call.max_tokens,
+            num_max_dispatch_tokens_per_rank=call.max_tokens,
         )
-        config = launch.kernel.config
-        assert isinstance(config, LowLatencyDispatchConfig)
+        config: LowLatencyDispatchConfig = launch.kernel.config
         num_slots = num_ranks * call.max_tokens
         grid = min(self._num_sms, max(call.num_tokens + 1, num_slots * 8 // config.num_warps))
         num_parts = max(1, min(8, grid * config.num_warps // num_slots))
@@ -425,10 +372,9 @@ class LowLatency:
             LowLatencyCombineShape(
                 call.num_experts, call.hidden, call.num_topk, call.topk_is_int64, call.use_logfmt
             ),
-            call.max_tokens,
+            num_max_dispatch_tokens_per_rank=call.max_tokens,
         )
-        config = launch.kernel.config
-        assert isinstance(config, LowLatencyCombineConfig | LowLatencyReducedCombineConfig)
+        config: LowLatencyCombineConfig | LowLatencyReducedCombineConfig = launch.kernel.config
         grid = min(self._num_sms, max(call.max_tokens * call.num_topk // 4, 16))
         if isinstance(config, LowLatencyReducedCombineConfig):
             num_parts = config.num_parts(call.max_tokens)
@@ -520,46 +466,19 @@ class LowLatency:
         """Meets the ranks on the device, and goes on from the latest epoch of all."""
         self._clean(stream, 1)
 
-    # ---- faults, the end -------------------------------------------------------------------------
-
-    def raise_fault(self) -> None:
-        """Raises what a wait on the device left behind.
-
-        Raises:
-            CommunicationError: Names operation, rank and peer.
-        """
-        self._fault.raise_if_set()
-
-    def reset(self) -> None:
-        """Forgets everything that was under way; collective."""
-        synchronize(self._device)
-        self._group.reset()
-        if self._transport is not None:
-            interruptible(self._transport.quiet)  # what is on its way must not come after the zeros
-            self._group.barrier(op="reset")
-        self.memory.tensor(torch.uint8)[self._arena.signals :].zero_()
-        self._words[: self._peers_at].zero_()
-        torch.cuda.synchronize(self._device)
-        self._fault.clear()
-        self._group.barrier(op="reset")
+    # ---- the end --------------------------------------------------------------------------------
 
     def give_up(self) -> None:
         """Ends the waits of what is queued, as a fault does; what was sent is not waited for."""
         self._is_lost = True
-        raise_abort(self._words[33:].data_ptr(), self._device.index)
+        super().give_up()
 
-    def _leave(self) -> None:
-        """Waits for what this rank has queued and sent; not collective.
+    def _wait_for_peers(self) -> bool:
+        """Waits for none.
 
         What peers write here in an operation, this rank waits for in the same one, so nothing is
-        on its way to it when its own streams are done. What it has sent to other domains may be:
-        the memory is not given away before that has left, unless a peer was lost.
+        on its way to it when its own streams are done.
         """
-        torch.cuda.synchronize(self._device)
         self._dispatch_plans.clear()
         self._combine_plans.clear()
-        self._launches.clear()
-        if self._transport is None or self._is_lost or self._fault.is_set:
-            return
-        if not (self._shrink and bool(self.mask.any())):
-            self._transport.quiet()
+        return not (self._is_lost or self._fault.is_set or (self._shrink and bool(self.mask.any())))

@@ -1,44 +1,38 @@
-"""What dispatch and combine of one NVLink domain and of several share on the host.
+"""The base of the normal modes: dispatch and combine in one NVLink domain, and between several.
 
-Launches by shape, outputs, counts that the host waits for, faults, and the end.
+Outputs, counts that the host waits for, dispatches that end half-way, and the end.
 """
 
 from __future__ import annotations
 
 import time
-from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, ClassVar, NamedTuple
 
 import torch
 
-from epjit import env
-from epjit.config import MAX_RANKS
 from epjit.errors import CommunicationError
 from epjit.kernels.shapes import CombineShape, DispatchShape
+from epjit.kernels.variants import CHOICES
+from epjit.modes.base import Mode
 from epjit.reference.intranode import no_room
-from epjit.runtime.device import arch_of
-from epjit.runtime.empty import Form, empty_on, matrix
-from epjit.runtime.fault import FaultRecord, raise_abort
+from epjit.runtime.empty import Form, matrix
 from epjit.runtime.host import PinnedArray, nap
-from epjit.runtime.interrupt import synchronize
-from epjit.runtime.jit import Kernel, KernelConfig, Launch, compile_kernel
+from epjit.runtime.kernel import KernelConfig
 
 if TYPE_CHECKING:
     from epjit.runtime.group import Group
     from epjit.runtime.symmetric import SymmetricMemory
+    from epjit.runtime.transport import Transport
     from epjit.scope import GpuScope
 
 SIGNALS_BYTES = 512
 GIVE_UP_SECONDS = 1.0  # that a rank which ends by an exception waits for its peers
-_EPOCH, _ABORT, _COUNTERS = 0, 1, 32  # places in the local words
 # The counts come within 50 us, or when the dispatch before is done: 540 us with 4096 tokens. A
 # longer poll without naps starves other threads: giving the GIL away and taking it back at once
 # leaves them it only every 5 ms.
 _SPIN_SECONDS = 1e-3
-
-C = TypeVar("C", bound=KernelConfig)
 
 
 class Received(NamedTuple):
@@ -50,22 +44,24 @@ class Received(NamedTuple):
     recv_topk_weights: torch.Tensor | None
 
 
-class NormalMode(ABC):
-    """Base of the modes. Collective to make.
+class Normal(Mode[DispatchShape | CombineShape]):
+    """Base of the normal modes. Collective to make.
 
     Args:
-        group: The ranks.
-        resources: Gets what this makes; its owner closes it, also when this cannot be made.
-        device: The GPU of this rank.
-        timeout_seconds: Of one wait for a peer.
+        group: As for `Mode`, as are the three that follow.
+        resources: See there.
+        device: See there.
+        timeout_seconds: See there.
         num_counters: Words that kernels count in.
         num_counts: Words that notify leaves for the host.
+        transport: As for `Mode`.
 
     Attributes:
         memory: Memory that the ranks of an NVLink domain share; what users may see comes first.
     """
 
     memory: SymmetricMemory
+    _warmup: ClassVar[str] = "warmup"
 
     def __init__(
         self,
@@ -76,91 +72,25 @@ class NormalMode(ABC):
         timeout_seconds: float,
         num_counters: int,
         num_counts: int,
+        transport: Transport | None = None,
     ) -> None:
-        self._group = group
-        self._device = device
-        self._timeout_seconds = self._patience = timeout_seconds
-        self._arch = arch_of(device.index)
-        self._local = torch.zeros(_COUNTERS + num_counters, dtype=torch.int32, device=device)
-        self._empty = empty_on(device)
-        self._fault = FaultRecord()
-        resources.callback(self._fault.close)
+        super().__init__(
+            group, resources, device=device, timeout_seconds=timeout_seconds, transport=transport
+        )
+        self._patience = timeout_seconds
+        self._counters = self._own_words(num_counters)
         # The first half is read by a host that waits for counts; the second takes those that nobody
         # waits for.
         self._num_counts = num_counts
         self._host_counts = PinnedArray(2 * num_counts, device=device.index)
         resources.callback(self._host_counts.close)
-        self._launches: dict[DispatchShape | CombineShape, Launch] = {}
         self._half_way = ""  # why a dispatch ended between its two kernels
-        self._is_lost = False  # a peer, when this rank closes
-
-    def _everywhere(self, offset: int) -> list[int]:
-        """The address of the same part on every rank that shares `memory`."""
-        pointers = [pointer + offset for pointer in self.memory.peer_ptrs]
-        return pointers + [0] * (MAX_RANKS - len(pointers))
 
     def _common(self) -> dict[str, object]:
-        """Parameters that all kernels which meet a peer have."""
-        return {
-            "counters": self._local[_COUNTERS:].data_ptr(),
-            "epoch": self._local[_EPOCH:].data_ptr(),
-            "abort": self._local[_ABORT:].data_ptr(),
-            "fault": self._fault.device_ptr,
-            "timeout_ns": int(self._timeout_seconds * 1e9),
-            "rank": self._group.rank,
-        }
+        return {**super()._common(), "counters": self._counters.data_ptr()}
 
-    # ---- launches --------------------------------------------------------------------------------
-
-    @abstractmethod
-    def _config(self, shape: DispatchShape | CombineShape) -> KernelConfig:
-        """The kernel of a shape on this GPU."""
-
-    @abstractmethod
-    def _bind(self, shape: DispatchShape | CombineShape, config: Any) -> Launch:
-        """Compiles and loads; binds what stays the same from call to call.
-
-        Raises:
-            ValueError: The buffer is too small.
-        """
-
-    @abstractmethod
-    def _ahead(self, arch: str) -> Iterable[tuple[KernelConfig, str]]:
-        """All kernels of this buffer for an architecture, each with its transport."""
-
-    def launch(self, shape: DispatchShape | CombineShape) -> Launch:
-        """The launch of a shape; collective when it is the first of its kind.
-
-        Raises:
-            RuntimeError: It would have to be compiled while a CUDA graph is captured.
-            ValueError: The buffer cannot hold two tokens.
-            CommunicationError: A rank does not come; names it.
-        """
-        found = self._launches.get(shape)
-        return found if found is not None else self._build(shape)
-
-    def _build(self, shape: DispatchShape | CombineShape) -> Launch:
-        """Compiles and loads, then meets the group: nobody may wait for a peer that compiles."""
-        config = self._config(shape)
-        if torch.cuda.is_current_stream_capturing():
-            raise RuntimeError(
-                f"{config.op} needs a kernel for {config} that is not compiled yet, and nothing "
-                "can be compiled while a CUDA graph is captured; run the call once before the "
-                "capture, or call Buffer.warmup()"
-            )
-        launch = self._bind(shape, config)
+    def _agree(self, config: KernelConfig, **sizes: int) -> None:
         agree_on_kernel(self._group, config)
-        self._launches[shape] = launch
-        return launch
-
-    def compile_ahead(self, archs: Iterable[str]) -> None:
-        """Compiles the kernels of this buffer into the cache, for other architectures."""
-        for arch in archs:
-            for config, transport in self._ahead(arch):
-                compile_kernel(config, arch=arch, transport=transport)
-
-    def _kernel(self, config: C, transport: str = "nvshmem") -> Kernel:
-        return Kernel(config, device=self._device.index, transport=transport)
 
     # ---- outputs ---------------------------------------------------------------------------------
 
@@ -299,42 +229,25 @@ class NormalMode(ABC):
             self._half_way = repr(error)
             raise
 
-    @abstractmethod
-    def _control(self) -> list[torch.Tensor]:
-        """What of the symmetric memory is not the user's: bytes; the first starts with signals."""
-
     def reset(self) -> None:
-        """Forgets everything that was under way; collective."""
-        synchronize(self._device)
-        self._group.reset()
-        self._drain()
-        for control in self._control():
-            control.zero_()
-        self._local.zero_()
-        torch.cuda.synchronize(self._device)
-        self._fault.clear()
+        """Forgets everything that was under way; collective. See `Mode.reset`."""
+        super().reset()
         self._half_way = ""
-        self._group.barrier(op="reset")
-
-    def _drain(self) -> None:
-        """Nothing of what this rank has sent is on its way afterwards; collective."""
-        return
 
     def give_up(self) -> None:
         """Ends the waits of what is queued, as a fault does, and those of the end soon."""
         self._patience = min(self._patience, GIVE_UP_SECONDS)
-        raise_abort(self._local[_ABORT:].data_ptr(), self._device.index)
+        super().give_up()
 
-    def _leave(self) -> None:
-        """Waits until the peers have finished the last operation; not collective.
+    def _wait_for_peers(self) -> bool:
+        """Waits until the peers have finished the last operation.
 
         A peer may still read this rank's slots when this rank is done. Its `finish` signal says
         when it is not; a peer that never sends it is not waited for longer than the timeout.
         """
-        torch.cuda.synchronize(self._device)
         signals = self._control()[0][: 8 * len(self.memory.peer_ptrs)].view(torch.int64)
         own = self.memory.peer_ptrs.index(self.memory.ptr)
-        epoch = int(self._local[_EPOCH]) & 0xFFFFFFFF
+        epoch = int(self._epoch) & 0xFFFFFFFF
         deadline = time.monotonic() + self._patience
         while not self._fault.is_set and time.monotonic() < deadline:
             finished = [value >> 32 & 0xFFFFFFFF for value in signals.tolist()]
@@ -342,11 +255,9 @@ class NormalMode(ABC):
             # has no rows for it.
             ahead = [(value - epoch) & 0xFFFFFFFF for value in finished]
             if all(steps <= 1 for rank, steps in enumerate(ahead) if rank != own):
-                break
+                return True
             time.sleep(0.001)
-        else:
-            self._is_lost = True
-        self._launches.clear()
+        return False
 
 
 def agree_on_kernel(group: Group, config: KernelConfig) -> None:
@@ -359,7 +270,7 @@ def agree_on_kernel(group: Group, config: KernelConfig) -> None:
     group.agree(
         f"kernels for {config.op}",
         config,
-        remedy=f"set {env.variant_name(config.op)} to the same value everywhere, or give all "
+        remedy=f"set {CHOICES[config.op].variable.name} to the same value everywhere, or give all "
         "ranks the same EPJIT_CACHE_DIR (tuned.json is in it)",
         op=config.op,
     )

@@ -114,7 +114,7 @@ def _body(arch: str) -> bytes:
             sources.read(SOURCE),
             f"{SOURCE} of NVSHMEM {version}",
             arch=arch,
-            headers=sources.closure(SOURCE) | _changed_headers(),
+            headers={**sources.closure(SOURCE), **_changed_headers()},
             more_options=_more_options(),
         )
         return Entry(SOURCE, f"LTO-IR for '{arch}'\n{log}", code)

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import re
+from collections.abc import Callable, Hashable, Mapping
 from importlib import resources
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 from epjit.errors import CompileError
 
@@ -20,6 +22,8 @@ if TYPE_CHECKING:
 ROOT: Traversable | None = None
 """Folder that holds the sources; None is `epjit/cuda_src` of this package."""
 
+F = TypeVar("F", bound=Callable[..., Any])
+
 _INCLUDE = re.compile(r'^[ \t]*#[ \t]*include[ \t]*"([^"]+)"', re.MULTILINE)
 
 
@@ -28,6 +32,18 @@ def root() -> Traversable:
     return resources.files("epjit") / "cuda_src" if ROOT is None else ROOT
 
 
+def remembered(function: F) -> F:
+    """Calls a function of sources once a process; of another `ROOT` (tests) always anew."""
+    remembers = functools.cache(function)
+
+    @functools.wraps(function)
+    def call(*args: Hashable) -> object:
+        return (remembers if ROOT is None else function)(*args)
+
+    return cast("F", call)
+
+
+@remembered
 def read(path: str) -> str:
     """Text of one source.
 
@@ -43,7 +59,8 @@ def read(path: str) -> str:
     return file.read_bytes().decode("utf-8")
 
 
-def closure(*paths: str) -> dict[str, str]:
+@remembered
+def closure(*paths: str) -> Mapping[str, str]:
     """Sources and everything that they include, directly or not.
 
     Args:
@@ -66,6 +83,7 @@ def closure(*paths: str) -> dict[str, str]:
     return texts
 
 
+@remembered
 def digest(*paths: str) -> str:
     """SHA-256 (hexadecimal) over the names and bytes of sources and all they include."""
     whole = hashlib.sha256()

@@ -35,6 +35,11 @@ class Topology:
         return len(self.domains)
 
     @property
+    def spans_domains(self) -> bool:
+        """Whether there are several domains, so that the ranks of others are reached by RDMA."""
+        return len(self.domains) > 1
+
+    @property
     def num_local(self) -> int:
         """Ranks of each domain."""
         return len(self.domains[0])

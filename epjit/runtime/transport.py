@@ -11,10 +11,10 @@ import contextlib
 import ctypes
 import threading
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from epjit import env
-from epjit.runtime import driver, nvshmem
+from epjit.runtime import driver, nvshmem, params
 from epjit.runtime.group import Group, process_id
 from epjit.runtime.symmetric import SymmetricMemory, fill_zero, own_stream, tensor_over
 from epjit.runtime.topology import Topology
@@ -245,29 +245,6 @@ class _NvshmemMemory(RemoteMemory):
 
 # ---- loopback -----------------------------------------------------------------------------------
 
-_MAX_REGIONS = 16
-_MAX_PES = 256
-
-
-class _Region(ctypes.Structure):
-    """`loopback::Region` of transport/loopback.cuh."""
-
-    _fields_ = (
-        ("base", ctypes.c_uint64),
-        ("bytes", ctypes.c_uint64),
-        ("bases", ctypes.c_uint64 * _MAX_PES),
-    )
-
-
-class _Record(ctypes.Structure):
-    """`loopback::Record`."""
-
-    _fields_ = (
-        ("seed", ctypes.c_uint64),
-        ("draws", ctypes.c_uint64),
-        ("regions", _Region * _MAX_REGIONS),
-    )
-
 
 class LoopbackTransport(Transport):
     """Loads and stores between ranks that share a host or a process, with delays for tests.
@@ -280,18 +257,21 @@ class LoopbackTransport(Transport):
     def __init__(
         self, group: Group, topology: Topology, *, device: int, use_fabric: bool = False
     ) -> None:
-        if group.size > _MAX_PES:
-            raise ValueError(f"loopback serves up to {_MAX_PES} ranks, this group has {group.size}")
+        self._record: Any = params.params_type("transport/loopback.cuh", "Record")()
+        max_ranks = len(self._record.regions[0].bases)
+        if group.size > max_ranks:
+            raise ValueError(
+                f"loopback serves up to {max_ranks} ranks, this group has {group.size}"
+            )
         self._group, self._topology, self._device = group, topology, device
         self._use_fabric = use_fabric
         self._lock = threading.Lock()
-        self._record = _Record()
         seed = env.loopback_seed()
         self._record.seed = seed and (seed << 8 | group.rank)  # ranks draw different delays
         with driver.using(device):
-            self.context = int(driver.call("cuMemAlloc", ctypes.sizeof(_Record)))
+            self.context = int(driver.call("cuMemAlloc", ctypes.sizeof(self._record)))
         try:
-            self._write(0, ctypes.sizeof(_Record))
+            self._write(self._record)
         except BaseException:
             with contextlib.suppress(RuntimeError):
                 self.close()
@@ -310,19 +290,21 @@ class LoopbackTransport(Transport):
         with self._lock:
             places = [i for i, region in enumerate(self._record.regions) if not region.bytes]
             if not places:
-                raise RuntimeError(f"loopback serves up to {_MAX_REGIONS} allocations at a time")
+                most = len(self._record.regions)
+                raise RuntimeError(f"loopback serves up to {most} allocations at a time")
             region = self._record.regions[places[0]]
             region.base, region.bytes = memory.ptr, memory.nbytes
             region.bases[: self._group.size] = memory.peer_ptrs
-            self._write_region(places[0])
+            self._write(region)
             return places[0]
 
     def remove(self, place: int) -> None:
         """Undoes `add`: the addresses may be another allocation's later."""
         with self._lock:
-            self._record.regions[place].bytes = 0
+            region = self._record.regions[place]
+            region.bytes = 0
             if self.context:
-                self._write_region(place)
+                self._write(region)
 
     def close(self) -> None:
         """See `Transport.close`."""
@@ -332,13 +314,12 @@ class LoopbackTransport(Transport):
             with driver.using(self._device):
                 driver.call("cuMemFree", context)
 
-    def _write_region(self, place: int) -> None:
-        self._write(_Record.regions.offset + place * ctypes.sizeof(_Region), ctypes.sizeof(_Region))
-
-    def _write(self, offset: int, nbytes: int) -> None:
-        source = ctypes.addressof(self._record) + offset
+    def _write(self, part: ctypes.Structure) -> None:
+        """Copies the record, or a part of it, to the GPU."""
+        source = ctypes.addressof(part)
+        to = self.context + source - ctypes.addressof(self._record)
         with driver.using(self._device), own_stream() as stream:
-            driver.call("cuMemcpyHtoDAsync", self.context + offset, source, nbytes, stream)
+            driver.call("cuMemcpyHtoDAsync", to, source, ctypes.sizeof(part), stream)
 
 
 class _LoopbackMemory(RemoteMemory):

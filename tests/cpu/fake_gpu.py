@@ -17,7 +17,7 @@ from unittest import mock
 import pytest
 import torch
 
-from epjit.runtime import driver, jit
+from epjit.runtime import driver, kernel, launch, symmetric
 from epjit.runtime import stream as streams
 from epjit.runtime.symmetric import SymmetricMemory
 
@@ -115,19 +115,42 @@ class FakeGpu:
         if name == "cuDeviceGetCount":
             return 1
         if name == "cuDeviceGetAttribute":
-            return 9 if "CAPABILITY_MAJOR" in str(args[0]) else 1 << 18
+            capability = {"MAJOR": 9, "MINOR": 0}
+            return capability.get(str(args[0]).rpartition("CAPABILITY_")[2][:5], 1 << 18)
         return 0
 
-    def compile(self, config: Any, **_: Any) -> jit.Compiled:
+    def compile(self, config: Any, **_: Any) -> kernel.Compiled:
         """An entry, as the compiler gives it."""
         self.step(f"compile {config.op}")
-        return jit.Compiled(b"", "kernel", "", 32, 0, False)
+        return kernel.Compiled(b"", "kernel", "", 32, 0, False)
 
     def module(self) -> Any:
         """A module of CuPy."""
         module = _Module(self)
         self.modules.add(module)
         return module
+
+
+class Twin:
+    """The communicator of a rank whose peers say the same, each in a process of its own.
+
+    Each gather is a step that may fail.
+    """
+
+    def __init__(self, gpu: FakeGpu, size: int = 2) -> None:
+        self._gpu, self._size = gpu, size
+
+    def Get_rank(self) -> int:
+        return 0
+
+    def Get_size(self) -> int:
+        return self._size
+
+    def allgather(self, obj: Any) -> list[Any]:
+        self._gpu.step("allgather")
+        is_memory = isinstance(obj, symmetric._Region) and not obj.error
+        peers = range(1, self._size)
+        return [obj, *(obj._replace(process=f"of {n}") if is_memory else obj for n in peers)]
 
 
 @contextmanager
@@ -151,10 +174,10 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     monkeypatch.setattr(driver, "call", gpu.call)
     monkeypatch.setattr(driver, "using", lambda device: nullcontext())
     monkeypatch.setattr(driver, "primary_context", lambda device: 1)
-    monkeypatch.setattr(jit, "compile_kernel", gpu.compile)
-    monkeypatch.setattr(jit, "can_start_early", lambda *_, **__: False)
-    monkeypatch.setattr(jit, "_launch_shape", mock.MagicMock())
-    monkeypatch.setattr(jit, "require", lambda *_, **__: SimpleNamespace(Module=gpu.module))
+    monkeypatch.setattr(kernel, "compile_kernel", gpu.compile)
+    monkeypatch.setattr(kernel, "can_start_early", lambda *_, **__: False)
+    monkeypatch.setattr(launch, "_launch_shape", mock.MagicMock())
+    monkeypatch.setattr(kernel, "require", lambda *_, **__: SimpleNamespace(Module=gpu.module))
     monkeypatch.setattr(
         streams, "high_priority_stream", lambda device: SimpleNamespace(cuda_stream=7)
     )
@@ -178,7 +201,6 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
         lambda device: SimpleNamespace(multi_processor_count=132),
     )
     monkeypatch.setattr("epjit.buffer.empty_on", mock.MagicMock())
-    monkeypatch.setattr("epjit.modes.normal.empty_on", mock.MagicMock())
-    monkeypatch.setattr("epjit.modes.low_latency.empty_on", mock.MagicMock())
+    monkeypatch.setattr("epjit.modes.base.empty_on", mock.MagicMock())
     monkeypatch.setenv("EPJIT_BACKEND", "cuda")
     yield gpu

@@ -9,8 +9,9 @@ import torch
 
 from epjit.bench.ceiling import CopyConfig
 from epjit.bench.peers import ChaseConfig
+from epjit.runtime.params import params_type
 from tests.emulation import build
-from tests.emulation.build import Launch, emulate, guarded, params_type
+from tests.emulation.build import Launch, emulate, guarded
 
 pytestmark = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="needs g++")
 

@@ -21,8 +21,10 @@ from typer.testing import CliRunner
 from epjit import tuned
 from epjit.bench import low_latency
 from epjit.bench.normal import Settings
-from epjit.cli import app, doctor
+from epjit.cli import app, doctor, show
 from epjit.cli.cache import readable
+from epjit.cli.doctor import gpus, probe, rdma, software
+from epjit.cli.doctor.check import Check, Status
 from epjit.runtime.cache import CubinCache, Entry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -73,7 +75,7 @@ def test_doctor_says_what_is_there() -> None:
     assert found["torch"]["status"] == "ok"
     assert "torch/__init__.py" in found["torch"]["value"]
     assert re.search(r"libnvrtc\.so", found["NVRTC"]["value"])
-    if any(map(doctor._version, doctor._NVSHMEM_PACKAGES)):  # of the extras -rdma
+    if any(map(probe.version, rdma.NVSHMEM_PACKAGES)):  # of the extras -rdma
         assert re.match(r"3\.\d+\.\d+ \(/.*libnvshmem_host", found["NVSHMEM"]["value"])
         assert re.search(r"libnvJitLink\.so", found["kernels with NVSHMEM"]["value"])
 
@@ -81,14 +83,14 @@ def test_doctor_says_what_is_there() -> None:
 def test_doctor_without_nvshmem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """Missing is a warning where it was asked for; two packages in one folder are wrong."""
     monkeypatch.setenv("NVSHMEM_DIR", str(tmp_path))
-    found = {check.name: check for check in doctor.check_rdma()}
+    found = {check.name: check for check in rdma.check_rdma()}
     for name in ("NVSHMEM", "kernels with NVSHMEM"):
-        assert found[name].status is doctor.Status.warning
+        assert found[name].status is Status.warning
         assert f"NVSHMEM_DIR={tmp_path}" in found[name].remedy
         assert f"pip install -e '{ROOT}[cu13-rdma]'" in found[name].remedy
-    monkeypatch.setattr(doctor, "_version", lambda name: "3.4.5")
-    found = {check.name: check for check in doctor.check_rdma()}
-    assert found["NVSHMEM"].status is doctor.Status.wrong
+    monkeypatch.setattr(probe, "version", lambda name: "3.4.5")
+    found = {check.name: check for check in rdma.check_rdma()}
+    assert found["NVSHMEM"].status is Status.wrong
 
 
 def test_doctor_on_what_ibgda_needs(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -99,17 +101,17 @@ def test_doctor_on_what_ibgda_needs(monkeypatch: pytest.MonkeyPatch) -> None:
         '"PeerMappingOverride=1;"\n',
         "/proc/driver/nvidia/version": "NVIDIA UNIX Open Kernel Module for x86_64 580.159",
     }
-    monkeypatch.setattr(doctor, "_read", lambda path: files.get(path, ""))
-    monkeypatch.setattr(doctor, "_loads", lambda library: library == "libmlx5.so.1")
-    found = {check.name: check for check in doctor.check_rdma()}
+    monkeypatch.setattr(probe, "read", lambda path: files.get(path, ""))
+    monkeypatch.setattr(probe, "loads", lambda library: library == "libmlx5.so.1")
+    found = {check.name: check for check in rdma.check_rdma()}
     assert found["GPU memory for the NIC"].value == "DMA-BUF (open driver)"
-    assert found["IBGDA: driver parameters"].status is doctor.Status.ok
-    assert found["IBGDA: libmlx5.so.1"].status is doctor.Status.ok
+    assert found["IBGDA: driver parameters"].status is Status.ok
+    assert found["IBGDA: libmlx5.so.1"].status is Status.ok
     files.clear()
-    monkeypatch.setattr(doctor, "_loads", lambda library: False)
-    found = {check.name: check for check in doctor.check_rdma()}
+    monkeypatch.setattr(probe, "loads", lambda library: False)
+    found = {check.name: check for check in rdma.check_rdma()}
     for name in ("GPU memory for the NIC", "IBGDA: driver parameters", "IBGDA: libmlx5.so.1"):
-        assert found[name].status is doctor.Status.warning
+        assert found[name].status is Status.warning
         assert found[name].remedy
 
 
@@ -136,13 +138,13 @@ def test_warmup_needs_a_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
 def test_doctor_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "torch", None)
-    found = {check.name: check for check in doctor.check_packages()}
-    assert found["torch"].status is doctor.Status.wrong
+    found = {check.name: check for check in software.check_packages()}
+    assert found["torch"].status is Status.wrong
     assert found["torch"].remedy.startswith(f"pip install -e '{ROOT}[torch]'")
     for name in ("epjit.buffer", "epjit.kernels.intranode"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     last = doctor.verdict([])
-    assert last.status is doctor.Status.wrong
+    assert last.status is Status.wrong
     assert "cannot be made: " in last.value
 
 
@@ -162,17 +164,17 @@ def test_doctor_on_two_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(device, "num_sms", lambda index: 132)
     monkeypatch.setattr(driver, "call", lambda name, *args: 12080)
     monkeypatch.setattr(peers, "measure", lambda: iter(links))
-    found = {check.name: check for check in [*doctor.check_gpus(), *doctor.check_peers()]}
+    found = {check.name: check for check in [*gpus.check_gpus(), *gpus.check_peers()]}
     assert found["driver"].value.endswith("CUDA 12.8")
     assert found["GPU 0"].value == "NVIDIA H200, sm_90a, 132 SMs"
-    assert found["GPU 1"].status is doctor.Status.wrong
-    assert found["torch"].status is doctor.Status.wrong, "torch sees no GPU here"
+    assert found["GPU 1"].status is Status.wrong
+    assert found["torch"].status is Status.wrong, "torch sees no GPU here"
     assert "built for the CPU: take the one for CUDA" in found["torch"].remedy
     assert found["GPU 0 reads GPU 1"].value == "388.0 GB/s, 1.3 us a load"
-    assert found["GPU 1 reads GPU 0"].status is doctor.Status.warning
+    assert found["GPU 1 reads GPU 0"].status is Status.warning
     assert "CUDA_VISIBLE_DEVICES" in found["GPU 1 reads GPU 2"].remedy
-    fits = {check.name: check for check in doctor.check_compiler()}["fits the driver"]
-    assert fits.status is doctor.Status.wrong
+    fits = {check.name: check for check in software.check_compiler()}["fits the driver"]
+    assert fits.status is Status.wrong
     assert "[cu12]" in fits.remedy
 
 
@@ -183,8 +185,8 @@ def test_doctor_has_nothing_to_say_against_a_machine_without_a_gpu(
     from epjit.runtime import nvshmem
 
     monkeypatch.delenv("EPJIT_BACKEND", raising=False)
-    monkeypatch.setattr(doctor, "_nics", list)
-    monkeypatch.setattr(doctor, "_version", lambda name: "")
+    monkeypatch.setattr(probe, "nics", list)
+    monkeypatch.setattr(probe, "version", lambda name: "")
     monkeypatch.setattr(nvshmem, "package_folders", lambda name: [])
     for module in ("cuda.bindings", "cuda.bindings.driver", "cuda.bindings.nvrtc", "cupy"):
         monkeypatch.setitem(sys.modules, module, None)
@@ -203,18 +205,18 @@ def test_doctor_stays_with_the_cuda_of_torch(monkeypatch: pytest.MonkeyPatch) ->
 
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(device, "count", lambda: 1)
-    monkeypatch.setattr(doctor, "_version", {"cuda-bindings": "12.9"}.get)
+    monkeypatch.setattr(probe, "version", {"cuda-bindings": "12.9"}.get)
     for module in ("cuda.bindings", "cupy"):
         monkeypatch.setitem(sys.modules, module, None)
-    found = {check.name: check for check in doctor.check_packages()}
+    found = {check.name: check for check in software.check_packages()}
     for name in ("cuda-bindings", "cupy-cuda12x"):
-        assert found[name].status is doctor.Status.wrong
+        assert found[name].status is Status.wrong
         assert found[name].remedy == f"pip install -e '{ROOT}[cu12]'"
-    assert found["CUDA versions"].status is doctor.Status.ok
+    assert found["CUDA versions"].status is Status.ok
     versions = {"cuda-bindings": "12.9", "cupy-cuda13x": "14.2"}
-    monkeypatch.setattr(doctor, "_version", versions.get)
-    mixed = {check.name: check for check in doctor.check_packages()}["CUDA versions"]
-    assert mixed.status is doctor.Status.warning
+    monkeypatch.setattr(probe, "version", versions.get)
+    mixed = {check.name: check for check in software.check_packages()}["CUDA versions"]
+    assert mixed.status is Status.warning
     assert mixed.remedy.startswith("take those of CUDA 12: pip uninstall -y cupy-cuda13x, then ")
 
 
@@ -227,10 +229,10 @@ def test_the_verdict_names_gpus_and_variants(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(device, "arch_of", lambda index: "sm_90a")
     monkeypatch.setattr(device, "name", lambda index: "NVIDIA H200")
     last = doctor.verdict([])
-    assert last.status is doctor.Status.ok
+    assert last.status is Status.ok
     assert last.value.startswith("runs on 2 x NVIDIA H200 (dispatch push, combine tma")
-    wrong = doctor.verdict([doctor.Check("s", "n", doctor.Status.wrong, "v", "r")])
-    assert wrong.status is doctor.Status.wrong
+    wrong = doctor.verdict([Check("s", "n", Status.wrong, "v", "r")])
+    assert wrong.status is Status.wrong
 
 
 def test_the_verdict_on_a_backend_that_is_not_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,10 +248,10 @@ def test_no_line_of_doctor_is_broken(
     """A command can be copied from a narrow terminal."""
     from rich.console import Console
 
-    monkeypatch.setattr(doctor.show, "console", lambda: Console(width=20, color_system=None))
+    monkeypatch.setattr(show, "console", lambda: Console(width=20, color_system=None))
     remedy = "pip install -e '/a/very/long path/to a/checkout[cu13-rdma]' and more words behind it"
     value = "a value of several words"
-    check = doctor.Check("section", "a long name of it", doctor.Status.wrong, value, remedy)
+    check = Check("section", "a long name of it", Status.wrong, value, remedy)
     doctor.print_checks([check, check])
     text = capsys.readouterr().out
     assert text.count(remedy) == 2
@@ -315,17 +317,25 @@ def test_warmup_of_every_low_latency_format(cache_dir: Path) -> None:
 def test_doctor_names_what_is_misspelt(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPJIT_TIMEOUT", "5")
     monkeypatch.setenv("EPJIT_DISPATCH_VARIANT", "fast")
-    found = {each.name: each for each in doctor.check_environment()}
-    assert found["EPJIT_TIMEOUT"].status is doctor.Status.warning
-    assert found["EPJIT_DISPATCH_VARIANT"].status is doctor.Status.wrong
+    found = {each.name: each for each in software.check_environment()}
+    assert found["EPJIT_TIMEOUT"].status is Status.warning
+    assert found["EPJIT_DISPATCH_VARIANT"].status is Status.wrong
     assert "none of auto, push, tma, ldst, direct" in found["EPJIT_DISPATCH_VARIANT"].value
 
 
-def test_doctor_needs_no_torch_to_look_at_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "epjit.kernels.low_latency", None)
-    monkeypatch.setenv("EPJIT_TIMEOUT_SECONDS", "5")
-    found = {each.name: each for each in doctor.check_environment()}
-    assert found["EPJIT_TIMEOUT_SECONDS"].status is doctor.Status.ok
+def test_variants_and_the_environment_are_looked_at_without_torch() -> None:
+    code = (
+        "import sys; sys.modules['torch'] = None\n"
+        "from epjit.cli.doctor.software import check_environment\n"
+        "from epjit.cli.variants import variants\n"
+        "variants('sm_90a', as_json=True)\n"
+        "print([check.value for check in check_environment()])"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "EPJIT_TIMEOUT_SECONDS": "soon"}
+    command = [sys.executable, "-c", code]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=True)
+    assert "EPJIT_DISPATCH_VARIANT=push" in done.stdout
+    assert "EPJIT_TIMEOUT_SECONDS='soon' is not" in done.stdout
 
 
 def test_warmup_takes_the_archs_of_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -766,10 +776,7 @@ def test_a_damaged_tuned_file_is_a_warning(cache_dir: Path, text: str) -> None:
 
 
 def test_auto_takes_the_tuned_variant_where_it_runs() -> None:
-    from epjit.kernels import (
-        intranode,  # noqa: F401  (registers them)
-        variants,
-    )
+    from epjit.kernels import variants
 
     assert variants.resolve("dispatch", "sm_90a", preferred="tma") == "tma"
     assert variants.resolve("dispatch", "sm_80", preferred="push") == "ldst"
@@ -783,6 +790,6 @@ def test_auto_pulls_where_there_are_many_ranks(cache_dir: Path) -> None:
     assert not cache_dir.exists()
     shape = DispatchShape(14336, 0, 8, True)
     for num_ranks, push in ((2, True), (3, False), (8, False)):
-        configs = intranode.warmup_configs([shape], num_ranks=num_ranks, arch="sm_90a")
+        configs = intranode.kernels_of([shape], num_ranks=num_ranks, arch="sm_90a")
         (config,) = (each for each in configs if isinstance(each, intranode.DispatchConfig))
         assert config.push is push

@@ -20,7 +20,8 @@ import pytest
 
 from epjit.bench import ceiling, peers
 from epjit.kernels import expert_major, internode, intranode, low_latency
-from epjit.runtime import device, jit, nvrtc, nvshmem_device
+from epjit.runtime import device, nvrtc, nvshmem_device
+from epjit.runtime.kernel import KernelConfig, render, unit_sources
 
 ROOT = Path(__file__).resolve().parents[2]
 ARCHS = ["sm_80", "sm_89", "sm_90a", "sm_100a", "sm_120a"]
@@ -33,19 +34,19 @@ INTERPRETERS = {
 }
 
 
-def configs(arch: str) -> list[jit.KernelConfig]:
+def configs(arch: str) -> list[KernelConfig]:
     """One config of each kernel, variant and shape class that this architecture can run."""
     modes = (intranode, internode, low_latency, expert_major, ceiling)
     configs = [config for mode in modes for config in mode.example_configs(arch)]
     return [*configs, peers.ChaseConfig()]
 
 
-def one_of_each(kernels: Sequence[jit.KernelConfig]) -> list[jit.KernelConfig]:
+def one_of_each(kernels: Sequence[KernelConfig]) -> list[KernelConfig]:
     """One shape, the one for the most ranks, of each kernel, variant, row format and set of parts.
 
     What is false or 0 (scales, weights) leaves out a part of the kernel; other numbers are sizes.
     """
-    found: dict[object, jit.KernelConfig] = {}
+    found: dict[object, KernelConfig] = {}
     for kernel in sorted(kernels, key=lambda kernel: getattr(kernel, "num_ranks", 0)):
         parts = tuple(
             value if name == "format" else bool(value)
@@ -57,14 +58,14 @@ def one_of_each(kernels: Sequence[jit.KernelConfig]) -> list[jit.KernelConfig]:
 
 
 def compile_all(
-    interpreter: Path, arch: str, kernels: Sequence[jit.KernelConfig]
+    interpreter: Path, arch: str, kernels: Sequence[KernelConfig]
 ) -> list[dict[str, str]]:
     """Compiles in as many processes as there are cores; results in the order of the kernels."""
     units = [
         {
             # The other body needs NVSHMEM, and a linker: runtime/test_nvshmem.py.
-            "text": jit.render(kernel, "loopback"),
-            "sources": jit.unit_sources(kernel, "loopback"),
+            "text": render(kernel, "loopback"),
+            "sources": unit_sources(kernel, "loopback"),
             "arch": arch,
             "name_expression": f"epjit::{kernel.tag}::{kernel.op}",
         }
@@ -96,7 +97,7 @@ def compile_all(
     return results
 
 
-def over_budget(kernel: jit.KernelConfig, arch: str, result: dict[str, str]) -> str:
+def over_budget(kernel: KernelConfig, arch: str, result: dict[str, str]) -> str:
     """What is wrong with one compiled kernel, or an empty string."""
     if result["error"]:
         return result["error"]
@@ -166,7 +167,7 @@ def test_kernels_with_slots_say_how_large_they_are() -> None:
         text = (ROOT / "epjit" / "cuda_src" / kernel.source).read_text()
         has_slots = f"constexpr int {kernel.op}_slot_bytes(" in text
         assert (kernel.slot_bytes is not None) == has_slots, kernel
-        assert ("_slot_bytes(kConfig) == " in jit.render(kernel, "loopback")) == has_slots
+        assert ("_slot_bytes(kConfig) == " in render(kernel, "loopback")) == has_slots
 
 
 def test_example_configs_name_every_source() -> None:

@@ -1,4 +1,4 @@
-"""Environment variables and the registry of variants."""
+"""Environment variables and the table of variants."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from epjit import env
 from epjit.arch import arch_name
 from epjit.kernels import variants
-from epjit.kernels.variants import Variant
+from epjit.kernels.variants import CHOICES, Choice, Variant
 from epjit.runtime import device
 
 NAMES = {
@@ -127,15 +127,16 @@ def test_arch_names_and_limits() -> None:
 
 @pytest.fixture
 def toy(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(variants, "_registry", {})
     monkeypatch.delenv("EPJIT_TOY_VARIANT", raising=False)
-    variants.register(Variant("toy", "fast", 90, "bulk copies"))
-    variants.register(Variant("toy", "plain", 80, "loads and stores"))
+    variable = env.Variable("EPJIT_TOY_VARIANT", "a name", "auto", "Implementation of toy.", str)
+    known = (Variant("fast", 90, "bulk copies"), Variant("plain", 80, "loads and stores"))
+    monkeypatch.setattr(variants, "CHOICES", {"toy": Choice(variable, known)})
 
 
 @pytest.mark.usefixtures("toy")
 def test_auto_takes_the_first_that_runs(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert variants.names("toy") == ("fast", "plain")
+    assert variants.names("toy", "sm_90a") == ("fast", "plain")
+    assert variants.names("toy", "sm_89") == ("plain",)
     assert variants.resolve("toy", "sm_90a") == "fast"
     assert variants.resolve("toy", "sm_120a") == "fast"
     assert variants.resolve("toy", "sm_89") == "plain"
@@ -144,7 +145,6 @@ def test_auto_takes_the_first_that_runs(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setenv("EPJIT_TOY_VARIANT", "auto")
     monkeypatch.setenv("DISABLE_SM90_FEATURES", "1")
     assert variants.resolve("toy", "sm_90a") == "plain"
-    assert [variant.name for variant in variants.registered()] == ["fast", "plain"]
 
 
 @pytest.mark.usefixtures("toy")
@@ -154,8 +154,6 @@ def test_unknown_variant_lists_the_valid_ones(monkeypatch: pytest.MonkeyPatch) -
         ValueError, match=r"EPJIT_TOY_VARIANT='quick' .* valid are auto, fast, plain"
     ):
         variants.resolve("toy", "sm_90a")
-    with pytest.raises(ValueError, match="toy has no variant 'quick'; it has fast, plain"):
-        variants.runs_on("toy", "quick", "sm_90a")
 
 
 @pytest.mark.usefixtures("toy")
@@ -167,12 +165,16 @@ def test_variant_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="DISABLE_SM90_FEATURES=1 excludes"):
         variants.resolve("toy", "sm_90a")
     monkeypatch.delenv("EPJIT_TOY_VARIANT")
-    with pytest.raises(ValueError, match="toy has no variant that sm_75 can run"):
+    with pytest.raises(ValueError, match=r"no variant that sm_75 can run; it has fast, plain"):
         variants.resolve("toy", "sm_75")
 
 
-@pytest.mark.usefixtures("toy")
-def test_registering_twice() -> None:
-    variants.register(Variant("toy", "fast", 90, "bulk copies"))
-    with pytest.raises(ValueError, match="toy has a variant 'fast' already"):
-        variants.register(Variant("toy", "fast", 80, "other"))
+@pytest.mark.parametrize("op", CHOICES)
+def test_every_variant_is_described_where_it_is_chosen(op: str) -> None:
+    """Names are unique, and the variable's description, from which the docs come, lists them."""
+    choice = CHOICES[op]
+    assert len(set(choice.allowed)) == len(choice.allowed)
+    assert choice.variable in env.VARIABLES
+    assert choice.variable.name == f"EPJIT_{op.upper()}_VARIANT"
+    *most, last = choice.allowed
+    assert choice.variable.description.endswith(f": {', '.join(most)} or {last}.")

@@ -13,9 +13,10 @@ from epjit.kernels.expert_major import BlankConfig, PermuteConfig, PlaceConfig, 
 from epjit.modes import expert_major
 from epjit.modes.expert_major import row_bound
 from epjit.reference import expert_major as reference
-from epjit.runtime.jit import KernelConfig
+from epjit.runtime.kernel import KernelConfig
+from epjit.runtime.params import params_type
 from tests.emulation import build
-from tests.emulation.build import Launch, emulate, guarded, params_type
+from tests.emulation.build import Launch, emulate, guarded
 
 needs_gxx = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="needs g++")
 

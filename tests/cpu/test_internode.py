@@ -249,7 +249,7 @@ def two_hosts(group: dist.ProcessGroup) -> tuple[int, int]:
         buffer = Buffer(group, 1 << 20, 1 << 20)
     for seed in range(5):
         check_round(buffer, random_round(4, seed, num_sms=4, max_tokens=20))
-    assert buffer._topology.domains == ((0, 2), (1, 3))
+    assert buffer.topology.domains == ((0, 2), (1, 3))
     assert buffer.runtime is not None
     return buffer.runtime.get_num_rdma_ranks(), buffer.runtime.get_rdma_rank()
 

@@ -11,9 +11,10 @@ from torch import Tensor
 
 from epjit.kernels.layout import LayoutConfig
 from epjit.reference import internode
+from epjit.runtime.params import params_type
 from tests.cpu.test_internode_reference import DOMAINS
 from tests.emulation import build
-from tests.emulation.build import Launch, emulate, guarded, params_type
+from tests.emulation.build import Launch, emulate, guarded
 from tests.harness import data
 
 pytestmark = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="needs g++")

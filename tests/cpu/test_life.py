@@ -20,11 +20,10 @@ import torch
 
 from epjit import Buffer, life
 from epjit.runtime import stream as streams
-from epjit.runtime import symmetric
 from epjit.runtime import transport as transports
 from epjit.runtime.group import Group
 from epjit.runtime.topology import Topology
-from tests.cpu.fake_gpu import FakeGpu, fake_gpu
+from tests.cpu.fake_gpu import FakeGpu, Twin, fake_gpu
 
 KINDS: dict[str, dict[str, Any]] = {
     "normal": {"num_nvl_bytes": 1 << 20},
@@ -39,27 +38,6 @@ KINDS: dict[str, dict[str, Any]] = {
         "nvlink_domain": 1,
     },
 }
-
-
-class Twin:
-    """The communicator of a rank whose peer says the same, in a process of its own.
-
-    Each gather is a step that may fail.
-    """
-
-    def __init__(self, gpu: FakeGpu) -> None:
-        self._gpu = gpu
-
-    def Get_rank(self) -> int:
-        return 0
-
-    def Get_size(self) -> int:
-        return 2
-
-    def allgather(self, obj: Any) -> list[Any]:
-        self._gpu.step("allgather")
-        is_memory = isinstance(obj, symmetric._Region) and not obj.error
-        return [obj, obj._replace(process="another") if is_memory else obj]
 
 
 @pytest.fixture
@@ -178,7 +156,7 @@ def test_an_exception_ends_a_buffer_at_once_and_is_seen(gpu: FakeGpu) -> None:
     """A peer that has not finished is waited for a second; queued waits end."""
     start = time.monotonic()
     with suppress(ZeroDivisionError), make(gpu, timeout_seconds=100) as buffer:
-        buffer._mode._local[0] = 5  # operations, of which the peer has finished none
+        buffer._mode._epoch[0] = 5  # operations, of which the peer has finished none
         gpu.calls.clear()
         raise ZeroDivisionError
     assert gpu.calls.index("cuMemcpyHtoDAsync") < gpu.calls.index("cuMemFree")  # raise_abort
@@ -290,7 +268,7 @@ def test_a_program_that_an_exception_ends_waits_for_no_peer(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     buffer = make(gpu, timeout_seconds=100)
-    buffer._mode._local[0] = 5  # operations, of which the peer has finished none
+    buffer._mode._epoch[0] = 5  # operations, of which the peer has finished none
     monkeypatch.setattr(sys, "last_type", KeyError, raising=False)
     gpu.calls.clear()
     start = time.monotonic()

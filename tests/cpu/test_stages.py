@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from epjit.kernels import intranode
-from epjit.runtime.jit import KernelConfig, compile_kernel
+from epjit.runtime.kernel import KernelConfig, compile_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 

@@ -25,8 +25,6 @@ from typing import Any, Literal, Protocol
 
 import torch
 
-from epjit.runtime import jit
-
 HERE = Path(__file__).resolve().parent
 CUDA_SRC = HERE.parents[1] / "epjit" / "cuda_src"
 
@@ -44,9 +42,6 @@ KERNEL_FLAGS = [
     *("-O1", "-fsanitize=undefined", "-fno-sanitize=vptr", "-fsanitize-undefined-trap-on-error"),
     *("-fsanitize-coverage=trace-pc", "-fsanitize=thread", "-nodefaultlibs", "-lc"),
 ]
-
-params_type = functools.cache(jit.params_type)
-"""Reads the sources once for each struct, not for each of the thousands of launches."""
 
 ORDERS = {"uniform": 0, "in_turn": 1, "stall": 2}
 Order = Literal["auto", "uniform", "in_turn", "stall"]
@@ -247,7 +242,7 @@ def transport(
 
 
 def render(config: Config, params_type: type[ctypes.Structure]) -> str:
-    """The unit that g++ compiles: like the unit of `epjit.runtime.jit`, with a C entry."""
+    """The unit that g++ compiles: like the unit of `epjit.runtime.kernel`, with a C entry."""
     name = type(config).__name__
     params = name.removesuffix("Config") + "Params"
     op = config.op

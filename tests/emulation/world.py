@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from epjit.config import MAX_RANKS
+from epjit.runtime.params import field_types, params_type
 from tests.emulation import build
-from tests.emulation.build import Launch, emulate, guarded, params_type
+from tests.emulation.build import Launch, emulate, guarded
 
 FOREVER = 10**15  # a timeout in emulated nanoseconds that no test reaches
 
@@ -65,7 +66,7 @@ class World:
         """One launch; tensors become addresses, lists of tensors an address a rank of a domain."""
         struct = type(config).__name__.replace("Config", "Params")
         record = params_type(config.source, struct)
-        names = {name for name, *_ in record._fields_}
+        names = field_types(record).keys()
         common = self.common(rank, config)
         values = {name: value for name, value in common.items() if name in names} | values
         assert set(values) == names, f"{struct}: {set(values) ^ names}"

@@ -176,7 +176,7 @@ def test_as_v1(num_domains: int, num_local: int) -> None:
 
     def body(buffer: Buffer) -> None:
         inputs = internode.Inputs(
-            buffer._topology.domains,
+            buffer.topology.domains,
             num_tokens=16 if SMALL else 128,
             hidden=256 if SMALL else 1024,
             num_topk=8,

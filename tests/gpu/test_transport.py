@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from epjit.runtime.group import Group
-from epjit.runtime.jit import compile_kernel
+from epjit.runtime.kernel import compile_kernel
 from epjit.runtime.topology import find_topology
 from epjit.runtime.transport import make_transport
 from tests.harness.launch import run_threads

@@ -144,14 +144,14 @@ def start_at(buffer: Buffer, epoch: int, *, stale: int) -> None:
     for first in (0, 32):  # finish, entered
         signals[first : first + 8].copy_(torch.full((8,), _int64(now)))
     if len(controls) > 1:
-        rings, num_domains = mode._rings, buffer._topology.num_domains
+        rings, num_domains = mode._rings, buffer.topology.num_domains
         before = (epoch - 1) % (1 << 32) << 32
         words = [before, now] if epoch % 2 else [now, before]  # epoch & 1
         told = torch.tensor([_int64(word) for word in words] * num_domains)
         for offset in (rings.ready, rings.entered):
             first = (offset - rings.control) // 8
             controls[1][first : first + len(told)].copy_(told)
-    mode._local[:1].copy_(torch.tensor([_int64(now) >> 32], dtype=torch.int32))
+    mode._epoch.copy_(torch.tensor([_int64(now) >> 32], dtype=torch.int32))
     torch.cuda.current_stream().synchronize()
     meet(buffer)
 

@@ -299,7 +299,7 @@ def check_round(buffer: Buffer, case: Round) -> None:
     Raises:
         AssertionError: Names rank, tensor, row and column of the first difference.
     """
-    rank, device, oracle = buffer.rank, buffer.device, Normal(buffer._topology.domains)
+    rank, device, oracle = buffer.rank, buffer.device, Normal(buffer.topology.domains)
     with _making:
         made = _make(case, oracle)
     own = made.world[rank]
@@ -403,7 +403,7 @@ def check_no_room(
     Raises:
         AssertionError: Names rank, tensor, row and column of the first difference.
     """
-    rank, device, oracle = buffer.rank, buffer.device, Normal(buffer._topology.domains)
+    rank, device, oracle = buffer.rank, buffer.device, Normal(buffer.topology.domains)
     world, config = make_world(case), Config(case.num_sms)
     came = sum(each.is_token_in_rank.sum(dim=0) for each in world).tolist()
     rooms = [

@@ -375,7 +375,7 @@ def as_v1(
     buffer = normal.make_buffer(group, 64 * normal.MB)
     assert buffer.runtime is not None
     place = buffer.runtime.get_num_rdma_ranks(), buffer.runtime.get_rdma_rank()
-    inputs = Inputs(buffer._topology.domains, **sizes)
+    inputs = Inputs(buffer.topology.domains, **sizes)
     first = check_as_v1(buffer, inputs, num_sms=num_sms)
     for _ in range(num_repeats):
         assert check_as_v1(buffer, inputs, num_sms=num_sms) == first

@@ -254,7 +254,7 @@ def expect_error(
     error = caught.value
     assert error.rank == buffer.rank, str(error)
     # Between domains a rank meets those of its own and its peers of the same index in the others.
-    topology, missing = buffer._topology, (absent, *also_absent)
+    topology, missing = buffer.topology, (absent, *also_absent)
     met = {*topology.domains[topology.domain], *(each[topology.local] for each in topology.domains)}
     if met.intersection(missing) or not on_gpu:
         named = set(error.missing)
@@ -440,7 +440,7 @@ def replays(
         meet: Called before and after the capture, for ranks that share a GPU.
     """
     on_gpu = buffer.device.type == "cuda"
-    num_ranks, rank, oracle = buffer.group_size, buffer.rank, Normal(buffer._topology.domains)
+    num_ranks, rank, oracle = buffer.group_size, buffer.rank, Normal(buffer.topology.domains)
     hidden, experts, topk, worst = 512, 4 * num_ranks, 4, num_ranks * tokens
     device, config = buffer.device, Config(num_sms)
     x = torch.empty((tokens, hidden), dtype=torch.bfloat16, device=device)

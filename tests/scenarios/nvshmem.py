@@ -40,7 +40,9 @@ def ring(
     if first == "torch" and not begin_by_torch(process_group):
         return SKIPPED
     if first == "ctypes":
-        problem = nvshmem._bootstrap(group, [group.size - 1 - rank for rank in range(group.size)])
+        problem = nvshmem._bootstrap(
+            group, [group.size - 1 - rank for rank in range(group.size)], device
+        )
         assert not problem, problem
         nvshmem._begun_here = False
     topology = find_topology(group, device=device, domain_size=domain_size)

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, ClassVar
 
 from epjit.runtime import sources
-from epjit.runtime.jit import KernelConfig
+from epjit.runtime.kernel import KernelConfig
 
 HERE = Path(__file__).parent
 CUDA_SRC = Path(__file__).parents[2] / "epjit" / "cuda_src"
@@ -21,21 +21,10 @@ CUDA_SRC = Path(__file__).parents[2] / "epjit" / "cuda_src"
 class RingConfig(KernelConfig):
     source: ClassVar[str] = "ring.cu"
     op: ClassVar[str] = "ring"
+    tag_template: ClassVar[str] = "ring_w{0.num_warps}"
     transport: ClassVar[bool] = True
 
     num_warps: int = 4
-
-    @property
-    def threads(self) -> int:
-        return self.num_warps * 32
-
-    @property
-    def shared_bytes(self) -> int:
-        return 0
-
-    @property
-    def tag(self) -> str:
-        return f"ring_w{self.num_warps}"
 
     def memory_bytes(self, row_bytes: int) -> int:
         """Symmetric memory of a rank."""
@@ -75,7 +64,8 @@ class Ring:
     def __init__(self, group: Any, transport: Any, *, device: int, row_bytes: int) -> None:
         import torch
 
-        from epjit.runtime.jit import Kernel, Launch
+        from epjit.runtime.kernel import Kernel
+        from epjit.runtime.launch import Launch
 
         config = RingConfig()
         self.group, self.transport = group, transport

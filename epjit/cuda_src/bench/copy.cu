@@ -21,8 +21,8 @@ struct CopyConfig {
 };
 
 struct CopyParams {
-  uint64_t memory[8];  // symmetric, of each rank
-  int32_t num_rows;    // a peer
+  uint64_t memory[kMaxRanks];  // symmetric, of each rank
+  int32_t num_rows;            // a peer
   int32_t rank;
 };
 

@@ -16,14 +16,9 @@
 #pragma once
 #include "epjit/pieces.cuh"
 #include "epjit/sync.cuh"
+#include "epjit/work.cuh"
 
 namespace epjit {
-
-// The pointer that a lane has.
-template <typename T>
-__device__ __forceinline__ T* of_lane(T* pointer, int lane) {
-  return reinterpret_cast<T*>(__shfl_sync(kFullMask, reinterpret_cast<uint64_t>(pointer), lane));
-}
 
 constexpr int copier_shared_bytes(bool tma, int num_warps, int rows_per_warp, int row_bytes) {
   return tma ? num_warps * (rows_per_warp * row_bytes + static_cast<int>(sizeof(uint64_t))) : 0;
@@ -118,30 +113,5 @@ class RowCopier {
   uint32_t phase_ = 0;
   bool pending_ = false;
 };
-
-// Rows that a warp takes at a time, when `num_warps` share `num_rows`: a multiple of kRows up to
-// `most`, for one release takes 3 us on an idle link and more on a busy one (H200) and publishes
-// them all; but with few rows each warp has some.
-template <int kRows>
-__device__ __forceinline__ int rows_at_a_time(int num_rows, int num_warps, int most) {
-  const int rows = min(num_rows / max(3 * num_warps, 1), most);
-  return rows < kRows ? max(rows, 1) : rows / kRows * kRows;
-}
-
-// Calls visit(piece of 16 bytes, whether it is one) for part `part` of a row, all lanes in step.
-template <int kVecs, typename Visit>
-__device__ __forceinline__ void for_each_vec(int part, int num_parts, int lane, Visit visit) {
-  const int part_vecs = align_up(ceil_div(kVecs, num_parts), kWarpSize);
-  const int last = min(kVecs, (part + 1) * part_vecs);
-  for (int first = part * part_vecs; first < last; first += kWarpSize)
-    visit(first + lane, first + lane < last);
-}
-
-// A warp takes the next unit of work: lane 0 draws from `counter`, all lanes get the number.
-__device__ __forceinline__ uint32_t next_unit(uint32_t* counter, int lane) {
-  uint32_t unit = 0;
-  if (lane == 0) unit = atomicAdd(counter, 1u);
-  return __shfl_sync(kFullMask, unit, 0);
-}
 
 }  // namespace epjit

@@ -1,6 +1,6 @@
-// Sums of rows of bf16 or fp16 in fp32: eight elements, 16 bytes, at a time.
+// Sums of rows of bf16 or fp16 in fp32, plain and weighted: eight elements, 16 bytes, at a time.
 #pragma once
-#include "epjit/ptx.cuh"
+#include "epjit/work.cuh"
 
 namespace epjit {
 
@@ -38,5 +38,53 @@ class Sum8 {
 
   Float2 sum_[4] = {};
 };
+
+// Adds weight * y: the product is rounded, then the sum.
+__device__ __forceinline__ void add_weighted(float& sum, float weight, float y) {
+  sum = __fadd_rn(sum, __fmul_rn(weight, y));
+}
+
+// The same for eight bf16.
+__device__ __forceinline__ void add_weighted(float (&sum)[8], float weight, Vec16 v) {
+  const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const Float2 y = ptx::bf16x2_to_float2(pairs[i]);
+    add_weighted(sum[2 * i], weight, y.x);
+    add_weighted(sum[2 * i + 1], weight, y.y);
+  }
+}
+
+__device__ __forceinline__ Vec16 to_bf16(const float (&v)[8]) {
+  return {ptx::float2_to_bf16x2({v[0], v[1]}), ptx::float2_to_bf16x2({v[2], v[3]}),
+          ptx::float2_to_bf16x2({v[4], v[5]}), ptx::float2_to_bf16x2({v[6], v[7]})};
+}
+
+// bf16(sum over k of weight * row), k ascending from +0.0; lane k has row and weight of selection k,
+// of those whose bit in `rows` is set. Each lane gets the eight elements of its piece `vec`. The loads
+// of kBatch rows are in flight at once.
+template <int kBatch>
+__device__ __forceinline__ Vec16 weighted_sum(const char* row, float weight, uint32_t rows, int vec,
+                                              bool valid) {
+  float sum[8] = {};
+  while (rows != 0) {
+    Vec16 v[kBatch];
+    uint32_t loaded = rows;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (rows == 0) break;
+      const char* const src = of_lane(row, __ffs(rows) - 1);
+      if (valid) v[i] = ptx::ld_v4(src + vec * 16);
+      rows &= rows - 1;
+    }
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) {
+      if (loaded == 0) break;
+      add_weighted(sum, __shfl_sync(kFullMask, weight, __ffs(loaded) - 1), v[i]);
+      loaded &= loaded - 1;
+    }
+  }
+  return to_bf16(sum);
+}
 
 }  // namespace epjit

@@ -72,6 +72,17 @@ enum WaitTag : int32_t {
   kRoomCombineRows = 31,      // combine: rows are to go back from
 };
 
+// Base of the parameters of all kernels that wait. (Bases have fields of 64 bits alone: numbers that
+// are neighbours are loaded together, and a kernel near the limit of its registers spills when its
+// neighbours are others.)
+struct Operation {
+  uint64_t signals[kMaxRanks];  // symmetric, of each rank that shares them
+  uint32_t* epoch;              // local [1]
+  uint64_t* fault;              // host [2, 8], see Waiter; of the low-latency mode [8]
+  uint32_t* abort;              // local [1]
+  uint64_t timeout_ns;          // of one wait
+};
+
 // ---- signals ------------------------------------------------------------------------------------
 
 __device__ __forceinline__ uint64_t* finish_signal(uint64_t signals, int peer) {
@@ -326,6 +337,27 @@ __device__ __forceinline__ bool all_lanes(bool ok) {
   return ok;
 }
 
+// One warp waits until all peers have begun, so that none of them is in an earlier operation when
+// this one ends; it adds the cycles that it waited for each to `wait_cost`, if there is one. Then it
+// lets the next kernel in.
+template <int kRanks>
+__device__ __forceinline__ bool meet_peers(const Waiter& waiter, int64_t* wait_cost, int lane) {
+  bool ok = true;
+  for (int peer = lane; peer < kRanks && ok; peer += kWarpSize) {
+    if (peer == waiter.rank || is_masked(waiter, peer)) continue;
+    const uint64_t start = ptx::clock64();
+    uint64_t seen;
+    ok = wait_until(waiter, waiter.start_tag, peer, 0, stamp(waiter.epoch, 0),
+                    entered_signal(waiter.signals, peer), seen,
+                    [&](uint64_t value) { return has_started(value, waiter.epoch); }) ||
+         is_masked(waiter, peer);
+    if (wait_cost != nullptr) wait_cost[peer] += static_cast<int64_t>(ptx::clock64() - start);
+  }
+  ok = all_lanes(ok);
+  if (ok) ptx::griddepcontrol_launch_dependents();
+  return ok;
+}
+
 // Lane r < num_ranks waits until rank r has finished the operation `epoch`. Called by a whole warp.
 template <int kNumRanks>
 __device__ __forceinline__ bool wait_finished(const Waiter& waiter, WaitTag tag, int lane,
@@ -437,16 +469,15 @@ __device__ __forceinline__ bool is_last_block(uint32_t* counters, int num_counte
 // is_last_block(), which then moves the epoch on and tells the peers (st.release.sys: cumulative). A
 // rank with a fault stays silent: its peers must not take its rows for whole. True where
 // is_last_block() is.
-template <int kNumRanks>
-__device__ __forceinline__ bool finish_operation(const Waiter& waiter, const uint64_t* signals,
-                                                 uint32_t* counters, int num_counters,
-                                                 uint32_t* epoch) {
-  if (!is_last_block(counters, num_counters)) return false;
+template <int kNumRanks, typename Params>
+__device__ __forceinline__ bool finish_operation(const Params& p, const Waiter& waiter,
+                                                 int num_counters) {
+  if (!is_last_block(p.counters, num_counters)) return false;
   const int lane = threadIdx.x;
-  if (lane == 0) *epoch = waiter.epoch;
+  if (lane == 0) *p.epoch = waiter.epoch;
   __syncwarp();
   if (lane < kNumRanks && lane != waiter.rank && ptx::ld_relaxed_gpu(waiter.abort) == 0)
-    ptx::st_release_sys(finish_signal(signals[lane], waiter.rank), stamp(waiter.epoch, 0));
+    ptx::st_release_sys(finish_signal(p.signals[lane], waiter.rank), stamp(waiter.epoch, 0));
   return true;
 }
 

@@ -57,7 +57,7 @@ struct InternodeCombineConfig {
   int32_t tokens_per_chunk;  // of one put; ring_slots is a multiple of twice this
 };
 
-struct InternodeCombineParams {
+struct InternodeCombineParams : Operation, RailParams, RingParams {
   const char* x;                    // [num_rows, hidden], num_rows >= rank_prefix[ranks - 1]
   const float* topk_weights;        // [as x, num_topk]
   const char* bias_0;               // [num_tokens, hidden] or null
@@ -72,28 +72,13 @@ struct InternodeCombineParams {
   const int32_t* rank_prefix;    // [ranks]: inclusive over sources (rows of this rank)
   char* combined_x;              // [num_tokens, hidden]
   float* combined_topk_weights;  // [num_tokens, num_topk]
-  uint64_t slots[8];             // symmetric, of each local rank
-  uint64_t words[8];             // symmetric, of each local rank
-  uint64_t signals[8];           // symmetric, of each local rank
-  uint64_t done[8];              // symmetric, of each local rank
+  uint64_t slots[kMaxRanks];     // symmetric, of each local rank
+  uint64_t words[kMaxRanks];     // symmetric, of each local rank
   char* inbox;                   // this rank's
-  char* stage;                   // this rank's
-  uint64_t entered[8];           // symmetric, of each local rank, as mapped here: see rail.cuh
-  uint64_t* ready;               // this rank's, as the two that follow: see rail.cuh
-  uint64_t* credits;             // [num_domains, 2]
-  uint64_t* arrived;             // [num_domains, ring_slots / tokens_per_chunk]
-  uint64_t* staged;              // local [num_domains, ring_slots / tokens_per_chunk]
-  const int32_t* ranks;          // [num_domains, num_local]: numbers in the group
-  const int32_t* pes;            // [ranks]: numbers for the transport
-  uint64_t transport;
   // local [2 + ranks + 5 * num_domains]: ticket, next token to reduce, next unit to push of each
   // channel, next chunk to sum of each domain, what is used of (slots, window & 1) and of (inbox,
   // window & 1) of each domain; zero on entry and on exit
   uint32_t* counters;
-  uint32_t* epoch;  // local [1]
-  uint64_t* fault;  // host [2, 8], see sync.cuh
-  uint32_t* abort;  // local [1]
-  uint64_t timeout_ns;
   int32_t num_slots;  // even, at least 2
   int32_t ring_slots;
   int32_t num_rows;     // nothing beyond is read, whatever rank_prefix and passing say
@@ -162,7 +147,7 @@ class InternodeCombine {
     if (ok && blockIdx.x == 0 && threadIdx.x == blockDim.x - kWarpSize - 1)
       report_overflow(p, rail.waiter.epoch, kRoomCombineRows, p.num_rows, segment_start(kRanks));
     if (ok) reduce();
-    finish_operation<kLocal>(rail.waiter, p.signals, p.counters, kCounters, p.epoch);
+    finish_operation<kLocal>(p, rail.waiter, kCounters);
   }
 
  private:

@@ -58,7 +58,7 @@ struct InternodeDispatchConfig {
   int32_t tokens_per_chunk;  // of one put; ring_slots is a multiple of twice this
 };
 
-struct InternodeDispatchParams {
+struct InternodeDispatchParams : Operation, RailParams, RingParams {
   const char* x;           // [num_tokens, hidden_bytes]
   const uint32_t* scales;  // [num_tokens, num_scales], strides below, in elements
   int64_t scale_token_stride;
@@ -81,26 +81,11 @@ struct InternodeDispatchParams {
                         // (8 bits) | its position here << 8; null when the handle has it already
   const int32_t* fits;  // [num_domains, num_local], from notify: how many tokens of ranks[n, local]
                         // local rank j has room for; not read where passing is null
-  uint64_t inbox[8];    // symmetric, of each local rank, as mapped here
-  uint64_t words[8];    // symmetric, of each local rank
-  uint64_t signals[8];  // symmetric, of each local rank
-  uint64_t done[8];     // symmetric, of each local rank
-  char* stage;          // this rank's
-  uint64_t entered[8];  // symmetric, of each local rank, as mapped here: see rail.cuh
-  uint64_t* ready;      // this rank's, as the two that follow: see rail.cuh
-  uint64_t* credits;    // [num_domains, 2]
-  uint64_t* arrived;    // [num_domains, ring_slots / tokens_per_chunk]
-  uint64_t* staged;     // local [num_domains, ring_slots / tokens_per_chunk]
-  const int32_t* ranks;  // [num_domains, num_local]: numbers in the group
-  const int32_t* pes;    // [ranks]: numbers for the transport
-  uint64_t transport;
+  uint64_t inbox[kMaxRanks];  // symmetric, of each local rank, as mapped here
+  uint64_t words[kMaxRanks];  // symmetric, of each local rank
   // local [2 + 2 * ranks]: ticket, next chunk, tokens pulled of (channel, window & 1); zero on entry
   // and on exit
   uint32_t* counters;
-  uint32_t* epoch;  // local [1]
-  uint64_t* fault;  // host [2, 8], see sync.cuh
-  uint32_t* abort;  // local [1]
-  uint64_t timeout_ns;
   int32_t ring_slots;
   int32_t num_send_warps;  // of num_copy_warps, at least 1, fewer than all
   int32_t num_tokens;
@@ -139,8 +124,8 @@ class InternodeDispatch {
   static constexpr int kTopk = kCfg.num_topk;
   static constexpr int kSlotBytes = dispatch_slot_bytes(kCfg);
   // Offsets in 4 bytes of what lies behind the row of a slot.
-  static constexpr int kExperts = kScales, kWeights = kExperts + kTopk;
-  static constexpr int kPositions = kWeights + kTopk, kToken = kPositions + kLocal;
+  static constexpr int kExpertsAt = kScales, kWeightsAt = kExpertsAt + kTopk;
+  static constexpr int kPositionsAt = kWeightsAt + kTopk, kTokenAt = kPositionsAt + kLocal;
   static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
   static_assert(kCopyWarps >= 2, "someone must pull from the start");
   static_assert(kCfg.num_put_warps >= 1);
@@ -176,7 +161,7 @@ class InternodeDispatch {
                           segment_start(kRanks));
       }
     }
-    finish_operation<kLocal>(rail.waiter, p.signals, p.counters, 2 + 2 * kRanks, p.epoch);
+    finish_operation<kLocal>(p, rail.waiter, 2 + 2 * kRanks);
   }
 
  private:
@@ -307,7 +292,7 @@ class InternodeDispatch {
         copier.store(first, slot);
         if (first + kRows < chunk.num_rows) load_rows(copier, chunk, first + kRows);
       }
-      for_each_item<kToken + 1>(chunk.num_rows, lane, [&](int row, int item, bool valid) {
+      for_each_item<kTokenAt + 1>(chunk.num_rows, lane, [&](int row, int item, bool valid) {
         const int token = __shfl_sync(kFullMask, chunk.token, row % kWarpSize);
         const int own_row = __shfl_sync(kFullMask, chunk.own_row, row % kWarpSize);
         const bool has_slot = __shfl_sync(kFullMask, chunk.has_slot, row % kWarpSize);
@@ -335,21 +320,21 @@ class InternodeDispatch {
 
   // Item of a slot.
   __device__ int32_t load_item(int token, int item, int domain) const {
-    if (item < kExperts) return static_cast<int32_t>(payload.load_scale(token, item));
-    if (item < kWeights) return payload.load_expert(token, item - kExperts);
-    if (item < kPositions)
-      return static_cast<int32_t>(__float_as_uint(payload.load_weight(token, item - kWeights)));
-    if (item < kToken) return send_position(token, rail.rank_of(domain, item - kPositions));
+    if (item < kExpertsAt) return static_cast<int32_t>(payload.load_scale(token, item));
+    if (item < kWeightsAt) return payload.load_expert(token, item - kExpertsAt);
+    if (item < kPositionsAt)
+      return static_cast<int32_t>(__float_as_uint(payload.load_weight(token, item - kWeightsAt)));
+    if (item < kTokenAt) return send_position(token, rail.rank_of(domain, item - kPositionsAt));
     return token;
   }
 
   // The same of a token of this rank's own, which needs no slot.
   __device__ void store_own_item(int token, int row, int item) const {
-    if (item < kExperts)
+    if (item < kExpertsAt)
       payload.store_scale(row, item, payload.load_scale(token, item));
-    else if (item < kWeights)
-      payload.store_selection(row, item - kExperts, payload.load_expert(token, item - kExperts),
-                              payload.load_weight(token, item - kExperts));
+    else if (item < kWeightsAt)
+      payload.store_selection(row, item - kExpertsAt, payload.load_expert(token, item - kExpertsAt),
+                              payload.load_weight(token, item - kExpertsAt));
   }
 
   // Tokens that stay in the domain: the words of the local peers. Rows and items are written ->
@@ -393,11 +378,11 @@ class InternodeDispatch {
     if (!all_lanes(rail.wait_arrival(kWaitDispatchArrival, n, first))) return false;
     for (int i = lane; i < num_rows * kLocal; i += kWarpSize) {
       const int index = first + i / kLocal, reader = i % kLocal;
-      const int position = items(inbox(p.local, n, index))[kPositions + reader];
+      const int position = items(inbox(p.local, n, index))[kPositionsAt + reader];
       publish_word(reader, n, index, position);
     }
     if (p.passing != nullptr && lane < num_rows) {
-      const int32_t* const positions = items(inbox(p.local, n, first + lane)) + kPositions;
+      const int32_t* const positions = items(inbox(p.local, n, first + lane)) + kPositionsAt;
       store_passing(n, first + lane, [&](int j) { return positions[j]; });
     }
     return true;
@@ -484,13 +469,13 @@ class InternodeDispatch {
       const int64_t dst = __shfl_sync(kFullMask, row, row_lane % kWarpSize);
       if (!valid || dst < 0) return;
       const int32_t* const slot = items(inbox(l, n, first + row_lane));
-      if (item < kExperts)
+      if (item < kExpertsAt)
         payload.store_scale(dst, item, static_cast<uint32_t>(slot[item]));
       else
-        payload.store_selection(dst, item - kExperts, slot[item],
+        payload.store_selection(dst, item - kExpertsAt, slot[item],
                                 reinterpret_cast<const float*>(slot)[item + kTopk]);
     });
-    if (row >= 0) store_meta(row, index, items(inbox(l, n, index))[kToken]);
+    if (row >= 0) store_meta(row, index, items(inbox(l, n, index))[kTokenAt]);
     for (int first_row = 0; first_row < num_rows; first_row += kRows) {
       copier.store(first_row, out);
       if (first_row + kRows < num_rows) copier.load(first_row + kRows, src);

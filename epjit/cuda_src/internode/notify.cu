@@ -34,7 +34,7 @@ struct InternodeNotifyConfig {
   int32_t num_local;
 };
 
-struct InternodeNotifyParams {
+struct InternodeNotifyParams : Operation, RailParams {
   const int32_t* num_tokens_per_rank;    // [ranks]
   const int32_t* num_tokens_per_domain;  // [num_domains]
   const int32_t* num_tokens_per_expert;  // [ranks * experts_per_rank]
@@ -48,21 +48,10 @@ struct InternodeNotifyParams {
   int32_t* send_tokens;                  // [num_domains, num_tokens + 1]
   int32_t* fits;                         // [num_domains, num_local]
   uint64_t* host_counts;                 // host [2 + experts_per_rank]
-  uint64_t inbox[8];     // symmetric [num_domains, notify_stride] i32, of each local rank
-  uint64_t signals[8];   // symmetric, of each local rank
-  int32_t* stage;        // this rank's [num_domains, notify_stride]: messages to be put
-  uint64_t entered[8];   // symmetric, of each local rank, as mapped here: see rail.cuh
-  uint64_t* ready;       // this rank's, as the one that follows: see rail.cuh
-  uint64_t* arrived;     // [num_domains]
-  const int32_t* ranks;  // [num_domains, num_local]: numbers in the group
-  const int32_t* pes;    // [ranks]: numbers for the transport
-  uint64_t transport;
-  uint32_t* counters;  // local [1]; zero on entry and on exit
-  uint32_t* epoch;     // local [1]
-  uint64_t* fault;     // host [2, 8], see sync.cuh
-  uint32_t* abort;     // local [1]
-  uint64_t timeout_ns;
-  int32_t notify_stride;  // a multiple of 4
+  uint64_t inbox[kMaxRanks];  // symmetric [num_domains, notify_stride] i32, of each local rank
+  int32_t* stage;             // this rank's [num_domains, notify_stride]: messages to be put
+  uint32_t* counters;         // local [1]; zero on entry and on exit
+  int32_t notify_stride;      // a multiple of 4
   int32_t num_tokens;
   int32_t num_recv_rows;  // that this rank has room for; 0 = the host will make room for all
   int32_t experts_per_rank;
@@ -101,7 +90,7 @@ class InternodeNotify {
       else
         number_column(static_cast<int>(blockIdx.x) - 1);
     }
-    finish_operation<kLocal>(rail.waiter, p.signals, p.counters, 1, p.epoch);
+    finish_operation<kLocal>(p, rail.waiter, 1);
   }
 
  private:

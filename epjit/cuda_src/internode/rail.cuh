@@ -38,7 +38,24 @@ namespace epjit {
 
 constexpr int kMaxDomains = 32;  // one lane a domain
 
-// kDomains x kLocal ranks; Params has the fields that the kernels below all have.
+// Bases of the parameters of all three kernels, and of those with rings.
+struct RailParams {
+  uint64_t entered[kMaxRanks];  // symmetric, of each local rank, as mapped here
+  uint64_t* ready;              // this rank's
+  uint64_t* arrived;            // this rank's; of notify [num_domains]
+  const int32_t* ranks;         // [num_domains, num_local]: numbers in the group
+  const int32_t* pes;           // [ranks]: numbers for the transport
+  uint64_t transport;
+};
+
+struct RingParams {
+  uint64_t done[kMaxRanks];  // symmetric, of each local rank
+  char* stage;               // this rank's
+  uint64_t* credits;         // this rank's
+  uint64_t* staged;
+};
+
+// kDomains x kLocal ranks; Params has the bases above, ring_slots and who this rank is.
 template <int kDomains, int kLocal, int kChunk, typename Params>
 class Rail {
   static_assert(kDomains >= 2 && kDomains <= kMaxDomains);

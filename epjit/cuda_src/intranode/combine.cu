@@ -47,7 +47,7 @@ struct CombineConfig {
   int32_t rows_per_warp;   // rows of a pushing warp in shared memory
 };
 
-struct CombineParams {
+struct CombineParams : Operation {
   const char* x;                 // [num_rows, hidden], num_rows >= rank_prefix[num_ranks - 1, rank]
   const float* topk_weights;     // [as x, num_topk]
   const char* bias_0;            // [num_tokens, hidden] or null
@@ -57,16 +57,11 @@ struct CombineParams {
   const int32_t* rank_prefix;    // [num_ranks, num_ranks]: inclusive over sources (rows)
   char* combined_x;              // [num_tokens, hidden]
   float* combined_topk_weights;  // [num_tokens, num_topk]
-  uint64_t slots[8];             // symmetric, of each rank
-  uint64_t words[8];             // symmetric, of each rank
-  uint64_t signals[8];           // symmetric, of each rank
+  uint64_t slots[kMaxRanks];     // symmetric, of each rank
+  uint64_t words[kMaxRanks];     // symmetric, of each rank
   // local [4 + num_ranks]: ticket, next reduce unit, units reduced of (window & 1), next push
   // units; zero on entry and on exit
   uint32_t* counters;
-  uint32_t* epoch;  // local [1]
-  uint64_t* fault;  // host [2, 8], see sync.cuh
-  uint32_t* abort;  // local [1]
-  uint64_t timeout_ns;
   int32_t num_slots;  // even, at least 2
   int32_t num_rows;   // nothing beyond is read, whatever rank_prefix and send_head say
   int32_t num_tokens;
@@ -112,7 +107,7 @@ class Combine {
     if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1 && ok)
       report_overflow(p, waiter.epoch, kRoomCombineRows, p.num_rows, segment_start(kRanks, p.rank));
     if (ok) reduce();
-    finish_operation<kRanks>(waiter, p.signals, p.counters, 4 + kRanks, p.epoch);
+    finish_operation<kRanks>(p, waiter, 4 + kRanks);
   }
 
  private:
@@ -254,9 +249,7 @@ class Combine {
 
     const char* rows[kRanks];
 #pragma unroll
-    for (int r = 0; r < kRanks; ++r)
-      rows[r] =
-          reinterpret_cast<const char*>(__shfl_sync(kFullMask, reinterpret_cast<uint64_t>(row), r));
+    for (int r = 0; r < kRanks; ++r) rows[r] = of_lane(row, r);
     const int64_t out = static_cast<int64_t>(token) * kCfg.hidden_bytes;
 
     const int part_vecs = align_up(ceil_div(kVecs, p.num_parts), kWarpSize);
@@ -291,8 +284,7 @@ class Combine {
         float sum = 0.0f;
 #pragma unroll
         for (int r = 0; r < kRanks; ++r) {
-          const auto of_rank = reinterpret_cast<const float*>(
-              __shfl_sync(kFullMask, reinterpret_cast<uint64_t>(weights), r));
+          const float* const of_rank = of_lane(weights, r);
           if (of_rank != nullptr && lane < kTopk) sum += of_rank[lane];
         }
         if (lane < kTopk) p.combined_topk_weights[static_cast<int64_t>(token) * kTopk + lane] = sum;

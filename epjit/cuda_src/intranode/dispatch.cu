@@ -68,7 +68,7 @@ struct DispatchConfig {
   int32_t rows_per_warp;  // rows of a warp in shared memory, the most that it moves at a time
 };
 
-struct DispatchParams {
+struct DispatchParams : Operation {
   const char* x;           // [num_tokens, hidden_bytes]
   const uint32_t* scales;  // [num_tokens, num_scales], strides below, in elements
   int64_t scale_token_stride;
@@ -83,18 +83,13 @@ struct DispatchParams {
   void* recv_topk_idx;           // [num_recv_rows, num_topk], dtype of topk_idx, local experts
   float* recv_topk_weights;      // [num_recv_rows, num_topk]
   int32_t* recv_src_idx;         // [num_recv_rows]; null when the handle has it already
-  uint64_t slots[8];             // symmetric, of each rank
-  uint64_t words[8];             // symmetric, of each rank
-  uint64_t signals[8];           // symmetric, of each rank
-  uint64_t places[8];            // symmetric, of each rank; direct only
-  uint64_t outputs[8];           // symmetric, of each rank: what places count from; direct only
+  uint64_t slots[kMaxRanks];     // symmetric, of each rank
+  uint64_t words[kMaxRanks];     // symmetric, of each rank
+  uint64_t places[kMaxRanks];    // symmetric, of each rank; direct only
+  uint64_t outputs[kMaxRanks];   // symmetric, of each rank: what places count from; direct only
   // local [2 + 2 * num_ranks]: ticket, next chunk, tokens pulled of (source, window & 1); zero on
   // entry and on exit
   uint32_t* counters;
-  uint32_t* epoch;  // local [1]
-  uint64_t* fault;  // host [2, 8], see sync.cuh
-  uint32_t* abort;  // local [1]
-  uint64_t timeout_ns;
   bool has_room;            // the outputs lie in symmetric memory: peers write them; direct only
   int32_t num_slots;        // even, at least 2
   int32_t num_stage_warps;  // of a block, at least 1; fewer than all unless nothing is to be pulled
@@ -168,8 +163,7 @@ class Dispatch {
         if constexpr (kRanks > 1) pull();
       copier.drain();
     }
-    const bool last =
-        finish_operation<kRanks>(waiter, p.signals, p.counters, 2 + 2 * kRanks, p.epoch);
+    const bool last = finish_operation<kRanks>(p, waiter, 2 + 2 * kRanks);
     if (kDirect && last && p.has_room)
       wait_finished<kRanks>(waiter, kWaitDispatchRows, lane, waiter.epoch);
   }

@@ -28,7 +28,7 @@ struct NotifyConfig {
   int32_t num_ranks;
 };
 
-struct NotifyParams {
+struct NotifyParams : Operation {
   const int32_t* num_tokens_per_rank;    // [num_ranks]
   const int32_t* num_tokens_per_expert;  // [num_ranks * experts_per_rank]
   const bool* is_token_in_rank;          // [num_tokens, num_ranks]
@@ -37,13 +37,8 @@ struct NotifyParams {
   int32_t* expert_counts;                // [experts_per_rank]
   int32_t* send_head;                    // [num_tokens, num_ranks]
   uint64_t* host_counts;                 // host [1 + experts_per_rank]
-  uint64_t notify[8];                    // symmetric [num_ranks, notify_stride] i32, of each rank
-  uint64_t signals[8];                   // symmetric, of each rank: see sync.cuh
+  uint64_t notify[kMaxRanks];            // symmetric [num_ranks, notify_stride] i32, of each rank
   uint32_t* counters;                    // local [1]; zero on entry and on exit
-  uint32_t* epoch;                       // local [1]
-  uint64_t* fault;                       // host [2, 8], see sync.cuh
-  uint32_t* abort;                       // local [1]
-  uint64_t timeout_ns;
   int32_t notify_stride;
   int32_t num_tokens;
   int32_t num_recv_rows;  // that this rank has room for; 0 = the host will make room for all
@@ -151,7 +146,7 @@ __device__ void notify(const NotifyParams& p) {
     exchange_counts<kCfg>(p, waiter);
   else
     number_tokens_to<kCfg>(p, blockIdx.x - 1);
-  finish_operation<kCfg.num_ranks>(waiter, p.signals, p.counters, 1, p.epoch);
+  finish_operation<kCfg.num_ranks>(p, waiter, 1);
 }
 
 }  // namespace epjit

@@ -34,18 +34,11 @@ struct CleanConfig {
   bool remote;  // the group spans several NVLink domains
 };
 
-struct CleanParams {
-  uint64_t meetings[8];  // symmetric, of each rank of the domain
-  uint64_t signals[8];   // symmetric, of each rank of the domain
-  const int32_t* peers;  // local [num_ranks], see peers.cuh; null in one domain
-  uint64_t transport;
+struct CleanParams : Operation, PeerParams {
+  uint64_t meetings[kMaxRanks];  // symmetric, of each rank of the domain
   uint32_t* state;  // local [1 + 2 * num_ranks]: number of calls; last number that each rank was
                     // answered; last number of each rank that was met
-  uint32_t* epoch;  // local [1]
-  uint64_t* fault;  // host [8]
-  uint32_t* abort;  // local [1]
   uint32_t* mask;   // local [num_ranks], or null
-  uint64_t timeout_ns;
   int32_t rank;
   int32_t local;  // index of this rank in meetings and signals
 };

@@ -33,8 +33,10 @@
 // Launch: any grid, combine_threads() threads. Graph-safe.
 #include "epjit/cast.cuh"
 #include "epjit/copy.cuh"
+#include "epjit/sum.cuh"
+#include "epjit/topk.cuh"
+#include "low_latency/memory.cuh"
 #include "low_latency/peers.cuh"
-#include "low_latency/weighted_sum.cuh"
 
 namespace epjit {
 
@@ -52,7 +54,7 @@ struct LowLatencyCombineConfig {
   bool remote;             // the group spans several NVLink domains
 };
 
-struct LowLatencyCombineParams {
+struct LowLatencyCombineParams : Operation, PeerParams, LowLatencyParams {
   const char* x;                 // [experts_per_rank, num_ranks * max_tokens, hidden] bf16
   const void* topk_idx;          // [num_tokens, num_topk] int32 or int64, global experts
   const float* topk_weights;     // [num_tokens, num_topk]
@@ -61,21 +63,9 @@ struct LowLatencyCombineParams {
                                  // each owner, -1 = none here, -2 = beyond the slab
   char* out;                     // [num_tokens, hidden] bf16
   int64_t* wait_cost;            // [num_ranks], += cycles until it had begun; or null
-  uint64_t slots[8];             // symmetric, of each rank of the domain
-  uint64_t words[8];             // symmetric, of each rank of the domain
-  uint64_t signals[8];           // symmetric, of each rank of the domain
   char* send_buffer;             // symmetric, own, as x; null in one domain
-  const int32_t* peers;          // local [num_ranks], see peers.cuh; null in one domain
-  uint64_t transport;
-  uint32_t*
-      counters;     // local [3]: ticket, next pushing unit, next reducing unit; zero on entry and
-                    // on exit
-  uint32_t* epoch;  // local [1]
-  uint64_t* fault;  // host [8]
-  uint32_t* abort;  // local [1]
-  uint32_t* mask;   // local [num_ranks], or null
-  uint64_t timeout_ns;
-  int64_t half_bytes;
+  // local [3]: ticket, next pushing unit, next reducing unit; zero on entry and on exit
+  uint32_t* counters;
   int32_t words_stride;  // words of a half
   int32_t num_tokens;
   int32_t max_tokens;   // of any rank
@@ -102,7 +92,7 @@ template <LowLatencyCombineConfig kCfg>
 class LowLatencyCombine {
   static constexpr int kRanks = kCfg.num_ranks;
   static constexpr int kExperts = kCfg.num_experts;
-  static constexpr int kLocal = kExperts / kRanks;
+  static constexpr int kExpertsARank = kExperts / kRanks;
   static constexpr int kTopk = kCfg.num_topk;
   static constexpr int kRows = kCfg.rows_per_warp;
   static constexpr int kRowBytes = 2 * kCfg.hidden;
@@ -148,8 +138,6 @@ class LowLatencyCombine {
   }
 
  private:
-  __device__ int half() const { return waiter.epoch & 1; }
-
   __device__ int own() const { return own_index<kRemote>(p); }
 
   // Rows that stay are read where they lie, and not from slots.
@@ -159,13 +147,11 @@ class LowLatencyCombine {
 
   // Of selection token * kTopk + k of an owner of this domain, by its index in `slots`.
   __device__ char* slot(int owner, int selection) const {
-    return reinterpret_cast<char*>(p.slots[owner]) + half() * p.half_bytes +
-           static_cast<int64_t>(selection) * kSlotBytes;
+    return half_of_slots(p, owner, waiter.epoch) + static_cast<int64_t>(selection) * kSlotBytes;
   }
 
   __device__ uint64_t* word(int owner, int selection) const {
-    return reinterpret_cast<uint64_t*>(p.words[owner]) +
-           static_cast<int64_t>(half()) * p.words_stride + selection;
+    return half_of_words(p, owner, waiter.epoch) + selection;
   }
 
   // ---- push -------------------------------------------------------------------------------------
@@ -327,8 +313,8 @@ class LowLatencyCombine {
     float weight = 0.0f;
     if (lane < kTopk) {
       const int selection = token * kTopk + lane;
-      const int e = selected_expert<kCfg.topk_is_int64, kExperts>(p.topk_idx, selection);
-      const int peer = e / kLocal;
+      const int e = load_choice<kCfg.topk_is_int64>(p.topk_idx, selection, kExperts);
+      const int peer = e / kExpertsARank;
       weight = p.topk_weights[selection];
       int64_t stays = -1;
       if (e >= 0 && peer == p.rank)

@@ -27,8 +27,9 @@
 // Halves are free for the reason that dispatch.cu gives.
 //
 // Launch: any grid, combine_threads() threads. Graph-safe.
-#include "epjit/copy.cuh"
-#include "low_latency/weighted_sum.cuh"
+#include "epjit/sum.cuh"
+#include "epjit/topk.cuh"
+#include "low_latency/memory.cuh"
 
 namespace epjit {
 
@@ -41,7 +42,7 @@ struct LowLatencyReducedCombineConfig {
   int32_t num_warps;
 };
 
-struct LowLatencyReducedCombineParams {
+struct LowLatencyReducedCombineParams : Operation, LowLatencyParams {
   const char* x;                 // [experts_per_rank, num_ranks * max_tokens, hidden] bf16
   const void* topk_idx;          // [num_tokens, num_topk] int32 or int64, global experts
   const float* topk_weights;     // [num_tokens, num_topk]
@@ -50,18 +51,9 @@ struct LowLatencyReducedCombineParams {
                                  // each owner, -1 = none here, -2 = beyond the slab
   char* out;                     // [num_tokens, hidden] bf16
   int64_t* wait_cost;            // [num_ranks], += cycles until it had begun; or null
-  uint64_t slots[8];             // symmetric, of each rank
-  uint64_t words[8];             // symmetric, of each rank
-  uint64_t signals[8];           // symmetric, of each rank
   uint32_t* counters;            // local [3]: ticket, next unit to send, next unit to add; zero on
                                  // entry and on exit
-  uint32_t* epoch;               // local [1]
-  uint64_t* fault;               // host [8]
-  uint32_t* abort;               // local [1]
-  uint32_t* mask;                // local [num_ranks], or null
-  uint64_t timeout_ns;
-  int64_t half_bytes;
-  int32_t words_stride;  // words of a half
+  int32_t words_stride;          // words of a half
   int32_t num_tokens;
   int32_t max_tokens;   // of any rank
   int32_t num_parts;    // pieces of a row, the same on all ranks
@@ -81,7 +73,7 @@ template <LowLatencyReducedCombineConfig kCfg>
 class LowLatencyReducedCombine {
   static constexpr int kRanks = kCfg.num_ranks;
   static constexpr int kExperts = kCfg.num_experts;
-  static constexpr int kLocal = kExperts / kRanks;
+  static constexpr int kExpertsARank = kExperts / kRanks;
   static constexpr int kTopk = kCfg.num_topk;
   static constexpr int kRowBytes = 2 * kCfg.hidden;
   static constexpr int kVecs = kRowBytes / 16;
@@ -117,21 +109,16 @@ class LowLatencyReducedCombine {
   }
 
  private:
-  __device__ int half() const { return waiter.epoch & 1; }
-
   __device__ bool is_whole() const { return p.sends && p.receives; }
   __device__ int num_owners() const { return kRanks - is_whole(); }
 
   // The row that `writer` makes of the owner's token.
   __device__ char* slot(int owner, int writer, int token) const {
-    return reinterpret_cast<char*>(p.slots[owner]) + half() * p.half_bytes +
+    return half_of_slots(p, owner, waiter.epoch) +
            (static_cast<int64_t>(token) * kRanks + writer) * kRowBytes;
   }
 
-  __device__ uint64_t* words(int rank) const {
-    return reinterpret_cast<uint64_t*>(p.words[rank]) +
-           static_cast<int64_t>(half()) * p.words_stride;
-  }
+  __device__ uint64_t* words(int rank) const { return half_of_words(p, rank, waiter.epoch); }
 
   __device__ uint64_t* word(int owner, int writer, int token, int part) const {
     return words(owner) + (token * kRanks + writer) * p.num_parts + part;
@@ -183,8 +170,8 @@ class LowLatencyReducedCombine {
   __device__ void send_weight(int selection) const {
     if (selection >= p.num_tokens * kTopk) return;
     const float weight = p.topk_weights[selection];
-    const int e = selected_expert<kCfg.topk_is_int64, kExperts>(p.topk_idx, selection);
-    const int reader = e / kLocal;
+    const int e = load_choice<kCfg.topk_is_int64>(p.topk_idx, selection, kExperts);
+    const int reader = e / kExpertsARank;
     if (e >= 0 && reader != p.rank && may_send(waiter, reader))
       ptx::st_relaxed_sys(weight_word(reader, p.rank, selection),
                           stamp(waiter.epoch, __float_as_uint(weight)));
@@ -237,8 +224,8 @@ class LowLatencyReducedCombine {
     // Lane k has selection k: of this rank its row, of others the rank.
     const int64_t selection = static_cast<int64_t>(token) * kTopk + lane;
     const int e =
-        lane < kTopk ? selected_expert<kCfg.topk_is_int64, kExperts>(p.topk_idx, selection) : -1;
-    const int peer = e >= 0 ? e / kLocal : -1;
+        lane < kTopk ? load_choice<kCfg.topk_is_int64>(p.topk_idx, selection, kExperts) : -1;
+    const int peer = e >= 0 ? e / kExpertsARank : -1;
     const uint32_t ranks = __reduce_or_sync(kFullMask, peer >= 0 ? 1u << peer : 0);
     // On their way while it waits.
     int stays = -1;

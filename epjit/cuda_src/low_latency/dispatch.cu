@@ -55,7 +55,9 @@
 //
 // Launch: any grid, dispatch_threads() threads. Graph-safe.
 #include "epjit/cast.cuh"
-#include "epjit/copy.cuh"
+#include "epjit/topk.cuh"
+#include "epjit/work.cuh"
+#include "low_latency/memory.cuh"
 #include "low_latency/peers.cuh"
 
 namespace epjit {
@@ -71,7 +73,7 @@ struct LowLatencyDispatchConfig {
   bool remote;  // the group spans several NVLink domains
 };
 
-struct LowLatencyDispatchParams {
+struct LowLatencyDispatchParams : Operation, PeerParams, LowLatencyParams {
   const char* x;              // [num_tokens, hidden] bf16
   const void* topk_idx;       // [num_tokens, num_topk] int32 or int64, global experts
   const float* global_scale;  // [1]; kNvfp4 alone
@@ -79,29 +81,18 @@ struct LowLatencyDispatchParams {
   // 4-byte units (one scale, or four exponents): [experts_per_rank, units, num_ranks * max_tokens];
   // kMxfp8, kNvfp4: bytes [experts_per_rank, num_ranks * max_tokens, scales]
   char* recv_scales;
-  int32_t* recv_count;      // [experts_per_rank]
-  int32_t* src_info;        // [experts_per_rank, num_ranks * max_tokens]
-  int64_t* layout_range;    // [experts_per_rank, num_ranks]
-  int32_t* source_tokens;   // [num_ranks]: tokens of each source, 0 when it is masked
-  int32_t* source_rows;     // [num_ranks, max_tokens, num_topk]; undefined beyond source_tokens
-  int32_t* recv_stats;      // [experts_per_rank], += rows; or null
-  int64_t* wait_cost;       // [num_ranks], += cycles until its counts were here; or null
-  uint64_t slots[8];        // symmetric, of each rank of the domain
-  uint64_t words[8];        // symmetric, of each rank of the domain
-  uint64_t counts[8];       // symmetric, of each rank of the domain
-  uint64_t signals[8];      // symmetric, of each rank of the domain
-  uint64_t* staged_counts;  // symmetric, own, as counts; null in one domain
-  const int32_t* peers;     // local [num_ranks], see peers.cuh; null in one domain
-  uint64_t transport;
-  uint32_t* decisions;  // local [num_ranks]: epoch << 2 | whether it was dropped after all << 1 |
-                        // whether the source is received
-  uint32_t* counters;   // local [3]: ticket, next unit, next row; zero on entry and on exit
-  uint32_t* epoch;      // local [1]
-  uint64_t* fault;      // host [8]
-  uint32_t* abort;      // local [1]
-  uint32_t* mask;       // local [num_ranks], or null
-  uint64_t timeout_ns;
-  int64_t half_bytes;
+  int32_t* recv_count;         // [experts_per_rank]
+  int32_t* src_info;           // [experts_per_rank, num_ranks * max_tokens]
+  int64_t* layout_range;       // [experts_per_rank, num_ranks]
+  int32_t* source_tokens;      // [num_ranks]: tokens of each source, 0 when it is masked
+  int32_t* source_rows;        // [num_ranks, max_tokens, num_topk]; undefined beyond source_tokens
+  int32_t* recv_stats;         // [experts_per_rank], += rows; or null
+  int64_t* wait_cost;          // [num_ranks], += cycles until its counts were here; or null
+  uint64_t counts[kMaxRanks];  // symmetric, of each rank of the domain
+  uint64_t* staged_counts;     // symmetric, own, as counts; null in one domain
+  uint32_t* decisions;    // local [num_ranks]: epoch << 2 | whether it was dropped after all << 1 |
+                          // whether the source is received
+  uint32_t* counters;     // local [3]: ticket, next unit, next row; zero on entry and on exit
   int32_t words_stride;   // words of a half
   int32_t counts_stride;  // words of a row
   int32_t num_tokens;
@@ -147,7 +138,7 @@ template <LowLatencyDispatchConfig kCfg>
 class LowLatencyDispatch {
   static constexpr int kRanks = kCfg.num_ranks;
   static constexpr int kExperts = kCfg.num_experts;
-  static constexpr int kLocal = kExperts / kRanks;
+  static constexpr int kExpertsARank = kExperts / kRanks;
   static constexpr int kTopk = kCfg.num_topk;
   static constexpr int kFormat = kCfg.format;
   static constexpr int kRowBytes = format_row_bytes(kFormat, kCfg.hidden);
@@ -159,9 +150,9 @@ class LowLatencyDispatch {
   static constexpr bool kRemote = kCfg.remote;
   static constexpr int kRankWords = dispatch_rank_words(kCfg);
   // In a row of counts; what is put begins at a multiple of 16 bytes.
-  static constexpr int kTokensWord = kRemote ? 0 : kLocal;
+  static constexpr int kTokensWord = kRemote ? 0 : kExpertsARank;
   static constexpr int kSelectionsWord = kRemote ? 2 : 0;
-  static constexpr int kBitsWord = kSelectionsWord + kLocal;  // between domains alone
+  static constexpr int kBitsWord = kSelectionsWord + kExpertsARank;  // between domains alone
   // A thread's part of a row: 16 bytes of bf16, or the elements of a cast.
   static constexpr int kElements = kFormat == kBf16 ? 8 : kCastElements;
   static constexpr int kPieces = kElements / 8;  // of 16 bytes
@@ -216,13 +207,12 @@ class LowLatencyDispatch {
 
   // Of a reader of this domain, by its index in `slots`.
   __device__ char* slot(int reader, int source, int token) const {
-    return reinterpret_cast<char*>(p.slots[reader]) + half() * p.half_bytes +
+    return half_of_slots(p, reader, waiter.epoch) +
            (static_cast<int64_t>(source) * p.max_tokens + token) * kSlotBytes;
   }
 
   __device__ uint64_t* word(int reader, int source, int token) const {
-    return reinterpret_cast<uint64_t*>(p.words[reader]) +
-           static_cast<int64_t>(half()) * p.words_stride + source * p.max_tokens + token;
+    return half_of_words(p, reader, waiter.epoch) + source * p.max_tokens + token;
   }
 
   __device__ uint64_t* counts(int reader, int source) const {
@@ -230,19 +220,21 @@ class LowLatencyDispatch {
            static_cast<int64_t>(half() * kRanks + source) * p.counts_stride;
   }
 
-  // In such a row: selections of local expert e; e = kLocal: tokens.
-  static __device__ int count_word(int e) { return e < kLocal ? kSelectionsWord + e : kTokensWord; }
+  // In such a row: selections of local expert e; e = kExpertsARank: tokens.
+  static __device__ int count_word(int e) {
+    return e < kExpertsARank ? kSelectionsWord + e : kTokensWord;
+  }
 
   __device__ uint64_t* staged_counts(int reader) const {
     return p.staged_counts + static_cast<int64_t>(half() * kRanks + reader) * p.counts_stride;
   }
 
-  // In shared memory: selections of an expert, or the table of make_plan() [kRanks, kLocal + 1]; then
+  // In shared memory: selections of an expert, or the table of make_plan() [kRanks, kExpertsARank + 1]; then
   // the next unit, the ranks of the token, whether the counts of a source have come. Between domains
   // the ranks are a bit for each index, and one more for those that are remote.
   __device__ uint32_t* histogram() const { return shared; }
   __device__ uint32_t& planned(int source, int e) const {
-    return shared[source * (kLocal + 1) + e];
+    return shared[source * (kExpertsARank + 1) + e];
   }
   __device__ uint32_t& shared_unit() const { return shared[kExperts + kRankWords]; }
   __device__ uint32_t& shared_readers() const { return shared[kExperts + kRankWords + 1]; }
@@ -252,13 +244,7 @@ class LowLatencyDispatch {
   // Global expert of a selection, -1 for none.
   __device__ int expert(int token, int k) const {
     const int64_t i = static_cast<int64_t>(token) * kTopk + k;
-    if constexpr (kCfg.topk_is_int64) {
-      const int64_t e = static_cast<const int64_t*>(p.topk_idx)[i];
-      return e >= 0 && e < kExperts ? static_cast<int>(e) : -1;
-    } else {
-      const int32_t e = static_cast<const int32_t*>(p.topk_idx)[i];
-      return e >= 0 && e < kExperts ? e : -1;
-    }
+    return load_choice<kCfg.topk_is_int64>(p.topk_idx, i, kExperts);
   }
 
   // ---- send -------------------------------------------------------------------------------------
@@ -295,10 +281,10 @@ class LowLatencyDispatch {
 
   __device__ void send_counts() {
     count_selections(p.num_tokens);
-    for (int i = threadIdx.x; i < kRanks * (kLocal + 1); i += kThreads) {
-      const int r = i / (kLocal + 1), e = i % (kLocal + 1);
+    for (int i = threadIdx.x; i < kRanks * (kExpertsARank + 1); i += kThreads) {
+      const int r = i / (kExpertsARank + 1), e = i % (kExpertsARank + 1);
       if (!may_send(waiter, r)) continue;
-      const uint32_t value = e < kLocal ? histogram()[r * kLocal + e] : p.num_tokens;
+      const uint32_t value = e < kExpertsARank ? histogram()[r * kExpertsARank + e] : p.num_tokens;
       const int index = index_of<kRemote>(p, r);
       if (!kRemote || index >= 0)
         ptx::st_relaxed_sys(counts(index, p.rank) + count_word(e), stamp(waiter.epoch, value));
@@ -315,10 +301,11 @@ class LowLatencyDispatch {
     __syncthreads();
     for (int i = threadIdx.x; i < p.num_tokens * kTopk; i += kThreads) {
       const int token = i / kTopk, e = expert(token, i % kTopk);
-      if (e >= 0) atomicOr(token_bits(staged_counts(e / kLocal)) + token / 32, 1u << token % 32);
+      if (e >= 0)
+        atomicOr(token_bits(staged_counts(e / kExpertsARank)) + token / 32, 1u << token % 32);
     }
     __syncthreads();
-    const int num_words = align_up(kLocal + num_bit_words, 2);
+    const int num_words = align_up(kExpertsARank + num_bit_words, 2);
     uint64_t* const theirs = counts(own(), p.rank);
     for (int r = warp; r < kRanks; r += kCfg.num_warps) {
       const int index = p.peers[r];
@@ -398,7 +385,7 @@ class LowLatencyDispatch {
 
   // Of an expert, or of none (-1): its rank, if that may be sent to.
   __device__ int selected_rank(int e) const {
-    return e >= 0 && may_send(waiter, e / kLocal) ? e / kLocal : -1;
+    return e >= 0 && may_send(waiter, e / kExpertsARank) ? e / kExpertsARank : -1;
   }
 
   // Where each selection comes among those of its expert, to all ranks of the token; lane k has the
@@ -420,7 +407,7 @@ class LowLatencyDispatch {
         if (lane < kTopk) write_selection(__ffs(left) - 1, token, e, position);
     } else {
       // Lane r looks whether rank r may be sent to.
-      readers = __reduce_or_sync(kFullMask, e >= 0 ? 1u << e / kLocal : 0) &
+      readers = __reduce_or_sync(kFullMask, e >= 0 ? 1u << e / kExpertsARank : 0) &
                 __ballot_sync(kFullMask, lane < kRanks && may_send(waiter, lane));
       for (uint32_t left = readers; left != 0; left &= left - 1)
         if (lane < kTopk) write_selection(__ffs(left) - 1, token, e, position);
@@ -468,16 +455,17 @@ class LowLatencyDispatch {
 
   // ---- plan -------------------------------------------------------------------------------------
 
-  // planned(s, e) = selections of e by s, planned(s, kLocal) = tokens of s, of all that are not masked.
+  // planned(s, e) = selections of e by s, planned(s, kExpertsARank) = tokens of s, of all that are not masked.
   // `tells`: this block writes the outputs that follow from them. False: leave.
   __device__ bool wait_for_counts(bool tells) {
     const Waiter patient = tells || is_staying(p) ? waiter : leaving(waiter);
     if (threadIdx.x < kRanks) shared_arrived(threadIdx.x) = !is_masked(waiter, threadIdx.x);
     __syncthreads();
     const uint64_t start = ptx::clock64();
-    constexpr int kWords = kRanks * (kLocal + 1);
+    constexpr int kWords = kRanks * (kExpertsARank + 1);
     for (int first = 0; first < kWords; first += kThreads) {
-      const int i = first + threadIdx.x, source = i / (kLocal + 1), e = i % (kLocal + 1);
+      const int i = first + threadIdx.x, source = i / (kExpertsARank + 1),
+                e = i % (kExpertsARank + 1);
       bool is_late = false;
       if (i < kWords && shared_arrived(source) != 0) {
         // Between domains all of a row has come when the word of the tokens has.
@@ -488,11 +476,11 @@ class LowLatencyDispatch {
         is_late = !wait_stamp(patient, kWaitLowLatencyDispatchCounts, source, e, row + word, seen);
         if (is_remote && !is_late) {
           seen = row[count_word(e)];
-          if (e == kLocal)
+          if (e == kExpertsARank)
             ptx::st_relaxed_sys(entered_signal(waiter.signals, source), stamp(waiter.epoch, 0));
         }
         planned(source, e) = static_cast<uint32_t>(seen);
-        if (tells && e == kLocal && p.wait_cost != nullptr && source != p.rank)
+        if (tells && e == kExpertsARank && p.wait_cost != nullptr && source != p.rank)
           p.wait_cost[source] += static_cast<int64_t>(ptx::clock64() - start);
       }
       if (!__syncthreads_and(!is_late || is_masked(waiter, source))) return false;
@@ -507,8 +495,8 @@ class LowLatencyDispatch {
       }
       __syncthreads();
       // Of 2 another block has all counts, so they are here, and this block gave up too early.
-      for (int i = threadIdx.x; i < kRanks * (kLocal + 1); i += kThreads) {
-        const int source = i / (kLocal + 1), e = i % (kLocal + 1);
+      for (int i = threadIdx.x; i < kRanks * (kExpertsARank + 1); i += kThreads) {
+        const int source = i / (kExpertsARank + 1), e = i % (kExpertsARank + 1);
         if (shared_arrived(source) == 2)
           planned(source, e) =
               static_cast<uint32_t>(ptx::ld_acquire_sys(counts(own(), source) + count_word(e)));
@@ -518,9 +506,9 @@ class LowLatencyDispatch {
     return true;
   }
 
-  // Where rows go: planned(s, e) = begin[e, s], planned(s, kLocal) = tokens of s, 0 when it is masked.
+  // Where rows go: planned(s, e) = begin[e, s], planned(s, kExpertsARank) = tokens of s, 0 when it is masked.
   __device__ void make_plan(bool tells) {
-    for (int e = threadIdx.x; e < kLocal; e += kThreads) {
+    for (int e = threadIdx.x; e < kExpertsARank; e += kThreads) {
       uint32_t begin = 0;
       for (int source = 0; source < kRanks; ++source) {
         const uint32_t sent = shared_arrived(source) != 0 ? planned(source, e) : 0;
@@ -536,7 +524,7 @@ class LowLatencyDispatch {
       if (p.recv_stats != nullptr) p.recv_stats[e] += static_cast<int32_t>(begin);
     }
     if (threadIdx.x < kRanks) {
-      uint32_t& tokens = planned(threadIdx.x, kLocal);
+      uint32_t& tokens = planned(threadIdx.x, kExpertsARank);
       // A peer that was called with another maximum has no places for more.
       tokens =
           shared_arrived(threadIdx.x) == 0 ? 0 : min(tokens, static_cast<uint32_t>(p.max_tokens));
@@ -559,7 +547,7 @@ class LowLatencyDispatch {
     for (int source = 0; source < kRanks; ++source) {
       if (ptx::ld_relaxed_gpu(p.decisions + source) == (waiter.epoch << 2 | 1)) continue;
       p.source_tokens[source] = 0;
-      for (int e = lane; e < kLocal; e += kWarpSize)
+      for (int e = lane; e < kExpertsARank; e += kWarpSize)
         reinterpret_cast<uint32_t*>(p.layout_range)[2 * (e * kRanks + source)] = 0;
     }
   }
@@ -575,9 +563,9 @@ class LowLatencyDispatch {
 
   __device__ void receive(uint32_t unit) {
     // Lane s has the number of tokens of source s; with more ranks than lanes only the most matter.
-    uint32_t tokens = lane < kRanks ? planned(lane, kLocal) : 0;
+    uint32_t tokens = lane < kRanks ? planned(lane, kExpertsARank) : 0;
     for (int source = lane + kWarpSize; source < kRanks; source += kWarpSize)
-      tokens = max(tokens, planned(source, kLocal));
+      tokens = max(tokens, planned(source, kExpertsARank));
     const uint32_t num_units = __reduce_max_sync(kFullMask, tokens) * kRanks * p.num_parts;
     while (unit < num_units) {
       const uint32_t next = next_unit(p.counters + 2, lane);
@@ -585,8 +573,8 @@ class LowLatencyDispatch {
       // Each rank starts with itself, so that no source is looked at by all at once.
       const int source = (p.rank + row % kRanks) % kRanks;
       const uint32_t token = row / kRanks;
-      const uint32_t num_tokens =
-          kRanks <= kWarpSize ? __shfl_sync(kFullMask, tokens, source) : planned(source, kLocal);
+      const uint32_t num_tokens = kRanks <= kWarpSize ? __shfl_sync(kFullMask, tokens, source)
+                                                      : planned(source, kExpertsARank);
       if (token < num_tokens && !receive_token(source, static_cast<int>(token), unit % p.num_parts))
         return;
       unit = next;
@@ -625,8 +613,8 @@ class LowLatencyDispatch {
     if (lane < kTopk) {
       const int32_t* const selection =
           reinterpret_cast<const int32_t*>(src + kSelections) + 2 * lane;
-      const int e = selection[0] - p.rank * kLocal;
-      if (selection[0] >= 0 && e >= 0 && e < kLocal) {
+      const int e = selection[0] - p.rank * kExpertsARank;
+      if (selection[0] >= 0 && e >= 0 && e < kExpertsARank) {
         const uint32_t position = planned(source, e) + selection[1];
         row = position < rows_a_slab() ? static_cast<int>(e * rows_a_slab() + position) : -2;
       }

@@ -28,6 +28,12 @@
 
 namespace epjit {
 
+// Base of the parameters of kernels that reach remote ranks.
+struct PeerParams {
+  const int32_t* peers;  // local [num_ranks]; null in one domain
+  uint64_t transport;
+};
+
 // Index of this rank in the arrays of addresses.
 template <bool kRemote, typename Params>
 __device__ __forceinline__ int own_index(const Params& p) {

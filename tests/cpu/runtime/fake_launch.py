@@ -12,7 +12,9 @@ from typing import Any
 
 import pytest
 
-from epjit.runtime import jit, sources
+from epjit.runtime import sources
+from epjit.runtime.launch import Launch
+from epjit.runtime.params import params_type
 
 
 class LastLaunch(ctypes.Structure):
@@ -36,7 +38,7 @@ def raises(kind: type[Exception], *words: str, call: Callable[[], object]) -> No
 
 def main(root: Path) -> None:
     sources.ROOT = root
-    params = jit.params_type("toy/scale.cu", "ScaleParams")
+    params = params_type("toy/scale.cu", "ScaleParams")
     fake = ctypes.CDLL("libcuda.so.1")
     last = LastLaunch.in_dll(fake, "fake_last")
     next_status = ctypes.c_uint32.in_dll(fake, "fake_next_status")
@@ -46,9 +48,9 @@ def main(root: Path) -> None:
         config=config, params=params, function=0x1234, device=3, starts_early=False
     )
 
-    raises(TypeError, "['y']", "factor", call=lambda: jit.Launch(kernel, y=1))
-    raises(ValueError, "peers", call=lambda: jit.Launch(kernel, peers=[1, 2]))
-    launch = jit.Launch(kernel, peers=[2**63 + i for i in range(4)], factor=1.5, wide=True)
+    raises(TypeError, "['y']", "factor", call=lambda: Launch(kernel, y=1))
+    raises(ValueError, "peers", call=lambda: Launch(kernel, peers=[1, 2]))
+    launch = Launch(kernel, peers=[2**63 + i for i in range(4)], factor=1.5, wide=True)
     raises(TypeError, "never given ['num', 'x']", call=lambda: launch(7, 2, stamp=-5))
     raises(TypeError, "['typo']", call=lambda: launch(7, 2, typo=1))
     raises(ValueError, "num=2147483648", call=lambda: launch(7, 2, x=0, num=2**31))
@@ -86,9 +88,7 @@ def main(root: Path) -> None:
     raises(RuntimeError, "CUDA_ERROR_INVALID_VALUE", "9 blocks of 64", call=lambda: launch(8, 9))
     next_status.value = 0
     kernel.starts_early = True
-    jit.Launch(kernel, **dict.fromkeys(("x", "num", "stamp"), 1), peers=[0] * 4, factor=1, wide=0)(
-        9, 5
-    )
+    Launch(kernel, **dict.fromkeys(("x", "num", "stamp"), 1), peers=[0] * 4, factor=1, wide=0)(9, 5)
     assert (last.stream, last.grid, last.block, last.starts_early) == (9, 5, 64, 1)
 
     rounds = 20000

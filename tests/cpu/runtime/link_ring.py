@@ -16,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 from epjit.errors import CompileError
 from epjit.runtime import nvjitlink, nvrtc, nvshmem
-from epjit.runtime.jit import compile_kernel
+from epjit.runtime.kernel import compile_kernel
 from tests.transport.ring import RingConfig, ring_sources
 
 

@@ -24,9 +24,9 @@ from epjit.errors import CommunicationError, CompileError
 from epjit.kernels import internode, low_latency
 from epjit.runtime import group as groups
 from epjit.runtime import nvrtc, nvshmem, nvshmem_device
-from epjit.runtime.jit import compile_kernel
+from epjit.runtime.kernel import compile_kernel
 from tests.cpu.runtime.test_group import run_threads
-from tests.cpu.runtime.test_jit import CU12
+from tests.cpu.runtime.test_kernel import CU12
 from tests.harness import launch
 from tests.transport.ring import RingConfig, ring_sources
 

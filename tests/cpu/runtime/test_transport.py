@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from epjit.runtime import jit, symmetric
+from epjit.runtime import symmetric
 from epjit.runtime import transport as transports
+from epjit.runtime.params import params_type
 from epjit.runtime.topology import Topology
 from epjit.runtime.transport import LoopbackTransport, NvshmemTransport, make_transport
 from tests.cpu.runtime.test_group import run_threads
@@ -77,7 +78,7 @@ def make(size: int, domains: tuple[tuple[int, ...], ...]) -> list[Any]:
 
 def record_of(transport: LoopbackTransport) -> Any:
     """The record as a kernel sees it."""
-    return transports._Record.from_address(transport.context)
+    return params_type("transport/loopback.cuh", "Record").from_address(transport.context)
 
 
 # ---- choosing
@@ -222,18 +223,6 @@ def test_memory_of_the_heap(
 # ---- loopback on the host
 
 
-def test_record_has_the_layout_of_the_struct() -> None:
-    text = (Path(jit.__file__).parents[1] / "cuda_src/transport/loopback.cuh").read_text()
-    assert f"constexpr int kMaxRegions = {transports._MAX_REGIONS};" in text
-    assert f"constexpr int kMaxPes = {transports._MAX_PES};" in text
-    for struct in (transports._Region, transports._Record):
-        body = text.split(f"struct {struct.__name__[1:]} {{")[1].split("};")[0]
-        names = [name for name, *_ in struct._fields_]
-        assert [body.index(f" {name}") for name in names] == sorted(
-            body.index(f" {name}") for name in names
-        )
-
-
 def test_memory_of_other_domains_is_hidden(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPJIT_LOOPBACK_SEED", "5")
     found = make(4, TWO_BY_TWO)
@@ -273,7 +262,7 @@ def test_close_frees_the_record(device: Device) -> None:
 
 @pytest.fixture(scope="module")
 def ring_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """ring.cu with the loopback body before it, as jit.render puts it.
+    """ring.cu with the loopback body before it, as `render` puts it.
 
     Its functions get other names: the emulation has some of the same names, its own body.
     """
@@ -304,7 +293,7 @@ def test_ring_over_loopback(
 
     assert run_threads(size, work) == [None] * size
     with ring_sources():
-        params_type = jit.params_type("ring.cu", "RingParams")
+        record = params_type("ring.cu", "RingParams")
     rows = config.num_warps * row_bytes
     outs = [guarded(2, rows, dtype=torch.uint8) for _ in range(size)]
     failed = torch.zeros(size, dtype=torch.int32)
@@ -316,7 +305,7 @@ def test_ring_over_loopback(
             row = torch.randint(0, 256, (rows,), dtype=torch.uint8, generator=generator)
             ctypes.memmove(memory.ptr, row.data_ptr(), rows)
             sent.append(row)
-            params = params_type(
+            params = record(
                 transport=transport.context,
                 memory=memory.ptr,
                 out=outs[rank].data_ptr(),

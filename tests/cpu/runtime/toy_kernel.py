@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
 
-from epjit.runtime.jit import KernelConfig
+from epjit.runtime.kernel import KernelConfig
 
 SCALE = """\
 #include "epjit/types.cuh"
@@ -51,22 +51,21 @@ constexpr int kMaxPeers = 4;
     return root
 
 
+def replace_in(path: Path, old: str, new: str) -> None:
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new))
+
+
 @dataclass(frozen=True)
 class ScaleConfig(KernelConfig):
     source: ClassVar[str] = "toy/scale.cu"
     op: ClassVar[str] = "scale"
+    tag_template: ClassVar[str] = "toy_w{0.num_warps}"
 
     num_warps: int = 2
     twice: bool = True
 
     @property
-    def threads(self) -> int:
-        return self.num_warps * 32
-
-    @property
     def shared_bytes(self) -> int:
         return 512 if self.twice else 0
-
-    @property
-    def tag(self) -> str:
-        return f"toy_w{self.num_warps}"

@@ -17,7 +17,7 @@
 //             entry and on exit
 //
 // Launch: any grid, layout_threads() threads.
-#include "epjit/ptx.cuh"
+#include "epjit/topk.cuh"
 
 namespace epjit {
 
@@ -121,21 +121,18 @@ __device__ void layout(const LayoutParams& p) {
   for (int t = blockIdx.x * blockDim.x + threadIdx.x; t < p.num_tokens; t += num_threads) {
     RankSet<kCfg.num_ranks> in_rank;
     for (int first = 0; first < p.num_topk; first += kBatch) {
-      int64_t expert[kBatch];
+      int expert[kBatch];
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
         const int64_t i = static_cast<int64_t>(t) * p.num_topk + first + k;
-        if (first + k >= p.num_topk)
-          expert[k] = -1;
-        else if constexpr (kCfg.topk_is_int64)
-          expert[k] = static_cast<const int64_t*>(p.topk_idx)[i];
-        else
-          expert[k] = static_cast<const int32_t*>(p.topk_idx)[i];
+        expert[k] = first + k < p.num_topk
+                        ? load_choice<kCfg.topk_is_int64>(p.topk_idx, i, p.num_experts)
+                        : -1;
       }
 #pragma unroll
       for (int k = 0; k < kBatch; ++k) {
-        if (expert[k] < 0 || expert[k] >= p.num_experts) continue;
-        const uint32_t e = static_cast<uint32_t>(expert[k]);
+        if (expert[k] < 0) continue;
+        const uint32_t e = expert[k];
         atomicAdd(counts + kFirstExpert + e, 1u);
         in_rank.add(e / experts_per_rank);
       }

@@ -5,7 +5,7 @@
 //
 // Launch: any grid, unpermute_threads() threads. A warp takes a piece of 2 KB of a token at a time,
 // so that few tokens occupy all SMs too.
-#include "epjit/ptx.cuh"
+#include "epjit/sum.cuh"
 
 namespace epjit {
 
@@ -29,22 +29,6 @@ constexpr int unpermute_threads(UnpermuteConfig) { return kUnpermuteWarps * kWar
 constexpr int unpermute_shared_bytes(UnpermuteConfig) { return 0; }
 
 template <UnpermuteConfig kCfg>
-__device__ __forceinline__ void unpermute_add(Float2 (&sum)[4], Vec16 v) {
-  const uint32_t pairs[4] = {v.x, v.y, v.z, v.w};
-#pragma unroll
-  for (int i = 0; i < 4; ++i) {
-    const Float2 pair =
-        kCfg.is_f16 ? ptx::f16x2_to_float2(pairs[i]) : ptx::bf16x2_to_float2(pairs[i]);
-    sum[i] = {sum[i].x + pair.x, sum[i].y + pair.y};
-  }
-}
-
-template <UnpermuteConfig kCfg>
-__device__ __forceinline__ uint32_t unpermute_pack(Float2 v) {
-  return kCfg.is_f16 ? ptx::float2_to_f16x2(v) : ptx::float2_to_bf16x2(v);
-}
-
-template <UnpermuteConfig kCfg>
 __device__ void unpermute(const UnpermuteParams& p) {
   constexpr int kVecs = kCfg.row_bytes / 16;
   constexpr int kPieceVecs = kUnpermuteUnroll * kWarpSize;
@@ -58,7 +42,7 @@ __device__ void unpermute(const UnpermuteParams& p) {
     const int64_t token = unit / kPieces;
     const int first = static_cast<int>(unit % kPieces) * kPieceVecs + lane;
     const int my_row = lane < kCfg.num_topk ? p.row_of[token * kCfg.num_topk + lane] : -1;
-    Float2 sums[kUnpermuteUnroll][4] = {};
+    Sum8<kCfg.is_f16> sums[kUnpermuteUnroll];
     uint32_t left = __ballot_sync(kFullMask, my_row >= 0);
     for (; left != 0; left &= left - 1) {
       const int row = __shfl_sync(kFullMask, my_row, __popc((left & (0u - left)) - 1));
@@ -69,17 +53,13 @@ __device__ void unpermute(const UnpermuteParams& p) {
         if (first + i * kWarpSize < kVecs) v[i] = ptx::ld_v4(src + (first + i * kWarpSize) * 16);
 #pragma unroll
       for (int i = 0; i < kUnpermuteUnroll; ++i)
-        if (first + i * kWarpSize < kVecs) unpermute_add<kCfg>(sums[i], v[i]);
+        if (first + i * kWarpSize < kVecs) sums[i].add(v[i]);
     }
     char* const out = p.out + token * kCfg.row_bytes;
 #pragma unroll
-    for (int i = 0; i < kUnpermuteUnroll; ++i) {
-      const Float2(&sum)[4] = sums[i];
+    for (int i = 0; i < kUnpermuteUnroll; ++i)
       if (first + i * kWarpSize < kVecs)
-        ptx::st_v4(out + (first + i * kWarpSize) * 16,
-                   {unpermute_pack<kCfg>(sum[0]), unpermute_pack<kCfg>(sum[1]),
-                    unpermute_pack<kCfg>(sum[2]), unpermute_pack<kCfg>(sum[3])});
-    }
+        ptx::st_v4(out + (first + i * kWarpSize) * 16, sums[i].rounded());
   }
 }
 

@@ -13,7 +13,7 @@
 // of topk_idx twice; it is small and stays in the L2.
 //
 // Launch: num_experts blocks of place_threads() threads.
-#include "epjit/ptx.cuh"
+#include "epjit/topk.cuh"
 
 namespace epjit {
 
@@ -41,17 +41,12 @@ constexpr int place_threads(PlaceConfig) { return kPlaceWarps * kWarpSize; }
 constexpr int place_shared_bytes(PlaceConfig cfg) { return (cfg.num_experts + kPlaceWarps) * 4; }
 
 template <PlaceConfig kCfg>
-__device__ __forceinline__ int place_expert(const PlaceParams& p, int selection, int last) {
-  if (selection >= last) return -1;
-  const int64_t expert = kCfg.topk_is_int64 ? static_cast<const int64_t*>(p.topk_idx)[selection]
-                                            : static_cast<const int32_t*>(p.topk_idx)[selection];
-  return expert >= 0 && expert < kCfg.num_experts ? static_cast<int>(expert) : -1;
-}
-
-template <PlaceConfig kCfg>
 __device__ void place(const PlaceParams& p) {
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
   const int own = blockIdx.x;
+  const auto choice = [&](int i) {
+    return load_choice<kCfg.topk_is_int64>(p.topk_idx, i, kCfg.num_experts);
+  };
   int* const counts = reinterpret_cast<int*>(ptx::dynamic_shared());
   int* const warp_counts = counts + kCfg.num_experts;
   for (int e = threadIdx.x; e < kCfg.num_experts; e += blockDim.x) counts[e] = 0;
@@ -63,7 +58,7 @@ __device__ void place(const PlaceParams& p) {
   const int last = min(first + part, p.num_selections);
   int num_own = 0;
   for (int i = first + lane; i - lane < last; i += kWarpSize) {
-    const int expert = place_expert<kCfg>(p, i, last);
+    const int expert = i < last ? choice(i) : -1;
     if (expert >= 0) atomicAdd(counts + expert, 1);
     if (own == 0 && expert < 0 && i < last) p.row_of[i] = -1;
     num_own += __popc(__ballot_sync(kFullMask, expert == own));
@@ -79,7 +74,7 @@ __device__ void place(const PlaceParams& p) {
   int row = start + static_cast<int>(__reduce_add_sync(kFullMask, of_warps_before));
 
   for (int i = first + lane; i - lane < last; i += kWarpSize) {
-    const bool mine = place_expert<kCfg>(p, i, last) == own;
+    const bool mine = i < last && choice(i) == own;
     const uint32_t lanes = __ballot_sync(kFullMask, mine);
     const int my_row = row + __popc(lanes & ((1u << lane) - 1));
     const bool fits = my_row < p.num_rows;

@@ -1,0 +1,29 @@
+// Slots and words of the low-latency kernels: each in two halves, for operations of even and of odd
+// epoch. An operation writes to its half without a wait; dispatch.cu says why it may.
+#pragma once
+#include "epjit/sync.cuh"
+
+namespace epjit {
+
+// Base of the parameters.
+struct LowLatencyParams {
+  uint64_t slots[kMaxRanks];  // symmetric, of each rank of the domain
+  uint64_t words[kMaxRanks];  // symmetric, of each rank of the domain
+  uint32_t* mask;             // local [num_ranks], or null
+  int64_t half_bytes;         // of the slots
+};
+
+// The half of an operation, by the index of a rank in `slots` and `words`.
+template <typename Params>
+__device__ __forceinline__ char* half_of_slots(const Params& p, int index, uint32_t epoch) {
+  const int half = epoch & 1;
+  return reinterpret_cast<char*>(p.slots[index]) + half * p.half_bytes;
+}
+
+template <typename Params>
+__device__ __forceinline__ uint64_t* half_of_words(const Params& p, int index, uint32_t epoch) {
+  const int half = epoch & 1;
+  return reinterpret_cast<uint64_t*>(p.words[index]) + half * static_cast<int64_t>(p.words_stride);
+}
+
+}  // namespace epjit
