@@ -32,7 +32,6 @@ from epjit.kernels.low_latency import (
     kernels_of,
     warmup_shapes,
 )
-from epjit.kernels.shapes import align
 from epjit.modes.base import Mode
 from epjit.reference.low_latency import (
     DispatchedForms,
@@ -46,6 +45,7 @@ from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import Transport, make_transport
+from epjit.sizes import align
 
 if TYPE_CHECKING:
     from epjit.runtime.group import Group
