@@ -220,16 +220,16 @@ def _compile(jobs: Sequence[tuple[KernelConfig, str]]) -> int:
     from epjit.runtime.nvrtc import version
 
     # auto takes loopback only for ranks of one process
-    transport = "loopback" if env.transport() == "loopback" else "nvshmem"
+    body = "loopback" if env.transport() == "loopback" else "nvshmem"
     version()  # NVRTC is missing: say so once, before anything starts
-    if transport == "nvshmem" and any(config.transport for config, _ in jobs):
+    if body == "nvshmem" and any(config.needs_transport for config, _ in jobs):
         nvshmem_device.key()  # so for NVSHMEM
     CubinCache().prepare()  # a call would do without one, and this would be in vain
     compiled = 0
     workers = ThreadPoolExecutor(os.cpu_count() or 1)
     with show.steps(len(jobs)) as steps, workers:
         pending = {
-            workers.submit(compile_kernel, config, arch=each, transport=transport): (config, each)
+            workers.submit(compile_kernel, config, arch=each, body=body): (config, each)
             for config, each in jobs
         }
         for done in as_completed(pending):

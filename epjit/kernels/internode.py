@@ -32,7 +32,7 @@ class InternodeNotifyConfig(KernelConfig):
     op: ClassVar[str] = "notify"
     tag_template: ClassVar[str] = "internode_{0.num_domains}x{0.num_local}"
     threads: ClassVar[int] = 512
-    transport: ClassVar[bool] = True
+    needs_transport: ClassVar[bool] = True
 
     num_domains: int
     num_local: int
@@ -52,7 +52,7 @@ class InternodeDispatchConfig(KernelConfig):
     tag_template: ClassVar[str] = (
         "internode_{0.num_domains}x{0.num_local}_h{0.hidden_bytes}_s{0.num_scales}_k{0.num_topk}"
     )
-    transport: ClassVar[bool] = True
+    needs_transport: ClassVar[bool] = True
 
     num_domains: int
     num_local: int
@@ -107,7 +107,7 @@ class InternodeCombineConfig(KernelConfig):
     tag_template: ClassVar[str] = (
         "internode_{0.num_domains}x{0.num_local}_h{0.hidden_bytes}_k{0.num_topk}"
     )
-    transport: ClassVar[bool] = True
+    needs_transport: ClassVar[bool] = True
 
     num_domains: int
     num_local: int

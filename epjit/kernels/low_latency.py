@@ -52,7 +52,7 @@ class _LowLatencyConfig(KernelConfig):
     remote: bool
 
     @property
-    def transport(self) -> bool:
+    def needs_transport(self) -> bool:
         """Whether other domains are reached."""
         return self.remote
 

@@ -38,7 +38,7 @@ from epjit.runtime.transport import Transport, make_transport
 from epjit.sizes import ALIGNMENT, align
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from epjit.reference.internode import Handle
     from epjit.runtime.topology import Topology
@@ -214,9 +214,11 @@ class Internode(Normal):
             bound["fits"] = self._fits.data_ptr()
         return Launch(self._kernel(config), **bound)
 
-    def _configs_on(self, arch: str) -> list[KernelConfig]:
+    def _configs_on(
+        self, arch: str, shapes: Iterable[DispatchShape | CombineShape]
+    ) -> list[KernelConfig]:
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
-        return kernels_of(self._launches, num_domains=num_domains, num_local=num_local, arch=arch)
+        return kernels_of(shapes, num_domains=num_domains, num_local=num_local, arch=arch)
 
     # ---- operations ------------------------------------------------------------------------------
 

@@ -163,8 +163,10 @@ class Intranode(Normal):
             num_slots=num_slots(config, self._arena.slots_bytes),
         )
 
-    def _configs_on(self, arch: str) -> list[KernelConfig]:
-        return kernels_of(self._launches, num_ranks=self._group.size, arch=arch)
+    def _configs_on(
+        self, arch: str, shapes: Iterable[DispatchShape | CombineShape]
+    ) -> list[KernelConfig]:
+        return kernels_of(shapes, num_ranks=self._group.size, arch=arch)
 
     # ---- operations ------------------------------------------------------------------------------
 
