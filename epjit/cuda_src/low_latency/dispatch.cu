@@ -53,7 +53,7 @@
 // One that stops between its counts and its rows leaves rows undefined that recv_count includes;
 // layout_range then counts none of them.
 //
-// Launch: any grid, dispatch_threads() threads. Graph-safe.
+// Launch: any grid, low_latency_dispatch_threads() threads. Graph-safe.
 #include "epjit/cast.cuh"
 #include "epjit/topk.cuh"
 #include "epjit/work.cuh"
@@ -105,7 +105,9 @@ struct LowLatencyDispatchParams : Operation, PeerParams, LowLatencyParams {
   bool receives;  // this launch has the receive phase
 };
 
-constexpr int dispatch_threads(LowLatencyDispatchConfig cfg) { return cfg.num_warps * kWarpSize; }
+constexpr int low_latency_dispatch_threads(LowLatencyDispatchConfig cfg) {
+  return cfg.num_warps * kWarpSize;
+}
 
 constexpr int dispatch_rank_words(LowLatencyDispatchConfig cfg) {
   return cfg.remote ? cfg.num_ranks : kMaxRanks;
@@ -113,11 +115,11 @@ constexpr int dispatch_rank_words(LowLatencyDispatchConfig cfg) {
 
 // Selections of each expert before a chunk, or the table of make_plan(); what threads tell each
 // other.
-constexpr int dispatch_shared_bytes(LowLatencyDispatchConfig cfg) {
+constexpr int low_latency_dispatch_shared_bytes(LowLatencyDispatchConfig cfg) {
   return 4 * (cfg.num_experts + 2 + 2 * dispatch_rank_words(cfg));
 }
 
-constexpr int dispatch_slot_bytes(LowLatencyDispatchConfig cfg) {
+constexpr int low_latency_dispatch_slot_bytes(LowLatencyDispatchConfig cfg) {
   return align_up(format_row_bytes(cfg.format, cfg.hidden) +
                       align_up(format_row_scale_bytes(cfg.format, cfg.hidden), 8) +
                       8 * cfg.num_topk,
@@ -144,9 +146,9 @@ class LowLatencyDispatch {
   static constexpr int kRowBytes = format_row_bytes(kFormat, kCfg.hidden);
   static constexpr int kScaleBytes = format_row_scale_bytes(kFormat, kCfg.hidden);
   static constexpr int kSelections = kRowBytes + align_up(kScaleBytes, 8);  // offset in a slot
-  static constexpr int kSlotBytes = dispatch_slot_bytes(kCfg);
+  static constexpr int kSlotBytes = low_latency_dispatch_slot_bytes(kCfg);
   static constexpr bool kScalesByColumn = kFormat >= kFp8 && kFormat <= kFp8Ue8m0;
-  static constexpr int kThreads = dispatch_threads(kCfg);
+  static constexpr int kThreads = low_latency_dispatch_threads(kCfg);
   static constexpr bool kRemote = kCfg.remote;
   static constexpr int kRankWords = dispatch_rank_words(kCfg);
   // In a row of counts; what is put begins at a multiple of 16 bytes.
@@ -693,7 +695,7 @@ class LowLatencyDispatch {
 };
 
 template <LowLatencyDispatchConfig kCfg>
-__device__ void dispatch(const LowLatencyDispatchParams& p) {
+__device__ void low_latency_dispatch(const LowLatencyDispatchParams& p) {
   LowLatencyDispatch<kCfg>(p).run();
 }
 
