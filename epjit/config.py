@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from epjit import env
 from epjit.numbers import as_int
 from epjit.runtime import topology
+from epjit.sizes import align
 
 # The limits of one call.
 MAX_RANKS = topology.MAX_LOCAL  # of one NVLink domain
@@ -24,14 +25,29 @@ MAX_LOW_LATENCY_EXPERTS = 8192
 MAX_LOW_LATENCY_TOKENS = 262144  # of all ranks, at their maximum
 MAX_LOW_LATENCY_CHOICES = 131072  # of one rank, at its maximum of tokens
 
-_ALIGNMENT = 128
 # V1's hint leaves room for this much beside each row, whatever is really sent.
-_MAX_TOPK = 128
-_MAX_SCALES = 128
-_ROW_METADATA_BYTES = 8 + _MAX_TOPK * 8 + _MAX_TOPK * 4 + _MAX_SCALES * 4
+_V1_MAX_TOPK = 128
+_V1_MAX_SCALES = 128
+_ROW_METADATA_BYTES = 8 + _V1_MAX_TOPK * (8 + 4) + _V1_MAX_SCALES * 4
 _RDMA_METADATA_BYTES = 16
 # The least that the kernels work with: two windows of eight rows for each rank.
 _MIN_ROWS_A_RANK = 16
+
+
+def check_row_bytes(what: str, row_bytes: int, *, most: int | None = MAX_ROW_BYTES) -> None:
+    """Checks the length of rows, which are moved in pieces of 16 bytes.
+
+    Args:
+        what: Says whose rows have how many bytes, for the message.
+        row_bytes: The length.
+        most: The greatest that is allowed; None allows all.
+
+    Raises:
+        ValueError: No rows have this length.
+    """
+    if row_bytes <= 0 or row_bytes % 16 or (most is not None and row_bytes > most):
+        limit = "" if most is None else f", at most {most}"
+        raise ValueError(f"{what}, but must have a multiple of 16{limit}")
 
 
 @dataclass(frozen=True)
@@ -88,7 +104,7 @@ class Config:
             )
         if reasons:
             raise ValueError("Config: " + "; ".join(reasons))
-        rounded = -(-rdma_recv // rdma_send) * rdma_send
+        rounded = align(rdma_recv, rdma_send)
         object.__setattr__(self, "num_max_rdma_chunked_recv_tokens", rounded)
 
     def get_nvl_buffer_size_hint(
@@ -111,8 +127,7 @@ class Config:
         num_channels = max(self.num_sms // 2, 1)
         num_nvl_ranks = min(num_ranks, _ranks_per_domain(ranks_per_domain))
         rows = max(num_channels * self.num_max_nvl_chunked_recv_tokens, _MIN_ROWS_A_RANK)
-        size = num_nvl_ranks * rows * (hidden_bytes + _ROW_METADATA_BYTES)
-        return -(-size // _ALIGNMENT) * _ALIGNMENT
+        return align(num_nvl_ranks * rows * (hidden_bytes + _ROW_METADATA_BYTES))
 
     def get_rdma_buffer_size_hint(
         self, hidden_bytes: int, num_ranks: int, *, ranks_per_domain: int | None = None
@@ -136,8 +151,7 @@ class Config:
             return 0
         num_domains = -(-num_ranks // a_domain)
         rows = max(self.num_sms // 2, 1) * num_domains * self.num_max_rdma_chunked_recv_tokens
-        size = 2 * rows * (hidden_bytes + _ROW_METADATA_BYTES + _RDMA_METADATA_BYTES)
-        return -(-size // _ALIGNMENT) * _ALIGNMENT
+        return align(2 * rows * (hidden_bytes + _ROW_METADATA_BYTES + _RDMA_METADATA_BYTES))
 
 
 # V1's defaults, (NVLink send, NVLink receive, RDMA send, RDMA receive) by ranks: of a number that

@@ -27,7 +27,7 @@ from epjit.kernels.internode import (
     max_slots,
     ring_slots,
 )
-from epjit.kernels.shapes import ALIGNMENT, CombineShape, DispatchShape, align
+from epjit.kernels.shapes import CombineShape, DispatchShape
 from epjit.modes.normal import SIGNALS_BYTES, Normal, Received, combine_shape, dispatch_shape
 from epjit.reference.intranode import Dispatched
 from epjit.runtime.group import BUFFER, Group
@@ -35,6 +35,7 @@ from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import Transport, make_transport
+from epjit.sizes import ALIGNMENT, align
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence

@@ -28,7 +28,7 @@ from epjit.kernels.intranode import (
     kernels_of,
     num_slots,
 )
-from epjit.kernels.shapes import CombineShape, DispatchShape, align
+from epjit.kernels.shapes import CombineShape, DispatchShape
 from epjit.modes.normal import (
     SIGNALS_BYTES,
     Normal,
@@ -44,6 +44,7 @@ from epjit.runtime.launch import Launch
 from epjit.runtime.pool import BlockPool, NoRoomError
 from epjit.runtime.stream import record_event
 from epjit.runtime.symmetric import SymmetricMemory, tensor_over
+from epjit.sizes import align
 
 if TYPE_CHECKING:
     from epjit.runtime.group import Group

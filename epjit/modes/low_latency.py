@@ -30,7 +30,6 @@ from epjit.kernels.low_latency import (
     config_of,
     kernels_of,
 )
-from epjit.kernels.shapes import align
 from epjit.modes.base import Mode
 from epjit.reference.low_latency import (
     DispatchedForms,
@@ -44,6 +43,7 @@ from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import Transport, make_transport
+from epjit.sizes import align
 
 if TYPE_CHECKING:
     from epjit.runtime.group import Group

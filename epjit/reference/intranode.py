@@ -21,6 +21,7 @@ from torch import Tensor
 
 from epjit.errors import CommunicationError
 from epjit.runtime.fault import Overflow
+from epjit.sizes import align
 
 Handle: TypeAlias = tuple[Tensor, ...]
 """What `dispatch` leaves for `combine` and for a cached dispatch; six tensors of one rank.
@@ -170,9 +171,7 @@ def dispatch(
     recv_expert_counts = torch.stack([each.num_tokens_per_expert for each in inputs])[
         :, first_expert : first_expert + num_local
     ].sum(dim=0, dtype=torch.int32)
-    aligned_counts = [
-        -(-count // expert_alignment) * expert_alignment for count in recv_expert_counts.tolist()
-    ]
+    aligned_counts = [align(count, expert_alignment) for count in recv_expert_counts.tolist()]
 
     handle = (
         rank_prefix_matrix,

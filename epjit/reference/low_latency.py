@@ -18,19 +18,18 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from epjit.formats import BF16, FP8, FP8_ROUND, MXFP8, NVFP4, RowFormat
+from epjit.config import MAX_TOPK
+from epjit.formats import BF16, FP8, FP8_ROUND, LOGFMT_BLOCK, MXFP8, NVFP4, RowFormat
 from epjit.reference.intranode import experts_per_rank
 from epjit.runtime.empty import Empty, Form, empty_on, matrix, vector
+from epjit.sizes import align
 
-_ALIGNMENT = 128
-_MAX_TOPK = 32
 _SLOT_EXTRA_BYTES = 512  # what a slot may have beside the 2 * H bytes of a row
 _FP8_MAX = 448.0
 _FP4_MAX = 6.0
 _MIN_AMAX = 1e-4
 # Where the next magnitude of e2m1 begins; a tie goes to the neighbour with an even code.
 _E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_LOGFMT_BLOCK = 128
 _LOGFMT_STEPS = 510  # between the least and the greatest code of a magnitude, 1 and 511
 _LOGFMT_RANGE = 1024  # bfloat16 patterns below the greatest that still have a code
 
@@ -115,9 +114,9 @@ def size_hint(max_tokens: int, hidden: int, num_ranks: int, num_experts: int) ->
     """
     row_bytes = 2 * hidden
     arriving = max(
-        num_ranks * max_tokens * (row_bytes + _SLOT_EXTRA_BYTES), max_tokens * _MAX_TOPK * row_bytes
+        num_ranks * max_tokens * (row_bytes + _SLOT_EXTRA_BYTES), max_tokens * MAX_TOPK * row_bytes
     )
-    return max(2 * _align(num_experts * max_tokens * row_bytes), 4 * _align(arriving))
+    return max(2 * align(num_experts * max_tokens * row_bytes), 4 * align(arriving))
 
 
 class DispatchedForms(NamedTuple):
@@ -435,7 +434,7 @@ def logfmt_round_trip(rows: Tensor) -> Tensor:
     Returns:
         float32 `[n, H]`; each operation is one in float32, rounded.
     """
-    blocks = (rows.shape[1] // _LOGFMT_BLOCK, _LOGFMT_BLOCK)
+    blocks = (rows.shape[1] // LOGFMT_BLOCK, LOGFMT_BLOCK)
     signed = rows.contiguous().view(torch.int16).unflatten(1, blocks)
     patterns = signed.to(torch.int32) & 0x7FFF
     highest = patterns.amax(dim=2, keepdim=True)
@@ -517,7 +516,3 @@ def _given(tensor: Tensor | None) -> Tensor:
     """A tensor that the format has."""
     assert tensor is not None
     return tensor
-
-
-def _align(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
