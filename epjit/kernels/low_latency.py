@@ -67,7 +67,7 @@ class LowLatencyDispatchConfig(_LowLatencyConfig):
     """What the dispatch kernel is compiled for; the fields are explained in dispatch.cu."""
 
     source: ClassVar[str] = "low_latency/dispatch.cu"
-    op: ClassVar[str] = "dispatch"
+    op: ClassVar[str] = "low_latency_dispatch"
     tag_template: ClassVar[str] = (
         "low_latency_{0.ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}_{0.row_format.name}"
     )
@@ -112,7 +112,7 @@ class LowLatencyCombineConfig(_LowLatencyConfig):
     """What the combine kernel is compiled for; the fields are explained in combine.cu."""
 
     source: ClassVar[str] = "low_latency/combine.cu"
-    op: ClassVar[str] = "combine"
+    op: ClassVar[str] = "low_latency_combine"
     tag_template: ClassVar[str] = "low_latency_{0.ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}"
     starts_early: ClassVar[bool] = True
 
@@ -166,7 +166,7 @@ class LowLatencyReducedCombineConfig(KernelConfig):
     """What the combine that sums before the links is compiled for; see combine_reduced.cu."""
 
     source: ClassVar[str] = "low_latency/combine_reduced.cu"
-    op: ClassVar[str] = "combine"
+    op: ClassVar[str] = "low_latency_combine"
     tag_template: ClassVar[str] = (
         "low_latency_reduced_r{0.num_ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}"
     )

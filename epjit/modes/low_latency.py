@@ -255,13 +255,12 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         """With `enable_shrink` a rank may be gone for good, so ranks do not meet."""
         if self._shrink:
             return
-        op = f"low_latency_{config.op}"
         self._group.agree(
-            f"kernels for {op}",
+            f"kernels for {config.op}",
             ", ".join([str(config), *(f"{name}={size}" for name, size in sizes.items())]),
             remedy="make the same call on all ranks, with the same environment (above all "
             f"{env.low_latency_combine_variant.name})",
-            op=op,
+            op=config.op,
         )
 
     def _configs_on(

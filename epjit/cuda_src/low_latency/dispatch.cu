@@ -53,7 +53,7 @@
 // One that stops between its counts and its rows leaves rows undefined that recv_count includes;
 // layout_range then counts none of them.
 //
-// Launch: any grid, dispatch_threads() threads. Graph-safe.
+// Launch: any grid, low_latency_dispatch_threads() threads. Graph-safe.
 #include "epjit/topk.cuh"
 #include "epjit/work.cuh"
 #include "low_latency/plan.cuh"
@@ -104,7 +104,9 @@ struct LowLatencyDispatchParams : Operation, PeerParams, LowLatencyParams {
   bool receives;  // this launch has the receive phase
 };
 
-constexpr int dispatch_threads(LowLatencyDispatchConfig cfg) { return cfg.num_warps * kWarpSize; }
+constexpr int low_latency_dispatch_threads(LowLatencyDispatchConfig cfg) {
+  return cfg.num_warps * kWarpSize;
+}
 
 constexpr int dispatch_rank_words(LowLatencyDispatchConfig cfg) {
   return cfg.remote ? cfg.num_ranks : kMaxRanks;
@@ -112,11 +114,11 @@ constexpr int dispatch_rank_words(LowLatencyDispatchConfig cfg) {
 
 // Selections of each expert before a chunk, or the table of the plan; what threads tell each
 // other.
-constexpr int dispatch_shared_bytes(LowLatencyDispatchConfig cfg) {
+constexpr int low_latency_dispatch_shared_bytes(LowLatencyDispatchConfig cfg) {
   return 4 * (cfg.num_experts + 2 + 2 * dispatch_rank_words(cfg));
 }
 
-constexpr int dispatch_slot_bytes(LowLatencyDispatchConfig cfg) {
+constexpr int low_latency_dispatch_slot_bytes(LowLatencyDispatchConfig cfg) {
   return align_up(format_row_bytes(cfg.format, cfg.hidden) +
                       align_up(format_row_scale_bytes(cfg.format, cfg.hidden), 8) +
                       8 * cfg.num_topk,
@@ -132,8 +134,8 @@ class LowLatencyDispatch {
   static constexpr int kFormat = kCfg.format;
   using Row = RowOf<kFormat, kCfg.hidden>;
   static constexpr int kSelections = Row::kBytes + align_up(Row::kScaleBytes, 8);  // in a slot
-  static constexpr int kSlotBytes = dispatch_slot_bytes(kCfg);
-  static constexpr int kThreads = dispatch_threads(kCfg);
+  static constexpr int kSlotBytes = low_latency_dispatch_slot_bytes(kCfg);
+  static constexpr int kThreads = low_latency_dispatch_threads(kCfg);
   static constexpr bool kRemote = kCfg.remote;
   static constexpr int kRankWords = dispatch_rank_words(kCfg);
   // Pieces of 16 bytes in flight a thread; a body of transport.cuh wants registers, too.
@@ -457,7 +459,7 @@ class LowLatencyDispatch {
 };
 
 template <LowLatencyDispatchConfig kCfg>
-__device__ void dispatch(const LowLatencyDispatchParams& p) {
+__device__ void low_latency_dispatch(const LowLatencyDispatchParams& p) {
   LowLatencyDispatch<kCfg>(p).run();
 }
 
