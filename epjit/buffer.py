@@ -816,7 +816,7 @@ class Buffer:
         if self._cpu is not None:
             cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
             return *self._cpu.layout(topk_idx, num_experts), cpu_scope.finish()
-        forms = (
+        specs = (
             vector(torch.int32, self.group_size),
             vector(torch.int32, self._num_domains) if self._num_domains > 1 else None,
             vector(torch.int32, num_experts),
@@ -827,7 +827,7 @@ class Buffer:
             self._scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
         ):
             with scope.allocating():
-                per_rank, per_rdma_rank, per_expert, in_rank = self._empty(forms)
+                per_rank, per_rdma_rank, per_expert, in_rank = self._empty(specs)
             scope.start()
             self._layout(scope.stream, topk_idx, per_rank, per_rdma_rank, per_expert, in_rank)
             event = scope.finish((topk_idx,), (per_rank, per_rdma_rank, per_expert, in_rank))

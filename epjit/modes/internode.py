@@ -341,9 +341,9 @@ class Internode(Normal):
         fills_handle: bool,
     ) -> Received:
         """Allocates the received rows and queues the dispatch kernel."""
-        forms = self._forms(handle.num_rows, x, scales, topk_idx)
+        specs = self._specs(handle.num_rows, x, scales, topk_idx)
         with scope.allocating():
-            received = Received(*self._empty(forms))
+            received = Received(*self._empty(specs))
         scope.start()
         values = {
             **self._inputs(x, scales, topk_idx, topk_weights),

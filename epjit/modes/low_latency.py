@@ -36,7 +36,7 @@ from epjit.kernels.low_latency import (
 from epjit.kernels.shapes import align
 from epjit.modes.base import Mode
 from epjit.runtime.device import num_sms
-from epjit.runtime.empty import Form, matrix
+from epjit.runtime.empty import TensorSpec, matrix
 from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
@@ -51,7 +51,7 @@ if TYPE_CHECKING:
 # beside them. The blocks that stay (16 of 132) move what comes after a wait of 1 ms or more.
 _WAITING_KERNELS = 8
 
-Forms = TypeVar("Forms", LowLatencySpecs, tuple[Form])
+Specs = TypeVar("Specs", LowLatencySpecs, tuple[TensorSpec])
 
 
 class _Arena:
@@ -76,7 +76,7 @@ class _Arena:
         self.total = self.words + 2 * self.words_stride * 8
 
 
-class _Plan(Generic[Forms]):
+class _Plan(Generic[Specs]):
     """How calls of one size are launched; made once for each, as they come by the thousand.
 
     Args:
@@ -105,10 +105,10 @@ class _Plan(Generic[Forms]):
         num_parts: int,
         call: DispatchCall | CombineCall,
         num_ranks: int,
-        outputs: Forms,
+        outputs: Specs,
     ) -> None:
         self.launch, self.grid = launch, grid
-        self.outputs: Forms = outputs
+        self.outputs: Specs = outputs
         self.source_tokens = 4 * call.num_experts * call.max_tokens
         self.source_rows = self.source_tokens + 4 * num_ranks
         sizes: dict[str, Any] = {
@@ -197,7 +197,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
             device=device,
         )
         self._dispatch_plans: dict[DispatchCall, _Plan[LowLatencySpecs]] = {}
-        self._combine_plans: dict[CombineCall, _Plan[tuple[Form]]] = {}
+        self._combine_plans: dict[CombineCall, _Plan[tuple[TensorSpec]]] = {}
         self._clean = Launch(
             clean_kernel,
             **self._common(),
@@ -361,7 +361,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         plan = _Plan(launch, grid, num_parts, call, self._group.size, outputs)
         return remember(self._dispatch_plans, call, plan)
 
-    def _plan_combine(self, call: CombineCall) -> _Plan[tuple[Form]]:
+    def _plan_combine(self, call: CombineCall) -> _Plan[tuple[TensorSpec]]:
         """A warp adds some channels at a time; with few tokens that is all it does."""
         launch = self.launch(
             LowLatencyCombineShape(

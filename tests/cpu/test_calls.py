@@ -110,7 +110,7 @@ class World:
             mask=self.part("mask"),
         )
         buffer._layout, buffer._values = self.wants("layout"), None
-        buffer._empty = lambda forms: [ints for _ in forms]
+        buffer._empty = lambda specs: [ints for _ in specs]
         buffer._comm = mock.Mock(device=OURS, handle=99, last_call=0)
         checks: Any = mock.Mock(spec=LowLatencyChecks)
         checks.dispatch.return_value = SimpleNamespace(hidden=HIDDEN)
