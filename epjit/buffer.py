@@ -750,9 +750,7 @@ class Buffer:
                 self._chosen.launch(shape)
             return
         with self._entered():
-            for shape in shapes:
-                self._mode.launch(shape)
-            self._mode.compile_ahead(env.torch_cuda_arch_list())
+            self._mode.warmup(shapes, env.torch_cuda_arch_list())
 
     def _check_alive(self, *, fault: bool = True) -> None:
         check_runs("a call of a Buffer")
@@ -1454,16 +1452,21 @@ class Buffer:
             raise ValueError(f"num_topk is {num_topk}, but must be between 1 and {MAX_TOPK}")
         if isinstance(mode, CpuLowLatency):
             return
+        from epjit.kernels.low_latency import warmup_shapes
+
+        shapes = warmup_shapes(
+            hidden=hidden,
+            num_experts=num_experts,
+            num_topk=num_topk,
+            topk_is_int64=topk_idx_dtype == torch.int64,
+            row_format=row_format,
+            use_logfmt=use_logfmt,
+        )
         with self._entered():
             mode.warmup(
-                max_tokens=max_tokens,
-                hidden=hidden,
-                num_experts=num_experts,
-                num_topk=num_topk,
-                topk_is_int64=topk_idx_dtype == torch.int64,
-                row_format=row_format,
-                use_logfmt=use_logfmt,
-                archs=env.torch_cuda_arch_list(),
+                shapes,
+                env.torch_cuda_arch_list(),
+                num_max_dispatch_tokens_per_rank=max_tokens,
             )
 
     def _ready_low_latency(self, op: str, *, received: bool = True) -> LowLatency | CpuLowLatency:

@@ -10,15 +10,14 @@ from epjit.config import MAX_DOMAINS, MAX_RANKS
 from epjit.kernels import variants
 from epjit.kernels.layout import LayoutConfig
 from epjit.kernels.shapes import (
-    ALIGNMENT,
     CombineShape,
     DispatchShape,
-    align,
     copier_bytes,
     copier_shape,
 )
 from epjit.runtime.device import shared_limit
 from epjit.runtime.kernel import KernelConfig
+from epjit.sizes import ALIGNMENT, align
 
 _FORWARD_WARPS = 2  # kForwardWarps of dispatch.cu
 _TOKENS_PER_CHUNK = 4
@@ -33,7 +32,7 @@ class InternodeNotifyConfig(KernelConfig):
     op: ClassVar[str] = "notify"
     tag_template: ClassVar[str] = "internode_{0.num_domains}x{0.num_local}"
     threads: ClassVar[int] = 512
-    transport: ClassVar[bool] = True
+    needs_transport: ClassVar[bool] = True
 
     num_domains: int
     num_local: int
@@ -53,7 +52,7 @@ class InternodeDispatchConfig(KernelConfig):
     tag_template: ClassVar[str] = (
         "internode_{0.num_domains}x{0.num_local}_h{0.hidden_bytes}_s{0.num_scales}_k{0.num_topk}"
     )
-    transport: ClassVar[bool] = True
+    needs_transport: ClassVar[bool] = True
 
     num_domains: int
     num_local: int
@@ -108,7 +107,7 @@ class InternodeCombineConfig(KernelConfig):
     tag_template: ClassVar[str] = (
         "internode_{0.num_domains}x{0.num_local}_h{0.hidden_bytes}_k{0.num_topk}"
     )
-    transport: ClassVar[bool] = True
+    needs_transport: ClassVar[bool] = True
 
     num_domains: int
     num_local: int

@@ -12,13 +12,13 @@ from epjit.config import (
     MAX_LOW_LATENCY_TOKENS,
     MAX_RANKS,
 )
-from epjit.formats import BF16, FORMATS, FP8, NVFP4, RowFormat
+from epjit.formats import BF16, FORMATS, FP8, LOGFMT_BLOCK, NVFP4, RowFormat
 from epjit.kernels import variants
-from epjit.kernels.shapes import align, copier_bytes
+from epjit.kernels.shapes import copier_bytes
 from epjit.runtime.device import shared_limit
 from epjit.runtime.kernel import KernelConfig
+from epjit.sizes import align
 
-_LOG_BLOCK = 128  # channels
 _CAST_ELEMENTS = 16
 STEP = 256  # channels that a warp adds at a time
 # Of a half: one a token or a choice; for `reduced` one a piece of a row and one a weight.
@@ -52,7 +52,7 @@ class _LowLatencyConfig(KernelConfig):
     remote: bool
 
     @property
-    def transport(self) -> bool:
+    def needs_transport(self) -> bool:
         """Whether other domains are reached."""
         return self.remote
 
@@ -158,7 +158,7 @@ class LowLatencyCombineConfig(_LowLatencyConfig):
         """Bytes of one selection's slot."""
         if not self.logfmt:
             return 2 * self.hidden
-        return align(self.hidden // _CAST_ELEMENTS * 20 + self.hidden // _LOG_BLOCK * 4, 16)
+        return align(self.hidden // _CAST_ELEMENTS * 20 + self.hidden // LOGFMT_BLOCK * 4, 16)
 
 
 @dataclass(frozen=True)

@@ -139,8 +139,8 @@ class Mode(ABC, Generic[Shape]):
         """
 
     @abstractmethod
-    def _configs_on(self, arch: str) -> Iterable[KernelConfig]:
-        """The kernels of this buffer for another architecture: those of all shapes so far.
+    def _configs_on(self, arch: str, shapes: Iterable[Shape]) -> Iterable[KernelConfig]:
+        """The kernels of a buffer that makes calls of these shapes, for another architecture.
 
         Raises:
             ValueError: As `_config`.
@@ -176,24 +176,26 @@ class Mode(ABC, Generic[Shape]):
         self._launches[shape] = launch
         return launch
 
-    def compile_ahead(self, archs: Iterable[str]) -> None:
-        """Compiles the kernels of this buffer into the cache, for other architectures.
+    def warmup(self, shapes: Iterable[Shape], archs: Iterable[str], **sizes: int) -> None:
+        """Makes the launches of shapes, and compiles their kernels into the cache for `archs`.
 
-        Raises:
-            ValueError, CompileError, ImportError: As `_configs_on` and `compile_kernel`.
+        Collective, as `launch`, whose errors it raises.
         """
+        shapes = tuple(shapes)
+        for shape in shapes:
+            self.launch(shape, **sizes)
         for arch in archs:
-            for config in self._configs_on(arch):
-                compile_kernel(config, arch=arch, transport=self._body)
+            for config in self._configs_on(arch, shapes):
+                compile_kernel(config, arch=arch, body=self._body)
 
     def _kernel(self, config: C) -> Kernel[C]:
         """Compiled and loaded, and linked with the transport when it needs one."""
-        return Kernel(config, device=self._device.index, transport=self._body)
+        return Kernel(config, device=self._device.index, body=self._body)
 
     @property
     def _body(self) -> str:
         """Which body of transport.cuh kernels get; without a transport none of them needs one."""
-        return "nvshmem" if self._transport is None else self._transport.name
+        return "nvshmem" if self._transport is None else self._transport.body
 
     # ---- faults, the end -------------------------------------------------------------------------
 

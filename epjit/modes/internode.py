@@ -28,16 +28,17 @@ from epjit.kernels.internode import (
     max_slots,
     ring_slots,
 )
-from epjit.kernels.shapes import ALIGNMENT, CombineShape, DispatchShape, align
+from epjit.kernels.shapes import CombineShape, DispatchShape
 from epjit.modes.normal import SIGNALS_BYTES, Normal, Received, combine_shape, dispatch_shape
 from epjit.runtime.group import BUFFER, Group
 from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import Transport, make_transport
+from epjit.sizes import ALIGNMENT, align
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Iterable, Sequence
 
     from epjit.runtime.topology import Topology
     from epjit.scope import GpuScope
@@ -212,9 +213,11 @@ class Internode(Normal):
             bound["fits"] = self._fits.data_ptr()
         return Launch(self._kernel(config), **bound)
 
-    def _configs_on(self, arch: str) -> list[KernelConfig]:
+    def _configs_on(
+        self, arch: str, shapes: Iterable[DispatchShape | CombineShape]
+    ) -> list[KernelConfig]:
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
-        return kernels_of(self._launches, num_domains=num_domains, num_local=num_local, arch=arch)
+        return kernels_of(shapes, num_domains=num_domains, num_local=num_local, arch=arch)
 
     # ---- operations ------------------------------------------------------------------------------
 

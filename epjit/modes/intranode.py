@@ -29,7 +29,7 @@ from epjit.kernels.intranode import (
     kernels_of,
     num_slots,
 )
-from epjit.kernels.shapes import CombineShape, DispatchShape, align
+from epjit.kernels.shapes import CombineShape, DispatchShape
 from epjit.modes.normal import (
     SIGNALS_BYTES,
     Normal,
@@ -44,6 +44,7 @@ from epjit.runtime.launch import Launch
 from epjit.runtime.pool import BlockPool, NoRoomError
 from epjit.runtime.stream import record_event
 from epjit.runtime.symmetric import SymmetricMemory, tensor_over
+from epjit.sizes import align
 
 if TYPE_CHECKING:
     from epjit.runtime.group import Group
@@ -162,8 +163,10 @@ class Intranode(Normal):
             num_slots=num_slots(config, self._arena.slots_bytes),
         )
 
-    def _configs_on(self, arch: str) -> list[KernelConfig]:
-        return kernels_of(self._launches, num_ranks=self._group.size, arch=arch)
+    def _configs_on(
+        self, arch: str, shapes: Iterable[DispatchShape | CombineShape]
+    ) -> list[KernelConfig]:
+        return kernels_of(shapes, num_ranks=self._group.size, arch=arch)
 
     # ---- operations ------------------------------------------------------------------------------
 

@@ -18,7 +18,6 @@ from epjit import env
 from epjit.checks.low_latency import CombineCall, DispatchCall, check_source
 from epjit.checks.match import remember
 from epjit.config import MAX_LOW_LATENCY_EXPERTS, MAX_LOW_LATENCY_TOKENS, MAX_RANKS
-from epjit.formats import RowFormat
 from epjit.handles import LowLatencyDispatched, LowLatencySpecs
 from epjit.kernels.low_latency import (
     NUM_WORDS,
@@ -31,9 +30,7 @@ from epjit.kernels.low_latency import (
     LowLatencyReducedCombineConfig,
     config_of,
     kernels_of,
-    warmup_shapes,
 )
-from epjit.kernels.shapes import align
 from epjit.modes.base import Mode
 from epjit.runtime.device import num_sms
 from epjit.runtime.empty import TensorSpec, matrix
@@ -41,6 +38,7 @@ from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import Transport, make_transport
+from epjit.sizes import align
 
 if TYPE_CHECKING:
     from epjit.runtime.group import Group
@@ -261,35 +259,10 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
             op=op,
         )
 
-    def _configs_on(self, arch: str) -> Iterable[KernelConfig]:
-        return kernels_of(
-            self._launches, num_ranks=self._group.size, arch=arch, remote=self._remote
-        )
-
-    def warmup(
-        self,
-        *,
-        max_tokens: int,
-        hidden: int,
-        num_experts: int,
-        num_topk: int,
-        topk_is_int64: bool,
-        row_format: RowFormat,
-        use_logfmt: bool,
-        archs: Iterable[str],
-    ) -> None:
-        """Compiles and loads the kernels of these sizes; compiles them for `archs` as well."""
-        shapes = warmup_shapes(
-            hidden=hidden,
-            num_experts=num_experts,
-            num_topk=num_topk,
-            topk_is_int64=topk_is_int64,
-            row_format=row_format,
-            use_logfmt=use_logfmt,
-        )
-        for shape in shapes:
-            self.launch(shape, num_max_dispatch_tokens_per_rank=max_tokens)
-        self.compile_ahead(archs)
+    def _configs_on(
+        self, arch: str, shapes: Iterable[LowLatencyDispatchShape | LowLatencyCombineShape]
+    ) -> Iterable[KernelConfig]:
+        return kernels_of(shapes, num_ranks=self._group.size, arch=arch, remote=self._remote)
 
     # ---- operations ------------------------------------------------------------------------------
 

@@ -71,7 +71,7 @@ class KernelConfig:
         return None
 
     @property
-    def transport(self) -> bool:
+    def needs_transport(self) -> bool:
         """Whether it calls what transport.cuh declares, so that it needs a body for that."""
         return False
 
@@ -95,29 +95,29 @@ class Compiled(NamedTuple):
     from_cache: bool
 
 
-TRANSPORTS = ("nvshmem", "loopback")
+BODIES = ("nvshmem", "loopback")
 """Bodies of transport.cuh: nvshmem is linked with the unit, loopback is included by it."""
 _LOOPBACK = "transport/loopback.cuh"
 
 
-def unit_sources(config: KernelConfig, transport: str = "nvshmem") -> tuple[str, ...]:
+def unit_sources(config: KernelConfig, body: str = "nvshmem") -> tuple[str, ...]:
     """What the unit of a kernel includes.
 
     Raises:
-        CompileError: There is no such transport.
+        CompileError: There is no such body.
     """
-    if transport not in TRANSPORTS:
-        raise CompileError(f"transport is {transport!r}, expected one of {TRANSPORTS}")
-    included = config.transport and transport == "loopback"
+    if body not in BODIES:
+        raise CompileError(f"body is {body!r}, expected one of {BODIES}")
+    included = config.needs_transport and body == "loopback"
     return (_LOOPBACK, config.source) if included else (config.source,)
 
 
-def render(config: KernelConfig, transport: str = "nvshmem") -> str:
+def render(config: KernelConfig, body: str = "nvshmem") -> str:
     """The unit that is compiled: one kernel, with every size that both sides compute held together.
 
     Args:
         config: The specialisation.
-        transport: Which body of transport.cuh, for kernels that need one.
+        body: Which body of transport.cuh, for kernels that need one.
 
     Raises:
         CompileError: A field is neither int nor bool, or the source has no struct with the same
@@ -136,7 +136,7 @@ def render(config: KernelConfig, transport: str = "nvshmem") -> str:
     sizes = {"threads": config.threads, "shared_bytes": config.shared_bytes}
     if config.slot_bytes is not None:
         sizes["slot_bytes"] = config.slot_bytes
-    included = unit_sources(config, transport)
+    included = unit_sources(config, body)
     # Before all else. The kernel itself lets the next one in (sync.cuh, "blocks that leave").
     begin = "ptx::griddepcontrol_wait(); "
     return (
@@ -181,23 +181,23 @@ def _field_names(config: type[KernelConfig]) -> tuple[str, ...]:
     return tuple(names)
 
 
-def compile_kernel(config: KernelConfig, *, arch: str, transport: str = "nvshmem") -> Compiled:
+def compile_kernel(config: KernelConfig, *, arch: str, body: str = "nvshmem") -> Compiled:
     """Compiles a kernel, or takes it from the cache. Needs no GPU, and is safe from any thread.
 
     Args:
         config: The specialisation.
         arch: Architecture, such as ``"sm_90a"``.
-        transport: Which body of transport.cuh, for kernels that need one.
+        body: Which body of transport.cuh, for kernels that need one.
 
     Raises:
         CompileError: The compiler refuses, or must not be asked (``EPJIT_ASSERT_COMPILE``).
         ImportError: NVRTC, or what links with NVSHMEM, is not installed.
         RuntimeError: The NVSHMEM that is found cannot be used.
     """
-    unit = render(config, transport)
-    headers = sources.closure(*unit_sources(config, transport))
+    unit = render(config, body)
+    headers = sources.closure(*unit_sources(config, body))
     name = f"{config.tag}.{config.op}.{arch}"
-    linked = config.transport and transport == "nvshmem"
+    linked = config.needs_transport and body == "nvshmem"
     target = nvshmem_device.target(arch) if linked else arch
     key = CubinCache.key(
         repr((nvrtc.version(), nvrtc.options(target, linked=linked))).encode(),
@@ -252,7 +252,7 @@ class Kernel(Generic[C]):
     Args:
         config: The specialisation.
         device: Number of the GPU.
-        transport: Which body of transport.cuh, for kernels that need one; NVSHMEM must work
+        body: Which body of transport.cuh, for kernels that need one; NVSHMEM must work
             already.
 
     Attributes:
@@ -267,7 +267,7 @@ class Kernel(Generic[C]):
         RuntimeError: The block does not fit the device, or the driver refuses the kernel.
     """
 
-    def __init__(self, config: C, *, device: int, transport: str = "nvshmem") -> None:
+    def __init__(self, config: C, *, device: int, body: str = "nvshmem") -> None:
         self.config = config
         self.device = device
         limit = shared_bytes_per_block(device)
@@ -280,14 +280,14 @@ class Kernel(Generic[C]):
         version = driver.call("cuDriverGetVersion")
         self.starts_early = can_start_early(config, arch, driver_version=version)
         self.params = params_type(config.source, _params_name(config))
-        self.compiled = compile_kernel(config, arch=arch, transport=transport)
+        self.compiled = compile_kernel(config, arch=arch, body=body)
         cupy_function = require("cupy.cuda.function", package="cupy-cuda13x (cupy-cuda12x)")
         with driver.using(device):
             self._module = cupy_function.Module()  # unloads the code when it is collected
             _keep_in_children()
             _kernels.add(self)
             self._module.load(self.compiled.cubin)
-            if config.transport and transport == "nvshmem":
+            if config.needs_transport and body == "nvshmem":
                 nvshmem.attach(self._module.ptr)
                 # Keeps the module until NVSHMEM has left it; at exit it need not.
                 weakref.finalize(self, _detach, self._module, device).atexit = False

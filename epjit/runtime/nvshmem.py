@@ -1,4 +1,4 @@
-"""NVSHMEM's host library: found, initialised or joined, and its heap shared by all Buffers.
+"""NVSHMEM's host library: found, initialised or joined, used by kernels, and ended.
 
 A thin layer of ctypes over about a dozen functions; why not nvshmem4py: it takes seconds to import
 and its own way with tensors. NVSHMEM is one a process and binds it to one GPU. What goes wrong
@@ -27,6 +27,7 @@ from epjit.errors import CommunicationError, missing_package
 from epjit.runtime import device as gpu
 from epjit.runtime import driver
 from epjit.runtime.group import BUFFER, Group, host_id, process_id
+from epjit.runtime.heap import Heap, HeapMemory
 from epjit.runtime.interrupt import interruptible
 
 T = TypeVar("T")
@@ -250,7 +251,7 @@ def is_initialized() -> bool:
 
 # ---- beginning and end --------------------------------------------------------------------------
 
-# A thread can come back to it: the collector runs anywhere, and what it finds hands blocks back.
+# A thread can come back to it: the collector runs anywhere, and what it finds detaches kernels.
 _lock = threading.RLock()
 _begun_here = False  # whether `initialize` began NVSHMEM, not torch or the user
 
@@ -471,16 +472,14 @@ def finalize() -> None:
     with _lock:
         if not _begun_here:
             return
-        if len(_free) < len(_blocks) or _attached:
+        if _heap.num_in_use or _attached:
             raise RuntimeError(
-                f"NVSHMEM cannot end: {len(_blocks) - len(_free)} allocations and "
-                f"{len(_attached)} kernels are still in use; destroy the Buffers first"
+                f"NVSHMEM cannot end: {_heap.num_in_use} allocations and {len(_attached)} kernels "
+                "are still in use; destroy the Buffers first"
             )
         _begun_here = False
-        for number in sorted(_blocks):
-            load().nvshmem_free(_blocks[number].ptr)
-        _blocks.clear()
-        _free.clear()
+        for ptr in _heap.clear():
+            load().nvshmem_free(ptr)
     load().nvshmemx_hostlib_finalize()
 
 
@@ -521,121 +520,26 @@ def detach(module: int, device: int) -> None:
 # ---- the heap -----------------------------------------------------------------------------------
 
 
-class _Block(NamedTuple):
-    ptr: int
-    nbytes: int
+def _replace(group: Group, old: Sequence[int], nbytes: int, device: int) -> int:
+    """Frees memory and allocates some; see `Heap`."""
+    library = load()
+
+    def replace() -> int:
+        for ptr in old:
+            library.nvshmem_free(ptr)
+        return library.nvshmem_malloc(nbytes) or 0
+
+    return _together(group, "nvshmem_malloc", device, replace)
 
 
-# Allocations by number: all ranks make the same ones in the same order, so a number means the same
-# memory on each. A block that is free here may still be in use elsewhere.
-_blocks: dict[int, _Block] = {}
-_free: set[int] = set()
-_num_blocks = 0
-
-
-class HeapMemory:
-    """A piece of the symmetric heap that is this process's until `close`.
-
-    Attributes:
-        ptr: Address.
-        nbytes: Size in bytes, as asked for.
-    """
-
-    def __init__(self, number: int, nbytes: int) -> None:
-        self._number = number
-        self.ptr = _blocks[number].ptr
-        self.nbytes = nbytes
-
-    def address_at(self, pe: int) -> int:
-        """Address here of the same memory of another PE; 0 when it is not mapped."""
-        return load().nvshmem_ptr(self.ptr, pe) or 0
-
-    def close(self) -> None:
-        """Hands the memory back. Not collective, and idempotent.
-
-        It stays allocated: to free it, all ranks would have to be here.
-        """
-        with _lock:
-            if self.ptr:
-                self.ptr = 0
-                _free.add(self._number)
+_heap = Heap(_replace)
 
 
 def allocate(group: Group, nbytes: int, *, device: int) -> HeapMemory:
-    """Takes symmetric memory: a block that was handed back everywhere, else a new one. Collective.
-
-    Its contents are undefined.
-
-    Args:
-        group: All processes of NVSHMEM.
-        nbytes: Size, the same on all ranks.
-        device: GPU of this rank.
-
-    Raises:
-        ValueError: The ranks disagree on `nbytes`.
-        RuntimeError: There is not enough memory. Both the same on all ranks.
-    """
-    with _lock:
-        free = {number: _blocks[number].nbytes for number in tuple(_free)}
-    offers: list[tuple[int, dict[int, int]]] = group.allgather((nbytes, free))
-    sizes = [size for size, _ in offers]
-    if len(set(sizes)) > 1:
-        raise ValueError(f"the ranks ask for different sizes of symmetric memory: {sizes} by rank")
-    number, useless = choose_block([offer for _, offer in offers], nbytes)
-    if number is not None:
-        with _lock:
-            _free.discard(number)
-        return HeapMemory(number, nbytes)
-    library = load()
-    small = []  # gives way, so that sizes that grow do not add up
-    for each in useless:
-        with _lock:
-            small.append(_blocks.pop(each).ptr)
-            _free.discard(each)
-
-    def replace() -> int:
-        for block in small:
-            library.nvshmem_free(block)
-        return library.nvshmem_malloc(nbytes) or 0
-
-    ptr = _together(group, "nvshmem_malloc", device, replace)
-    try:
-        without = [rank for rank, ok in enumerate(group.allgather(bool(ptr))) if not ok]
-    except BaseException:  # a peer that does not come
-        _keep(ptr, nbytes, is_whole=False)
-        raise
-    if without:
-        # The number is drawn on all ranks: it means the same memory on each. What some ranks got
-        # stays theirs, for to free it all would have to have it.
-        _keep(ptr, nbytes, is_whole=False)
-        raise RuntimeError(
-            f"NVSHMEM has no {nbytes} bytes of symmetric memory for ranks "
-            f"{', '.join(map(str, without))}; is the GPU full? (NVSHMEM_SYMMETRIC_SIZE bounds the "
-            "heap only with NVSHMEM_DISABLE_CUDA_VMM=1)"
-        )
-    return HeapMemory(_keep(ptr, nbytes), nbytes)
+    """Takes symmetric memory of all processes of NVSHMEM. Collective; see `Heap.allocate`."""
+    return _heap.allocate(group, nbytes, device=device)
 
 
-def choose_block(offers: Sequence[Mapping[int, int]], nbytes: int) -> tuple[int | None, list[int]]:
-    """Which free block all ranks take: the smallest that is large enough, of those free on all.
-
-    Args:
-        offers: Free blocks of each rank: number to size.
-        nbytes: What is asked for.
-
-    Returns:
-        Its number, or None; and the blocks that are free on all ranks, in order.
-    """
-    common = sorted(set(offers[0]).intersection(*offers))
-    fitting = [(offers[0][number], number) for number in common if offers[0][number] >= nbytes]
-    return (min(fitting)[1] if fitting else None), common
-
-
-def _keep(ptr: int, nbytes: int, *, is_whole: bool = True) -> int:
-    """Numbers a new block."""
-    global _num_blocks
-    with _lock:
-        number, _num_blocks = _num_blocks, _num_blocks + 1
-        if is_whole:
-            _blocks[number] = _Block(ptr, nbytes)
-        return number
+def address_at(ptr: int, pe: int) -> int:
+    """Address here of the same symmetric memory of another PE; 0 when it is not mapped."""
+    return load().nvshmem_ptr(ptr, pe) or 0

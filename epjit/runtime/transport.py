@@ -1,7 +1,7 @@
-"""What carries bytes between NVLink domains: memory of all ranks, and how kernels reach it.
+"""Transports carry bytes between NVLink domains: memory of all ranks, and how kernels reach it.
 
-A kernel whose config says ``transport = True`` calls the functions of transport.cuh. It is built by
-``Kernel(config, device=..., transport=transport.name)`` and gets `Transport.context` and the
+A kernel whose config says ``needs_transport = True`` calls the functions of transport.cuh. It is
+built by ``Kernel(config, device=..., body=transport.body)`` and gets `Transport.context` and the
 numbers of `Transport.pes` among its parameters.
 """
 
@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 from epjit import env
 from epjit.runtime import driver, nvshmem, params
 from epjit.runtime.group import Group, process_id
+from epjit.runtime.heap import HeapMemory
 from epjit.runtime.symmetric import SymmetricMemory, fill_zero, own_stream, tensor_over
 from epjit.runtime.topology import Topology
 
@@ -56,12 +57,12 @@ class Transport(ABC):
     """How one rank reaches the others.
 
     Attributes:
-        name: Body of transport.cuh: ``"nvshmem"`` or ``"loopback"``.
+        body: Body of transport.cuh: ``"nvshmem"`` or ``"loopback"``.
         context: What kernels pass to the functions of transport.cuh.
         pes: The transport's number of each rank.
     """
 
-    name: str
+    body: str
     context: int
     pes: list[int]
 
@@ -153,7 +154,7 @@ def queue_depth(max_tokens: int) -> int:
 class NvshmemTransport(Transport):
     """Puts of NVSHMEM. The arguments are those of `make_transport`; collective to make."""
 
-    name = "nvshmem"
+    body = "nvshmem"
     context = 0
 
     def __init__(
@@ -214,14 +215,13 @@ class NvshmemTransport(Transport):
 
 
 class _NvshmemMemory(RemoteMemory):
-    def __init__(
-        self, memory: nvshmem.HeapMemory, transport: NvshmemTransport, topology: Topology
-    ) -> None:
+    def __init__(self, memory: HeapMemory, transport: NvshmemTransport, topology: Topology) -> None:
         self._memory, self._device = memory, transport._device
         self.ptr, self.nbytes = memory.ptr, memory.nbytes
         peers = topology.domains[topology.domain]
         self.peer_ptrs = [
-            memory.address_at(pe) if rank in peers else 0 for rank, pe in enumerate(transport.pes)
+            nvshmem.address_at(self.ptr, pe) if rank in peers else 0
+            for rank, pe in enumerate(transport.pes)
         ]
         missing = [rank for rank in peers if not self.peer_ptrs[rank]]
         self.problem = ""
@@ -252,7 +252,7 @@ class LoopbackTransport(Transport):
     The arguments are those of `make_transport`; collective to make.
     """
 
-    name = "loopback"
+    body = "loopback"
 
     def __init__(
         self, group: Group, topology: Topology, *, device: int, use_fabric: bool = False

@@ -243,7 +243,7 @@ CALLS: dict[str, list[Call]] = {
             "low_latency.warmup",
         )
     ],
-    "warmup": [Call(lambda b: b.warmup(2 * HIDDEN), "mode.launch")],
+    "warmup": [Call(lambda b: b.warmup(2 * HIDDEN), "mode.warmup")],
     "reset": [
         Call(lambda b: b.reset(), "mode.reset"),
         Call(lambda b: b.reset(), "low_latency.reset"),

@@ -105,7 +105,7 @@ def over_budget(kernel: KernelConfig, arch: str, result: dict[str, str]) -> str:
     if registers == 0:
         return f"ptxas reported no registers: {result['log']!r}"
     # The loopback body is for tests; what is linked with NVSHMEM: runtime/test_nvshmem.py.
-    if spill_bytes and not kernel.transport:
+    if spill_bytes and not kernel.needs_transport:
         return f"{spill_bytes} bytes spilled"
     allocated = -(-registers // 8) * 8 * kernel.threads  # given to a thread in eights
     if allocated > REGISTERS_OF_AN_SM:

@@ -11,7 +11,6 @@ import warnings
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
@@ -22,6 +21,7 @@ from epjit import Buffer, life
 from epjit.runtime import stream as streams
 from epjit.runtime import transport as transports
 from epjit.runtime.group import Group
+from epjit.runtime.heap import Heap
 from epjit.runtime.topology import Topology
 from tests.cpu.fake_gpu import FakeGpu, Twin, fake_gpu
 
@@ -281,16 +281,13 @@ def test_a_program_that_an_exception_ends_waits_for_no_peer(
 # ---- NVSHMEM's heap
 
 
-class Heap:
+class Piece:
     """A piece of the heap that knows whether it was handed back."""
 
     ptr, nbytes = 0x1000, 256
 
     def __init__(self) -> None:
         self.is_closed = False
-
-    def address_at(self, pe: int) -> int:
-        return 0x1000
 
     def close(self) -> None:
         self.is_closed = True
@@ -299,8 +296,9 @@ class Heap:
 def test_memory_of_the_heap_goes_back_when_a_peer_does_not_come(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    heap = Heap()
+    heap = Piece()
     monkeypatch.setattr(transports.nvshmem, "allocate", lambda *_, **__: heap)
+    monkeypatch.setattr(transports.nvshmem, "address_at", lambda ptr, pe: ptr)
     made: Any = transports.NvshmemTransport.__new__(transports.NvshmemTransport)
     made._group = Group.from_comm(Twin(gpu))
     made._device, made._topology, made.pes = 0, Topology(0, ((0,), (1,))), [0, 1]
@@ -313,15 +311,10 @@ def test_memory_of_the_heap_goes_back_when_a_peer_does_not_come(
         assert heap.is_closed, gpu.failed
 
 
-def test_a_block_whose_peer_does_not_come_has_a_number(
-    gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_whose_peer_does_not_come_has_a_number(gpu: FakeGpu) -> None:
     """The other ranks draw one, too: it means the same memory on each."""
-    nvshmem = transports.nvshmem
-    monkeypatch.setattr(nvshmem, "load", lambda: SimpleNamespace(nvshmem_malloc=lambda n: 0x1000))
-    monkeypatch.setattr(nvshmem, "_blocks", {})
-    monkeypatch.setattr(nvshmem, "_num_blocks", 5)
+    heap = Heap(lambda *_: 0x1000)
     gpu.num_steps, gpu.fails_at = 0, 2  # the second gather
     with pytest.raises(RuntimeError, match="allgather"):
-        nvshmem.allocate(Group.from_comm(Twin(gpu)), 256, device=0)
-    assert nvshmem._num_blocks == 6
+        heap.allocate(Group.from_comm(Twin(gpu)), 256, device=0)
+    assert (heap._num_blocks, heap.num_in_use) == (1, 0)

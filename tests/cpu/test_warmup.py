@@ -53,7 +53,7 @@ def asked_by_buffer(
 
     def stands_in(*args: Any, num_qps_per_rank: int, max_tokens: int, **options: Any) -> Any:
         made = transports.LoopbackTransport(*args, **options)
-        made.name = "nvshmem"
+        made.body = "nvshmem"
         return made
 
     patch.setattr(transports, "NvshmemTransport", stands_in)
@@ -61,9 +61,9 @@ def asked_by_buffer(
     patch.setattr(torch.cuda, "get_device_name", lambda device: "")
     with fake_gpu(patch) as gpu:
 
-        def compile_for(config: KernelConfig, *, arch: str, transport: str) -> kernel.Compiled:
+        def compile_for(config: KernelConfig, *, arch: str, body: str) -> kernel.Compiled:
             assert arch == ARCH
-            asked[config, transport] = None
+            asked[config, body] = None
             return gpu.compile(config)
 
         patch.setattr(kernel, "compile_kernel", compile_for)
@@ -97,9 +97,9 @@ def test_what_is_warmed_is_what_a_buffer_asks_for(
         asked = asked_by_buffer(domains, transport, patch, is_low_latency=is_low_latency)
     monkeypatch.setenv("EPJIT_ASSERT_COMPILE", "1")
     for config, body in asked:
-        assert compile_kernel(config, arch=ARCH, transport=body).from_cache, config
+        assert compile_kernel(config, arch=ARCH, body=body).from_cache, config
     assert f"{len(asked)} kernels for {ARCH}: {len(asked)} compiled" in said, "and no other"
-    assert any(config.transport for config, _ in asked) is (domains > 1)
+    assert any(config.needs_transport for config, _ in asked) is (domains > 1)
 
 
 def test_rows_by_expert_come_too() -> None:

@@ -20,7 +20,7 @@ def ring(comm: Any, rounds: int, domain_size: int) -> None:
         group = Group.from_comm(comm)
         topology = find_topology(group, device=0, domain_size=domain_size)
         transport = make_transport(group, topology, device=0)
-        assert transport.name == "loopback"
+        assert transport.body == "loopback"
         for row_bytes in (16, 7168, 14352, 1 << 18):
             one = Ring(group, transport, device=0, row_bytes=row_bytes)
             for peer, address in enumerate(one.memory.peer_ptrs):
@@ -40,5 +40,5 @@ def test_ring_over_loopback(num_ranks: int, seed: int, monkeypatch: pytest.Monke
 
     monkeypatch.setenv("EPJIT_LOOPBACK_SEED", str(seed))
     with ring_sources():
-        compile_kernel(RingConfig(), arch=arch_of(0), transport="loopback")
+        compile_kernel(RingConfig(), arch=arch_of(0), body="loopback")
         run_threads(ring, num_ranks, 20, num_ranks // 2, timeout=120)

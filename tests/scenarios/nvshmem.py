@@ -48,7 +48,7 @@ def ring(
     topology = find_topology(group, device=device, domain_size=domain_size)
     assert topology.num_local == domain_size
     transport = make_transport(group, topology, device=device)
-    assert transport.name == "nvshmem"
+    assert transport.body == "nvshmem"
     registers = 0
     with ring_sources():
         for row_bytes in (16, 7168, 7168 * 2 + 16, 1 << 20):

@@ -22,7 +22,7 @@ class RingConfig(KernelConfig):
     source: ClassVar[str] = "ring.cu"
     op: ClassVar[str] = "ring"
     tag_template: ClassVar[str] = "ring_w{0.num_warps}"
-    transport: ClassVar[bool] = True
+    needs_transport: ClassVar[bool] = True
 
     num_warps: int = 4
 
@@ -71,7 +71,7 @@ class Ring:
         self.group, self.transport = group, transport
         self._shape = (config.num_warps, row_bytes)
         rows = config.num_warps * row_bytes
-        kernel = Kernel(config, device=device, transport=transport.name)
+        kernel = Kernel(config, device=device, body=transport.body)
         self.compiled = kernel.compiled
         self.memory = transport.allocate(config.memory_bytes(row_bytes))
         everything = self.memory.tensor(torch.uint8)

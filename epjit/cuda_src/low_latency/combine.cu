@@ -327,9 +327,8 @@ class LowLatencyCombine {
         row = p.x + stays * kRowBytes;
       } else if (e >= 0 && !is_masked(waiter, peer) && (peer != p.rank || stays >= 0)) {
         uint64_t seen;
-        const bool here = wait_until(waiter, kWaitLowLatencyCombineRow, peer, selection,
-                                     stamp(waiter.epoch, 0), word(own(), selection), seen,
-                                     [&](uint64_t value) { return value >> 32 == waiter.epoch; });
+        const bool here = wait_stamp(waiter, kWaitLowLatencyCombineRow, peer, selection,
+                                     word(own(), selection), seen);
         if (here) row = slot(own(), selection);
         ok = here || is_masked(waiter, peer);
       }

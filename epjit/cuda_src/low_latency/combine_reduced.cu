@@ -139,8 +139,7 @@ class LowLatencyReducedCombine {
                              int patience) const {
     Waiter patient = waiter;
     patient.timeout_ns *= patience;
-    return wait_until(patient, kWaitLowLatencyCombineRow, peer, index, stamp(waiter.epoch, 0), word,
-                      seen, [&](uint64_t value) { return value >> 32 == waiter.epoch; });
+    return epjit::wait_stamp(patient, kWaitLowLatencyCombineRow, peer, index, word, seen);
   }
 
   // ---- send -------------------------------------------------------------------------------------

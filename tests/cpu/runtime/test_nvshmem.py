@@ -24,6 +24,7 @@ from epjit.errors import CommunicationError, CompileError
 from epjit.kernels import internode, low_latency
 from epjit.runtime import group as groups
 from epjit.runtime import nvrtc, nvshmem, nvshmem_device
+from epjit.runtime.heap import Heap, choose_block
 from epjit.runtime.kernel import compile_kernel
 from tests.cpu.runtime.test_group import run_threads
 from tests.cpu.runtime.test_kernel import CU12
@@ -114,8 +115,8 @@ def test_kernels_that_are_linked_spill_nothing(
     """All kernels between NVLink domains, as an H200 gets them."""
     copy_of("3.8.0", 13)  # skips where there is none
     monkeypatch.setenv("EPJIT_CACHE_DIR", str(tmp_path))
-    kernels = [config for config in internode.example_configs("sm_90a") if config.transport]
-    low = [config for config in low_latency.example_configs("sm_90a") if config.transport]
+    kernels = [config for config in internode.example_configs("sm_90a") if config.needs_transport]
+    low = [config for config in low_latency.example_configs("sm_90a") if config.needs_transport]
     kernels += {type(config): config for config in low}.values()  # one of each
     assert {kernel.op for kernel in kernels} >= {"notify", "dispatch", "combine", "clean"}
     with ThreadPoolExecutor(2) as pool:
@@ -147,11 +148,11 @@ def test_body_and_kernel_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             nvshmem_device.SOURCE,
             "ring_w2.ring.sm_90a.cu",
         ]
-        loopback = compile_kernel(RingConfig(), arch="sm_90a", transport="loopback")
+        loopback = compile_kernel(RingConfig(), arch="sm_90a", body="loopback")
         assert not loopback.from_cache
         assert loopback.registers > 16
-        with pytest.raises(CompileError, match="transport is 'ucx', expected one of"):
-            compile_kernel(RingConfig(), arch="sm_90a", transport="ucx")
+        with pytest.raises(CompileError, match="body is 'ucx', expected one of"):
+            compile_kernel(RingConfig(), arch="sm_90a", body="ucx")
         monkeypatch.setenv("EPJIT_ASSERT_COMPILE", "1")
         assert compile_kernel(RingConfig(), arch="sm_90a").from_cache
         monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "1")  # another kernel
@@ -406,11 +407,11 @@ def test_nvshmem_with_other_members_is_refused(members: list[nvshmem._Member]) -
 def test_ranks_choose_the_same_block(
     offers: list[dict[int, int]], nbytes: int, number: int | None, common: list[int]
 ) -> None:
-    assert nvshmem.choose_block(offers, nbytes) == (number, common)
-    assert nvshmem.choose_block(offers[::-1], nbytes) == (number, common)
+    assert choose_block(offers, nbytes) == (number, common)
+    assert choose_block(offers[::-1], nbytes) == (number, common)
 
 
-class Heap:
+class Library:
     """One process's NVSHMEM as far as memory goes."""
 
     def __init__(self, room: int = 1 << 30) -> None:
@@ -437,13 +438,12 @@ class Heap:
 
 
 @pytest.fixture
-def heap(monkeypatch: pytest.MonkeyPatch) -> Heap:
-    fake = Heap()
+def library(monkeypatch: pytest.MonkeyPatch) -> Library:
+    fake = Library()
     monkeypatch.setattr(nvshmem, "load", lambda: fake)
     using = SimpleNamespace(using=lambda device: contextlib.nullcontext())
     monkeypatch.setattr(nvshmem, "driver", using)
-    for name, value in (("_blocks", {}), ("_free", set()), ("_num_blocks", 0)):
-        monkeypatch.setattr(nvshmem, name, value)
+    monkeypatch.setattr(nvshmem, "_heap", Heap(nvshmem._replace))
     monkeypatch.setattr(nvshmem, "_attached", set())
     monkeypatch.setattr(nvshmem, "_begun_here", True)
     return fake
@@ -453,9 +453,9 @@ def alone() -> groups.Group:
     return groups.Group.from_comm(groups.ThreadGroup.create(1)[0])
 
 
-def test_memory_is_used_again(heap: Heap) -> None:
+def test_memory_is_used_again(library: Library) -> None:
     first = nvshmem.allocate(alone(), 100, device=0)
-    assert (first.address_at(0), first.address_at(1)) == (first.ptr, 0)
+    assert [nvshmem.address_at(first.ptr, pe) for pe in (0, 1)] == [first.ptr, 0]
     second = nvshmem.allocate(alone(), 50, device=0)
     ptr = first.ptr
     first.close()
@@ -466,26 +466,26 @@ def test_memory_is_used_again(heap: Heap) -> None:
     for _ in range(20):
         second.close()
         second = nvshmem.allocate(alone(), 50, device=0)
-    assert heap.calls == ["malloc 100", "malloc 50"]
+    assert library.calls == ["malloc 100", "malloc 50"]
 
 
-def test_sizes_that_grow_do_not_add_up(heap: Heap) -> None:
+def test_sizes_that_grow_do_not_add_up(library: Library) -> None:
     for nbytes in (10, 20, 30):
         nvshmem.allocate(alone(), nbytes, device=0).close()
-    assert heap.calls == ["malloc 10", "free 10", "malloc 20", "free 20", "malloc 30"]
+    assert library.calls == ["malloc 10", "free 10", "malloc 20", "free 20", "malloc 30"]
 
 
-def test_a_full_gpu_is_said(heap: Heap) -> None:
-    heap.room = 100
+def test_a_full_gpu_is_said(library: Library) -> None:
+    library.room = 100
     with pytest.raises(RuntimeError, match="no 101 bytes of symmetric memory for ranks 0;"):
         nvshmem.allocate(alone(), 101, device=0)
 
 
 def test_a_rank_that_ends_is_not_waited_for_inside_nvshmem(
-    heap: Heap, monkeypatch: pytest.MonkeyPatch
+    library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("EPJIT_TIMEOUT_SECONDS", "0.2")
-    monkeypatch.setattr(heap, "nvshmem_malloc", lambda nbytes: time.sleep(5))
+    monkeypatch.setattr(library, "nvshmem_malloc", lambda nbytes: time.sleep(5))
     with pytest.raises(
         CommunicationError, match=r"rank 0 waited 0\.2 s in nvshmem_malloc"
     ) as error:
@@ -493,38 +493,50 @@ def test_a_rank_that_ends_is_not_waited_for_inside_nvshmem(
     assert (error.value.op, error.value.rank) == ("Buffer", 0)
 
 
-def test_numbers_mean_the_same_memory_where_only_some_got_it(heap: Heap) -> None:
+def test_numbers_mean_the_same_memory_where_only_some_got_it() -> None:
     """A block that one rank has and the others have not is offered to nobody."""
-    heap.room = 100
-    with pytest.raises(RuntimeError, match="no 101 bytes"):
-        nvshmem.allocate(alone(), 101, device=0)  # a rank that gets nothing
-    assert nvshmem._keep(0x1000, 101, is_whole=False) == 1  # as on one that does
-    first = nvshmem.allocate(alone(), 50, device=0)
-    assert first._number == 2
-    first.close()
-    assert nvshmem.allocate(alone(), 40, device=0)._number == 2
+    room = {0: 1 << 30, 1: 100}
+
+    def replace(group: groups.Group, old: Any, nbytes: int, device: int) -> int:
+        return 0x1000 if nbytes <= room[group.rank] else 0
+
+    heaps = [Heap(replace), Heap(replace)]
+
+    def allocate(nbytes: int) -> Any:
+        return run_threads(
+            2, lambda group: heaps[group.rank].allocate(group, nbytes, device=0)._number
+        )
+
+    for error in allocate(101):
+        with pytest.raises(RuntimeError, match="no 101 bytes of symmetric memory for ranks 1;"):
+            raise error
+    assert allocate(50) == [1, 1]
+    assert [heap.num_in_use for heap in heaps] == [1, 1]
+    for heap in heaps:
+        heap.hand_back(1)
+    assert allocate(40) == [1, 1]
 
 
-def test_a_block_is_handed_back_while_the_lock_is_held(heap: Heap) -> None:
+def test_a_block_is_handed_back_while_the_lock_is_held(library: Library) -> None:
     """The collector may find a Buffer in the middle of `allocate`."""
     memory = nvshmem.allocate(alone(), 10, device=0)
-    with nvshmem._lock:
+    with nvshmem._heap._lock:
         memory.close()
     assert memory.ptr == 0
 
 
-def test_ranks_that_ask_for_different_sizes(heap: Heap) -> None:
+def test_ranks_that_ask_for_different_sizes(library: Library) -> None:
     found = run_threads(2, lambda group: nvshmem.allocate(group, 10 + group.rank, device=0))
     for error in found:
         with pytest.raises(ValueError, match=r"different sizes .*: \[10, 11\] by rank"):
             raise error
 
 
-def test_the_end_comes_after_all_users(heap: Heap) -> None:
+def test_the_end_comes_after_all_users(library: Library) -> None:
     memory = nvshmem.allocate(alone(), 10, device=0)
     with pytest.raises(RuntimeError, match="1 allocations and 0 kernels are still in use"):
         nvshmem.finalize()
     memory.close()
     nvshmem.finalize()
     nvshmem.finalize()
-    assert heap.calls == ["malloc 10", "free 10", "finalize"]
+    assert library.calls == ["malloc 10", "free 10", "finalize"]

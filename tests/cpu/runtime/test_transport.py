@@ -86,7 +86,7 @@ def record_of(transport: LoopbackTransport) -> Any:
 
 def test_threads_get_loopback(device: Device, monkeypatch: pytest.MonkeyPatch) -> None:
     found = make(4, TWO_BY_TWO)
-    assert [each.name for each in found] == ["loopback"] * 4
+    assert [each.body for each in found] == ["loopback"] * 4
     assert found[0].pes == [0, 1, 2, 3]
     monkeypatch.setenv("EPJIT_TRANSPORT", "nvshmem")
     member = transports.nvshmem._Member(process="this")
@@ -171,15 +171,11 @@ def test_the_fabric_stays_when_it_is_wanted(nvshmem: dict[str, str]) -> None:
 
 
 class HeapMemory:
-    """nvshmem.HeapMemory of PEs that are host memory; `unmapped` are not."""
+    """That of a PE that is host memory."""
 
-    def __init__(self, buffers: list[Any], pe: int, unmapped: tuple[int, ...] = ()) -> None:
-        self.buffers, self.unmapped = buffers, unmapped
-        self.ptr, self.nbytes = ctypes.addressof(buffers[pe]), 64
+    def __init__(self, buffer: Any) -> None:
+        self.ptr, self.nbytes = ctypes.addressof(buffer), 64
         self.closed = False
-
-    def address_at(self, pe: int) -> int:
-        return 0 if pe in self.unmapped else ctypes.addressof(self.buffers[pe])
 
     def close(self) -> None:
         self.closed = True
@@ -192,9 +188,14 @@ def test_memory_of_the_heap(
     """PEs are not ranks; only the own domain's are asked for; memory is zero on return."""
     pes = [2, 3, 0, 1]
     buffers = [ctypes.create_string_buffer(b"x" * 64) for _ in range(4)]
-    heap = [HeapMemory(buffers, pes[rank], unmapped) for rank in range(4)]
+    heap = [HeapMemory(buffers[pe]) for pe in pes]
+
+    def address_at(ptr: int, pe: int) -> int:
+        return 0 if pe in unmapped else ctypes.addressof(buffers[pe])
+
     monkeypatch.setattr(transports.nvshmem, "initialize", lambda *args, **options: pes)
     monkeypatch.setattr(transports.nvshmem, "allocate", lambda group, *a, **o: heap[group.rank])
+    monkeypatch.setattr(transports.nvshmem, "address_at", address_at)
     monkeypatch.setenv("EPJIT_TRANSPORT", "nvshmem")
 
     def work(group: Any) -> Any:
