@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+import math
 import sys
 import warnings
 import weakref
@@ -12,8 +14,14 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple, TypeAlias
 import torch
 
 from epjit import env, signatures, tuned
-from epjit.checks.low_latency import LowLatencyChecks, LowLatencyHandle, check_forms, check_variant
+from epjit.checks.low_latency import (
+    LowLatencyChecks,
+    as_low_latency_handle,
+    check_forms,
+    check_variant,
+)
 from epjit.checks.match import (
+    as_handle,
     check,
     check_aligned,
     check_experts,
@@ -35,14 +43,20 @@ from epjit.config import (
     Config,
     default_combine_config,
     default_dispatch_config,
+    low_latency_size_hint,
 )
 from epjit.event import EventHandle, EventOverlap, event_of, next_number
 from epjit.formats import choose_format
+from epjit.handles import (
+    GivenHandle,
+    GivenLowLatencyHandle,
+    Handle,
+    LowLatencyHandle,
+    handle_type,
+)
 from epjit.life import Resources, give_back_left, is_capturing, is_ending, watch
 from epjit.modes.cpu import CpuBackend, CpuLowLatency, CpuMemory
 from epjit.numbers import as_int, as_seconds
-from epjit.reference.intranode import Handle
-from epjit.reference.low_latency import size_hint
 from epjit.runtime.empty import empty_on, matrix, vector
 from epjit.runtime.group import Group, as_process_group
 from epjit.runtime.interrupt import synchronize
@@ -122,30 +136,6 @@ class BufferRuntime:
         return self._buffer.get_local_buffer_tensor(
             dtype, offset=offset, use_rdma_buffer=use_rdma_buffer
         )
-
-
-class Slots(NamedTuple):
-    """Where a handle of the normal mode has what: indices of its tensors."""
-
-    number: int  # of tensors
-    ranks: int  # has an entry a rank
-    rows: int  # has an entry a received row
-    tokens: int  # has an entry a token that was sent
-    experts: int  # has a count an expert of this rank
-
-
-SLOTS = Slots(number=6, ranks=0, rows=3, tokens=5, experts=2)
-SLOTS_BETWEEN_DOMAINS = Slots(number=10, ranks=6, rows=7, tokens=8, experts=5)
-
-
-def _handle_sizes(num_ranks: int, num_domains: int) -> tuple[tuple[int, int, int], ...]:
-    """Elements of a handle's tensors: index, how many in any case, how many more a token."""
-    if num_domains == 1:
-        return (0, num_ranks**2, 0), (1, num_ranks, 0), (5, 0, num_ranks)
-    return (
-        *((1, num_domains, num_domains), (2, num_ranks, 0), (3, 0, num_ranks)),
-        *((4, num_domains, 0), (6, num_ranks, 0)),
-    )
 
 
 class Unreceived(NamedTuple):
@@ -295,8 +285,7 @@ class Buffer:
         self._agree(use_fabric, num_qps_per_rank)
         self._empty = empty_on(self.device)
         self._passed: dict[Hashable, bool] = {}  # arguments of the normal mode, see `signature`
-        self._slots = SLOTS if self._num_domains == 1 else SLOTS_BETWEEN_DOMAINS
-        self._handle_sizes = _handle_sizes(links.size, self._num_domains)
+        self._handle_type: Any = handle_type(self._num_domains)
         self._low_latency_checks = LowLatencyChecks(
             links.size, num_rdma_bytes, self.device, self._num_domains
         )
@@ -491,7 +480,7 @@ class Buffer:
         reasons = [f"{name} is {value}" for name, value in numbers.items() if value <= 0]
         if reasons:
             raise ValueError(f"{', '.join(reasons)}, but must be at least 1")
-        return size_hint(*numbers.values())
+        return low_latency_size_hint(*numbers.values())
 
     @staticmethod
     def _unpack_bias(bias: Bias) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -643,7 +632,7 @@ class Buffer:
             self._drop()
 
     def __repr__(self) -> str:
-        if not hasattr(self, "_slots"):
+        if not hasattr(self, "_handle_type"):
             return "<Buffer, not made>"
         facts = [
             f"rank {self.rank} of {self.group_size} on {self.device}",
@@ -825,7 +814,7 @@ class Buffer:
         if self._cpu is not None:
             cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
             return *self._cpu.layout(topk_idx, num_experts), cpu_scope.finish()
-        forms = (
+        specs = (
             vector(torch.int32, self.group_size),
             vector(torch.int32, self._num_domains) if self._num_domains > 1 else None,
             vector(torch.int32, num_experts),
@@ -836,7 +825,7 @@ class Buffer:
             self._scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
         ):
             with scope.allocating():
-                per_rank, per_rdma_rank, per_expert, in_rank = self._empty(forms)
+                per_rank, per_rdma_rank, per_expert, in_rank = self._empty(specs)
             scope.start()
             self._layout(scope.stream, topk_idx, per_rank, per_rdma_rank, per_expert, in_rank)
             event = scope.finish((topk_idx,), (per_rank, per_rdma_rank, per_expert, in_rank))
@@ -846,7 +835,7 @@ class Buffer:
     def dispatch(
         self,
         x: Payload,
-        handle: Handle | None = None,
+        handle: GivenHandle | None = None,
         num_tokens_per_rank: torch.Tensor | None = None,
         num_tokens_per_rdma_rank: torch.Tensor | None = None,
         is_token_in_rank: torch.Tensor | None = None,
@@ -929,13 +918,13 @@ class Buffer:
                 raise ValueError(
                     "a cached dispatch (handle=...) takes no topk_idx and no topk_weights"
                 )
-            self._check_handle(handle, num_tokens=rows.shape[0])
+            routing = self._check_handle(handle, num_tokens=rows.shape[0])
             if self._values is not None:
-                self._values.handle(handle, after=previous_event)
+                self._values.handle(routing, after=previous_event)
             if self._cpu is not None:
                 cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
                 self._chosen.check_dispatch(rows, scales, None, num_sms=config.num_sms)
-                recv_x, recv_scales = self._cpu.cached_dispatch(rows, scales, handle)
+                recv_x, recv_scales = self._cpu.cached_dispatch(rows, scales, routing)
                 event = cpu_scope.finish()
             else:
                 with (
@@ -943,9 +932,9 @@ class Buffer:
                     self._scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
                 ):
                     recv_x, recv_scales = self._mode.cached_dispatch(
-                        scope, rows, scales, handle, num_sms=config.num_sms
+                        scope, rows, scales, routing, num_sms=config.num_sms
                     )
-                    event = scope.finish((rows, scales, *handle), (recv_x, recv_scales))
+                    event = scope.finish((rows, scales, *routing), (recv_x, recv_scales))
             return _payload(recv_x, recv_scales), None, None, None, None, event
 
         per_rdma_rank = num_tokens_per_rdma_rank if self._num_domains > 1 else None
@@ -1037,7 +1026,7 @@ class Buffer:
     def combine(
         self,
         x: torch.Tensor,
-        handle: Handle,
+        handle: GivenHandle,
         topk_weights: torch.Tensor | None = None,
         bias: Bias = None,
         config: Config | None = None,
@@ -1070,11 +1059,8 @@ class Buffer:
             CommunicationError: An earlier operation of this buffer failed.
         """
         self._check_alive()
-        self._check_handle(handle, num_tokens=None)
-        num_rows, num_tokens = (
-            handle[self._slots.rows].shape[0],
-            handle[self._slots.tokens].shape[0],
-        )
+        routing = self._check_handle(handle, num_tokens=None)
+        num_rows, num_tokens = routing.num_rows, routing.num_tokens
         bias_0, bias_1 = self._unpack_bias(bias)
         self._check_returned(x, topk_weights, bias_0, bias_1, num_rows, num_tokens)
         if config is None:
@@ -1085,12 +1071,12 @@ class Buffer:
             )
         self._check_config(config)
         if self._values is not None:
-            self._values.handle(handle, after=previous_event)
+            self._values.handle(routing, after=previous_event)
         if self._cpu is not None:
             cpu_scope = CpuScope.of_call(previous_event, async_finish, allocate_on_comm_stream)
             self._chosen.check_combine(x, topk_weights, num_sms=config.num_sms)
             combined_x, combined_weights = self._cpu.combine(
-                x, handle, topk_weights, (bias_0, bias_1)
+                x, routing, topk_weights, (bias_0, bias_1)
             )
             return combined_x, combined_weights, cpu_scope.finish()
         with (
@@ -1098,10 +1084,10 @@ class Buffer:
             self._scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
         ):
             combined_x, combined_weights = self._mode.combine(
-                scope, x, handle, topk_weights, (bias_0, bias_1), num_sms=config.num_sms
+                scope, x, routing, topk_weights, (bias_0, bias_1), num_sms=config.num_sms
             )
             event = scope.finish(
-                (x, topk_weights, bias_0, bias_1, *handle), (combined_x, combined_weights)
+                (x, topk_weights, bias_0, bias_1, *routing), (combined_x, combined_weights)
             )
         return combined_x, combined_weights, event
 
@@ -1219,7 +1205,7 @@ class Buffer:
                     *received,
                 )
             )
-        handle = (
+        handle = LowLatencyHandle(
             received.src_info,
             received.layout_range,
             max_tokens,
@@ -1235,7 +1221,7 @@ class Buffer:
         x: torch.Tensor,
         topk_idx: torch.Tensor,
         topk_weights: torch.Tensor,
-        handle: LowLatencyHandle,
+        handle: GivenLowLatencyHandle,
         use_logfmt: bool = False,
         zero_copy: bool = False,
         async_finish: bool = False,
@@ -1275,17 +1261,18 @@ class Buffer:
         """
         mode = self._ready_low_latency("low_latency_combine")
         check_forms(async_finish=async_finish, return_recv_hook=return_recv_hook)
+        routes = as_low_latency_handle(handle)
         call = self._low_latency_checks.combine(
             x,
             topk_idx,
             topk_weights,
-            handle,
+            routes,
             use_logfmt=use_logfmt,
             zero_copy=zero_copy,
             out=out,
             wait_cost=combine_wait_recv_cost_stats,
         )
-        src_info = handle[0]
+        src_info = routes.src_info
         if self._values is not None:
             self._values.low_latency_combine(topk_idx, topk_weights, src_info, call.num_experts)
         with self._entered(), self._low_latency_scope(async_finish) as scope:
@@ -1313,7 +1300,7 @@ class Buffer:
             )
         return combined_x, event, hook
 
-    def get_next_low_latency_combine_buffer(self, handle: LowLatencyHandle) -> torch.Tensor:
+    def get_next_low_latency_combine_buffer(self, handle: GivenLowLatencyHandle) -> torch.Tensor:
         """Where `low_latency_combine(zero_copy=True)` finds its rows.
 
         Write all received rows there (``buffer[:, :, :] = y``) on the stream of that combine, with
@@ -1330,7 +1317,9 @@ class Buffer:
             RuntimeError: Not in low-latency mode, or destroyed.
         """
         mode = self._ready_low_latency("get_next_low_latency_combine_buffer", received=False)
-        max_tokens, hidden, num_experts = self._low_latency_checks.send_buffer(handle)
+        max_tokens, hidden, num_experts = self._low_latency_checks.send_buffer(
+            as_low_latency_handle(handle)
+        )
         with self._entered():
             return mode.send_buffer(num_experts=num_experts, max_tokens=max_tokens, hidden=hidden)
 
@@ -1690,19 +1679,10 @@ class Buffer:
                 self._check_rows(name, value, num_tokens, (x.dtype,), why, x.shape[1])
         remember(self._passed, arguments, True)
 
-    def _check_handle(self, handle: Handle, *, num_tokens: int | None) -> None:
-        slots = self._slots
-        if not isinstance(handle, tuple | list) or len(handle) != slots.number:
-            got = (
-                f"{type(handle).__name__} of {len(handle)}"
-                if isinstance(handle, tuple | list)
-                else type(handle).__name__
-            )
-            raise TypeError(
-                f"handle is a {got}, expected the tuple of {slots.number} that dispatch returned"
-            )
-        device = self.device
-        for index, tensor in enumerate(handle):
+    def _check_handle(self, handle: GivenHandle, *, num_tokens: int | None) -> Any:
+        """The handle with names, of the type of this Buffer's mode."""
+        device, named = self.device, as_handle(handle, self._handle_type, "dispatch")
+        for index, tensor in enumerate(named):
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(
                     f"handle[{index}] is a {type(tensor).__name__}, expected what dispatch returned"
@@ -1712,27 +1692,27 @@ class Buffer:
                     f"handle[{index}] is on {tensor.device}, but this Buffer is on {device}; "
                     f"move it with .to({str(device)!r})"
                 )
-        ranks, routed = handle[slots.ranks].shape[0], handle[slots.tokens]
+        ranks, domains, tokens = named.num_ranks, named.num_domains, named.num_tokens
         if ranks != self.group_size:
             raise ValueError(f"handle is of {ranks} ranks, but this Buffer has {self.group_size}")
-        if self._num_domains > 1 and routed.shape[1] != self._num_domains:
+        if domains != self._num_domains:
             raise ValueError(
-                f"handle is of {routed.shape[1]} NVLink domains, but this Buffer has "
+                f"handle is of {domains} NVLink domains, but this Buffer has "
                 f"{self._num_domains}; use it with the Buffer that made it"
             )
-        tokens = routed.shape[0]
         if num_tokens is not None and tokens != num_tokens:
             raise ValueError(
                 f"x has {num_tokens} tokens, but the handle routes {tokens}: "
                 "a cached dispatch sends a row for each token of the first one"
             )
-        for index, size, size_a_token in self._handle_sizes:
-            if handle[index].numel() != size + size_a_token * tokens:
+        for index, size in _handle_sizes(tokens, ranks, domains):
+            if named[index].numel() != size:
                 raise ValueError(
-                    f"handle[{index}] has {handle[index].numel()} elements, but that of a dispatch "
-                    f"of {tokens} tokens between {ranks} ranks has "
-                    f"{size + size_a_token * tokens}; pass the handle as dispatch returned it"
+                    f"handle[{index}] has {named[index].numel()} elements, but that of a dispatch "
+                    f"of {tokens} tokens between {ranks} ranks has {size}; pass the handle as "
+                    "dispatch returned it"
                 )
+        return named
 
     def _check_routing(
         self,
@@ -1824,6 +1804,20 @@ class Buffer:
                 why="as topk_idx",
             )
         remember(self._passed, arguments, True)
+
+
+@functools.lru_cache(maxsize=1024)  # asked in every call with a handle
+def _handle_sizes(num_tokens: int, num_ranks: int, num_domains: int) -> list[tuple[int, int]]:
+    """Elements of a handle's tensors, with their places, as far as the routing says them."""
+    kind = handle_type(num_domains)
+    specs = kind.specs(
+        num_tokens=num_tokens, num_ranks=num_ranks, num_domains=num_domains, experts_per_rank=0
+    )
+    return [
+        (index, math.prod(spec[0]))
+        for index, (name, spec) in enumerate(zip(kind._fields, specs, strict=True))
+        if spec is not None and name != "recv_expert_counts"
+    ]
 
 
 def _num_sms(op: str, num_ranks: int, hidden_bytes: int, num_tokens: int) -> int:

@@ -32,6 +32,7 @@ _ROW_METADATA_BYTES = 8 + _V1_MAX_TOPK * (8 + 4) + _V1_MAX_SCALES * 4
 _RDMA_METADATA_BYTES = 16
 # The least that the kernels work with: two windows of eight rows for each rank.
 _MIN_ROWS_A_RANK = 16
+_SLOT_EXTRA_BYTES = 512  # what a low-latency slot may have beside the 2 * H bytes of a row
 
 
 def check_row_bytes(what: str, row_bytes: int, *, most: int | None = MAX_ROW_BYTES) -> None:
@@ -152,6 +153,28 @@ class Config:
         num_domains = -(-num_ranks // a_domain)
         rows = max(self.num_sms // 2, 1) * num_domains * self.num_max_rdma_chunked_recv_tokens
         return align(2 * rows * (hidden_bytes + _ROW_METADATA_BYTES + _RDMA_METADATA_BYTES))
+
+
+def low_latency_size_hint(max_tokens: int, hidden: int, num_ranks: int, num_experts: int) -> int:
+    """Bytes that dispatch and combine need for these sizes, in any format and for any top-k.
+
+    Half of them hold rows that arrive, for calls with even and odd numbers; the other half is the
+    buffer of `get_next_low_latency_combine_buffer`.
+
+    Args:
+        max_tokens: `M`.
+        hidden: `H`.
+        num_ranks: `R`.
+        num_experts: `E`.
+
+    Returns:
+        A multiple of 128 that grows with each argument.
+    """
+    row_bytes = 2 * hidden
+    arriving = max(
+        num_ranks * max_tokens * (row_bytes + _SLOT_EXTRA_BYTES), max_tokens * MAX_TOPK * row_bytes
+    )
+    return max(2 * align(num_experts * max_tokens * row_bytes), 4 * align(arriving))
 
 
 # V1's defaults, (NVLink send, NVLink receive, RDMA send, RDMA receive) by ranks: of a number that

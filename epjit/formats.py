@@ -17,7 +17,7 @@ from dataclasses import dataclass
 
 import torch
 
-from epjit.runtime.empty import Form
+from epjit.runtime.empty import TensorSpec
 from epjit.sizes import align
 
 LOGFMT_BLOCK = 128  # channels that share the range of their codes: `use_logfmt` of combine
@@ -73,7 +73,9 @@ class RowFormat:
             return 0
         return self.num_scale_bytes(hidden) // self.scale_dtype.itemsize
 
-    def forms(self, num_local_experts: int, num_rows: int, hidden: int) -> tuple[Form, Form | None]:
+    def specs(
+        self, num_local_experts: int, num_rows: int, hidden: int
+    ) -> tuple[TensorSpec, TensorSpec | None]:
         """Of `recv_x` and of its scales.
 
         Args:

@@ -16,10 +16,9 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Unpack
 
-    from epjit.checks.low_latency import LowLatencyHandle
     from epjit.config import Config
     from epjit.event import EventOverlap
-    from epjit.reference.intranode import Handle
+    from epjit.handles import GivenHandle, GivenLowLatencyHandle, Handle, LowLatencyHandle
 
     Pair: TypeAlias = tuple[Tensor, Tensor]
     Hook: TypeAlias = Callable[[], None]
@@ -76,13 +75,13 @@ if TYPE_CHECKING:
         ) -> tuple[Rows, None, None, list[int], Handle, EventOverlap]: ...
         @overload
         def __call__(
-            self, x: Rows, handle: Handle, **options: Unpack[_CallOptions]
+            self, x: Rows, handle: GivenHandle, **options: Unpack[_CallOptions]
         ) -> tuple[Rows, None, None, None, None, EventOverlap]: ...
         @overload
         def __call__(
             self,
             x: Tensor | Pair,
-            handle: Handle | None = None,
+            handle: GivenHandle | None = None,
             num_tokens_per_rank: Tensor | None = None,
             num_tokens_per_rdma_rank: Tensor | None = None,
             is_token_in_rank: Tensor | None = None,
@@ -183,7 +182,7 @@ if TYPE_CHECKING:
             x: Tensor,
             topk_idx: Tensor,
             topk_weights: Tensor,
-            handle: LowLatencyHandle,
+            handle: GivenLowLatencyHandle,
             *,
             return_recv_hook: Literal[True],
             **options: Unpack[_CombineOptions],
@@ -194,7 +193,7 @@ if TYPE_CHECKING:
             x: Tensor,
             topk_idx: Tensor,
             topk_weights: Tensor,
-            handle: LowLatencyHandle,
+            handle: GivenLowLatencyHandle,
             *,
             return_recv_hook: Literal[False] = False,
             **options: Unpack[_CombineOptions],
@@ -205,7 +204,7 @@ if TYPE_CHECKING:
             x: Tensor,
             topk_idx: Tensor,
             topk_weights: Tensor,
-            handle: LowLatencyHandle,
+            handle: GivenLowLatencyHandle,
             use_logfmt: bool = False,
             zero_copy: bool = False,
             async_finish: bool = False,

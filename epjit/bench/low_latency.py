@@ -40,6 +40,7 @@ from epjit.bench.timing import (
 )
 from epjit.checks.low_latency import LowLatencyChecks
 from epjit.formats import BF16, FP8
+from epjit.handles import LowLatencyDispatched
 from epjit.reference import low_latency as reference
 
 PAIRS = 10  # in one CUDA graph
@@ -157,7 +158,7 @@ class Case:
             require("low-latency combine", torch.equal(combined.cpu(), sums))
         return handle
 
-    def _check_rows(self, received: Payload, wanted: reference.LowLatencyDispatched) -> None:
+    def _check_rows(self, received: Payload, wanted: LowLatencyDispatched) -> None:
         expected = (wanted.recv_x, wanted.recv_scales)
         for got, want in zip(tensors(received), expected, strict=False):
             assert want is not None

@@ -4,27 +4,30 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import Any, TypeAlias
+from typing import Any
 
 import torch
 
 from epjit import env
-from epjit.checks.match import check, check_aligned, check_experts, check_topk, remember, signature
+from epjit.checks.match import (
+    as_handle,
+    check,
+    check_aligned,
+    check_experts,
+    check_topk,
+    remember,
+    signature,
+)
 from epjit.config import (
     MAX_LOW_LATENCY_CHOICES,
     MAX_LOW_LATENCY_EXPERTS,
     MAX_LOW_LATENCY_TOKENS,
     MAX_ROW_BYTES,
+    low_latency_size_hint,
 )
 from epjit.formats import BF16, LOGFMT_BLOCK, NVFP4, RowFormat
+from epjit.handles import LowLatencyHandle, dispatched_sizes
 from epjit.numbers import as_int
-from epjit.reference.low_latency import dispatched_sizes, size_hint
-
-LowLatencyHandle: TypeAlias = tuple[torch.Tensor, torch.Tensor, int, int, int]
-"""What `low_latency_dispatch` leaves for `low_latency_combine`: `src_info` int32 `[E // R, R * M]`,
-`layout_range` int64 `[E // R, R]`, `M`, `H`, `E`. The tensors must be those that the dispatch made:
-behind `src_info`, in its storage, lie the `Routes` that the combine follows; their length says what
-was dispatched."""
 
 _QUARTERS = 4  # two of them take turns to receive; the other two are the send buffer
 
@@ -203,7 +206,7 @@ class LowLatencyChecks:
         wait_cost: torch.Tensor | None,
     ) -> CombineCall:
         """Everything that `low_latency_combine` takes."""
-        src_info, layout_range, max_tokens, hidden, num_experts = self._entries(handle)
+        src_info, layout_range, max_tokens, hidden, num_experts = handle
         sizes = max_tokens, hidden, num_experts
         arguments = (
             signature(x, topk_idx, topk_weights, src_info, layout_range, out, wait_cost),
@@ -286,36 +289,14 @@ class LowLatencyChecks:
 
     def send_buffer(self, handle: LowLatencyHandle) -> tuple[int, int, int]:
         """Checks what `get_next_low_latency_combine_buffer` takes; gives `M`, `H` and `E`."""
-        _, _, *sizes = self._entries(handle)
         self._handle(handle)
-        max_tokens, hidden, num_experts = sizes
-        self._room_to_send((max_tokens, hidden, num_experts))
-        return max_tokens, hidden, num_experts
+        sizes = handle.max_tokens, handle.hidden, handle.num_experts
+        self._room_to_send(sizes)
+        return sizes
 
-    @staticmethod
-    def _entries(handle: Any) -> tuple[Any, Any, Any, Any, Any]:
-        """The entries of a handle."""
-        if not isinstance(handle, tuple | list) or len(handle) != 5:
-            got = (
-                f"{type(handle).__name__} of {len(handle)}"
-                if isinstance(handle, tuple | list)
-                else type(handle).__name__
-            )
-            raise TypeError(
-                f"handle is a {got}, expected the tuple of 5 that low_latency_dispatch returned"
-            )
-        src_info, layout_range, max_tokens, hidden, num_experts = handle
-        return (
-            src_info,
-            layout_range,
-            as_int("handle[2]", max_tokens),
-            as_int("handle[3]", hidden),
-            as_int("handle[4]", num_experts),
-        )
-
-    def _handle(self, handle: Any) -> tuple[int, int]:
+    def _handle(self, handle: LowLatencyHandle) -> tuple[int, int]:
         """Checks what `low_latency_dispatch` returned; gives tokens and top-k of that call."""
-        src_info, layout_range, max_tokens, hidden, num_experts = self._entries(handle)
+        src_info, layout_range, max_tokens, hidden, num_experts = handle
         self.sizes(max_tokens, num_experts)
         self.hidden(hidden)
         shape = (num_experts // self.num_ranks, self.num_ranks * max_tokens)
@@ -388,13 +369,27 @@ class LowLatencyChecks:
 
     def _refuse(self, what: str, needed: int, sizes: tuple[int, int, int]) -> None:
         max_tokens, hidden, num_experts = sizes
-        hint = size_hint(max_tokens, hidden, self.num_ranks, num_experts)
+        hint = low_latency_size_hint(max_tokens, hidden, self.num_ranks, num_experts)
         raise ValueError(
             f"{what} of {max_tokens} tokens a rank, hidden {hidden} and {num_experts} experts "
             f"needs num_rdma_bytes >= {needed}, but this Buffer has {self.num_rdma_bytes}; make it "
             f"with Buffer.get_low_latency_rdma_size_hint({max_tokens}, {hidden}, "
             f"{self.num_ranks}, {num_experts}), which is {hint}"
         )
+
+
+def as_low_latency_handle(handle: Any) -> LowLatencyHandle:
+    """The handle that a caller gives.
+
+    Raises:
+        TypeError: It is none.
+    """
+    named = as_handle(handle, LowLatencyHandle, "low_latency_dispatch")
+    if named is handle:
+        return named
+    src_info, layout_range, *sizes = named
+    numbers = (as_int(f"handle[{index}]", size) for index, size in enumerate(sizes, start=2))
+    return LowLatencyHandle(src_info, layout_range, *numbers)
 
 
 def _end(src_info: object) -> object:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from epjit.config import MAX_ROW_BYTES, MAX_TOPK, check_row_bytes
+from epjit.handles import InternodeHandle, IntranodeHandle, LowLatencyHandle
 
 K = TypeVar("K")
 V = TypeVar("V")
+H = TypeVar("H", IntranodeHandle, InternodeHandle, LowLatencyHandle)
 MOST_REMEMBERED = 4096  # a few MB
 
 # torch has no public names for these.
@@ -186,6 +188,26 @@ def check_aligned(name: str, tensor: torch.Tensor) -> None:
             f"{name} starts at address {tensor.data_ptr():#x}, which is not a multiple of "
             "16 bytes (a view into another tensor?); pass .clone()"
         )
+
+
+def as_handle(handle: Any, kind: type[H], op: str) -> H:
+    """A caller's handle with names; nothing of what is in it is looked at.
+
+    Args:
+        handle: What the caller passes: also a list, or a tuple without names.
+        kind: What it must be.
+        op: The call that returns such handles.
+
+    Raises:
+        TypeError: No such tuple.
+    """
+    if type(handle) is kind:
+        return handle
+    is_tuple, length = isinstance(handle, tuple | list), len(kind._fields)
+    if not is_tuple or len(handle) != length:
+        got = type(handle).__name__ + (f" of {len(handle)}" if is_tuple else "")
+        raise TypeError(f"handle is a {got}, expected the tuple of {length} that {op} returned")
+    return kind(*handle)
 
 
 def check_rows(name: str, x: torch.Tensor, *, most: int | None = MAX_ROW_BYTES) -> int:

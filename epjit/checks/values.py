@@ -16,10 +16,9 @@ import torch
 
 from epjit import env
 from epjit.event import EventOverlap
+from epjit.handles import Handle, InternodeHandle, IntranodeHandle, dispatched_sizes, routes
 from epjit.reference import internode, intranode
 from epjit.reference.internode import Domains
-from epjit.reference.intranode import Handle
-from epjit.reference.low_latency import dispatched_sizes, routes
 
 _COUNTS = ("num_tokens_per_rank", "num_tokens_per_expert", "num_tokens_per_rdma_rank")
 _FROM_LAYOUT = "pass what get_dispatch_layout returned for this topk_idx"
@@ -101,10 +100,10 @@ class ValueChecks:
     def handle(self, handle: Handle, *, after: EventOverlap | None) -> None:
         """A handle of the normal mode."""
         for tensors in self._on_host(after, *handle):
-            if len(self._domains) == 1:
-                self._check_handle(*tensors)
+            if isinstance(handle, IntranodeHandle):
+                self._check_intranode(IntranodeHandle(*tensors))
             else:
-                self._check_handle_between_domains(*tensors)
+                self._check_internode(InternodeHandle(*tensors))
 
     def low_latency_dispatch(
         self, x: torch.Tensor, topk_idx: torch.Tensor, num_experts: int
@@ -164,68 +163,52 @@ class ValueChecks:
                 torch.cuda.current_stream().synchronize()
             return [tuple(None if each is None else each.detach().cpu() for each in tensors)]
 
-    def _check_handle(
-        self,
-        rank_prefix_matrix: torch.Tensor,
-        source_tokens: torch.Tensor,
-        recv_expert_counts: torch.Tensor,
-        recv_src_idx: torch.Tensor,
-        is_token_in_rank: torch.Tensor,
-        send_head: torch.Tensor,
-    ) -> None:
-        """Of one NVLink domain, as `intranode.Handle` says."""
-        num_tokens = is_token_in_rank.shape[0]
-        _check_growing("handle[0] (rank_prefix_matrix)", rank_prefix_matrix)
-        _check_range("handle[1] (source_tokens)", source_tokens, 0, None)
-        if int(source_tokens[self._rank]) != num_tokens:
+    def _check_intranode(self, handle: IntranodeHandle) -> None:
+        """Of one NVLink domain."""
+        names, tokens = _names(handle), handle.source_tokens
+        num_tokens = handle.is_token_in_rank.shape[0]
+        _check_growing(names["rank_prefix_matrix"], handle.rank_prefix_matrix)
+        _check_range(names["source_tokens"], tokens, 0, None)
+        if int(tokens[self._rank]) != num_tokens:
             raise ValueError(
-                f"handle[1] (source_tokens) is {source_tokens.tolist()}, but this rank "
-                f"({self._rank}) has {num_tokens} tokens by handle[4]; {_AS_RETURNED}"
+                f"{names['source_tokens']} is {tokens.tolist()}, but this rank ({self._rank}) has "
+                f"{num_tokens} tokens by {names['is_token_in_rank']}; {_AS_RETURNED}"
             )
-        _check_range("handle[2] (recv_expert_counts)", recv_expert_counts, 0, None)
-        ends = rank_prefix_matrix[:, self._rank].tolist()
-        _check_range("handle[0] (rank_prefix_matrix)", ends, 0, recv_src_idx.shape[0])
+        _check_range(names["recv_expert_counts"], handle.recv_expert_counts, 0, None)
+        ends = handle.rank_prefix_matrix[:, self._rank].tolist()
+        _check_range(names["rank_prefix_matrix"], ends, 0, handle.num_rows)
         for source, begin, end in zip(range(len(ends)), [0, *ends], ends, strict=False):
-            what = f"handle[3] (recv_src_idx), rows of rank {source}"
-            _check_range(what, recv_src_idx[begin:end], 0, int(source_tokens[source]) - 1)
-        _check_heads("handle[5] (send_head)", send_head, is_token_in_rank)
+            what = f"{names['recv_src_idx']}, rows of rank {source}"
+            _check_range(what, handle.recv_src_idx[begin:end], 0, int(tokens[source]) - 1)
+        _check_heads(names["send_head"], handle.send_head, handle.is_token_in_rank)
 
-    def _check_handle_between_domains(
-        self,
-        is_token_in_rank: torch.Tensor,
-        send_tokens: torch.Tensor,
-        channel_tokens: torch.Tensor,
-        send_head: torch.Tensor,
-        recv_rdma_rank_prefix_sum: torch.Tensor,
-        recv_expert_counts: torch.Tensor,
-        recv_gbl_rank_prefix_sum: torch.Tensor,
-        recv_src_meta: torch.Tensor,
-        send_rdma_head: torch.Tensor,
-        send_nvl_head: torch.Tensor,
-    ) -> None:
-        """Of several, as `internode.Handle` says."""
-        num_tokens = is_token_in_rank.shape[0]
-        _check_range("handle[1] (send_tokens), lengths", send_tokens[:, -1], 0, num_tokens)
-        for domain, length in enumerate(send_tokens[:, -1].tolist()):
-            what = f"handle[1] (send_tokens), to domain {domain}"
-            _check_range(what, send_tokens[domain, :length], 0, num_tokens - 1)
-        _check_range("handle[2] (channel_tokens)", channel_tokens, 0, None)
-        _check_heads("handle[3] (send_head)", send_head, is_token_in_rank)
-        _check_growing("handle[4] (recv_rdma_rank_prefix_sum)", recv_rdma_rank_prefix_sum)
-        _check_range(
-            "handle[4] (recv_rdma_rank_prefix_sum)",
-            recv_rdma_rank_prefix_sum,
-            0,
-            send_nvl_head.shape[0],
-        )
-        _check_range("handle[5] (recv_expert_counts)", recv_expert_counts, 0, None)
-        _check_growing("handle[6] (recv_gbl_rank_prefix_sum)", recv_gbl_rank_prefix_sum)
-        num_rows = recv_src_meta.shape[0]
-        _check_range("handle[6] (recv_gbl_rank_prefix_sum)", recv_gbl_rank_prefix_sum, 0, num_rows)
-        meta = recv_src_meta[: int(recv_gbl_rank_prefix_sum[-1])].contiguous().view(torch.int32)
-        _check_range("handle[7] (recv_src_meta)", meta, 0, None)
-        in_domain = internode.in_domain(is_token_in_rank, self._domains)
-        _check_heads("handle[8] (send_rdma_head)", send_rdma_head, in_domain)
+    def _check_internode(self, handle: InternodeHandle) -> None:
+        """Of several."""
+        names, in_rank = _names(handle), handle.is_token_in_rank
+        num_tokens, lengths = in_rank.shape[0], handle.send_tokens[:, -1]
+        _check_range(f"{names['send_tokens']}, lengths", lengths, 0, num_tokens)
+        for domain, length in enumerate(lengths.tolist()):
+            what = f"{names['send_tokens']}, to domain {domain}"
+            _check_range(what, handle.send_tokens[domain, :length], 0, num_tokens - 1)
+        _check_range(names["channel_tokens"], handle.channel_tokens, 0, None)
+        _check_heads(names["send_head"], handle.send_head, in_rank)
+        for name, sums, most in (
+            ("recv_rdma_rank_prefix_sum", handle.recv_rdma_rank_prefix_sum, handle.num_passing),
+            ("recv_gbl_rank_prefix_sum", handle.recv_gbl_rank_prefix_sum, handle.num_rows),
+        ):
+            _check_growing(names[name], sums)
+            _check_range(names[name], sums, 0, most)
+        _check_range(names["recv_expert_counts"], handle.recv_expert_counts, 0, None)
+        num_received = int(handle.recv_gbl_rank_prefix_sum[-1])
+        meta = handle.recv_src_meta[:num_received].contiguous().view(torch.int32)
+        _check_range(names["recv_src_meta"], meta, 0, None)
+        in_domain = internode.in_domain(in_rank, self._domains)
+        _check_heads(names["send_rdma_head"], handle.send_rdma_head, in_domain)
+
+
+def _names(handle: Handle) -> dict[str, str]:
+    """What errors call the tensors of a handle."""
+    return {name: f"handle[{index}] ({name})" for index, name in enumerate(handle._fields)}
 
 
 def _check_choices(topk_idx: torch.Tensor, num_experts: int) -> None:

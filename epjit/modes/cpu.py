@@ -15,10 +15,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from epjit import env
+from epjit.handles import (
+    Dispatched,
+    Handle,
+    InternodeHandle,
+    IntranodeHandle,
+    LowLatencyDispatched,
+)
 from epjit.reference import internode, intranode, low_latency
 from epjit.reference.internode import Domains
-from epjit.reference.intranode import Bias, Dispatched, Handle, RankInput
-from epjit.reference.low_latency import LowLatencyDispatched
+from epjit.reference.intranode import Bias, RankInput
 from epjit.runtime.empty import empty_on
 from epjit.runtime.fault import Overflow
 
@@ -156,10 +162,12 @@ class CpuBackend:
             received = intranode.dispatch(inputs, rank, **options)
         else:
             received = internode.dispatch(inputs, rank, self.domains, **options)
+            handle = received.handle
+            assert isinstance(handle, InternodeHandle)
             self._check_room(
                 "tokens pass into the NVLink domain through",
-                came=int(received.handle[4][-1]),
-                room=received.handle[9].shape[0],
+                came=int(handle.recv_rdma_rank_prefix_sum[-1]),
+                room=handle.num_passing,
             )
         self._check_room(
             "rows come to",
@@ -234,24 +242,26 @@ class CpuBackend:
 
     def _handle_facts(self, handle: Handle) -> dict[str, object]:
         """What the handles of one dispatch have in common on all ranks."""
-        if self.domains is not None:
+        if isinstance(handle, InternodeHandle):
             return {}  # each has only what concerns its rank
         return {
-            "the handle's rank_prefix_matrix": handle[0].tolist(),
-            "the handle's source_tokens": handle[1].tolist(),
+            "the handle's rank_prefix_matrix": handle.rank_prefix_matrix.tolist(),
+            "the handle's source_tokens": handle.source_tokens.tolist(),
         }
 
-    def _handles_of_one_dispatch(self, op: str, worlds: list[tuple[Any, ...]]) -> list[Handle]:
+    def _handles_of_one_dispatch(self, op: str, worlds: list[tuple[Any, ...]]) -> list[Any]:
         """The handles of all ranks, once they are known to belong together."""
-        handles: list[Handle] = [tensors[2:] for tensors in worlds]
         if self.domains is None:
-            return handles
-        sent = torch.stack([handle[0].sum(dim=0) for handle in handles])  # [source, receiver]
+            return [IntranodeHandle(*tensors[2:]) for tensors in worlds]
+        handles = [InternodeHandle(*tensors[2:]) for tensors in worlds]
+        # [source, receiver]
+        sent = torch.stack([handle.is_token_in_rank.sum(dim=0) for handle in handles])
         for receiver, handle in enumerate(handles):
-            received = handle[6].diff(prepend=handle[6].new_zeros(1))
+            ends = handle.recv_gbl_rank_prefix_sum
+            received = ends.diff(prepend=ends.new_zeros(1))
             # The last ones may have been left out for want of room.
-            fit = sent[:, receiver].cumsum(dim=0).clamp(max=handle[7].shape[0])
-            for source in torch.nonzero(handle[6] != fit).flatten().tolist():
+            fit = sent[:, receiver].cumsum(dim=0).clamp(max=handle.num_rows)
+            for source in torch.nonzero(ends != fit).flatten().tolist():
                 raise ValueError(
                     f"{op}: by the handle of rank {source} it sends {int(sent[source, receiver])} "
                     f"rows to rank {receiver}, by the handle of rank {receiver} "
@@ -338,7 +348,7 @@ class CpuLowLatency:
             See `LowLatencyDispatched`, and what receives, or None.
         """
         del wait_cost
-        forms = low_latency.dispatched_forms(
+        specs = LowLatencyDispatched.specs(
             call.row_format,
             num_ranks=self._group.size,
             num_tokens=call.num_tokens,
@@ -347,7 +357,7 @@ class CpuLowLatency:
             num_topk=call.num_topk,
             hidden=call.hidden,
         )
-        out = low_latency.allocate_dispatched(forms, empty_on(x.device))
+        out = LowLatencyDispatched.allocate(specs, empty_on(x.device))
         scope.start()
         if split:
             x, topk_idx = x.clone(), topk_idx.clone()

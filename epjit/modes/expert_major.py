@@ -14,10 +14,11 @@ from torch import Tensor
 
 from epjit.checks.match import check, check_rows
 from epjit.config import MAX_LOCAL_EXPERTS, MAX_TOPK
+from epjit.handles import Placement
 from epjit.kernels.expert_major import BlankConfig, PlaceConfig, UnpermuteConfig, permute_config
 from epjit.reference import expert_major as reference
-from epjit.reference.expert_major import Placement
 from epjit.runtime.device import arch_of
+from epjit.runtime.empty import empty_on
 from epjit.runtime.kernel import C, Kernel
 from epjit.runtime.launch import Launch
 
@@ -74,12 +75,10 @@ def place(topk_idx: Tensor, num_experts: int, *, alignment: int, num_rows: int) 
     if topk_idx.device.type != "cuda":
         return reference.place(topk_idx, num_experts, alignment=alignment, num_rows=num_rows)
     device = topk_idx.device
-    placed = Placement(
-        torch.empty((num_tokens, num_topk), dtype=torch.int32, device=device),
-        torch.empty(num_rows, dtype=torch.int32, device=device),
-        torch.empty(num_experts, dtype=torch.int32, device=device),
-        torch.empty(num_experts, dtype=torch.int32, device=device),
+    specs = Placement.specs(
+        num_tokens=num_tokens, num_topk=num_topk, num_rows=num_rows, num_experts=num_experts
     )
+    placed = Placement(*empty_on(device)(specs))
     _launch(PlaceConfig(num_experts, topk_idx.dtype == torch.int64), device.index)(
         _stream(device),
         num_experts,

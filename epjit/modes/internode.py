@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from epjit.config import MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS
+from epjit.handles import Dispatched, InternodeHandle
 from epjit.kernels.internode import (
     MAX_WORDS,
     InternodeCombineConfig,
@@ -29,7 +30,6 @@ from epjit.kernels.internode import (
 )
 from epjit.kernels.shapes import CombineShape, DispatchShape
 from epjit.modes.normal import SIGNALS_BYTES, Normal, Received, combine_shape, dispatch_shape
-from epjit.reference.intranode import Dispatched
 from epjit.runtime.group import BUFFER, Group
 from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
@@ -40,7 +40,6 @@ from epjit.sizes import ALIGNMENT, align
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from epjit.reference.internode import Handle
     from epjit.runtime.topology import Topology
     from epjit.scope import GpuScope
 
@@ -240,18 +239,17 @@ class Internode(Normal):
     ) -> Dispatched:
         """Notify, then dispatch; the host waits for the counts unless there is a worst case."""
         num_ranks, num_tokens = self._group.size, x.shape[0]
-        num_domains, num_local = self._topology.num_domains, self._topology.num_local
+        num_domains = self._topology.num_domains
         launch = self._dispatch_launch(dispatch_shape(x, scales, topk_idx), num_sms)
         experts_per_rank = num_tokens_per_expert.shape[0] // num_ranks
+        specs = InternodeHandle.specs(
+            num_tokens=num_tokens,
+            num_ranks=num_ranks,
+            num_domains=num_domains,
+            experts_per_rank=experts_per_rank,
+        )
         with scope.allocating():
-            ints: dict[str, Any] = {"dtype": torch.int32, "device": self._device}
-            send_tokens = torch.empty((num_domains, num_tokens + 1), **ints)
-            channel_tokens = torch.empty((num_domains, num_local), **ints)
-            send_head = torch.empty((num_tokens, num_ranks), **ints)
-            passing_prefix = torch.empty(num_domains, **ints)
-            expert_counts = torch.empty(experts_per_rank, **ints)
-            rank_prefix = torch.empty(num_ranks, **ints)
-            send_domain_head = torch.empty((num_tokens, num_domains), **ints)
+            handle = InternodeHandle(*self._empty(specs))
         scope.start()
         waits = num_worst_tokens == 0
         with self._between_kernels():
@@ -262,37 +260,24 @@ class Internode(Normal):
                 num_tokens_per_domain=num_tokens_per_rdma_rank.data_ptr(),
                 num_tokens_per_expert=num_tokens_per_expert.data_ptr(),
                 is_token_in_rank=is_token_in_rank.data_ptr(),
-                rank_prefix=rank_prefix.data_ptr(),
-                channel_tokens=channel_tokens.data_ptr(),
-                passing_prefix=passing_prefix.data_ptr(),
-                expert_counts=expert_counts.data_ptr(),
-                send_head=send_head.data_ptr(),
-                send_domain_head=send_domain_head.data_ptr(),
-                send_tokens=send_tokens.data_ptr(),
+                **self._routing(handle),
+                expert_counts=handle.recv_expert_counts.data_ptr(),
+                send_head=handle.send_head.data_ptr(),
+                send_domain_head=handle.send_rdma_head.data_ptr(),
                 host_counts=self._ask_for_counts(waits),
                 num_tokens=num_tokens,
                 num_recv_rows=num_worst_tokens,
                 experts_per_rank=experts_per_rank,
                 expert_alignment=expert_alignment,
             )
-            num_rows, num_passing = num_worst_tokens, num_local * num_worst_tokens
+            num_rows, num_passing = num_worst_tokens, self._topology.num_local * num_worst_tokens
             per_expert: list[int] = []
             if waits:
                 num_rows, num_passing, *per_expert = self._wait_for_counts(2 + experts_per_rank)
             with scope.allocating():
-                recv_src_meta = torch.empty((num_rows, 8), dtype=torch.uint8, device=self._device)
-                passing = torch.empty(num_passing, **ints)
-            handle = (
-                is_token_in_rank,
-                send_tokens,
-                channel_tokens,
-                send_head,
-                passing_prefix,
-                expert_counts,
-                rank_prefix,
-                recv_src_meta,
-                send_domain_head,
-                passing,
+                meta, passing = self._empty(InternodeHandle.row_specs(num_rows, num_passing))
+            handle = handle._replace(
+                is_token_in_rank=is_token_in_rank, recv_src_meta=meta, send_nvl_head=passing
             )
             received = self._dispatch_rows(
                 scope,
@@ -313,7 +298,7 @@ class Internode(Normal):
         scope: GpuScope,
         x: torch.Tensor,
         scales: torch.Tensor | None,
-        handle: Handle,
+        handle: InternodeHandle,
         *,
         num_sms: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -352,26 +337,25 @@ class Internode(Normal):
         scales: torch.Tensor | None,
         topk_idx: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
-        handle: Handle,
+        handle: InternodeHandle,
         *,
         experts_per_rank: int,
         num_sms: int,
         fills_handle: bool,
     ) -> Received:
         """Allocates the received rows and queues the dispatch kernel."""
-        recv_src_meta, passing = handle[7], handle[9]
-        forms = self._forms(recv_src_meta.shape[0], x, scales, topk_idx)
+        specs = self._specs(handle.num_rows, x, scales, topk_idx)
         with scope.allocating():
-            received = Received(*self._empty(forms))
+            received = Received(*self._empty(specs))
         scope.start()
         values = {
             **self._inputs(x, scales, topk_idx, topk_weights),
             **self._outputs(received),
             **self._routing(handle),
-            "send_head": handle[3].data_ptr(),
-            "recv_src_meta": recv_src_meta.data_ptr() if fills_handle else 0,
-            "passing": passing.data_ptr() if fills_handle else 0,
-            "num_passing": passing.shape[0],
+            "send_head": handle.send_head.data_ptr(),
+            "recv_src_meta": handle.recv_src_meta.data_ptr() if fills_handle else 0,
+            "passing": handle.send_nvl_head.data_ptr() if fills_handle else 0,
+            "num_passing": handle.num_passing,
             "num_send_warps": launch.kernel.config.send_warps,
             "experts_per_rank": experts_per_rank,
         }
@@ -379,27 +363,27 @@ class Internode(Normal):
         return received
 
     @staticmethod
-    def _routing(handle: Handle) -> dict[str, int]:
-        """What dispatch and combine take from a handle."""
+    def _routing(handle: InternodeHandle) -> dict[str, int]:
+        """Parameters for what notify writes to a handle, and dispatch and combine take from it."""
         return {
-            "send_tokens": handle[1].data_ptr(),
-            "channel_tokens": handle[2].data_ptr(),
-            "passing_prefix": handle[4].data_ptr(),
-            "rank_prefix": handle[6].data_ptr(),
+            "send_tokens": handle.send_tokens.data_ptr(),
+            "channel_tokens": handle.channel_tokens.data_ptr(),
+            "passing_prefix": handle.recv_rdma_rank_prefix_sum.data_ptr(),
+            "rank_prefix": handle.recv_gbl_rank_prefix_sum.data_ptr(),
         }
 
     def combine(
         self,
         scope: GpuScope,
         x: torch.Tensor,
-        handle: Handle,
+        handle: InternodeHandle,
         topk_weights: torch.Tensor | None,
         bias: tuple[torch.Tensor | None, torch.Tensor | None],
         *,
         num_sms: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Sums rows inside each domain, sends the sums to the ranks of their tokens."""
-        num_tokens = handle[8].shape[0]
+        num_tokens = handle.num_tokens
         launch = self.launch(combine_shape(x, topk_weights))
         config: InternodeCombineConfig = launch.kernel.config
         check_warps(config, num_sms)
@@ -408,10 +392,10 @@ class Internode(Normal):
         reduce_warps = config.reduce_warps * num_sms
         values |= {
             **self._routing(handle),
-            "recv_src_meta": handle[7].data_ptr(),
-            "send_domain_head": handle[8].data_ptr(),
-            "passing": handle[9].data_ptr(),
-            "num_passing": handle[9].shape[0],
+            "recv_src_meta": handle.recv_src_meta.data_ptr(),
+            "send_domain_head": handle.send_rdma_head.data_ptr(),
+            "passing": handle.send_nvl_head.data_ptr(),
+            "num_passing": handle.num_passing,
             # As inside a domain: with few tokens several warps share the reduction of one.
             "num_parts": max(1, min(4, 6 * reduce_warps // max(num_tokens, 1))),
         }

@@ -18,6 +18,7 @@ import torch
 
 from epjit import env
 from epjit.config import MAX_LOCAL_EXPERTS, MAX_RANKS
+from epjit.handles import Dispatched, IntranodeHandle
 from epjit.kernels.intranode import (
     MAX_SLOTS,
     CombineConfig,
@@ -37,8 +38,7 @@ from epjit.modes.normal import (
     dispatch_shape,
     pointer,
 )
-from epjit.reference.intranode import Dispatched, Handle
-from epjit.runtime.empty import Form, matrix, vector
+from epjit.runtime.empty import TensorSpec
 from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.pool import BlockPool, NoRoomError
@@ -189,14 +189,15 @@ class Intranode(Normal):
         num_ranks = self._group.size
         launch = self.launch(dispatch_shape(x, scales, topk_idx))
         experts_per_rank = num_tokens_per_expert.shape[0] // num_ranks
-        forms = (
-            matrix(torch.int32, num_ranks, num_ranks),
-            vector(torch.int32, num_ranks),
-            vector(torch.int32, experts_per_rank),
-            matrix(torch.int32, x.shape[0], num_ranks),
+        specs = IntranodeHandle.specs(
+            num_tokens=x.shape[0],
+            num_ranks=num_ranks,
+            num_domains=1,
+            experts_per_rank=experts_per_rank,
         )
         with scope.allocating():
-            rank_prefix, source_tokens, expert_counts, send_head = self._empty(forms)
+            handle = IntranodeHandle(*self._empty(specs))
+        routing = self._routing(handle)
         scope.start()
         waits = num_worst_tokens == 0
         with self._between_kernels():
@@ -206,10 +207,8 @@ class Intranode(Normal):
                 num_tokens_per_rank=num_tokens_per_rank.data_ptr(),
                 num_tokens_per_expert=num_tokens_per_expert.data_ptr(),
                 is_token_in_rank=is_token_in_rank.data_ptr(),
-                rank_prefix=rank_prefix.data_ptr(),
-                source_tokens=source_tokens.data_ptr(),
-                expert_counts=expert_counts.data_ptr(),
-                send_head=send_head.data_ptr(),
+                **routing,
+                expert_counts=handle.recv_expert_counts.data_ptr(),
                 host_counts=self._ask_for_counts(waits),
                 num_tokens=x.shape[0],
                 num_recv_rows=num_worst_tokens,
@@ -220,7 +219,7 @@ class Intranode(Normal):
             launch.prepare(
                 {
                     **self._inputs(x, scales, topk_idx, topk_weights),
-                    **self._routing(rank_prefix, source_tokens, send_head),
+                    **routing,
                     "experts_per_rank": experts_per_rank,
                 }
             )
@@ -233,13 +232,8 @@ class Intranode(Normal):
             )
             self._dispatch_rows(scope, launch, outputs, num_sms=num_sms)
             assert outputs.src_idx is not None
-            handle = (
-                rank_prefix,
-                source_tokens,
-                expert_counts,
-                outputs.src_idx,
-                is_token_in_rank,
-                send_head,
+            handle = handle._replace(
+                recv_src_idx=outputs.src_idx, is_token_in_rank=is_token_in_rank
             )
         return Dispatched(*outputs.received, per_expert, handle)
 
@@ -248,22 +242,21 @@ class Intranode(Normal):
         scope: GpuScope,
         x: torch.Tensor,
         scales: torch.Tensor | None,
-        handle: Handle,
+        handle: IntranodeHandle,
         *,
         num_sms: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Dispatches another payload along the routing of a handle."""
         launch = self.launch(dispatch_shape(x, scales, None))
-        rank_prefix, source_tokens, _, recv_src_idx, _, send_head = handle
         launch.prepare(
             {
                 **self._inputs(x, scales, None, None),
-                **self._routing(rank_prefix, source_tokens, send_head),
+                **self._routing(handle),
                 "experts_per_rank": 1,
             }
         )
         outputs = self._allocate_outputs(
-            scope, launch, recv_src_idx.shape[0], x, scales, None, with_src_idx=False
+            scope, launch, handle.num_rows, x, scales, None, with_src_idx=False
         )
         self._dispatch_rows(scope, launch, outputs, num_sms=num_sms)
         return outputs.received.recv_x, outputs.received.recv_scales
@@ -285,31 +278,33 @@ class Intranode(Normal):
         a CUDA graph writes is written at every replay, also when the tensors are long gone: that is
         what torch keeps private pools for, so under capture all outputs are torch's.
         """
-        src_idx = vector(torch.int32, num_rows) if with_src_idx else None
-        forms = (*self._forms(num_rows, x, scales, topk_idx), src_idx)
+        src_idx = IntranodeHandle.row_specs(num_rows) if with_src_idx else (None,)
+        specs = (*self._specs(num_rows, x, scales, topk_idx), *src_idx)
         with scope.allocating():
             direct = launch.kernel.config.direct
-            blocks = self._empty_blocks(scope, forms) if direct else None
-            tensors = self._empty(forms) if blocks is None else blocks
+            blocks = self._empty_blocks(scope, specs) if direct else None
+            tensors = self._empty(specs) if blocks is None else blocks
         return _Outputs(Received(*tensors[:4]), tensors[4], blocks is not None)
 
-    def _empty_blocks(self, scope: GpuScope, forms: Iterable[Form | None]) -> list[Any] | None:
+    def _empty_blocks(
+        self, scope: GpuScope, specs: Iterable[TensorSpec | None]
+    ) -> list[Any] | None:
         """Outputs where peers reach them, if there is room for all."""
         pool = self._pool
         if pool is None or torch.cuda.is_current_stream_capturing():
             return None
         try:
-            return [None if form is None else self._block(scope, pool, form) for form in forms]
+            return [None if spec is None else self._block(scope, pool, spec) for spec in specs]
         except NoRoomError:
             return None  # what has been taken so far goes back
 
-    def _block(self, scope: GpuScope, pool: BlockPool, form: Form) -> torch.Tensor:
+    def _block(self, scope: GpuScope, pool: BlockPool, spec: TensorSpec) -> torch.Tensor:
         """An output where peers reach it.
 
         Raises:
             NoRoomError: The pool has no block for it.
         """
-        shape, _, dtype = form
+        shape, _, dtype = spec
         # One row at least: an empty tensor comes from CuPy without strides.
         some = (max(shape[0], 1), *shape[1:])
         in_bytes = (*some[:-1], some[-1] * dtype.itemsize)
@@ -321,14 +316,12 @@ class Intranode(Normal):
         return rows if shape[0] else rows[:0]
 
     @staticmethod
-    def _routing(
-        rank_prefix: torch.Tensor, source_tokens: torch.Tensor, send_head: torch.Tensor
-    ) -> dict[str, int]:
-        """What a dispatch takes from a handle."""
+    def _routing(handle: IntranodeHandle) -> dict[str, int]:
+        """Parameters for what notify writes to a handle, and dispatch takes from it."""
         return {
-            "rank_prefix": rank_prefix.data_ptr(),
-            "source_tokens": source_tokens.data_ptr(),
-            "send_head": send_head.data_ptr(),
+            "rank_prefix": handle.rank_prefix_matrix.data_ptr(),
+            "source_tokens": handle.source_tokens.data_ptr(),
+            "send_head": handle.send_head.data_ptr(),
         }
 
     def _dispatch_rows(
@@ -349,24 +342,23 @@ class Intranode(Normal):
         self,
         scope: GpuScope,
         x: torch.Tensor,
-        handle: Handle,
+        handle: IntranodeHandle,
         topk_weights: torch.Tensor | None,
         bias: tuple[torch.Tensor | None, torch.Tensor | None],
         *,
         num_sms: int,
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """Pushes rows back to the ranks of their tokens and sums them there."""
-        rank_prefix, _, _, recv_src_idx, _, send_head = handle
-        num_tokens = send_head.shape[0]
+        num_tokens = handle.num_tokens
         launch = self.launch(combine_shape(x, topk_weights))
         config: CombineConfig = launch.kernel.config
         check_warps(config, num_sms)
         combined, values = self._combined(scope, x, num_tokens, topk_weights, bias)
         scope.start()
         values |= {
-            "recv_src_idx": recv_src_idx.data_ptr(),
-            "send_head": send_head.data_ptr(),
-            "rank_prefix": rank_prefix.data_ptr(),
+            "recv_src_idx": handle.recv_src_idx.data_ptr(),
+            "send_head": handle.send_head.data_ptr(),
+            "rank_prefix": handle.rank_prefix_matrix.data_ptr(),
             # Several warps share a token's sum unless there are many tokens a warp: shorter units
             # end closer together (4 parts instead of 1: 128 tokens on 12 SMs 26.7 us, not 31.4,
             # 512 on 24 SMs 42.6, not 47.4; 4096 on 12 SMs 310, not 276).

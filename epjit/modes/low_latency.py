@@ -18,6 +18,7 @@ from epjit import env
 from epjit.checks.low_latency import CombineCall, DispatchCall, check_source
 from epjit.checks.match import remember
 from epjit.config import MAX_LOW_LATENCY_EXPERTS, MAX_LOW_LATENCY_TOKENS, MAX_RANKS
+from epjit.handles import LowLatencyDispatched, LowLatencySpecs
 from epjit.kernels.low_latency import (
     NUM_WORDS,
     STEP,
@@ -31,14 +32,8 @@ from epjit.kernels.low_latency import (
     kernels_of,
 )
 from epjit.modes.base import Mode
-from epjit.reference.low_latency import (
-    DispatchedForms,
-    LowLatencyDispatched,
-    allocate_dispatched,
-    dispatched_forms,
-)
 from epjit.runtime.device import num_sms
-from epjit.runtime.empty import Form, matrix
+from epjit.runtime.empty import TensorSpec, matrix
 from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
@@ -54,7 +49,7 @@ if TYPE_CHECKING:
 # beside them. The blocks that stay (16 of 132) move what comes after a wait of 1 ms or more.
 _WAITING_KERNELS = 8
 
-Forms = TypeVar("Forms", DispatchedForms, tuple[Form])
+Specs = TypeVar("Specs", LowLatencySpecs, tuple[TensorSpec])
 
 
 class _Arena:
@@ -79,7 +74,7 @@ class _Arena:
         self.total = self.words + 2 * self.words_stride * 8
 
 
-class _Plan(Generic[Forms]):
+class _Plan(Generic[Specs]):
     """How calls of one size are launched; made once for each, as they come by the thousand.
 
     Args:
@@ -108,10 +103,10 @@ class _Plan(Generic[Forms]):
         num_parts: int,
         call: DispatchCall | CombineCall,
         num_ranks: int,
-        outputs: Forms,
+        outputs: Specs,
     ) -> None:
         self.launch, self.grid = launch, grid
-        self.outputs: Forms = outputs
+        self.outputs: Specs = outputs
         self.source_tokens = 4 * call.num_experts * call.max_tokens
         self.source_rows = self.source_tokens + 4 * num_ranks
         sizes: dict[str, Any] = {
@@ -199,8 +194,8 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
             dtype=torch.int32,
             device=device,
         )
-        self._dispatch_plans: dict[DispatchCall, _Plan[DispatchedForms]] = {}
-        self._combine_plans: dict[CombineCall, _Plan[tuple[Form]]] = {}
+        self._dispatch_plans: dict[DispatchCall, _Plan[LowLatencySpecs]] = {}
+        self._combine_plans: dict[CombineCall, _Plan[tuple[TensorSpec]]] = {}
         self._clean = Launch(
             clean_kernel,
             **self._common(),
@@ -286,7 +281,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         plan = self._dispatch_plans.get(call)
         if plan is None:
             plan = self._plan_dispatch(call)
-        outputs = allocate_dispatched(plan.outputs, self._empty)
+        outputs = LowLatencyDispatched.allocate(plan.outputs, self._empty)
         scope.start()
         recv_x, recv_scales, recv_count, src_info, layout_range = outputs
         handle = src_info.data_ptr()
@@ -310,7 +305,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         plan.launch.start(scope.stream, plan.grid, values, plan.whole)
         return outputs, None
 
-    def _plan_dispatch(self, call: DispatchCall) -> _Plan[DispatchedForms]:
+    def _plan_dispatch(self, call: DispatchCall) -> _Plan[LowLatencySpecs]:
         """Sending takes a block a token, one the counts; receiving a warp an eighth of a row."""
         if self._transport is not None and call.max_tokens > self._most_tokens:
             self._transport.check_queues(call.max_tokens)
@@ -326,7 +321,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         num_slots = num_ranks * call.max_tokens
         grid = min(self._num_sms, max(call.num_tokens + 1, num_slots * 8 // config.num_warps))
         num_parts = max(1, min(8, grid * config.num_warps // num_slots))
-        outputs = dispatched_forms(
+        outputs = LowLatencyDispatched.specs(
             row_format,
             num_ranks=num_ranks,
             num_tokens=call.num_tokens,
@@ -338,7 +333,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         plan = _Plan(launch, grid, num_parts, call, self._group.size, outputs)
         return remember(self._dispatch_plans, call, plan)
 
-    def _plan_combine(self, call: CombineCall) -> _Plan[tuple[Form]]:
+    def _plan_combine(self, call: CombineCall) -> _Plan[tuple[TensorSpec]]:
         """A warp adds some channels at a time; with few tokens that is all it does."""
         launch = self.launch(
             LowLatencyCombineShape(

@@ -17,7 +17,7 @@ from epjit.kernels.shapes import CombineShape, DispatchShape
 from epjit.kernels.variants import CHOICES
 from epjit.modes.base import Mode
 from epjit.reference.intranode import no_room
-from epjit.runtime.empty import Form, matrix
+from epjit.runtime.empty import TensorSpec, matrix
 from epjit.runtime.host import PinnedArray, nap
 from epjit.runtime.kernel import KernelConfig
 
@@ -95,12 +95,12 @@ class Normal(Mode[DispatchShape | CombineShape]):
     # ---- outputs ---------------------------------------------------------------------------------
 
     @staticmethod
-    def _forms(
+    def _specs(
         num_rows: int,
         x: torch.Tensor,
         scales: torch.Tensor | None,
         topk_idx: torch.Tensor | None,
-    ) -> tuple[Form | None, ...]:
+    ) -> tuple[TensorSpec | None, ...]:
         """Outputs of a dispatch of `num_rows` rows, in the order of `Received`."""
         rows = matrix(x.dtype, num_rows, x.shape[1])
         row_scales = None if scales is None else matrix(scales.dtype, num_rows, scales.shape[1])
@@ -149,14 +149,14 @@ class Normal(Mode[DispatchShape | CombineShape]):
         bias: tuple[torch.Tensor | None, torch.Tensor | None],
     ) -> tuple[tuple[torch.Tensor, torch.Tensor | None], dict[str, int]]:
         """Outputs of a combine, and parameters for what it sums."""
-        forms = (
+        specs = (
             matrix(x.dtype, num_tokens, x.shape[1]),
             None
             if topk_weights is None
             else matrix(torch.float32, num_tokens, topk_weights.shape[1]),
         )
         with scope.allocating():
-            combined_x, combined_weights = self._empty(forms)
+            combined_x, combined_weights = self._empty(specs)
         values = {
             "x": x.data_ptr(),
             "topk_weights": pointer(topk_weights),

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from epjit.checks.match import check_dry_rows, check_no_transform, is_dry
+from epjit.handles import GivenHandle, Handle, Placement, handle_type
 from epjit.modes import expert_major as by_expert
 from epjit.moe.buffers import (
     GroupLike,
@@ -38,10 +39,8 @@ from epjit.moe.buffers import (
     unregister_buffer,
     worst_tokens,
 )
-from epjit.moe.operators import padded, slots_of
+from epjit.moe.operators import padded
 from epjit.numbers import as_int
-from epjit.reference.expert_major import Placement
-from epjit.reference.intranode import Handle
 
 __all__ = [
     "Dispatched",
@@ -252,9 +251,9 @@ def dispatch(
         num_domains,
         name,
     )
-    slots = slots_of(num_domains)
-    routing = tuple(tensors[: slots.number])
-    counts = routing[slots.experts]
+    kind = handle_type(num_domains)
+    routing = kind(*tensors[: len(kind._fields)])
+    counts = routing.recv_expert_counts
     if not expert_major:
         return Dispatched(recv_x, recv_idx, recv_weights, counts, routing)
     placement = Placement(row_of, source, ends, counts)
@@ -267,7 +266,7 @@ def dispatch(
     )
 
 
-def combine(x: Tensor, handle: Handle | ExpertHandle, *, group: GroupLike) -> Tensor:
+def combine(x: Tensor, handle: GivenHandle | ExpertHandle, *, group: GroupLike) -> Tensor:
     """Brings rows back to the ranks of their tokens and sums them; nothing is weighted.
 
     Collective, forward and backward: the gradient travels by a cached dispatch.
@@ -408,7 +407,7 @@ def fused_dispatch(
 def fused_combine(
     x: Tensor,
     group: GroupLike,
-    handle: Handle,
+    handle: GivenHandle,
     async_finish: bool = False,
     allocate_on_comm_stream: bool = False,
 ) -> tuple[Tensor, None]:

@@ -12,11 +12,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from epjit.buffer import SLOTS, SLOTS_BETWEEN_DOMAINS, Slots
 from epjit.checks.match import check
+from epjit.handles import (
+    GivenHandle,
+    Handle,
+    InternodeHandle,
+    IntranodeHandle,
+    Placement,
+    handle_type,
+)
 from epjit.modes import expert_major as by_expert
 from epjit.moe.buffers import buffer_of, count_ranks
-from epjit.reference.intranode import Handle
+from epjit.runtime.empty import TensorSpec
 
 
 def _moved(x: Tensor) -> Tensor:
@@ -32,25 +39,30 @@ def _moved(x: Tensor) -> Tensor:
 
 # Between domains a handle has more tensors: in one domain these are None, and empty in the results
 # of the operator. (Lists of tensors cost the host 30 to 50 us an operator.)
-_MOST, _LEAST = SLOTS_BETWEEN_DOMAINS.number, SLOTS.number
+_MOST, _LEAST = len(InternodeHandle._fields), len(IntranodeHandle._fields)
 _HANDLE = ", ".join(f"Tensor{'?' * (i >= _LEAST)} h{i}" for i in range(_MOST))
 _TENSORS = ", ".join(["Tensor"] * (6 + _MOST))
 
 
-def slots_of(num_domains: int) -> Slots:
-    """Places in a handle."""
-    return SLOTS if num_domains == 1 else SLOTS_BETWEEN_DOMAINS
-
-
-def padded(handle: Handle) -> tuple[Tensor | None, ...]:
+def padded(handle: GivenHandle) -> tuple[Tensor | None, ...]:
     """A handle as the operators take it."""
     return (*handle, *[None] * (_MOST - len(handle)))
 
 
-def _as_handle(tensors: Any) -> tuple[Handle, Slots]:
-    """A handle as a Buffer takes it."""
-    handle = tuple(tensor for tensor in tensors if tensor is not None)
-    return handle, SLOTS if len(handle) == _LEAST else SLOTS_BETWEEN_DOMAINS
+def _given(tensors: Any) -> list[Tensor]:
+    """The handle among the arguments of an operator, for a Buffer, which checks it."""
+    return [tensor for tensor in tensors if tensor is not None]
+
+
+def _as_handle(tensors: Any) -> Handle:
+    """The same with names."""
+    given = _given(tensors)
+    return (IntranodeHandle if len(given) == _LEAST else InternodeHandle)(*given)
+
+
+def _new(x: Tensor, spec: TensorSpec | None) -> Any:
+    """A tensor of this shape and dtype where `x` is; also a fake one."""
+    return None if spec is None else x.new_empty(spec[0], dtype=spec[2])
 
 
 @torch.library.custom_op(
@@ -134,9 +146,10 @@ def _(
         num_rows: Any = num_expert_rows or by_expert.row_bound(n, num_topk, local, expert_alignment)
         if not num_worst_tokens:
             num_rows = torch.library.get_ctx().new_dynamic_size()
-        placement = [
-            x.new_empty(shape, dtype=torch.int32) for shape in ((n, num_topk), num_rows, local)
-        ]
+        specs = Placement.specs(
+            num_tokens=n, num_topk=num_topk, num_rows=num_rows, num_experts=local
+        )
+        placement = [_new(x, spec) for spec in specs[:3]]
     passing: Any = 0
     if num_domains > 1:
         passing = ranks // num_domains * num_worst_tokens
@@ -153,27 +166,18 @@ def _(
 def _fake_handle(
     x: Tensor, n: Any, passing: Any, ranks: int, num_domains: int, experts: int
 ) -> list[Tensor]:
-    def ints(*shape: Any) -> Tensor:
-        return x.new_empty(shape, dtype=torch.int32)
-
-    tokens = x.shape[0]
-    in_rank = x.new_empty((tokens, ranks), dtype=torch.bool)
-    send_head, expert_counts = ints(tokens, ranks), ints(experts)
-    if num_domains == 1:
-        handle = [ints(ranks, ranks), ints(ranks), expert_counts, ints(n), in_rank, send_head]
-        return handle + [ints(0) for _ in range(_MOST - _LEAST)]
-    return [
-        in_rank,
-        ints(num_domains, tokens + 1),
-        ints(num_domains, ranks // num_domains),
-        send_head,
-        ints(num_domains),
-        expert_counts,
-        ints(ranks),
-        x.new_empty((n, 8), dtype=torch.uint8),
-        ints(tokens, num_domains),
-        ints(passing),
-    ]
+    tokens, kind = x.shape[0], handle_type(num_domains)
+    specs = kind.specs(
+        num_tokens=tokens, num_ranks=ranks, num_domains=num_domains, experts_per_rank=experts
+    )
+    handle = kind(*[_new(x, spec) for spec in specs])
+    handle = handle._replace(is_token_in_rank=x.new_empty((tokens, ranks), dtype=torch.bool))
+    if isinstance(handle, IntranodeHandle):
+        (src_idx,) = (_new(x, spec) for spec in IntranodeHandle.row_specs(n))
+        empty = [x.new_empty(0, dtype=torch.int32) for _ in range(_MOST - _LEAST)]
+        return [*handle._replace(recv_src_idx=src_idx), *empty]
+    meta, heads = (_new(x, spec) for spec in InternodeHandle.row_specs(n, passing))
+    return [*handle._replace(recv_src_meta=meta, send_nvl_head=heads)]
 
 
 @torch.library.custom_op(
@@ -182,15 +186,13 @@ def _fake_handle(
 def _combine(x: Tensor, *handle_and_group: Any) -> Tensor:
     """Rows back to their ranks, summed: `[T, H]`."""
     *tensors, group = handle_and_group
-    handle, _ = _as_handle(tensors)
-    combined, _, _ = buffer_of(group, x).combine(_moved(x), handle)
+    combined, _, _ = buffer_of(group, x).combine(_moved(x), _given(tensors))
     return combined
 
 
 @_combine.register_fake
 def _(x: Tensor, *handle_and_group: Any) -> Tensor:
-    handle, slots = _as_handle(handle_and_group[:-1])
-    return x.new_empty((handle[slots.tokens].shape[0], x.shape[1]))
+    return x.new_empty((_as_handle(handle_and_group[:-1]).num_tokens, x.shape[1]))
 
 
 @torch.library.custom_op(
@@ -203,9 +205,8 @@ def _dispatch_backward(
 ) -> tuple[Tensor, Tensor]:
     """A token that went to several ranks gets the sum of the gradients of its copies."""
     *tensors, group = handle_and_group
-    handle, _ = _as_handle(tensors)
     x, weights, _ = buffer_of(group, grad_x).combine(
-        _moved(grad_x), handle, topk_weights=grad_weights.contiguous()
+        _moved(grad_x), _given(tensors), topk_weights=grad_weights.contiguous()
     )
     assert weights is not None
     return x, weights
@@ -213,8 +214,7 @@ def _dispatch_backward(
 
 @_dispatch_backward.register_fake
 def _(grad_x: Tensor, grad_weights: Tensor, *handle_and_group: Any) -> tuple[Tensor, Tensor]:
-    handle, slots = _as_handle(handle_and_group[:-1])
-    num_tokens = handle[slots.tokens].shape[0]
+    num_tokens = _as_handle(handle_and_group[:-1]).num_tokens
     return (
         grad_x.new_empty((num_tokens, grad_x.shape[1])),
         grad_weights.new_empty((num_tokens, grad_weights.shape[1])),
@@ -229,25 +229,21 @@ def _(grad_x: Tensor, grad_weights: Tensor, *handle_and_group: Any) -> tuple[Ten
 def _combine_backward(grad: Tensor, *handle_and_group: Any) -> Tensor:
     """Every row that was added gets the gradient of the sum, the others zeros."""
     *tensors, group = handle_and_group
-    handle, slots = _as_handle(tensors)
     buffer = buffer_of(group, grad)
-    rows, *_ = buffer.dispatch(_moved(grad), handle=handle)
+    rows, *_ = buffer.dispatch(_moved(grad), handle=_given(tensors))
     assert isinstance(rows, Tensor)
-    # Rows of all sources; in one domain there are those of every rank, [R, R].
-    arrived = handle[slots.ranks][-1:].view(-1)
-    by_expert.blank(rows, arrived[buffer.rank :][:1] if arrived.shape[0] > 1 else arrived)
+    by_expert.blank(rows, _as_handle(tensors).num_received(buffer.rank))
     return rows
 
 
 @_combine_backward.register_fake
 def _(grad: Tensor, *handle_and_group: Any) -> Tensor:
-    handle, slots = _as_handle(handle_and_group[:-1])
-    return grad.new_empty((handle[slots.rows].shape[0], grad.shape[1]))
+    return grad.new_empty((_as_handle(handle_and_group[:-1]).num_rows, grad.shape[1]))
 
 
 def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     *_, num_domains, ctx.group = inputs
-    handle = output[-_MOST:][: slots_of(num_domains).number]
+    handle = output[-_MOST:][: len(handle_type(num_domains)._fields)]
     ctx.save_for_backward(output[1], *padded(handle))
 
 
@@ -289,8 +285,11 @@ def _place(topk_idx: Tensor, num_experts: int, alignment: int, num_rows: int) ->
 
 @_place.register_fake
 def _(topk_idx: Tensor, num_experts: int, alignment: int, num_rows: int) -> tuple[Tensor, ...]:
-    shapes: tuple[Any, ...] = (topk_idx.shape, num_rows, num_experts, num_experts)
-    return tuple(topk_idx.new_empty(shape, dtype=torch.int32) for shape in shapes)
+    num_tokens, num_topk = topk_idx.shape
+    specs = Placement.specs(
+        num_tokens=num_tokens, num_topk=num_topk, num_rows=num_rows, num_experts=num_experts
+    )
+    return tuple(_new(topk_idx, spec) for spec in specs)
 
 
 @torch.library.custom_op(

@@ -13,9 +13,10 @@ from typing import Any
 
 from torch import Tensor
 
+from epjit.handles import Dispatched
 from epjit.reference import internode, intranode
 from epjit.reference.internode import Domains
-from epjit.reference.intranode import Bias, Dispatched, Handle, RankInput
+from epjit.reference.intranode import Bias, RankInput
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ class Normal:
         self,
         xs: Sequence[Tensor],
         scales: Sequence[Tensor] | None,
-        handles: Sequence[Handle],
+        handles: Sequence[Any],
         rank: int,
     ) -> tuple[Tensor, Tensor | None]:
         """What `rank` receives of another payload."""
@@ -66,7 +67,7 @@ class Normal:
     def combine(
         self,
         xs: Sequence[Tensor],
-        handles: Sequence[Handle],
+        handles: Sequence[Any],
         rank: int,
         topk_weights: Sequence[Tensor] | None = None,
         bias: Bias = None,

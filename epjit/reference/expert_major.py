@@ -6,26 +6,10 @@ row. The GPU kernels are compared with these lines bit for bit. Works on tensors
 
 from __future__ import annotations
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-
-class Placement(NamedTuple):
-    """Where selections go when rows are ordered by expert.
-
-    Attributes:
-        row_of: int32 `[n, K]`; row of each selection, -1 when it selects nothing or does not fit.
-        source: int32 `[M]`; flat selection (`token * K + k`) of each row, -1 for padding.
-        ends: int32 `[E]`; where each expert's rows end, padding included; at most `M`.
-        counts: int32 `[E]`; selections of each expert, also those that do not fit.
-    """
-
-    row_of: Tensor
-    source: Tensor
-    ends: Tensor
-    counts: Tensor
+from epjit.handles import Placement
 
 
 def place(topk_idx: Tensor, num_experts: int, *, alignment: int, num_rows: int) -> Placement:

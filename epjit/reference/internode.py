@@ -13,7 +13,6 @@ domain also has channels to itself.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from typing import TypeAlias
 
@@ -21,35 +20,11 @@ import torch
 from torch import Tensor
 
 from epjit.config import MAX_DOMAINS, MAX_RANKS
+from epjit.handles import Dispatched, InternodeHandle, IntranodeHandle
 from epjit.reference import intranode
-from epjit.reference.intranode import Bias, Dispatched, RankInput, pad_rows, positions
+from epjit.reference.intranode import Bias, RankInput, pad_rows, positions
 
 Domains: TypeAlias = Sequence[Sequence[int]]
-
-Handle: TypeAlias = tuple[Tensor, ...]
-"""What `dispatch` leaves for `combine` and for a cached dispatch; ten tensors of one rank.
-
-Here what is undefined is zero.
-
-0. `is_token_in_rank` bool `[T, R]`: the caller's tensor.
-1. `send_tokens` int32 `[D, T + 1]`: the token of index `i` in the channel to domain `n`; undefined
-   beyond the length of the channel, which is the last column.
-2. `channel_tokens` int32 `[D, L]`: length of the channel from `domains[n][j]` to this domain.
-3. `send_head` int32 `[T, R]`: place of the row in this source's segment at that rank, or -1.
-4. `recv_rdma_rank_prefix_sum` int32 `[D]`: tokens that pass through this rank, from the domains
-   `0..n`: the inclusive prefix sum of `channel_tokens[:, own local]`.
-5. `recv_expert_counts` int32 `[E // R]`: selections of each local expert, not aligned.
-6. `recv_gbl_rank_prefix_sum` int32 `[R]`: rows here from the ranks `0..s`, at most as many as there
-   is room for.
-7. `recv_src_meta` uint8 `[n or N, 8]`: of each received row two int32 (little endian), its index in
-   the channel of its source to this domain, and its source token.
-8. `send_rdma_head` int32 `[T, D]`: index of the token in the channel to domain `n`, or -1.
-9. `send_nvl_head` int32 `[m]`: of each token that passes through this rank (by domain it comes
-   from, then by index in the channel), bit `l` = the rank with local index `l` of this domain gets
-   it and has room for it, and from bit 8 on its place in its source's segment here (0 if it is not
-   for this rank). `m` is the last of slot 4, or `L * N` with `num_worst_tokens`; tokens beyond are
-   not combined.
-"""
 
 
 def check_domains(domains: Domains, num_ranks: int) -> None:
@@ -105,18 +80,18 @@ def notify(
     *,
     expert_counts: Tensor,
     num_worst_tokens: int | Sequence[int] = 0,
-) -> Handle:
+) -> InternodeHandle:
     """The handle of `rank`: everything about the routing that it ever needs.
 
     Args:
         inputs: One entry a rank.
         rank: Whose handle.
         domains: Ranks of each domain.
-        expert_counts: int32 `[E // R]`, slot 5.
+        expert_counts: int32 `[E // R]`, its `recv_expert_counts`.
         num_worst_tokens: 0, or `N`; of each rank, when they differ.
 
     Returns:
-        See `Handle`.
+        See `InternodeHandle`; what is undefined there is zero here.
     """
     domain, local = place_of(rank, domains)
     in_rank = inputs[rank].is_token_in_rank
@@ -157,17 +132,17 @@ def notify(
     worst = intranode.rooms(num_worst_tokens, len(inputs))[rank]
     num_rows = worst or len(recv_src_meta)
     num_passing = len(domains[domain]) * worst or len(send_nvl_head)
-    return (
-        in_rank,
-        send_tokens,
-        channel_tokens,
-        positions(in_rank),
-        channel_tokens[:, local].cumsum(dim=0).to(torch.int32),
-        expert_counts,
-        rows_from.cumsum(dim=0).to(torch.int32),
-        pad_rows(recv_src_meta, num_rows),
-        positions(to_domain),
-        pad_rows(send_nvl_head[:num_passing].to(torch.int32), num_passing),
+    return InternodeHandle(
+        is_token_in_rank=in_rank,
+        send_tokens=send_tokens,
+        channel_tokens=channel_tokens,
+        send_head=positions(in_rank),
+        recv_rdma_rank_prefix_sum=channel_tokens[:, local].cumsum(dim=0).to(torch.int32),
+        recv_expert_counts=expert_counts,
+        recv_gbl_rank_prefix_sum=rows_from.cumsum(dim=0).to(torch.int32),
+        recv_src_meta=pad_rows(recv_src_meta, num_rows),
+        send_rdma_head=positions(to_domain),
+        send_nvl_head=pad_rows(send_nvl_head[:num_passing].to(torch.int32), num_passing),
     )
 
 
@@ -191,7 +166,7 @@ def dispatch(
         num_worst_tokens: As in `intranode.dispatch`.
 
     Returns:
-        See `Dispatched`; its handle is a `Handle` of ten.
+        See `Dispatched`; its handle is an `InternodeHandle`.
 
     Raises:
         ValueError: `num_experts` or the domains do not fit the ranks.
@@ -208,14 +183,17 @@ def dispatch(
         inputs,
         rank,
         domains,
-        expert_counts=received.handle[2],
+        expert_counts=received.handle.recv_expert_counts,
         num_worst_tokens=num_worst_tokens,
     )
-    return dataclasses.replace(received, handle=handle)
+    return received._replace(handle=handle)
 
 
 def cached_dispatch(
-    xs: Sequence[Tensor], scales: Sequence[Tensor] | None, handles: Sequence[Handle], rank: int
+    xs: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
+    handles: Sequence[InternodeHandle],
+    rank: int,
 ) -> tuple[Tensor, Tensor | None]:
     """What `rank` receives when another payload follows the routing of the handles.
 
@@ -226,7 +204,7 @@ def cached_dispatch(
 
 def combine(
     xs: Sequence[Tensor],
-    handles: Sequence[Handle],
+    handles: Sequence[InternodeHandle],
     rank: int,
     domains: Domains,
     topk_weights: Sequence[Tensor] | None = None,
@@ -258,7 +236,7 @@ def combine(
 
     def total(rows_of_ranks: Sequence[Tensor], bias: Bias) -> Tensor:
         like = rows_of_ranks[rank]
-        acc = intranode.start_sum(bias, (handles[rank][0].shape[0], like.shape[1]))
+        acc = intranode.start_sum(bias, (handles[rank].num_tokens, like.shape[1]))
         for domain in domains:
             partial = torch.zeros(acc.shape, dtype=torch.float32, device="cpu")
             for peer in domain:
@@ -271,17 +249,18 @@ def combine(
     return combined_x, None if topk_weights is None else total(topk_weights, None)
 
 
-def _flat(handles: Sequence[Handle]) -> list[intranode.Handle]:
+def _flat(handles: Sequence[InternodeHandle]) -> list[IntranodeHandle]:
     """The handles that one NVLink domain of all ranks would have."""
-    source_tokens = torch.tensor([len(handle[0]) for handle in handles], device="cpu")
+    source_tokens = torch.tensor([handle.num_tokens for handle in handles], device="cpu")
     return [
-        (
-            handle[6][:, None].expand(-1, len(handles)),  # only the own column is looked at
-            source_tokens,
-            handle[5],
-            handle[7].contiguous().view(torch.int32)[:, 1],
-            handle[0],
-            handle[3],
+        IntranodeHandle(
+            # Only the own column is looked at.
+            rank_prefix_matrix=handle.recv_gbl_rank_prefix_sum[:, None].expand(-1, len(handles)),
+            source_tokens=source_tokens,
+            recv_expert_counts=handle.recv_expert_counts,
+            recv_src_idx=handle.recv_src_meta.contiguous().view(torch.int32)[:, 1],
+            is_token_in_rank=handle.is_token_in_rank,
+            send_head=handle.send_head,
         )
         for handle in handles
     ]

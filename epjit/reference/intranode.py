@@ -20,23 +20,9 @@ import torch
 from torch import Tensor
 
 from epjit.errors import CommunicationError
+from epjit.handles import Dispatched, IntranodeHandle
 from epjit.runtime.fault import Overflow
 from epjit.sizes import align
-
-Handle: TypeAlias = tuple[Tensor, ...]
-"""What `dispatch` leaves for `combine` and for a cached dispatch; six tensors of one rank.
-
-(Between NVLink domains there are ten: see `epjit.reference.internode.Handle`.)
-
-0. `rank_prefix_matrix` int32 `[R, R]`: entry `[i, j]` = rows that ranks `0..i` send to rank `j`,
-   at most as many as it has room for.
-1. `source_tokens` int32 `[R]`: `T` of each rank.
-2. `recv_expert_counts` int32 `[E // R]`: selections of each local expert, not aligned.
-3. `recv_src_idx` int32 `[n or N]`: source token of each received row.
-4. `is_token_in_rank` bool `[T, R]`: the caller's tensor.
-5. `send_head` int32 `[T, R]`: place of the row in this source's segment at that rank, or -1. A
-   place behind the end of the segment is a row that the rank has no room for.
-"""
 
 Bias: TypeAlias = "Tensor | tuple[Tensor | None, Tensor | None] | None"
 
@@ -60,28 +46,6 @@ class RankInput:
     topk_weights: Tensor | None
     is_token_in_rank: Tensor
     num_tokens_per_expert: Tensor
-
-
-@dataclass(frozen=True)
-class Dispatched:
-    """What one rank gets from `dispatch`; rows `[n, N)` are zeros (indices -1) here.
-
-    Attributes:
-        recv_x: `[n or N, H]`, dtype of `x`.
-        recv_scales: `[n or N, S]` row-major, or None.
-        recv_topk_idx: `[n or N, K]`, dtype of `topk_idx`: local expert or -1; or None.
-        recv_topk_weights: `[n or N, K]` float32, 0.0 where the index is -1; or None.
-        num_recv_tokens_per_expert_list: `E // R` counts, each rounded up to `expert_alignment`;
-            empty with `num_worst_tokens`.
-        handle: see `Handle`.
-    """
-
-    recv_x: Tensor
-    recv_scales: Tensor | None
-    recv_topk_idx: Tensor | None
-    recv_topk_weights: Tensor | None
-    num_recv_tokens_per_expert_list: list[int]
-    handle: Handle
 
 
 def experts_per_rank(num_experts: int, num_ranks: int) -> int:
@@ -145,7 +109,7 @@ def dispatch(
             Rows that come after so many, in their order, are left out.
 
     Returns:
-        See `Dispatched`.
+        See `Dispatched`; what is undefined there is zero here.
 
     Raises:
         ValueError: `num_experts` does not fit the ranks.
@@ -173,13 +137,14 @@ def dispatch(
     ].sum(dim=0, dtype=torch.int32)
     aligned_counts = [align(count, expert_alignment) for count in recv_expert_counts.tolist()]
 
-    handle = (
-        rank_prefix_matrix,
-        torch.tensor([each.x.shape[0] for each in inputs], dtype=torch.int32, device="cpu"),
-        recv_expert_counts,
-        pad_rows(torch.cat(tokens).to(torch.int32), num_rows),
-        own.is_token_in_rank,
-        positions(own.is_token_in_rank),
+    num_tokens = [each.x.shape[0] for each in inputs]
+    handle = IntranodeHandle(
+        rank_prefix_matrix=rank_prefix_matrix,
+        source_tokens=torch.tensor(num_tokens, dtype=torch.int32, device="cpu"),
+        recv_expert_counts=recv_expert_counts,
+        recv_src_idx=pad_rows(torch.cat(tokens).to(torch.int32), num_rows),
+        is_token_in_rank=own.is_token_in_rank,
+        send_head=positions(own.is_token_in_rank),
     )
     return Dispatched(
         recv_x=pad_rows(_gather([each.x for each in inputs], tokens), num_rows),
@@ -239,7 +204,10 @@ def no_room(overflow: Overflow) -> CommunicationError:
 
 
 def cached_dispatch(
-    xs: Sequence[Tensor], scales: Sequence[Tensor] | None, handles: Sequence[Handle], rank: int
+    xs: Sequence[Tensor],
+    scales: Sequence[Tensor] | None,
+    handles: Sequence[IntranodeHandle],
+    rank: int,
 ) -> tuple[Tensor, Tensor | None]:
     """What `rank` receives when another payload follows the routing of the handles.
 
@@ -256,22 +224,22 @@ def cached_dispatch(
     Raises:
         ValueError: A payload has another number of tokens than the handle's.
     """
-    source_tokens = handles[rank][1].tolist()
+    own = handles[rank]
+    source_tokens = own.source_tokens.tolist()
     for source, (x, num_tokens) in enumerate(zip(xs, source_tokens, strict=True)):
         if x.shape[0] != num_tokens:
             raise ValueError(
                 f"rank {source} passes x with {x.shape[0]} tokens, but its handle was made with "
                 f"{num_tokens}; a cached dispatch needs the same tokens"
             )
-    tokens = [handles[rank][3][rows].to(torch.int64) for rows in _segments(handles[rank], rank)]
-    num_rows = handles[rank][3].shape[0]
-    recv_x = pad_rows(_gather(xs, tokens), num_rows)
-    return recv_x, None if scales is None else pad_rows(_gather(scales, tokens), num_rows)
+    tokens = [own.recv_src_idx[rows].to(torch.int64) for rows in _segments(own, rank)]
+    recv_x = pad_rows(_gather(xs, tokens), own.num_rows)
+    return recv_x, None if scales is None else pad_rows(_gather(scales, tokens), own.num_rows)
 
 
 def combine(
     xs: Sequence[Tensor],
-    handles: Sequence[Handle],
+    handles: Sequence[IntranodeHandle],
     rank: int,
     topk_weights: Sequence[Tensor] | None = None,
     bias: Bias = None,
@@ -299,7 +267,7 @@ def combine(
     where, tokens = returned_rows(xs, handles, rank)
 
     def total(rows_of_ranks: Sequence[Tensor], bias: Bias) -> Tensor:
-        acc = start_sum(bias, (handles[rank][4].shape[0], rows_of_ranks[rank].shape[1]))
+        acc = start_sum(bias, (handles[rank].num_tokens, rows_of_ranks[rank].shape[1]))
         for rows, own, token in zip(rows_of_ranks, where, tokens, strict=True):
             acc[token] += rows[own].to(torch.float32)  # a token is once among a rank's rows
         return acc
@@ -309,7 +277,7 @@ def combine(
 
 
 def returned_rows(
-    xs: Sequence[Tensor], handles: Sequence[Handle], rank: int
+    xs: Sequence[Tensor], handles: Sequence[IntranodeHandle], rank: int
 ) -> tuple[list[slice], list[Tensor]]:
     """Which rows of each rank's `x` go back to `rank`, and the tokens that they belong to.
 
@@ -317,14 +285,15 @@ def returned_rows(
         ValueError: A rank passes another number of rows than its handle has.
     """
     for peer, (x, handle) in enumerate(zip(xs, handles, strict=True)):
-        if x.shape[0] != handle[3].shape[0]:
+        if x.shape[0] != handle.num_rows:
             raise ValueError(
                 f"rank {peer} passes x with {x.shape[0]} rows, but its handle has "
-                f"{handle[3].shape[0]}; combine takes one row for each received row"
+                f"{handle.num_rows}; combine takes one row for each received row"
             )
     where = [_segments(handle, peer)[rank] for peer, handle in enumerate(handles)]
     return where, [
-        handle[3][rows].to(torch.int64) for handle, rows in zip(handles, where, strict=True)
+        handle.recv_src_idx[rows].to(torch.int64)
+        for handle, rows in zip(handles, where, strict=True)
     ]
 
 
@@ -344,9 +313,9 @@ def positions(chosen: Tensor) -> Tensor:
     return (chosen.cumsum(dim=0) - 1).masked_fill(~chosen, -1).to(torch.int32)
 
 
-def _segments(handle: Handle, rank: int) -> list[slice]:
+def _segments(handle: IntranodeHandle, rank: int) -> list[slice]:
     """Where the rows of each source rank lie among the received rows of `rank`."""
-    ends = handle[0][:, rank].tolist()
+    ends = handle.rank_prefix_matrix[:, rank].tolist()
     return [slice(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
 
 

@@ -18,13 +18,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from epjit.config import MAX_TOPK
 from epjit.formats import BF16, FP8, FP8_ROUND, LOGFMT_BLOCK, MXFP8, NVFP4, RowFormat
+from epjit.handles import LowLatencyDispatched, routes
 from epjit.reference.intranode import experts_per_rank
-from epjit.runtime.empty import Empty, Form, empty_on, matrix, vector
-from epjit.sizes import align
+from epjit.runtime.empty import empty_on
 
-_SLOT_EXTRA_BYTES = 512  # what a slot may have beside the 2 * H bytes of a row
 _FP8_MAX = 448.0
 _FP4_MAX = 6.0
 _MIN_AMAX = 1e-4
@@ -49,38 +47,6 @@ class RankInput(NamedTuple):
     global_scale: Tensor | None = None
 
 
-class LowLatencyDispatched(NamedTuple):
-    """What one rank gets from a low-latency dispatch; rows behind `recv_count` are undefined.
-
-    Attributes:
-        recv_x: `[E // R, R * M, columns]`, see `RowFormat.forms`.
-        recv_scales: `[E // R, R * M, S]`, or None.
-        recv_count: int32 `[E // R]`, rows of each local expert.
-        src_info: int32 `[E // R, R * M]`: token of each row on its source rank. Behind it, in the
-            same storage, lie the `Routes` that combine follows.
-        layout_range: int64 `[E // R, R]`: `begin << 32 | count` of the rows of each source rank.
-    """
-
-    recv_x: Tensor
-    recv_scales: Tensor | None
-    recv_count: Tensor
-    src_info: Tensor
-    layout_range: Tensor
-
-
-class Routes(NamedTuple):
-    """Where the selections of every rank have gone on this one.
-
-    Attributes:
-        source_tokens: int32 `[R]`: tokens of each rank, 0 for a masked one.
-        source_rows: int32 `[R, M, K]`: row of each selection, counted over all local experts; -1
-            for what is not here. Undefined for tokens that a rank does not have.
-    """
-
-    source_tokens: Tensor
-    source_rows: Tensor
-
-
 class Returned(NamedTuple):
     """The rows that one rank gives to `combine`: those which `layout_range` names, no others.
 
@@ -95,114 +61,6 @@ class Returned(NamedTuple):
     source: Tensor
     token: Tensor
     choice: Tensor
-
-
-def size_hint(max_tokens: int, hidden: int, num_ranks: int, num_experts: int) -> int:
-    """Bytes that dispatch and combine need for these sizes, in any format and for any top-k.
-
-    Half of them hold rows that arrive, for calls with even and odd numbers; the other half is the
-    buffer of `get_next_low_latency_combine_buffer`.
-
-    Args:
-        max_tokens: `M`.
-        hidden: `H`.
-        num_ranks: `R`.
-        num_experts: `E`.
-
-    Returns:
-        A multiple of 128 that grows with each argument.
-    """
-    row_bytes = 2 * hidden
-    arriving = max(
-        num_ranks * max_tokens * (row_bytes + _SLOT_EXTRA_BYTES), max_tokens * MAX_TOPK * row_bytes
-    )
-    return max(2 * align(num_experts * max_tokens * row_bytes), 4 * align(arriving))
-
-
-class DispatchedForms(NamedTuple):
-    """What the result of a dispatch is like, and lies in.
-
-    Attributes:
-        new: Of `recv_x`, its scales, `recv_count`, the words that `src_info` and the `Routes` lie
-            in, and `layout_range`.
-        src_info: Shape and strides, in these words.
-    """
-
-    new: tuple[Form | None, ...]
-    src_info: tuple[tuple[int, int], tuple[int, int]]
-
-
-def dispatched_forms(
-    row_format: RowFormat,
-    *,
-    num_ranks: int,
-    num_tokens: int,
-    max_tokens: int,
-    num_experts: int,
-    num_topk: int,
-    hidden: int,
-) -> DispatchedForms:
-    """Forms of the tensors that `allocate_dispatched` makes.
-
-    Behind `src_info` and the `Routes` lie `K + T` words more, so that the length of them all says
-    both to `dispatched_sizes`.
-    """
-    num_local, num_rows = experts_per_rank(num_experts, num_ranks), num_ranks * max_tokens
-    num_routes, num_extra = num_ranks + num_rows * num_topk, num_topk + num_tokens
-    new = (
-        *row_format.forms(num_local, num_rows, hidden),
-        vector(torch.int32, num_local),
-        vector(torch.int32, num_local * num_rows + num_routes + num_extra),
-        matrix(torch.int64, num_local, num_ranks),
-    )
-    return DispatchedForms(new, ((num_local, num_rows), (num_rows, 1)))
-
-
-def allocate_dispatched(forms: DispatchedForms, empty: Empty) -> LowLatencyDispatched:
-    """New tensors for the result of a dispatch, uninitialised, on any device."""
-    recv_x, recv_scales, recv_count, words, layout_range = empty(forms.new)
-    src_info = words.as_strided(*forms.src_info)
-    return LowLatencyDispatched(recv_x, recv_scales, recv_count, src_info, layout_range)
-
-
-def dispatched_sizes(src_info: Tensor, num_ranks: int) -> tuple[int, int]:
-    """`T` and `K` of the dispatch that `src_info` came from, by the size of what lies behind it.
-
-    Raises:
-        ValueError: It is a copy: nothing lies behind it.
-    """
-    num_rows = src_info.shape[1]
-    num_words = int(src_info.untyped_storage().nbytes()) // 4 - int(src_info.storage_offset())
-    # As dispatched_forms says: K * (R * M + 1) + T, and T is at most M.
-    num_topk, num_tokens = divmod(num_words - src_info.numel() - num_ranks, num_rows + 1)
-    if num_topk < 1 or num_tokens * num_ranks > num_rows:
-        raise ValueError(
-            "handle[0] (src_info) is a copy, and lacks what low_latency_dispatch stored behind it; "
-            "pass the handle as it was returned"
-        )
-    return num_tokens, num_topk
-
-
-def routes(src_info: Tensor, num_ranks: int) -> Routes:
-    """The `Routes` behind `src_info`.
-
-    Args:
-        src_info: As `allocate_dispatched` made it.
-        num_ranks: `R`.
-
-    Raises:
-        ValueError: It is a copy: nothing lies behind it.
-    """
-    num_rows, (_, num_topk) = src_info.shape[1], dispatched_sizes(src_info, num_ranks)
-    first = src_info.storage_offset() + src_info.numel()
-    return Routes(
-        src_info.as_strided((num_ranks,), (1,), first),
-        src_info.as_strided(
-            (num_ranks, num_rows // num_ranks, num_topk),
-            (num_rows // num_ranks * num_topk, num_topk, 1),
-            first + num_ranks,
-        ),
-    )
 
 
 def dispatch(
@@ -224,7 +82,7 @@ def dispatch(
         num_experts: `E`.
         row_format: How rows arrive.
         masked: `[R]`, not 0 where nothing is taken from a rank; None for nowhere.
-        out: From `allocate_dispatched`, to be written to; None makes new tensors.
+        out: From `LowLatencyDispatched.allocate`, to be written to; None makes new tensors.
 
     Returns:
         See `LowLatencyDispatched`.
@@ -236,7 +94,7 @@ def dispatch(
     num_ranks, hidden = len(inputs), inputs[rank].x.shape[1]
     num_local, num_rows = experts_per_rank(num_experts, num_ranks), num_ranks * max_tokens
     if out is None:
-        forms = dispatched_forms(
+        specs = LowLatencyDispatched.specs(
             row_format,
             num_ranks=num_ranks,
             num_tokens=inputs[rank].x.shape[0],
@@ -245,7 +103,7 @@ def dispatch(
             num_topk=inputs[rank].topk_idx.shape[1],
             hidden=hidden,
         )
-        out = allocate_dispatched(forms, empty_on(torch.device("cpu")))
+        out = LowLatencyDispatched.allocate(specs, empty_on(torch.device("cpu")))
     experts, sources, tokens, choices = _rows_for(inputs, rank, num_local, max_tokens, masked)
     counts = torch.bincount(experts * num_ranks + sources, minlength=num_local * num_ranks)
     counts = counts.view(num_local, num_ranks)

@@ -16,10 +16,10 @@ import pytest
 import torch
 
 from epjit import Buffer
-from epjit.buffer import SLOTS, BufferRuntime
+from epjit.buffer import BufferRuntime
 from epjit.checks.low_latency import LowLatencyChecks
+from epjit.handles import IntranodeHandle, LowLatencyDispatched
 from epjit.life import Resources
-from epjit.reference.low_latency import LowLatencyDispatched
 from epjit.runtime import driver
 from epjit.scope import Turns
 
@@ -78,7 +78,8 @@ class World:
         buffer.rank, buffer.group_size, buffer._num_domains = 0, RANKS, 1
         buffer.num_nvl_bytes = buffer.num_rdma_bytes = 1 << 20
         buffer.explicitly_destroy, buffer.enable_shrink = True, True
-        buffer._slots, buffer._passed, buffer._available_sms = SLOTS, {}, 132
+        buffer._handle_type, buffer._passed = IntranodeHandle, {}
+        buffer._available_sms = 132
         buffer._cpu, buffer._unreceived, buffer._last_stream = None, None, None
         buffer._shows_comm = False
         ints = torch.zeros(RANKS, dtype=torch.int32)
@@ -86,7 +87,7 @@ class World:
             torch.zeros(1), None, ints, ints, torch.zeros(1, dtype=torch.int64)
         )
         self.received = mock.Mock()
-        handle = (ints,) * SLOTS.number
+        handle = IntranodeHandle(*[ints] * 6)
         result = SimpleNamespace(
             recv_x=ints,
             recv_scales=None,
@@ -109,15 +110,16 @@ class World:
             mask=self.part("mask"),
         )
         buffer._layout, buffer._values = self.wants("layout"), None
-        buffer._empty = lambda forms: [ints for _ in forms]
+        buffer._empty = lambda specs: [ints for _ in specs]
         buffer._comm = mock.Mock(device=OURS, handle=99, last_call=0)
         checks: Any = mock.Mock(spec=LowLatencyChecks)
         checks.dispatch.return_value = SimpleNamespace(hidden=HIDDEN)
         checks.send_buffer.return_value = (TOKENS, HIDDEN, EXPERTS)
         buffer._low_latency_checks = checks
         buffer.runtime = BufferRuntime(buffer)
-        for name in ("_check_rows", "_check_routing", "_check_returned", "_check_handle"):
+        for name in ("_check_rows", "_check_routing", "_check_returned"):
             monkeypatch.setattr(Buffer, name, lambda *args, **kwargs: None)
+        monkeypatch.setattr(Buffer, "_check_handle", lambda self, handle, **kwargs: handle)
         monkeypatch.setattr("epjit.buffer.check", lambda *args, **kwargs: None)
 
     def bind(self, device: int) -> None:
@@ -171,7 +173,7 @@ def ints(*shape: int) -> torch.Tensor:
 
 
 X, IDX, WEIGHTS = torch.zeros((TOKENS, HIDDEN)), ints(TOKENS, TOPK), torch.zeros((TOKENS, TOPK))
-HANDLE = (ints(RANKS, RANKS),) * SLOTS.number
+HANDLE = IntranodeHandle(*[ints(RANKS, RANKS)] * 6)
 LAYOUT: Any = {
     "num_tokens_per_rank": ints(RANKS),
     "is_token_in_rank": ints(TOKENS, RANKS).bool(),

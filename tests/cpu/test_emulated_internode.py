@@ -16,6 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from epjit.handles import InternodeHandle
 from epjit.kernels.internode import (
     InternodeCombineConfig,
     InternodeDispatchConfig,
@@ -231,14 +232,12 @@ class World(normal.World):
 
 
 class Routing(normal.Routing):
-    src_slot = 7
-
     def __init__(self, world: World) -> None:
         num_ranks = world.shape.num_ranks
         self.fits = [guarded(num_ranks, dtype=torch.int32) for _ in range(num_ranks)]
         super().__init__(world)
 
-    def notify(self, rank: int) -> reference.Handle:
+    def notify(self, rank: int) -> InternodeHandle:
         shape, world = self.shape, self.world
         own, expected = self.inputs[rank], self.expected[rank].handle
         num_tokens, num_ranks, num_domains = shape.tokens[rank], shape.num_ranks, shape.num_domains
@@ -252,9 +251,9 @@ class Routing(normal.Routing):
         passing_prefix = guarded(num_domains, dtype=torch.int32)
         expert_counts = guarded(EXPERTS_A_RANK, dtype=torch.int32)
         rank_prefix = guarded(num_ranks, dtype=torch.int32)
-        src_meta = guarded(expected[7].shape[0], 8, dtype=torch.uint8)
+        src_meta = guarded(expected.num_rows, 8, dtype=torch.uint8)
         send_domain_head = guarded(num_tokens, num_domains, dtype=torch.int32)
-        passing = guarded(expected[9].shape[0], dtype=torch.int32)
+        passing = guarded(expected.num_passing, dtype=torch.int32)
         host_counts = guarded(2 + EXPERTS_A_RANK, dtype=torch.int64)
         world.queue(
             rank,
@@ -279,12 +278,13 @@ class Routing(normal.Routing):
             experts_per_rank=EXPERTS_A_RANK,
             expert_alignment=ALIGNMENT,
         )
-        aligned = [-(-count // ALIGNMENT) * ALIGNMENT for count in expected[5].tolist()]
-        counts = [int(expected[4][-1]), *aligned]
+        selected = expected.recv_expert_counts.tolist()
+        aligned = [-(-count // ALIGNMENT) * ALIGNMENT for count in selected]
+        counts = [int(expected.recv_rdma_rank_prefix_sum[-1]), *aligned]
         world.expect(rank, "counts", host_counts[1:], torch.tensor(counts))
         if not self.worst[rank]:
             world.expect(rank, "rows", host_counts[:1], torch.tensor(self.num_recv[rank:][:1]))
-        handle = (
+        handle = InternodeHandle(
             own.is_token_in_rank,
             send_tokens,
             channel_tokens,
@@ -296,23 +296,26 @@ class Routing(normal.Routing):
             send_domain_head,
             passing,
         )
-        for i in (2, 3, 4, 5, 6, 8):
-            world.expect(rank, f"handle {i}", handle[i], expected[i])
+        made_later = ("send_tokens", "recv_src_meta", "send_nvl_head")
+        for name, got, wanted in zip(handle._fields, handle, expected, strict=True):
+            if name not in made_later:
+                world.expect(rank, name, got, wanted)
         world.expect(rank, "tokens to domains", send_tokens[:, num_tokens], per_domain)
         for n, length in enumerate(per_domain.tolist()):
-            world.expect(rank, f"channel to {n}", send_tokens[n, :length], expected[1][n, :length])
+            wanted = expected.send_tokens[n, :length]
+            world.expect(rank, f"channel to {n}", send_tokens[n, :length], wanted)
         return handle
 
     def common(self, rank: int) -> dict[str, Any]:
         handle = self.handles[rank]
         return {
-            "send_head": handle[3],
-            "send_tokens": handle[1],
-            "channel_tokens": handle[2],
-            "passing_prefix": handle[4],
-            "rank_prefix": handle[6],
+            "send_head": handle.send_head,
+            "send_tokens": handle.send_tokens,
+            "channel_tokens": handle.channel_tokens,
+            "passing_prefix": handle.recv_rdma_rank_prefix_sum,
+            "rank_prefix": handle.recv_gbl_rank_prefix_sum,
             "num_tokens": self.shape.tokens[rank],
-            "num_recv_rows": handle[7].shape[0],
+            "num_recv_rows": handle.num_rows,
         }
 
     def of_dispatch(self, rank: int, *, cached: bool) -> dict[str, Any]:
@@ -321,30 +324,31 @@ class Routing(normal.Routing):
             return {**dict.fromkeys(names, 0), "num_send_warps": 1}
         handle = self.handles[rank]
         return {
-            "recv_src_meta": handle[7],
-            "passing": handle[9],
-            "num_passing": handle[9].shape[0],
+            "recv_src_meta": handle.recv_src_meta,
+            "passing": handle.send_nvl_head,
+            "num_passing": handle.num_passing,
             "fits": self.fits[rank],
             "num_send_warps": 2,
         }
 
     def expect_handle(self, rank: int) -> None:
-        handle, expected, n = self.handles[rank], self.expected[rank].handle, self.num_recv[rank]
-        passing = min(int(expected[4][-1]), handle[9].shape[0])
-        self.world.expect(rank, "src_meta", handle[7][:n], expected[7][:n])
-        self.world.expect(rank, "passing", handle[9][:passing], expected[9][:passing])
+        handle, expected = self.handles[rank], self.expected[rank].handle
+        passing = min(int(expected.recv_rdma_rank_prefix_sum[-1]), handle.num_passing)
+        for name, length in (("recv_src_meta", self.num_recv[rank]), ("send_nvl_head", passing)):
+            got, wanted = getattr(handle, name), getattr(expected, name)
+            self.world.expect(rank, name, got[:length], wanted[:length])
 
     def of_combine(self, rank: int) -> dict[str, Any]:
         handle = self.handles[rank]
         return {
-            "send_tokens": handle[1],
-            "channel_tokens": handle[2],
-            "passing_prefix": handle[4],
-            "rank_prefix": handle[6],
-            "recv_src_meta": handle[7],
-            "send_domain_head": handle[8],
-            "passing": handle[9],
-            "num_passing": handle[9].shape[0],
+            "send_tokens": handle.send_tokens,
+            "channel_tokens": handle.channel_tokens,
+            "passing_prefix": handle.recv_rdma_rank_prefix_sum,
+            "rank_prefix": handle.recv_gbl_rank_prefix_sum,
+            "recv_src_meta": handle.recv_src_meta,
+            "send_domain_head": handle.send_rdma_head,
+            "passing": handle.send_nvl_head,
+            "num_passing": handle.num_passing,
         }
 
 
@@ -487,7 +491,10 @@ def test_more_rows_than_there_is_room_for(cut: tuple[int, int]) -> None:
             routing.dispatch()
             routing.cached_dispatch()
             routing.combine(num_biases=1, num_parts=2)
-            if any(int(e.handle[4][-1]) > e.handle[9].shape[0] for e in routing.expected):
+            if any(
+                int(e.handle.recv_rdma_rank_prefix_sum[-1]) > e.handle.num_passing
+                for e in routing.expected
+            ):
                 # Of tokens that `passing` has no room for, sums lack more than in the reference.
                 for rank in world.ranks:
                     rank.checks = [each for each in rank.checks if "combined" not in each[0]]

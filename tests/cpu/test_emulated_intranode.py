@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from epjit.handles import IntranodeHandle
 from epjit.kernels.intranode import CombineConfig, DispatchConfig, NotifyConfig
 from epjit.kernels.layout import LayoutConfig
 from epjit.reference import intranode as reference
@@ -165,9 +166,7 @@ class World(normal.World):
 
 
 class Routing(normal.Routing):
-    src_slot = 3
-
-    def notify(self, rank: int) -> reference.Handle:
+    def notify(self, rank: int) -> IntranodeHandle:
         shape, world = self.shape, self.world
         own, expected = self.inputs[rank], self.expected[rank].handle
         num_tokens, num_ranks = shape.tokens[rank], shape.num_ranks
@@ -176,7 +175,7 @@ class Routing(normal.Routing):
         rank_prefix = guarded(num_ranks, num_ranks, dtype=torch.int32)
         source_tokens = guarded(num_ranks, dtype=torch.int32)
         expert_counts = guarded(EXPERTS_A_RANK, dtype=torch.int32)
-        src_idx = guarded(expected[3].shape[0], dtype=torch.int32)
+        src_idx = guarded(expected.num_rows, dtype=torch.int32)
         send_head = guarded(num_tokens, num_ranks, dtype=torch.int32)
         host_counts = guarded(1 + EXPERTS_A_RANK, dtype=torch.int64)
         world.queue(
@@ -197,18 +196,17 @@ class Routing(normal.Routing):
             experts_per_rank=EXPERTS_A_RANK,
             expert_alignment=ALIGNMENT,
         )
-        aligned = [-(-count // ALIGNMENT) * ALIGNMENT for count in expected[2].tolist()]
+        selected = expected.recv_expert_counts.tolist()
+        aligned = [-(-count // ALIGNMENT) * ALIGNMENT for count in selected]
         world.expect(rank, "counts", host_counts[1:], torch.tensor(aligned))
         if not self.worst[rank]:
             world.expect(rank, "rows", host_counts[:1], torch.tensor(self.num_recv[rank:][:1]))
-        handle = (rank_prefix, source_tokens, expert_counts, src_idx, in_rank, send_head)
-        for i, name in (
-            (0, "prefix"),
-            (1, "source_tokens"),
-            (2, "expert_counts"),
-            (5, "send_head"),
-        ):
-            world.expect(rank, name, handle[i], expected[i])
+        handle = IntranodeHandle(
+            rank_prefix, source_tokens, expert_counts, src_idx, in_rank, send_head
+        )
+        for name, got, wanted in zip(handle._fields, handle, expected, strict=True):
+            if name not in ("recv_src_idx", "is_token_in_rank"):
+                world.expect(rank, name, got, wanted)
         return handle
 
     def _layout(
@@ -256,13 +254,13 @@ class Routing(normal.Routing):
         return selections
 
     def common(self, rank: int) -> dict[str, Any]:
-        rank_prefix, source_tokens, _, src_idx, _, send_head = self.handles[rank]
+        handle = self.handles[rank]
         return {
-            "rank_prefix": rank_prefix,
-            "source_tokens": source_tokens,
-            "send_head": send_head,
+            "rank_prefix": handle.rank_prefix_matrix,
+            "source_tokens": handle.source_tokens,
+            "send_head": handle.send_head,
             "num_tokens": self.shape.tokens[rank],
-            "num_recv_rows": src_idx.shape[0],
+            "num_recv_rows": handle.num_rows,
         }
 
     def of_dispatch(self, rank: int, *, cached: bool) -> dict[str, Any]:
@@ -272,23 +270,24 @@ class Routing(normal.Routing):
         drawn = torch.rand((), generator=self.world.generator).item() if shape.no_room else 1
         has_room = config.direct and shape.num_ranks > 1 and drawn >= shape.no_room
         return {
-            "recv_src_idx": 0 if cached else self.handles[rank][3],
+            "recv_src_idx": 0 if cached else self.handles[rank].recv_src_idx,
             "num_slots": shape.slots,
             "has_room": has_room,
             "num_stage_warps": config.num_warps if has_room else 1 if cached else 2,
         }
 
     def expect_handle(self, rank: int) -> None:
-        n, expected = self.num_recv[rank], self.expected[rank].handle
-        self.world.expect(rank, "recv_src_idx", self.handles[rank][3][:n], expected[3][:n])
+        n, got = self.num_recv[rank], self.handles[rank].recv_src_idx
+        wanted = self.expected[rank].handle.recv_src_idx
+        self.world.expect(rank, "recv_src_idx", got[:n], wanted[:n])
 
     def of_combine(self, rank: int) -> dict[str, Any]:
-        rank_prefix, _, _, src_idx, _, send_head = self.handles[rank]
+        handle = self.handles[rank]
         row_bytes = self.shape.combine.bytes_a_token
         return {
-            "recv_src_idx": src_idx,
-            "send_head": send_head,
-            "rank_prefix": rank_prefix,
+            "recv_src_idx": handle.recv_src_idx,
+            "send_head": handle.send_head,
+            "rank_prefix": handle.rank_prefix_matrix,
             "num_slots": self.world.ranks[0].slots.numel() // row_bytes // 2 * 2,
         }
 
@@ -430,12 +429,11 @@ def test_handle_whose_tensors_do_not_fit_together(op: str, variant: str) -> None
         routing.dispatch()
         world.run(seed)
         num_recv = routing.num_recv[1]
-        rank_prefix, source_tokens, counts, src_idx, *rest = routing.handles[1]
-        routing.handles[1] = (rank_prefix, source_tokens, counts, copy(src_idx[:cut]), *rest)
-        routing.expected[1] = dataclasses.replace(
-            routing.expected[1],
-            handle=(*routing.expected[1].handle[:3], src_idx[:cut], *rest),
-        )
+        handle, expected = routing.handles[1], routing.expected[1]
+        few = handle.recv_src_idx[:cut]
+        routing.handles[1] = handle._replace(recv_src_idx=copy(few))
+        named = expected.handle._replace(recv_src_idx=few)
+        routing.expected[1] = expected._replace(handle=named)
         getattr(routing, op)()
         world.run(seed, compare=False)
         record = world.ranks[1].fault[8:].tolist()

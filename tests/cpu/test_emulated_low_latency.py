@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from epjit.formats import BF16, FORMATS, FP8, RowFormat
+from epjit.handles import LowLatencyDispatched, routes
 from epjit.kernels.low_latency import (
     CleanConfig,
     LowLatencyCombineConfig,
@@ -260,7 +261,7 @@ class Routing:
 
     def dispatch(
         self, *, split: bool = False, masked: Tensor | None = None
-    ) -> list[reference.LowLatencyDispatched]:
+    ) -> list[LowLatencyDispatched]:
         """Queues a dispatch; what it will give, by the reference."""
         shape, world = self.shape, self.world
         world.epochs += 1
@@ -293,7 +294,7 @@ class Routing:
 
     def combine(
         self,
-        dispatched: list[reference.LowLatencyDispatched],
+        dispatched: list[LowLatencyDispatched],
         *,
         split: bool = False,
         masked: Tensor | None = None,
@@ -357,9 +358,9 @@ class Routing:
             )
 
 
-def _guarded_outputs(shape: Shape, num_tokens: int) -> reference.LowLatencyDispatched:
-    """Outputs as `allocate_dispatched` makes them, in memory whose bounds are watched."""
-    forms = reference.dispatched_forms(
+def _guarded_outputs(shape: Shape, num_tokens: int) -> LowLatencyDispatched:
+    """Outputs as `LowLatencyDispatched.allocate` makes them, in memory whose bounds are watched."""
+    specs = LowLatencyDispatched.specs(
         shape.row_format,
         num_ranks=shape.num_ranks,
         num_tokens=num_tokens,
@@ -368,14 +369,14 @@ def _guarded_outputs(shape: Shape, num_tokens: int) -> reference.LowLatencyDispa
         num_topk=shape.num_topk,
         hidden=shape.hidden,
     )
-    plain = reference.allocate_dispatched(forms, empty_on(torch.device("cpu")))
+    plain = LowLatencyDispatched.allocate(specs, empty_on(torch.device("cpu")))
     src_info = _whole_storage(plain.src_info)
     scales = plain.recv_scales
     if scales is not None and shape.row_format.column_major:
         scales = guarded(*scales.transpose(1, 2).shape, dtype=scales.dtype).transpose(1, 2)
     elif scales is not None:
         scales = guarded(*scales.shape, dtype=scales.dtype)
-    return reference.LowLatencyDispatched(
+    return LowLatencyDispatched(
         guarded(*plain.recv_x.shape, dtype=plain.recv_x.dtype),
         scales,
         guarded(*plain.recv_count.shape, dtype=torch.int32),
@@ -391,7 +392,7 @@ def _whole_storage(src_info: Tensor) -> Tensor:
 
 
 def _routes(src_info: Tensor, shape: Shape) -> dict[str, Tensor]:
-    return reference.routes(src_info, shape.num_ranks)._asdict()
+    return routes(src_info, shape.num_ranks)._asdict()
 
 
 # ---- tests --------------------------------------------------------------------------------------

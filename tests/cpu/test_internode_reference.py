@@ -7,8 +7,9 @@ import itertools
 import pytest
 import torch
 
+from epjit.handles import Dispatched, Handle
 from epjit.reference import internode, intranode
-from epjit.reference.intranode import Dispatched, RankInput
+from epjit.reference.intranode import RankInput
 from tests.cpu.test_intranode_reference import brute_layout, f32, make_inputs
 from tests.harness import data
 
@@ -51,7 +52,7 @@ def make_world(
 
 
 def check_handle(
-    inputs: list[RankInput], rank: int, domains: internode.Domains, handle: internode.Handle
+    inputs: list[RankInput], rank: int, domains: internode.Domains, handle: Handle
 ) -> None:
     """Each slot by loops over channels, tokens and receivers."""
     goes = [each.is_token_in_rank.tolist() for each in inputs]  # [source][token][rank]

@@ -10,8 +10,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from epjit.handles import Dispatched
 from epjit.reference import intranode
-from epjit.reference.intranode import Dispatched, RankInput
+from epjit.reference.intranode import RankInput
 from tests.harness import data
 
 RANKS = (1, 2, 3, 4, 8)

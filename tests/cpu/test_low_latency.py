@@ -14,9 +14,9 @@ import torch
 from epjit import Buffer, CommunicationError
 from epjit.checks import match
 from epjit.config import MAX_LOW_LATENCY_CHOICES, MAX_LOW_LATENCY_TOKENS
+from epjit.handles import routes
 from epjit.kernels.low_latency import LowLatencyCombineShape, LowLatencyReducedCombineConfig
 from epjit.modes.low_latency import _Arena
-from epjit.reference import low_latency as reference
 from tests.harness import launch
 from tests.harness.data import ROUTING_KINDS, assert_rows_equal, payload
 from tests.rounds.low_latency import (
@@ -573,7 +573,7 @@ def test_routes_survive_a_view() -> None:
     buffer = make(launch.Alone())
     idx = torch.tensor([[1, 0], [0, -1]])
     *_, handle, _, _ = buffer.low_latency_dispatch(payload(0, 2, 128, torch.bfloat16), idx, 2, 2)
-    tokens, rows = reference.routes(handle[0].detach(), num_ranks=1)
+    tokens, rows = routes(handle[0].detach(), num_ranks=1)
     assert handle[0][0].tolist()[:2] == [0, 1]
     assert tokens.tolist() == [2]
     assert rows.tolist() == [[[2, 0], [1, -1]]]

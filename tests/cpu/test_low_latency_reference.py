@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from epjit import Buffer
+from epjit.config import low_latency_size_hint
 from epjit.formats import (
     BF16,
     FORMATS,
@@ -23,8 +24,9 @@ from epjit.formats import (
     choose_format,
     dequantize,
 )
+from epjit.handles import LowLatencyDispatched, routes
 from epjit.reference import low_latency as reference
-from epjit.reference.low_latency import LowLatencyDispatched, RankInput
+from epjit.reference.low_latency import RankInput
 from epjit.runtime.empty import empty_on
 from tests.harness import data
 from tests.rounds.low_latency import expert_outputs, rough_rows
@@ -190,7 +192,7 @@ def test_dequantized_is_close(row_format: RowFormat) -> None:
 def test_dequantize_is_the_formula(row_format: RowFormat) -> None:
     """Of every code, one float32 operation after the other, in slabs with strides of a dispatch."""
     hidden, block, g = 1024, row_format.block, torch.tensor([0.3])
-    rows, scales = empty_on(torch.device("cpu"))(row_format.forms(2, 3, hidden))
+    rows, scales = empty_on(torch.device("cpu"))(row_format.specs(2, 3, hidden))
     assert scales is not None
     codes = torch.arange(rows.view(torch.uint8).numel()) % 256
     rows.view(torch.uint8).copy_(codes.view(rows.shape))
@@ -258,7 +260,7 @@ def test_row_formats_say_their_sizes() -> None:
 @pytest.mark.parametrize("row_format", FORMATS, ids=lambda each: each.name)
 def test_allocated_strides(row_format: RowFormat) -> None:
     """DeepGEMM reads scales channel block by channel block; the block formats are row by row."""
-    x, scales = empty_on(torch.device("cpu"))(row_format.forms(3, 20, 1024))
+    x, scales = empty_on(torch.device("cpu"))(row_format.specs(3, 20, 1024))
     assert x.is_contiguous()
     assert x.shape == (3, 20, row_format.num_columns(1024))
     if scales is None:
@@ -426,7 +428,7 @@ def check_dispatched(
         assert got.recv_x.shape[1] == len(inputs) * max_tokens
         assert int(got.recv_count[local]) == len(rows)
         assert got.src_info[local, : len(rows)].tolist() == [token for _, token, _ in rows]
-        tokens, targets = reference.routes(got.src_info, len(inputs))
+        tokens, targets = routes(got.src_info, len(inputs))
         for position, (source, token, choice) in enumerate(rows):
             assert token < tokens[source]
             assert targets[source, token, choice] == local * got.src_info.shape[1] + position
@@ -627,7 +629,7 @@ def test_what_does_not_fit() -> None:
 def test_hint_is_below_v1s(sizes: tuple[int, int, int, int], v1_bytes: float) -> None:
     """A buffer whose size came from V1 is large enough."""
     hint = Buffer.get_low_latency_rdma_size_hint(*sizes)
-    assert hint == reference.size_hint(*sizes)
+    assert hint == low_latency_size_hint(*sizes)
     assert hint % 128 == 0
     assert hint < v1_bytes
     for index in range(4):
@@ -638,7 +640,7 @@ def test_hint_is_below_v1s(sizes: tuple[int, int, int, int], v1_bytes: float) ->
 
 def test_hint_holds_every_format() -> None:
     for max_tokens, hidden, ranks in itertools.product((1, 128), (512, 7168, 16384), (1, 3, 8)):
-        hint = reference.size_hint(max_tokens, hidden, ranks, 8 * ranks)
+        hint = low_latency_size_hint(max_tokens, hidden, ranks, 8 * ranks)
         slots = [ranks * max_tokens * each.slot_bytes(hidden) for each in FORMATS]
         assert max(slots) <= hint // 4
         assert max_tokens * 32 * 2 * hidden <= hint // 4

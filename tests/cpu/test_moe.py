@@ -15,6 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
 
 from epjit import Buffer, moe
+from epjit.handles import handle_type
 from epjit.modes import expert_major
 from epjit.runtime.group import ThreadGroup
 from tests.harness.launch import run
@@ -38,8 +39,8 @@ def spoil() -> None:
     def dispatch(self: Buffer, *args: Any, **kwargs: Any) -> Any:
         rows, *rest = real(self, *args, **kwargs)
         handle: Any = kwargs.get("handle") or rest[3]
-        arrived = handle[0][-1, self.rank] if len(handle) == 6 else handle[6][-1]
-        rows[int(arrived) :] = torch.nan  # type: ignore[index]
+        kind = handle_type(self.runtime.get_num_rdma_ranks())
+        rows[int(kind(*handle).num_received(self.rank)) :] = torch.nan  # type: ignore[index]
         return rows, *rest
 
     def permute(x: Any, source: Any, ends: Any, **options: Any) -> Any:

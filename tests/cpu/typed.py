@@ -10,8 +10,7 @@ from torch import Tensor
 
 import epjit
 from epjit.buffer import Payload
-from epjit.checks.low_latency import LowLatencyHandle
-from epjit.reference.intranode import Handle
+from epjit.handles import Handle, LowLatencyHandle
 
 Pair = tuple[Tensor, Tensor]
 

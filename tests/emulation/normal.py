@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import random
 from abc import ABC, abstractmethod
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from epjit.handles import Handle
 from epjit.reference import Normal
-from epjit.reference.intranode import Handle, RankInput, rooms
+from epjit.reference.intranode import RankInput, rooms
 from epjit.runtime import fault
 from tests.emulation import world as emulated
 from tests.emulation.build import guarded
 from tests.emulation.world import FOREVER, check, copy
-from tests.rounds.normal import num_recv
 
 ALIGNMENT = 4  # of the counts that the host gets
 HIDDEN_BYTES = 160  # not a multiple of what a warp moves at once
@@ -140,8 +140,7 @@ class World(emulated.World):
 class Routing(ABC):
     """One dispatch and what follows from it: the handle of every rank, as the kernels write it."""
 
-    src_slot: ClassVar[int]  # part of a handle that has a row for each received row
-    handles: list[Handle]
+    handles: list[Any]  # of a mode
 
     def __init__(self, world: World) -> None:
         shape = world.shape
@@ -158,7 +157,7 @@ class Routing(ABC):
             )
             for rank in ranks
         ]
-        self.num_recv = [num_recv(each.handle, rank) for rank, each in enumerate(self.expected)]
+        self.num_recv = [int(self.expected[rank].handle.num_received(rank)) for rank in ranks]
         self.worst = rooms(shape.num_worst_tokens, shape.num_ranks)
         self._note_overflows()
         self.handles = [self.notify(rank) for rank in ranks]
@@ -220,7 +219,7 @@ class Routing(ABC):
         """Rows back to their owners, summed."""
         shape, world = self.shape, self.world
         handles = [each.handle for each in self.expected]
-        sizes = [len(handle[self.src_slot]) for handle in handles]
+        sizes = [handle.num_rows for handle in handles]
         xs = [self._random_rows(n) for n in sizes]
         weights = [copy(torch.rand(n, shape.num_topk, generator=world.generator)) for n in sizes]
         for rank in range(shape.num_ranks):

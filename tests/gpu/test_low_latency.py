@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from epjit import Buffer
-from epjit.reference import low_latency as reference
+from epjit.handles import routes
 from tests.harness.data import ROUTING_KINDS, assert_rows_equal
 from tests.harness.ranks import SMALL, line_up, meet, next_stream, run_ranks, settle
 from tests.rounds.low_latency import (
@@ -342,7 +342,7 @@ def test_members() -> None:
         assert hook is None
         assert rows.shape == (2, 8, HIDDEN)
         assert scales.stride() == (HIDDEN // 128 * 8, 1, 8)
-        assert reference.routes(handle[0], num_ranks=2).source_rows.shape == (2, 4, 1)
+        assert routes(handle[0], num_ranks=2).source_rows.shape == (2, 4, 1)
         send = buffer.get_next_low_latency_combine_buffer(handle)
         assert send.shape == (2, 8, HIDDEN)
         first, last = whole.data_ptr(), whole.data_ptr() + whole.numel()

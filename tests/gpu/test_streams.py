@@ -99,8 +99,8 @@ def test_an_interrupted_dispatch_writes_to_nobodys_memory(num_ranks: int) -> Non
         sizes: list[int] = []
         empty = mode._empty
 
-        def noting(forms: Any) -> list[Any]:
-            tensors = empty(forms)
+        def noting(specs: Any) -> list[Any]:
+            tensors = empty(specs)
             places.extend(tensor.data_ptr() for tensor in tensors)
             sizes.extend(tensor.numel() for tensor in tensors)
             return list(tensors)

@@ -12,6 +12,7 @@ import torch
 
 from epjit import Buffer
 from epjit.formats import BF16
+from epjit.handles import LowLatencyDispatched
 from epjit.reference import internode, low_latency
 from epjit.reference import intranode as reference
 from epjit.runtime.empty import empty_on
@@ -210,7 +211,7 @@ class Bench:
         self, max_tokens: int, num_experts: int, num_topk: int, num_tokens: int = NUM_TOKENS
     ) -> torch.Tensor:
         """Of a dispatch with other sizes, with nothing in it."""
-        forms = low_latency.dispatched_forms(
+        specs = LowLatencyDispatched.specs(
             BF16,
             num_ranks=NUM_RANKS,
             num_tokens=num_tokens,
@@ -219,7 +220,7 @@ class Bench:
             num_topk=num_topk,
             hidden=8,
         )
-        return low_latency.allocate_dispatched(forms, empty_on(self.device)).src_info
+        return LowLatencyDispatched.allocate(specs, empty_on(self.device)).src_info
 
     def ll_changed(self, index: int, value: object) -> tuple[Any, ...]:
         """The handle of a low-latency dispatch with another entry."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from epjit import Buffer, env
 from epjit.formats import BF16, FORMATS, NVFP4, RowFormat
+from epjit.handles import LowLatencyDispatched, routes
 from epjit.reference import low_latency as reference
 from tests.harness.data import (
     ROUTING_KINDS,
@@ -150,7 +151,7 @@ class Exchange:
     """
 
     inputs: list[reference.RankInput]
-    dispatched: list[reference.LowLatencyDispatched]
+    dispatched: list[LowLatencyDispatched]
     outputs: list[Tensor]
     weights: list[Tensor]
     combined: list[Tensor]
@@ -173,13 +174,13 @@ def make_low_latency(case: LowLatencyRound) -> MadeLowLatency:
         return _make(case, reduced=sums_before_links())
 
 
-def valid_rows(dispatched: reference.LowLatencyDispatched) -> Tensor:
+def valid_rows(dispatched: LowLatencyDispatched) -> Tensor:
     """Bool `[E // R, R * M]`: which rows arrived."""
     positions = torch.arange(dispatched.src_info.shape[1], dtype=torch.int32, device="cpu")
     return positions[None, :] < dispatched.recv_count.cpu()[:, None]
 
 
-def expert_outputs(dispatched: reference.LowLatencyDispatched, hidden: int, *, seed: int) -> Tensor:
+def expert_outputs(dispatched: LowLatencyDispatched, hidden: int, *, seed: int) -> Tensor:
     """What a rank's experts answer: bfloat16 `[E // R, R * M, H]`, NaN where nothing arrived."""
     valid = valid_rows(dispatched)
     outputs = torch.full((*valid.shape, hidden), torch.nan, dtype=torch.bfloat16, device="cpu")
@@ -422,7 +423,7 @@ def check_low_latency_round(buffer: Buffer, case: LowLatencyRound) -> None:
 def compare_dispatched(
     prefix: str,
     got: tuple[Any, ...],
-    want: reference.LowLatencyDispatched,
+    want: LowLatencyDispatched,
     row_format: RowFormat,
     sizes: tuple[int, int, int],
 ) -> None:
@@ -463,8 +464,8 @@ def compare_dispatched(
         compare("scales", scales, want.recv_scales)
     compare("src_info", src_info, want.src_info)
     num_ranks = want.layout_range.shape[1]
-    tokens, targets = reference.routes(src_info, num_ranks)
-    want_tokens, want_targets = reference.routes(want.src_info, num_ranks)
+    tokens, targets = routes(src_info, num_ranks)
+    want_tokens, want_targets = routes(want.src_info, num_ranks)
     tokens, targets = tokens.cpu(), targets.cpu()
     assert_rows_equal(tokens, want_tokens, f"{prefix}: tokens of each source")
     is_token = torch.arange(targets.shape[1], device="cpu") < want_tokens[:, None]

@@ -21,6 +21,7 @@ import pytest
 import torch
 
 from epjit import Buffer, CommunicationError, Config
+from epjit.handles import Dispatched, Handle, InternodeHandle
 from epjit.reference import Normal
 from epjit.reference import intranode as reference
 from tests.harness.data import (
@@ -80,55 +81,25 @@ class Round:
     how: str = "sync"
 
 
-_SLOTS = (
-    "rank_prefix_matrix",
-    "source_tokens",
-    "recv_expert_counts",
-    "recv_src_idx",
-    "is_token_in_rank",
-    "send_head",
-)
-_SLOTS_BETWEEN = (
-    "is_token_in_rank",
-    "send_tokens",
-    "channel_tokens",
-    "send_head",
-    "recv_rdma_rank_prefix_sum",
-    "recv_expert_counts",
-    "recv_gbl_rank_prefix_sum",
-    "recv_src_meta",
-    "send_rdma_head",
-    "send_nvl_head",
-)
-
-
-def num_recv(handle: reference.Handle, rank: int) -> int:
-    """Rows that arrive; a handle of a worst case has more."""
-    return int(handle[6][-1] if _is_between(handle) else handle[0][-1, rank])
-
-
-def _is_between(handle: reference.Handle) -> bool:
-    return len(handle) == len(_SLOTS_BETWEEN)
-
-
 def _defined(
-    got: reference.Handle, want: reference.Handle, rank: int
+    got: Sequence[torch.Tensor], want: Handle, rank: int
 ) -> Iterator[tuple[str, torch.Tensor, torch.Tensor]]:
     """The parts of a handle that have a meaning: name, got, wanted."""
-    got = tuple(each.cpu() for each in got)  # a strided part would be gathered by a kernel
-    arrived = slice(0, num_recv(want, rank))
-    for slot, name in enumerate(_SLOTS_BETWEEN if _is_between(want) else _SLOTS):
+    arrived = slice(0, int(want.num_received(rank)))
+    for name, whole, wanted in zip(want._fields, got, want, strict=True):
+        whole = whole.cpu()  # a strided part would be gathered by a kernel
         parts: list[Any] = [slice(None)]
         if name in ("recv_src_idx", "recv_src_meta"):
             parts = [arrived]
         elif name == "send_tokens":
-            lengths = want[slot][:, -1].tolist()
+            lengths = wanted[:, -1].tolist()
             parts = [(n, slice(0, length)) for n, length in enumerate(lengths)]
             parts.append((slice(None), -1))
         elif name == "send_nvl_head":
-            parts = [slice(0, int(want[4][-1]))]
+            assert isinstance(want, InternodeHandle)
+            parts = [slice(0, int(want.recv_rdma_rank_prefix_sum[-1]))]
         for part in parts:
-            yield name, got[slot][part], want[slot][part]
+            yield name, whole[part], wanted[part]
 
 
 # (hidden, num_topk, fp8, index_dtype, combine_dtype): what kernels are compiled for. A few, since
@@ -229,8 +200,8 @@ class Made:
     world: list[reference.RankInput]
     topk_idx: list[torch.Tensor]
     num_worst: int
-    dispatched: list[reference.Dispatched]
-    handles: list[reference.Handle]
+    dispatched: list[Dispatched]
+    handles: list[Handle]
     others: list[torch.Tensor]
     outputs: list[torch.Tensor]
     weights: list[torch.Tensor] | None
@@ -369,7 +340,7 @@ def check_round(buffer: Buffer, case: Round) -> None:
         if want is not None:
             assert_rows_equal(got, want, f"{prefix}: layout {name}")
     _compare_dispatch(prefix, made.dispatched[rank], rank, dispatched)
-    num_rows = num_recv(made.handles[rank], rank)
+    num_rows = int(made.handles[rank].num_received(rank))
     assert cached[1:] == (None, None, None, None)
     want_cached = oracle.cached_dispatch(made.others, None, made.handles, rank)
     assert_rows_equal(cached[0][:num_rows], want_cached[0][:num_rows], f"{prefix}: cached recv_x")
@@ -415,7 +386,7 @@ def check_no_room(
         for r in range(buffer.group_size)
     ]
     handles = [each.handle for each in want]
-    own, n, num_rows = world[rank], num_recv(handles[rank], rank), len(want[rank].recv_x)
+    own, n, num_rows = world[rank], int(handles[rank].num_received(rank)), len(want[rank].recv_x)
     x, idx, weights = (to_device(each, device) for each in (own.x, own.topk_idx, own.topk_weights))
     # What torch gives for recv_x is one of the holes; a canary lies behind it.
     rows = torch.full((num_rows, case.hidden), 7, dtype=torch.bfloat16)
@@ -539,9 +510,9 @@ def _as_bias(biases: tuple[torch.Tensor, ...]) -> Any:
     return None if not biases else biases[0] if len(biases) == 1 else biases
 
 
-def _compare_dispatch(prefix: str, want: reference.Dispatched, rank: int, dispatched: Any) -> None:
+def _compare_dispatch(prefix: str, want: Dispatched, rank: int, dispatched: Any) -> None:
     got_x, got_idx, got_weights, got_list, handle = dispatched
-    num_rows = num_recv(want.handle, rank)  # behind them only the indices are defined
+    num_rows = int(want.handle.num_received(rank))  # behind them only the indices are defined
     got_rows, got_scales = got_x if isinstance(got_x, tuple) else (got_x, None)
     assert got_rows.shape == want.recv_x.shape
     assert_rows_equal(got_rows[:num_rows], want.recv_x[:num_rows], f"{prefix}: recv_x")

@@ -34,7 +34,6 @@ from tests.rounds.normal import (
     check_round,
     layout_of,
     make_world,
-    num_recv,
     random_round,
 )
 
@@ -490,7 +489,7 @@ def replays(
             oracle.dispatch(world, r, num_experts=experts, num_worst_tokens=worst)
             for r in range(num_ranks)
         ]
-        rows = num_recv(want[rank].handle, rank)
+        rows = int(want[rank].handle.num_received(rank))
         recv_x, recv_idx, cached, combined, combined_weights = outputs
         prefix = f"rank {rank}, replay {seed}"
         assert_rows_equal(recv_x[:rows], want[rank].recv_x[:rows], f"{prefix}: recv_x")

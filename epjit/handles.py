@@ -1,0 +1,381 @@
+"""Handles, and the results that hold them: names, shapes and dtypes of their tensors.
+
+A handle is what a dispatch leaves for its combine, and for a cached dispatch: the plain tuple that
+DeepEP V1 returns, with names. Lists and tuples of a caller become one in the checks.
+
+Words: `R` ranks in `D` NVLink domains of `L` ranks each, `T` tokens of this rank, `K` choices a
+token, `H` elements a row, `E` experts, `n` rows received, `N` = `num_worst_tokens`; in low-latency
+calls `M`, the most tokens of a rank.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple, TypeAlias
+
+import torch
+from torch import Tensor
+
+from epjit.formats import RowFormat
+from epjit.runtime.empty import Empty, TensorSpec, matrix, vector
+
+
+class IntranodeHandle(NamedTuple):
+    """Six tensors of one rank, for a group in one NVLink domain.
+
+    Attributes:
+        rank_prefix_matrix: int32 `[R, R]`: entry `[i, j]` = rows that ranks `0..i` send to rank
+            `j`, at most as many as it has room for.
+        source_tokens: int32 `[R]`: `T` of each rank.
+        recv_expert_counts: int32 `[E // R]`: selections of each local expert, not aligned.
+        recv_src_idx: int32 `[n or N]`: source token of each received row.
+        is_token_in_rank: bool `[T, R]`: the caller's tensor.
+        send_head: int32 `[T, R]`: place of the row in this source's segment at that rank, or -1. A
+            place behind the end of the segment is a row that the rank has no room for.
+    """
+
+    rank_prefix_matrix: Tensor
+    source_tokens: Tensor
+    recv_expert_counts: Tensor
+    recv_src_idx: Tensor
+    is_token_in_rank: Tensor
+    send_head: Tensor
+
+    @property
+    def num_ranks(self) -> int:
+        """`R`."""
+        return self.rank_prefix_matrix.shape[0]
+
+    @property
+    def num_domains(self) -> int:
+        """`D`."""
+        return 1
+
+    @property
+    def num_tokens(self) -> int:
+        """`T`."""
+        return self.send_head.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        """`n or N`."""
+        return self.recv_src_idx.shape[0]
+
+    def num_received(self, rank: int) -> Tensor:
+        """`n`, int32 `[1]`, on the device; `rank` is the one that this handle is of."""
+        return self.rank_prefix_matrix[-1, rank : rank + 1]
+
+    @staticmethod
+    def specs(
+        *, num_tokens: int, num_ranks: int, num_domains: int, experts_per_rank: int
+    ) -> tuple[TensorSpec | None, ...]:
+        """Of the tensors that notify fills; None for the others. Sizes may be symbolic."""
+        del num_domains
+        return (
+            matrix(torch.int32, num_ranks, num_ranks),
+            vector(torch.int32, num_ranks),
+            vector(torch.int32, experts_per_rank),
+            None,
+            None,
+            matrix(torch.int32, num_tokens, num_ranks),
+        )
+
+    @staticmethod
+    def row_specs(num_rows: int) -> tuple[TensorSpec]:
+        """Of `recv_src_idx`, which dispatch fills."""
+        return (vector(torch.int32, num_rows),)
+
+
+class InternodeHandle(NamedTuple):
+    """Ten tensors of one rank, for a group of several NVLink domains.
+
+    Attributes:
+        is_token_in_rank: bool `[T, R]`: the caller's tensor.
+        send_tokens: int32 `[D, T + 1]`: the token of index `i` in the channel to domain `n`;
+            undefined beyond the length of the channel, which is the last column.
+        channel_tokens: int32 `[D, L]`: length of the channel from `domains[n][j]` to this domain.
+        send_head: int32 `[T, R]`: place of the row in this source's segment at that rank, or -1.
+        recv_rdma_rank_prefix_sum: int32 `[D]`: tokens that pass through this rank, from the domains
+            `0..n`: the inclusive prefix sum of `channel_tokens[:, own local]`.
+        recv_expert_counts: int32 `[E // R]`: selections of each local expert, not aligned.
+        recv_gbl_rank_prefix_sum: int32 `[R]`: rows here from the ranks `0..s`, at most as many as
+            there is room for.
+        recv_src_meta: uint8 `[n or N, 8]`: of each received row two int32 (little endian), its
+            index in the channel of its source to this domain, and its source token.
+        send_rdma_head: int32 `[T, D]`: index of the token in the channel to domain `n`, or -1.
+        send_nvl_head: int32 `[m]`: of each token that passes through this rank (by domain it comes
+            from, then by index in the channel), bit `l` = the rank with local index `l` of this
+            domain gets it and has room for it, and from bit 8 on its place in its source's segment
+            here (0 if it is not for this rank). `m` is the last of `recv_rdma_rank_prefix_sum`, or
+            `L * N` with `num_worst_tokens`; tokens beyond are not combined.
+    """
+
+    is_token_in_rank: Tensor
+    send_tokens: Tensor
+    channel_tokens: Tensor
+    send_head: Tensor
+    recv_rdma_rank_prefix_sum: Tensor
+    recv_expert_counts: Tensor
+    recv_gbl_rank_prefix_sum: Tensor
+    recv_src_meta: Tensor
+    send_rdma_head: Tensor
+    send_nvl_head: Tensor
+
+    @property
+    def num_ranks(self) -> int:
+        """`R`."""
+        return self.recv_gbl_rank_prefix_sum.shape[0]
+
+    @property
+    def num_domains(self) -> int:
+        """`D`."""
+        return self.send_rdma_head.shape[1]
+
+    @property
+    def num_tokens(self) -> int:
+        """`T`."""
+        return self.send_rdma_head.shape[0]
+
+    @property
+    def num_rows(self) -> int:
+        """`n or N`."""
+        return self.recv_src_meta.shape[0]
+
+    @property
+    def num_passing(self) -> int:
+        """`m`."""
+        return self.send_nvl_head.shape[0]
+
+    def num_received(self, rank: int) -> Tensor:
+        """`n`, int32 `[1]`, on the device; `rank` is the one that this handle is of."""
+        del rank
+        return self.recv_gbl_rank_prefix_sum[-1:]
+
+    @staticmethod
+    def specs(
+        *, num_tokens: int, num_ranks: int, num_domains: int, experts_per_rank: int
+    ) -> tuple[TensorSpec | None, ...]:
+        """Of the tensors that notify fills; None for the others. Sizes may be symbolic."""
+        return (
+            None,
+            matrix(torch.int32, num_domains, num_tokens + 1),
+            matrix(torch.int32, num_domains, num_ranks // num_domains),
+            matrix(torch.int32, num_tokens, num_ranks),
+            vector(torch.int32, num_domains),
+            vector(torch.int32, experts_per_rank),
+            vector(torch.int32, num_ranks),
+            None,
+            matrix(torch.int32, num_tokens, num_domains),
+            None,
+        )
+
+    @staticmethod
+    def row_specs(num_rows: int, num_passing: int) -> tuple[TensorSpec, TensorSpec]:
+        """Of `recv_src_meta` and `send_nvl_head` (`m` entries), which dispatch fills."""
+        return matrix(torch.uint8, num_rows, 8), vector(torch.int32, num_passing)
+
+
+Handle: TypeAlias = IntranodeHandle | InternodeHandle
+"""Of the normal mode, as a Buffer returns it."""
+GivenHandle: TypeAlias = Sequence[Tensor]
+"""Of the normal mode, as callers may pass it: also a list, or a tuple without names."""
+
+
+def handle_type(num_domains: int) -> type[IntranodeHandle] | type[InternodeHandle]:
+    """The type of a group's handles."""
+    return IntranodeHandle if num_domains == 1 else InternodeHandle
+
+
+class Dispatched(NamedTuple):
+    """Results of a dispatch on one rank; rows `[n, N)` are undefined (indices -1).
+
+    Attributes:
+        recv_x: `[n or N, H]`, dtype of `x`.
+        recv_scales: `[n or N, S]` row-major, or None.
+        recv_topk_idx: `[n or N, K]`, dtype of `topk_idx`: local expert or -1; or None.
+        recv_topk_weights: `[n or N, K]` float32, 0.0 where the index is -1; or None.
+        num_recv_tokens_per_expert_list: `E // R` counts, each rounded up to `expert_alignment`;
+            empty with `num_worst_tokens`.
+        handle: Of the routing.
+    """
+
+    recv_x: Tensor
+    recv_scales: Tensor | None
+    recv_topk_idx: Tensor | None
+    recv_topk_weights: Tensor | None
+    num_recv_tokens_per_expert_list: list[int]
+    handle: Handle
+
+
+class Placement(NamedTuple):
+    """Where selections go when rows are ordered by expert: `M` rows, `E` experts of this rank.
+
+    Attributes:
+        row_of: int32 `[n, K]`; row of each selection, -1 when it selects nothing or does not fit.
+        source: int32 `[M]`; flat selection (`token * K + k`) of each row, -1 for padding.
+        ends: int32 `[E]`; where each expert's rows end, padding included; at most `M`.
+        counts: int32 `[E]`; selections of each expert, also those that do not fit.
+    """
+
+    row_of: Tensor
+    source: Tensor
+    ends: Tensor
+    counts: Tensor
+
+    @staticmethod
+    def specs(
+        *, num_tokens: int, num_topk: int, num_rows: int, num_experts: int
+    ) -> tuple[TensorSpec, ...]:
+        """Of its tensors, for `n`, `K`, `M` and `E`, which may be symbolic."""
+        return (
+            matrix(torch.int32, num_tokens, num_topk),
+            vector(torch.int32, num_rows),
+            vector(torch.int32, num_experts),
+            vector(torch.int32, num_experts),
+        )
+
+
+# ---- low latency ---------------------------------------------------------------------------------
+
+
+class LowLatencyHandle(NamedTuple):
+    """What a low-latency dispatch leaves for its combine.
+
+    The tensors must be those that the dispatch made: behind `src_info`, in its storage, lie the
+    `Routes` that the combine follows; their length says what was dispatched.
+
+    Attributes:
+        src_info: int32 `[E // R, R * M]`, as in `LowLatencyDispatched`.
+        layout_range: int64 `[E // R, R]`, likewise.
+        max_tokens: `M`.
+        hidden: `H`.
+        num_experts: `E`.
+    """
+
+    src_info: Tensor
+    layout_range: Tensor
+    max_tokens: int
+    hidden: int
+    num_experts: int
+
+
+GivenLowLatencyHandle: TypeAlias = tuple[Tensor, Tensor, int, int, int]
+"""As callers may pass it: also a tuple without names."""
+
+
+class LowLatencyDispatched(NamedTuple):
+    """Results of a low-latency dispatch on one rank; rows behind `recv_count` are undefined.
+
+    Attributes:
+        recv_x: `[E // R, R * M, columns]`, see `RowFormat.specs`.
+        recv_scales: `[E // R, R * M, S]`, or None.
+        recv_count: int32 `[E // R]`, rows of each local expert.
+        src_info: int32 `[E // R, R * M]`: token of each row on its source rank. Behind it, in the
+            same storage, lie the `Routes` that combine follows.
+        layout_range: int64 `[E // R, R]`: `begin << 32 | count` of the rows of each source rank.
+    """
+
+    recv_x: Tensor
+    recv_scales: Tensor | None
+    recv_count: Tensor
+    src_info: Tensor
+    layout_range: Tensor
+
+    @staticmethod
+    def specs(
+        row_format: RowFormat,
+        *,
+        num_ranks: int,
+        num_tokens: int,
+        max_tokens: int,
+        num_experts: int,
+        num_topk: int,
+        hidden: int,
+    ) -> LowLatencySpecs:
+        """Of its tensors.
+
+        Behind `src_info` and the `Routes` lie `K + T` words more, so that the length of them all
+        says both to `dispatched_sizes`.
+        """
+        num_local, num_rows = num_experts // num_ranks, num_ranks * max_tokens
+        num_routes, num_extra = num_ranks + num_rows * num_topk, num_topk + num_tokens
+        new = (
+            *row_format.specs(num_local, num_rows, hidden),
+            vector(torch.int32, num_local),
+            vector(torch.int32, num_local * num_rows + num_routes + num_extra),
+            matrix(torch.int64, num_local, num_ranks),
+        )
+        return LowLatencySpecs(new, ((num_local, num_rows), (num_rows, 1)))
+
+    @classmethod
+    def allocate(cls, specs: LowLatencySpecs, empty: Empty) -> LowLatencyDispatched:
+        """New tensors, uninitialised, on any device."""
+        recv_x, recv_scales, recv_count, words, layout_range = empty(specs.new)
+        src_info = words.as_strided(*specs.src_info)
+        return cls(recv_x, recv_scales, recv_count, src_info, layout_range)
+
+
+class LowLatencySpecs(NamedTuple):
+    """Specs of the tensors of a `LowLatencyDispatched`.
+
+    Attributes:
+        new: Of `recv_x`, its scales, `recv_count`, the words that `src_info` and the `Routes` lie
+            in, and `layout_range`.
+        src_info: Shape and strides, in these words.
+    """
+
+    new: tuple[TensorSpec | None, ...]
+    src_info: tuple[tuple[int, int], tuple[int, int]]
+
+
+class Routes(NamedTuple):
+    """Where the selections of every rank have gone on this one.
+
+    Attributes:
+        source_tokens: int32 `[R]`: tokens of each rank, 0 for a masked one.
+        source_rows: int32 `[R, M, K]`: row of each selection, counted over all local experts; -1
+            for what is not here. Undefined for tokens that a rank does not have.
+    """
+
+    source_tokens: Tensor
+    source_rows: Tensor
+
+
+def dispatched_sizes(src_info: Tensor, num_ranks: int) -> tuple[int, int]:
+    """`T` and `K` of the dispatch that `src_info` came from, by the size of what lies behind it.
+
+    Raises:
+        ValueError: It is a copy: nothing lies behind it.
+    """
+    num_rows = src_info.shape[1]
+    num_words = int(src_info.untyped_storage().nbytes()) // 4 - int(src_info.storage_offset())
+    # As LowLatencyDispatched.specs says: K * (R * M + 1) + T, and T is at most M.
+    num_topk, num_tokens = divmod(num_words - src_info.numel() - num_ranks, num_rows + 1)
+    if num_topk < 1 or num_tokens * num_ranks > num_rows:
+        raise ValueError(
+            "handle[0] (src_info) is a copy, and lacks what low_latency_dispatch stored behind it; "
+            "pass the handle as it was returned"
+        )
+    return num_tokens, num_topk
+
+
+def routes(src_info: Tensor, num_ranks: int) -> Routes:
+    """The `Routes` behind `src_info`.
+
+    Args:
+        src_info: As `LowLatencyDispatched.allocate` made it.
+        num_ranks: `R`.
+
+    Raises:
+        ValueError: It is a copy: nothing lies behind it.
+    """
+    num_rows, (_, num_topk) = src_info.shape[1], dispatched_sizes(src_info, num_ranks)
+    first = src_info.storage_offset() + src_info.numel()
+    return Routes(
+        src_info.as_strided((num_ranks,), (1,), first),
+        src_info.as_strided(
+            (num_ranks, num_rows // num_ranks, num_topk),
+            (num_rows // num_ranks * num_topk, num_topk, 1),
+            first + num_ranks,
+        ),
+    )
