@@ -8,6 +8,7 @@ from dataclasses import dataclass, fields
 from epjit import env
 from epjit.numbers import as_int
 from epjit.runtime import topology
+from epjit.sizes import align
 
 # The limits of one call.
 MAX_RANKS = topology.MAX_LOCAL  # of one NVLink domain
@@ -24,15 +25,30 @@ MAX_LOW_LATENCY_EXPERTS = 8192
 MAX_LOW_LATENCY_TOKENS = 262144  # of all ranks, at their maximum
 MAX_LOW_LATENCY_CHOICES = 131072  # of one rank, at its maximum of tokens
 
-_ALIGNMENT = 128
 # V1's hint leaves room for this much beside each row, whatever is really sent.
 _V1_MAX_TOPK = 128
 _V1_MAX_SCALES = 128
-_ROW_METADATA_BYTES = 8 + _V1_MAX_TOPK * 8 + _V1_MAX_TOPK * 4 + _V1_MAX_SCALES * 4
+_ROW_METADATA_BYTES = 8 + _V1_MAX_TOPK * (8 + 4) + _V1_MAX_SCALES * 4
 _RDMA_METADATA_BYTES = 16
 # The least that the kernels work with: two windows of eight rows for each rank.
 _MIN_ROWS_A_RANK = 16
 _SLOT_EXTRA_BYTES = 512  # what a low-latency slot may have beside the 2 * H bytes of a row
+
+
+def check_row_bytes(what: str, row_bytes: int, *, most: int | None = MAX_ROW_BYTES) -> None:
+    """Checks the length of rows, which are moved in pieces of 16 bytes.
+
+    Args:
+        what: Says whose rows have how many bytes, for the message.
+        row_bytes: The length.
+        most: The greatest that is allowed; None allows all.
+
+    Raises:
+        ValueError: No rows have this length.
+    """
+    if row_bytes <= 0 or row_bytes % 16 or (most is not None and row_bytes > most):
+        limit = "" if most is None else f", at most {most}"
+        raise ValueError(f"{what}, but must have a multiple of 16{limit}")
 
 
 @dataclass(frozen=True)
@@ -89,7 +105,7 @@ class Config:
             )
         if reasons:
             raise ValueError("Config: " + "; ".join(reasons))
-        rounded = -(-rdma_recv // rdma_send) * rdma_send
+        rounded = align(rdma_recv, rdma_send)
         object.__setattr__(self, "num_max_rdma_chunked_recv_tokens", rounded)
 
     def get_nvl_buffer_size_hint(
@@ -112,8 +128,7 @@ class Config:
         num_channels = max(self.num_sms // 2, 1)
         num_nvl_ranks = min(num_ranks, _ranks_per_domain(ranks_per_domain))
         rows = max(num_channels * self.num_max_nvl_chunked_recv_tokens, _MIN_ROWS_A_RANK)
-        size = num_nvl_ranks * rows * (hidden_bytes + _ROW_METADATA_BYTES)
-        return _align(size)
+        return align(num_nvl_ranks * rows * (hidden_bytes + _ROW_METADATA_BYTES))
 
     def get_rdma_buffer_size_hint(
         self, hidden_bytes: int, num_ranks: int, *, ranks_per_domain: int | None = None
@@ -137,8 +152,7 @@ class Config:
             return 0
         num_domains = -(-num_ranks // a_domain)
         rows = max(self.num_sms // 2, 1) * num_domains * self.num_max_rdma_chunked_recv_tokens
-        size = 2 * rows * (hidden_bytes + _ROW_METADATA_BYTES + _RDMA_METADATA_BYTES)
-        return _align(size)
+        return align(2 * rows * (hidden_bytes + _ROW_METADATA_BYTES + _RDMA_METADATA_BYTES))
 
 
 def low_latency_size_hint(max_tokens: int, hidden: int, num_ranks: int, num_experts: int) -> int:
@@ -160,7 +174,7 @@ def low_latency_size_hint(max_tokens: int, hidden: int, num_ranks: int, num_expe
     arriving = max(
         num_ranks * max_tokens * (row_bytes + _SLOT_EXTRA_BYTES), max_tokens * MAX_TOPK * row_bytes
     )
-    return max(2 * _align(num_experts * max_tokens * row_bytes), 4 * _align(arriving))
+    return max(2 * align(num_experts * max_tokens * row_bytes), 4 * align(arriving))
 
 
 # V1's defaults, (NVLink send, NVLink receive, RDMA send, RDMA receive) by ranks: of a number that
@@ -205,10 +219,6 @@ def _chunks(table: dict[int, tuple[int, int, int, int]], num_ranks: int) -> tupl
             f"there is no config for {num_ranks} ranks; epjit has 1 to {MAX_GROUP}"
         )
     return table[max(ranks for ranks in table if ranks <= num_ranks)]
-
-
-def _align(num_bytes: int) -> int:
-    return -(-num_bytes // _ALIGNMENT) * _ALIGNMENT
 
 
 def _sizes(hidden_bytes: int, num_ranks: int) -> tuple[int, int]:

@@ -17,9 +17,10 @@ from dataclasses import dataclass
 
 import torch
 
-from epjit.runtime.empty import Form
+from epjit.runtime.empty import TensorSpec
+from epjit.sizes import align
 
-_SLOT_ALIGNMENT = 128
+LOGFMT_BLOCK = 128  # channels that share the range of their codes: `use_logfmt` of combine
 _SLOT_METADATA_BYTES = 384  # beside a row: its token, and up to 32 choices of 8 bytes
 
 
@@ -60,8 +61,7 @@ class RowFormat:
 
     def slot_bytes(self, hidden: int) -> int:
         """Bytes that are enough for a row, its scales and what travels with them."""
-        used = self.row_bytes(hidden) + self.num_scale_bytes(hidden) + _SLOT_METADATA_BYTES
-        return -(-used // _SLOT_ALIGNMENT) * _SLOT_ALIGNMENT
+        return align(self.row_bytes(hidden) + self.num_scale_bytes(hidden) + _SLOT_METADATA_BYTES)
 
     def num_columns(self, hidden: int) -> int:
         """Elements of one row of `recv_x`."""
@@ -73,7 +73,9 @@ class RowFormat:
             return 0
         return self.num_scale_bytes(hidden) // self.scale_dtype.itemsize
 
-    def forms(self, num_local_experts: int, num_rows: int, hidden: int) -> tuple[Form, Form | None]:
+    def specs(
+        self, num_local_experts: int, num_rows: int, hidden: int
+    ) -> tuple[TensorSpec, TensorSpec | None]:
         """Of `recv_x` and of its scales.
 
         Args:

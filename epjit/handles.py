@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from epjit.formats import RowFormat
-from epjit.runtime.empty import Empty, Form, matrix, vector
+from epjit.runtime.empty import Empty, TensorSpec, matrix, vector
 
 
 class IntranodeHandle(NamedTuple):
@@ -68,7 +68,7 @@ class IntranodeHandle(NamedTuple):
     @staticmethod
     def specs(
         *, num_tokens: int, num_ranks: int, num_domains: int, experts_per_rank: int
-    ) -> tuple[Form | None, ...]:
+    ) -> tuple[TensorSpec | None, ...]:
         """Of the tensors that notify fills; None for the others. Sizes may be symbolic."""
         del num_domains
         return (
@@ -81,7 +81,7 @@ class IntranodeHandle(NamedTuple):
         )
 
     @staticmethod
-    def row_specs(num_rows: int) -> tuple[Form]:
+    def row_specs(num_rows: int) -> tuple[TensorSpec]:
         """Of `recv_src_idx`, which dispatch fills."""
         return (vector(torch.int32, num_rows),)
 
@@ -154,7 +154,7 @@ class InternodeHandle(NamedTuple):
     @staticmethod
     def specs(
         *, num_tokens: int, num_ranks: int, num_domains: int, experts_per_rank: int
-    ) -> tuple[Form | None, ...]:
+    ) -> tuple[TensorSpec | None, ...]:
         """Of the tensors that notify fills; None for the others. Sizes may be symbolic."""
         return (
             None,
@@ -170,7 +170,7 @@ class InternodeHandle(NamedTuple):
         )
 
     @staticmethod
-    def row_specs(num_rows: int, num_passing: int) -> tuple[Form, Form]:
+    def row_specs(num_rows: int, num_passing: int) -> tuple[TensorSpec, TensorSpec]:
         """Of `recv_src_meta` and `send_nvl_head` (`m` entries), which dispatch fills."""
         return matrix(torch.uint8, num_rows, 8), vector(torch.int32, num_passing)
 
@@ -227,7 +227,7 @@ class Placement(NamedTuple):
     @staticmethod
     def specs(
         *, num_tokens: int, num_topk: int, num_rows: int, num_experts: int
-    ) -> tuple[Form, ...]:
+    ) -> tuple[TensorSpec, ...]:
         """Of its tensors, for `n`, `K`, `M` and `E`, which may be symbolic."""
         return (
             matrix(torch.int32, num_tokens, num_topk),
@@ -269,7 +269,7 @@ class LowLatencyDispatched(NamedTuple):
     """Results of a low-latency dispatch on one rank; rows behind `recv_count` are undefined.
 
     Attributes:
-        recv_x: `[E // R, R * M, columns]`, see `RowFormat.forms`.
+        recv_x: `[E // R, R * M, columns]`, see `RowFormat.specs`.
         recv_scales: `[E // R, R * M, S]`, or None.
         recv_count: int32 `[E // R]`, rows of each local expert.
         src_info: int32 `[E // R, R * M]`: token of each row on its source rank. Behind it, in the
@@ -302,7 +302,7 @@ class LowLatencyDispatched(NamedTuple):
         num_local, num_rows = num_experts // num_ranks, num_ranks * max_tokens
         num_routes, num_extra = num_ranks + num_rows * num_topk, num_topk + num_tokens
         new = (
-            *row_format.forms(num_local, num_rows, hidden),
+            *row_format.specs(num_local, num_rows, hidden),
             vector(torch.int32, num_local),
             vector(torch.int32, num_local * num_rows + num_routes + num_extra),
             matrix(torch.int64, num_local, num_ranks),
@@ -326,7 +326,7 @@ class LowLatencySpecs(NamedTuple):
         src_info: Shape and strides, in these words.
     """
 
-    new: tuple[Form | None, ...]
+    new: tuple[TensorSpec | None, ...]
     src_info: tuple[tuple[int, int], tuple[int, int]]
 
 

@@ -34,14 +34,13 @@ from epjit.config import (
     MAX_TOPK,
     low_latency_size_hint,
 )
-from epjit.formats import BF16, NVFP4, RowFormat
+from epjit.formats import BF16, LOGFMT_BLOCK, NVFP4, RowFormat
 from epjit.handles import GivenLowLatencyHandle, LowLatencyHandle, dispatched_sizes
 from epjit.numbers import as_int
 
 if TYPE_CHECKING:
     from epjit.checks.values import ValueChecks
 
-_LOGFMT_BLOCK = 128
 _QUARTERS = 4  # two of them take turns to receive; the other two are the send buffer
 
 
@@ -232,9 +231,9 @@ class LowLatencyChecks:
                 "use_logfmt encodes rows on their way, so they cannot be sent as they lie in the "
                 "buffer; pass only one of use_logfmt and zero_copy"
             )
-        if use_logfmt and hidden % _LOGFMT_BLOCK:
+        if use_logfmt and hidden % LOGFMT_BLOCK:
             raise ValueError(
-                f"hidden is {hidden}, but use_logfmt takes blocks of {_LOGFMT_BLOCK} channels; "
+                f"hidden is {hidden}, but use_logfmt takes blocks of {LOGFMT_BLOCK} channels; "
                 "pass use_logfmt=False"
             )
         if out is not None:

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
-from epjit.config import MAX_TOPK
+from epjit.config import MAX_ROW_BYTES, MAX_TOPK, check_row_bytes
 from epjit.handles import InternodeHandle, IntranodeHandle, LowLatencyHandle
 
 K = TypeVar("K")
@@ -208,6 +208,22 @@ def as_handle(handle: Any, kind: type[H], op: str) -> H:
         got = type(handle).__name__ + (f" of {len(handle)}" if is_tuple else "")
         raise TypeError(f"handle is a {got}, expected the tuple of {length} that {op} returned")
     return kind(*handle)
+
+
+def check_rows(name: str, x: torch.Tensor, *, most: int | None = MAX_ROW_BYTES) -> int:
+    """Checks the length of the rows of a matrix, and its address.
+
+    Returns:
+        Bytes of a row.
+
+    Raises:
+        ValueError: They cannot be moved in pieces of 16 bytes, or are longer than `most`.
+    """
+    row_bytes = x.shape[1] * x.element_size()
+    what = f"{name} has rows of {row_bytes} bytes ({x.shape[1]} x {x.dtype})"
+    check_row_bytes(what, row_bytes, most=most)
+    check_aligned(name, x)
+    return row_bytes
 
 
 def check_topk(tensor: torch.Tensor) -> None:

@@ -125,18 +125,15 @@ class Calls(NamedTuple):
 
     def check(self, group: Group) -> None:
         """Refuses calls that no Buffer of these ranks takes."""
-        from epjit.config import MAX_EXPERTS, MAX_RANKS, MAX_ROW_BYTES, MAX_TOPK
+        from epjit.config import MAX_EXPERTS, MAX_RANKS, MAX_TOPK, check_row_bytes
 
         if not 1 <= group.num_local <= MAX_RANKS or not 0 <= self.topk <= MAX_TOPK:
             raise ValueError(
                 f"{group.num_local} ranks and top-{self.topk}: there are kernels for 1 to "
                 f"{MAX_RANKS} ranks of one NVLink domain and up to top-{MAX_TOPK}; see --domains"
             )
-        if self.row_bytes <= 0 or self.row_bytes % 16 or self.row_bytes > MAX_ROW_BYTES:
-            raise ValueError(
-                f"a row of {self.hidden} {self.dtype.value} has {self.row_bytes} bytes, but must "
-                f"have a multiple of 16, at most {MAX_ROW_BYTES}"
-            )
+        what = f"a row of {self.hidden} {self.dtype.value} has {self.row_bytes} bytes"
+        check_row_bytes(what, self.row_bytes)
         if not 0 <= self.experts <= MAX_EXPERTS or self.experts % group.num_ranks:
             raise ValueError(
                 f"--experts is {self.experts}, no multiple of {group.num_ranks} ranks up to "
@@ -184,7 +181,7 @@ def _normal(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
 def _low_latency(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
     """Kernels that a Buffer compiles when it is made, and for low-latency calls."""
     from epjit.checks.low_latency import check_variant
-    from epjit.formats import BF16, FORMATS
+    from epjit.formats import BF16, FORMATS, LOGFMT_BLOCK
     from epjit.kernels import low_latency
 
     yield from _normal(group, ())
@@ -193,7 +190,7 @@ def _low_latency(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]
         each.check(group)
         check_variant(group.domains)
         row_format = formats.get(each.dtype.value, BF16)
-        granularity = max(row_format.granularity, 128 if each.logfmt else 1)
+        granularity = max(row_format.granularity, LOGFMT_BLOCK if each.logfmt else 1)
         if each.dtype is Dtype.fp16 or each.topk < 1 or each.hidden % granularity:
             raise ValueError(
                 f"low-latency rows of {each.hidden} {each.dtype.value} with top-{each.topk}: there "

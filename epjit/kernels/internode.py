@@ -10,15 +10,14 @@ from epjit.config import MAX_DOMAINS, MAX_RANKS
 from epjit.kernels import variants
 from epjit.kernels.layout import LayoutConfig
 from epjit.kernels.shapes import (
-    ALIGNMENT,
     CombineShape,
     DispatchShape,
-    align,
     copier_bytes,
     copier_shape,
 )
 from epjit.runtime.device import shared_limit
 from epjit.runtime.kernel import KernelConfig
+from epjit.sizes import ALIGNMENT, align
 
 _FORWARD_WARPS = 2  # kForwardWarps of dispatch.cu
 _TOKENS_PER_CHUNK = 4

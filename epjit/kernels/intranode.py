@@ -10,9 +10,10 @@ from epjit import tuned
 from epjit.config import MAX_RANKS
 from epjit.kernels import variants
 from epjit.kernels.layout import LayoutConfig
-from epjit.kernels.shapes import CombineShape, DispatchShape, align, copier_bytes, copier_shape
+from epjit.kernels.shapes import CombineShape, DispatchShape, copier_bytes, copier_shape
 from epjit.runtime.device import shared_limit
 from epjit.runtime.kernel import KernelConfig
+from epjit.sizes import align
 
 MAX_SLOTS = 65536  # of one source rank: bounds the words to 4 MiB
 # SMs x bytes of a row from which pushing is held by the links: measured with two H200s.

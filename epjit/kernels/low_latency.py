@@ -12,13 +12,13 @@ from epjit.config import (
     MAX_LOW_LATENCY_TOKENS,
     MAX_RANKS,
 )
-from epjit.formats import BF16, FORMATS, FP8, NVFP4, RowFormat
+from epjit.formats import BF16, FORMATS, FP8, LOGFMT_BLOCK, NVFP4, RowFormat
 from epjit.kernels import variants
-from epjit.kernels.shapes import align, copier_bytes
+from epjit.kernels.shapes import copier_bytes
 from epjit.runtime.device import shared_limit
 from epjit.runtime.kernel import KernelConfig
+from epjit.sizes import align
 
-_LOG_BLOCK = 128  # channels
 _CAST_ELEMENTS = 16
 STEP = 256  # channels that a warp adds at a time
 # Of a half: one a token or a choice; for `reduced` one a piece of a row and one a weight.
@@ -67,7 +67,7 @@ class LowLatencyDispatchConfig(_LowLatencyConfig):
     """What the dispatch kernel is compiled for; the fields are explained in dispatch.cu."""
 
     source: ClassVar[str] = "low_latency/dispatch.cu"
-    op: ClassVar[str] = "dispatch"
+    op: ClassVar[str] = "low_latency_dispatch"
     tag_template: ClassVar[str] = (
         "low_latency_{0.ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}_{0.row_format.name}"
     )
@@ -112,7 +112,7 @@ class LowLatencyCombineConfig(_LowLatencyConfig):
     """What the combine kernel is compiled for; the fields are explained in combine.cu."""
 
     source: ClassVar[str] = "low_latency/combine.cu"
-    op: ClassVar[str] = "combine"
+    op: ClassVar[str] = "low_latency_combine"
     tag_template: ClassVar[str] = "low_latency_{0.ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}"
     starts_early: ClassVar[bool] = True
 
@@ -158,7 +158,7 @@ class LowLatencyCombineConfig(_LowLatencyConfig):
         """Bytes of one selection's slot."""
         if not self.logfmt:
             return 2 * self.hidden
-        return align(self.hidden // _CAST_ELEMENTS * 20 + self.hidden // _LOG_BLOCK * 4, 16)
+        return align(self.hidden // _CAST_ELEMENTS * 20 + self.hidden // LOGFMT_BLOCK * 4, 16)
 
 
 @dataclass(frozen=True)
@@ -166,7 +166,7 @@ class LowLatencyReducedCombineConfig(KernelConfig):
     """What the combine that sums before the links is compiled for; see combine_reduced.cu."""
 
     source: ClassVar[str] = "low_latency/combine_reduced.cu"
-    op: ClassVar[str] = "combine"
+    op: ClassVar[str] = "low_latency_combine"
     tag_template: ClassVar[str] = (
         "low_latency_reduced_r{0.num_ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}"
     )

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import NamedTuple
 
-ALIGNMENT = 128  # bytes, of slots and of what lies behind them
-
 
 class DispatchShape(NamedTuple):
     """What tells one dispatch kernel of a Buffer from another; the same on all ranks."""
@@ -42,11 +40,6 @@ def warmup_shapes(
             yield DispatchShape(hidden_bytes, scales, topk, topk == 0 or topk_is_int64)
         if not num_scales:
             yield CombineShape(hidden_bytes, topk, is_f16)
-
-
-def align(value: int, alignment: int = ALIGNMENT) -> int:
-    """The next multiple."""
-    return -(-value // alignment) * alignment
 
 
 def copier_shape(tma: bool, max_warps: int, row_bytes: int, limit: int) -> tuple[int, int]:

@@ -12,8 +12,8 @@ import functools
 import torch
 from torch import Tensor
 
-from epjit.checks.match import check, check_aligned
-from epjit.config import MAX_LOCAL_EXPERTS, MAX_ROW_BYTES, MAX_TOPK
+from epjit.checks.match import check, check_rows
+from epjit.config import MAX_LOCAL_EXPERTS, MAX_TOPK
 from epjit.handles import Placement
 from epjit.kernels.expert_major import BlankConfig, PlaceConfig, UnpermuteConfig, permute_config
 from epjit.reference import expert_major as reference
@@ -114,7 +114,7 @@ def permute(x: Tensor, source: Tensor, ends: Tensor, *, num_topk: int) -> Tensor
     check("ends", ends, shape=("num_experts",), dtype=torch.int32, device=x.device)
     if x.device.type != "cuda":
         return reference.permute(x, source, num_topk)
-    row_bytes = _row_bytes("x", x)
+    row_bytes = check_rows("x", x)
     rows = torch.empty((source.shape[0], x.shape[1]), dtype=x.dtype, device=x.device)
     if rows.shape[0]:
         config = permute_config(row_bytes, arch_of(x.device.index))
@@ -150,7 +150,7 @@ def unpermute(rows: Tensor, row_of: Tensor) -> Tensor:
     if not on_gpu:
         return reference.unpermute(rows, row_of)
     num_tokens, num_topk = row_of.shape
-    config = UnpermuteConfig(_row_bytes("rows", rows), num_topk, rows.dtype == torch.float16)
+    config = UnpermuteConfig(check_rows("rows", rows), num_topk, rows.dtype == torch.float16)
     out = torch.empty((num_tokens, rows.shape[1]), dtype=rows.dtype, device=rows.device)
     if num_tokens:
         _launch(config, rows.device.index)(
@@ -179,7 +179,7 @@ def blank(rows: Tensor, count: Tensor) -> None:
     if rows.device.type != "cuda":
         rows[max(int(count), 0) :] = 0
     elif rows.shape[0]:
-        row_bytes = _row_bytes("rows", rows, most=None)
+        row_bytes = check_rows("rows", rows, most=None)
         _launch(BlankConfig(), rows.device.index)(
             _stream(rows.device),
             _num_sms(rows.device),
@@ -208,14 +208,3 @@ def _num_sms(device: torch.device) -> int:
 
 def _stream(device: torch.device) -> int:
     return int(torch._C._cuda_getCurrentRawStream(device.index))
-
-
-def _row_bytes(name: str, x: Tensor, *, most: int | None = MAX_ROW_BYTES) -> int:
-    row_bytes = x.shape[1] * x.element_size()
-    if row_bytes == 0 or row_bytes % 16 or (most is not None and row_bytes > most):
-        raise ValueError(
-            f"{name} has rows of {row_bytes} bytes ({x.shape[1]} x {x.dtype}); they must be a "
-            f"multiple of 16 bytes{f', at most {most}' if most is not None else ''}"
-        )
-    check_aligned(name, x)
-    return row_bytes

@@ -29,13 +29,14 @@ from epjit.kernels.internode import (
     max_slots,
     ring_slots,
 )
-from epjit.kernels.shapes import ALIGNMENT, CombineShape, DispatchShape, align
+from epjit.kernels.shapes import CombineShape, DispatchShape
 from epjit.modes.normal import SIGNALS_BYTES, Normal, combine_shape, dispatch_shape
 from epjit.runtime.group import BUFFER, Group
 from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import Transport, make_transport
+from epjit.sizes import ALIGNMENT, align
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -311,9 +312,9 @@ class Internode(Normal):
         fills_handle: bool,
     ) -> Dispatched:
         """Allocates the received rows and queues the dispatch kernel."""
-        forms = self._forms(handle.num_rows, call)
+        specs = self._specs(handle.num_rows, call)
         with scope.allocating():
-            received = Dispatched(*self._empty(forms))
+            received = Dispatched(*self._empty(specs))
         scope.start()
         values = {
             **self._inputs(call),

@@ -30,7 +30,7 @@ from epjit.kernels.intranode import (
     kernels_of,
     num_slots,
 )
-from epjit.kernels.shapes import CombineShape, DispatchShape, align
+from epjit.kernels.shapes import CombineShape, DispatchShape
 from epjit.modes.normal import (
     SIGNALS_BYTES,
     Normal,
@@ -38,12 +38,13 @@ from epjit.modes.normal import (
     dispatch_shape,
     pointer,
 )
-from epjit.runtime.empty import Form
+from epjit.runtime.empty import TensorSpec
 from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.pool import BlockPool, NoRoomError
 from epjit.runtime.stream import record_event
 from epjit.runtime.symmetric import SymmetricMemory, tensor_over
+from epjit.sizes import align
 
 if TYPE_CHECKING:
     from epjit.runtime.group import Group
@@ -255,30 +256,32 @@ class Intranode(Normal):
         what torch keeps private pools for, so under capture all outputs are torch's.
         """
         src_idx = IntranodeHandle.row_specs(num_rows) if with_src_idx else (None,)
-        forms = (*self._forms(num_rows, call), *src_idx)
+        specs = (*self._specs(num_rows, call), *src_idx)
         with scope.allocating():
             direct = launch.kernel.config.direct
-            blocks = self._empty_blocks(scope, forms) if direct else None
-            tensors = self._empty(forms) if blocks is None else blocks
+            blocks = self._empty_blocks(scope, specs) if direct else None
+            tensors = self._empty(specs) if blocks is None else blocks
         return _Outputs(Dispatched(*tensors[:4]), tensors[4], blocks is not None)
 
-    def _empty_blocks(self, scope: AnyScope, forms: Iterable[Form | None]) -> list[Any] | None:
+    def _empty_blocks(
+        self, scope: AnyScope, specs: Iterable[TensorSpec | None]
+    ) -> list[Any] | None:
         """Outputs where peers reach them, if there is room for all."""
         pool = self._pool
         if pool is None or torch.cuda.is_current_stream_capturing():
             return None
         try:
-            return [None if form is None else self._block(scope, pool, form) for form in forms]
+            return [None if spec is None else self._block(scope, pool, spec) for spec in specs]
         except NoRoomError:
             return None  # what has been taken so far goes back
 
-    def _block(self, scope: AnyScope, pool: BlockPool, form: Form) -> torch.Tensor:
+    def _block(self, scope: AnyScope, pool: BlockPool, spec: TensorSpec) -> torch.Tensor:
         """An output where peers reach it.
 
         Raises:
             NoRoomError: The pool has no block for it.
         """
-        shape, _, dtype = form
+        shape, _, dtype = spec
         # One row at least: an empty tensor comes from CuPy without strides.
         some = (max(shape[0], 1), *shape[1:])
         in_bytes = (*some[:-1], some[-1] * dtype.itemsize)

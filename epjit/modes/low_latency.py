@@ -32,14 +32,14 @@ from epjit.kernels.low_latency import (
     config_of,
     kernels_of,
 )
-from epjit.kernels.shapes import align
 from epjit.modes.base import Mode
 from epjit.runtime.device import num_sms
-from epjit.runtime.empty import Form, matrix
+from epjit.runtime.empty import TensorSpec, matrix
 from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import Transport, make_transport
+from epjit.sizes import align
 
 if TYPE_CHECKING:
     from epjit.runtime.group import Group
@@ -50,7 +50,7 @@ if TYPE_CHECKING:
 # beside them. The blocks that stay (16 of 132) move what comes after a wait of 1 ms or more.
 _WAITING_KERNELS = 8
 
-Forms = TypeVar("Forms", LowLatencySpecs, tuple[Form])
+Specs = TypeVar("Specs", LowLatencySpecs, tuple[TensorSpec])
 
 
 class _Arena:
@@ -75,7 +75,7 @@ class _Arena:
         self.total = self.words + 2 * self.words_stride * 8
 
 
-class _Plan(Generic[Forms]):
+class _Plan(Generic[Specs]):
     """How calls of one size are launched; made once for each, as they come by the thousand.
 
     Args:
@@ -104,10 +104,10 @@ class _Plan(Generic[Forms]):
         num_parts: int,
         sizes: DispatchSizes | CombineSizes,
         num_ranks: int,
-        outputs: Forms,
+        outputs: Specs,
     ) -> None:
         self.launch, self.grid = launch, grid
-        self.outputs: Forms = outputs
+        self.outputs: Specs = outputs
         self.source_tokens = 4 * sizes.num_experts * sizes.max_tokens
         self.source_rows = self.source_tokens + 4 * num_ranks
         fixed: dict[str, Any] = {
@@ -196,7 +196,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
             device=device,
         )
         self._dispatch_plans: dict[DispatchSizes, _Plan[LowLatencySpecs]] = {}
-        self._combine_plans: dict[CombineSizes, _Plan[tuple[Form]]] = {}
+        self._combine_plans: dict[CombineSizes, _Plan[tuple[TensorSpec]]] = {}
         self._clean = Launch(
             clean_kernel,
             **self._common(),
@@ -251,13 +251,12 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         """With `enable_shrink` a rank may be gone for good, so ranks do not meet."""
         if self._shrink:
             return
-        op = f"low_latency_{config.op}"
         self._group.agree(
-            f"kernels for {op}",
+            f"kernels for {config.op}",
             ", ".join([str(config), *(f"{name}={size}" for name, size in sizes.items())]),
             remedy="make the same call on all ranks, with the same environment (above all "
             f"{env.low_latency_combine_variant.name})",
-            op=op,
+            op=config.op,
         )
 
     def _configs_on(
@@ -330,7 +329,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         plan = _Plan(launch, grid, num_parts, sizes, self._group.size, outputs)
         return remember(self._dispatch_plans, sizes, plan)
 
-    def _plan_combine(self, sizes: CombineSizes) -> _Plan[tuple[Form]]:
+    def _plan_combine(self, sizes: CombineSizes) -> _Plan[tuple[TensorSpec]]:
         """A warp adds some channels at a time; with few tokens that is all it does."""
         launch = self.launch(
             LowLatencyCombineShape(

@@ -23,7 +23,7 @@ from epjit.modes.base import Mode
 from epjit.modes.layout import Layout
 from epjit.reference.intranode import no_room
 from epjit.runtime.device import num_sms
-from epjit.runtime.empty import Form, matrix, vector
+from epjit.runtime.empty import TensorSpec, matrix, vector
 from epjit.runtime.host import PinnedArray, nap
 from epjit.runtime.kernel import KernelConfig
 
@@ -102,13 +102,13 @@ class Normal(Mode[DispatchShape | CombineShape]):
     def layout(self, scope: AnyScope, call: calls.Layout) -> Counts:
         """Counts where tokens go."""
         topk_idx, num_experts = call
-        forms = (
+        specs = (
             *self._counts,
             vector(torch.int32, num_experts),
             matrix(torch.bool, topk_idx.shape[0], self._group.size),
         )
         with scope.allocating():
-            per_rank, per_rdma_rank, per_expert, in_rank = self._empty(forms)
+            per_rank, per_rdma_rank, per_expert, in_rank = self._empty(specs)
         scope.start()
         counts = (per_rank, per_rdma_rank, per_expert, in_rank)
         self._layout(scope.stream, topk_idx, counts)
@@ -139,7 +139,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
         return waits
 
     @staticmethod
-    def _forms(num_rows: int, call: Dispatch) -> tuple[Form | None, ...]:
+    def _specs(num_rows: int, call: Dispatch) -> tuple[TensorSpec | None, ...]:
         """Outputs of a dispatch of `num_rows` rows, in the order of `Dispatched`."""
         x, scales, topk_idx = call.x, call.scales, call.topk_idx
         rows = matrix(x.dtype, num_rows, x.shape[1])
@@ -181,14 +181,14 @@ class Normal(Mode[DispatchShape | CombineShape]):
     ) -> tuple[Sums, dict[str, int]]:
         """Outputs of a combine, and parameters for what it sums."""
         x, topk_weights, bias_0, bias_1, _, _ = call
-        forms = (
+        specs = (
             matrix(x.dtype, num_tokens, x.shape[1]),
             None
             if topk_weights is None
             else matrix(torch.float32, num_tokens, topk_weights.shape[1]),
         )
         with scope.allocating():
-            combined_x, combined_weights = self._empty(forms)
+            combined_x, combined_weights = self._empty(specs)
         values = {
             "x": x.data_ptr(),
             "topk_weights": pointer(topk_weights),

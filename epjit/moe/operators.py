@@ -23,7 +23,7 @@ from epjit.handles import (
 )
 from epjit.modes import expert_major as by_expert
 from epjit.moe.buffers import buffer_of, count_ranks
-from epjit.runtime.empty import Form
+from epjit.runtime.empty import TensorSpec
 
 
 def _moved(x: Tensor) -> Tensor:
@@ -60,7 +60,7 @@ def _as_handle(tensors: Any) -> Handle:
     return (IntranodeHandle if len(given) == _LEAST else InternodeHandle)(*given)
 
 
-def _new(x: Tensor, spec: Form | None) -> Any:
+def _new(x: Tensor, spec: TensorSpec | None) -> Any:
     """A tensor of this shape and dtype where `x` is; also a fake one."""
     return None if spec is None else x.new_empty(spec[0], dtype=spec[2])
 

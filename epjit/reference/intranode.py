@@ -22,6 +22,7 @@ from torch import Tensor
 from epjit.errors import CommunicationError
 from epjit.handles import Dispatched, IntranodeHandle
 from epjit.runtime.fault import Overflow
+from epjit.sizes import align
 
 Bias: TypeAlias = "Tensor | tuple[Tensor | None, Tensor | None] | None"
 
@@ -134,9 +135,7 @@ def dispatch(
     recv_expert_counts = torch.stack([each.num_tokens_per_expert for each in inputs])[
         :, first_expert : first_expert + num_local
     ].sum(dim=0, dtype=torch.int32)
-    aligned_counts = [
-        -(-count // expert_alignment) * expert_alignment for count in recv_expert_counts.tolist()
-    ]
+    aligned_counts = [align(count, expert_alignment) for count in recv_expert_counts.tolist()]
 
     num_tokens = [each.x.shape[0] for each in inputs]
     handle = IntranodeHandle(

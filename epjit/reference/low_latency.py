@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from epjit.formats import BF16, FP8, FP8_ROUND, MXFP8, NVFP4, RowFormat
+from epjit.formats import BF16, FP8, FP8_ROUND, LOGFMT_BLOCK, MXFP8, NVFP4, RowFormat
 from epjit.handles import LowLatencyDispatched, routes
 from epjit.reference.intranode import experts_per_rank
 from epjit.runtime.empty import empty_on
@@ -28,7 +28,6 @@ _FP4_MAX = 6.0
 _MIN_AMAX = 1e-4
 # Where the next magnitude of e2m1 begins; a tie goes to the neighbour with an even code.
 _E2M1_VALUES = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
-_LOGFMT_BLOCK = 128
 _LOGFMT_STEPS = 510  # between the least and the greatest code of a magnitude, 1 and 511
 _LOGFMT_RANGE = 1024  # bfloat16 patterns below the greatest that still have a code
 
@@ -293,7 +292,7 @@ def logfmt_round_trip(rows: Tensor) -> Tensor:
     Returns:
         float32 `[n, H]`; each operation is one in float32, rounded.
     """
-    blocks = (rows.shape[1] // _LOGFMT_BLOCK, _LOGFMT_BLOCK)
+    blocks = (rows.shape[1] // LOGFMT_BLOCK, LOGFMT_BLOCK)
     signed = rows.contiguous().view(torch.int16).unflatten(1, blocks)
     patterns = signed.to(torch.int32) & 0x7FFF
     highest = patterns.amax(dim=2, keepdim=True)

@@ -26,6 +26,7 @@ from typing import NamedTuple
 
 from epjit import env
 from epjit.errors import CompileError, require
+from epjit.sizes import align
 
 _FORMAT = b"epjit cubin 1"
 _LENGTHS = struct.Struct("<III")
@@ -307,7 +308,7 @@ def _read_archive(archive: Path) -> dict[str, Entry]:
             if entry is None:
                 raise ValueError(f"{archive}: {member.name} is damaged; export it again")
             found[key] = entry
-            end = member.offset_data + -(-member.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+            end = member.offset_data + align(member.size, tarfile.BLOCKSIZE)
         # Where a file is cut between two members, `tarfile` takes it for the end.
         whole.seek(end)
         if whole.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):

@@ -7,19 +7,19 @@ from typing import Any, TypeAlias
 
 import torch
 
-Form: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
+TensorSpec: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 """Shape, strides and dtype of a new tensor; plain tuples, no torch.Size."""
-Empty: TypeAlias = Callable[[Iterable[Form | None]], list[Any]]
-"""Makes a tensor that holds anything for each form, and None for each None."""
+Empty: TypeAlias = Callable[[Iterable[TensorSpec | None]], list[Any]]
+"""Makes a tensor that holds anything for each spec, and None for each None."""
 
 
-def vector(dtype: torch.dtype, length: int) -> Form:
-    """The form of a vector."""
+def vector(dtype: torch.dtype, length: int) -> TensorSpec:
+    """The spec of a vector."""
     return (length,), (1,), dtype
 
 
-def matrix(dtype: torch.dtype, num_rows: int, num_columns: int) -> Form:
-    """The form of a contiguous matrix."""
+def matrix(dtype: torch.dtype, num_rows: int, num_columns: int) -> TensorSpec:
+    """The spec of a contiguous matrix."""
     return (num_rows, num_columns), (num_columns or 1, 1), dtype
 
 
@@ -31,10 +31,10 @@ def empty_on(device: torch.device) -> Empty:
     nothing, as torch does with deterministic algorithms: for these cases there is torch's own.
     """
 
-    def by_torch(forms: Iterable[Form | None]) -> list[Any]:
+    def by_torch(specs: Iterable[TensorSpec | None]) -> list[Any]:
         return [
-            None if form is None else torch.empty_strided(*form[:2], dtype=form[2], device=device)
-            for form in forms
+            None if spec is None else torch.empty_strided(*spec[:2], dtype=spec[2], device=device)
+            for spec in specs
         ]
 
     # Private to torch, so it may be gone one day.
@@ -44,9 +44,9 @@ def empty_on(device: torch.device) -> Empty:
     index, current_device = device.index, torch._C._cuda_getDevice
     is_deterministic = torch._C._get_deterministic_algorithms
 
-    def quickly(forms: Iterable[Form | None]) -> list[Any]:
+    def quickly(specs: Iterable[TensorSpec | None]) -> list[Any]:
         if current_device() != index or is_deterministic():
-            return by_torch(forms)
-        return [None if form is None else quick(*form) for form in forms]
+            return by_torch(specs)
+        return [None if spec is None else quick(*spec) for spec in specs]
 
     return quickly

@@ -12,8 +12,7 @@ from contextlib import suppress
 from typing import Any, NamedTuple
 
 from epjit.runtime.stream import BlockedStreamError
-
-_ALIGNMENT = 128
+from epjit.sizes import ALIGNMENT, align
 
 
 class NoRoomError(Exception):
@@ -116,7 +115,7 @@ class BlockPool:
         current_stream: Callable[[], Hashable],
         record: Callable[[Any], Any | None],
     ) -> None:
-        self.nbytes = nbytes // _ALIGNMENT * _ALIGNMENT
+        self.nbytes = nbytes // ALIGNMENT * ALIGNMENT
         self._current_stream, self._record = current_stream, record
         self.pid = os.getpid()
         self._numbers = itertools.count()
@@ -141,7 +140,7 @@ class BlockPool:
                 self._returned.append(returned)
             else:
                 self._put_back(_Piece(returned.offset, returned.nbytes, returned.marks))
-        wanted = max(1, -(-nbytes // _ALIGNMENT)) * _ALIGNMENT
+        wanted = max(ALIGNMENT, align(nbytes))
         for i, (offset, size, marks) in enumerate(self._free):
             if size >= wanted:
                 rest = _Piece(offset + wanted, size - wanted, marks)

@@ -15,6 +15,7 @@ from epjit.errors import require
 from epjit.runtime import device as gpu
 from epjit.runtime import driver
 from epjit.runtime.group import Group, host_id, process_id
+from epjit.sizes import align
 
 if TYPE_CHECKING:
     import torch
@@ -218,7 +219,7 @@ class SymmetricMemory:
                 cuda.CUmemAllocationGranularity_flags.CU_MEM_ALLOC_GRANULARITY_RECOMMENDED,
             )
         )
-        return -(-self.nbytes // granularity) * granularity, properties
+        return align(self.nbytes, granularity), properties
 
     def _location(self) -> Any:
         cuda = driver.load()

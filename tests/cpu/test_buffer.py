@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import signal
-import time
 import warnings
 import weakref
 from collections.abc import Iterator
@@ -16,10 +15,10 @@ import torch
 import torch.distributed as dist
 
 import epjit
-from epjit import Buffer, CommunicationError, Config, EventHandle, EventOverlap
+from epjit import Buffer, Config, EventHandle, EventOverlap
 from tests.harness import launch
 from tests.harness.data import assert_rows_equal, payload, routing, topk_weights
-from tests.rounds.normal import Round, check_no_room, check_round, random_round
+from tests.rounds.normal import Round, check_no_room, check_round, layout_of, random_round
 from tests.scenarios import normal
 
 CPU = {"EPJIT_BACKEND": "cpu"}
@@ -36,21 +35,8 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     torch.set_default_dtype(dtype)
 
 
-class Alone:
-    """The communicator of a single rank."""
-
-    def Get_rank(self) -> int:
-        return 0
-
-    def Get_size(self) -> int:
-        return 1
-
-    def allgather(self, obj: Any) -> list[Any]:
-        return [obj]
-
-
 def alone(num_nvl_bytes: int = 1024, **options: Any) -> Buffer:
-    return Buffer(None, num_nvl_bytes, comm=Alone(), **options)
+    return Buffer(None, num_nvl_bytes, comm=launch.Alone(), **options)
 
 
 # ---- members ---------------------------------------------------------------------------
@@ -58,7 +44,7 @@ def alone(num_nvl_bytes: int = 1024, **options: Any) -> Buffer:
 
 def test_attributes_echo_the_arguments() -> None:
     """Callers compare them with what they need: rounded ones would have buffers made for ever."""
-    comm = Alone()
+    comm = launch.Alone()
     for size in (0, 128, int(1e9), 640):
         buffer = Buffer(None, size, 0, comm=comm, explicitly_destroy=size == 0)
         assert (buffer.num_nvl_bytes, buffer.num_rdma_bytes) == (size, 0)
@@ -92,7 +78,7 @@ def test_v1_keywords_are_accepted() -> None:
         use_fabric=True,
         explicitly_destroy=False,
         enable_shrink=False,
-        comm=Alone(),
+        comm=launch.Alone(),
     )
     assert buffer.runtime is not None
 
@@ -310,14 +296,9 @@ class RoundTrip(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor, buffer: Buffer
     ) -> torch.Tensor:
-        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, 2 * buffer.group_size)
+        layout = layout_of(buffer, idx, 2 * buffer.group_size)
         recv_x, _, _, _, handle, _ = buffer.dispatch(
-            x,
-            num_tokens_per_rank=per_rank,
-            is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert,
-            topk_idx=idx,
-            topk_weights=weights,
+            x, **layout, topk_idx=idx, topk_weights=weights
         )
         ctx.buffer = buffer
         ctx.save_for_backward(*handle)
@@ -464,16 +445,7 @@ def test_withheld_process() -> None:
 
 
 def withheld_thread(comm: Any) -> None:
-    buffer = Buffer(None, 1 << 20, comm=comm)
-    case = Round(num_tokens=(4, 4), num_experts=4, num_topk=2)
-    check_round(buffer, case)
-    if buffer.rank == 0:
-        with pytest.raises(CommunicationError, match="rank 1"):
-            check_round(buffer, case)
-    else:
-        time.sleep(0.5)  # so that this rank still waits in reset() when the other has given up
-    buffer.reset()
-    check_round(buffer, case)
+    normal.withheld_round(Buffer(None, 1 << 20, comm=comm), absent=1)
 
 
 def test_withheld_thread(monkeypatch: pytest.MonkeyPatch) -> None:

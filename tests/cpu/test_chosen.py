@@ -10,6 +10,7 @@ import torch
 from epjit import Buffer, Config
 from tests.harness import launch
 from tests.harness.data import payload, routing
+from tests.rounds.normal import layout_of
 
 
 @pytest.fixture(autouse=True)
@@ -31,15 +32,8 @@ def refused(body: Any, num_ranks: int = 2) -> list[str]:
 def dispatch(buffer: Buffer, hidden: int = 512, num_sms: int = 4) -> tuple[Any, ...]:
     ranks = buffer.group_size
     idx = routing("balanced", num_tokens=3, num_experts=ranks, num_topk=1, num_ranks=ranks, seed=0)
-    per_rank, per_domain, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, ranks)
-    return buffer.dispatch(
-        payload(0, 3, hidden, torch.bfloat16),
-        num_tokens_per_rank=per_rank,
-        num_tokens_per_rdma_rank=per_domain,
-        is_token_in_rank=in_rank,
-        num_tokens_per_expert=per_expert,
-        config=Config(num_sms),
-    )
+    x = payload(0, 3, hidden, torch.bfloat16)
+    return buffer.dispatch(x, **layout_of(buffer, idx, ranks), config=Config(num_sms))
 
 
 @pytest.mark.parametrize(

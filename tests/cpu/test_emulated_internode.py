@@ -6,6 +6,7 @@ when it lands.
 
 from __future__ import annotations
 
+import dataclasses
 import random
 import shutil
 from dataclasses import dataclass
@@ -22,28 +23,12 @@ from epjit.kernels.internode import (
     InternodeNotifyConfig,
 )
 from epjit.reference import internode as reference
-from epjit.reference.intranode import rooms
 from epjit.runtime import fault
-from tests.emulation import build
+from tests.emulation import build, normal
 from tests.emulation import world as emulated
 from tests.emulation.build import guarded
-from tests.emulation.world import (
-    ALIGNMENT,
-    EXPERTS_A_RANK,
-    FOREVER,
-    HIDDEN_BYTES,
-    LONG_RUNS,
-    NO_SELECTIONS,
-    check,
-    copy,
-    draw_biases,
-    draw_input,
-    draw_rows,
-    note_overflows,
-    receive,
-    stamp,
-    sums,
-)
+from tests.emulation.normal import ALIGNMENT, EXPERTS_A_RANK, HIDDEN_BYTES, OPS
+from tests.emulation.world import FOREVER, LONG_RUNS, copy, stamp
 
 pytestmark = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="needs g++")
 
@@ -108,18 +93,15 @@ class Shape:
 
     @property
     def cached(self) -> InternodeDispatchConfig:
-        return InternodeDispatchConfig(
-            num_domains=self.num_domains,
-            num_local=self.num_local,
+        return dataclasses.replace(
+            self.dispatch,
             hidden_bytes=48,
             num_scales=0,
             num_topk=0,
             topk_is_int64=True,
-            tma=self.tma,
             num_copy_warps=2,
             num_put_warps=2,
             rows_per_warp=1,
-            tokens_per_chunk=CHUNK,
         )
 
     @property
@@ -160,7 +142,7 @@ class Rank(emulated.Rank):
     staged: Tensor
 
 
-class World(emulated.World):
+class World(normal.World):
     """All ranks of a test; methods queue one operation on every rank and what it must give."""
 
     counters = 510
@@ -214,10 +196,7 @@ class World(emulated.World):
             words[epoch & 1 :: 2] = stamp(epoch, 0)
             words[(epoch - 1) & 1 :: 2] = stamp(epoch - 1, 0)
 
-    # ---- operations -----------------------------------------------------------------------------
-
     def route(self) -> Routing:
-        """New tokens and selections; notify finds out where they go."""
         return Routing(self)
 
     def common(self, rank: int, config: Any) -> dict[str, Any]:
@@ -252,36 +231,13 @@ class World(emulated.World):
         }
 
 
-class Routing:
-    """One dispatch and what follows from it: the handle of every rank, as the kernels write it."""
-
+class Routing(normal.Routing):
     def __init__(self, world: World) -> None:
-        shape = world.shape
-        self.world, self.shape = world, shape
-        self.inputs = [draw_input(world, rank, self._layout) for rank in range(shape.num_ranks)]
-        self.expected = [
-            reference.dispatch(
-                self.inputs,
-                rank,
-                shape.domains,
-                num_experts=shape.num_experts,
-                expert_alignment=ALIGNMENT,
-                num_worst_tokens=shape.num_worst_tokens,
-            )
-            for rank in range(shape.num_ranks)
-        ]
-        self.num_recv = [int(e.handle.num_received(r)) for r, e in enumerate(self.expected)]
-        self.worst = rooms(shape.num_worst_tokens, shape.num_ranks)
-        came = sum(each.is_token_in_rank.sum(dim=0) for each in self.inputs).tolist()
-        note_overflows(world, came, self.worst)
-        self.fits = [guarded(shape.num_ranks, dtype=torch.int32) for _ in range(shape.num_ranks)]
-        self.handles = [self._notify(rank) for rank in range(shape.num_ranks)]
-        world.epochs += 1
+        num_ranks = world.shape.num_ranks
+        self.fits = [guarded(num_ranks, dtype=torch.int32) for _ in range(num_ranks)]
+        super().__init__(world)
 
-    def _layout(self, idx: Tensor) -> tuple[Tensor, Tensor]:
-        return reference.layout(idx, self.shape.num_experts, self.shape.domains)[2:]
-
-    def _notify(self, rank: int) -> InternodeHandle:
+    def notify(self, rank: int) -> InternodeHandle:
         shape, world = self.shape, self.world
         own, expected = self.inputs[rank], self.expected[rank].handle
         num_tokens, num_ranks, num_domains = shape.tokens[rank], shape.num_ranks, shape.num_domains
@@ -322,9 +278,8 @@ class Routing:
             experts_per_rank=EXPERTS_A_RANK,
             expert_alignment=ALIGNMENT,
         )
-        aligned = [
-            -(-count // ALIGNMENT) * ALIGNMENT for count in expected.recv_expert_counts.tolist()
-        ]
+        selected = expected.recv_expert_counts.tolist()
+        aligned = [-(-count // ALIGNMENT) * ALIGNMENT for count in selected]
         counts = [int(expected.recv_rdma_rank_prefix_sum[-1]), *aligned]
         world.expect(rank, "counts", host_counts[1:], torch.tensor(counts))
         if not self.worst[rank]:
@@ -351,62 +306,7 @@ class Routing:
             world.expect(rank, f"channel to {n}", send_tokens[n, :length], wanted)
         return handle
 
-    def dispatch(self) -> None:
-        """Rows, scales and selections to where they were routed."""
-        shape, world = self.shape, self.world
-        for rank, (own, handle) in enumerate(zip(self.inputs, self.handles, strict=True)):
-            expected, n = self.expected[rank], self.num_recv[rank]
-            world.queue(
-                rank,
-                shape.dispatch,
-                shape.grid,
-                **self._common(rank),
-                **receive(world, rank, own, expected, n),
-                recv_src_meta=handle.recv_src_meta,
-                passing=handle.send_nvl_head,
-                num_passing=handle.num_passing,
-                fits=self.fits[rank],
-                num_send_warps=2,
-            )
-            wanted = expected.handle
-            passing = min(int(wanted.recv_rdma_rank_prefix_sum[-1]), handle.num_passing)
-            for name, length in (("recv_src_meta", n), ("send_nvl_head", passing)):
-                got = getattr(handle, name)[:length]
-                world.expect(rank, name, got, getattr(wanted, name)[:length])
-        world.epochs += 1
-
-    def cached_dispatch(self) -> None:
-        """Another payload along the same routing, without scales and selections."""
-        shape, world = self.shape, self.world
-        config = shape.cached
-        xs = [
-            copy(torch.randint(256, (n, config.hidden_bytes), generator=world.generator).byte())
-            for n in shape.tokens
-        ]
-        handles = [each.handle for each in self.expected]
-        for rank in range(shape.num_ranks):
-            expected, _ = reference.cached_dispatch(xs, None, handles, rank)
-            recv_x = guarded(*expected.shape, dtype=torch.uint8)
-            world.queue(
-                rank,
-                config,
-                shape.grid,
-                **self._common(rank),
-                **NO_SELECTIONS,
-                x=xs[rank],
-                recv_x=recv_x,
-                recv_src_meta=0,
-                passing=0,
-                num_passing=0,
-                fits=0,
-                num_send_warps=1,
-                experts_per_rank=1,
-            )
-            n = self.num_recv[rank]
-            world.expect(rank, "cached recv_x", recv_x[:n], expected[:n])
-        world.epochs += 1
-
-    def _common(self, rank: int) -> dict[str, Any]:
+    def common(self, rank: int) -> dict[str, Any]:
         handle = self.handles[rank]
         return {
             "send_head": handle.send_head,
@@ -418,28 +318,38 @@ class Routing:
             "num_recv_rows": handle.num_rows,
         }
 
-    def combine(self, *, num_biases: int = 0, num_parts: int = 1) -> None:
-        """Rows back to their owners, summed on the way and there."""
-        shape, world = self.shape, self.world
-        handles = [each.handle for each in self.expected]
-        xs, weights = draw_rows(world, [handle.num_rows for handle in handles])
-        for rank in range(shape.num_ranks):
-            bias = draw_biases(world, rank, num_biases)
-            expected = reference.combine(xs, handles, rank, shape.domains, weights, bias)
-            values, handle = self._common(rank), self.handles[rank]
-            del values["num_recv_rows"], values["send_head"]
-            world.queue(
-                rank,
-                shape.combine,
-                shape.grid,
-                **values | sums(world, rank, xs[rank], weights[rank], bias, expected),
-                recv_src_meta=handle.recv_src_meta,
-                send_domain_head=handle.send_rdma_head,
-                passing=handle.send_nvl_head,
-                num_passing=handle.num_passing,
-                num_parts=num_parts,
-            )
-        world.epochs += 1
+    def of_dispatch(self, rank: int, *, cached: bool) -> dict[str, Any]:
+        if cached:
+            names = ("recv_src_meta", "passing", "num_passing", "fits")
+            return {**dict.fromkeys(names, 0), "num_send_warps": 1}
+        handle = self.handles[rank]
+        return {
+            "recv_src_meta": handle.recv_src_meta,
+            "passing": handle.send_nvl_head,
+            "num_passing": handle.num_passing,
+            "fits": self.fits[rank],
+            "num_send_warps": 2,
+        }
+
+    def expect_handle(self, rank: int) -> None:
+        handle, expected = self.handles[rank], self.expected[rank].handle
+        passing = min(int(expected.recv_rdma_rank_prefix_sum[-1]), handle.num_passing)
+        for name, length in (("recv_src_meta", self.num_recv[rank]), ("send_nvl_head", passing)):
+            got, wanted = getattr(handle, name), getattr(expected, name)
+            self.world.expect(rank, name, got[:length], wanted[:length])
+
+    def of_combine(self, rank: int) -> dict[str, Any]:
+        handle = self.handles[rank]
+        return {
+            "send_tokens": handle.send_tokens,
+            "channel_tokens": handle.channel_tokens,
+            "passing_prefix": handle.recv_rdma_rank_prefix_sum,
+            "rank_prefix": handle.recv_gbl_rank_prefix_sum,
+            "recv_src_meta": handle.recv_src_meta,
+            "send_domain_head": handle.send_rdma_head,
+            "passing": handle.send_nvl_head,
+            "num_passing": handle.num_passing,
+        }
 
 
 VARIANTS = pytest.mark.parametrize("tma", [True, False], ids=["tma", "ldst"])
@@ -458,9 +368,7 @@ def test_one_round(cut: tuple[int, int], tma: bool) -> None:
     shape = Shape(*cut, tma=tma, tokens=tokens_of(cut[0] * cut[1]))
     for seed in range(3):
         world = World(shape, seed=seed)
-        routing = world.route()
-        routing.dispatch()
-        routing.combine()
+        world.one_round()
         world.run(seed)
 
 
@@ -474,16 +382,7 @@ def test_operations_follow_each_other(cut: tuple[int, int], tma: bool) -> None:
     shape = Shape(*cut, tma=tma, tokens=tokens_of(cut[0] * cut[1]))
     for seed in range(3):
         world = World(shape, seed=seed)
-        first = world.route()
-        first.dispatch()
-        first.combine(num_biases=2, num_parts=3)
-        second = world.route()
-        first.cached_dispatch()
-        second.dispatch()
-        second.cached_dispatch()
-        first.combine(num_biases=1)
-        second.combine(num_parts=2)
-        second.dispatch()
+        world.follow_each_other()
         world.run(seed)
 
 
@@ -500,9 +399,7 @@ def test_any_size_of_the_buffers(slots: int, ring_slots: int, cut: tuple[int, in
             ring_slots=ring_slots,
         )
         world = World(shape, seed=seed)
-        routing = world.route()
-        routing.dispatch()
-        routing.combine(num_parts=1 + seed % 2)
+        routing = world.one_round(num_parts=1 + seed % 2)
         routing.dispatch()
         world.run(seed)
 
@@ -514,9 +411,7 @@ def test_domains_that_wait_for_each_other() -> None:
             4, 1, tokens=(60, 47, 0, 55), ring_slots=4, grid=2 + seed % 3, hole=0.5, num_topk=2
         )
         world = World(shape, seed=seed)
-        routing = world.route()
-        routing.dispatch()
-        routing.combine()
+        routing = world.one_round()
         routing.combine(num_parts=2)
         world.run(seed)
 
@@ -525,9 +420,7 @@ def test_hundreds_of_windows() -> None:
     """More windows than a word's eight bits tell apart."""
     shape = Shape(2, 1, tokens=(1100, 1040), ring_slots=4, slots=2)
     world = World(shape, seed=0)
-    routing = world.route()
-    routing.dispatch()
-    routing.combine()
+    world.one_round()
     world.run(0)
 
 
@@ -537,9 +430,7 @@ def test_larger_groups(cut: tuple[int, int]) -> None:
     rng = random.Random(num_ranks)
     tokens = tuple(rng.choice([0, 1, 7, 18]) for _ in range(num_ranks))
     world = World(Shape(*cut, tokens=tokens, ring_slots=8), seed=num_ranks)
-    routing = world.route()
-    routing.dispatch()
-    routing.combine(num_biases=1)
+    world.one_round(num_biases=1)
     world.run(num_ranks)
 
 
@@ -548,9 +439,7 @@ def test_larger_groups(cut: tuple[int, int]) -> None:
 def test_few_tokens(tokens: tuple[int, ...], tma: bool) -> None:
     for grid in (2, 4):
         world = World(Shape(tma=tma, tokens=tokens, grid=grid), seed=grid)
-        routing = world.route()
-        routing.dispatch()
-        routing.combine(num_biases=1, num_parts=8)
+        world.one_round(num_biases=1, num_parts=8)
         world.run(grid)
 
 
@@ -558,9 +447,7 @@ def test_few_tokens(tokens: tuple[int, ...], tma: bool) -> None:
 def test_holes_and_a_hot_expert(hole: float) -> None:
     for seed in range(2):
         world = World(Shape(hole=hole, hot=True, ring_slots=4, slots=4), seed=seed)
-        routing = world.route()
-        routing.dispatch()
-        routing.combine()
+        world.one_round()
         world.run(seed)
 
 
@@ -568,9 +455,7 @@ def test_ranks_of_a_domain_need_not_follow_each_other() -> None:
     for cut in ((2, 2), (2, 3)):
         shape = Shape(*cut, shuffled=True, tokens=tokens_of(cut[0] * cut[1]))
         world = World(shape, seed=1)
-        routing = world.route()
-        routing.dispatch()
-        routing.combine(num_biases=1)
+        world.one_round(num_biases=1)
         world.run(1)
 
 
@@ -624,9 +509,7 @@ def test_signals_of_long_ago(epoch: int, stale: int) -> None:
         shape = Shape(tokens=(38, 51, 33, 45), slots=4, ring_slots=4)
         world = World(shape, seed=seed)
         world.start_at(epoch, stale=stale)
-        routing = world.route()
-        routing.dispatch()
-        routing.combine()
+        routing = world.one_round()
         routing.cached_dispatch()
         world.run(seed, delay={seed: 2000})
 
@@ -634,22 +517,15 @@ def test_signals_of_long_ago(epoch: int, stale: int) -> None:
 def test_int32_indices_and_half_precision() -> None:
     for seed in range(2):
         world = World(Shape(topk_is_int64=False, is_f16=True), seed=seed)
-        routing = world.route()
-        routing.dispatch()
-        routing.combine(num_biases=2)
+        world.one_round(num_biases=2)
         world.run(seed)
 
 
 @pytest.mark.parametrize("late", range(4))
 def test_delayed_rank(late: int) -> None:
     world = World(Shape(), seed=late)
-    routing = world.route()
-    routing.dispatch()
-    routing.combine()
+    world.one_round()
     world.run(late, delay={late: 20_000})
-
-
-OPS = ("notify", "dispatch", "combine")
 
 
 @pytest.mark.parametrize("missing", [(2,), (2, 3)], ids=["one rank", "a domain"])
@@ -657,31 +533,8 @@ OPS = ("notify", "dispatch", "combine")
 def test_withheld_rank_leaves_fault_records(stops_before: str, missing: tuple[int, ...]) -> None:
     """The others end, say whom they missed, and work again after a reset."""
     world = World(Shape(tokens=(30, 30, 30, 30)), seed=1, timeout_ns=2_000_000)
-    routing = world.route()
-    routing.dispatch()
-    routing.combine()
-    for rank in missing:
-        launches = world.ranks[rank].launches
-        del launches[[launch.config.op for launch in launches].index(stops_before) :]
-    world.run(1, compare=False)
-    for rank, memory in enumerate(world.ranks):
-        state, _tag, own, peer, _, expected, seen, epoch = memory.fault[:8].tolist()
-        if rank in missing:
-            assert state == 0
-            continue
-        assert (state, own) == (1, rank)
-        assert stops_before in fault.decode(memory.fault[:8].tolist()).op
-        assert peer in missing  # also where a rank waits for one that itself waits
-        assert expected != seen
-        assert epoch == OPS.index(stops_before) + 1
-        assert memory.local[511] == 1
-
-    world.reset()
-    world.timeout_ns = FOREVER
-    routing = world.route()
-    routing.dispatch()
-    routing.combine()
-    world.run(1)
+    for record in world.run_without(missing, stops_before):
+        assert stops_before in fault.decode(record).op
 
 
 @pytest.mark.parametrize("late", [200_000, 700_000, 2_000_000])
@@ -689,18 +542,9 @@ def test_rank_that_comes_after_the_timeout(late: int) -> None:
     """All ranks end, none writes where it should not, and those without a fault are right."""
     for seed in range(4):
         world = World(Shape(tokens=(30, 30, 30, 30)), seed=seed, timeout_ns=1_500_000)
-        routing = world.route()
-        routing.dispatch()
-        routing.combine()
-        routing.cached_dispatch()
+        world.one_round().cached_dispatch()
         world.run(seed, delay={seed % 4: late}, compare=False)
-        for memory in world.ranks:
-            assert memory.fault[0] in (0, 1)
-            assert (memory.fault[0] == 1) == (memory.local[511] == 1)
-            if memory.fault[0] == 0:
-                check(memory.checks)
-        if late == 2_000_000:
-            assert any(memory.fault[0] == 1 for memory in world.ranks)
+        assert world.check_the_faultless() or late < 2_000_000
 
 
 @pytest.mark.parametrize("first_seed", range(0, 24, 8))
@@ -722,25 +566,5 @@ def test_random_histories(first_seed: int) -> None:
             hot=rng.random() < 0.3,
             num_worst_tokens=rng.choice([0, 0, 600]),
         )
-        late = {rng.randrange(num_ranks): rng.randrange(30000)} if rng.random() < 0.3 else {}
-        world = World(shape, seed=seed)
-        routes = [world.route()]
-        routes[0].dispatch()
-        for _ in range(rng.randrange(1, 5)):
-            op = rng.choice(["route", "dispatch", "combine", "cached"])
-            route = rng.choice(routes)
-            if op == "route":
-                routes.append(world.route())
-                routes[-1].dispatch()
-            elif op == "dispatch":
-                route.dispatch()
-            elif op == "cached" and num_ranks <= 4:  # fewer kernels to compile
-                route.cached_dispatch()
-            else:
-                route.combine(num_biases=rng.randrange(3), num_parts=rng.randrange(1, 4))
-        world.run(
-            seed,
-            delay=late,
-            yield_percent=rng.choice([0, 20, 60]),
-            basic_blocks=rng.choice([0, 30, 200, 1000]),
-        )
+        cached = num_ranks <= 4  # fewer kernels to compile
+        World(shape, seed=seed).random_history(rng, seed, cached=cached)

@@ -79,14 +79,16 @@ class Shape:
         return self.num_ranks * self.experts_a_rank
 
     @property
+    def sizes(self) -> dict[str, Any]:
+        """What dispatch and combine are compiled for alike."""
+        names = ("num_ranks", "num_experts", "hidden", "num_topk", "topk_is_int64")
+        return {name: getattr(self, name) for name in names}
+
+    @property
     def dispatch(self) -> LowLatencyDispatchConfig:
         return LowLatencyDispatchConfig(
-            num_ranks=self.num_ranks,
-            num_experts=self.num_experts,
-            hidden=self.hidden,
+            **self.sizes,
             format=self.row_format.code,
-            num_topk=self.num_topk,
-            topk_is_int64=self.topk_is_int64,
             num_warps=self.num_warps,
             remote=self.remote,
         )
@@ -94,20 +96,9 @@ class Shape:
     @property
     def combine(self) -> LowLatencyCombineConfig | LowLatencyReducedCombineConfig:
         if self.variant == "reduced" and not self.logfmt:
-            return LowLatencyReducedCombineConfig(
-                num_ranks=self.num_ranks,
-                num_experts=self.num_experts,
-                hidden=self.hidden,
-                num_topk=self.num_topk,
-                topk_is_int64=self.topk_is_int64,
-                num_warps=self.num_warps,
-            )
+            return LowLatencyReducedCombineConfig(**self.sizes, num_warps=self.num_warps)
         return LowLatencyCombineConfig(
-            num_ranks=self.num_ranks,
-            num_experts=self.num_experts,
-            hidden=self.hidden,
-            num_topk=self.num_topk,
-            topk_is_int64=self.topk_is_int64,
+            **self.sizes,
             logfmt=self.logfmt,
             tma=self.variant == "tma" and not self.logfmt,
             num_warps=self.num_warps + 1,
@@ -287,36 +278,17 @@ class Routing:
                 out=_guarded_outputs(shape, len(own.x)),
             )
             stats = guarded(shape.experts_a_rank, dtype=torch.int32, fill=0)
-            for phases in ((True, False), (False, True)) if split else ((True, True),):
-                world.queue(
-                    rank,
-                    shape.dispatch,
-                    shape.grid,
-                    x=own.x,
-                    topk_idx=own.topk_idx,
-                    global_scale=own.global_scale,
-                    recv_x=outputs.recv_x,
-                    recv_scales=outputs.recv_scales,
-                    recv_count=outputs.recv_count,
-                    src_info=outputs.src_info,
-                    layout_range=outputs.layout_range,
-                    **_routes(outputs.src_info, shape),
-                    recv_stats=stats,
-                    wait_cost=None,
-                    num_tokens=len(own.x),
-                    num_parts=shape.num_parts,
-                    sends=phases[0],
-                    receives=phases[1],
-                )
+            values = {**outputs._asdict(), "x": own.x, "global_scale": own.global_scale}
+            values |= {"recv_stats": stats, **_routes(outputs.src_info, shape)}
+            self._queue(rank, shape.dispatch, split, values)
             world.keep.append((outputs, expected))
-            checks = world.ranks[rank].checks
             for name, got, wanted in zip(outputs._fields, outputs, expected, strict=True):
                 if got is not None:
-                    checks.append((f"rank {rank}: {name}", got, wanted))
+                    world.expect(rank, name, got, wanted)
             got_routes, routes = (_routes(each.src_info, shape) for each in (outputs, expected))
             for name in routes:
-                checks.append((f"rank {rank}: {name}", got_routes[name], routes[name]))
-            checks.append((f"rank {rank}: stats", stats, expected.recv_count))
+                world.expect(rank, name, got_routes[name], routes[name])
+            world.expect(rank, "stats", stats, expected.recv_count)
             results.append(expected)
         return results
 
@@ -363,23 +335,27 @@ class Routing:
                 masked=masked,
             )
             out = guarded(len(own.x), shape.hidden, dtype=torch.bfloat16)
-            for phases in ((True, False), (False, True)) if split else ((True, True),):
-                world.queue(
-                    rank,
-                    shape.combine,
-                    shape.grid,
-                    x=given[rank],
-                    topk_idx=own.topk_idx,
-                    topk_weights=self.weights[rank],
-                    **_routes(dispatched[rank].src_info, shape),
-                    out=out,
-                    wait_cost=None,
-                    num_tokens=len(own.x),
-                    num_parts=shape.num_parts,
-                    sends=phases[0],
-                    receives=phases[1],
-                )
-            world.ranks[rank].checks.append((f"rank {rank}: combined", out, expected))
+            values = {"x": given[rank], "topk_weights": self.weights[rank], "out": out}
+            values |= _routes(dispatched[rank].src_info, shape)
+            self._queue(rank, shape.combine, split, values)
+            world.expect(rank, "combined", out, expected)
+
+    def _queue(self, rank: int, config: Any, split: bool, values: dict[str, Any]) -> None:
+        """One operation, as one launch or as one that sends and one that receives."""
+        shape, own = self.shape, self.inputs[rank]
+        for sends, receives in ((True, False), (False, True)) if split else ((True, True),):
+            self.world.queue(
+                rank,
+                config,
+                shape.grid,
+                **values,
+                topk_idx=own.topk_idx,
+                wait_cost=None,
+                num_tokens=len(own.x),
+                num_parts=shape.num_parts,
+                sends=sends,
+                receives=receives,
+            )
 
 
 def _guarded_outputs(shape: Shape, num_tokens: int) -> LowLatencyDispatched:

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import signal
-import time
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
 
-from epjit import Buffer, CommunicationError, Config
+from epjit import Buffer, Config
 from epjit.runtime.topology import Topology
 from tests.harness import launch
 from tests.harness.data import ROUTING_KINDS
-from tests.rounds.normal import Round, check_no_room, check_round, random_round
+from tests.rounds.normal import Round, check_no_room, check_round, layout_of, random_round
 from tests.scenarios import internode, normal
 
 CPU = {"EPJIT_BACKEND": "cpu"}
@@ -141,16 +140,10 @@ def test_members() -> None:
         assert buffer.get_local_buffer_tensor(torch.int16, use_rdma_buffer=True)[-1] == 0x0707
         idx = torch.tensor([[0, 3], [2, -1]])
         x = torch.ones((2, 16), dtype=torch.bfloat16)
-        per_rank, per_domain, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, 4)
-        assert per_domain is not None
+        layout = layout_of(buffer, idx, 4)
+        per_domain = layout["num_tokens_per_rdma_rank"]
         assert (per_domain.dtype, per_domain.tolist()) == (torch.int32, [1, 2])
-        recv_x, _, _, counts, handle, _ = buffer.internode_dispatch(
-            x,
-            num_tokens_per_rank=per_rank,
-            num_tokens_per_rdma_rank=per_domain,
-            is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert,
-        )
+        recv_x, _, _, counts, handle, _ = buffer.internode_dispatch(x, **layout)
         assert isinstance(handle, tuple)
         assert len(handle) == 10
         assert counts == [4 if rank != 1 else 0]
@@ -191,14 +184,7 @@ def make_handle(buffer: Buffer, seed: int) -> tuple[torch.Tensor, torch.Tensor, 
     generator = torch.Generator().manual_seed(seed + buffer.rank)
     idx = torch.randint(8, (6, 2), generator=generator)
     x = torch.ones((6, 16), dtype=torch.bfloat16)
-    per_rank, per_domain, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, 8)
-    recv_x, _, _, _, handle, _ = buffer.dispatch(
-        x,
-        num_tokens_per_rank=per_rank,
-        num_tokens_per_rdma_rank=per_domain,
-        is_token_in_rank=in_rank,
-        num_tokens_per_expert=per_expert,
-    )
+    recv_x, _, _, _, handle, _ = buffer.dispatch(x, **layout_of(buffer, idx, 8))
     assert isinstance(recv_x, torch.Tensor)
     return x, recv_x, handle
 
@@ -221,32 +207,18 @@ def test_counts_that_contradict_the_routing() -> None:
     def worker(comm: Any) -> None:
         buffer = Buffer(None, 1 << 20, 1 << 20, comm=comm, nvlink_domain=1)
         idx = torch.tensor([[0, 1]])
-        per_rank, per_domain, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, 2)
-        assert per_domain is not None
+        layout = layout_of(buffer, idx, 2)
+        layout["num_tokens_per_rdma_rank"] = layout["num_tokens_per_rdma_rank"] * 2
         text = r"num_tokens_per_rdma_rank=\[2, 2\] contradicts.*\[1, 1\]"
         with pytest.raises(ValueError, match=text):
-            buffer.dispatch(
-                torch.ones((1, 16), dtype=torch.bfloat16),
-                num_tokens_per_rank=per_rank,
-                num_tokens_per_rdma_rank=per_domain * 2,
-                is_token_in_rank=in_rank,
-                num_tokens_per_expert=per_expert,
-            )
+            buffer.dispatch(torch.ones((1, 16), dtype=torch.bfloat16), **layout)
 
     launch.run_threads(worker, 2)
 
 
 def withheld_thread(comm: Any) -> None:
     buffer = Buffer(None, 1 << 20, 1 << 20, comm=comm, nvlink_domain=2)
-    case = Round((4,) * 4, num_experts=4, num_topk=2)
-    check_round(buffer, case)
-    if buffer.rank != 3:
-        with pytest.raises(CommunicationError, match="rank 3"):
-            check_round(buffer, case)
-    else:
-        time.sleep(0.5)  # so that this rank still waits in reset() when the others have given up
-    buffer.reset()
-    check_round(buffer, case)
+    normal.withheld_round(buffer, absent=3)
 
 
 def test_withheld_thread(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -354,14 +326,8 @@ def test_sums_are_rounded_in_each_domain() -> None:
     def worker(comm: Any, nvlink_domain: int, want: float) -> None:
         buffer = Buffer(None, 1 << 20, 1 << 20, comm=comm, nvlink_domain=nvlink_domain)
         idx = torch.arange(4).repeat(2, 1)
-        per_rank, per_domain, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, 4)
-        _, _, _, _, handle, _ = buffer.dispatch(
-            torch.ones((2, 8), dtype=torch.bfloat16),
-            num_tokens_per_rank=per_rank,
-            num_tokens_per_rdma_rank=per_domain,
-            is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert,
-        )
+        x = torch.ones((2, 8), dtype=torch.bfloat16)
+        _, _, _, _, handle, _ = buffer.dispatch(x, **layout_of(buffer, idx, 4))
         assert handle is not None
         value = (256.0, 1.0, -256.0, 0.0)[buffer.rank]  # 257 is no bfloat16
         combined, _, _ = buffer.combine(torch.full((8, 8), value, dtype=torch.bfloat16), handle)

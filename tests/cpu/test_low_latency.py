@@ -40,19 +40,6 @@ def cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPJIT_BACKEND", "cpu")
 
 
-class Alone:
-    """The communicator of a single rank."""
-
-    def Get_rank(self) -> int:
-        return 0
-
-    def Get_size(self) -> int:
-        return 1
-
-    def allgather(self, obj: Any) -> list[Any]:
-        return [obj]
-
-
 def make(comm: Any, num_rdma_bytes: int = ROOM, **options: Any) -> Buffer:
     return Buffer(None, 0, num_rdma_bytes, low_latency_mode=True, comm=comm, **options)
 
@@ -291,7 +278,7 @@ def test_gradients_are_not_recorded() -> None:
         assert not combined.requires_grad
         assert_rows_equal(combined, x, "combined_x")
 
-    body(make(Alone()))
+    body(make(launch.Alone()))
 
 
 # ---- members ---------------------------------------------------------------------------
@@ -307,7 +294,7 @@ def test_attributes_and_memory() -> None:
         allow_nvlink_for_low_latency_mode=True,
         allow_mnnvl=True,
         enable_shrink=True,
-        comm=Alone(),
+        comm=launch.Alone(),
     )
     assert (buffer.num_nvl_bytes, buffer.num_rdma_bytes) == (256, 4096)
     assert (buffer.low_latency_mode, buffer.enable_shrink) == (True, True)
@@ -324,7 +311,7 @@ def test_attributes_and_memory() -> None:
 
 def test_send_buffer_is_part_of_the_memory() -> None:
     """As V1's: a view into the exposed buffer, for index assignment."""
-    buffer = make(Alone(), 1 << 20)
+    buffer = make(launch.Alone(), 1 << 20)
     idx = torch.zeros((3, 1), dtype=torch.int64)
     handle = buffer.low_latency_dispatch(
         payload(0, 3, 128, torch.bfloat16), idx, 4, 2, use_fp8=False
@@ -339,7 +326,7 @@ def test_send_buffer_is_part_of_the_memory() -> None:
 
 def test_event_and_hook_are_none_unless_asked_for() -> None:
     """TRT-LLM asserts it; the event keeps the tensors of the call alive."""
-    buffer = make(Alone())
+    buffer = make(launch.Alone())
     x, idx = payload(0, 4, 128, torch.bfloat16), torch.zeros((4, 1), dtype=torch.int64)
     recv_x, count, handle, event, hook = buffer.low_latency_dispatch(x, idx, 4, 1)
     assert event.event is None
@@ -381,7 +368,7 @@ def test_dispatch_takes_its_inputs_at_the_call() -> None:
 
 
 def test_one_operation_waits_for_its_hook() -> None:
-    buffer = make(Alone(), enable_shrink=True)
+    buffer = make(launch.Alone(), enable_shrink=True)
     x, idx = payload(0, 4, 128, torch.bfloat16), torch.zeros((4, 1), dtype=torch.int64)
     weights = torch.ones((4, 1), dtype=torch.float32)
 
@@ -414,7 +401,7 @@ def test_one_operation_waits_for_its_hook() -> None:
 
 def test_hook_from_another_thread() -> None:
     """As vLLM's micro-batches do."""
-    buffer = make(Alone())
+    buffer = make(launch.Alone())
     idx = torch.zeros((4, 1), dtype=torch.int64)
     _, count, _, _, hook = buffer.low_latency_dispatch(
         payload(0, 4, 128, torch.bfloat16), idx, 4, 1, return_recv_hook=True
@@ -430,7 +417,7 @@ def test_calls_from_fresh_threads() -> None:
 
 
 def test_destroy() -> None:
-    buffer = make(Alone(), explicitly_destroy=True)
+    buffer = make(launch.Alone(), explicitly_destroy=True)
     idx = torch.zeros((4, 1), dtype=torch.int64)
     *_, hook = buffer.low_latency_dispatch(
         payload(0, 4, 128, torch.bfloat16), idx, 4, 1, return_recv_hook=True
@@ -444,7 +431,7 @@ def test_the_last_reference_frees() -> None:
     """At once, without the cyclic collector, once hook and results are gone."""
     gc.disable()
     try:
-        buffer = make(Alone())
+        buffer = make(launch.Alone())
         idx = torch.zeros((4, 1), dtype=torch.int64)
         results = buffer.low_latency_dispatch(
             payload(0, 4, 128, torch.bfloat16), idx, 4, 1, return_recv_hook=True
@@ -458,7 +445,7 @@ def test_the_last_reference_frees() -> None:
 
 
 def test_warmup_is_accepted() -> None:
-    make(Alone()).low_latency_warmup(128, 7168, 256, num_topk=8, quantization="nvfp4")
+    make(launch.Alone()).low_latency_warmup(128, 7168, 256, num_topk=8, quantization="nvfp4")
 
 
 # ---- masks -----------------------------------------------------------------------------
@@ -583,7 +570,7 @@ def test_withheld_clean(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_routes_survive_a_view() -> None:
     """The handle's tensor keeps what lies behind it, also on the way through autograd."""
-    buffer = make(Alone())
+    buffer = make(launch.Alone())
     idx = torch.tensor([[1, 0], [0, -1]])
     *_, handle, _, _ = buffer.low_latency_dispatch(payload(0, 2, 128, torch.bfloat16), idx, 2, 2)
     tokens, rows = routes(handle[0].detach(), num_ranks=1)
@@ -595,7 +582,7 @@ def test_routes_survive_a_view() -> None:
 def test_checks_remember_only_what_passed(monkeypatch: pytest.MonkeyPatch) -> None:
     """The second of equal calls is not checked in full; one that differs anywhere is."""
     monkeypatch.setattr(match, "MOST_REMEMBERED", 8)  # and forgetting is harmless
-    buffer = make(Alone())
+    buffer = make(launch.Alone())
     x = payload(0, 4, 512, torch.bfloat16)
     idx, weights = torch.tensor([[0, 1]] * 4), torch.ones(4, 2)
     y, out = torch.zeros((2, 4, 512), dtype=torch.bfloat16), torch.empty_like(x)

@@ -192,7 +192,7 @@ def test_dequantized_is_close(row_format: RowFormat) -> None:
 def test_dequantize_is_the_formula(row_format: RowFormat) -> None:
     """Of every code, one float32 operation after the other, in slabs with strides of a dispatch."""
     hidden, block, g = 1024, row_format.block, torch.tensor([0.3])
-    rows, scales = empty_on(torch.device("cpu"))(row_format.forms(2, 3, hidden))
+    rows, scales = empty_on(torch.device("cpu"))(row_format.specs(2, 3, hidden))
     assert scales is not None
     codes = torch.arange(rows.view(torch.uint8).numel()) % 256
     rows.view(torch.uint8).copy_(codes.view(rows.shape))
@@ -260,7 +260,7 @@ def test_row_formats_say_their_sizes() -> None:
 @pytest.mark.parametrize("row_format", FORMATS, ids=lambda each: each.name)
 def test_allocated_strides(row_format: RowFormat) -> None:
     """DeepGEMM reads scales channel block by channel block; the block formats are row by row."""
-    x, scales = empty_on(torch.device("cpu"))(row_format.forms(3, 20, 1024))
+    x, scales = empty_on(torch.device("cpu"))(row_format.specs(3, 20, 1024))
     assert x.is_contiguous()
     assert x.shape == (3, 20, row_format.num_columns(1024))
     if scales is None:

@@ -13,6 +13,7 @@ import torch
 from epjit import Buffer, Config, EventHandle
 from epjit.numbers import MOST_SECONDS, as_int, as_seconds
 from epjit.runtime.group import ThreadGroup
+from tests.rounds.normal import layout_of
 
 KINDS: dict[str, Callable[[int], Any]] = {
     "numpy": np.int32,
@@ -43,12 +44,9 @@ def make(number: Callable[[int], Any] = int, **options: Any) -> Buffer:
 
 def dispatch(buffer: Buffer, number: Callable[[int], Any] = int, **options: Any) -> tuple[Any, ...]:
     idx, weights = torch.tensor([[0], [1], [0]]), torch.ones((3, 1))
-    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, number(2))
     return buffer.dispatch(
         torch.ones((3, 16), dtype=torch.bfloat16),
-        num_tokens_per_rank=per_rank,
-        is_token_in_rank=in_rank,
-        num_tokens_per_expert=per_expert,
+        **layout_of(buffer, idx, number(2)),
         topk_idx=idx,
         topk_weights=weights,
         config=Config(number(4), number(6), number(256)),

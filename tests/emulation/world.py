@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
@@ -12,32 +12,11 @@ import torch
 from torch import Tensor
 
 from epjit.config import MAX_RANKS
-from epjit.handles import Dispatched
-from epjit.reference.intranode import RankInput
-from epjit.runtime import fault
 from epjit.runtime.params import field_types, params_type
 from tests.emulation import build
 from tests.emulation.build import Launch, emulate, guarded
 
 FOREVER = 10**15  # a timeout in emulated nanoseconds that no test reaches
-# Of the normal mode.
-ALIGNMENT = 4  # of the counts that the host gets
-HIDDEN_BYTES = 160  # not a multiple of what a warp moves at once
-EXPERTS_A_RANK = 3
-NO_SELECTIONS = dict.fromkeys(
-    (
-        "scales",
-        "scale_token_stride",
-        "scale_stride",
-        "topk_idx",
-        "topk_weights",
-        "recv_scales",
-        "recv_topk_idx",
-        "recv_topk_weights",
-    ),
-    0,
-)
-"""Parameters of a cached dispatch."""
 
 
 @dataclass(kw_only=True)
@@ -187,128 +166,6 @@ def _int32(value: int) -> int:
 LONG_RUNS = ((2**31 - 1000, 3), (2**31 + 1000, 3), (3 * 2**30, 3), (2**32 + 1000, 2000))
 LONG_RUNS += ((2**32 + 2**31 - 1000, 2**31 + 5), (2**32 - 2, 2000))
 """Operations so far, and the last one that told what only some tell: see `World.start_at`."""
-
-
-def draw_input(
-    world: World, rank: int, layout: Callable[[Tensor], tuple[Tensor, Tensor]]
-) -> RankInput:
-    """New tokens and selections of a rank in the normal mode.
-
-    Args:
-        world: Whose shape and generator say what.
-        rank: Whose.
-        layout: From selections, the count of each expert, and whether a token goes to a rank.
-    """
-    shape, generator, num_tokens = world.shape, world.generator, world.shape.tokens[rank]
-    chosen = torch.rand(num_tokens, shape.num_experts, generator=generator)
-    idx = chosen.topk(min(shape.num_topk, shape.num_experts)).indices
-    if shape.hot and num_tokens:
-        idx[:, 0] = 0
-    idx[torch.rand(idx.shape, generator=generator) < shape.hole] = -1
-    idx = copy(idx.to(torch.int64 if shape.topk_is_int64 else torch.int32))
-    per_expert, in_rank = layout(idx)
-    columns = torch.arange(HIDDEN_BYTES // 4)
-    x = guarded(num_tokens, len(columns), dtype=torch.int32)
-    x.copy_((rank << 24) + (torch.arange(num_tokens).view(-1, 1) << 8) + columns)
-    # Column-major, as quantising kernels leave them.
-    scales = guarded(shape.num_scales, num_tokens, dtype=torch.float32)
-    scales.copy_(torch.rand(scales.shape, generator=generator))
-    return RankInput(
-        x=x,
-        scales=scales.t(),
-        topk_idx=idx,
-        topk_weights=copy(torch.rand(idx.shape, generator=generator)),
-        is_token_in_rank=copy(in_rank),
-        num_tokens_per_expert=per_expert,
-    )
-
-
-def receive(
-    world: World, rank: int, own: RankInput, expected: Dispatched, num_recv: int
-) -> dict[str, Any]:
-    """Outputs of a dispatch and what they must be; the parameters for what it moves."""
-    shape, num_rows = world.shape, expected.recv_x.shape[0]
-    assert own.scales is not None
-    assert own.topk_idx is not None
-    recv_x = guarded(num_rows, HIDDEN_BYTES // 4, dtype=torch.int32)
-    recv_scales = guarded(num_rows, shape.num_scales, dtype=torch.float32)
-    recv_idx = guarded(num_rows, shape.num_topk, dtype=own.topk_idx.dtype)
-    recv_weights = guarded(num_rows, shape.num_topk, dtype=torch.float32)
-    for what, got, wanted, n in (
-        ("recv_x", recv_x, expected.recv_x, num_recv),
-        ("recv_scales", recv_scales, expected.recv_scales, num_recv),
-        ("recv_topk_weights", recv_weights, expected.recv_topk_weights, num_recv),
-        ("recv_topk_idx", recv_idx, expected.recv_topk_idx, num_rows),
-    ):
-        assert wanted is not None
-        world.expect(rank, what, got[:n], wanted[:n])
-    return {
-        "x": own.x,
-        "scales": own.scales,
-        "scale_token_stride": own.scales.stride(0),
-        "scale_stride": own.scales.stride(1),
-        "topk_idx": own.topk_idx,
-        "topk_weights": own.topk_weights,
-        "recv_x": recv_x,
-        "recv_scales": recv_scales,
-        "recv_topk_idx": recv_idx,
-        "recv_topk_weights": recv_weights,
-        "experts_per_rank": EXPERTS_A_RANK,
-    }
-
-
-def note_overflows(world: World, came: Sequence[int], rooms: Sequence[int]) -> None:
-    """Reports of the ranks that have less room than rows come; rooms of 0 are enough."""
-    tag = next(tag for tag, what in fault.tags().items() if what == ("dispatch", "rows come to"))
-    for rank, (rows, room) in enumerate(zip(came, rooms, strict=True)):
-        if 0 < room < rows:
-            world.overflows.setdefault(rank, [tag, room, rows])
-
-
-def draw_rows(world: World, num_rows: Sequence[int]) -> tuple[list[Tensor], list[Tensor]]:
-    """What each rank gives to a combine: rows and weights."""
-    shape, generator = world.shape, world.generator
-    xs = [_random_rows(world, n) for n in num_rows]
-    return xs, [copy(torch.rand(n, shape.num_topk, generator=generator)) for n in num_rows]
-
-
-def draw_biases(world: World, rank: int, num_biases: int) -> tuple[Tensor | None, Tensor | None]:
-    """Up to two biases for the tokens of a rank."""
-    drawn = [_random_rows(world, world.shape.tokens[rank]) for _ in range(num_biases)]
-    first, second = [*drawn, None, None][:2]
-    return first, second
-
-
-def sums(
-    world: World,
-    rank: int,
-    x: Tensor,
-    weights: Tensor,
-    bias: tuple[Tensor | None, Tensor | None],
-    expected: tuple[Tensor, Tensor | None],
-) -> dict[str, Any]:
-    """Outputs of a combine and what they must be; the parameters for what it sums."""
-    expected_x, expected_weights = expected
-    assert expected_weights is not None
-    combined_x = guarded(*expected_x.shape, dtype=expected_x.dtype)
-    combined_weights = guarded(*expected_weights.shape, dtype=torch.float32)
-    world.expect(rank, "combined_x", combined_x, expected_x)
-    world.expect(rank, "combined_topk_weights", combined_weights, expected_weights)
-    return {
-        "x": x,
-        "topk_weights": weights,
-        "bias_0": bias[0],
-        "bias_1": bias[1],
-        "combined_x": combined_x,
-        "combined_topk_weights": combined_weights,
-        "num_rows": x.shape[0],
-        "num_tokens": world.shape.tokens[rank],
-    }
-
-
-def _random_rows(world: World, num_rows: int) -> Tensor:
-    dtype = torch.float16 if world.shape.is_f16 else torch.bfloat16
-    return copy(torch.randn(num_rows, HIDDEN_BYTES // 2, generator=world.generator).to(dtype))
 
 
 def check(checks: Sequence[tuple[str, Tensor, Tensor]]) -> None:

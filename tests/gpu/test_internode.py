@@ -7,7 +7,6 @@ the bytes, between their pieces and before the signal.
 from __future__ import annotations
 
 import dataclasses
-import random
 from typing import Any
 
 import pytest
@@ -19,7 +18,7 @@ from tests.harness.data import ROUTING_KINDS
 from tests.harness.ranks import SMALL, capture, meet, run_ranks, start_at
 from tests.rounds.normal import Round, check_no_room, check_round, random_round
 from tests.scenarios import internode
-from tests.scenarios.normal import check_withheld_peer, replays
+from tests.scenarios.normal import check_withheld_peer, replays, rounds, small_rounds
 
 WORLDS = ((2, 2), (4, 2), (2, 4), (8, 2))  # domains, ranks of each
 SMS = {4: 12, 8: 8, 16: 6}  # of a rank: the blocks of all run at once
@@ -69,15 +68,7 @@ def test_random_rounds(num_domains: int, num_local: int) -> None:
     num_rounds, num_ranks = 10 if SMALL else 300, num_domains * num_local
 
     def body(first: Buffer, second: Buffer) -> None:
-        for seed in range(num_rounds):
-            rng = random.Random(seed)
-            late = rng.randrange(num_ranks)
-            if rng.random() < 0.3 and late == first.rank:
-                torch.cuda._sleep(rng.randrange(1, 2_000_000))
-            case = random_round(
-                num_ranks, 7000 + seed, num_sms=SMS[num_ranks], max_tokens=TOKENS // 2
-            )
-            check_round((first, second)[seed % 2], case)
+        rounds((first, second), 7000, num_rounds, TOKENS // 2, SMS[num_ranks])
 
     run_domains(num_domains, num_local, body, num_buffers=2, timeout=580)
 
@@ -90,7 +81,7 @@ def test_more_rows_than_there_is_room_for(captured: bool) -> None:
     def body(buffer: Buffer) -> None:
         for seed, short in enumerate(((0,), (1, 2), (3,))):
             case = Round(tokens, hidden=1024, num_experts=8, seed=seed, num_sms=SMS[4])
-            how = (lambda queue: capture(buffer, queue)) if captured else None
+            how = (lambda queue: capture(queue, lambda: meet(buffer))) if captured else None
             check_no_room(buffer, case, short, capture=how)
 
     run_domains(2, 2, body)
@@ -112,9 +103,9 @@ def test_signals_of_long_ago(epoch: int, stale: int) -> None:
             )
 
         small = make(**internode.smallest_sizes(make, 512, 2))
-        internode.check_small(small, tokens=TOKENS, num_rounds=1)
+        small_rounds(small, TOKENS, 1)
         start_at(small, epoch, stale=stale)
-        internode.check_small(small, tokens=TOKENS, num_rounds=3)
+        small_rounds(small, TOKENS, 3)
         meet(buffer)
         small.destroy()
 
@@ -137,7 +128,7 @@ def test_small_buffers(num_domains: int, num_local: int) -> None:
             )
 
         small = make(**internode.smallest_sizes(make, 512, 2))
-        internode.check_small(small, tokens=TOKENS, num_rounds=2 if SMALL else 6)
+        small_rounds(small, TOKENS, 2 if SMALL else 6)
         meet(buffer)
         small.destroy()
 

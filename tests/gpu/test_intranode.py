@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import random
 
 import pytest
 import torch
@@ -17,10 +16,11 @@ from tests.rounds.normal import (
     Round,
     check_no_room,
     check_round,
+    layout_of,
     random_round,
     variant_environ,
 )
-from tests.scenarios.normal import check_withheld_peer, replays
+from tests.scenarios.normal import check_withheld_peer, replays, rounds, small_rounds
 
 RANKS = (1, 2, 3, 4, 8)
 TOKENS = 16 if SMALL else 333
@@ -80,21 +80,7 @@ def test_small_buffers(num_ranks: int, num_rows: int, variant: str) -> None:
     row_bytes = 512 + 128
 
     def body(buffer: Buffer) -> None:
-        for seed in range(2 if SMALL else 6):
-            rng = random.Random(seed)
-            tokens = tuple(rng.choice((0, 3, TOKENS)) for _ in range(num_ranks))
-            check_round(
-                buffer,
-                Round(
-                    num_tokens=tokens,
-                    hidden=256,
-                    num_experts=num_ranks * 2,
-                    num_topk=2,
-                    seed=seed,
-                    kind=rng.choice(ROUTING_KINDS),
-                    num_sms=2 * (1 + seed % 2),
-                ),
-            )
+        small_rounds(buffer, TOKENS, 2 if SMALL else 6)
 
     run_ranks(num_ranks, body, num_nvl_bytes=num_rows * num_ranks * row_bytes)
 
@@ -119,7 +105,9 @@ def test_no_room_in_a_graph(num_ranks: int, variant: str) -> None:
 
     def body(buffer: Buffer) -> None:
         case = Round(tokens, num_experts=4 * num_ranks, seed=1, num_sms=SMS)
-        check_no_room(buffer, case, (0,), capture=lambda queue: capture(buffer, queue))
+        check_no_room(
+            buffer, case, (0,), capture=lambda queue: capture(queue, lambda: meet(buffer))
+        )
 
     run_ranks(num_ranks, body)
 
@@ -146,15 +134,8 @@ def test_random_rounds(num_ranks: int) -> None:
     num_rounds = 10 if SMALL else 300
 
     def body(first: Buffer, second: Buffer) -> None:
-        for seed in range(num_rounds):
-            rng = random.Random(seed)
-            late = rng.randrange(num_ranks)
-            if rng.random() < 0.3 and late == first.rank:
-                torch.cuda._sleep(rng.randrange(1, 2_000_000))
-            case = random_round(
-                num_ranks, 1000 + seed, num_sms=SMS if num_ranks < 8 else 8, max_tokens=TOKENS // 2
-            )
-            check_round((first, second)[seed % 2], case)
+        num_sms = SMS if num_ranks < 8 else 8
+        rounds((first, second), 1000, num_rounds, TOKENS // 2, num_sms)
 
     run_ranks(num_ranks, body, num_buffers=2, timeout=580)
 
@@ -169,14 +150,8 @@ def test_outputs_outlive_the_buffer(num_ranks: int, monkeypatch: pytest.MonkeyPa
         x = payload(buffer.rank, TOKENS, 256, torch.bfloat16).cuda()
         idx = torch.arange(2 * num_ranks).repeat(TOKENS, 1)[:, ::2].contiguous().cuda()
         line_up(buffer)
-        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, 2 * num_ranks)
-        recv_x, *_ = buffer.dispatch(
-            x,
-            num_tokens_per_rank=per_rank,
-            is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert,
-            config=Config(4),
-        )
+        layout = layout_of(buffer, idx, 2 * num_ranks)
+        recv_x, *_ = buffer.dispatch(x, **layout, config=Config(4))
         assert isinstance(recv_x, torch.Tensor)
         settle(buffer)
         return recv_x, recv_x.cpu()
@@ -203,12 +178,7 @@ def test_capture_that_cannot_work_says_so() -> None:
     def body(buffer: Buffer) -> None:
         idx = routing("random", num_tokens=8, num_experts=4, num_topk=2, num_ranks=1, seed=0).cuda()
         x, weights = payload(0, 8, 64, torch.bfloat16).cuda(), topk_weights(8, 2, seed=0).cuda()
-        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, 4)
-        layout = {
-            "num_tokens_per_rank": per_rank,
-            "is_token_in_rank": in_rank,
-            "num_tokens_per_expert": per_expert,
-        }
+        layout = layout_of(buffer, idx, 4)
         for worst, message in ((0, "num_worst_tokens"), (8, "Buffer.warmup")):
             graph = torch.cuda.CUDAGraph()
             with pytest.raises(RuntimeError, match=message), torch.cuda.graph(graph):
@@ -311,16 +281,12 @@ def test_calls_from_several_streams_follow_each_other() -> None:
         streams = [torch.cuda.Stream() for _ in range(3)]
         torch.cuda.synchronize()
         line_up(buffer)
-        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, num_experts)
+        layout = layout_of(buffer, idx, num_experts)
         kept = []
         for turn in range(12):
             with torch.cuda.stream(streams[turn % 3]):
                 rows, _, _, _, handle, event = buffer.dispatch(
-                    x,
-                    num_tokens_per_rank=per_rank,
-                    is_token_in_rank=in_rank,
-                    num_tokens_per_expert=per_expert,
-                    async_finish=turn % 4 == 3,
+                    x, **layout, async_finish=turn % 4 == 3
                 )
             with torch.cuda.stream(streams[(turn + 1) % 3]):
                 combined, _, _ = buffer.combine(rows, handle)

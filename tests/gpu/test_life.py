@@ -16,6 +16,7 @@ import torch
 
 from epjit import Buffer
 from epjit.runtime.group import ThreadGroup
+from tests.rounds.normal import layout_of
 
 ROOT = Path(__file__).parents[2]
 
@@ -83,14 +84,9 @@ def test_a_buffer_too_large_for_the_gpu_leaves_no_memory() -> None:
 def test_a_timeout_without_end() -> None:
     buffer = alone(1 << 20, timeout_seconds=float("inf"), explicitly_destroy=True)
     idx = torch.zeros((4, 1), dtype=torch.int64, device="cuda")
-    per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, 2)
+    layout = layout_of(buffer, idx, 2)
     x = torch.ones((4, 64), dtype=torch.bfloat16, device="cuda")
-    recv_x, *_ = buffer.dispatch(
-        x,
-        num_tokens_per_rank=per_rank,
-        is_token_in_rank=in_rank,
-        num_tokens_per_expert=per_expert,
-    )
+    recv_x, *_ = buffer.dispatch(x, **layout)
     assert torch.equal(recv_x, x)
     buffer.destroy()
 

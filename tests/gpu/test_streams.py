@@ -13,7 +13,7 @@ from epjit import Buffer, CommunicationError, Config
 from epjit.runtime import driver
 from tests.harness.launch import RankFailedError
 from tests.harness.ranks import line_up, meet, run_ranks, settle
-from tests.rounds.normal import Round, check_round, variant_environ
+from tests.rounds.normal import Round, check_round, layout_of, variant_environ
 
 HIDDEN = 4096
 TOKENS = 256
@@ -44,13 +44,7 @@ class Calls:
         assert bool((ints == 1).all())
         assert bool((negative != 7).all())
         line_up(buffer)
-        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(self.idx, self.num_experts)
-        self.layout: dict[str, Any] = {
-            "num_tokens_per_rank": per_rank,
-            "is_token_in_rank": in_rank,
-            "num_tokens_per_expert": per_expert,
-            "config": Config(4),
-        }
+        self.layout = layout_of(buffer, self.idx, self.num_experts)
         rows, _, _, _, handle, _ = self.dispatch(self.x)  # compiles
         assert handle is not None
         self.handle = handle
@@ -58,7 +52,7 @@ class Calls:
         meet(buffer)
 
     def dispatch(self, x: torch.Tensor, **flags: Any) -> Any:
-        return self.buffer.dispatch(x, **self.layout, **flags)
+        return self.buffer.dispatch(x, config=Config(4), **self.layout, **flags)
 
     def combine(self, rows: Any, **flags: Any) -> Any:
         return self.buffer.combine(rows, self.handle, config=Config(4), **flags)
@@ -105,8 +99,8 @@ def test_an_interrupted_dispatch_writes_to_nobodys_memory(num_ranks: int) -> Non
         sizes: list[int] = []
         empty = mode._empty
 
-        def noting(forms: Any) -> list[Any]:
-            tensors = empty(forms)
+        def noting(specs: Any) -> list[Any]:
+            tensors = empty(specs)
             places.extend(tensor.data_ptr() for tensor in tensors)
             sizes.extend(tensor.numel() for tensor in tensors)
             return list(tensors)

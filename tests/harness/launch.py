@@ -151,6 +151,19 @@ def run_threads(
     return results
 
 
+class Alone:
+    """The communicator of a single rank."""
+
+    def Get_rank(self) -> int:
+        return 0
+
+    def Get_size(self) -> int:
+        return 1
+
+    def allgather(self, obj: Any) -> list[Any]:
+        return [obj]
+
+
 def _rank_main(
     sender: Connection,
     rank: int,

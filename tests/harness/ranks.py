@@ -113,14 +113,19 @@ def meet(buffer: Buffer) -> None:
     buffer.group.allgather(None)
 
 
-def capture(buffer: Buffer, queue: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-    """Captures what `queue` queues; returns the replay, and what it returned."""
-    meet(buffer)
+def capture(queue: Callable[[], Any], meet: Callable[[], object]) -> tuple[Callable[[], None], Any]:
+    """Captures what `queue` queues; returns the replay, and what it returned.
+
+    Args:
+        queue: Called once.
+        meet: Called before and after, for ranks that share a GPU.
+    """
+    meet()
     graph = torch.cuda.CUDAGraph()
     stream = torch.cuda.current_stream()
     with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
         outputs = queue()
-    meet(buffer)
+    meet()
     return graph.replay, outputs
 
 

@@ -251,6 +251,19 @@ def _make(case: Round, oracle: Normal) -> Made:
     )
 
 
+def layout_of(buffer: Buffer, topk_idx: torch.Tensor, num_experts: int) -> dict[str, Any]:
+    """The arguments of dispatch that get_dispatch_layout finds."""
+    per_rank, per_rdma_rank, per_expert, in_rank, _ = buffer.get_dispatch_layout(
+        topk_idx, num_experts
+    )
+    return {
+        "num_tokens_per_rank": per_rank,
+        "num_tokens_per_rdma_rank": per_rdma_rank,
+        "is_token_in_rank": in_rank,
+        "num_tokens_per_expert": per_expert,
+    }
+
+
 def check_round(buffer: Buffer, case: Round) -> None:
     """Layout, dispatch, cached dispatch and combine, queued in one go; then every result.
 
@@ -381,15 +394,10 @@ def check_no_room(
     del holes
 
     def step() -> Any:
-        per_rank, per_rdma_rank, per_expert, in_rank, _ = buffer.get_dispatch_layout(
-            idx, case.num_experts
-        )
+        layout = layout_of(buffer, idx, case.num_experts)
         return buffer.dispatch(
             x,
-            num_tokens_per_rank=per_rank,
-            num_tokens_per_rdma_rank=per_rdma_rank,
-            is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert,
+            **layout,
             topk_idx=idx,
             topk_weights=weights,
             num_worst_tokens=rooms[rank],
@@ -466,15 +474,7 @@ class Prepared:
         self._config = Config(self.case.num_sms)
         self._x, idx = to_device(own.x, buffer.device), to_device(own.topk_idx, buffer.device)
         line_up(buffer)
-        per_rank, per_rdma_rank, per_expert, in_rank, _ = buffer.get_dispatch_layout(
-            idx, self.case.num_experts
-        )
-        self._layout = {
-            "num_tokens_per_rank": per_rank,
-            "num_tokens_per_rdma_rank": per_rdma_rank,
-            "is_token_in_rank": in_rank,
-            "num_tokens_per_expert": per_expert,
-        }
+        self._layout = layout_of(buffer, idx, self.case.num_experts)
         self._recv_x, _, _, _, self._handle, _ = self.queue("notify")
         # Compiled now: the first call of a kind meets the peers on the host.
         self.queue("combine")

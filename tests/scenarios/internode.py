@@ -8,7 +8,6 @@ spinning kernel of another.
 
 from __future__ import annotations
 
-import random
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -27,9 +26,8 @@ from deep_ep.utils.math import (
     per_token_cast_to_fp8,
 )
 from epjit import Buffer, Config
-from tests.harness.data import ROUTING_KINDS, assert_rows_equal, to_device
+from tests.harness.data import assert_rows_equal, to_device
 from tests.harness.ranks import line_up, settle
-from tests.rounds.normal import Round, check_round
 from tests.scenarios import normal
 
 # What bfloat16 (8 bits) and FP8 (4 bits) lose, as `calc_diff` measures it. V1's script means to ask
@@ -334,22 +332,6 @@ def smallest_sizes(
         sizes |= {name: max(value, sizes[name]) for name, value in needed.items()}
 
 
-def check_small(buffer: Buffer, *, tokens: int, num_rounds: int) -> None:
-    """Rounds of 512-byte rows with two choices a token: hundreds of windows, nothing gets stuck."""
-    for seed in range(num_rounds):
-        rng = random.Random(seed)
-        case = Round(
-            num_tokens=tuple(rng.choice((0, 3, tokens)) for _ in range(buffer.group_size)),
-            hidden=256,
-            num_experts=2 * buffer.group_size,
-            num_topk=2,
-            seed=seed,
-            kind=rng.choice(ROUTING_KINDS),
-            num_sms=2 * (1 + seed % 2),
-        )
-        check_round(buffer, case)
-
-
 def small_buffers(
     group: dist.ProcessGroup, environ: Mapping[str, str], tokens: int, num_rounds: int
 ) -> dict[str, int]:
@@ -365,7 +347,7 @@ def small_buffers(
 
     sizes = smallest_sizes(make, 512, 2)
     buffer = make(**sizes)
-    check_small(buffer, tokens=tokens, num_rounds=num_rounds)
+    normal.small_rounds(buffer, tokens, num_rounds)
     buffer.destroy()
     return sizes
 

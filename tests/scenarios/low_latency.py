@@ -52,16 +52,6 @@ def make_buffer(group: dist.ProcessGroup, num_nvl_bytes: int = 0, **options: Any
     )
 
 
-def be_late(buffer: Buffer, rng: random.Random) -> None:
-    """Holds one rank up now and then."""
-    late = rng.randrange(buffer.group_size)
-    if rng.random() < 0.3 and late == buffer.rank:
-        if buffer.device.type == "cuda":
-            torch.cuda._sleep(rng.randrange(1, 2_000_000))
-        else:
-            time.sleep(rng.random() / 200)
-
-
 def rounds(buffer: Buffer, num_rounds: int, max_tokens: int, *, num_sms: int = 0) -> int:
     """Random rounds, with `num_sms` some of the normal mode in between.
 
@@ -71,7 +61,7 @@ def rounds(buffer: Buffer, num_rounds: int, max_tokens: int, *, num_sms: int = 0
     for seed in range(num_rounds):
         rng = random.Random(seed)
         is_mixed = num_sms and rng.random() < 0.3
-        be_late(buffer, rng)
+        normal.be_late(buffer, rng)
         if is_mixed:
             ranks = buffer.group_size
             check_round(buffer, random_round(ranks, seed, num_sms=num_sms, max_tokens=max_tokens))
@@ -241,22 +231,10 @@ def replays(
 
     made = load(0)
     compare(step(), 0, made)  # compiles
-    captured, results = None, None
-    if on_gpu:
-        meet()
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            captured, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-        ):
-            results = step()
-        meet()
+    again = normal.replay_of(step, meet) if on_gpu else step
     for seed in range(1, num_replays):
         made = load(seed)
-        if captured is not None:
-            captured.replay()
-        else:
-            results = step()
-        compare(results, seed, made)
+        compare(again(), seed, made)
         if seed % 3 == 0:
             # An odd number of eager calls, so that parity cannot hold by luck.
             name = "fp8" if seed % 2 else "bf16"

@@ -19,6 +19,7 @@ from torch.utils.checkpoint import (
 )
 
 from epjit import Buffer, env, moe
+from epjit.moe import buffers
 from tests.harness import launch
 
 HIDDEN, EXPERTS_A_RANK, TOPK = 32, 3, 2
@@ -397,7 +398,7 @@ def managed(group: Any) -> None:
 def outgrown(group: Any) -> None:
     """A Buffer that a capture has used stays beside its successor; without a GPU by name only."""
     small = moe.get_buffer(group, 64)
-    with mock.patch.object(moe, "_is_capturing", return_value=True):
+    with mock.patch.object(buffers, "_is_capturing", return_value=True):
         assert moe.get_buffer(group, 64) is small
         with pytest.raises(RuntimeError, match="cannot be made while a CUDA graph is captured"):
             moe.get_buffer(group, 14336)

@@ -27,8 +27,15 @@ from epjit.reference import Normal
 from epjit.reference import intranode as reference
 from tests.harness import launch
 from tests.harness.data import ROUTING_KINDS, assert_rows_equal
-from tests.harness.ranks import line_up, meet, settle
-from tests.rounds.normal import Prepared, Round, check_round, make_world, random_round
+from tests.harness.ranks import capture, line_up, meet, settle
+from tests.rounds.normal import (
+    Prepared,
+    Round,
+    check_round,
+    layout_of,
+    make_world,
+    random_round,
+)
 
 MB = 1 << 20
 
@@ -67,6 +74,43 @@ def synchronize(buffer: Buffer) -> None:
         torch.cuda.synchronize(buffer.device)
 
 
+def be_late(buffer: Buffer, rng: random.Random) -> None:
+    """Holds one rank up now and then."""
+    late = rng.randrange(buffer.group_size)
+    if rng.random() < 0.3 and late == buffer.rank:
+        if buffer.device.type == "cuda":
+            torch.cuda._sleep(rng.randrange(1, 2_000_000))
+        else:
+            time.sleep(rng.random() / 200)
+
+
+def rounds(
+    buffers: Sequence[Buffer], first_seed: int, num_rounds: int, max_tokens: int, num_sms: int
+) -> None:
+    """Rounds that differ in everything, on buffers in turn, with a rank late now and then."""
+    for seed in range(num_rounds):
+        be_late(buffers[0], random.Random(seed))
+        num_ranks = buffers[0].group_size
+        case = random_round(num_ranks, first_seed + seed, num_sms=num_sms, max_tokens=max_tokens)
+        check_round(buffers[seed % len(buffers)], case)
+
+
+def small_rounds(buffer: Buffer, tokens: int, num_rounds: int) -> None:
+    """Rounds of 512-byte rows with two choices a token: hundreds of windows, nothing gets stuck."""
+    for seed in range(num_rounds):
+        rng = random.Random(seed)
+        case = Round(
+            num_tokens=tuple(rng.choice((0, 3, tokens)) for _ in range(buffer.group_size)),
+            hidden=256,
+            num_experts=2 * buffer.group_size,
+            num_topk=2,
+            seed=seed,
+            kind=rng.choice(ROUTING_KINDS),
+            num_sms=2 * (1 + seed % 2),
+        )
+        check_round(buffer, case)
+
+
 def random_rounds(
     group: dist.ProcessGroup,
     environ: Mapping[str, str],
@@ -74,23 +118,14 @@ def random_rounds(
     max_tokens: int,
     num_sms: int = 12,
 ) -> int:
-    """Rounds that differ in everything, on two buffers in turn, with a rank late now and then.
+    """`rounds` on two buffers, one process a rank.
 
     Returns:
         Rounds that were compared.
     """
     set_up(group, environ)
     buffers = [make_buffer(group) for _ in range(2)]
-    for seed in range(num_rounds):
-        rng = random.Random(seed)
-        late = rng.randrange(group.size())
-        if rng.random() < 0.3 and late == group.rank():
-            if buffers[0].device.type == "cuda":
-                torch.cuda._sleep(rng.randrange(1, 2_000_000))
-            else:
-                time.sleep(rng.random() / 200)
-        case = random_round(group.size(), 5000 + seed, num_sms=num_sms, max_tokens=max_tokens)
-        check_round(buffers[seed % 2], case)
+    rounds(buffers, 5000, num_rounds, max_tokens, num_sms)
     for buffer in buffers:
         buffer.destroy()
     return num_rounds
@@ -132,22 +167,8 @@ def small_buffers(
 ) -> None:
     """A buffer of a few rows for each rank: hundreds of windows, and nothing gets stuck."""
     set_up(group, environ)
-    num_ranks = group.size()
-    buffer = make_buffer(group, num_rows * num_ranks * (512 + 128))
-    for seed in range(num_rounds):
-        rng = random.Random(seed)
-        check_round(
-            buffer,
-            Round(
-                num_tokens=tuple(rng.choice((0, 3, tokens)) for _ in range(num_ranks)),
-                hidden=256,
-                num_experts=num_ranks * 2,
-                num_topk=2,
-                seed=seed,
-                kind=rng.choice(ROUTING_KINDS),
-                num_sms=2 * (1 + seed % 2),
-            ),
-        )
+    buffer = make_buffer(group, num_rows * group.size() * (512 + 128))
+    small_rounds(buffer, tokens, num_rounds)
     buffer.destroy()
 
 
@@ -276,6 +297,19 @@ def check_withheld_peer(buffer: Buffer, op: str, withheld: int) -> None:
         check_round(buffer, dataclasses.replace(prepared.case, seed=seed))
 
 
+def withheld_round(buffer: Buffer, absent: int) -> None:
+    """Threads without a GPU: one does not come to a round, and all work again after reset()."""
+    case = Round((4,) * buffer.group_size, num_experts=4, num_topk=2)
+    check_round(buffer, case)
+    if buffer.rank != absent:
+        with pytest.raises(CommunicationError, match=f"rank {absent}"):
+            check_round(buffer, case)
+    else:
+        time.sleep(0.5)  # so that this rank still waits in reset() when the others have given up
+    buffer.reset()
+    check_round(buffer, case)
+
+
 def withheld(
     group: dist.ProcessGroup,
     environ: Mapping[str, str],
@@ -375,6 +409,17 @@ def graph(
     return num_replays
 
 
+def replay_of(step: Callable[[], Any], meet: Callable[[], object]) -> Callable[[], Any]:
+    """Captures `step`; what is returned replays it and returns what it did."""
+    replay, outputs = capture(step, meet)
+
+    def again() -> Any:
+        replay()
+        return outputs
+
+    return again
+
+
 def replays(
     buffer: Buffer,
     num_replays: int,
@@ -402,13 +447,10 @@ def replays(
     weights = torch.empty((tokens, topk), dtype=torch.float32, device=device)
 
     def step() -> tuple[torch.Tensor, ...]:
-        per_rank, per_rdma_rank, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, experts)
+        layout = layout_of(buffer, idx, experts)
         recv_x, recv_idx, recv_weights, _, handle, _ = buffer.dispatch(
             x,
-            num_tokens_per_rank=per_rank,
-            num_tokens_per_rdma_rank=per_rdma_rank,
-            is_token_in_rank=in_rank,
-            num_tokens_per_expert=per_expert,
+            **layout,
             topk_idx=idx,
             topk_weights=weights,
             num_worst_tokens=worst,
@@ -464,22 +506,10 @@ def replays(
 
     world = load(0)
     compare(step(), 0, world)  # compiles
-    captured, outputs = None, ()
-    if on_gpu:
-        meet()
-        captured = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(
-            captured, stream=torch.cuda.current_stream(), capture_error_mode="thread_local"
-        ):
-            outputs = step()
-        meet()
+    again = replay_of(step, meet) if on_gpu else step
     for seed in range(1, num_replays):
         world = load(seed)
-        if captured is not None:
-            captured.replay()
-        else:
-            outputs = step()
-        compare(outputs, seed, world)
+        compare(again(), seed, world)
         if seed % 10 == 0:
             line_up(buffer)
             compare(step(), seed, world)

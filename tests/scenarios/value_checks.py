@@ -12,7 +12,7 @@ from epjit import Buffer
 from tests.harness.data import ROUTING_KINDS
 from tests.harness.ranks import settle
 from tests.rounds.low_latency import LowLatencyRound, check_low_latency_round
-from tests.rounds.normal import Round, check_round
+from tests.rounds.normal import Round, check_round, layout_of
 
 TOKENS, HIDDEN, TOPK = 6, 256, 4
 
@@ -41,13 +41,8 @@ def refuses(buffer: Buffer) -> None:
     idx = tensor([[(t + k) % num_experts for k in range(TOPK)] for t in range(TOKENS)], torch.int64)
     weights = tensor([[0.25] * TOPK] * TOKENS, torch.float32)
     x = tensor([[1.0] * HIDDEN] * TOKENS, torch.bfloat16)
-    per_rank, per_domain, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, num_experts)
-    layout = {
-        "num_tokens_per_rank": per_rank,
-        "num_tokens_per_rdma_rank": per_domain,
-        "is_token_in_rank": in_rank,
-        "num_tokens_per_expert": per_expert,
-    }
+    layout = layout_of(buffer, idx, num_experts)
+    per_rank, per_domain, in_rank, per_expert = layout.values()
     topk = {"topk_idx": idx, "topk_weights": weights}
     *_, handle, _ = buffer.dispatch(x, **layout, **topk, num_worst_tokens=TOKENS * num_ranks)
     assert handle is not None

@@ -1,7 +1,7 @@
 // What travels beside a row of a dispatch: scales and selections. Params has the fields of the
 // dispatch kernels' parameters that are named here.
 #pragma once
-#include "epjit/topk.cuh"
+#include "epjit/ptx.cuh"
 
 namespace epjit {
 
@@ -14,10 +14,16 @@ class Payload {
     return p.scales[token * p.scale_token_stride + i * p.scale_stride];
   }
 
-  // Global expert of selection k; its rank says whether there is such an expert.
+  // Global expert of selection k, -1 for whatever is no int32 (such an index is no selection
+  // either).
   __device__ int load_expert(int token, int k) const {
     const int64_t i = static_cast<int64_t>(token) * kTopk + k;
-    return load_choice<kTopkIsInt64>(p.topk_idx, i, 0x7fffffff);
+    if constexpr (kTopkIsInt64) {
+      const int64_t expert = static_cast<const int64_t*>(p.topk_idx)[i];
+      return expert == static_cast<int32_t>(expert) ? static_cast<int32_t>(expert) : -1;
+    } else {
+      return static_cast<const int32_t*>(p.topk_idx)[i];
+    }
   }
 
   __device__ float load_weight(int token, int k) const {

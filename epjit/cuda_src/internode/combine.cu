@@ -36,8 +36,8 @@
 // channel that is pushed (num_domains * (num_local - 1)), a summing and a putting one for each other
 // domain;
 // combine_threads() threads. Graph-safe.
-#include "epjit/copy.cuh"
 #include "epjit/sum.cuh"
+#include "epjit/windows.cuh"
 #include "internode/rail.cuh"
 
 namespace epjit {
@@ -236,43 +236,13 @@ class InternodeCombine {
   }
 
   __device__ bool push_rows(Copier& copier, int n, int owner, int first, int num_rows) {
-    // Lane i has row first + i.
-    const int row = first + lane;
-    const int index = lane < num_rows ? max(p.recv_src_meta[2 * static_cast<int64_t>(row)], 0) : 0;
-    const int window = window_of(index);
-
-    uint32_t pending = __ballot_sync(kFullMask, lane < num_rows);
-    while (pending != 0) {
-      // Indices ascend, so the rows of the first pending window are those of the lowest pending
-      // lanes.
-      const int current = __shfl_sync(kFullMask, window, __ffs(pending) - 1);
-      const bool mine = (pending >> lane & 1) != 0 && window == current;
-      const uint32_t movers = __ballot_sync(kFullMask, mine);
-      pending &= ~movers;
-
-      if (!all_lanes(lane != 0 || rail.wait_done(kWaitCombineWindow, n, owner, current)))
-        return false;
-      if (current >= 2) copier.acquired();
-
-      copier.load(0, mine ? p.x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
-      copier.store(0, mine ? slot(owner, n, p.local, index) : nullptr);
-      if constexpr (kTopk > 0) {
-        for (int first_item = 0; first_item < num_rows * kTopk; first_item += kWarpSize) {
-          const int row_lane = (first_item + lane) / kTopk, k = (first_item + lane) % kTopk;
-          const int row_index = __shfl_sync(kFullMask, index, row_lane % kWarpSize);
-          if (row_lane < num_rows && (movers >> row_lane & 1) != 0)
-            weights_of(slot(owner, n, p.local, row_index))[k] =
-                p.topk_weights[static_cast<int64_t>(first + row_lane) * kTopk + k];
-        }
-      }
-      // Rows and weights are written -> flush (each lane its own, then __syncwarp) -> release of
-      // any lane: cumulative.
-      copier.flush();
-      if (mine)
-        ptx::st_release_sys(word(owner, n, p.local, index),
-                            make_word(rail.waiter.epoch, window, 0));
-    }
-    return true;
+    const int64_t row = first + lane;
+    const int index = lane < num_rows ? max(p.recv_src_meta[2 * row], 0) : 0;
+    return epjit::push_rows<kCfg.hidden_bytes, kTopk>(
+        p, rail.waiter.epoch, copier, first, num_rows, index,
+        [&](int window) { return rail.wait_done(kWaitCombineWindow, n, owner, window); },
+        [&](int index) { return slot(owner, n, p.local, index); },
+        [&](int index) { return word(owner, n, p.local, index); });
   }
 
   // ---- rows of one domain -----------------------------------------------------------------------
@@ -317,9 +287,7 @@ class InternodeCombine {
     return sum;
   }
 
-  // This warp has used the slots of an index of ring n here, one of `units` for each index. Whoever
-  // completes a window tells all local ranks, which may then write window + 2; the counter is zero
-  // again before it can.
+  // This warp has used the slots of an index of ring n here, one of `units` for each index.
   __device__ bool release_slots(int n, int index, int num_tokens, int units) const {
     if (num_tokens <= p.num_slots) return true;
     __syncwarp();
@@ -328,18 +296,8 @@ class InternodeCombine {
     if (!all_lanes(lane != 0 || rail.wait_done(kWaitCombineWindow, n, p.local, window)))
       return false;
     const uint32_t all = min(window_tokens, num_tokens - window * window_tokens) * units;
-    uint32_t complete = 0;
-    if (lane == 0 && ptx::atom_add_acq_rel_gpu(slots_counter(n, window), 1) + 1 == all) {
-      *slots_counter(n, window) = 0;
-      complete = 1;
-    }
-    complete = __shfl_sync(kFullMask, complete, 0);
-    __syncwarp();
-    if (complete != 0 && lane < kLocal && lane != p.local) rail.signal_done(lane, n, window);
-    // The own signal last: whoever sees it may complete window + 2, and that must not be overtaken
-    // on its way to a peer.
-    __syncwarp();
-    if (complete != 0 && lane == 0) rail.signal_done(p.local, n, window);
+    release_unit<kLocal>(slots_counter(n, window), all, p.local,
+                         [&](int local) { rail.signal_done(local, n, window); });
     return true;
   }
 

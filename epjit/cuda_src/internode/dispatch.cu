@@ -38,8 +38,8 @@
 //
 // Launch: any grid of two blocks or more that is resident as a whole and has a putting warp for each
 // other domain; dispatch_threads() threads. Graph-safe.
-#include "epjit/copy.cuh"
 #include "epjit/payload.cuh"
+#include "epjit/windows.cuh"
 #include "internode/rail.cuh"
 
 namespace epjit {
@@ -481,26 +481,13 @@ class InternodeDispatch {
       if (first_row + kRows < num_rows) copier.load(first_row + kRows, src);
     }
 
-    if (num_tokens > p.ring_slots) release_slots(channel, first, num_rows, num_tokens);
-    return true;
-  }
-
-  // The slots of these tokens are read. Whoever completes a window tells the rank that holds them;
-  // the counter is zero again before the window after the next can arrive.
-  __device__ void release_slots(int channel, int first, int num_rows, int num_tokens) const {
-    __syncwarp();
-    if (lane != 0) return;
-    const int last = first + num_rows;
-    for (int window = first / window_tokens(); window * window_tokens() < last; ++window) {
-      const int begin = window * window_tokens();
-      const int end = min(begin + window_tokens(), num_tokens);
-      const uint32_t pulled = min(last, end) - max(first, begin);
-      uint32_t* const counter = p.counters + 2 + 2 * channel + (window & 1);
-      if (ptx::atom_add_acq_rel_gpu(counter, pulled) + pulled != static_cast<uint32_t>(end - begin))
-        continue;
-      *counter = 0;
-      rail.signal_done(channel % kLocal, channel / kLocal, window);
+    if (num_tokens > p.ring_slots) {
+      __syncwarp();
+      if (lane == 0)
+        release_rows(p.counters + 2 + 2 * channel, window_tokens(), first, num_rows, num_tokens,
+                     [&](int window) { rail.signal_done(l, n, window); });
     }
+    return true;
   }
 
   const Params& p;

@@ -31,8 +31,8 @@
 //
 // Launch: any grid that is resident as a whole and has a pushing warp for each peer,
 // combine_threads() threads. Graph-safe.
-#include "epjit/copy.cuh"
 #include "epjit/sum.cuh"
+#include "epjit/windows.cuh"
 
 namespace epjit {
 
@@ -165,42 +165,14 @@ class Combine {
   }
 
   __device__ bool push_rows(Copier& copier, int owner, int first, int num_rows) {
-    // Lane i has row first + i.
-    const int row = first + lane;
-    const int token = lane < num_rows ? max(p.recv_src_idx[row], 0) : 0;
-    const int window = window_of(token);
-
-    uint32_t pending = __ballot_sync(kFullMask, lane < num_rows);
-    while (pending != 0) {
-      // Tokens ascend, so the rows of the first pending window are those of the lowest pending
-      // lanes.
-      const int current = __shfl_sync(kFullMask, window, __ffs(pending) - 1);
-      const bool mine = (pending >> lane & 1) != 0 && window == current;
-      const uint32_t movers = __ballot_sync(kFullMask, mine);
-      pending &= ~movers;
-
-      bool ok = true;
-      if (current >= 2 && lane == 0) ok = wait_window(waiter, kWaitCombineWindow, owner, current);
-      if (!all_lanes(ok)) return false;
-      if (current >= 2) copier.acquired();
-
-      copier.load(0, mine ? p.x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
-      copier.store(0, mine ? slot(owner, p.rank, token) : nullptr);
-      if constexpr (kTopk > 0) {
-        for (int first_item = 0; first_item < num_rows * kTopk; first_item += kWarpSize) {
-          const int row_lane = (first_item + lane) / kTopk, k = (first_item + lane) % kTopk;
-          const int row_token = __shfl_sync(kFullMask, token, row_lane % kWarpSize);
-          if (row_lane < num_rows && (movers >> row_lane & 1) != 0)
-            slot_weights(slot(owner, p.rank, row_token))[k] =
-                p.topk_weights[static_cast<int64_t>(first + row_lane) * kTopk + k];
-        }
-      }
-      // Rows and weights are written -> flush (each lane its own, then __syncwarp) -> release of
-      // any lane: cumulative.
-      copier.flush();
-      if (mine) ptx::st_release_sys(word(owner, p.rank, token), make_word(waiter.epoch, window, 0));
-    }
-    return true;
+    const int token = lane < num_rows ? max(p.recv_src_idx[first + lane], 0) : 0;
+    const auto wait = [&](int window) {
+      return window < 2 || wait_window(waiter, kWaitCombineWindow, owner, window);
+    };
+    return epjit::push_rows<kCfg.hidden_bytes, kTopk>(
+        p, waiter.epoch, copier, first, num_rows, token, wait,
+        [&](int token) { return slot(owner, p.rank, token); },
+        [&](int token) { return word(owner, p.rank, token); });
   }
 
   __device__ static float* slot_weights(char* slot) {
@@ -293,30 +265,15 @@ class Combine {
     return true;
   }
 
-  // Whoever completes a window tells all ranks, which may then write window + 2; the counter is
-  // zero again before it can.
   __device__ bool release_slots(int token) const {
     __syncwarp();
-    const int window = window_of(token);
+    const int window = window_of(token), window_tokens = p.num_slots / 2;
     bool ok = true;
     if (window >= 2 && lane == 0) ok = wait_window(waiter, kWaitCombineWindow, p.rank, window);
     if (!all_lanes(ok)) return false;
-    const int window_tokens = p.num_slots / 2;
     const int units = min(window_tokens, p.num_tokens - window * window_tokens) * p.num_parts;
-    uint32_t* const counter = p.counters + 2 + (window & 1);
-    uint32_t complete = 0;
-    if (lane == 0 && ptx::atom_add_acq_rel_gpu(counter, 1) + 1 == static_cast<uint32_t>(units)) {
-      *counter = 0;
-      complete = 1;
-    }
-    complete = __shfl_sync(kFullMask, complete, 0);
-    __syncwarp();
-    if (complete != 0 && lane < kRanks && lane != p.rank)
-      signal_window(waiter, p.signals[lane], window);
-    // The own signal last: whoever sees it may complete window + 2, and that must not be overtaken
-    // on its way to a peer.
-    __syncwarp();
-    if (complete != 0 && lane == 0) signal_window(waiter, waiter.signals, window);
+    release_unit<kRanks>(p.counters + 2 + (window & 1), units, p.rank,
+                         [&](int rank) { signal_window(waiter, p.signals[rank], window); });
     return true;
   }
 

@@ -50,8 +50,8 @@
 // read the memory before (BlockPool in runtime/pool.py), so the word itself is the permission.
 //
 // Launch: any grid that is resident as a whole, dispatch_threads() threads. Graph-safe.
-#include "epjit/copy.cuh"
 #include "epjit/payload.cuh"
+#include "epjit/windows.cuh"
 
 namespace epjit {
 
@@ -472,7 +472,12 @@ class Dispatch {
       if (first_row + kRows < num_rows) copier.load(first_row + kRows, src);
     }
 
-    if (source_tokens > p.num_slots) release_slots(source, first, num_rows, source_tokens);
+    if (source_tokens > p.num_slots) {
+      __syncwarp();
+      if (lane == 0)
+        release_rows(p.counters + 2 + 2 * source, window_tokens(), first, num_rows, source_tokens,
+                     [&](int window) { signal_window(waiter, p.signals[source], window); });
+    }
     return true;
   }
 
@@ -485,24 +490,6 @@ class Dispatch {
       const int k = item - kScales;
       payload.store_selection(row, k, static_cast<int32_t>(items[kScales + k]),
                               reinterpret_cast<const float*>(items)[kScales + kTopk + k]);
-    }
-  }
-
-  // The slots of these tokens are read. Whoever completes a window tells the source, which may then
-  // write window + 2; the counter is zero again before it can.
-  __device__ void release_slots(int source, int first, int num_rows, int source_tokens) const {
-    __syncwarp();
-    if (lane != 0) return;
-    const int last = first + num_rows;
-    for (int window = first / window_tokens(); window * window_tokens() < last; ++window) {
-      const int begin = window * window_tokens();
-      const int end = min(begin + window_tokens(), source_tokens);
-      const uint32_t pulled = min(last, end) - max(first, begin);
-      uint32_t* const counter = p.counters + 2 + 2 * source + (window & 1);
-      if (ptx::atom_add_acq_rel_gpu(counter, pulled) + pulled != static_cast<uint32_t>(end - begin))
-        continue;
-      *counter = 0;
-      signal_window(waiter, p.signals[source], window);
     }
   }
 

@@ -30,7 +30,7 @@
 // warp of block 0 waits until all peers have begun this operation. With a hook the two phases are two
 // launches.
 //
-// Launch: any grid, combine_threads() threads. Graph-safe.
+// Launch: any grid, low_latency_combine_threads() threads. Graph-safe.
 #include "epjit/cast.cuh"
 #include "epjit/copy.cuh"
 #include "epjit/sum.cuh"
@@ -77,14 +77,16 @@ struct LowLatencyCombineParams : Operation, PeerParams, LowLatencyParams {
   bool receives;  // this launch has the receive phase
 };
 
-constexpr int combine_threads(LowLatencyCombineConfig cfg) { return cfg.num_warps * kWarpSize; }
+constexpr int low_latency_combine_threads(LowLatencyCombineConfig cfg) {
+  return cfg.num_warps * kWarpSize;
+}
 
-constexpr int combine_shared_bytes(LowLatencyCombineConfig cfg) {
+constexpr int low_latency_combine_shared_bytes(LowLatencyCombineConfig cfg) {
   return copier_shared_bytes(cfg.tma && !cfg.logfmt, cfg.num_push_warps, cfg.rows_per_warp,
                              2 * cfg.hidden);
 }
 
-constexpr int combine_slot_bytes(LowLatencyCombineConfig cfg) {
+constexpr int low_latency_combine_slot_bytes(LowLatencyCombineConfig cfg) {
   return align_up(cfg.logfmt ? log_row_bytes(cfg.hidden) : 2 * cfg.hidden, 16);
 }
 
@@ -97,7 +99,7 @@ class LowLatencyCombine {
   static constexpr int kRows = kCfg.rows_per_warp;
   static constexpr int kRowBytes = 2 * kCfg.hidden;
   static constexpr int kVecs = kRowBytes / 16;
-  static constexpr int kSlotBytes = combine_slot_bytes(kCfg);
+  static constexpr int kSlotBytes = low_latency_combine_slot_bytes(kCfg);
   static constexpr int kGroups = ceil_div(kTopk, kRows);
   static constexpr bool kRemote = kCfg.remote;
   // Selections that are looked at together between domains: one of them is here, on average.
@@ -327,9 +329,8 @@ class LowLatencyCombine {
         row = p.x + stays * kRowBytes;
       } else if (e >= 0 && !is_masked(waiter, peer) && (peer != p.rank || stays >= 0)) {
         uint64_t seen;
-        const bool here = wait_until(waiter, kWaitLowLatencyCombineRow, peer, selection,
-                                     stamp(waiter.epoch, 0), word(own(), selection), seen,
-                                     [&](uint64_t value) { return value >> 32 == waiter.epoch; });
+        const bool here = wait_stamp(waiter, kWaitLowLatencyCombineRow, peer, selection,
+                                     word(own(), selection), seen);
         if (here) row = slot(own(), selection);
         ok = here || is_masked(waiter, peer);
       }
@@ -389,7 +390,7 @@ class LowLatencyCombine {
 };
 
 template <LowLatencyCombineConfig kCfg>
-__device__ void combine(const LowLatencyCombineParams& p) {
+__device__ void low_latency_combine(const LowLatencyCombineParams& p) {
   LowLatencyCombine<kCfg>(p).run();
 }
 

@@ -26,7 +26,7 @@
 // blocks wait for it (sync.cuh, "blocks that leave"); the others draw no unit before all have begun.
 // Halves are free for the reason that dispatch.cu gives.
 //
-// Launch: any grid, combine_threads() threads. Graph-safe.
+// Launch: any grid, low_latency_combine_threads() threads. Graph-safe.
 #include "epjit/sum.cuh"
 #include "epjit/topk.cuh"
 #include "low_latency/memory.cuh"
@@ -63,11 +63,11 @@ struct LowLatencyReducedCombineParams : Operation, LowLatencyParams {
   bool receives;  // this launch has the receive phase
 };
 
-constexpr int combine_threads(LowLatencyReducedCombineConfig cfg) {
+constexpr int low_latency_combine_threads(LowLatencyReducedCombineConfig cfg) {
   return cfg.num_warps * kWarpSize;
 }
 
-constexpr int combine_shared_bytes(LowLatencyReducedCombineConfig) { return 0; }
+constexpr int low_latency_combine_shared_bytes(LowLatencyReducedCombineConfig) { return 0; }
 
 template <LowLatencyReducedCombineConfig kCfg>
 class LowLatencyReducedCombine {
@@ -139,8 +139,7 @@ class LowLatencyReducedCombine {
                              int patience) const {
     Waiter patient = waiter;
     patient.timeout_ns *= patience;
-    return wait_until(patient, kWaitLowLatencyCombineRow, peer, index, stamp(waiter.epoch, 0), word,
-                      seen, [&](uint64_t value) { return value >> 32 == waiter.epoch; });
+    return epjit::wait_stamp(patient, kWaitLowLatencyCombineRow, peer, index, word, seen);
   }
 
   // ---- send -------------------------------------------------------------------------------------
@@ -285,7 +284,7 @@ class LowLatencyReducedCombine {
 };
 
 template <LowLatencyReducedCombineConfig kCfg>
-__device__ void combine(const LowLatencyReducedCombineParams& p) {
+__device__ void low_latency_combine(const LowLatencyReducedCombineParams& p) {
   LowLatencyReducedCombine<kCfg>(p).run();
 }
 

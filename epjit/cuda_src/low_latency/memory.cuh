@@ -26,4 +26,11 @@ __device__ __forceinline__ uint64_t* half_of_words(const Params& p, int index, u
   return reinterpret_cast<uint64_t*>(p.words[index]) + half * static_cast<int64_t>(p.words_stride);
 }
 
+// Waits for a word of this operation; `seen` is what it says.
+__device__ __forceinline__ bool wait_stamp(const Waiter& waiter, WaitTag tag, int peer, int index,
+                                           const uint64_t* word, uint64_t& seen) {
+  return wait_until(waiter, tag, peer, index, stamp(waiter.epoch, 0), word, seen,
+                    [&](uint64_t value) { return value >> 32 == waiter.epoch; });
+}
+
 }  // namespace epjit
