@@ -116,20 +116,14 @@ class NormalChecks:
             check_aligned("x", rows)
         else:
             self._payload(rows, scales)
-        if config is None:
-            config = self._dispatch_config(
-                self._num_ranks,
-                hidden_bytes=rows.shape[1] * rows.element_size(),
-                num_tokens=rows.shape[0],
-            )
-        self._config(config)
+        num_sms = self._sms(config, self._dispatch_config, rows, rows.shape[0])
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
                 raise ValueError(
                     "a cached dispatch (handle=...) takes no topk_idx and no topk_weights"
                 )
             own = self._handle(handle, num_tokens=rows.shape[0])
-            call = calls.Dispatch(rows, scales, None, None, own, 1, 0, config.num_sms)
+            call = calls.Dispatch(rows, scales, None, None, own, 1, 0, num_sms)
         else:
             if not has_passed:
                 self._routing(rows.shape[0], routing, topk_idx, topk_weights)
@@ -147,7 +141,7 @@ class NormalChecks:
                 routing,
                 expert_alignment,
                 num_worst_tokens,
-                config.num_sms,
+                num_sms,
             )
         if not has_passed:
             remember(self._passed, arguments, True)
@@ -170,14 +164,8 @@ class NormalChecks:
         num_tokens = own.num_tokens
         bias_0, bias_1 = _pair(bias) if isinstance(bias, tuple) else (bias, None)
         self._returned(x, topk_weights, bias_0, bias_1, own.num_rows, num_tokens)
-        if config is None:
-            config = self._combine_config(
-                self._num_ranks,
-                hidden_bytes=x.shape[1] * x.element_size(),
-                num_tokens=num_tokens,
-            )
-        self._config(config)
-        call = calls.Combine(x, topk_weights, bias_0, bias_1, own, config.num_sms)
+        num_sms = self._sms(config, self._combine_config, x, num_tokens)
+        call = calls.Combine(x, topk_weights, bias_0, bias_1, own, num_sms)
         if self._values is not None:
             self._values.combine(call, after=after)
         return call
@@ -201,7 +189,16 @@ class NormalChecks:
         )
         check_topk(topk_idx)
 
-    def _config(self, config: Config) -> None:
+    def _sms(
+        self,
+        config: Config | None,
+        default: Callable[..., Config],
+        x: torch.Tensor,
+        num_tokens: int,
+    ) -> int:
+        if config is None:
+            hidden_bytes = x.shape[1] * x.element_size()
+            config = default(self._num_ranks, hidden_bytes=hidden_bytes, num_tokens=num_tokens)
         if not isinstance(config, Config):
             raise TypeError(
                 f"config is a {type(config).__name__}, expected a Config such as "
@@ -213,6 +210,7 @@ class NormalChecks:
                 f"config.num_sms is {value}, but must be even and between 2 and {available} "
                 f"(what {self._device} has: all blocks must run at once)"
             )
+        return value
 
     def _rows(
         self,
