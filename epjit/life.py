@@ -170,7 +170,7 @@ class Life:
 
 
 def watch(buffer: Life) -> None:
-    """Lets `is_capturing` look at the streams of a Buffer on a GPU; at exit it is freed."""
+    """Lets `is_capturing` look at the streams of a Buffer; at exit it is freed."""
     atexit.unregister(_free_all)
     atexit.register(_free_all)  # last, so that it comes before what others have registered
     _buffers.add(buffer)

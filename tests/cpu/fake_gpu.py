@@ -195,11 +195,6 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    monkeypatch.setattr(
-        torch.cuda,
-        "get_device_properties",
-        lambda device: SimpleNamespace(multi_processor_count=132),
-    )
     monkeypatch.setattr("epjit.modes.base.empty_on", mock.MagicMock())
     monkeypatch.setenv("EPJIT_BACKEND", "cuda")
     yield gpu
