@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any, ClassVar, NamedTuple, TypeAlias
 
 import torch
+from torch import Tensor
 
 from epjit import env, signatures, tuned
 from epjit.buffer_runtime import BufferRuntime
@@ -321,7 +322,7 @@ class Buffer(Life):
         size: torch.Size | None = None,
         offset: int = 0,
         use_rdma_buffer: bool = False,
-    ) -> torch.Tensor:
+    ) -> Tensor:
         """This rank's own NVLink or RDMA buffer as a tensor.
 
         It may be read and written between operations; an operation uses all of it. Nothing that is
@@ -455,12 +456,12 @@ class Buffer(Life):
 
     def get_dispatch_layout(
         self,
-        topk_idx: torch.Tensor,
+        topk_idx: Tensor,
         num_experts: int,
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor, torch.Tensor, EventOverlap]:
+    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor, EventOverlap]:
         """Counts where tokens go. Local: no peer is waited for, and the host does not wait.
 
         Args:
@@ -494,12 +495,12 @@ class Buffer(Life):
         self,
         x: Payload,
         handle: GivenHandle | None = None,
-        num_tokens_per_rank: torch.Tensor | None = None,
-        num_tokens_per_rdma_rank: torch.Tensor | None = None,
-        is_token_in_rank: torch.Tensor | None = None,
-        num_tokens_per_expert: torch.Tensor | None = None,
-        topk_idx: torch.Tensor | None = None,
-        topk_weights: torch.Tensor | None = None,
+        num_tokens_per_rank: Tensor | None = None,
+        num_tokens_per_rdma_rank: Tensor | None = None,
+        is_token_in_rank: Tensor | None = None,
+        num_tokens_per_expert: Tensor | None = None,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
         expert_alignment: int = 1,
         num_worst_tokens: int = 0,
         config: Config | None = None,
@@ -507,12 +508,7 @@ class Buffer(Life):
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
     ) -> tuple[
-        Payload,
-        torch.Tensor | None,
-        torch.Tensor | None,
-        list[int] | None,
-        Handle | None,
-        EventOverlap,
+        Payload, Tensor | None, Tensor | None, list[int] | None, Handle | None, EventOverlap
     ]:
         """Sends each token once to each rank that owns any of the experts it chose.
 
@@ -591,15 +587,15 @@ class Buffer(Life):
 
     def combine(
         self,
-        x: torch.Tensor,
+        x: Tensor,
         handle: GivenHandle,
-        topk_weights: torch.Tensor | None = None,
+        topk_weights: Tensor | None = None,
         bias: Bias = None,
         config: Config | None = None,
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
-    ) -> tuple[torch.Tensor, torch.Tensor | None, EventOverlap]:
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
         """Brings the rows of a dispatch back to the ranks of their tokens and sums them.
 
         The sum is in fp32, biases first, then source ranks in ascending order, rounded once;
@@ -642,12 +638,12 @@ class Buffer(Life):
     @signatures.low_latency_dispatch
     def low_latency_dispatch(
         self,
-        x: torch.Tensor,
-        topk_idx: torch.Tensor,
+        x: Tensor,
+        topk_idx: Tensor,
         num_max_dispatch_tokens_per_rank: int,
         num_experts: int,
-        cumulative_local_expert_recv_stats: torch.Tensor | None = None,
-        dispatch_wait_recv_cost_stats: torch.Tensor | None = None,
+        cumulative_local_expert_recv_stats: Tensor | None = None,
+        dispatch_wait_recv_cost_stats: Tensor | None = None,
         use_fp8: bool = True,
         round_scale: bool = False,
         use_ue8m0: bool = False,
@@ -655,8 +651,8 @@ class Buffer(Life):
         return_recv_hook: bool = False,
         *,
         quantization: str | None = None,
-        global_scale: torch.Tensor | None = None,
-    ) -> tuple[Payload, torch.Tensor, LowLatencyHandle, EventOverlap, Hook | None]:
+        global_scale: Tensor | None = None,
+    ) -> tuple[Payload, Tensor, LowLatencyHandle, EventOverlap, Hook | None]:
         """Sends each token to each expert it chose, cast on the way; the host does not wait.
 
         Every choice arrives as a row of its own, also a repeated one. The rows of a local expert
@@ -738,17 +734,17 @@ class Buffer(Life):
     @signatures.low_latency_combine
     def low_latency_combine(
         self,
-        x: torch.Tensor,
-        topk_idx: torch.Tensor,
-        topk_weights: torch.Tensor,
+        x: Tensor,
+        topk_idx: Tensor,
+        topk_weights: Tensor,
         handle: GivenLowLatencyHandle,
         use_logfmt: bool = False,
         zero_copy: bool = False,
         async_finish: bool = False,
         return_recv_hook: bool = False,
-        out: torch.Tensor | None = None,
-        combine_wait_recv_cost_stats: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, EventOverlap, Hook | None]:
+        out: Tensor | None = None,
+        combine_wait_recv_cost_stats: Tensor | None = None,
+    ) -> tuple[Tensor, EventOverlap, Hook | None]:
         """Brings the rows of a low-latency dispatch back and sums them with weights.
 
         `combined_x[t]` is the sum over `k`, ascending, of `topk_weights[t, k]` times the row that
@@ -794,7 +790,7 @@ class Buffer(Life):
             event = scope.finish_keeping(call, (combined_x,))
         return combined_x, event, hook
 
-    def get_next_low_latency_combine_buffer(self, handle: GivenLowLatencyHandle) -> torch.Tensor:
+    def get_next_low_latency_combine_buffer(self, handle: GivenLowLatencyHandle) -> Tensor:
         """Where `low_latency_combine(zero_copy=True)` finds its rows.
 
         Write all received rows there (``buffer[:, :, :] = y``) on the stream of that combine, with
@@ -859,7 +855,7 @@ class Buffer(Life):
         with self._in_order():
             mode.mask[rank_to_mask].fill_(int(mask))
 
-    def low_latency_query_mask_buffer(self, mask_status: torch.Tensor) -> None:
+    def low_latency_query_mask_buffer(self, mask_status: Tensor) -> None:
         """Copies the mask of this rank, which also has the ranks that did not answer in time.
 
         Args:
@@ -1009,5 +1005,5 @@ def _num_sms(op: str, num_ranks: int, hidden_bytes: int, num_tokens: int) -> int
     return Buffer.num_sms if found is None else found.num_sms
 
 
-def _payload(rows: torch.Tensor, scales: torch.Tensor | None) -> Payload:
+def _payload(rows: Tensor, scales: Tensor | None) -> Payload:
     return rows if scales is None else (rows, scales)
