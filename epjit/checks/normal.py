@@ -104,10 +104,10 @@ class NormalChecks:
         """Everything that `dispatch` takes; `counts` in the order of `calls.Routing`."""
         rows, scales = _rows_and_scales(x)
         if handle is None:
-            per_rank, per_rdma_rank, *others = counts
+            per_rank, per_rdma_rank, per_expert, in_rank = counts
             if self._num_domains == 1:
                 per_rdma_rank = None
-            routing = calls.Routing(per_rank, per_rdma_rank, *others)
+            routing = calls.Routing(per_rank, per_rdma_rank, per_expert, in_rank)
             arguments = signature(rows, scales, topk_idx, topk_weights, *routing)
         else:
             arguments = signature(rows, scales)

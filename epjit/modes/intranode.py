@@ -185,8 +185,8 @@ class Intranode(Normal):
             experts_per_rank=experts_per_rank,
         )
         with scope.allocating():
-            handle = IntranodeHandle(*self._empty(specs))
-        shared = self._routing(handle)
+            prefix, source_tokens, expert_counts, _, _, send_head = self._empty(specs)
+        shared = self._routing(prefix, source_tokens, send_head)
         scope.start()
         with self._between_kernels():
             self._notify(
@@ -196,7 +196,7 @@ class Intranode(Normal):
                 num_tokens_per_expert=routing.num_tokens_per_expert.data_ptr(),
                 is_token_in_rank=routing.is_token_in_rank.data_ptr(),
                 **shared,
-                expert_counts=handle.recv_expert_counts.data_ptr(),
+                expert_counts=expert_counts.data_ptr(),
                 host_counts=self._ask_for_counts(waits),
                 num_tokens=num_tokens,
                 num_recv_rows=call.num_worst_tokens,
@@ -218,10 +218,14 @@ class Intranode(Normal):
             outputs = self._allocate_outputs(scope, launch, num_rows, call, with_src_idx=True)
             self._dispatch_rows(scope, launch, outputs, num_sms=call.num_sms)
             assert outputs.src_idx is not None
-            # (`_replace` takes 1 us.)
-            prefix, tokens, counts, _, _, head = handle
-            in_rank = routing.is_token_in_rank
-            handle = IntranodeHandle(prefix, tokens, counts, outputs.src_idx, in_rank, head)
+            handle = IntranodeHandle(
+                prefix,
+                source_tokens,
+                expert_counts,
+                outputs.src_idx,
+                routing.is_token_in_rank,
+                send_head,
+            )
         return Dispatched(*outputs.received[:4], per_expert, handle)
 
     def _cached_dispatch(
@@ -232,7 +236,7 @@ class Intranode(Normal):
         launch.prepare(
             {
                 **self._inputs(call),
-                **self._routing(handle),
+                **self._routing(handle.rank_prefix_matrix, handle.source_tokens, handle.send_head),
                 "experts_per_rank": 1,
             }
         )
@@ -293,12 +297,14 @@ class Intranode(Normal):
         return rows if shape[0] else rows[:0]
 
     @staticmethod
-    def _routing(handle: IntranodeHandle) -> dict[str, int]:
+    def _routing(
+        rank_prefix: torch.Tensor, source_tokens: torch.Tensor, send_head: torch.Tensor
+    ) -> dict[str, int]:
         """Parameters for what notify writes to a handle, and dispatch takes from it."""
         return {
-            "rank_prefix": handle.rank_prefix_matrix.data_ptr(),
-            "source_tokens": handle.source_tokens.data_ptr(),
-            "send_head": handle.send_head.data_ptr(),
+            "rank_prefix": rank_prefix.data_ptr(),
+            "source_tokens": source_tokens.data_ptr(),
+            "send_head": send_head.data_ptr(),
         }
 
     def _dispatch_rows(

@@ -141,7 +141,7 @@ def test_doctor_names_a_missing_package(monkeypatch: pytest.MonkeyPatch) -> None
     found = {check.name: check for check in software.check_packages()}
     assert found["torch"].status is Status.wrong
     assert found["torch"].remedy.startswith(f"pip install -e '{ROOT}[torch]'")
-    for name in ("epjit.buffer", "epjit.kernels.intranode"):
+    for name in ("epjit.modes.make", "epjit.kernels.intranode"):
         monkeypatch.delitem(sys.modules, name, raising=False)
     last = doctor.verdict([])
     assert last.status is Status.wrong
