@@ -163,7 +163,9 @@ class Buffer(Life):
         num_qps_per_rank = as_int("num_qps_per_rank", num_qps_per_rank)
         if nvlink_domain is not None:
             nvlink_domain = as_int("nvlink_domain", nvlink_domain)
-        if timeout_seconds is not None:
+        if timeout_seconds is None:
+            timeout_seconds = env.timeout_seconds()
+        else:
             timeout_seconds = as_seconds("timeout_seconds", timeout_seconds)
         self.num_nvl_bytes, self.num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
         self.low_latency_mode, self.enable_shrink = low_latency_mode, enable_shrink

@@ -28,7 +28,7 @@ class Settings(NamedTuple):
     enable_shrink: bool
     use_fabric: bool
     num_qps_per_rank: int
-    timeout_seconds: float | None
+    timeout_seconds: float
 
 
 # ---- normal mode --------------------------------------------------------------------------------

@@ -16,7 +16,7 @@ from epjit.modes.normal import agree_on_kernel, combine_shape, dispatch_shape
 if TYPE_CHECKING:
     import torch
 
-    from epjit.calls import Combine, Dispatch, LowLatencyCombine
+    from epjit.calls import Combine, Dispatch, LowLatencyCombine, Settings
     from epjit.runtime.group import Group
     from epjit.runtime.topology import Topology
 
@@ -27,17 +27,13 @@ class ChosenKernels:
     """The kernels of one Buffer on the CPU, by shape.
 
     Args:
+        settings: Of the Buffer.
         group: The ranks.
         topology: Their NVLink domains.
-        num_nvl_bytes: Of the Buffer.
-        num_rdma_bytes: Of the Buffer.
     """
 
-    def __init__(
-        self, group: Group, topology: Topology, *, num_nvl_bytes: int, num_rdma_bytes: int
-    ) -> None:
-        self._group, self._topology = group, topology
-        self._num_nvl_bytes, self._num_rdma_bytes = num_nvl_bytes, num_rdma_bytes
+    def __init__(self, settings: Settings, group: Group, topology: Topology) -> None:
+        self._settings, self._group, self._topology = settings, group, topology
         self._configs: dict[DispatchShape | CombineShape, Any] = {}
 
     def launch(self, shape: DispatchShape | CombineShape) -> Any:
@@ -53,12 +49,12 @@ class ChosenKernels:
             num_domains, num_local = self._topology.num_domains, self._topology.num_local
             if num_domains == 1:
                 config = intranode.config_of(shape, num_local, _ARCH)
-                intranode.num_slots(config, self._num_nvl_bytes)
+                intranode.num_slots(config, self._settings.num_nvl_bytes)
             else:
                 config = internode.config_of(shape, num_domains, num_local, _ARCH)
-                internode.ring_slots(config, self._num_rdma_bytes)
+                internode.ring_slots(config, self._settings.num_rdma_bytes)
                 if isinstance(config, internode.InternodeCombineConfig):
-                    internode.combine_slots(config, self._num_nvl_bytes)
+                    internode.combine_slots(config, self._settings.num_nvl_bytes)
             agree_on_kernel(self._group, config)
             self._configs[shape] = config
         return config

@@ -22,6 +22,7 @@ from epjit.calls import (
     LowLatencyCombine,
     LowLatencyDispatch,
     Routing,
+    Settings,
     Sums,
 )
 from epjit.handles import (
@@ -52,11 +53,10 @@ class CpuNormal:
     in the same order.
 
     Args:
+        settings: Of the Buffer.
         group: The ranks.
         topology: Their NVLink domains; with several, handles and sums are those between domains.
         chosen: The kernels that a GPU would run.
-        num_nvl_bytes: Bytes of `memory`.
-        num_rdma_bytes: Bytes of `rdma_memory`.
 
     Attributes:
         num_sms: Of the GPU that would run them.
@@ -72,19 +72,14 @@ class CpuNormal:
     num_sms = 132  # an H200's
 
     def __init__(
-        self,
-        group: Group,
-        topology: Topology,
-        chosen: ChosenKernels,
-        *,
-        num_nvl_bytes: int,
-        num_rdma_bytes: int,
+        self, settings: Settings, group: Group, topology: Topology, chosen: ChosenKernels
     ) -> None:
         self._group, self._chosen = group, chosen
         self._domains = topology.domains
         self._reference = Normal(topology.domains)
         self._overflow: Overflow | None = None
-        self.memory, self.rdma_memory = CpuMemory(num_nvl_bytes), CpuMemory(num_rdma_bytes)
+        self.memory = CpuMemory(settings.num_nvl_bytes)
+        self.rdma_memory = CpuMemory(settings.num_rdma_bytes)
 
     def raise_fault(self) -> None:
         """Raises once, as a GPU does in the call after, that more rows came than there is room for.
@@ -270,10 +265,9 @@ class CpuLowLatency:
     and writes its outputs when the returned function is called.
 
     Args:
+        settings: Of the Buffer.
         group: The ranks.
         chosen: What a GPU would run.
-        num_rdma_bytes: Bytes of `memory`.
-        enable_shrink: Whether `mask` counts.
 
     Attributes:
         memory: What users see; its second half is the send buffer.
@@ -286,13 +280,9 @@ class CpuLowLatency:
             together; the text names the ranks and their values.
     """
 
-    def __init__(
-        self, group: Group, chosen: ChosenKernels, *, num_rdma_bytes: int, enable_shrink: bool
-    ) -> None:
-        self._group, self._chosen = group, chosen
-        self._num_rdma_bytes = num_rdma_bytes
-        self._enable_shrink = enable_shrink
-        self.memory = CpuMemory(num_rdma_bytes)
+    def __init__(self, settings: Settings, group: Group, chosen: ChosenKernels) -> None:
+        self._settings, self._group, self._chosen = settings, group, chosen
+        self.memory = CpuMemory(settings.num_rdma_bytes)
         self.mask = torch.zeros(group.size, dtype=torch.int32, device="cpu")
 
     @torch.no_grad()
@@ -359,7 +349,7 @@ class CpuLowLatency:
         """Brings rows back and sums them with weights; what receives, or None, comes along."""
         x, topk_idx, topk_weights, out, _ = call.given
         sizes = call.sizes
-        half = self.memory.tensor(torch.uint8)[self._num_rdma_bytes // 2 :]
+        half = self.memory.tensor(torch.uint8)[self._settings.num_rdma_bytes // 2 :]
         self._chosen.check_low_latency_combine(call, half)
         combined = out
         if combined is None:
@@ -407,7 +397,7 @@ class CpuLowLatency:
     def send_buffer(self, *, num_experts: int, max_tokens: int, hidden: int) -> Tensor:
         """Where `combine(zero_copy=True)` finds its rows: bfloat16 `[E // R, R * M, H]`."""
         shape = (num_experts // self._group.size, self._group.size * max_tokens, hidden)
-        half = self.memory.tensor(torch.uint8)[self._num_rdma_bytes // 2 :]
+        half = self.memory.tensor(torch.uint8)[self._settings.num_rdma_bytes // 2 :]
         return half[: 2 * num_experts * max_tokens * hidden].view(torch.bfloat16).view(shape)
 
     def warmup(
@@ -431,7 +421,7 @@ class CpuLowLatency:
         """Nothing: no wait is queued here."""
 
     def _masked(self) -> Tensor | None:
-        return self.mask if self._enable_shrink else None
+        return self.mask if self._settings.enable_shrink else None
 
 
 def _exchange(

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from epjit.calls import Combine, Dispatch, Routing, Sums
+from epjit.calls import Combine, Dispatch, Routing, Settings, Sums
 from epjit.config import MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS
 from epjit.handles import Dispatched, InternodeHandle
 from epjit.kernels.internode import (
@@ -99,15 +99,11 @@ class Internode(Normal):
     Collective: all ranks construct it together.
 
     Args:
+        settings: Of the Buffer.
         group: The ranks.
         topology: Their domains, more than one.
         resources: Gets what this makes; its owner closes it, also when this cannot be made.
-        num_nvl_bytes: Bytes of slots.
-        num_rdma_bytes: Bytes of inboxes and stages.
         device: The GPU of this rank.
-        timeout_seconds: Of one wait for a peer.
-        use_fabric: Whether peers map memory by fabric handles.
-        num_qps_per_rank: Queue pairs to each rank.
 
     Attributes:
         rdma_memory: Memory that the transport reaches; its first `num_rdma_bytes` are the user's.
@@ -117,39 +113,34 @@ class Internode(Normal):
 
     def __init__(
         self,
+        settings: Settings,
         group: Group,
         topology: Topology,
         resources: ExitStack,
-        *,
-        num_nvl_bytes: int,
-        num_rdma_bytes: int,
         device: torch.device,
-        timeout_seconds: float,
-        use_fabric: bool,
-        num_qps_per_rank: int,
     ) -> None:
         num_domains, num_local = topology.num_domains, topology.num_local
         transport = make_transport(
             group,
             topology,
             device=device.index,
-            num_qps_per_rank=num_qps_per_rank,
-            use_fabric=use_fabric,
+            num_qps_per_rank=settings.num_qps_per_rank,
+            use_fabric=settings.use_fabric,
         )
         resources.callback(transport.close)
         super().__init__(
             group,
             resources,
             device=device,
-            timeout_seconds=timeout_seconds,
+            timeout_seconds=settings.timeout_seconds,
             num_counters=2 + 2 * group.size + 5 * num_domains,
             num_counts=2 + MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS,
             transport=transport,
             domains=topology.domains,
         )
         self._topology = topology
-        self._arena = _Arena(num_domains, num_local, num_nvl_bytes)
-        self._rings = _Rings(num_domains, num_local, num_rdma_bytes)
+        self._arena = _Arena(num_domains, num_local, settings.num_nvl_bytes)
+        self._rings = _Rings(num_domains, num_local, settings.num_rdma_bytes)
         notify_kernel = self._kernel(InternodeNotifyConfig(num_domains, num_local))
         self.rdma_memory = transport.allocate(self._rings.total)
         resources.callback(self.rdma_memory.close)
@@ -157,7 +148,7 @@ class Internode(Normal):
             self._arena.total,
             group=_DomainGroup(group, topology.domains[topology.domain]),
             device=device.index,
-            fabric=use_fabric,
+            fabric=settings.use_fabric,
         )
         resources.callback(self.memory.close)
         self._signals_at = self._arena.signals

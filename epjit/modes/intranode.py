@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from epjit import env
-from epjit.calls import Combine, Dispatch, Routing, Sums
+from epjit.calls import Combine, Dispatch, Routing, Settings, Sums
 from epjit.config import MAX_LOCAL_EXPERTS, MAX_RANKS
 from epjit.handles import Dispatched, IntranodeHandle
 from epjit.kernels.intranode import (
@@ -91,38 +91,29 @@ class Intranode(Normal):
     Collective: all ranks construct it together.
 
     Args:
+        settings: Of the Buffer.
         group: The ranks.
         resources: Gets what this makes; its owner closes it, also when this cannot be made.
-        num_nvl_bytes: Bytes of slots.
         device: The GPU of this rank.
-        timeout_seconds: Of one wait for a peer.
-        use_fabric: Whether peers map the memory by fabric handles.
     """
 
     def __init__(
-        self,
-        group: Group,
-        resources: ExitStack,
-        *,
-        num_nvl_bytes: int,
-        device: torch.device,
-        timeout_seconds: float,
-        use_fabric: bool,
+        self, settings: Settings, group: Group, resources: ExitStack, device: torch.device
     ) -> None:
         super().__init__(
             group,
             resources,
             device=device,
-            timeout_seconds=timeout_seconds,
+            timeout_seconds=settings.timeout_seconds,
             num_counters=32,
             num_counts=1 + MAX_LOCAL_EXPERTS,
         )
         direct = env.dispatch_variant() == "direct" and group.size > 1
         num_output_bytes = align(env.direct_bytes()) if direct else 0
-        self._arena = _Arena(group.size, num_nvl_bytes, num_output_bytes)
+        self._arena = _Arena(group.size, settings.num_nvl_bytes, num_output_bytes)
         notify_kernel = self._kernel(NotifyConfig(group.size))
         self.memory = SymmetricMemory(
-            self._arena.total, group=group, device=device.index, fabric=use_fabric
+            self._arena.total, group=group, device=device.index, fabric=settings.use_fabric
         )
         resources.callback(self._close_memory)
         self._signals_at = self._arena.signals

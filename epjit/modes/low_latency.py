@@ -15,7 +15,13 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import torch
 
 from epjit import env
-from epjit.calls import CombineSizes, DispatchSizes, LowLatencyCombine, LowLatencyDispatch
+from epjit.calls import (
+    CombineSizes,
+    DispatchSizes,
+    LowLatencyCombine,
+    LowLatencyDispatch,
+    Settings,
+)
 from epjit.checks.low_latency import check_source
 from epjit.checks.match import remember
 from epjit.config import MAX_LOW_LATENCY_EXPERTS, MAX_LOW_LATENCY_TOKENS, MAX_RANKS
@@ -126,15 +132,11 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
     Collective: all ranks construct it together.
 
     Args:
+        settings: Of the Buffer.
         group: The ranks.
         topology: Their NVLink domains.
         resources: Gets what this makes; its owner closes it, also when this cannot be made.
-        num_rdma_bytes: Bytes of slots and send buffer.
         device: The GPU of this rank.
-        timeout_seconds: Of one wait for a peer.
-        use_fabric: Whether peers map the memory by fabric handles.
-        enable_shrink: Whether a peer that is late is masked.
-        num_qps_per_rank: Queue pairs to each rank of another domain.
 
     Attributes:
         memory: The symmetric memory; its first `num_rdma_bytes` are the user's.
@@ -145,16 +147,11 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
 
     def __init__(
         self,
+        settings: Settings,
         group: Group,
         topology: Topology,
         resources: ExitStack,
-        *,
-        num_rdma_bytes: int,
         device: torch.device,
-        timeout_seconds: float,
-        use_fabric: bool,
-        enable_shrink: bool,
-        num_qps_per_rank: int,
     ) -> None:
         transport: Transport | None = None
         if topology.spans_domains:
@@ -162,27 +159,31 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
                 group,
                 topology,
                 device=device.index,
-                num_qps_per_rank=num_qps_per_rank,
-                use_fabric=use_fabric,
+                num_qps_per_rank=settings.num_qps_per_rank,
+                use_fabric=settings.use_fabric,
             )
             resources.callback(transport.close)
         super().__init__(
-            group, resources, device=device, timeout_seconds=timeout_seconds, transport=transport
+            group,
+            resources,
+            device=device,
+            timeout_seconds=settings.timeout_seconds,
+            transport=transport,
         )
         self._topology, self._remote = topology, topology.spans_domains
         self._is_lost = False  # a peer, when this rank closes
         self._most_tokens = 0  # of a rank, that the transport is known to serve
-        self._shrink = enable_shrink
+        self._shrink = settings.enable_shrink
         sms = num_sms(device.index)
         self._num_sms = min(env.low_latency_num_sms() or sms, sms)
         self._num_staying = max(1, sms // _WAITING_KERNELS)
-        self._arena = _Arena(group.size, num_rdma_bytes, remote=self._remote)
+        self._arena = _Arena(group.size, settings.num_rdma_bytes, remote=self._remote)
         clean_kernel = self._kernel(CleanConfig(group.size, self._remote))
         if transport is not None:
             self.memory = transport.allocate(self._arena.total)
         else:
             self.memory = SymmetricMemory(
-                self._arena.total, group=group, device=device.index, fabric=use_fabric
+                self._arena.total, group=group, device=device.index, fabric=settings.use_fabric
             )
         resources.callback(self.memory.close)
         self._signals_at = self._arena.signals

@@ -67,17 +67,8 @@ def make_parts(
         resources: Gets what is made; its owner closes it, also when not all can be made.
         device: A GPU, or the CPU.
     """
-    make = _on_cpu if device.index is None else _on_gpu
-    return make(settings, group, topology, resources, device)
-
-
-def _on_gpu(
-    settings: Settings,
-    group: Group,
-    topology: Topology,
-    resources: ExitStack,
-    device: torch.device,
-) -> Parts:
+    if device.index is None:
+        return _on_cpu(settings, group, topology)
     from epjit.modes.internode import Internode
     from epjit.modes.intranode import Intranode
     from epjit.modes.low_latency import LowLatency
@@ -85,63 +76,22 @@ def _on_gpu(
 
     comm = CommStream(device.index)
     resources.callback(lambda _: None, comm)  # freed with its last reference
-    timeout_seconds = settings.timeout_seconds
-    if timeout_seconds is None:
-        timeout_seconds = env.timeout_seconds()
     mode: Intranode | Internode
     if topology.spans_domains:
-        mode = Internode(
-            group,
-            topology,
-            resources,
-            num_nvl_bytes=settings.num_nvl_bytes,
-            num_rdma_bytes=settings.num_rdma_bytes,
-            device=device,
-            timeout_seconds=timeout_seconds,
-            use_fabric=settings.use_fabric,
-            num_qps_per_rank=settings.num_qps_per_rank,
-        )
+        mode = Internode(settings, group, topology, resources, device)
     else:
-        mode = Intranode(
-            group,
-            resources,
-            num_nvl_bytes=settings.num_nvl_bytes,
-            device=device,
-            timeout_seconds=timeout_seconds,
-            use_fabric=settings.use_fabric,
-        )
+        mode = Intranode(settings, group, resources, device)
     low_latency = None
     if settings.low_latency_mode:
-        low_latency = LowLatency(
-            group,
-            topology,
-            resources,
-            num_rdma_bytes=settings.num_rdma_bytes,
-            device=device,
-            timeout_seconds=timeout_seconds,
-            use_fabric=settings.use_fabric,
-            enable_shrink=settings.enable_shrink,
-            num_qps_per_rank=settings.num_qps_per_rank,
-        )
+        low_latency = LowLatency(settings, group, topology, resources, device)
     return Parts(Streams(comm), mode, low_latency)
 
 
-def _on_cpu(settings: Settings, group: Group, topology: Topology, *_: object) -> Parts:
+def _on_cpu(settings: Settings, group: Group, topology: Topology) -> Parts:
     from epjit.modes.chosen import ChosenKernels
     from epjit.modes.cpu import CpuLowLatency, CpuNormal
 
-    sizes = {
-        "num_nvl_bytes": settings.num_nvl_bytes,
-        "num_rdma_bytes": settings.num_rdma_bytes,
-    }
-    chosen = ChosenKernels(group, topology, **sizes)
-    mode = CpuNormal(group, topology, chosen, **sizes)
-    low_latency = None
-    if settings.low_latency_mode:
-        low_latency = CpuLowLatency(
-            group,
-            chosen,
-            num_rdma_bytes=settings.num_rdma_bytes,
-            enable_shrink=settings.enable_shrink,
-        )
+    chosen = ChosenKernels(settings, group, topology)
+    mode = CpuNormal(settings, group, topology, chosen)
+    low_latency = CpuLowLatency(settings, group, chosen) if settings.low_latency_mode else None
     return Parts(CpuStreams(), mode, low_latency)

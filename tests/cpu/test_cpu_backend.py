@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from epjit.calls import Combine, Counts, Dispatch, Layout, Routing, Sums
+from epjit.calls import Combine, Counts, Dispatch, Layout, Routing, Settings, Sums
 from epjit.errors import CommunicationError
 from epjit.handles import Dispatched, Handle
 from epjit.modes.cpu import CpuLowLatency, CpuNormal
@@ -85,7 +85,8 @@ class Backend:
 
     def __init__(self, group: Group, domains: Any = None) -> None:
         chosen, topology = mock.Mock(), Topology(0, domains or (tuple(range(group.size)),))
-        self._mode = CpuNormal(group, topology, chosen, num_nvl_bytes=0, num_rdma_bytes=0)
+        settings = Settings(0, 0, False, False, False, 1, 1.0)
+        self._mode = CpuNormal(settings, group, topology, chosen)
         self._scope = CpuScope(async_finish=False)
 
     def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Counts:
