@@ -81,11 +81,19 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a run took: passes of the scheduler, switches of threads, emulated nanoseconds."""
+    """What a run took: passes of the scheduler, switches of threads, emulated nanoseconds.
+
+    And how often all its kernels have called each function of transport.cuh.
+    """
 
     passes: int
     switches: int
     nanoseconds: int
+    puts: int
+    signals: int
+    fences: int
+    quiets: int
+    received: int
 
 
 class _Options(ctypes.Structure):
@@ -97,6 +105,7 @@ class _Options(ctypes.Structure):
         ("max_passes", ctypes.c_uint64),
         ("nanoseconds_per_pass", ctypes.c_uint64),
         ("latest_message", ctypes.c_uint64),
+        ("sources_may_change", ctypes.c_int32),
         ("num_gpus", ctypes.c_int32),
         ("places", ctypes.c_int32),
     )
@@ -107,6 +116,11 @@ class _Report(ctypes.Structure):
         ("passes", ctypes.c_uint64),
         ("switches", ctypes.c_uint64),
         ("nanoseconds", ctypes.c_uint64),
+        ("puts", ctypes.c_uint64),
+        ("signals", ctypes.c_uint64),
+        ("fences", ctypes.c_uint64),
+        ("quiets", ctypes.c_uint64),
+        ("received", ctypes.c_uint64),
     )
 
 
@@ -124,6 +138,7 @@ def emulate(
     yield_percent: int = 20,
     basic_blocks: int = 200,
     latest_message: int = 20_000,
+    sources_may_change: bool = False,
     num_gpus: int = 1,
     places: int = 0,
 ) -> Report:
@@ -139,6 +154,8 @@ def emulate(
         yield_percent: Chance to yield at an atomic or a release.
         basic_blocks: Mean number of basic blocks between preemptions; 0 = none.
         latest_message: Passes that a piece of what goes to another rank takes at most.
+        sources_may_change: Of such pieces, before they are read, as to a rank that is lost. Else
+            that is an error: whatever is written there was written too early.
         num_gpus: Of `places`; rank r is a stream of GPU r % num_gpus.
         places: Blocks that one GPU has room for; 0 = any number.
 
@@ -159,6 +176,7 @@ def emulate(
         max_passes,
         nanoseconds_per_pass,
         latest_message,
+        sources_may_change,
         num_gpus,
         places,
     )
@@ -181,7 +199,7 @@ def emulate(
         message = core.emulate_message().decode()
     if failed:
         raise EmulationError(f"seed {seed}: " + _with_lines(message))
-    return Report(report.passes, report.switches, report.nanoseconds)
+    return Report(*(getattr(report, name) for name, _ in _Report._fields_))
 
 
 def prepare(launch: Launch) -> None:
