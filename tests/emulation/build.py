@@ -108,6 +108,8 @@ class _Options(ctypes.Structure):
         ("sources_may_change", ctypes.c_int32),
         ("num_gpus", ctypes.c_int32),
         ("places", ctypes.c_int32),
+        ("slow_from", ctypes.c_int32),
+        ("slow_to", ctypes.c_int32),
     )
 
 
@@ -141,6 +143,7 @@ def emulate(
     sources_may_change: bool = False,
     num_gpus: int = 1,
     places: int = 0,
+    slow_link: tuple[int, int] | None = None,
 ) -> Report:
     """Runs launches until all have ended.
 
@@ -158,6 +161,8 @@ def emulate(
             that is an error: whatever is written there was written too early.
         num_gpus: Of `places`; rank r is a stream of GPU r % num_gpus.
         places: Blocks that one GPU has room for; 0 = any number.
+        slow_link: Only what the first of these numbers of the transport sends to the second is
+            slow; by default any piece may be.
 
     Returns:
         What the run took.
@@ -179,6 +184,7 @@ def emulate(
         sources_may_change,
         num_gpus,
         places,
+        *(slow_link or (-1, -1)),
     )
     report = _Report()
     with _LOCK:
