@@ -35,7 +35,7 @@
 
 namespace epjit {
 
-// What a fault record calls the wait.
+// Number of a wait in a fault record.
 // Python reads these lines: "name = value,  // operation: text".
 enum WaitTag : int32_t {
   kWaitNotifyStart = 1,                // notify: its start
@@ -108,7 +108,7 @@ __device__ __forceinline__ uint64_t stamp(uint32_t epoch, uint32_t window) {
 
 // ---- waits --------------------------------------------------------------------------------------
 
-// Where the ranks that share the signals stand, when there are several NVLink domains.
+// Place of the ranks that share the signals in the group, when there are several NVLink domains.
 struct Domains {
   const int32_t* ranks;   // [num_domains, num_ranks]: numbers in the group; null: one domain
   const uint64_t* rails;  // [num_ranks], addresses of [num_domains, 2] u64 of each of these ranks:
@@ -132,7 +132,7 @@ struct Waiter {
   Domains domains;
   bool leaves = false;  // a wait that runs out of time says nothing: the block leaves
 
-  // What a fault record calls a rank that shares the signals.
+  // Number in the group, as a fault record has it, of a rank that shares the signals.
   __device__ __forceinline__ int name(int peer) const {
     return domains.ranks == nullptr ? peer : domains.ranks[domains.domain * num_ranks + peer];
   }
@@ -246,7 +246,7 @@ __device__ inline void report_fault(const Waiter& waiter, WaitTag tag, int peer,
                waiter.epoch);
 }
 
-// What this rank finds out by itself, without a wait.
+// Reports a fault that this rank finds by itself, without a wait.
 __device__ inline void report_at_once(const Waiter& waiter, WaitTag tag, uint64_t index) {
   if (ptx::atom_cas_sys(waiter.abort, 0, 1) == 0)
     write_record(waiter.fault, tag, waiter.name(waiter.rank), waiter.name(waiter.rank), index,

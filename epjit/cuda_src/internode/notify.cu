@@ -145,7 +145,7 @@ class InternodeNotify {
     return reinterpret_cast<const int32_t*>(p.inbox[j]) + static_cast<int64_t>(n) * p.notify_stride;
   }
 
-  // What of it is for a local rank: tokens, then the counts of its experts.
+  // The part of it for a local rank: tokens, then the counts of its experts.
   __device__ const int32_t* received_for(int reader, int n, int j) const {
     return received(n, j) + 2 + reader * (1 + p.experts_per_rank);
   }

@@ -113,7 +113,7 @@ class Combine {
  private:
   __device__ int window_of(int token) const { return token / (p.num_slots / 2); }
 
-  // Where rank `writer` puts the row of the owner's token.
+  // Slot that rank `writer` puts the row of the owner's token into.
   __device__ char* slot(int owner, int writer, int token) const {
     const int64_t i = static_cast<int64_t>(writer) * p.num_slots + token % p.num_slots;
     return reinterpret_cast<char*>(p.slots[owner]) + i * kSlotBytes;

@@ -124,7 +124,7 @@ class LowLatencyReducedCombine {
     return words(owner) + (token * kRanks + writer) * p.num_parts + part;
   }
 
-  // Where `reader` finds the weight of a selection, token * kTopk + k, of `owner`.
+  // Word in which `reader` finds the weight of a selection, token * kTopk + k, of `owner`.
   __device__ uint64_t* weight_word(int reader, int owner, int selection) const {
     return words(reader) + p.max_tokens * (kRanks * p.num_parts + owner * kTopk) + selection;
   }

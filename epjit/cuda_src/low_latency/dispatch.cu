@@ -331,8 +331,8 @@ class LowLatencyDispatch {
     return e >= 0 && may_send(waiter, e / kExpertsARank) ? e / kExpertsARank : -1;
   }
 
-  // Where each selection comes among those of its expert, to all ranks of the token; lane k has the
-  // expert of selection k.
+  // Tells all ranks of the token the position of each selection among those of its expert; lane k has
+  // the expert of selection k.
   __device__ void send_selections(int token, int e) {
     const uint32_t same = __match_any_sync(kFullMask, e);
     const uint32_t before = __popc(same & ((1u << lane) - 1));
