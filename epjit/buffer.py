@@ -347,7 +347,7 @@ class Buffer(Life):
         return part_of(whole, num_bytes, dtype, size, offset)
 
     def _memory(self, use_rdma_buffer: bool) -> Any:
-        """What a user may look at; nothing but `num_nvl_bytes` or `num_rdma_bytes` of it."""
+        """The memory that begins with `num_nvl_bytes` or `num_rdma_bytes` for the user."""
         if use_rdma_buffer and self._low_latency is not None:
             return self._low_latency.memory
         mode: Any = self._mode
@@ -793,7 +793,7 @@ class Buffer(Life):
         return combined_x, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle: GivenLowLatencyHandle) -> Tensor:
-        """Where `low_latency_combine(zero_copy=True)` finds its rows.
+        """The buffer that `low_latency_combine(zero_copy=True)` takes its rows from.
 
         Write all received rows there (``buffer[:, :, :] = y``) on the stream of that combine, with
         no other operation of this buffer in between.
@@ -955,7 +955,7 @@ class Buffer(Life):
 
     @contextmanager
     def _in_order(self) -> Iterator[int]:
-        """What is queued on the current stream meanwhile follows the calls before, on any stream.
+        """Lets work that is queued on the current stream meanwhile follow the calls before it.
 
         Yields:
             Handle of the current stream.
@@ -965,7 +965,7 @@ class Buffer(Life):
             scope.finish()
 
     def _hook(self, op: str, receive: Hook, stream: int) -> Hook:
-        """What the caller gets for `receive`: it can be called once, and until reset()."""
+        """The hook around `receive`, for the caller: to be called once, and before any reset()."""
         unreceived = self._unreceived = Unreceived(op)
 
         def hook() -> None:
@@ -984,7 +984,7 @@ class Buffer(Life):
         return hook
 
     def _masking_mode(self, op: str) -> AnyLowLatency:
-        """What runs the low-latency calls, with masks."""
+        """The low-latency mode of a Buffer that masks ranks (`enable_shrink`)."""
         self._check_alive(fault=False)
         if self._low_latency is None or not self.enable_shrink:
             raise RuntimeError(

@@ -120,7 +120,7 @@ class Scope:
                 self._comm.make_wait(self._current)
 
     def allocating(self) -> AbstractContextManager[object]:
-        """Where outputs are allocated."""
+        """Surrounds the allocation of outputs, and decides whose memory they are."""
         if self._previous is None:
             return _NOWHERE
         # Now: from the first wait on, a capture of the event's stream captures this one, too, and
@@ -262,7 +262,7 @@ class CurrentStream:
             self._comm.last_call = next_number()
 
     def allocating(self) -> AbstractContextManager[object]:
-        """Where outputs are allocated."""
+        """Surrounds the allocation of outputs, and decides whose memory they are."""
         return _NOWHERE
 
     def start(self) -> None:
@@ -301,7 +301,7 @@ class CpuScope:
         """Nothing is under way."""
 
     def allocating(self) -> AbstractContextManager[object]:
-        """Where outputs are allocated."""
+        """Surrounds the allocation of outputs, and decides whose memory they are."""
         return _NOWHERE
 
     def start(self) -> None:

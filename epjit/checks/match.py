@@ -153,7 +153,7 @@ def check(
 
 
 def signature(*tensors: torch.Tensor | None) -> tuple[object, ...]:
-    """What `check` looks at: where it is equal, the checks that passed once pass again."""
+    """All that `check` looks at: of tensors with a signature that passed, none is checked again."""
     if _transform() is not None:  # its tensors look like others
         return (object(),)
     try:

@@ -22,7 +22,7 @@ _LINK_BOUND_BYTES = 300_000
 
 @dataclass(frozen=True)
 class NotifyConfig(KernelConfig):
-    """What the notify kernel is compiled for."""
+    """Config of the notify kernel."""
 
     source: ClassVar[str] = "intranode/notify.cu"
     op: ClassVar[str] = "notify"
@@ -39,7 +39,7 @@ class NotifyConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class DispatchConfig(KernelConfig):
-    """What the dispatch kernel is compiled for; the fields are explained in dispatch.cu."""
+    """Config of the dispatch kernel; its fields are explained in dispatch.cu."""
 
     source: ClassVar[str] = "intranode/dispatch.cu"
     op: ClassVar[str] = "dispatch"
@@ -102,7 +102,7 @@ class DispatchConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class CombineConfig(KernelConfig):
-    """What the combine kernel is compiled for; the fields are explained in combine.cu."""
+    """Config of the combine kernel; its fields are explained in combine.cu."""
 
     source: ClassVar[str] = "intranode/combine.cu"
     op: ClassVar[str] = "combine"

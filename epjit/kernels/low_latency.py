@@ -26,7 +26,7 @@ NUM_WORDS = max(MAX_LOW_LATENCY_TOKENS, MAX_LOW_LATENCY_CHOICES)
 
 
 class LowLatencyDispatchShape(NamedTuple):
-    """What tells one dispatch kernel of a Buffer from another; the same on all ranks."""
+    """Identifies a dispatch kernel within a Buffer; equal on all ranks."""
 
     num_experts: int
     hidden: int
@@ -36,7 +36,7 @@ class LowLatencyDispatchShape(NamedTuple):
 
 
 class LowLatencyCombineShape(NamedTuple):
-    """What tells one combine kernel of a Buffer from another; the same on all ranks."""
+    """Identifies a combine kernel within a Buffer; equal on all ranks."""
 
     num_experts: int
     hidden: int
@@ -64,7 +64,7 @@ class _LowLatencyConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class LowLatencyDispatchConfig(_LowLatencyConfig):
-    """What the dispatch kernel is compiled for; the fields are explained in dispatch.cu."""
+    """Config of the dispatch kernel; its fields are explained in dispatch.cu."""
 
     source: ClassVar[str] = "low_latency/dispatch.cu"
     op: ClassVar[str] = "low_latency_dispatch"
@@ -109,7 +109,7 @@ class LowLatencyDispatchConfig(_LowLatencyConfig):
 
 @dataclass(frozen=True)
 class LowLatencyCombineConfig(_LowLatencyConfig):
-    """What the combine kernel is compiled for; the fields are explained in combine.cu."""
+    """Config of the combine kernel; its fields are explained in combine.cu."""
 
     source: ClassVar[str] = "low_latency/combine.cu"
     op: ClassVar[str] = "low_latency_combine"
@@ -163,7 +163,7 @@ class LowLatencyCombineConfig(_LowLatencyConfig):
 
 @dataclass(frozen=True)
 class LowLatencyReducedCombineConfig(KernelConfig):
-    """What the combine that sums before the links is compiled for; see combine_reduced.cu."""
+    """Config of the combine that sums before the links; see combine_reduced.cu."""
 
     source: ClassVar[str] = "low_latency/combine_reduced.cu"
     op: ClassVar[str] = "low_latency_combine"
@@ -210,7 +210,7 @@ class LowLatencyReducedCombineConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class CleanConfig(_LowLatencyConfig):
-    """What the clean kernel is compiled for."""
+    """Config of the clean kernel."""
 
     source: ClassVar[str] = "low_latency/clean.cu"
     op: ClassVar[str] = "clean"

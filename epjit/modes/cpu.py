@@ -212,7 +212,7 @@ class CpuNormal:
         return self._reference.combine(xs, handles, rank, weights, biases)
 
     def _handle_facts(self, handle: Handle) -> dict[str, object]:
-        """What the handles of one dispatch have in common on all ranks."""
+        """Facts that the handles of one dispatch have in common on all ranks."""
         if isinstance(handle, InternodeHandle):
             return {}  # each has only what concerns its rank
         return {
@@ -395,7 +395,7 @@ class CpuLowLatency:
         return combined, None
 
     def send_buffer(self, *, num_experts: int, max_tokens: int, hidden: int) -> Tensor:
-        """Where `combine(zero_copy=True)` finds its rows: bfloat16 `[E // R, R * M, H]`."""
+        """The buffer that a combine with `zero_copy` reads, bfloat16 `[E // R, R * M, H]`."""
         shape = (num_experts // self._group.size, self._group.size * max_tokens, hidden)
         half = self.memory.tensor(torch.uint8)[self._settings.num_rdma_bytes // 2 :]
         return half[: 2 * num_experts * max_tokens * hidden].view(torch.bfloat16).view(shape)
@@ -462,7 +462,7 @@ def _unpack(packed: tuple[torch.dtype, torch.Size, NDArray[np.uint8]] | None) ->
 
 
 def _payload_facts(x: Tensor, scales: Tensor | None) -> dict[str, object]:
-    """What the payloads of all ranks have in common."""
+    """Facts that the payloads of all ranks have in common."""
     return {
         "hidden": x.shape[1],
         "dtype": x.dtype,

@@ -60,7 +60,7 @@ Specs = TypeVar("Specs", LowLatencySpecs, tuple[TensorSpec])
 
 
 class _Arena:
-    """Where the parts of a rank's symmetric memory lie, in bytes from its start."""
+    """Offsets of the parts of a rank's symmetric memory, in bytes."""
 
     def __init__(self, num_ranks: int, num_rdma_bytes: int, *, remote: bool = False) -> None:
         self.half_bytes = num_rdma_bytes // 4  # 32-byte aligned, as num_rdma_bytes is 128-byte

@@ -204,7 +204,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
     # ---- the host's waits, faults, the end -------------------------------------------------------
 
     def _ask_for_counts(self, waits: bool) -> int:
-        """Where notify shall leave its counts; with `waits`, `_wait_for_counts` reads them."""
+        """Address for the counts of notify; with `waits`, `_wait_for_counts` reads them."""
         if waits:
             self._host_counts.array[0] = -1
         return self._host_counts.device_ptr + (0 if waits else 8 * self._num_counts)

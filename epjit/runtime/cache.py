@@ -38,7 +38,7 @@ _MAX_ENTRY_BYTES = 256 << 20
 
 
 class Entry(NamedTuple):
-    """What a compilation gives."""
+    """Results of a compilation."""
 
     symbol: str
     log: str

@@ -177,7 +177,7 @@ def as_process_group(group: object) -> dist.ProcessGroup:
 
 
 class Comm(Protocol):
-    """What `Group.from_comm` takes: mpi4py's communicators have it, and those of `ThreadGroup`."""
+    """A communicator for `Group.from_comm`: mpi4py's are such, and those of `ThreadGroup`."""
 
     def Get_rank(self) -> int:
         """This rank."""
