@@ -47,7 +47,7 @@ def test_every_block_is_of_a_language_that_is_run(page: Path) -> None:
 
 
 def prelude(group: Any) -> dict[str, Any]:
-    """What the pages take for granted: a group of two ranks, tokens, experts."""
+    """Names that the pages take for granted: a group of two ranks, tokens, experts."""
     import torch
 
     torch.manual_seed(group.rank())
@@ -133,7 +133,7 @@ def test_the_program_of_the_readme_passes_pyright(layer: Path) -> None:
 
 
 def check_by_reading(command: list[str]) -> str:
-    """What is wrong with a command that a test cannot run; empty when nothing is."""
+    """The fault of a command that a test cannot run; empty when there is none."""
     project = (ROOT / "pyproject.toml").read_text()
     match command:
         case ["pip", "install", *requirements]:
@@ -252,7 +252,7 @@ def cuda_names(source: str) -> set[str]:
 
 
 def missing_place(file: str, name: str) -> str:
-    """What is wrong with a place; empty when nothing is."""
+    """The fault of a place; empty when there is none."""
     folder = ROOT / "epjit"
     path = folder / file
     if not path.is_file():

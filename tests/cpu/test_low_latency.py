@@ -155,7 +155,7 @@ def test_random_rounds_of_processes(num_ranks: int, num_rounds: int) -> None:
 
 
 def test_hidden_sizes() -> None:
-    """What V1 has no list entry for: 16 bytes a row, odd multiples, the longest row."""
+    """Sizes that V1's list has not: 16 bytes a row, odd multiples, the longest row."""
 
     def body(buffer: Buffer) -> None:
         for seed, (hidden, row_format) in enumerate(

@@ -184,7 +184,7 @@ def test_graph(num_ranks: int, domain: int | None, use_hooks: bool) -> None:
 
 @worlds(2, 4)
 def test_scratch_over_the_whole_buffer(num_ranks: int, domain: int | None) -> None:
-    """What a user writes to the exposed memory breaks nothing, cleaned up or not."""
+    """Whatever a user writes to the exposed memory, nothing breaks, cleaned up or not."""
 
     def body(buffer: Buffer) -> None:
         low_latency.overwrite(buffer, functools.partial(meet, buffer))

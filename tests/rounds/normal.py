@@ -42,7 +42,7 @@ from tests.harness.ranks import line_up, settle
 
 @dataclass(frozen=True)
 class Round:
-    """What one round moves; the same on all ranks.
+    """Sizes and choices of one round; the same on all ranks.
 
     Attributes:
         num_tokens: Of each rank.
@@ -157,7 +157,7 @@ def random_round(num_ranks: int, seed: int, *, num_sms: int, max_tokens: int) ->
 
 
 def make_world(case: Round) -> list[reference.RankInput]:
-    """What every rank gives to dispatch, on the CPU."""
+    """Inputs of every rank to dispatch, on the CPU."""
     world = []
     for rank, tokens in enumerate(case.num_tokens):
         idx = _topk_idx(case, rank)

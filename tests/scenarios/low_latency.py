@@ -1,4 +1,4 @@
-"""What the ranks of a low-latency test do, on one buffer: processes, threads, virtual ranks.
+"""Scenarios of the low-latency mode, on one buffer: for processes, threads, virtual ranks.
 
 Those of processes are called as ``scenario(group, environ, ...)`` by `launch.run`; those that take
 a `Buffer` are shared with tests/gpu.

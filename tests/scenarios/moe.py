@@ -1,4 +1,4 @@
-"""What every rank of tests/cpu/test_moe.py (and of tests/dist) does: layers against a dense one."""
+"""Scenarios of tests/cpu/test_moe.py (and of tests/dist): layers against a dense one."""
 
 from __future__ import annotations
 

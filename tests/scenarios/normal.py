@@ -1,4 +1,4 @@
-"""What the ranks of a test do, one process each: on the CPU (tests/cpu) and on GPUs (tests/dist).
+"""Scenarios of the normal mode, a process a rank: on the CPU (tests/cpu), on GPUs (tests/dist).
 
 With EPJIT_NVLINK_DOMAIN in the environment that is passed, they do the same between NVLink domains.
 

@@ -29,7 +29,7 @@ def test_as_torch_empty(shape: tuple[int, ...]) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What was asked of either function on a machine whose current GPU is 1."""
+    """Calls of either function on a machine whose current GPU is 1."""
     found: list[tuple[Any, ...]] = []
     guards = torch._C._dynamo.guards
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
