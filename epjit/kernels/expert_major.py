@@ -46,7 +46,7 @@ class PermuteConfig(KernelConfig):
 
     @classmethod
     def choose(cls, row_bytes: int, *, variant: str, limit: int) -> PermuteConfig:
-        """The form of the block for `limit` bytes of shared memory."""
+        """Shape of the block for `limit` bytes of shared memory."""
         tma = variant == "tma"
         return cls(row_bytes, tma, *copier_shape(tma, 16, row_bytes, limit))
 

@@ -70,7 +70,7 @@ class InternodeDispatchConfig(KernelConfig):
     def choose(
         cls, shape: DispatchShape, *, num_domains: int, num_local: int, variant: str, limit: int
     ) -> InternodeDispatchConfig:
-        """The form of the block for `limit` bytes of shared memory."""
+        """Shape of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
         warps, rows = copier_shape(tma, 14 if tma else 5, shape.hidden_bytes, limit)
         put = 5 if tma else 4
@@ -126,7 +126,7 @@ class InternodeCombineConfig(KernelConfig):
     def choose(
         cls, shape: CombineShape, *, num_domains: int, num_local: int, variant: str, limit: int
     ) -> InternodeCombineConfig:
-        """The form of the block for `limit` bytes of shared memory."""
+        """Shape of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
         push, rows = copier_shape(tma, 4 if tma else 2, shape.hidden_bytes, limit)
         if num_local == 1:

@@ -62,7 +62,7 @@ class DispatchConfig(KernelConfig):
     def choose(
         cls, shape: DispatchShape, *, num_ranks: int, variant: str, limit: int
     ) -> DispatchConfig:
-        """The form of the block for `limit` bytes of shared memory."""
+        """Shape of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
         warps, rows = copier_shape(tma, 16, shape.hidden_bytes, limit)
         direct = variant == "direct"
@@ -121,7 +121,7 @@ class CombineConfig(KernelConfig):
     def choose(
         cls, shape: CombineShape, *, num_ranks: int, variant: str, limit: int
     ) -> CombineConfig:
-        """The form of the block for `limit` bytes of shared memory."""
+        """Shape of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
         push, rows = copier_shape(tma, 6, shape.hidden_bytes, limit)
         # Many warps hide the latency of a token's sum; more ranks and copies through registers need

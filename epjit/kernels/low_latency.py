@@ -86,7 +86,7 @@ class LowLatencyDispatchConfig(_LowLatencyConfig):
     def choose(
         cls, shape: LowLatencyDispatchShape, *, num_ranks: int, remote: bool = False
     ) -> LowLatencyDispatchConfig:
-        """The form of the block: a thread for each 16 channels of a usual row."""
+        """Shape of the block: a thread for each 16 channels of a usual row."""
         return cls(num_ranks, *shape, 16, remote)
 
     @property
@@ -138,7 +138,7 @@ class LowLatencyCombineConfig(_LowLatencyConfig):
         limit: int,
         remote: bool = False,
     ) -> LowLatencyCombineConfig:
-        """The form of the block for `limit` bytes of shared memory."""
+        """Shape of the block for `limit` bytes of shared memory."""
         warps = 20 if shape.num_topk <= 8 else 16  # more rows in hand need more registers
         push, rows = 8, 1
         tma = variant == "tma" and not shape.logfmt
@@ -183,7 +183,7 @@ class LowLatencyReducedCombineConfig(KernelConfig):
     def choose(
         cls, shape: LowLatencyCombineShape, *, num_ranks: int
     ) -> LowLatencyReducedCombineConfig:
-        """The form of the block: as many warps as registers hold the rows of, one a rank."""
+        """Shape of the block: as many warps as registers hold the rows of, one a rank."""
         return cls(num_ranks, *shape[:4], 24 if num_ranks <= 4 else 16)
 
     def num_parts(self, max_tokens: int) -> int:

@@ -254,7 +254,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
 
     @contextmanager
     def _between_kernels(self) -> Iterator[None]:
-        """The part of a dispatch from its notify on: who leaves it early wants a reset()."""
+        """Marks this rank as out of step if its dispatch fails in here; only reset() clears it."""
         try:
             yield
         except BaseException as error:  # also an interrupt, or no memory for the outputs

@@ -12,7 +12,7 @@
 // One writer each, and every comparison tells what an earlier operation has left, however long ago
 // (has_reached, make_word), so nothing is ever reset.
 //
-// An operation (notify, dispatch, combine) has an epoch: one more than the word `epoch` in local
+// An operation (notify, dispatch, combine) has an epoch: one more than the word `epoch` in own
 // memory holds. Its first write to memory that a peer may still use is preceded by enter(): every
 // peer has finished epoch - 1. Its last block calls finish_operation(). The epoch lives on the
 // device, so a CUDA graph replays.
@@ -72,14 +72,14 @@ enum WaitTag : int32_t {
   kRoomCombineRows = 31,      // combine: rows are to go back from
 };
 
-// Base of the parameters of all kernels that wait. (Bases have fields of 64 bits alone: numbers that
-// are neighbours are loaded together, and a kernel near the limit of its registers spills when its
-// neighbours are others.)
+// Base of the parameters of all kernels that wait; "own" is memory of a rank that no peer reaches.
+// (Bases have fields of 64 bits alone: numbers that are neighbours are loaded together, and a kernel
+// near the limit of its registers spills when its neighbours are others.)
 struct Operation {
   uint64_t signals[kMaxRanks];  // symmetric, of each rank that shares them
-  uint32_t* epoch;              // local [1]
+  uint32_t* epoch;              // own [1]
   uint64_t* fault;              // host [2, 8], see Waiter; of the low-latency mode [8]
-  uint32_t* abort;              // local [1]
+  uint32_t* abort;              // own [1]
   uint64_t timeout_ns;          // of one wait
 };
 
@@ -121,14 +121,14 @@ struct Domains {
 struct Waiter {
   uint64_t* fault;      // host memory, [2, 8]: state, tag, rank, peer, index, expected, seen, epoch
                         // of a wait; the same of an overflow: expected = room, seen = what came
-  uint32_t* abort;      // local: not zero once a wait of this rank has failed
+  uint32_t* abort;      // own [1]: not zero once a wait of this rank has failed
   uint64_t timeout_ns;  // of one wait
   uint64_t signals;     // this rank's
   int32_t rank;         // among those that share the signals
   int32_t num_ranks;    // that share the signals
   uint32_t epoch;
   WaitTag start_tag;  // what a record calls a peer that never started
-  uint32_t* mask;     // local [num_ranks], 1 = masked; null: a late peer is a fault
+  uint32_t* mask;     // own [num_ranks], 1 = masked; null: a late peer is a fault
   Domains domains;
   bool leaves = false;  // a wait that runs out of time says nothing: the block leaves
 

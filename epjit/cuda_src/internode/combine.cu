@@ -75,7 +75,7 @@ struct InternodeCombineParams : Operation, RailParams, RingParams {
   uint64_t slots[kMaxRanks];     // symmetric, of each local rank
   uint64_t words[kMaxRanks];     // symmetric, of each local rank
   char* inbox;                   // this rank's
-  // local [2 + ranks + 5 * num_domains]: ticket, next token to reduce, next unit to push of each
+  // own [2 + ranks + 5 * num_domains]: ticket, next token to reduce, next unit to push of each
   // channel, next chunk to sum of each domain, what is used of (slots, window & 1) and of (inbox,
   // window & 1) of each domain; zero on entry and on exit
   uint32_t* counters;

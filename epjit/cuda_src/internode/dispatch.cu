@@ -83,7 +83,7 @@ struct InternodeDispatchParams : Operation, RailParams, RingParams {
                         // local rank j has room for; not read where passing is null
   uint64_t inbox[kMaxRanks];  // symmetric, of each local rank, as mapped here
   uint64_t words[kMaxRanks];  // symmetric, of each local rank
-  // local [2 + 2 * ranks]: ticket, next chunk, tokens pulled of (channel, window & 1); zero on entry
+  // own [2 + 2 * ranks]: ticket, next chunk, tokens pulled of (channel, window & 1); zero on entry
   // and on exit
   uint32_t* counters;
   int32_t ring_slots;

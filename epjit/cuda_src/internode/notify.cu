@@ -50,7 +50,7 @@ struct InternodeNotifyParams : Operation, RailParams {
   uint64_t* host_counts;                 // host [2 + experts_per_rank]
   uint64_t inbox[kMaxRanks];  // symmetric [num_domains, notify_stride] i32, of each local rank
   int32_t* stage;             // this rank's [num_domains, notify_stride]: messages to be put
-  uint32_t* counters;         // local [1]; zero on entry and on exit
+  uint32_t* counters;         // own [1]; zero on entry and on exit
   int32_t notify_stride;      // a multiple of 4
   int32_t num_tokens;
   int32_t num_recv_rows;  // that this rank has room for; 0 = the host will make room for all

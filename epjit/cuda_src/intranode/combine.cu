@@ -59,7 +59,7 @@ struct CombineParams : Operation {
   float* combined_topk_weights;  // [num_tokens, num_topk]
   uint64_t slots[kMaxRanks];     // symmetric, of each rank
   uint64_t words[kMaxRanks];     // symmetric, of each rank
-  // local [4 + num_ranks]: ticket, next reduce unit, units reduced of (window & 1), next push
+  // own [4 + num_ranks]: ticket, next reduce unit, units reduced of (window & 1), next push
   // units; zero on entry and on exit
   uint32_t* counters;
   int32_t num_slots;  // even, at least 2

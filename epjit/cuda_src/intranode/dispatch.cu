@@ -87,7 +87,7 @@ struct DispatchParams : Operation {
   uint64_t words[kMaxRanks];     // symmetric, of each rank
   uint64_t places[kMaxRanks];    // symmetric, of each rank; direct only
   uint64_t outputs[kMaxRanks];   // symmetric, of each rank: what places count from; direct only
-  // local [2 + 2 * num_ranks]: ticket, next chunk, tokens pulled of (source, window & 1); zero on
+  // own [2 + 2 * num_ranks]: ticket, next chunk, tokens pulled of (source, window & 1); zero on
   // entry and on exit
   uint32_t* counters;
   bool has_room;            // the outputs lie in symmetric memory: peers write them; direct only

@@ -51,7 +51,7 @@ struct LowLatencyReducedCombineParams : Operation, LowLatencyParams {
                                  // each owner, -1 = none here, -2 = beyond the slab
   char* out;                     // [num_tokens, hidden] bf16
   int64_t* wait_cost;            // [num_ranks], += cycles until it had begun; or null
-  uint32_t* counters;            // local [3]: ticket, next unit to send, next unit to add; zero on
+  uint32_t* counters;            // own [3]: ticket, next unit to send, next unit to add; zero on
                                  // entry and on exit
   int32_t words_stride;          // words of a half
   int32_t num_tokens;

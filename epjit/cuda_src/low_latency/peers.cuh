@@ -30,7 +30,7 @@ namespace epjit {
 
 // Base of the parameters of kernels that reach remote ranks.
 struct PeerParams {
-  const int32_t* peers;  // local [num_ranks]; null in one domain
+  const int32_t* peers;  // own [num_ranks]; null in one domain
   uint64_t transport;
 };
 
