@@ -112,7 +112,7 @@ class Buffer(Life):
         explicitly_destroy: As passed.
         enable_shrink: As passed.
         runtime: V1's inner object; None after `destroy`.
-        device: Where the tensors live.
+        device: The device that tensors must be on.
         topology: NVLink domains of the ranks.
 
     Raises:
@@ -469,7 +469,7 @@ class Buffer(Life):
         Args:
             topk_idx: int64 or int32 `[T, K]`; anything outside `[0, E)` is no selection.
             num_experts: `E`, a multiple of `R`.
-            previous_event: What to wait for instead of the current stream. Outputs then belong to
+            previous_event: Waited for instead of the current stream. Outputs then belong to
                 the communication stream, and torch's allocator knows who else uses them.
             async_finish: Return an event instead of making the current stream wait.
             allocate_on_comm_stream: V1's flag, which `previous_event` includes.
@@ -545,7 +545,7 @@ class Buffer(Life):
                 on, on the other ranks too, and the next call of this rank (or `check_fault`) raises
                 a `CommunicationError` that says how many came. The Buffer needs no `reset`.
             config: Only `num_sms` matters; None is `get_dispatch_config`.
-            previous_event: What to wait for instead of the current stream. Outputs then belong to
+            previous_event: Waited for instead of the current stream. Outputs then belong to
                 the communication stream, and torch's allocator knows who else uses them.
             async_finish: Return an event instead of making the current stream wait.
             allocate_on_comm_stream: V1's flag, which `previous_event` includes.
@@ -610,7 +610,7 @@ class Buffer(Life):
             topk_weights: float32 `[n, K]`, summed over ranks as well, or None.
             bias: `[T, H]` of x's dtype, or a pair of them, or None.
             config: Only `num_sms` matters; None is `get_combine_config`.
-            previous_event: What to wait for instead of the current stream. Outputs then belong to
+            previous_event: Waited for instead of the current stream. Outputs then belong to
                 the communication stream, and torch's allocator knows who else uses them.
             async_finish: Return an event instead of making the current stream wait.
             allocate_on_comm_stream: V1's flag, which `previous_event` includes.

@@ -45,7 +45,7 @@ class Tuned:
         num_tokens: Tokens of each rank.
         num_sms: SMs of the winner.
         variant: Its implementation.
-        us: What it took, in microseconds.
+        us: Its time in microseconds.
         version: epjit that measured it.
     """
 

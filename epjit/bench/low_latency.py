@@ -51,7 +51,7 @@ def run(settings: Settings, *, on_row: Callable[[Row], None]) -> list[Row]:
     """Times the low-latency calls of every module.
 
     Args:
-        settings: What is run; `sms` and `sweep` mean nothing here.
+        settings: Of the run; `sms` and `sweep` mean nothing here.
         on_row: Called with each row when it is measured.
 
     Returns:

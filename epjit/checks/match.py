@@ -26,7 +26,7 @@ def check_runs(what: str) -> None:
     """Checks that tensors which are made here have values, as communication needs them.
 
     Args:
-        what: What is about to be done, for the message.
+        what: The act that is about to be done, for the message.
 
     Raises:
         RuntimeError: A FakeTensorMode is active.
@@ -107,7 +107,7 @@ def check(
         dtype: Expected dtype, one of several, or None for any.
         device: Expected device, or None for any.
         contiguous: Whether the tensor must be contiguous.
-        why: Where the expectation comes from, for the message.
+        why: Reason of the expectation, for the message.
 
     Returns:
         The tensor.
@@ -194,8 +194,8 @@ def as_handle(handle: Any, kind: type[H], op: str) -> H:
     """A caller's handle with names; nothing of what is in it is looked at.
 
     Args:
-        handle: What the caller passes: also a list, or a tuple without names.
-        kind: What it must be.
+        handle: As the caller passes it: also a list, or a tuple without names.
+        kind: Type that it must become.
         op: The call that returns such handles.
 
     Raises:

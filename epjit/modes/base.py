@@ -151,8 +151,8 @@ class Mode(ABC, Generic[Shape]):
         """The launch of a shape; collective when it is the first of its kind.
 
         Args:
-            shape: What its kernel is chosen by.
-            sizes: What else the first call must have in common with that of the other ranks.
+            shape: All that its kernel is chosen by.
+            sizes: All else that the first call must have in common with that of the other ranks.
 
         Raises:
             RuntimeError: It would have to be compiled while a CUDA graph is captured, or the ranks

@@ -267,10 +267,10 @@ class CpuLowLatency:
     Args:
         settings: Of the Buffer.
         group: The ranks.
-        chosen: What a GPU would run.
+        chosen: The kernels that a GPU would run.
 
     Attributes:
-        memory: What users see; its second half is the send buffer.
+        memory: For users alone; its second half is the send buffer.
         mask: int32 `[R]`; 1 = masked. Rows of a masked rank are not used; the rank still takes
             part, since nothing here runs out of time.
 

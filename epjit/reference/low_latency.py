@@ -245,7 +245,7 @@ def encode(
 
     Args:
         x: bfloat16 `[T, H]`.
-        row_format: What to cast to.
+        row_format: Format of the result.
         global_scale: float32 `[1]`, for `NVFP4` only.
 
     Returns:

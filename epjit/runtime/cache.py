@@ -96,7 +96,7 @@ class CubinCache:
     """Compiled kernels of one folder.
 
     Args:
-        directory: Where; by default `cache_folder()`.
+        directory: The folder; by default `cache_folder()`.
     """
 
     def __init__(self, directory: Path | None = None) -> None:

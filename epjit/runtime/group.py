@@ -78,8 +78,8 @@ class Group(ABC):
 
         Args:
             what: Names the value, in the plural.
-            value: What this rank has chosen.
-            remedy: What to do where the ranks have chosen differently.
+            value: The choice of this rank.
+            remedy: Advice for ranks that have chosen differently.
             op: Operation that this is a part of, for messages.
 
         Raises:

@@ -259,7 +259,7 @@ class Kernel(Generic[C]):
         function: The CUfunction, as an integer.
         starts_early: Whether it is launched so, as its config says.
         params: Type of the parameter record.
-        compiled: What the compiler gave.
+        compiled: Results of the compiler.
 
     Raises:
         CompileError: The compiler refuses.

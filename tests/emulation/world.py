@@ -33,7 +33,7 @@ class World:
     """All ranks of a test.
 
     Attributes:
-        shape: What the test runs.
+        shape: Choices of the test.
         ranks: A `Rank` each, with the memory of its mode.
         epochs: Operations that were queued since the last reset.
     """

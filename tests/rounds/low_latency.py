@@ -143,11 +143,11 @@ class Exchange:
     """One dispatch and its combine on all ranks; read only, for threads share it.
 
     Attributes:
-        inputs: What every rank gives to dispatch.
-        dispatched: What every rank gets.
-        outputs: What every rank gives to combine; NaN in rows that nothing arrived for.
+        inputs: Of every rank to dispatch.
+        dispatched: Results of every rank.
+        outputs: Rows of every rank for combine; NaN in rows that nothing arrived for.
         weights: Of every rank.
-        combined: What every rank gets.
+        combined: Sums of every rank.
     """
 
     inputs: list[reference.RankInput]

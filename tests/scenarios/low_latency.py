@@ -429,7 +429,7 @@ def shrink(buffer: Buffer, op: str, absent: int, limit_seconds: float, meet: Any
 
     Args:
         buffer: Of this rank, made with `enable_shrink`.
-        op: Where rank `absent` stops.
+        op: Operation before which rank `absent` stops.
         absent: The rank.
         limit_seconds: For the first call that meets nobody.
         meet: All ranks are here, on the host.

@@ -320,7 +320,7 @@ def withheld(
 
     Args:
         group: The ranks.
-        environ: What to set first.
+        environ: To be set first.
         cases: Operation and absent rank, one after the other on one buffer.
         seconds: Of one wait.
 
