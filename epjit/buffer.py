@@ -212,17 +212,20 @@ class Buffer(Life):
         except BaseException as error:  # whoever catches it may try a smaller size
             self._let_go().abandon(error)
             raise
+        common: dict[str, Any] = {
+            "num_ranks": links.size,
+            "num_domains": topology.num_domains,
+            "device": self.device,
+            "values": values,
+        }
         self._checks = NormalChecks(
-            links.size,
-            topology.num_domains,
-            self.device,
+            **common,
             num_sms=self._mode.num_sms,
             dispatch_config=self.get_dispatch_config,
             combine_config=self.get_combine_config,
-            values=values,
         )
         self._low_latency_checks = LowLatencyChecks(
-            links.size, settings.num_rdma_bytes, self.device, topology.num_domains, values
+            **common, num_rdma_bytes=settings.num_rdma_bytes
         )
 
     # ---- V1's static and small members -----------------------------------------------------------

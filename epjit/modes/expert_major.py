@@ -12,8 +12,8 @@ import functools
 import torch
 from torch import Tensor
 
-from epjit.checks.match import check, check_rows
-from epjit.config import MAX_LOCAL_EXPERTS, MAX_TOPK
+from epjit.checks.match import INDEX_DTYPES, check, check_rows, check_topk
+from epjit.config import MAX_LOCAL_EXPERTS
 from epjit.handles import Placement
 from epjit.kernels.expert_major import BlankConfig, PlaceConfig, UnpermuteConfig, permute_config
 from epjit.reference import expert_major as reference
@@ -23,7 +23,6 @@ from epjit.runtime.kernel import C, Kernel
 from epjit.runtime.launch import Launch
 
 _INT32_MAX = (1 << 31) - 1
-_INDEX_DTYPES = (torch.int64, torch.int32)
 SUM_DTYPES = (torch.bfloat16, torch.float16)  # that the unpermute kernel adds
 
 
@@ -56,12 +55,11 @@ def place(topk_idx: Tensor, num_experts: int, *, alignment: int, num_rows: int) 
     Raises:
         TypeError, ValueError: Arguments that do not fit; nothing was launched.
     """
-    check("topk_idx", topk_idx, shape=("num_tokens", "num_topk"), dtype=_INDEX_DTYPES)
+    check("topk_idx", topk_idx, ("num_tokens", "num_topk"), INDEX_DTYPES)
     num_tokens, num_topk = topk_idx.shape
     if not 1 <= num_experts <= MAX_LOCAL_EXPERTS:
         raise ValueError(f"num_experts is {num_experts}, but must be 1 to {MAX_LOCAL_EXPERTS}")
-    if not 1 <= num_topk <= MAX_TOPK:
-        raise ValueError(f"top-k is {num_topk}, but must be between 1 and {MAX_TOPK}")
+    check_topk(topk_idx)
     if alignment < 1 or num_rows < 0:
         raise ValueError(
             f"alignment is {alignment} (at least 1) and num_rows {num_rows} (not negative)"
@@ -109,9 +107,9 @@ def permute(x: Tensor, source: Tensor, ends: Tensor, *, num_topk: int) -> Tensor
     Raises:
         TypeError, ValueError: Arguments that do not fit; nothing was launched.
     """
-    check("x", x, shape=("num_tokens", "hidden"))
-    check("source", source, shape=("num_rows",), dtype=torch.int32, device=x.device)
-    check("ends", ends, shape=("num_experts",), dtype=torch.int32, device=x.device)
+    check("x", x, ("num_tokens", "hidden"))
+    check("source", source, ("num_rows",), torch.int32, x.device)
+    check("ends", ends, ("num_experts",), torch.int32, x.device)
     if x.device.type != "cuda":
         return reference.permute(x, source, num_topk)
     row_bytes = check_rows("x", x)
@@ -145,8 +143,8 @@ def unpermute(rows: Tensor, row_of: Tensor) -> Tensor:
     """
     on_gpu = rows.device.type == "cuda"
     dtypes = SUM_DTYPES if on_gpu else (*SUM_DTYPES, torch.float32, torch.float64)
-    check("rows", rows, shape=("num_rows", "hidden"), dtype=dtypes)
-    check("row_of", row_of, shape=("num_tokens", "num_topk"), dtype=torch.int32, device=rows.device)
+    check("rows", rows, ("num_rows", "hidden"), dtypes)
+    check("row_of", row_of, ("num_tokens", "num_topk"), torch.int32, rows.device)
     if not on_gpu:
         return reference.unpermute(rows, row_of)
     num_tokens, num_topk = row_of.shape
@@ -174,8 +172,8 @@ def blank(rows: Tensor, count: Tensor) -> None:
     Raises:
         TypeError, ValueError: Arguments that do not fit; nothing was launched.
     """
-    check("rows", rows, shape=("num_rows", "hidden"))
-    check("count", count, shape=(1,), dtype=torch.int32, device=rows.device)
+    check("rows", rows, ("num_rows", "hidden"))
+    check("count", count, (1,), torch.int32, rows.device)
     if rows.device.type != "cuda":
         rows[max(int(count), 0) :] = 0
     elif rows.shape[0]:

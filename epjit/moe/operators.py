@@ -300,7 +300,7 @@ def _(topk_idx: Tensor, num_experts: int, alignment: int, num_rows: int) -> tupl
 def _permute(x: Tensor, row_of: Tensor, source: Tensor, ends: Tensor, blank: bool) -> Tensor:
     """See `expert_major.permute`; with `blank` there are zeros behind the last expert's rows."""
     why = "one row for each row of topk_idx"
-    check("x", x, shape=(row_of.shape[0], "hidden"), contiguous=False, why=why)
+    check("x", x, (row_of.shape[0], "hidden"), contiguous=False, why=why)
     rows = by_expert.permute(_moved(x), source, ends, num_topk=row_of.shape[1])
     if blank:
         by_expert.blank(rows, ends[-1:])
@@ -320,7 +320,7 @@ def _(x: Tensor, row_of: Tensor, source: Tensor, ends: Tensor, blank: bool) -> T
 def _unpermute(rows: Tensor, row_of: Tensor, source: Tensor, ends: Tensor) -> Tensor:
     """See `expert_major.unpermute`."""
     why = "the rows by expert that the handle is of"
-    check("x", rows, shape=(source.shape[0], "hidden"), contiguous=False, why=why)
+    check("x", rows, (source.shape[0], "hidden"), contiguous=False, why=why)
     return by_expert.unpermute(_moved(rows), row_of)
 
 
