@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable
-from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from epjit import env
-from epjit.calls import Combine, Dispatch, Routing, Settings, Sums
+from epjit.calls import Combine, Dispatch, Routing, Setup, Sums
 from epjit.config import MAX_LOCAL_EXPERTS, MAX_RANKS
 from epjit.handles import Dispatched, IntranodeHandle
 from epjit.kernels.intranode import (
@@ -47,7 +46,6 @@ from epjit.runtime.symmetric import SymmetricMemory, tensor_over
 from epjit.sizes import align
 
 if TYPE_CHECKING:
-    from epjit.runtime.group import Group
     from epjit.scope import AnyScope
 
 _PLACES_BYTES = MAX_RANKS * 64
@@ -91,23 +89,12 @@ class Intranode(Normal):
     Collective: all ranks construct it together.
 
     Args:
-        settings: Of the Buffer.
-        group: The ranks.
-        resources: Gets what this makes; its owner closes it, also when this cannot be made.
-        device: The GPU of this rank.
+        setup: All that it is made from.
     """
 
-    def __init__(
-        self, settings: Settings, group: Group, resources: ExitStack, device: torch.device
-    ) -> None:
-        super().__init__(
-            group,
-            resources,
-            device=device,
-            timeout_seconds=settings.timeout_seconds,
-            num_counters=32,
-            num_counts=1 + MAX_LOCAL_EXPERTS,
-        )
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup, num_counters=32, num_counts=1 + MAX_LOCAL_EXPERTS)
+        settings, group, _, device, resources = setup
         direct = env.dispatch_variant() == "direct" and group.size > 1
         num_output_bytes = align(env.direct_bytes()) if direct else 0
         self._arena = _Arena(group.size, settings.num_nvl_bytes, num_output_bytes)

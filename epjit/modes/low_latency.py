@@ -9,7 +9,6 @@ by RDMA (`peers.cuh`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -20,7 +19,7 @@ from epjit.calls import (
     DispatchSizes,
     LowLatencyCombine,
     LowLatencyDispatch,
-    Settings,
+    Setup,
 )
 from epjit.checks.low_latency import check_source
 from epjit.checks.match import remember
@@ -44,12 +43,9 @@ from epjit.runtime.empty import TensorSpec, matrix
 from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
-from epjit.runtime.transport import Transport, make_transport
 from epjit.sizes import align
 
 if TYPE_CHECKING:
-    from epjit.runtime.group import Group
-    from epjit.runtime.topology import Topology
     from epjit.scope import AnyScope
 
 # So many low-latency kernels may wait for late peers at once, and less one leave SMs to what runs
@@ -132,11 +128,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
     Collective: all ranks construct it together.
 
     Args:
-        settings: Of the Buffer.
-        group: The ranks.
-        topology: Their NVLink domains.
-        resources: Gets what this makes; its owner closes it, also when this cannot be made.
-        device: The GPU of this rank.
+        setup: All that it is made from.
 
     Attributes:
         memory: The symmetric memory; its first `num_rdma_bytes` are the user's.
@@ -145,32 +137,10 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
 
     _warmup: ClassVar[str] = "low_latency_warmup"
 
-    def __init__(
-        self,
-        settings: Settings,
-        group: Group,
-        topology: Topology,
-        resources: ExitStack,
-        device: torch.device,
-    ) -> None:
-        transport: Transport | None = None
-        if topology.spans_domains:
-            transport = make_transport(
-                group,
-                topology,
-                device=device.index,
-                num_qps_per_rank=settings.num_qps_per_rank,
-                use_fabric=settings.use_fabric,
-            )
-            resources.callback(transport.close)
-        super().__init__(
-            group,
-            resources,
-            device=device,
-            timeout_seconds=settings.timeout_seconds,
-            transport=transport,
-        )
-        self._topology, self._remote = topology, topology.spans_domains
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        settings, group, topology, device, resources = setup
+        self._remote, transport = topology.spans_domains, self._transport
         self._is_lost = False  # a peer, when this rank closes
         self._most_tokens = 0  # of a rank, that the transport is known to serve
         self._shrink = settings.enable_shrink
