@@ -85,7 +85,7 @@ def agree_on_settings(settings: Settings, topology: Topology, group: Group) -> N
         "NVLink domains": topology.domains,
         variant.name: variant() if settings.low_latency_mode else None,
     }
-    group.agree_on(
+    group.agree(
         {f"values of {name}": value for name, value in values.items()},
         remedy="make Buffers with the same arguments and environment on all ranks",
     )

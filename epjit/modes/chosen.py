@@ -78,13 +78,7 @@ class ChosenKernels:
         if several and not sizes.zero_copy:
             begin = send_buffer.data_ptr()
             check_source(x, begin, begin + send_buffer.nbytes, use_logfmt=sizes.use_logfmt)
-        shape = low_latency.LowLatencyCombineShape(
-            sizes.num_experts,
-            sizes.hidden,
-            sizes.num_topk,
-            sizes.topk_is_int64,
-            sizes.use_logfmt,
-        )
+        shape = low_latency.LowLatencyCombineShape.of(sizes)
         config = low_latency.config_of(shape, self._group.size, _ARCH, remote=several)
         if isinstance(config, low_latency.LowLatencyReducedCombineConfig):
             config.num_parts(sizes.max_tokens)

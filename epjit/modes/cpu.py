@@ -32,8 +32,8 @@ from epjit.handles import (
     IntranodeHandle,
     LowLatencyDispatched,
 )
-from epjit.modes.normal import combine_shape, dispatch_shape
-from epjit.reference import Normal, internode, intranode, low_latency
+from epjit.modes.normal import combine_shape, dispatch_shape, no_room
+from epjit.reference import Normal, internode, low_latency
 from epjit.reference.intranode import RankInput
 from epjit.runtime.empty import empty_on
 from epjit.runtime.fault import Overflow
@@ -86,7 +86,7 @@ class CpuNormal:
         """
         if self._overflow is not None:
             overflow, self._overflow = self._overflow, None
-            raise intranode.no_room(overflow)
+            raise no_room(overflow)
 
     def reset(self) -> None:
         """Forgets what went wrong; collective."""
@@ -291,15 +291,7 @@ class CpuLowLatency:
         """
         x, topk_idx, global_scale, recv_stats, _ = call.given
         sizes = call.sizes
-        specs = LowLatencyDispatched.specs(
-            sizes.row_format,
-            num_ranks=self._group.size,
-            num_tokens=sizes.num_tokens,
-            max_tokens=sizes.max_tokens,
-            num_experts=sizes.num_experts,
-            num_topk=sizes.num_topk,
-            hidden=sizes.hidden,
-        )
+        specs = LowLatencyDispatched.specs(sizes, self._group.size)
         out = LowLatencyDispatched.allocate(specs, empty_on(x.device))
         scope.start()
         if call.split:

@@ -17,7 +17,7 @@ from epjit.config import MAX_LOCAL_EXPERTS
 from epjit.handles import Placement
 from epjit.kernels.expert_major import BlankConfig, PlaceConfig, UnpermuteConfig, permute_config
 from epjit.reference import expert_major as reference
-from epjit.runtime.device import arch_of
+from epjit.runtime.device import arch_of, num_sms
 from epjit.runtime.empty import empty_on
 from epjit.runtime.kernel import C, Kernel
 from epjit.runtime.launch import Launch
@@ -118,7 +118,7 @@ def permute(x: Tensor, source: Tensor, ends: Tensor, *, num_topk: int) -> Tensor
         config = permute_config(row_bytes, arch_of(x.device.index))
         _launch(config, x.device.index)(
             _stream(x.device),
-            _num_sms(x.device),
+            num_sms(x.device.index),
             x=x.data_ptr(),
             source=source.data_ptr(),
             end=ends[-1:].data_ptr(),
@@ -153,7 +153,7 @@ def unpermute(rows: Tensor, row_of: Tensor) -> Tensor:
     if num_tokens:
         _launch(config, rows.device.index)(
             _stream(rows.device),
-            4 * _num_sms(rows.device),
+            4 * num_sms(rows.device.index),
             rows=rows.data_ptr(),
             row_of=row_of.data_ptr(),
             out=out.data_ptr(),
@@ -180,7 +180,7 @@ def blank(rows: Tensor, count: Tensor) -> None:
         row_bytes = check_rows("rows", rows, most=None)
         _launch(BlankConfig(), rows.device.index)(
             _stream(rows.device),
-            _num_sms(rows.device),
+            num_sms(rows.device.index),
             rows=rows.data_ptr(),
             count=count.data_ptr(),
             num_rows=rows.shape[0],
@@ -197,11 +197,6 @@ def _launch(config: C, device: int) -> Launch[C]:
             "compiled while a CUDA graph is captured; run the call once before the capture"
         )
     return Launch(Kernel(config, device=device))
-
-
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _stream(device: torch.device) -> int:

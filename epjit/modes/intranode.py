@@ -67,14 +67,6 @@ class _Arena:
         self.total = self.outputs + num_output_bytes
 
 
-def _output_pool(num_bytes: int, device: int) -> BlockPool:
-    return BlockPool(
-        num_bytes,
-        current_stream=partial(torch._C._cuda_getCurrentRawStream, device),
-        record=partial(record_event, device=device),
-    )
-
-
 class _Outputs(NamedTuple):
     """What a dispatch writes, and whether peers reach it."""
 
@@ -106,7 +98,11 @@ class Intranode(Normal):
         self._signals_at = self._arena.signals
         self._pool: BlockPool | None = None
         if num_output_bytes:
-            self._pool = _output_pool(num_output_bytes, device.index)
+            self._pool = BlockPool(
+                num_output_bytes,
+                current_stream=partial(torch._C._cuda_getCurrentRawStream, device.index),
+                record=partial(record_event, device=device.index),
+            )
             # The memory lives as long as a tensor over one of the blocks, after the end too.
             end = weakref.finalize(self._pool, self.memory.close)
             end.atexit = False

@@ -222,9 +222,9 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         """With `enable_shrink` a rank may be gone for good, so ranks do not meet."""
         if self._shrink:
             return
+        chosen = [str(config), *(f"{name}={size}" for name, size in sizes.items())]
         self._group.agree(
-            f"kernels for {config.op}",
-            ", ".join([str(config), *(f"{name}={size}" for name, size in sizes.items())]),
+            {f"kernels for {config.op}": ", ".join(chosen)},
             remedy="make the same call on all ranks, with the same environment (above all "
             f"{env.low_latency_combine_variant.name})",
             op=config.op,
@@ -273,45 +273,21 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         if self._transport is not None and sizes.max_tokens > self._most_tokens:
             self._transport.check_queues(sizes.max_tokens)
             self._most_tokens = sizes.max_tokens
-        row_format, num_ranks = sizes.row_format, self._group.size
-        launch = self.launch(
-            LowLatencyDispatchShape(
-                sizes.num_experts,
-                sizes.hidden,
-                row_format.code,
-                sizes.num_topk,
-                sizes.topk_is_int64,
-            ),
-            num_max_dispatch_tokens_per_rank=sizes.max_tokens,
-        )
+        num_ranks = self._group.size
+        shape = LowLatencyDispatchShape.of(sizes)
+        launch = self.launch(shape, num_max_dispatch_tokens_per_rank=sizes.max_tokens)
         config: LowLatencyDispatchConfig = launch.kernel.config
         num_slots = num_ranks * sizes.max_tokens
         grid = min(self._num_sms, max(sizes.num_tokens + 1, num_slots * 8 // config.num_warps))
         num_parts = max(1, min(8, grid * config.num_warps // num_slots))
-        outputs = LowLatencyDispatched.specs(
-            row_format,
-            num_ranks=num_ranks,
-            num_tokens=sizes.num_tokens,
-            max_tokens=sizes.max_tokens,
-            num_experts=sizes.num_experts,
-            num_topk=sizes.num_topk,
-            hidden=sizes.hidden,
-        )
-        plan = _Plan(launch, grid, num_parts, sizes, self._group.size, outputs)
+        outputs = LowLatencyDispatched.specs(sizes, num_ranks)
+        plan = _Plan(launch, grid, num_parts, sizes, num_ranks, outputs)
         return remember(self._dispatch_plans, sizes, plan)
 
     def _plan_combine(self, sizes: CombineSizes) -> _Plan[tuple[TensorSpec]]:
         """A warp adds some channels at a time; with few tokens that is all it does."""
-        launch = self.launch(
-            LowLatencyCombineShape(
-                sizes.num_experts,
-                sizes.hidden,
-                sizes.num_topk,
-                sizes.topk_is_int64,
-                sizes.use_logfmt,
-            ),
-            num_max_dispatch_tokens_per_rank=sizes.max_tokens,
-        )
+        shape = LowLatencyCombineShape.of(sizes)
+        launch = self.launch(shape, num_max_dispatch_tokens_per_rank=sizes.max_tokens)
         config: LowLatencyCombineConfig | LowLatencyReducedCombineConfig = launch.kernel.config
         grid = min(self._num_sms, max(sizes.max_tokens * sizes.num_topk // 4, 16))
         if isinstance(config, LowLatencyReducedCombineConfig):

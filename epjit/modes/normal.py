@@ -21,9 +21,9 @@ from epjit.kernels.shapes import CombineShape, DispatchShape
 from epjit.kernels.variants import CHOICES
 from epjit.modes.base import Mode
 from epjit.modes.layout import Layout
-from epjit.reference.intranode import no_room
 from epjit.runtime.device import num_sms
 from epjit.runtime.empty import TensorSpec, matrix, vector
+from epjit.runtime.fault import Overflow
 from epjit.runtime.host import PinnedArray, nap
 from epjit.runtime.kernel import KernelConfig
 
@@ -281,11 +281,25 @@ def agree_on_kernel(group: Group, config: KernelConfig) -> None:
         CommunicationError: A rank does not come; names it.
     """
     group.agree(
-        f"kernels for {config.op}",
-        config,
+        {f"kernels for {config.op}": config},
         remedy=f"set {CHOICES[config.op].variable.name} to the same value everywhere, or give all "
         "ranks the same EPJIT_CACHE_DIR (tuned.json is in it)",
         op=config.op,
+    )
+
+
+def no_room(overflow: Overflow) -> CommunicationError:
+    """The error of a rank that more came to than it had room for, on every backend."""
+    op, what, rank, came, room, epoch = overflow
+    return CommunicationError(
+        f"{op}: {came} {what} rank {rank}, which has room for {room}; what did not fit was left "
+        "out, all else has arrived. num_worst_tokens must be at least the number of ranks times "
+        "the most tokens of any of them, and a handle must be passed on as dispatch returned it",
+        op=op,
+        rank=rank,
+        expected=room,
+        seen=came,
+        epoch=epoch,
     )
 
 
