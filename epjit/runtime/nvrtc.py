@@ -52,7 +52,7 @@ def compile_cubin(
         source_text: The unit.
         name: File name of the unit in messages and line information.
         arch: Architecture, such as ``"sm_90a"``.
-        headers: What `#include "..."` finds: name to text. There is no include path beside it.
+        headers: Files that `#include "..."` finds: name to text. There is no include path.
         name_expression: The kernel, as C++ names it.
 
     Returns:
@@ -81,7 +81,7 @@ def compile_ltoir(
         source_text: The unit.
         name: File name of the unit in messages and line information.
         arch: Architecture, such as ``"sm_90a"``.
-        headers: What `#include` finds before any include path: name to text.
+        headers: Files that `#include` finds before any include path: name to text.
         name_expression: The kernel, as C++ names it; empty when there is none.
         more_options: Beside `options`, such as include paths.
 
