@@ -11,7 +11,7 @@ from torch import Tensor
 
 from epjit import env, signatures, tuned
 from epjit.buffer_runtime import BufferRuntime
-from epjit.calls import Bias, CombineTensors, DispatchTensors, Payload, Settings
+from epjit.calls import Bias, CombineTensors, DispatchTensors, Payload, Settings, Setup
 from epjit.checks.construction import agree_on_settings, check_settings, check_topology
 from epjit.checks.low_latency import (
     LowLatencyChecks,
@@ -206,23 +206,25 @@ class Buffer(Life):
         if env.check_values():
             values = ValueChecks(links.rank, topology.domains, self._in_order)
         try:
-            self._streams, self._mode, self._low_latency = make_parts(
-                settings, links, topology, self._resources, self.device
-            )
+            setup = Setup(settings, links, topology, self.device, self._resources)
+            self._streams, self._mode, self._low_latency = make_parts(setup)
         except BaseException as error:  # whoever catches it may try a smaller size
             self._let_go().abandon(error)
             raise
+        common: dict[str, Any] = {
+            "num_ranks": links.size,
+            "num_domains": topology.num_domains,
+            "device": self.device,
+            "values": values,
+        }
         self._checks = NormalChecks(
-            links.size,
-            topology.num_domains,
-            self.device,
+            **common,
             num_sms=self._mode.num_sms,
             dispatch_config=self.get_dispatch_config,
             combine_config=self.get_combine_config,
-            values=values,
         )
         self._low_latency_checks = LowLatencyChecks(
-            links.size, settings.num_rdma_bytes, self.device, topology.num_domains, values
+            **common, num_rdma_bytes=settings.num_rdma_bytes
         )
 
     # ---- V1's static and small members -----------------------------------------------------------

@@ -290,8 +290,8 @@ nvshmem_qp_depth: Variable[int] = Variable(
     "NVSHMEM_QP_DEPTH",
     "a whole number greater than 0",
     1024,
-    "NVSHMEM's own: work requests that a queue pair of IBGDA holds; without it, the first Buffer "
-    "sets what its low-latency calls need.",
+    "NVSHMEM's own: work requests that a queue pair of IBGDA holds; low-latency calls need "
+    "2 (M + 1) for M tokens a rank.",
     _positive_int,
 )
 torch_cuda_arch_list: Variable[tuple[str, ...]] = Variable(

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from epjit.formats import RowFormat
+from epjit.calls import DispatchSizes
 from epjit.runtime.empty import Empty, TensorSpec, matrix, vector
 
 
@@ -284,25 +284,17 @@ class LowLatencyDispatched(NamedTuple):
     layout_range: Tensor
 
     @staticmethod
-    def specs(
-        row_format: RowFormat,
-        *,
-        num_ranks: int,
-        num_tokens: int,
-        max_tokens: int,
-        num_experts: int,
-        num_topk: int,
-        hidden: int,
-    ) -> LowLatencySpecs:
+    def specs(sizes: DispatchSizes, num_ranks: int) -> LowLatencySpecs:
         """Of its tensors.
 
         Behind `src_info` and the `Routes` lie `K + T` words more, so that the length of them all
         says both to `dispatched_sizes`.
         """
-        num_local, num_rows = num_experts // num_ranks, num_ranks * max_tokens
-        num_routes, num_extra = num_ranks + num_rows * num_topk, num_topk + num_tokens
+        num_local, num_rows = sizes.num_experts // num_ranks, num_ranks * sizes.max_tokens
+        num_routes = num_ranks + num_rows * sizes.num_topk
+        num_extra = sizes.num_topk + sizes.num_tokens
         new = (
-            *row_format.specs(num_local, num_rows, hidden),
+            *sizes.row_format.specs(num_local, num_rows, sizes.hidden),
             vector(torch.int32, num_local),
             vector(torch.int32, num_local * num_rows + num_routes + num_extra),
             matrix(torch.int64, num_local, num_ranks),

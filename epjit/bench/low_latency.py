@@ -61,7 +61,8 @@ def run(settings: Settings, *, on_row: Callable[[Row], None]) -> list[Row]:
         ValueError: Sizes that no low-latency call takes; nothing was started.
         RuntimeError: A result is wrong, or a rank failed.
     """
-    checks = LowLatencyChecks(settings.ranks, 0, torch.device(settings.device))
+    device = torch.device(settings.device)
+    checks = LowLatencyChecks(num_ranks=settings.ranks, device=device, num_rdma_bytes=0)
     for tokens in settings.tokens:
         checks.sizes(tokens, settings.experts)
     return run_ranks(worker, settings.ranks, settings, free_port(), on_row=on_row)

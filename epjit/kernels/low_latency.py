@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from epjit import env
-from epjit.config import (
-    MAX_LOW_LATENCY_CHOICES,
-    MAX_LOW_LATENCY_TOKENS,
-    MAX_RANKS,
-)
+from epjit.calls import CombineSizes, DispatchSizes
+from epjit.config import MAX_LOW_LATENCY_CHOICES, MAX_LOW_LATENCY_TOKENS, MAX_RANKS
 from epjit.formats import BF16, FORMATS, FP8, LOGFMT_BLOCK, NVFP4, RowFormat
 from epjit.kernels import variants
 from epjit.kernels.shapes import copier_bytes
@@ -34,6 +31,11 @@ class LowLatencyDispatchShape(NamedTuple):
     num_topk: int
     topk_is_int64: bool
 
+    @classmethod
+    def of(cls, of: DispatchSizes) -> LowLatencyDispatchShape:
+        """The shape of dispatches of these sizes."""
+        return cls(of.num_experts, of.hidden, of.row_format.code, of.num_topk, of.topk_is_int64)
+
 
 class LowLatencyCombineShape(NamedTuple):
     """Identifies a combine kernel within a Buffer; equal on all ranks."""
@@ -43,6 +45,11 @@ class LowLatencyCombineShape(NamedTuple):
     num_topk: int
     topk_is_int64: bool
     logfmt: bool
+
+    @classmethod
+    def of(cls, of: CombineSizes) -> LowLatencyCombineShape:
+        """The shape of combines of these sizes."""
+        return cls(of.num_experts, of.hidden, of.num_topk, of.topk_is_int64, of.use_logfmt)
 
 
 class _LowLatencyConfig(KernelConfig):

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import torch
 
 from epjit import env
+from epjit.calls import Setup
 from epjit.config import MAX_RANKS
 from epjit.runtime.device import arch_of
 from epjit.runtime.empty import empty_on
@@ -17,11 +18,10 @@ from epjit.runtime.fault import FaultRecord, raise_abort
 from epjit.runtime.interrupt import interruptible, synchronize
 from epjit.runtime.kernel import C, Kernel, KernelConfig, compile_kernel
 from epjit.runtime.launch import Launch
+from epjit.runtime.transport import RemoteMemory, Transport, make_transport
 
 if TYPE_CHECKING:
-    from epjit.runtime.group import Group
     from epjit.runtime.symmetric import SymmetricMemory
-    from epjit.runtime.transport import RemoteMemory, Transport
 
 Shape = TypeVar("Shape")
 
@@ -29,15 +29,11 @@ Shape = TypeVar("Shape")
 class Mode(ABC, Generic[Shape]):
     """Everything one rank needs for the operations of one mode. Collective to make.
 
-    A constructor ends with `_meet`, and gives what has to be freed to `resources` as soon as it is
-    made.
+    A constructor ends with `_meet`, and gives what has to be freed to the resources as soon as it
+    is made.
 
     Args:
-        group: The ranks.
-        resources: Gets what this makes; its owner closes it, also when this cannot be made.
-        device: The GPU of this rank.
-        timeout_seconds: Of one wait for a peer.
-        transport: Reaches the ranks of other NVLink domains; None when there are none.
+        setup: All that it is made from.
 
     Attributes:
         memory: Symmetric memory; what users may see comes first.
@@ -49,17 +45,20 @@ class Mode(ABC, Generic[Shape]):
     _warmup: ClassVar[str]
     """The method of Buffer that compiles ahead."""
 
-    def __init__(
-        self,
-        group: Group,
-        resources: ExitStack,
-        *,
-        device: torch.device,
-        timeout_seconds: float,
-        transport: Transport | None = None,
-    ) -> None:
-        self._group, self._device, self._transport = group, device, transport
-        self._timeout_seconds = timeout_seconds
+    def __init__(self, setup: Setup) -> None:
+        settings, group, topology, device, resources = setup
+        self._group, self._topology, self._device = group, topology, device
+        self._timeout_seconds = settings.timeout_seconds
+        self._transport: Transport | None = None  # reaches the ranks of other NVLink domains
+        if topology.spans_domains:
+            self._transport = make_transport(
+                group,
+                topology,
+                device=device.index,
+                num_qps_per_rank=settings.num_qps_per_rank,
+                use_fabric=settings.use_fabric,
+            )
+            resources.callback(self._transport.close)
         self._arch = arch_of(device.index)
         self._empty = empty_on(device)
         self._words: list[torch.Tensor] = []

@@ -22,7 +22,7 @@ from epjit.calls import (
     LowLatencyCombine,
     LowLatencyDispatch,
     Routing,
-    Settings,
+    Setup,
     Sums,
 )
 from epjit.handles import (
@@ -32,7 +32,8 @@ from epjit.handles import (
     IntranodeHandle,
     LowLatencyDispatched,
 )
-from epjit.reference import Normal, internode, intranode, low_latency
+from epjit.modes.normal import combine_shape, dispatch_shape, no_room
+from epjit.reference import Normal, internode, low_latency
 from epjit.reference.intranode import RankInput
 from epjit.runtime.empty import empty_on
 from epjit.runtime.fault import Overflow
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
     from epjit.kernels.shapes import CombineShape, DispatchShape
     from epjit.modes.chosen import ChosenKernels
     from epjit.runtime.group import Group
-    from epjit.runtime.topology import Topology
     from epjit.scope import AnyScope
 
 
@@ -53,9 +53,8 @@ class CpuNormal:
     in the same order.
 
     Args:
-        settings: Of the Buffer.
-        group: The ranks.
-        topology: Their NVLink domains; with several, handles and sums are those between domains.
+        setup: All that it is made from; with several NVLink domains, handles and sums are those
+            between domains.
         chosen: The kernels that a GPU would run.
 
     Attributes:
@@ -71,15 +70,13 @@ class CpuNormal:
 
     num_sms = 132  # an H200's
 
-    def __init__(
-        self, settings: Settings, group: Group, topology: Topology, chosen: ChosenKernels
-    ) -> None:
-        self._group, self._chosen = group, chosen
-        self._domains = topology.domains
-        self._reference = Normal(topology.domains)
+    def __init__(self, setup: Setup, chosen: ChosenKernels) -> None:
+        self._group, self._chosen = setup.group, chosen
+        self._domains = setup.topology.domains
+        self._reference = Normal(self._domains)
         self._overflow: Overflow | None = None
-        self.memory = CpuMemory(settings.num_nvl_bytes)
-        self.rdma_memory = CpuMemory(settings.num_rdma_bytes)
+        self.memory = CpuMemory(setup.settings.num_nvl_bytes)
+        self.rdma_memory = CpuMemory(setup.settings.num_rdma_bytes)
 
     def raise_fault(self) -> None:
         """Raises once, as a GPU does in the call after, that more rows came than there is room for.
@@ -89,7 +86,7 @@ class CpuNormal:
         """
         if self._overflow is not None:
             overflow, self._overflow = self._overflow, None
-            raise intranode.no_room(overflow)
+            raise no_room(overflow)
 
     def reset(self) -> None:
         """Forgets what went wrong; collective."""
@@ -118,7 +115,7 @@ class CpuNormal:
             ValueError: Also when the counts contradict `is_token_in_rank`.
         """
         del scope
-        self._chosen.check_dispatch(call)
+        self._chosen.check(dispatch_shape(call), call.num_sms)
         x, scales, topk_idx, topk_weights, routing, *_ = call
         if not isinstance(routing, Routing):
             return self._cached_dispatch(x, scales, routing)
@@ -197,7 +194,7 @@ class CpuNormal:
     def combine(self, scope: AnyScope, call: Combine) -> Sums:
         """Brings rows back to the ranks of their tokens and sums them."""
         del scope
-        self._chosen.check_combine(call)
+        self._chosen.check(combine_shape(call), call.num_sms)
         x, topk_weights, bias_0, bias_1, handle, _ = call
         facts = {
             **_payload_facts(x, None),
@@ -265,8 +262,7 @@ class CpuLowLatency:
     and writes its outputs when the returned function is called.
 
     Args:
-        settings: Of the Buffer.
-        group: The ranks.
+        setup: All that it is made from.
         chosen: The kernels that a GPU would run.
 
     Attributes:
@@ -280,10 +276,10 @@ class CpuLowLatency:
             together; the text names the ranks and their values.
     """
 
-    def __init__(self, settings: Settings, group: Group, chosen: ChosenKernels) -> None:
-        self._settings, self._group, self._chosen = settings, group, chosen
-        self.memory = CpuMemory(settings.num_rdma_bytes)
-        self.mask = torch.zeros(group.size, dtype=torch.int32, device="cpu")
+    def __init__(self, setup: Setup, chosen: ChosenKernels) -> None:
+        self._settings, self._group, self._chosen = setup.settings, setup.group, chosen
+        self.memory = CpuMemory(setup.settings.num_rdma_bytes)
+        self.mask = torch.zeros(setup.group.size, dtype=torch.int32, device="cpu")
 
     @torch.no_grad()
     def dispatch(
@@ -295,15 +291,7 @@ class CpuLowLatency:
         """
         x, topk_idx, global_scale, recv_stats, _ = call.given
         sizes = call.sizes
-        specs = LowLatencyDispatched.specs(
-            sizes.row_format,
-            num_ranks=self._group.size,
-            num_tokens=sizes.num_tokens,
-            max_tokens=sizes.max_tokens,
-            num_experts=sizes.num_experts,
-            num_topk=sizes.num_topk,
-            hidden=sizes.hidden,
-        )
+        specs = LowLatencyDispatched.specs(sizes, self._group.size)
         out = LowLatencyDispatched.allocate(specs, empty_on(x.device))
         scope.start()
         if call.split:

@@ -9,7 +9,6 @@ by RDMA (`peers.cuh`).
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -20,7 +19,7 @@ from epjit.calls import (
     DispatchSizes,
     LowLatencyCombine,
     LowLatencyDispatch,
-    Settings,
+    Setup,
 )
 from epjit.checks.low_latency import check_source
 from epjit.checks.match import remember
@@ -44,12 +43,9 @@ from epjit.runtime.empty import TensorSpec, matrix
 from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
-from epjit.runtime.transport import Transport, make_transport
 from epjit.sizes import align
 
 if TYPE_CHECKING:
-    from epjit.runtime.group import Group
-    from epjit.runtime.topology import Topology
     from epjit.scope import AnyScope
 
 # So many low-latency kernels may wait for late peers at once, and less one leave SMs to what runs
@@ -132,11 +128,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
     Collective: all ranks construct it together.
 
     Args:
-        settings: Of the Buffer.
-        group: The ranks.
-        topology: Their NVLink domains.
-        resources: Gets what this makes; its owner closes it, also when this cannot be made.
-        device: The GPU of this rank.
+        setup: All that it is made from.
 
     Attributes:
         memory: The symmetric memory; its first `num_rdma_bytes` are the user's.
@@ -145,32 +137,10 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
 
     _warmup: ClassVar[str] = "low_latency_warmup"
 
-    def __init__(
-        self,
-        settings: Settings,
-        group: Group,
-        topology: Topology,
-        resources: ExitStack,
-        device: torch.device,
-    ) -> None:
-        transport: Transport | None = None
-        if topology.spans_domains:
-            transport = make_transport(
-                group,
-                topology,
-                device=device.index,
-                num_qps_per_rank=settings.num_qps_per_rank,
-                use_fabric=settings.use_fabric,
-            )
-            resources.callback(transport.close)
-        super().__init__(
-            group,
-            resources,
-            device=device,
-            timeout_seconds=settings.timeout_seconds,
-            transport=transport,
-        )
-        self._topology, self._remote = topology, topology.spans_domains
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        settings, group, topology, device, resources = setup
+        self._remote, transport = topology.spans_domains, self._transport
         self._is_lost = False  # a peer, when this rank closes
         self._most_tokens = 0  # of a rank, that the transport is known to serve
         self._shrink = settings.enable_shrink
@@ -252,9 +222,9 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         """With `enable_shrink` a rank may be gone for good, so ranks do not meet."""
         if self._shrink:
             return
+        chosen = [str(config), *(f"{name}={size}" for name, size in sizes.items())]
         self._group.agree(
-            f"kernels for {config.op}",
-            ", ".join([str(config), *(f"{name}={size}" for name, size in sizes.items())]),
+            {f"kernels for {config.op}": ", ".join(chosen)},
             remedy="make the same call on all ranks, with the same environment (above all "
             f"{env.low_latency_combine_variant.name})",
             op=config.op,
@@ -303,45 +273,21 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         if self._transport is not None and sizes.max_tokens > self._most_tokens:
             self._transport.check_queues(sizes.max_tokens)
             self._most_tokens = sizes.max_tokens
-        row_format, num_ranks = sizes.row_format, self._group.size
-        launch = self.launch(
-            LowLatencyDispatchShape(
-                sizes.num_experts,
-                sizes.hidden,
-                row_format.code,
-                sizes.num_topk,
-                sizes.topk_is_int64,
-            ),
-            num_max_dispatch_tokens_per_rank=sizes.max_tokens,
-        )
+        num_ranks = self._group.size
+        shape = LowLatencyDispatchShape.of(sizes)
+        launch = self.launch(shape, num_max_dispatch_tokens_per_rank=sizes.max_tokens)
         config: LowLatencyDispatchConfig = launch.kernel.config
         num_slots = num_ranks * sizes.max_tokens
         grid = min(self._num_sms, max(sizes.num_tokens + 1, num_slots * 8 // config.num_warps))
         num_parts = max(1, min(8, grid * config.num_warps // num_slots))
-        outputs = LowLatencyDispatched.specs(
-            row_format,
-            num_ranks=num_ranks,
-            num_tokens=sizes.num_tokens,
-            max_tokens=sizes.max_tokens,
-            num_experts=sizes.num_experts,
-            num_topk=sizes.num_topk,
-            hidden=sizes.hidden,
-        )
-        plan = _Plan(launch, grid, num_parts, sizes, self._group.size, outputs)
+        outputs = LowLatencyDispatched.specs(sizes, num_ranks)
+        plan = _Plan(launch, grid, num_parts, sizes, num_ranks, outputs)
         return remember(self._dispatch_plans, sizes, plan)
 
     def _plan_combine(self, sizes: CombineSizes) -> _Plan[tuple[TensorSpec]]:
         """A warp adds some channels at a time; with few tokens that is all it does."""
-        launch = self.launch(
-            LowLatencyCombineShape(
-                sizes.num_experts,
-                sizes.hidden,
-                sizes.num_topk,
-                sizes.topk_is_int64,
-                sizes.use_logfmt,
-            ),
-            num_max_dispatch_tokens_per_rank=sizes.max_tokens,
-        )
+        shape = LowLatencyCombineShape.of(sizes)
+        launch = self.launch(shape, num_max_dispatch_tokens_per_rank=sizes.max_tokens)
         config: LowLatencyCombineConfig | LowLatencyReducedCombineConfig = launch.kernel.config
         grid = min(self._num_sms, max(sizes.max_tokens * sizes.num_topk // 4, 16))
         if isinstance(config, LowLatencyReducedCombineConfig):

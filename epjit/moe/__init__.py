@@ -144,6 +144,13 @@ def _check_comes_back(x: Tensor, weights: Tensor, *, is_combined: bool) -> None:
         )
 
 
+def _by_expert(x: Tensor, weights: Tensor, placement: Placement, handle: Any) -> ExpertRows:
+    row_of, source, ends, counts = placement
+    rows = torch.ops.epjit.permute(x, row_of, source, ends, torch.is_grad_enabled())
+    row_weights = torch.ops.epjit.permute_weights(weights, row_of, source)
+    return ExpertRows(rows, row_weights, ends, counts, handle)
+
+
 def _size(name: str, value: int, least: int) -> int:
     """A number that a caller passes; sizes that are traced stay symbols."""
     return value if isinstance(value, torch.SymInt) else as_int(name, value, least=least)
@@ -257,13 +264,7 @@ def dispatch(
     if not expert_major:
         return Dispatched(recv_x, recv_idx, recv_weights, counts, routing)
     placement = Placement(row_of, source, ends, counts)
-    return ExpertRows(
-        torch.ops.epjit.permute(recv_x, row_of, source, ends, torch.is_grad_enabled()),
-        torch.ops.epjit.permute_weights(recv_weights, row_of, source),
-        ends,
-        counts,
-        ExpertHandle(routing, placement),
-    )
+    return _by_expert(recv_x, recv_weights, placement, ExpertHandle(routing, placement))
 
 
 def combine(x: Tensor, handle: GivenHandle | ExpertHandle, *, group: GroupLike) -> Tensor:
@@ -329,14 +330,7 @@ def permute(
     n, num_topk = topk_idx.shape
     num_rows = num_rows or by_expert.row_bound(n, num_topk, num_experts, alignment)
     placement = Placement(*torch.ops.epjit.place(topk_idx, num_experts, alignment, num_rows))
-    row_of, source, ends, counts = placement
-    return ExpertRows(
-        torch.ops.epjit.permute(x, row_of, source, ends, torch.is_grad_enabled()),
-        torch.ops.epjit.permute_weights(topk_weights, row_of, source),
-        ends,
-        counts,
-        placement,
-    )
+    return _by_expert(x, topk_weights, placement, placement)
 
 
 def unpermute(x: Tensor, handle: Placement) -> Tensor:

@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
+from epjit.calls import Bias, Counts, Sums
 from epjit.handles import Dispatched
 from epjit.reference import internode, intranode
 from epjit.reference.internode import Domains
-from epjit.reference.intranode import Bias, RankInput
+from epjit.reference.intranode import RankInput
 
 
 @dataclass(frozen=True)
@@ -37,9 +38,7 @@ class Normal:
         """Whether there are several domains."""
         return len(self.domains) > 1
 
-    def layout(
-        self, topk_idx: Tensor, num_experts: int
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    def layout(self, topk_idx: Tensor, num_experts: int) -> Counts:
         """Counts where the tokens of one rank go; in one domain those of the domains are None."""
         if self.several:
             return internode.layout(topk_idx, num_experts, self.domains)
@@ -71,7 +70,7 @@ class Normal:
         rank: int,
         topk_weights: Sequence[Tensor] | None = None,
         bias: Bias = None,
-    ) -> tuple[Tensor, Tensor | None]:
+    ) -> Sums:
         """Sums, and summed weights, for the tokens of `rank`."""
         if self.several:
             return internode.combine(xs, handles, rank, self.domains, topk_weights, bias)

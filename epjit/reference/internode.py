@@ -19,10 +19,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from epjit.calls import Bias
 from epjit.config import MAX_DOMAINS, MAX_RANKS
 from epjit.handles import Dispatched, InternodeHandle, IntranodeHandle
 from epjit.reference import intranode
-from epjit.reference.intranode import Bias, RankInput, pad_rows, positions
+from epjit.reference.intranode import RankInput, pad_rows, positions
 
 Domains: TypeAlias = Sequence[Sequence[int]]
 

@@ -14,17 +14,13 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from epjit.errors import CommunicationError
+from epjit.calls import Bias
 from epjit.handles import Dispatched, IntranodeHandle
-from epjit.runtime.fault import Overflow
 from epjit.sizes import align
-
-Bias: TypeAlias = "Tensor | tuple[Tensor | None, Tensor | None] | None"
 
 
 @dataclass(frozen=True)
@@ -186,21 +182,6 @@ def received_tokens(
         torch.nonzero(each.is_token_in_rank[:, rank]).flatten()[:count]
         for each, count in zip(inputs, counts, strict=True)
     ]
-
-
-def no_room(overflow: Overflow) -> CommunicationError:
-    """The error of a rank that more came to than it had room for, on every backend."""
-    op, what, rank, came, room, epoch = overflow
-    return CommunicationError(
-        f"{op}: {came} {what} rank {rank}, which has room for {room}; what did not fit was left "
-        "out, all else has arrived. num_worst_tokens must be at least the number of ranks times "
-        "the most tokens of any of them, and a handle must be passed on as dispatch returned it",
-        op=op,
-        rank=rank,
-        expected=room,
-        seen=came,
-        epoch=epoch,
-    )
 
 
 def cached_dispatch(

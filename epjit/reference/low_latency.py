@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from epjit.calls import DispatchSizes
 from epjit.formats import BF16, FP8, FP8_ROUND, LOGFMT_BLOCK, MXFP8, NVFP4, RowFormat
 from epjit.handles import LowLatencyDispatched, routes
 from epjit.reference.intranode import experts_per_rank
@@ -94,15 +95,9 @@ def dispatch(
     num_ranks, hidden = len(inputs), inputs[rank].x.shape[1]
     num_local, num_rows = experts_per_rank(num_experts, num_ranks), num_ranks * max_tokens
     if out is None:
-        specs = LowLatencyDispatched.specs(
-            row_format,
-            num_ranks=num_ranks,
-            num_tokens=inputs[rank].x.shape[0],
-            max_tokens=max_tokens,
-            num_experts=num_experts,
-            num_topk=inputs[rank].topk_idx.shape[1],
-            hidden=hidden,
-        )
+        own, wide = inputs[rank].topk_idx.shape, inputs[rank].topk_idx.dtype == torch.int64
+        sizes = DispatchSizes(own[0], hidden, own[1], wide, max_tokens, num_experts, row_format)
+        specs = LowLatencyDispatched.specs(sizes, num_ranks)
         out = LowLatencyDispatched.allocate(specs, empty_on(torch.device("cpu")))
     experts, sources, tokens, choices = _rows_for(inputs, rank, num_local, max_tokens, masked)
     counts = torch.bincount(experts * num_ranks + sources, minlength=num_local * num_ranks)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from epjit.arch import arch_name, arch_number
@@ -47,6 +48,7 @@ def count() -> int:
     return int(driver.call("cuDeviceGetCount"))
 
 
+@functools.cache
 def num_sms(device: int) -> int:
     """Streaming multiprocessors."""
     return _attribute(device, "MULTIPROCESSOR_COUNT")

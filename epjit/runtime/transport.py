@@ -101,7 +101,6 @@ def make_transport(
     *,
     device: int,
     num_qps_per_rank: int = DEFAULT_QPS,
-    max_tokens: int = 0,
     use_fabric: bool = False,
 ) -> Transport:
     """Makes what ``EPJIT_TRANSPORT`` says. Collective.
@@ -111,8 +110,6 @@ def make_transport(
         topology: Their NVLink domains.
         device: GPU of this rank.
         num_qps_per_rank: Queue pairs to each rank, for IBGDA.
-        max_tokens: Most tokens of a rank in a low-latency call, or 0; the first Buffer of a process
-            gives the queues a depth that serves it.
         use_fabric: Whether memory of an NVLink domain is shared by fabric handles.
 
     Raises:
@@ -131,24 +128,11 @@ def make_transport(
     if name == "loopback":
         return LoopbackTransport(group, topology, device=device, use_fabric=use_fabric)
     return NvshmemTransport(
-        group,
-        topology,
-        device=device,
-        num_qps_per_rank=num_qps_per_rank,
-        max_tokens=max_tokens,
-        use_fabric=use_fabric,
+        group, topology, device=device, num_qps_per_rank=num_qps_per_rank, use_fabric=use_fabric
     )
 
 
 # ---- NVSHMEM ------------------------------------------------------------------------------------
-
-
-def queue_depth(max_tokens: int) -> int:
-    """Work requests that a queue pair must hold for low-latency calls, as in V1.
-
-    A put and a signal for each token, and for the count.
-    """
-    return 2 * (max_tokens + 1)
 
 
 class NvshmemTransport(Transport):
@@ -164,7 +148,6 @@ class NvshmemTransport(Transport):
         *,
         device: int,
         num_qps_per_rank: int,
-        max_tokens: int,
         use_fabric: bool,
     ) -> None:
         self._group, self._topology, self._device = group, topology, device
@@ -174,13 +157,11 @@ class NvshmemTransport(Transport):
             "NVSHMEM_MAX_TEAMS": "7",
             "NVSHMEM_CUMEM_GRANULARITY": str(1 << 29),
             "NVSHMEM_IBGDA_NUM_RC_PER_PE": str(num_qps_per_rank),
-            env.nvshmem_qp_depth.name: str(max(env.nvshmem_qp_depth(), queue_depth(max_tokens))),
+            env.nvshmem_qp_depth.name: str(env.nvshmem_qp_depth()),
         }
         if not use_fabric:
             settings["NVSHMEM_DISABLE_MNNVL"] = "1"
         self.pes = nvshmem.initialize(group, device=device, settings=settings)
-        if max_tokens:
-            self.check_queues(max_tokens)
 
     def allocate(self, nbytes: int) -> RemoteMemory:
         """See `Transport.allocate`."""
@@ -200,7 +181,8 @@ class NvshmemTransport(Transport):
 
     def check_queues(self, max_tokens: int) -> None:
         """See `Transport.check_queues`."""
-        needed, depth = queue_depth(max_tokens), env.nvshmem_qp_depth()
+        # As in V1: a put and a signal for each token, and for the count.
+        needed, depth = 2 * (max_tokens + 1), env.nvshmem_qp_depth()
         if env.nvshmem_ib_enable_ibgda() and depth < needed:
             raise ValueError(
                 f"low-latency calls with {max_tokens} tokens a rank need queue pairs of {needed} "

@@ -133,7 +133,7 @@ def nvshmem(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     return told
 
 
-def nvshmem_transport(max_tokens: int, *, use_fabric: bool = False) -> NvshmemTransport:
+def nvshmem_transport(*, use_fabric: bool = False) -> NvshmemTransport:
     (found,) = run_threads(
         1,
         lambda group: NvshmemTransport(
@@ -141,7 +141,6 @@ def nvshmem_transport(max_tokens: int, *, use_fabric: bool = False) -> NvshmemTr
             Topology(0, ((0,),)),
             device=0,
             num_qps_per_rank=8,
-            max_tokens=max_tokens,
             use_fabric=use_fabric,
         ),
     )
@@ -152,7 +151,8 @@ def nvshmem_transport(max_tokens: int, *, use_fabric: bool = False) -> NvshmemTr
 
 def test_queues_fit_the_calls(nvshmem: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "1")
-    transport = nvshmem_transport(1024)
+    monkeypatch.setenv("NVSHMEM_QP_DEPTH", "2050")
+    transport = nvshmem_transport()
     assert nvshmem["NVSHMEM_QP_DEPTH"] == "2050"
     assert nvshmem["NVSHMEM_IBGDA_NUM_RC_PER_PE"] == "8"
     assert (nvshmem["NVSHMEM_DISABLE_NVLS"], nvshmem["NVSHMEM_DISABLE_MNNVL"]) == ("1", "1")
@@ -165,7 +165,7 @@ def test_queues_fit_the_calls(nvshmem: dict[str, str], monkeypatch: pytest.Monke
 
 
 def test_the_fabric_stays_when_it_is_wanted(nvshmem: dict[str, str]) -> None:
-    nvshmem_transport(0, use_fabric=True)
+    nvshmem_transport(use_fabric=True)
     assert "NVSHMEM_DISABLE_MNNVL" not in nvshmem
     assert nvshmem["NVSHMEM_QP_DEPTH"] == "1024"
 
