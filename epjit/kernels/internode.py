@@ -229,6 +229,11 @@ def max_slots(num_domains: int, num_local: int) -> int:
     return MAX_WORDS // (num_domains * num_local)
 
 
+def ring_bytes(num_domains: int, num_rdma_bytes: int) -> int:
+    """Bytes of each ring of the inbox and of the stage: the same for all kernels of a Buffer."""
+    return num_rdma_bytes // (2 * num_domains) // ALIGNMENT * ALIGNMENT
+
+
 def ring_slots(
     config: InternodeDispatchConfig | InternodeCombineConfig, num_rdma_bytes: int
 ) -> int:
@@ -238,14 +243,14 @@ def ring_slots(
         ValueError: There is no room for two chunks.
     """
     step = 2 * config.tokens_per_chunk
-    bytes_a_slot = config.num_domains * config.slot_bytes
-    ring_bytes = num_rdma_bytes // 2 // ALIGNMENT * ALIGNMENT
     most = max_slots(config.num_domains, config.num_local)
-    number = min(ring_bytes // bytes_a_slot, most) // step * step
+    fitting = ring_bytes(config.num_domains, num_rdma_bytes) // config.slot_bytes
+    number = min(fitting, most) // step * step
     if number == 0:
         raise ValueError(
             f"{config.op} of {config.hidden_bytes}-byte rows between {config.num_domains} NVLink "
-            f"domains needs num_rdma_bytes >= {2 * step * bytes_a_slot}, but this Buffer has "
+            f"domains needs num_rdma_bytes >= "
+            f"{2 * config.num_domains * step * config.slot_bytes}, but this Buffer has "
             f"{num_rdma_bytes}; pass Config.get_rdma_buffer_size_hint(hidden_bytes, num_ranks, "
             f"ranks_per_domain={config.num_local})"
         )

@@ -26,6 +26,7 @@ from epjit.kernels.internode import (
     config_of,
     kernels_of,
     max_slots,
+    ring_bytes,
     ring_slots,
 )
 from epjit.kernels.shapes import CombineShape, DispatchShape
@@ -35,7 +36,7 @@ from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import Transport
-from epjit.sizes import ALIGNMENT, align
+from epjit.sizes import align
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -76,8 +77,9 @@ class _Rings:
     def __init__(self, num_domains: int, num_local: int, num_rdma_bytes: int) -> None:
         self.max_slots = max_slots(num_domains, num_local)
         self.inbox = 0
-        self.bytes = num_rdma_bytes // 2 // ALIGNMENT * ALIGNMENT
-        self.stage = self.bytes
+        self.num_rdma_bytes = num_rdma_bytes  # of inbox and stage
+        self.ring_bytes = ring_bytes(num_domains, num_rdma_bytes)
+        self.stage = num_domains * self.ring_bytes
         self.control = align(num_rdma_bytes)  # from here on nothing is the user's
         self.ready = self.control
         self.credits = self.ready + num_domains * 2 * 8
@@ -169,7 +171,8 @@ class Internode(Normal):
             arrived=self.rdma_memory.ptr + self._rings.arrived,
             staged=self.rdma_memory.ptr + self._rings.staged,
             stage=self.rdma_memory.ptr + self._rings.stage,
-            ring_slots=ring_slots(config, 2 * self._rings.bytes),
+            ring_bytes=self._rings.ring_bytes,
+            ring_slots=ring_slots(config, self._rings.num_rdma_bytes),
         )
         if isinstance(config, InternodeCombineConfig):
             bound["slots"] = self._everywhere(self._arena.slots)

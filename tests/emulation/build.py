@@ -99,6 +99,8 @@ class _Options(ctypes.Structure):
         ("latest_message", ctypes.c_uint64),
         ("num_gpus", ctypes.c_int32),
         ("places", ctypes.c_int32),
+        ("slow_from", ctypes.c_int32),
+        ("slow_to", ctypes.c_int32),
     )
 
 
@@ -126,6 +128,7 @@ def emulate(
     latest_message: int = 20_000,
     num_gpus: int = 1,
     places: int = 0,
+    slow_link: tuple[int, int] | None = None,
 ) -> Report:
     """Runs launches until all have ended.
 
@@ -141,6 +144,8 @@ def emulate(
         latest_message: Passes that a piece of what goes to another rank takes at most.
         num_gpus: Of `places`; rank r is a stream of GPU r % num_gpus.
         places: Blocks that one GPU has room for; 0 = any number.
+        slow_link: Only what the first of these numbers of the transport sends to the second is
+            slow; by default any piece may be.
 
     Returns:
         What the run took.
@@ -161,6 +166,7 @@ def emulate(
         latest_message,
         num_gpus,
         places,
+        *(slow_link or (-1, -1)),
     )
     report = _Report()
     with _LOCK:

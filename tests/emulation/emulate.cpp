@@ -210,7 +210,7 @@ struct Message {
   uint64_t warp;        // that sent it, a number of its own
   unsigned lanes;       // that sent it
   unsigned fences[32];  // of each lane, before
-  int pe;
+  int from, pe;
   char* dst;
   const char* src;
   unsigned bytes;
@@ -249,6 +249,8 @@ struct Options {
   uint64_t latest_message;  // passes that a message takes at most
   int32_t num_gpus;         // rank r is a stream of GPU r % num_gpus
   int32_t places;           // blocks that a GPU has room for; 0 = any number
+  int32_t slow_from;        // pe whose messages to slow_to alone are slow; -1 = any piece may be
+  int32_t slow_to;
 };
 
 struct Report {
@@ -774,7 +776,8 @@ bool must_wait(const Message& message) {
 
 uint64_t draw_delay(const Message& message) {
   if (message.is_urgent) return random_below(40);
-  const uint64_t dice = random_below(8);
+  const bool is_slow = message.from == options.slow_from && message.pe == options.slow_to;
+  const uint64_t dice = options.slow_from < 0 ? random_below(8) : is_slow ? 7 : 0;
   const uint64_t latest = std::max<uint64_t>(options.latest_message, 1);
   if (dice < 4) return random_below(std::min<uint64_t>(latest, 100));
   return random_below(dice < 7 ? (latest + 9) / 10 : latest);
@@ -846,6 +849,7 @@ void send(uint64_t transport, void* dst, const void* src, uint64_t bytes, uint64
   message->warp = warp.number;
   message->lanes = bytes != 0 ? ~0u : 1u << fiber.lane;
   for (const Fiber* lane : warp.lanes) message->fences[lane->lane] = lane->fences;
+  message->from = static_cast<int>(reinterpret_cast<const uint64_t*>(transport)[1]);
   message->pe = pe;
   message->sender = std::string(what) + " of rank " + std::to_string(fiber.rank) + ", " +
                     fiber.block->kernel->name;
@@ -858,8 +862,7 @@ void send(uint64_t transport, void* dst, const void* src, uint64_t bytes, uint64
   if (bytes != 0) {
     message->dst = translate(transport, dst, bytes, pe, what);
     message->src = static_cast<const char*>(src);
-    const auto own = static_cast<int>(reinterpret_cast<const uint64_t*>(transport)[1]);
-    translate(transport, src, bytes, own, what);  // where RDMA can read
+    translate(transport, src, bytes, message->from, what);  // where RDMA can read
   }
   messages.push_back(message);
   if (bytes == 0) {
