@@ -207,13 +207,13 @@ def compile_kernel(config: KernelConfig, *, arch: str, body: str = "nvshmem") ->
     )
 
     def compile_entry() -> Entry:
-        compile_unit = nvrtc.compile_ltoir if linked else nvrtc.compile_cubin
-        code, symbol, log = compile_unit(
+        code, symbol, log = nvrtc.compile_unit(
             unit,
             f"{name}.cu",
             arch=target,
             headers=headers,
             name_expression=f"epjit::{config.tag}::{config.op}",
+            linked=linked,
         )
         if linked:
             code, link_log = nvshmem_device.link(code, arch=arch, name=name)
