@@ -112,7 +112,7 @@ class Buffer(Life):
         explicitly_destroy: As passed.
         enable_shrink: As passed.
         runtime: V1's inner object; None after `destroy`.
-        device: Where the tensors live.
+        device: The device that tensors must be on.
         topology: NVLink domains of the ranks.
 
     Raises:
@@ -345,7 +345,7 @@ class Buffer(Life):
         return part_of(whole, num_bytes, dtype, size, offset)
 
     def _memory(self, use_rdma_buffer: bool) -> Any:
-        """What a user may look at; nothing but `num_nvl_bytes` or `num_rdma_bytes` of it."""
+        """The memory that begins with `num_nvl_bytes` or `num_rdma_bytes` for the user."""
         if use_rdma_buffer and self._low_latency is not None:
             return self._low_latency.memory
         mode: Any = self._mode
@@ -467,7 +467,7 @@ class Buffer(Life):
         Args:
             topk_idx: int64 or int32 `[T, K]`; anything outside `[0, E)` is no selection.
             num_experts: `E`, a multiple of `R`.
-            previous_event: What to wait for instead of the current stream. Outputs then belong to
+            previous_event: Waited for instead of the current stream. Outputs then belong to
                 the communication stream, and torch's allocator knows who else uses them.
             async_finish: Return an event instead of making the current stream wait.
             allocate_on_comm_stream: V1's flag, which `previous_event` includes.
@@ -543,7 +543,7 @@ class Buffer(Life):
                 on, on the other ranks too, and the next call of this rank (or `check_fault`) raises
                 a `CommunicationError` that says how many came. The Buffer needs no `reset`.
             config: Only `num_sms` matters; None is `get_dispatch_config`.
-            previous_event: What to wait for instead of the current stream. Outputs then belong to
+            previous_event: Waited for instead of the current stream. Outputs then belong to
                 the communication stream, and torch's allocator knows who else uses them.
             async_finish: Return an event instead of making the current stream wait.
             allocate_on_comm_stream: V1's flag, which `previous_event` includes.
@@ -608,7 +608,7 @@ class Buffer(Life):
             topk_weights: float32 `[n, K]`, summed over ranks as well, or None.
             bias: `[T, H]` of x's dtype, or a pair of them, or None.
             config: Only `num_sms` matters; None is `get_combine_config`.
-            previous_event: What to wait for instead of the current stream. Outputs then belong to
+            previous_event: Waited for instead of the current stream. Outputs then belong to
                 the communication stream, and torch's allocator knows who else uses them.
             async_finish: Return an event instead of making the current stream wait.
             allocate_on_comm_stream: V1's flag, which `previous_event` includes.
@@ -791,7 +791,7 @@ class Buffer(Life):
         return combined_x, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle: GivenLowLatencyHandle) -> Tensor:
-        """Where `low_latency_combine(zero_copy=True)` finds its rows.
+        """The buffer that `low_latency_combine(zero_copy=True)` takes its rows from.
 
         Write all received rows there (``buffer[:, :, :] = y``) on the stream of that combine, with
         no other operation of this buffer in between.
@@ -953,7 +953,7 @@ class Buffer(Life):
 
     @contextmanager
     def _in_order(self) -> Iterator[int]:
-        """What is queued on the current stream meanwhile follows the calls before, on any stream.
+        """Lets work that is queued on the current stream meanwhile follow the calls before it.
 
         Yields:
             Handle of the current stream.
@@ -963,7 +963,7 @@ class Buffer(Life):
             scope.finish()
 
     def _hook(self, op: str, receive: Hook, stream: int) -> Hook:
-        """What the caller gets for `receive`: it can be called once, and until reset()."""
+        """The hook around `receive`, for the caller: to be called once, and before any reset()."""
         unreceived = self._unreceived = Unreceived(op)
 
         def hook() -> None:
@@ -982,7 +982,7 @@ class Buffer(Life):
         return hook
 
     def _masking_mode(self, op: str) -> AnyLowLatency:
-        """What runs the low-latency calls, with masks."""
+        """The low-latency mode of a Buffer that masks ranks (`enable_shrink`)."""
         self._check_alive(fault=False)
         if self._low_latency is None or not self.enable_shrink:
             raise RuntimeError(

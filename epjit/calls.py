@@ -26,7 +26,7 @@ OwnHandle: TypeAlias = Any
 
 
 class Settings(NamedTuple):
-    """Arguments of a Buffer that its parts are made with, see there."""
+    """Arguments of a Buffer that its parts are made with; `Buffer` explains them."""
 
     num_nvl_bytes: int
     num_rdma_bytes: int

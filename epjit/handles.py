@@ -210,7 +210,7 @@ class Dispatched(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Where selections go when rows are ordered by expert: `M` rows, `E` experts of this rank.
+    """Rows of the selections in the order of the experts: `M` rows, `E` experts of this rank.
 
     Attributes:
         row_of: int32 `[n, K]`; row of each selection, -1 when it selects nothing or does not fit.
@@ -241,7 +241,7 @@ class Placement(NamedTuple):
 
 
 class LowLatencyHandle(NamedTuple):
-    """What a low-latency dispatch leaves for its combine.
+    """The handle of a low-latency dispatch, for its combine.
 
     The tensors must be those that the dispatch made: behind `src_info`, in its storage, lie the
     `Routes` that the combine follows; their length says what was dispatched.
@@ -330,7 +330,7 @@ class LowLatencySpecs(NamedTuple):
 
 
 class Routes(NamedTuple):
-    """Where the selections of every rank have gone on this one.
+    """Rows that the selections of every rank have become on this one.
 
     Attributes:
         source_tokens: int32 `[R]`: tokens of each rank, 0 for a masked one.

@@ -66,7 +66,7 @@ class Scope:
 
     Args:
         comm: Communication stream.
-        previous_event: What the kernels wait for; everything queued on the current stream when it
+        previous_event: Waited for by the kernels; everything queued on the current stream when it
             holds no event.
         async_finish: Whether the current stream is left alone and an event is returned.
         allocate_on_comm_stream: V1's flag; with a previous event outputs are allocated there
@@ -121,7 +121,7 @@ class Scope:
                 self._comm.make_wait(self._current)
 
     def allocating(self) -> AbstractContextManager[object]:
-        """Where outputs are allocated."""
+        """Surrounds the allocation of outputs, and decides whose memory they are."""
         if self._previous is None:
             return _NOWHERE
         # Now: from the first wait on, a capture of the event's stream captures this one, too, and
@@ -153,8 +153,8 @@ class Scope:
         that it does not hand out the memory before these are done.
 
         Args:
-            inputs: What the kernels read, allocated by the caller.
-            outputs: What they write, allocated by this call.
+            inputs: Read by the kernels, allocated by the caller.
+            outputs: Written by them, allocated by this call.
         """
         event = self._end()
         if event is not None:
@@ -193,7 +193,7 @@ class KeepingOverlap(EventOverlap):
 
     Args:
         event: On the communication stream, behind the kernels.
-        tensors: What the kernels read and write.
+        tensors: Read and written by the kernels.
         comm: The communication stream.
         current: Handle of the stream that was current in the call.
     """
@@ -242,7 +242,7 @@ class _NoWait:
         return self
 
     def allocating(self) -> AbstractContextManager[object]:
-        """Where outputs are allocated."""
+        """Surrounds the allocation of outputs, and decides whose memory they are."""
         return _NOWHERE
 
     def start(self) -> None:

@@ -1,4 +1,4 @@
-"""What `python -m epjit tune` found: the fastest settings for a GPU, a group size and a shape.
+"""Winners of `python -m epjit tune`: the fastest settings for a GPU, a group size and a shape.
 
 One JSON file in the cache folder, written under a lock. It is read once a process, when a config
 or a variant is first asked for; without the file nothing else happens.
@@ -43,7 +43,7 @@ class Tuned:
         num_tokens: Tokens of each rank.
         num_sms: SMs of the winner.
         variant: Its implementation.
-        us: What it took, in microseconds.
+        us: Its time in microseconds.
         version: epjit that measured it.
     """
 
@@ -59,7 +59,7 @@ class Tuned:
 
     @property
     def shape(self) -> tuple[str, str, int, int, int]:
-        """What there is one winner for."""
+        """Key of a winner: there is one for each."""
         return self.gpu, self.op, self.num_ranks, self.hidden_bytes, self.num_tokens
 
 

@@ -329,7 +329,7 @@ def _check_as_dispatched(choices: tuple[int, int], dispatched: tuple[int, int]) 
 
 
 def _end(src_info: object) -> object:
-    """What tells how much lies behind `src_info`."""
+    """Size of the storage of `src_info` and its place there, for the signature."""
     if not isinstance(src_info, torch.Tensor):
         return None
     return src_info.untyped_storage().nbytes(), src_info.storage_offset()

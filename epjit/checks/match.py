@@ -31,7 +31,7 @@ def check_runs(what: str) -> None:
     """Checks that tensors which are made here have values, as communication needs them.
 
     Args:
-        what: What is about to be done, for the message.
+        what: The act that is about to be done, for the message.
 
     Raises:
         RuntimeError: A FakeTensorMode is active.
@@ -111,7 +111,7 @@ def check(
         shape: Expected extents: a number, or a word that names an extent of any size.
         dtype: Expected dtype, one of several, or None for any.
         device: Expected device, or None for any.
-        why: Where the expectation comes from, for the message.
+        why: Reason of the expectation, for the message.
         contiguous: Whether the tensor must be contiguous.
 
     Returns:
@@ -158,7 +158,7 @@ def check(
 
 
 def signature(*tensors: torch.Tensor | None) -> tuple[object, ...]:
-    """What `check` looks at: where it is equal, the checks that passed once pass again."""
+    """All that `check` looks at: of tensors with a signature that passed, none is checked again."""
     if _transform() is not None:  # its tensors look like others
         return (object(),)
     try:
@@ -199,8 +199,8 @@ def as_handle(handle: Any, kind: type[H], op: str) -> H:
     """A caller's handle with names; nothing of what is in it is looked at.
 
     Args:
-        handle: What the caller passes: also a list, or a tuple without names.
-        kind: What it must be.
+        handle: As the caller passes it: also a list, or a tuple without names.
+        kind: Type that it must become.
         op: The call that returns such handles.
 
     Raises:

@@ -194,7 +194,7 @@ class ValueChecks:
 
 
 def _names(handle: Handle) -> dict[str, str]:
-    """What errors call the tensors of a handle."""
+    """Names of the tensors of a handle, for errors."""
     return {name: f"handle[{index}] ({name})" for index, name in enumerate(handle._fields)}
 
 

@@ -15,7 +15,7 @@ from epjit.runtime.kernel import KernelConfig
 
 @dataclass(frozen=True)
 class PlaceConfig(KernelConfig):
-    """What the place kernel is compiled for."""
+    """Config of the place kernel."""
 
     source: ClassVar[str] = "expert_major/place.cu"
     op: ClassVar[str] = "place"
@@ -33,7 +33,7 @@ class PlaceConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class PermuteConfig(KernelConfig):
-    """What the permute kernel is compiled for; the fields are explained in permute.cu."""
+    """Config of the permute kernel; its fields are explained in permute.cu."""
 
     source: ClassVar[str] = "expert_major/permute.cu"
     op: ClassVar[str] = "permute"
@@ -46,7 +46,7 @@ class PermuteConfig(KernelConfig):
 
     @classmethod
     def choose(cls, row_bytes: int, *, variant: str, limit: int) -> PermuteConfig:
-        """The form of the block for `limit` bytes of shared memory."""
+        """Shape of the block for `limit` bytes of shared memory."""
         tma = variant == "tma"
         return cls(row_bytes, tma, *copier_shape(tma, 16, row_bytes, limit))
 
@@ -58,7 +58,7 @@ class PermuteConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class UnpermuteConfig(KernelConfig):
-    """What the unpermute kernel is compiled for."""
+    """Config of the unpermute kernel."""
 
     source: ClassVar[str] = "expert_major/unpermute.cu"
     op: ClassVar[str] = "unpermute"
@@ -72,7 +72,7 @@ class UnpermuteConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class BlankConfig(KernelConfig):
-    """What the blank kernel is compiled for."""
+    """Config of the blank kernel."""
 
     source: ClassVar[str] = "expert_major/blank.cu"
     op: ClassVar[str] = "blank"

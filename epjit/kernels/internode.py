@@ -26,7 +26,7 @@ MAX_WORDS = 1 << 18  # of all channels into a domain: 2 MB
 
 @dataclass(frozen=True)
 class InternodeNotifyConfig(KernelConfig):
-    """What the notify kernel is compiled for."""
+    """Config of the notify kernel."""
 
     source: ClassVar[str] = "internode/notify.cu"
     op: ClassVar[str] = "notify"
@@ -45,7 +45,7 @@ class InternodeNotifyConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class InternodeDispatchConfig(KernelConfig):
-    """What the dispatch kernel is compiled for; the fields are explained in dispatch.cu."""
+    """Config of the dispatch kernel; its fields are explained in dispatch.cu."""
 
     source: ClassVar[str] = "internode/dispatch.cu"
     op: ClassVar[str] = "dispatch"
@@ -70,7 +70,7 @@ class InternodeDispatchConfig(KernelConfig):
     def choose(
         cls, shape: DispatchShape, *, num_domains: int, num_local: int, variant: str, limit: int
     ) -> InternodeDispatchConfig:
-        """The form of the block for `limit` bytes of shared memory."""
+        """Shape of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
         warps, rows = copier_shape(tma, 14 if tma else 5, shape.hidden_bytes, limit)
         put = 5 if tma else 4
@@ -100,7 +100,7 @@ class InternodeDispatchConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class InternodeCombineConfig(KernelConfig):
-    """What the combine kernel is compiled for; the fields are explained in combine.cu."""
+    """Config of the combine kernel; its fields are explained in combine.cu."""
 
     source: ClassVar[str] = "internode/combine.cu"
     op: ClassVar[str] = "combine"
@@ -126,7 +126,7 @@ class InternodeCombineConfig(KernelConfig):
     def choose(
         cls, shape: CombineShape, *, num_domains: int, num_local: int, variant: str, limit: int
     ) -> InternodeCombineConfig:
-        """The form of the block for `limit` bytes of shared memory."""
+        """Shape of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
         push, rows = copier_shape(tma, 4 if tma else 2, shape.hidden_bytes, limit)
         if num_local == 1:

@@ -22,7 +22,7 @@ _LINK_BOUND_BYTES = 300_000
 
 @dataclass(frozen=True)
 class NotifyConfig(KernelConfig):
-    """What the notify kernel is compiled for."""
+    """Config of the notify kernel."""
 
     source: ClassVar[str] = "intranode/notify.cu"
     op: ClassVar[str] = "notify"
@@ -39,7 +39,7 @@ class NotifyConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class DispatchConfig(KernelConfig):
-    """What the dispatch kernel is compiled for; the fields are explained in dispatch.cu."""
+    """Config of the dispatch kernel; its fields are explained in dispatch.cu."""
 
     source: ClassVar[str] = "intranode/dispatch.cu"
     op: ClassVar[str] = "dispatch"
@@ -62,7 +62,7 @@ class DispatchConfig(KernelConfig):
     def choose(
         cls, shape: DispatchShape, *, num_ranks: int, variant: str, limit: int
     ) -> DispatchConfig:
-        """The form of the block for `limit` bytes of shared memory."""
+        """Shape of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
         warps, rows = copier_shape(tma, 16, shape.hidden_bytes, limit)
         direct = variant == "direct"
@@ -102,7 +102,7 @@ class DispatchConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class CombineConfig(KernelConfig):
-    """What the combine kernel is compiled for; the fields are explained in combine.cu."""
+    """Config of the combine kernel; its fields are explained in combine.cu."""
 
     source: ClassVar[str] = "intranode/combine.cu"
     op: ClassVar[str] = "combine"
@@ -121,7 +121,7 @@ class CombineConfig(KernelConfig):
     def choose(
         cls, shape: CombineShape, *, num_ranks: int, variant: str, limit: int
     ) -> CombineConfig:
-        """The form of the block for `limit` bytes of shared memory."""
+        """Shape of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
         push, rows = copier_shape(tma, 6, shape.hidden_bytes, limit)
         # Many warps hide the latency of a token's sum; more ranks and copies through registers need

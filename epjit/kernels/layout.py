@@ -10,7 +10,7 @@ from epjit.runtime.kernel import KernelConfig
 
 @dataclass(frozen=True)
 class LayoutConfig(KernelConfig):
-    """What the layout kernel is compiled for."""
+    """Config of the layout kernel."""
 
     source: ClassVar[str] = "layout/layout.cu"
     op: ClassVar[str] = "layout"

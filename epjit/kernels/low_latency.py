@@ -23,7 +23,7 @@ NUM_WORDS = max(MAX_LOW_LATENCY_TOKENS, MAX_LOW_LATENCY_CHOICES)
 
 
 class LowLatencyDispatchShape(NamedTuple):
-    """What tells one dispatch kernel of a Buffer from another; the same on all ranks."""
+    """Identifies a dispatch kernel within a Buffer; equal on all ranks."""
 
     num_experts: int
     hidden: int
@@ -38,7 +38,7 @@ class LowLatencyDispatchShape(NamedTuple):
 
 
 class LowLatencyCombineShape(NamedTuple):
-    """What tells one combine kernel of a Buffer from another; the same on all ranks."""
+    """Identifies a combine kernel within a Buffer; equal on all ranks."""
 
     num_experts: int
     hidden: int
@@ -71,7 +71,7 @@ class _LowLatencyConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class LowLatencyDispatchConfig(_LowLatencyConfig):
-    """What the dispatch kernel is compiled for; the fields are explained in dispatch.cu."""
+    """Config of the dispatch kernel; its fields are explained in dispatch.cu."""
 
     source: ClassVar[str] = "low_latency/dispatch.cu"
     op: ClassVar[str] = "low_latency_dispatch"
@@ -93,7 +93,7 @@ class LowLatencyDispatchConfig(_LowLatencyConfig):
     def choose(
         cls, shape: LowLatencyDispatchShape, *, num_ranks: int, remote: bool = False
     ) -> LowLatencyDispatchConfig:
-        """The form of the block: a thread for each 16 channels of a usual row."""
+        """Shape of the block: a thread for each 16 channels of a usual row."""
         return cls(num_ranks, *shape, 16, remote)
 
     @property
@@ -116,7 +116,7 @@ class LowLatencyDispatchConfig(_LowLatencyConfig):
 
 @dataclass(frozen=True)
 class LowLatencyCombineConfig(_LowLatencyConfig):
-    """What the combine kernel is compiled for; the fields are explained in combine.cu."""
+    """Config of the combine kernel; its fields are explained in combine.cu."""
 
     source: ClassVar[str] = "low_latency/combine.cu"
     op: ClassVar[str] = "low_latency_combine"
@@ -145,7 +145,7 @@ class LowLatencyCombineConfig(_LowLatencyConfig):
         limit: int,
         remote: bool = False,
     ) -> LowLatencyCombineConfig:
-        """The form of the block for `limit` bytes of shared memory."""
+        """Shape of the block for `limit` bytes of shared memory."""
         warps = 20 if shape.num_topk <= 8 else 16  # more rows in hand need more registers
         push, rows = 8, 1
         tma = variant == "tma" and not shape.logfmt
@@ -170,7 +170,7 @@ class LowLatencyCombineConfig(_LowLatencyConfig):
 
 @dataclass(frozen=True)
 class LowLatencyReducedCombineConfig(KernelConfig):
-    """What the combine that sums before the links is compiled for; see combine_reduced.cu."""
+    """Config of the combine that sums before the links; see combine_reduced.cu."""
 
     source: ClassVar[str] = "low_latency/combine_reduced.cu"
     op: ClassVar[str] = "low_latency_combine"
@@ -190,7 +190,7 @@ class LowLatencyReducedCombineConfig(KernelConfig):
     def choose(
         cls, shape: LowLatencyCombineShape, *, num_ranks: int
     ) -> LowLatencyReducedCombineConfig:
-        """The form of the block: as many warps as registers hold the rows of, one a rank."""
+        """Shape of the block: as many warps as registers hold the rows of, one a rank."""
         return cls(num_ranks, *shape[:4], 24 if num_ranks <= 4 else 16)
 
     def num_parts(self, max_tokens: int) -> int:
@@ -217,7 +217,7 @@ class LowLatencyReducedCombineConfig(KernelConfig):
 
 @dataclass(frozen=True)
 class CleanConfig(_LowLatencyConfig):
-    """What the clean kernel is compiled for."""
+    """Config of the clean kernel."""
 
     source: ClassVar[str] = "low_latency/clean.cu"
     op: ClassVar[str] = "clean"

@@ -41,7 +41,7 @@ class Mode(ABC, Generic[Shape]):
 
     memory: SymmetricMemory | RemoteMemory
     _signals_at: int
-    """Where in `memory` the signals lie, in bytes: from there on nothing is the user's."""
+    """Offset of the signals in `memory`, in bytes: from there on nothing is the user's."""
     _warmup: ClassVar[str]
     """The method of Buffer that compiles ahead."""
 
@@ -150,8 +150,8 @@ class Mode(ABC, Generic[Shape]):
         """The launch of a shape; collective when it is the first of its kind.
 
         Args:
-            shape: What its kernel is chosen by.
-            sizes: What else the first call must have in common with that of the other ranks.
+            shape: All that its kernel is chosen by.
+            sizes: All else that the first call must have in common with that of the other ranks.
 
         Raises:
             RuntimeError: It would have to be compiled while a CUDA graph is captured, or the ranks
@@ -226,7 +226,7 @@ class Mode(ABC, Generic[Shape]):
         self._group.barrier(op="reset")
 
     def _control(self) -> list[torch.Tensor]:
-        """What of the symmetric memory is not the user's: bytes; the first starts with signals."""
+        """Control areas of the symmetric memory, as bytes; the first begins with the signals."""
         return [self.memory.tensor(torch.uint8)[self._signals_at :]]
 
     def give_up(self) -> None:

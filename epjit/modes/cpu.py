@@ -212,7 +212,7 @@ class CpuNormal:
         return self._reference.combine(xs, handles, rank, weights, biases)
 
     def _handle_facts(self, handle: Handle) -> dict[str, object]:
-        """What the handles of one dispatch have in common on all ranks."""
+        """Facts that the handles of one dispatch have in common on all ranks."""
         if isinstance(handle, InternodeHandle):
             return {}  # each has only what concerns its rank
         return {
@@ -266,10 +266,10 @@ class CpuLowLatency:
 
     Args:
         setup: All that it is made from.
-        chosen: What a GPU would run.
+        chosen: The kernels that a GPU would run.
 
     Attributes:
-        memory: What users see; its second half is the send buffer.
+        memory: For users alone; its second half is the send buffer.
         mask: int32 `[R]`; 1 = masked. Rows of a masked rank are not used; the rank still takes
             part, since nothing here runs out of time.
 
@@ -449,7 +449,7 @@ def _unpack(packed: tuple[torch.dtype, torch.Size, NDArray[np.uint8]] | None) ->
 
 
 def _payload_facts(x: Tensor, scales: Tensor | None) -> dict[str, object]:
-    """What the payloads of all ranks have in common."""
+    """Facts that the payloads of all ranks have in common."""
     return {
         "hidden": x.shape[1],
         "dtype": x.dtype,

@@ -59,7 +59,7 @@ class _DomainGroup(Group):
 
 
 class _Arena:
-    """Where the parts of the memory of a domain lie, in bytes from its start."""
+    """Offsets of the parts of the memory of a domain, in bytes."""
 
     def __init__(self, num_domains: int, num_local: int, num_nvl_bytes: int) -> None:
         self.slots = 0
@@ -71,7 +71,7 @@ class _Arena:
 
 
 class _Rings:
-    """Where the parts of the memory of the transport lie, in bytes from its start."""
+    """Offsets of the parts of the memory of the transport, in bytes."""
 
     def __init__(self, num_domains: int, num_local: int, num_rdma_bytes: int) -> None:
         self.max_slots = max_slots(num_domains, num_local)

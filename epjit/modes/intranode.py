@@ -52,7 +52,7 @@ _PLACES_BYTES = MAX_RANKS * 64
 
 
 class _Arena:
-    """Where the parts of a rank's symmetric memory lie, in bytes from its start."""
+    """Offsets of the parts of a rank's symmetric memory, in bytes."""
 
     def __init__(self, num_ranks: int, num_nvl_bytes: int, num_output_bytes: int) -> None:
         self.slots = 0
@@ -68,7 +68,7 @@ class _Arena:
 
 
 class _Outputs(NamedTuple):
-    """What a dispatch writes, and whether peers reach it."""
+    """Outputs of a dispatch, and whether peers can write to them."""
 
     received: Dispatched
     src_idx: torch.Tensor | None

@@ -56,7 +56,7 @@ Specs = TypeVar("Specs", LowLatencySpecs, tuple[TensorSpec])
 
 
 class _Arena:
-    """Where the parts of a rank's symmetric memory lie, in bytes from its start."""
+    """Offsets of the parts of a rank's symmetric memory, in bytes."""
 
     def __init__(self, num_ranks: int, num_rdma_bytes: int, *, remote: bool = False) -> None:
         self.half_bytes = num_rdma_bytes // 4  # 32-byte aligned, as num_rdma_bytes is 128-byte
@@ -86,14 +86,14 @@ class _Plan(Generic[Specs]):
         num_parts: See the kernels' parameters.
         sizes: Of the calls.
         num_ranks: `R`.
-        outputs: What they allocate.
+        outputs: Specs of the tensors that they allocate.
 
     Attributes:
         launch: As passed.
         grid: As passed.
         outputs: As passed.
-        source_tokens: Where the first part of the `Routes` lies, in bytes from `src_info`.
-        source_rows: Where the second lies.
+        source_tokens: Offset of the first part of the `Routes`, in bytes from `src_info`.
+        source_rows: Offset of the second.
         whole: Parameters of a launch of both phases that are the same in every call.
         sends: Those of a launch that only sends.
         receives: Those of a launch that only receives.

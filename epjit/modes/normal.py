@@ -185,7 +185,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
     # ---- the host's waits, faults, the end -------------------------------------------------------
 
     def _ask_for_counts(self, waits: bool) -> int:
-        """Where notify shall leave its counts; with `waits`, `_wait_for_counts` reads them."""
+        """Address for the counts of notify; with `waits`, `_wait_for_counts` reads them."""
         if waits:
             self._host_counts.array[0] = -1
         return self._host_counts.device_ptr + (0 if waits else 8 * self._num_counts)
@@ -235,7 +235,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
 
     @contextmanager
     def _between_kernels(self) -> Iterator[None]:
-        """The part of a dispatch from its notify on: who leaves it early wants a reset()."""
+        """Marks this rank as out of step if its dispatch fails in here; only reset() clears it."""
         try:
             yield
         except BaseException as error:  # also an interrupt, or no memory for the outputs

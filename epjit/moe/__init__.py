@@ -64,7 +64,7 @@ _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # torch leave
 
 
 class Dispatched(NamedTuple):
-    """What `dispatch` returns.
+    """Results of `dispatch`.
 
     Attributes:
         x: `[n, H]`, by source rank, then by token.
@@ -82,7 +82,7 @@ class Dispatched(NamedTuple):
 
 
 class ExpertHandle(NamedTuple):
-    """What an expert-major dispatch leaves for `combine`."""
+    """The handle of an expert-major dispatch, for `combine`."""
 
     routing: Handle
     placement: Placement

@@ -47,7 +47,7 @@ class Normal:
         return per_rank, None, per_expert, in_rank
 
     def dispatch(self, inputs: Sequence[RankInput], rank: int, **options: Any) -> Dispatched:
-        """What `rank` receives; `options` are `num_experts` and what may follow it."""
+        """Results of `rank`; `options` are `num_experts` and what may follow it."""
         if self.spans_domains:
             return internode.dispatch(inputs, rank, self.domains, **options)
         return intranode.dispatch(inputs, rank, **options)
@@ -59,7 +59,7 @@ class Normal:
         handles: Sequence[Any],
         rank: int,
     ) -> tuple[Tensor, Tensor | None]:
-        """What `rank` receives of another payload."""
+        """Rows and scales of `rank` when another payload follows the handles."""
         mode = internode if self.spans_domains else intranode
         return mode.cached_dispatch(xs, scales, handles, rank)
 
@@ -71,7 +71,7 @@ class Normal:
         topk_weights: Sequence[Tensor] | None = None,
         bias: Bias = None,
     ) -> Sums:
-        """What `rank` gets back."""
+        """Sums, and summed weights, for the tokens of `rank`."""
         if self.spans_domains:
             return internode.combine(xs, handles, rank, self.domains, topk_weights, bias)
         return intranode.combine(xs, handles, rank, topk_weights, bias)

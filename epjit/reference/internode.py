@@ -156,7 +156,7 @@ def dispatch(
     expert_alignment: int = 1,
     num_worst_tokens: int | Sequence[int] = 0,
 ) -> Dispatched:
-    """What `rank` receives: the rows of `intranode.dispatch`, with another handle.
+    """Results of `rank`: the rows of `intranode.dispatch`, with another handle.
 
     Args:
         inputs: One entry a rank.
@@ -197,7 +197,7 @@ def cached_dispatch(
     handles: Sequence[InternodeHandle],
     rank: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `rank` receives when another payload follows the routing of the handles.
+    """Rows and scales of `rank` when another payload follows the routing of the handles.
 
     See `intranode.cached_dispatch`.
     """
@@ -212,7 +212,7 @@ def combine(
     topk_weights: Sequence[Tensor] | None = None,
     bias: Bias = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `rank` gets back: for each of its tokens, the sum over the domains that received it.
+    """Sums for the tokens of `rank`: of each, over the domains that received it.
 
     Each domain's rows are summed in float32 from +0.0, local ranks in ascending order, and the sum
     is rounded to the dtype of `x`. These sums are added in float32 to `bias_0` (or +0.0) and

@@ -25,7 +25,7 @@ from epjit.sizes import align
 
 @dataclass(frozen=True)
 class RankInput:
-    """What one rank gives to `dispatch`.
+    """Inputs of one rank to `dispatch`.
 
     Attributes:
         x: `[T, H]`, any dtype; rows are moved as bytes.
@@ -94,7 +94,7 @@ def dispatch(
     expert_alignment: int = 1,
     num_worst_tokens: int | Sequence[int] = 0,
 ) -> Dispatched:
-    """What `rank` receives.
+    """Results of `rank`.
 
     Args:
         inputs: One entry a rank.
@@ -190,7 +190,7 @@ def cached_dispatch(
     handles: Sequence[IntranodeHandle],
     rank: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `rank` receives when another payload follows the routing of the handles.
+    """Rows and scales of `rank` when another payload follows the routing of the handles.
 
     Args:
         xs: Each rank's `[T, H]`; dtype and `H` need not be those of the first dispatch.
@@ -225,7 +225,7 @@ def combine(
     topk_weights: Sequence[Tensor] | None = None,
     bias: Bias = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `rank` gets back: for each of its tokens, the sum over the ranks that received it.
+    """Sums for the tokens of `rank`: of each, over the ranks that received it.
 
     The sum is float32 in a fixed order: `bias_0` (or +0.0), then `bias_1`, then the ranks in
     ascending order, each once; it is rounded once, to nearest even, to the dtype of `x`. A rank
@@ -295,7 +295,7 @@ def positions(chosen: Tensor) -> Tensor:
 
 
 def _segments(handle: IntranodeHandle, rank: int) -> list[slice]:
-    """Where the rows of each source rank lie among the received rows of `rank`."""
+    """Segments of the received rows of `rank`, one for each source rank."""
     ends = handle.rank_prefix_matrix[:, rank].tolist()
     return [slice(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
 

@@ -34,7 +34,7 @@ _LOGFMT_RANGE = 1024  # bfloat16 patterns below the greatest that still have a c
 
 
 class RankInput(NamedTuple):
-    """What one rank gives to `dispatch`.
+    """Inputs of one rank to `dispatch`.
 
     Attributes:
         x: bfloat16 `[T, H]`.
@@ -74,7 +74,7 @@ def dispatch(
     masked: Tensor | None = None,
     out: LowLatencyDispatched | None = None,
 ) -> LowLatencyDispatched:
-    """What `rank` receives.
+    """Results of `rank`.
 
     Args:
         inputs: One entry a rank.
@@ -137,7 +137,7 @@ def dispatch(
 
 
 def collect(x: Tensor, src_info: Tensor, num_ranks: int) -> Returned:
-    """What a rank gives to `combine`.
+    """Rows that a rank gives to `combine`, with the selections that they are of.
 
     Args:
         x: bfloat16 `[E // R, R * M, H]`; only received rows are read.
@@ -165,7 +165,7 @@ def combine(
     reduced: bool = False,
     masked: Tensor | None = None,
 ) -> Tensor:
-    """What `rank` gets back: for each of its tokens, the weighted sum over its choices.
+    """Sums for the tokens of `rank`: of each, weighted over its choices.
 
     The sum is float32, from +0.0, choices in ascending order; the product is rounded, then the
     sum (no fused multiply-add); the result is rounded once, to nearest even. A choice outside
@@ -240,7 +240,7 @@ def encode(
 
     Args:
         x: bfloat16 `[T, H]`.
-        row_format: What to cast to.
+        row_format: Format of the result.
         global_scale: float32 `[1]`, for `NVFP4` only.
 
     Returns:

@@ -38,7 +38,7 @@ _MAX_ENTRY_BYTES = 256 << 20
 
 
 class Entry(NamedTuple):
-    """What a compilation gives."""
+    """Results of a compilation."""
 
     symbol: str
     log: str
@@ -108,7 +108,7 @@ class CubinCache:
     """Compiled kernels of one folder.
 
     Args:
-        directory: Where; by default `cache_folder()`.
+        directory: The folder; by default `cache_folder()`.
     """
 
     def __init__(self, directory: Path | None = None) -> None:

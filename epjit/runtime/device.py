@@ -1,4 +1,4 @@
-"""What a GPU is and can do. Devices are numbered as in torch; nothing is asked at import."""
+"""Properties of GPUs, which are numbered as in torch. Nothing is asked at import."""
 
 from __future__ import annotations
 

@@ -77,8 +77,8 @@ class Group(ABC):
         """Returns when all ranks have called it with the same values. Collective.
 
         Args:
-            values: What this rank has chosen, by what it is called, in the plural.
-            remedy: What to do where the ranks have chosen differently.
+            values: The choices of this rank, by their names in the plural.
+            remedy: Advice for ranks that have chosen differently.
             op: Operation that this is a part of, for messages.
 
         Raises:
@@ -172,7 +172,7 @@ def as_process_group(group: object) -> dist.ProcessGroup:
 
 
 class Comm(Protocol):
-    """What `Group.from_comm` takes: mpi4py's communicators have it, and those of `ThreadGroup`."""
+    """A communicator for `Group.from_comm`: mpi4py's are such, and those of `ThreadGroup`."""
 
     def Get_rank(self) -> int:
         """This rank."""

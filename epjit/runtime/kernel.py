@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class KernelConfig:
-    """What a kernel is compiled for: base of frozen dataclasses whose fields are ints and bools.
+    """Base of the configs of kernels: frozen dataclasses whose fields are ints and bools.
 
     The class `XConfig` goes with the C++ structs `XConfig`, which has the same fields in the same
     order, and `XParams`; the functions are called `op`, `op_threads`, `op_shared_bytes` and, if
@@ -101,7 +101,7 @@ _LOOPBACK = "transport/loopback.cuh"
 
 
 def unit_sources(config: KernelConfig, body: str = "nvshmem") -> tuple[str, ...]:
-    """What the unit of a kernel includes.
+    """Sources that the unit of a kernel includes.
 
     Raises:
         CompileError: There is no such body.
@@ -259,7 +259,7 @@ class Kernel(Generic[C]):
         function: The CUfunction, as an integer.
         starts_early: Whether it is launched so, as its config says.
         params: Type of the parameter record.
-        compiled: What the compiler gave.
+        compiled: Results of the compiler.
 
     Raises:
         CompileError: The compiler refuses.

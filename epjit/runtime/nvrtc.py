@@ -54,7 +54,7 @@ def compile_unit(
         source_text: The unit.
         name: File name of the unit in messages and line information.
         arch: Architecture, such as ``"sm_90a"``.
-        headers: What `#include "..."` finds before any include path: name to text.
+        headers: Files that `#include` finds before any include path: name to text.
         name_expression: The kernel, as C++ names it; empty when there is none.
         linked: To LTO-IR, for `nvjitlink.link`, instead of a cubin.
         more_options: Beside `options`, such as include paths.

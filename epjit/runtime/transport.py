@@ -58,7 +58,7 @@ class Transport(ABC):
 
     Attributes:
         body: Body of transport.cuh: ``"nvshmem"`` or ``"loopback"``.
-        context: What kernels pass to the functions of transport.cuh.
+        context: Argument of kernels to the functions of transport.cuh.
         pes: The transport's number of each rank.
     """
 

@@ -54,7 +54,7 @@ def make_input(
     payload: str = "bfloat16",
     with_topk: bool = True,
 ) -> RankInput:
-    """What a rank passes; every rank can make every rank's."""
+    """Inputs of a rank; every rank can make every rank's."""
     num_tokens, num_experts = (11, 0, 6)[rank % 3], 2 * num_ranks
     idx = data.routing(
         kind,

@@ -41,7 +41,7 @@ DOMAINS = pytest.mark.parametrize("per_domain", [0, 1], ids=["1x3", "3x1"])
 
 @dataclass(frozen=True)
 class Shape:
-    """What a test runs: compile-time choices first, then the run's."""
+    """Choices of a test: those of compile time first, then those of the run."""
 
     num_ranks: int = 3
     hidden: int = 512
@@ -81,7 +81,7 @@ class Shape:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """What dispatch and combine are compiled for alike."""
+        """Fields that the configs of dispatch and combine have in common."""
         names = ("num_ranks", "num_experts", "hidden", "num_topk", "topk_is_int64")
         return {name: getattr(self, name) for name in names}
 

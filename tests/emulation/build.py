@@ -81,7 +81,7 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a run took: passes of the scheduler, switches of threads, emulated nanoseconds."""
+    """Cost of a run: passes of the scheduler, switches of threads, emulated nanoseconds."""
 
     passes: int
     switches: int
@@ -214,7 +214,7 @@ def guarded(*shape: int, dtype: torch.dtype, fill: int = 0xEE) -> torch.Tensor:
 def transport(
     memories: Sequence[Sequence[torch.Tensor]], *, pes: Sequence[int] | None = None
 ) -> list[torch.Tensor]:
-    """What kernels of each rank get as `transport`, by the address of its first element.
+    """Records that kernels of each rank get as `transport`, by the address of the first element.
 
     Args:
         memories: Each a region of symmetric memory, one tensor a rank, of equal sizes. The records

@@ -204,7 +204,7 @@ struct Copy {
   std::vector<char> data;
 };
 
-// What a warp or a thread has sent to another rank; order is kept between messages of one thread.
+// A message of a warp or a thread to another rank; order is kept between messages of one thread.
 struct Message {
   std::string sender;   // to be named if this fails
   uint64_t warp;        // that sent it, a number of its own
@@ -255,7 +255,7 @@ struct Report {
   uint64_t passes, switches, nanoseconds;
 };
 
-// What has no place on a GPU yet, in the order in which it came.
+// A GPU: places that are taken, and blocks that have none yet, in the order in which they came.
 struct Gpu {
   int taken = 0;
   std::deque<Block*> waiting;
@@ -606,7 +606,7 @@ void note_read(Byte& byte, const Access& now) {
   if (is_joined) byte.read.lane = kSeveral;
 }
 
-// What the running thread is about to do.
+// Notes an access to shared memory that the running thread is about to make.
 void access(const void* address, size_t size, bool is_write, void* place) {
   if (!running) return;
   const size_t begin =
@@ -820,7 +820,7 @@ void advance_step(int index) {
     schedule_step({message, 0, 0, false, {}, 0});
 }
 
-// Where the same place lies in the memory of another pe.
+// Address of the same place in the memory of another pe.
 char* translate(uint64_t transport, const void* pointer, uint64_t bytes, int pe, const char* what) {
   const auto* record = reinterpret_cast<const uint64_t*>(transport);
   const uint64_t num_ranks = record[0], own = record[1], num_regions = record[2];

@@ -12,6 +12,9 @@ _HERE = Path(__file__).parent
 # Two streams a rank; with the default of 8 queues a kernel can end up behind the wait of another
 # rank.
 os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+# Loading a kernel of torch at its first launch waits for all that runs on the GPU: for kernels of
+# another rank, too, which wait for the rank that loads.
+os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -198,7 +198,7 @@ def test_withheld_peer(op: str, withheld: int) -> None:
 
 
 def test_local_buffer_tensors() -> None:
-    """What users write into either buffer between operations breaks none."""
+    """Whatever users write into either buffer between operations, none breaks."""
 
     def body(buffer: Buffer) -> None:
         case = Round(num_tokens=(40, 50, 0, 9), seed=3, num_sms=4)
@@ -226,6 +226,7 @@ def test_two_buffers_of_different_sizes() -> None:
         check_round(buffer, Round(num_tokens=(7, 9, 0, 2), seed=5, num_sms=4))
         meet(buffer)
         del bigger  # the destructor frees it
+        meet(buffer)  # freeing waits for all that runs on the GPU, also for kernels of other ranks
         check_round(buffer, Round(num_tokens=(7, 9, 0, 2), seed=6, num_sms=4))
 
     run_domains(2, 2, body)

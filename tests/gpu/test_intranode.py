@@ -226,6 +226,7 @@ def test_two_buffers_of_different_sizes() -> None:
         check_round(buffer, Round(num_tokens=(7, 9), seed=5, num_sms=4))
         meet(buffer)
         del bigger  # the destructor frees it
+        meet(buffer)  # freeing waits for all that runs on the GPU, also for kernels of other ranks
         check_round(buffer, Round(num_tokens=(7, 9), seed=6, num_sms=4))
 
     run_ranks(2, body)

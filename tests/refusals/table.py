@@ -227,7 +227,7 @@ class Refusal:
 
     Attributes:
         error: Type of the exception, exactly.
-        call: What must be refused.
+        call: It must be refused.
         says: Regular expression of its text: the value that was passed, and what to do.
         gpu_only: The CPU backend has no such thing.
     """

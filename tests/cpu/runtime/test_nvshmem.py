@@ -201,7 +201,7 @@ def fake_library(root: Path, version: str = "3.4.5") -> Path:
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """What this process has loaded, as the tests have it."""
+    """Libraries that this process has loaded, as the tests have it."""
     files: list[Path] = []
     monkeypatch.setattr(nvshmem, "_loaded_libraries", lambda: sorted(files))
     return files
@@ -319,7 +319,7 @@ def test_numbers_follow_hosts() -> None:
 
 @pytest.fixture
 def members(monkeypatch: pytest.MonkeyPatch) -> list[nvshmem._Member]:
-    """What four ranks say of themselves."""
+    """Four ranks, as they introduce themselves."""
     found = [
         nvshmem._Member(
             version=(3, 4, 5), host="a", hostname="a", process=str(rank), pe=rank, num_pes=4
@@ -338,7 +338,7 @@ def members(monkeypatch: pytest.MonkeyPatch) -> list[nvshmem._Member]:
 
 
 def outcome(members: list[nvshmem._Member]) -> Any:
-    """What all ranks return or raise; it is the same."""
+    """The result of all ranks, or their error; it is the same."""
     found = run_threads(len(members), nvshmem.run)  # type: ignore[attr-defined]
     assert len({str(each) for each in found}) == 1
     return found[0]

@@ -119,7 +119,7 @@ def test_a_disagreement_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def nvshmem(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What NVSHMEM is told when it begins."""
+    """Settings that NVSHMEM is told when it begins."""
     told: dict[str, str] = {}
 
     def initialize(group: Any, *, device: int, settings: dict[str, str]) -> list[int]:
