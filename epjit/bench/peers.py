@@ -43,12 +43,9 @@ class PeerLink(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ChaseConfig(KernelConfig):
+class ChaseConfig(KernelConfig, source="bench/chase.cu", tag="bench"):
     """Compile-time values of `bench/chase.cu`."""
 
-    source: ClassVar[str] = "bench/chase.cu"
-    op: ClassVar[str] = "chase"
-    tag_template: ClassVar[str] = "bench"
     threads: ClassVar[int] = 32
 
     num_steps: int = 2048
