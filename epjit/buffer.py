@@ -204,7 +204,7 @@ class Buffer(Life):
         agree_on_settings(settings, topology, links)
         values = None
         if env.check_values():
-            values = ValueChecks(links.rank, topology.domains, self._in_order)
+            values = ValueChecks(topology, self._in_order)
         try:
             setup = Setup(settings, links, topology, self.device, self._resources)
             self._streams, self._mode, self._low_latency = make_parts(setup)
@@ -269,11 +269,7 @@ class Buffer(Life):
 
     @staticmethod
     def get_combine_config(num_ranks: int, *, hidden_bytes: int = 0, num_tokens: int = 0) -> Config:
-        """The config of combine for 1 to 256 ranks; `AssertionError` for others.
-
-        `num_sms` is what `set_num_sms` said, else what ``python -m epjit tune`` found for this GPU
-        and a shape like the given one (`epjit.tuned`; 0 = 14336 bytes, 4096 tokens), else V1's 20.
-        """
+        """The config of combine, as `get_dispatch_config` is that of dispatch."""
         num_ranks = as_int("num_ranks", num_ranks)
         num_sms = _num_sms("combine", num_ranks, hidden_bytes, num_tokens)
         return default_combine_config(num_ranks, num_sms)
@@ -812,9 +808,9 @@ class Buffer(Life):
             RuntimeError: Not in low-latency mode, or destroyed.
         """
         mode = self._ready_low_latency("get_next_low_latency_combine_buffer", received=False)
-        max_tokens, hidden, num_experts = self._low_latency_checks.send_buffer(handle)
+        own = self._low_latency_checks.send_buffer(handle)
         with self._entered():
-            return mode.send_buffer(num_experts=num_experts, max_tokens=max_tokens, hidden=hidden)
+            return mode.send_buffer(own)
 
     def clean_low_latency_buffer(
         self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from epjit.calls import DispatchSizes
+from epjit.calls import CombineSizes, DispatchSizes
 from epjit.runtime.empty import Empty, TensorSpec, matrix, vector
 
 
@@ -263,6 +263,13 @@ class LowLatencyHandle(NamedTuple):
 
 GivenLowLatencyHandle: TypeAlias = tuple[Tensor, Tensor, int, int, int]
 """As callers may pass it: also a tuple without names."""
+
+
+def rows_in(memory: Tensor, sizes: CombineSizes | LowLatencyHandle, num_ranks: int) -> Tensor:
+    """The first bytes of memory as a row for each row of a dispatch: bf16 `[E // R, R * M, H]`."""
+    max_tokens, hidden, num_experts = sizes.max_tokens, sizes.hidden, sizes.num_experts
+    rows = memory[: 2 * num_experts * max_tokens * hidden].view(torch.bfloat16)
+    return rows.view(num_experts // num_ranks, num_ranks * max_tokens, hidden)
 
 
 class LowLatencyDispatched(NamedTuple):

@@ -14,14 +14,12 @@ import functools
 import json
 import logging
 import math
-import os
-import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from epjit.runtime.cache import cache_folder, lock
+from epjit.runtime.cache import cache_folder, lock, publish
 
 MOST_ROWS_FACTOR = 2.0
 """How many times longer or shorter rows may be than those that were measured."""
@@ -103,14 +101,9 @@ def store(winners: Iterable[Tuned]) -> Path:
         except (FileNotFoundError, ValueError):
             known = {}
         known |= {each.shape: each for each in winners}
-        text = json.dumps(
-            {"format": _FORMAT, "winners": [dataclasses.asdict(each) for each in known.values()]},
-            indent=1,
-        )
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix="tuned-")
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(text)
-        os.replace(temporary, file)
+        everything = [dataclasses.asdict(each) for each in known.values()]
+        text = json.dumps({"format": _FORMAT, "winners": everything}, indent=1)
+        publish(file, text.encode())
     _forget()
     return file
 

@@ -76,15 +76,11 @@ def agree_on_settings(settings: Settings, topology: Topology, group: Group) -> N
     """
     variant = env.low_latency_combine_variant
     values = {
-        "num_nvl_bytes": settings.num_nvl_bytes,
-        "num_rdma_bytes": settings.num_rdma_bytes,
-        "low_latency_mode": settings.low_latency_mode,
-        "enable_shrink": settings.enable_shrink,
-        "use_fabric": settings.use_fabric,
-        "num_qps_per_rank": settings.num_qps_per_rank,
+        **settings._asdict(),
         "NVLink domains": topology.domains,
         variant.name: variant() if settings.low_latency_mode else None,
     }
+    del values["timeout_seconds"]  # which may differ
     group.agree(
         {f"values of {name}": value for name, value in values.items()},
         remedy="make Buffers with the same arguments and environment on all ranks",

@@ -232,13 +232,12 @@ class LowLatencyChecks(Checks):
         why = "one word for each rank"
         self._check("mask_status", mask_status, (self.num_ranks,), torch.int32, why)
 
-    def send_buffer(self, handle: GivenLowLatencyHandle) -> tuple[int, int, int]:
-        """Checks what `get_next_low_latency_combine_buffer` takes; gives `M`, `H` and `E`."""
+    def send_buffer(self, handle: GivenLowLatencyHandle) -> LowLatencyHandle:
+        """Everything that `get_next_low_latency_combine_buffer` takes."""
         own = as_low_latency_handle(handle)
         self._handle(own)
-        sizes = own.max_tokens, own.hidden, own.num_experts
-        self._room_to_send(sizes)
-        return sizes
+        self._room_to_send((own.max_tokens, own.hidden, own.num_experts))
+        return own
 
     def _handle(self, handle: LowLatencyHandle) -> tuple[int, int]:
         """Checks what `low_latency_dispatch` returned; gives tokens and top-k of that call."""

@@ -25,12 +25,11 @@ MAX_WORDS = 1 << 18  # of all channels into a domain: 2 MB
 
 
 @dataclass(frozen=True)
-class InternodeNotifyConfig(KernelConfig):
+class InternodeNotifyConfig(
+    KernelConfig, source="internode/notify.cu", tag="internode_{0.num_domains}x{0.num_local}"
+):
     """Config of the notify kernel."""
 
-    source: ClassVar[str] = "internode/notify.cu"
-    op: ClassVar[str] = "notify"
-    tag_template: ClassVar[str] = "internode_{0.num_domains}x{0.num_local}"
     threads: ClassVar[int] = 512
     needs_transport: ClassVar[bool] = True
 
@@ -44,14 +43,13 @@ class InternodeNotifyConfig(KernelConfig):
 
 
 @dataclass(frozen=True)
-class InternodeDispatchConfig(KernelConfig):
+class InternodeDispatchConfig(
+    KernelConfig,
+    source="internode/dispatch.cu",
+    tag="internode_{0.num_domains}x{0.num_local}_h{0.hidden_bytes}_s{0.num_scales}_k{0.num_topk}",
+):
     """Config of the dispatch kernel; its fields are explained in dispatch.cu."""
 
-    source: ClassVar[str] = "internode/dispatch.cu"
-    op: ClassVar[str] = "dispatch"
-    tag_template: ClassVar[str] = (
-        "internode_{0.num_domains}x{0.num_local}_h{0.hidden_bytes}_s{0.num_scales}_k{0.num_topk}"
-    )
     needs_transport: ClassVar[bool] = True
 
     num_domains: int
@@ -99,14 +97,13 @@ class InternodeDispatchConfig(KernelConfig):
 
 
 @dataclass(frozen=True)
-class InternodeCombineConfig(KernelConfig):
+class InternodeCombineConfig(
+    KernelConfig,
+    source="internode/combine.cu",
+    tag="internode_{0.num_domains}x{0.num_local}_h{0.hidden_bytes}_k{0.num_topk}",
+):
     """Config of the combine kernel; its fields are explained in combine.cu."""
 
-    source: ClassVar[str] = "internode/combine.cu"
-    op: ClassVar[str] = "combine"
-    tag_template: ClassVar[str] = (
-        "internode_{0.num_domains}x{0.num_local}_h{0.hidden_bytes}_k{0.num_topk}"
-    )
     needs_transport: ClassVar[bool] = True
 
     num_domains: int

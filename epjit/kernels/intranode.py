@@ -21,12 +21,9 @@ _LINK_BOUND_BYTES = 300_000
 
 
 @dataclass(frozen=True)
-class NotifyConfig(KernelConfig):
+class NotifyConfig(KernelConfig, source="intranode/notify.cu", tag="intranode_r{0.num_ranks}"):
     """Config of the notify kernel."""
 
-    source: ClassVar[str] = "intranode/notify.cu"
-    op: ClassVar[str] = "notify"
-    tag_template: ClassVar[str] = "intranode_r{0.num_ranks}"
     threads: ClassVar[int] = 512
 
     num_ranks: int
@@ -38,14 +35,12 @@ class NotifyConfig(KernelConfig):
 
 
 @dataclass(frozen=True)
-class DispatchConfig(KernelConfig):
+class DispatchConfig(
+    KernelConfig,
+    source="intranode/dispatch.cu",
+    tag="intranode_r{0.num_ranks}_h{0.hidden_bytes}_s{0.num_scales}_k{0.num_topk}",
+):
     """Config of the dispatch kernel; its fields are explained in dispatch.cu."""
-
-    source: ClassVar[str] = "intranode/dispatch.cu"
-    op: ClassVar[str] = "dispatch"
-    tag_template: ClassVar[str] = (
-        "intranode_r{0.num_ranks}_h{0.hidden_bytes}_s{0.num_scales}_k{0.num_topk}"
-    )
 
     num_ranks: int
     hidden_bytes: int
@@ -101,12 +96,12 @@ class DispatchConfig(KernelConfig):
 
 
 @dataclass(frozen=True)
-class CombineConfig(KernelConfig):
+class CombineConfig(
+    KernelConfig,
+    source="intranode/combine.cu",
+    tag="intranode_r{0.num_ranks}_h{0.hidden_bytes}_k{0.num_topk}",
+):
     """Config of the combine kernel; its fields are explained in combine.cu."""
-
-    source: ClassVar[str] = "intranode/combine.cu"
-    op: ClassVar[str] = "combine"
-    tag_template: ClassVar[str] = "intranode_r{0.num_ranks}_h{0.hidden_bytes}_k{0.num_topk}"
 
     num_ranks: int
     hidden_bytes: int

@@ -70,14 +70,14 @@ class _LowLatencyConfig(KernelConfig):
 
 
 @dataclass(frozen=True)
-class LowLatencyDispatchConfig(_LowLatencyConfig):
+class LowLatencyDispatchConfig(
+    _LowLatencyConfig,
+    source="low_latency/dispatch.cu",
+    op="low_latency_dispatch",
+    tag="low_latency_{0.ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}_{0.row_format.name}",
+):
     """Config of the dispatch kernel; its fields are explained in dispatch.cu."""
 
-    source: ClassVar[str] = "low_latency/dispatch.cu"
-    op: ClassVar[str] = "low_latency_dispatch"
-    tag_template: ClassVar[str] = (
-        "low_latency_{0.ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}_{0.row_format.name}"
-    )
     starts_early: ClassVar[bool] = True
 
     num_ranks: int
@@ -115,12 +115,14 @@ class LowLatencyDispatchConfig(_LowLatencyConfig):
 
 
 @dataclass(frozen=True)
-class LowLatencyCombineConfig(_LowLatencyConfig):
+class LowLatencyCombineConfig(
+    _LowLatencyConfig,
+    source="low_latency/combine.cu",
+    op="low_latency_combine",
+    tag="low_latency_{0.ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}",
+):
     """Config of the combine kernel; its fields are explained in combine.cu."""
 
-    source: ClassVar[str] = "low_latency/combine.cu"
-    op: ClassVar[str] = "low_latency_combine"
-    tag_template: ClassVar[str] = "low_latency_{0.ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}"
     starts_early: ClassVar[bool] = True
 
     num_ranks: int
@@ -169,14 +171,14 @@ class LowLatencyCombineConfig(_LowLatencyConfig):
 
 
 @dataclass(frozen=True)
-class LowLatencyReducedCombineConfig(KernelConfig):
+class LowLatencyReducedCombineConfig(
+    KernelConfig,
+    source="low_latency/combine_reduced.cu",
+    op="low_latency_combine",
+    tag="low_latency_reduced_r{0.num_ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}",
+):
     """Config of the combine that sums before the links; see combine_reduced.cu."""
 
-    source: ClassVar[str] = "low_latency/combine_reduced.cu"
-    op: ClassVar[str] = "low_latency_combine"
-    tag_template: ClassVar[str] = (
-        "low_latency_reduced_r{0.num_ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}"
-    )
     starts_early: ClassVar[bool] = True
 
     num_ranks: int
@@ -216,12 +218,8 @@ class LowLatencyReducedCombineConfig(KernelConfig):
 
 
 @dataclass(frozen=True)
-class CleanConfig(_LowLatencyConfig):
+class CleanConfig(_LowLatencyConfig, source="low_latency/clean.cu", tag="low_latency_{0.ranks}"):
     """Config of the clean kernel."""
-
-    source: ClassVar[str] = "low_latency/clean.cu"
-    op: ClassVar[str] = "clean"
-    tag_template: ClassVar[str] = "low_latency_{0.ranks}"
 
     num_ranks: int
     remote: bool = False

@@ -17,6 +17,7 @@ from torch import Tensor
 from epjit import calls, env
 from epjit.calls import (
     Combine,
+    CombineSizes,
     Counts,
     Dispatch,
     LowLatencyCombine,
@@ -31,6 +32,8 @@ from epjit.handles import (
     InternodeHandle,
     IntranodeHandle,
     LowLatencyDispatched,
+    LowLatencyHandle,
+    rows_in,
 )
 from epjit.modes.normal import combine_shape, dispatch_shape, no_room
 from epjit.reference import Normal, internode, low_latency
@@ -219,7 +222,7 @@ class CpuNormal:
 
     def _handles_of_one_dispatch(self, op: str, worlds: list[tuple[Any, ...]]) -> list[Any]:
         """The handles of all ranks, once they are known to belong together."""
-        if not self._reference.several:
+        if not self._reference.spans_domains:
             return [IntranodeHandle(*tensors[2:]) for tensors in worlds]
         handles = [InternodeHandle(*tensors[2:]) for tensors in worlds]
         # [source, receiver]
@@ -279,6 +282,7 @@ class CpuLowLatency:
     def __init__(self, setup: Setup, chosen: ChosenKernels) -> None:
         self._settings, self._group, self._chosen = setup.settings, setup.group, chosen
         self.memory = CpuMemory(setup.settings.num_rdma_bytes)
+        self._half = self.memory.tensor(torch.uint8)[setup.settings.num_rdma_bytes // 2 :]
         self.mask = torch.zeros(setup.group.size, dtype=torch.int32, device="cpu")
 
     @torch.no_grad()
@@ -337,17 +341,14 @@ class CpuLowLatency:
         """Brings rows back and sums them with weights; what receives, or None, comes along."""
         x, topk_idx, topk_weights, out, _ = call.given
         sizes = call.sizes
-        half = self.memory.tensor(torch.uint8)[self._settings.num_rdma_bytes // 2 :]
-        self._chosen.check_low_latency_combine(call, half)
+        self._chosen.check_low_latency_combine(call, self._half)
         combined = out
         if combined is None:
             shape = (sizes.num_tokens, sizes.hidden)
             combined = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
         scope.start()
         if sizes.zero_copy:
-            x = self.send_buffer(
-                num_experts=sizes.num_experts, max_tokens=sizes.max_tokens, hidden=sizes.hidden
-            )
+            x = self.send_buffer(sizes)
         worlds = _exchange(
             self._group,
             "low_latency_combine",
@@ -382,11 +383,9 @@ class CpuLowLatency:
         receive()
         return combined, None
 
-    def send_buffer(self, *, num_experts: int, max_tokens: int, hidden: int) -> Tensor:
-        """The buffer that a combine with `zero_copy` reads, bfloat16 `[E // R, R * M, H]`."""
-        shape = (num_experts // self._group.size, self._group.size * max_tokens, hidden)
-        half = self.memory.tensor(torch.uint8)[self._settings.num_rdma_bytes // 2 :]
-        return half[: 2 * num_experts * max_tokens * hidden].view(torch.bfloat16).view(shape)
+    def send_buffer(self, sizes: CombineSizes | LowLatencyHandle) -> Tensor:
+        """Memory that `combine(zero_copy=True)` reads rows from, see `rows_in`."""
+        return rows_in(self._half, sizes, self._group.size)
 
     def warmup(
         self, shapes: Iterable[LowLatencyDispatchShape | LowLatencyCombineShape], **sizes: int

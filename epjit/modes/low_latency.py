@@ -24,7 +24,7 @@ from epjit.calls import (
 from epjit.checks.low_latency import check_source
 from epjit.checks.match import remember
 from epjit.config import MAX_LOW_LATENCY_EXPERTS, MAX_LOW_LATENCY_TOKENS, MAX_RANKS
-from epjit.handles import LowLatencyDispatched, LowLatencySpecs
+from epjit.handles import LowLatencyDispatched, LowLatencyHandle, LowLatencySpecs, rows_in
 from epjit.kernels.low_latency import (
     NUM_WORDS,
     STEP,
@@ -310,9 +310,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
             plan = self._plan_combine(sizes)
         x, topk_idx, topk_weights, out, cycles = call.given
         if sizes.zero_copy:
-            x = self.send_buffer(
-                num_experts=sizes.num_experts, max_tokens=sizes.max_tokens, hidden=sizes.hidden
-            )
+            x = self.send_buffer(sizes)
         elif self._remote:
             self._check_source(x, use_logfmt=sizes.use_logfmt)
         if out is None:
@@ -358,14 +356,10 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
 
         return receive
 
-    def send_buffer(self, *, num_experts: int, max_tokens: int, hidden: int) -> torch.Tensor:
-        """The buffer that a combine with `zero_copy` reads, bf16 `[E // R, R * M, H]`."""
-        num_ranks = self._group.size
-        shape = (num_experts // num_ranks, num_ranks * max_tokens, hidden)
-        nbytes = 2 * num_experts * max_tokens * hidden
-        begin = self._arena.send_buffer
-        whole = self.memory.tensor(torch.uint8)
-        return whole[begin : begin + nbytes].view(torch.bfloat16).view(shape)
+    def send_buffer(self, sizes: CombineSizes | LowLatencyHandle) -> torch.Tensor:
+        """Memory that a combine with `zero_copy` reads rows from, see `rows_in`."""
+        half = self.memory.tensor(torch.uint8)[self._arena.send_buffer :]
+        return rows_in(half, sizes, self._group.size)
 
     def clean(self, stream: int) -> None:
         """Meets the ranks on the device, and goes on from the latest epoch of all."""

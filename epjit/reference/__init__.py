@@ -34,13 +34,13 @@ class Normal:
     domains: Domains
 
     @property
-    def several(self) -> bool:
+    def spans_domains(self) -> bool:
         """Whether there are several domains."""
         return len(self.domains) > 1
 
     def layout(self, topk_idx: Tensor, num_experts: int) -> Counts:
         """Counts where the tokens of one rank go; in one domain those of the domains are None."""
-        if self.several:
+        if self.spans_domains:
             return internode.layout(topk_idx, num_experts, self.domains)
         num_ranks = len(self.domains[0])
         per_rank, per_expert, in_rank = intranode.layout(topk_idx, num_experts, num_ranks)
@@ -48,7 +48,7 @@ class Normal:
 
     def dispatch(self, inputs: Sequence[RankInput], rank: int, **options: Any) -> Dispatched:
         """Results of `rank`; `options` are `num_experts` and what may follow it."""
-        if self.several:
+        if self.spans_domains:
             return internode.dispatch(inputs, rank, self.domains, **options)
         return intranode.dispatch(inputs, rank, **options)
 
@@ -60,7 +60,7 @@ class Normal:
         rank: int,
     ) -> tuple[Tensor, Tensor | None]:
         """Rows and scales of `rank` when another payload follows the handles."""
-        mode = internode if self.several else intranode
+        mode = internode if self.spans_domains else intranode
         return mode.cached_dispatch(xs, scales, handles, rank)
 
     def combine(
@@ -72,6 +72,6 @@ class Normal:
         bias: Bias = None,
     ) -> Sums:
         """Sums, and summed weights, for the tokens of `rank`."""
-        if self.several:
+        if self.spans_domains:
             return internode.combine(xs, handles, rank, self.domains, topk_weights, bias)
         return intranode.combine(xs, handles, rank, topk_weights, bias)

@@ -92,6 +92,18 @@ def lock(file: Path, *, seconds: float) -> Iterator[None]:
         held.release()
 
 
+def publish(file: Path, data: bytes) -> None:
+    """Writes a file under another name and renames it: readers see all of it, or what was there."""
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f"{file.stem[:16]}-")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
 class CubinCache:
     """Compiled kernels of one folder.
 
@@ -133,14 +145,7 @@ class CubinCache:
 
     def put(self, key: str, entry: Entry) -> None:
         """Publishes an entry; replaces what was there."""
-        descriptor, temporary = tempfile.mkstemp(dir=self.directory, prefix=f"{key[:16]}-")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(_encode(entry))
-            os.replace(temporary, self._path(key))
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        publish(self._path(key), _encode(entry))
 
     def stored(self) -> list[StoredEntry]:
         """All entries, damaged ones too, the newest first."""

@@ -18,7 +18,7 @@ import typing
 import warnings
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from epjit import env
@@ -54,6 +54,19 @@ class KernelConfig:
 
     num_warps: int
     """Warps a block; a config that has no such field has `threads` of its own."""
+
+    def __init_subclass__(cls, *, source: str = "", op: str = "", tag: str = "") -> None:
+        """Takes what a class statement says beside the fields.
+
+        Args:
+            source: As the attribute; empty in a base.
+            op: As the attribute; by default the name of the file.
+            tag: `tag_template`.
+        """
+        super().__init_subclass__()
+        if source:
+            cls.source, cls.op = source, op or PurePosixPath(source).stem
+            cls.tag_template = tag
 
     @property
     def threads(self) -> int:
@@ -207,13 +220,13 @@ def compile_kernel(config: KernelConfig, *, arch: str, body: str = "nvshmem") ->
     )
 
     def compile_entry() -> Entry:
-        compile_unit = nvrtc.compile_ltoir if linked else nvrtc.compile_cubin
-        code, symbol, log = compile_unit(
+        code, symbol, log = nvrtc.compile_unit(
             unit,
             f"{name}.cu",
             arch=target,
             headers=headers,
             name_expression=f"epjit::{config.tag}::{config.op}",
+            linked=linked,
         )
         if linked:
             code, link_log = nvshmem_device.link(code, arch=arch, name=name)

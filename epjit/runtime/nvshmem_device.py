@@ -110,11 +110,12 @@ def _body(arch: str) -> bytes:
     version = ".".join(map(str, nvshmem.find_installation().version))
 
     def compile_entry() -> Entry:
-        code, _, log = nvrtc.compile_ltoir(
+        code, _, log = nvrtc.compile_unit(
             sources.read(SOURCE),
             f"{SOURCE} of NVSHMEM {version}",
             arch=arch,
             headers={**sources.closure(SOURCE), **_changed_headers()},
+            linked=True,
             more_options=_more_options(),
         )
         return Entry(SOURCE, f"LTO-IR for '{arch}'\n{log}", code)

@@ -32,8 +32,7 @@ def fake_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_unit(*args: Any, **options: Any) -> tuple[bytes, str, str]:
         return b"code", "symbol", "Used 8 registers"
 
-    monkeypatch.setattr(nvrtc, "compile_cubin", compile_unit)
-    monkeypatch.setattr(nvrtc, "compile_ltoir", compile_unit)
+    monkeypatch.setattr(nvrtc, "compile_unit", compile_unit)
     monkeypatch.setattr(nvjitlink, "link", lambda *args, **options: (b"linked", "Used 8 registers"))
 
 
@@ -51,7 +50,7 @@ def asked_by_buffer(
     """The kernels that a Buffer makes, at once and for the calls of SHAPE, with their transport."""
     asked: dict[tuple[KernelConfig, str], None] = {}
 
-    def stands_in(*args: Any, num_qps_per_rank: int, max_tokens: int, **options: Any) -> Any:
+    def stands_in(*args: Any, num_qps_per_rank: int, **options: Any) -> Any:
         made = transports.LoopbackTransport(*args, **options)
         made.body = "nvshmem"
         return made

@@ -19,7 +19,7 @@ _VERDICT = Section("verdict")
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: show.Json = False,
     peers: Annotated[bool, typer.Option(help="Measure the links between GPUs.")] = True,
 ) -> None:
     """Check this machine; the exit code is 1 when something is wrong."""

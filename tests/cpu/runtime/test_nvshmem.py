@@ -132,13 +132,13 @@ def test_kernels_that_are_linked_spill_nothing(
 def test_body_and_kernel_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPJIT_CACHE_DIR", str(tmp_path))
     compiled: list[str] = []
-    real = nvrtc.compile_ltoir
+    real = nvrtc.compile_unit
 
     def counting(text: str, name: str, **options: Any) -> Any:
         compiled.append(name.partition(" ")[0])
         return real(text, name, **options)
 
-    monkeypatch.setattr(nvrtc, "compile_ltoir", counting)
+    monkeypatch.setattr(nvrtc, "compile_unit", counting)
     with ring_sources():
         assert not compile_kernel(RingConfig(), arch="sm_90a").from_cache
         assert compile_kernel(RingConfig(), arch="sm_90a").from_cache
