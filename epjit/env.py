@@ -290,8 +290,16 @@ nvshmem_qp_depth: Variable[int] = Variable(
     "NVSHMEM_QP_DEPTH",
     "a whole number greater than 0",
     1024,
-    "NVSHMEM's own: work requests that a queue pair of IBGDA holds; without it, the first Buffer "
-    "sets what its low-latency calls need.",
+    "NVSHMEM's own: entries that a queue pair of IBGDA holds; a put with its signal takes 4, and "
+    "waits for room where there is none.",
+    _positive_int,
+)
+nvshmem_num_qps: Variable[int] = Variable(
+    "NVSHMEM_IBGDA_NUM_RC_PER_PE",
+    "a whole number greater than 0",
+    2,
+    "NVSHMEM's own: queue pairs of IBGDA to each rank; without it, the first Buffer sets its "
+    "num_qps_per_rank.",
     _positive_int,
 )
 torch_cuda_arch_list: Variable[tuple[str, ...]] = Variable(

@@ -172,7 +172,6 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         )
         self._topology, self._remote = topology, topology.spans_domains
         self._is_lost = False  # a peer, when this rank closes
-        self._most_tokens = 0  # of a rank, that the transport is known to serve
         self._shrink = settings.enable_shrink
         sms = num_sms(device.index)
         self._num_sms = min(env.low_latency_num_sms() or sms, sms)
@@ -300,9 +299,8 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
 
     def _plan_dispatch(self, sizes: DispatchSizes) -> _Plan[LowLatencySpecs]:
         """Sending takes a block a token, one the counts; receiving a warp an eighth of a row."""
-        if self._transport is not None and sizes.max_tokens > self._most_tokens:
-            self._transport.check_queues(sizes.max_tokens)
-            self._most_tokens = sizes.max_tokens
+        if self._transport is not None:
+            self._transport.expect(sizes.max_tokens + 1)  # each row, and the counts
         row_format, num_ranks = sizes.row_format, self._group.size
         launch = self.launch(
             LowLatencyDispatchShape(

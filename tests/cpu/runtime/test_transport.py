@@ -12,6 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from epjit.calls import DispatchSizes
+from epjit.formats import BF16
+from epjit.modes.low_latency import LowLatency
 from epjit.runtime import symmetric
 from epjit.runtime import transport as transports
 from epjit.runtime.params import params_type
@@ -128,21 +131,20 @@ def nvshmem(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
         return [0]
 
     monkeypatch.setattr(transports.nvshmem, "initialize", initialize)
-    for name in ("NVSHMEM_QP_DEPTH", "NVSHMEM_IB_ENABLE_IBGDA"):
+    for name in (
+        "NVSHMEM_QP_DEPTH",
+        "NVSHMEM_IB_ENABLE_IBGDA",
+        "NVSHMEM_IBGDA_NUM_RC_PER_PE",
+    ):
         monkeypatch.delenv(name, raising=False)
     return told
 
 
-def nvshmem_transport(max_tokens: int, *, use_fabric: bool = False) -> NvshmemTransport:
+def nvshmem_transport(*, use_fabric: bool = False) -> NvshmemTransport:
     (found,) = run_threads(
         1,
         lambda group: NvshmemTransport(
-            group,
-            Topology(0, ((0,),)),
-            device=0,
-            num_qps_per_rank=8,
-            max_tokens=max_tokens,
-            use_fabric=use_fabric,
+            group, Topology(0, ((0,),)), device=0, num_qps_per_rank=8, use_fabric=use_fabric
         ),
     )
     if isinstance(found, Exception):
@@ -150,24 +152,56 @@ def nvshmem_transport(max_tokens: int, *, use_fabric: bool = False) -> NvshmemTr
     return found
 
 
-def test_queues_fit_the_calls(nvshmem: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "1")
-    transport = nvshmem_transport(1024)
-    assert nvshmem["NVSHMEM_QP_DEPTH"] == "2050"
+def test_what_nvshmem_is_told(nvshmem: dict[str, str]) -> None:
+    nvshmem_transport()
+    assert nvshmem["NVSHMEM_QP_DEPTH"] == "1024"
     assert nvshmem["NVSHMEM_IBGDA_NUM_RC_PER_PE"] == "8"
     assert (nvshmem["NVSHMEM_DISABLE_NVLS"], nvshmem["NVSHMEM_DISABLE_MNNVL"]) == ("1", "1")
-    transport.check_queues(1024)
-    message = "1025 tokens a rank need queue pairs of 2052 .* began with 2050; set NVSHMEM_QP_DEPTH"
-    with pytest.raises(ValueError, match=message):
-        transport.check_queues(1025)
-    monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "0")
-    transport.check_queues(1025)  # the CPU's proxy has no such limit
 
 
 def test_the_fabric_stays_when_it_is_wanted(nvshmem: dict[str, str]) -> None:
-    nvshmem_transport(0, use_fabric=True)
+    nvshmem_transport(use_fabric=True)
     assert "NVSHMEM_DISABLE_MNNVL" not in nvshmem
-    assert nvshmem["NVSHMEM_QP_DEPTH"] == "1024"
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "num_qps", "ibgda", "told"),
+    [(1024, 24, "1", False), (1024, 1, "1", True), (255, 1, "1", False), (1024, 1, "0", False)],
+)
+def test_any_number_of_tokens_is_sent(
+    max_tokens: int,
+    num_qps: int,
+    ibgda: str,
+    told: bool,
+    nvshmem: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """NVSHMEM waits for room in a queue, so a short one is no reason to refuse a call."""
+    monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", ibgda)
+    mode = object.__new__(LowLatency)
+    monkeypatch.setenv("NVSHMEM_IBGDA_NUM_RC_PER_PE", str(num_qps))
+    transport = nvshmem_transport()
+    config = SimpleNamespace(num_warps=8)
+    launch = SimpleNamespace(kernel=SimpleNamespace(config=config))
+    vars(mode).update(
+        _transport=transport,
+        _group=SimpleNamespace(size=16),
+        _num_sms=132,
+        _dispatch_plans={},
+        launch=lambda shape, **sizes: launch,
+    )
+    sizes = DispatchSizes(
+        num_tokens=max_tokens,
+        hidden=7168,
+        num_topk=8,
+        topk_is_int64=True,
+        max_tokens=max_tokens,
+        num_experts=256,
+        row_format=BF16,
+    )
+    assert mode._plan_dispatch(sizes).grid == 132
+    assert ("queue shorter than a call: expect stalls" in caplog.text) == told
 
 
 class HeapMemory:
