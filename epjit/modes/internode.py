@@ -126,6 +126,7 @@ class Internode(Normal):
             device=device.index,
             num_qps_per_rank=settings.num_qps_per_rank,
             use_fabric=settings.use_fabric,
+            may_lose_ranks=settings.enable_shrink,
         )
         resources.callback(transport.close)
         super().__init__(

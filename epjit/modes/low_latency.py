@@ -161,6 +161,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
                 device=device.index,
                 num_qps_per_rank=settings.num_qps_per_rank,
                 use_fabric=settings.use_fabric,
+                may_lose_ranks=settings.enable_shrink,
             )
             resources.callback(transport.close)
         super().__init__(

@@ -62,11 +62,14 @@ class Transport(ABC):
         body: Body of transport.cuh: ``"nvshmem"`` or ``"loopback"``.
         context: What kernels pass to the functions of transport.cuh.
         pes: The transport's number of each rank.
+        through_proxy: Whether a thread of the CPU posts what kernels put: then it is the number of
+            puts that takes time, more than their bytes.
     """
 
     body: str
     context: int
     pes: list[int]
+    through_proxy: bool = False
 
     @abstractmethod
     def allocate(self, nbytes: int) -> RemoteMemory:
@@ -101,6 +104,7 @@ def make_transport(
     device: int,
     num_qps_per_rank: int = DEFAULT_QPS,
     use_fabric: bool = False,
+    may_lose_ranks: bool = False,
 ) -> Transport:
     """Makes what ``EPJIT_TRANSPORT`` says. Collective.
 
@@ -110,6 +114,7 @@ def make_transport(
         device: GPU of this rank.
         num_qps_per_rank: Queue pairs to each rank, for IBGDA.
         use_fabric: Whether memory of an NVLink domain is shared by fabric handles.
+        may_lose_ranks: Whether the group goes on without a rank that is gone.
 
     Raises:
         ImportError: NVSHMEM is wanted and not installed.
@@ -132,6 +137,7 @@ def make_transport(
         device=device,
         num_qps_per_rank=num_qps_per_rank,
         use_fabric=use_fabric,
+        may_lose_ranks=may_lose_ranks,
     )
 
 
@@ -154,9 +160,11 @@ class NvshmemTransport(Transport):
         device: int,
         num_qps_per_rank: int,
         use_fabric: bool,
+        may_lose_ranks: bool,
     ) -> None:
         self._group, self._topology, self._device = group, topology, device
-        # What V1 sets, too. NVLS (multicast) serves collectives that nothing here calls.
+        # What V1 sets, too. NVLS (multicast) serves collectives that nothing here calls. They hold
+        # for the whole process, also for torch's symmetric memory when that joins NVSHMEM later.
         settings = {
             "NVSHMEM_DISABLE_NVLS": "1",
             "NVSHMEM_MAX_TEAMS": "7",
@@ -166,7 +174,10 @@ class NvshmemTransport(Transport):
         }
         if not use_fabric:
             settings["NVSHMEM_DISABLE_MNNVL"] = "1"
-        self.pes = nvshmem.initialize(group, device=device, settings=settings)
+        world = nvshmem.initialize(
+            group, device=device, settings=settings, may_lose_ranks=may_lose_ranks
+        )
+        self.pes, self.through_proxy = world.pes, world.transport not in ("", "ibgda")
 
     def allocate(self, nbytes: int) -> RemoteMemory:
         """See `Transport.allocate`."""

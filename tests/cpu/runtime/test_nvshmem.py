@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -26,6 +27,7 @@ from epjit.runtime import group as groups
 from epjit.runtime import nvrtc, nvshmem, nvshmem_device
 from epjit.runtime.heap import Heap, choose_block
 from epjit.runtime.kernel import compile_kernel
+from epjit.runtime.network import Network
 from tests.cpu.runtime.test_group import run_threads
 from tests.cpu.runtime.test_kernel import CU12
 from tests.harness import launch
@@ -329,9 +331,9 @@ def members(monkeypatch: pytest.MonkeyPatch) -> list[nvshmem._Member]:
     local = threading.local()
     monkeypatch.setattr(nvshmem, "_introduce", lambda device: found[local.rank])
 
-    def initialize(group: Any) -> list[int]:
+    def initialize(group: Any) -> nvshmem.World:
         local.rank = group.rank
-        return nvshmem.initialize(group, device=None, settings={})
+        return nvshmem.initialize(group, device=None, settings={"NVSHMEM_QP_DEPTH": "1024"})
 
     monkeypatch.setattr(nvshmem, "run", initialize, raising=False)
     return found
@@ -346,7 +348,7 @@ def outcome(members: list[nvshmem._Member]) -> Any:
 
 def test_nvshmem_that_works_already_is_joined(members: list[nvshmem._Member]) -> None:
     members[:] = [each._replace(initialized=True, pe=3 - each.pe) for each in members]
-    assert outcome(members) == [3, 2, 1, 0]
+    assert outcome(members) == ([3, 2, 1, 0], "")
 
 
 @pytest.mark.parametrize(
@@ -387,6 +389,112 @@ def test_gpus_that_are_shared_in_uneven_steps_are_refused(members: list[nvshmem.
 def test_nvshmem_with_other_members_is_refused(members: list[nvshmem._Member]) -> None:
     members[:] = [each._replace(initialized=True, num_pes=8) for each in members]
     with pytest.raises(RuntimeError, match="already between 8 processes, and this group has 4"):
+        raise outcome(members)
+
+
+# ---- the network
+
+
+@pytest.fixture
+def got(members: list[nvshmem._Member], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The transport that NVSHMEM begins on each of four ranks, on two hosts with NICs."""
+    found = ["ibgda"] * 4
+    links = Network(links=("InfiniBand",), has_gdrcopy=True)
+    for rank, each in enumerate(members):
+        name = "ab"[rank // 2]
+        members[rank] = each._replace(host=name, hostname=name, network=links, gpu=bytes([rank]))
+    local = threading.local()
+
+    def bootstrap(group: Any, pes: Any, device: Any) -> str:
+        local.rank = group.rank
+        return ""
+
+    monkeypatch.setattr(nvshmem, "_bootstrap", bootstrap)
+    monkeypatch.setattr(nvshmem.network, "loaded", lambda: found[local.rank])
+    saved = dict(os.environ)
+    for name in [name for name in saved if name.startswith("NVSHMEM_")]:
+        del os.environ[name]
+    yield found
+    os.environ.clear()
+    os.environ.update(saved)
+
+
+def test_ibgda_is_begun_between_hosts(
+    members: list[nvshmem._Member], got: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="epjit")
+    assert outcome(members) == ([0, 1, 2, 3], "ibgda")
+    assert os.environ["NVSHMEM_IB_ENABLE_IBGDA"] == "1"
+    assert os.environ["NVSHMEM_QP_DEPTH"] == "1024"
+    (record,) = caplog.records  # of rank 0 alone
+    assert record.getMessage() == (
+        "NVSHMEM 3.4.5, begun by epjit, between 4 ranks on 2 hosts: ibgda"
+    )
+
+
+def test_one_host_needs_no_nic(members: list[nvshmem._Member], got: list[str]) -> None:
+    got[:] = [""] * 4
+    members[:] = [each._replace(host="a", hostname="a") for each in members]
+    assert outcome(members) == ([0, 1, 2, 3], "")
+    assert os.environ["NVSHMEM_IB_ENABLE_IBGDA"] == "0"
+
+
+def test_containers_of_a_host_have_a_network_between_them(
+    members: list[nvshmem._Member], got: list[str]
+) -> None:
+    got[:] = ["ucx"] * 4
+    members[:] = [each._replace(host="a") for each in members]
+    assert outcome(members).transport == "ucx"
+
+
+@pytest.mark.parametrize("flag", ["1", ""])
+def test_kernels_are_linked_for_what_was_got(
+    flag: str,
+    members: list[nvshmem._Member],
+    got: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """NVSHMEM leaves out IBGDA by itself where it does not begin."""
+    caplog.set_level("INFO", logger="epjit")
+    got[:] = ["ibrc"] * 4
+    os.environ["NVSHMEM_IB_ENABLE_IBGDA"] = flag
+    wanted = bool(flag) or None
+    networks = [each.network._replace(ibgda=wanted) for each in members]
+    members[:] = [m._replace(network=n) for m, n in zip(members, networks, strict=True)]
+    assert outcome(members).transport == "ibrc"
+    assert os.environ["NVSHMEM_IB_ENABLE_IBGDA"] == "0"
+    levels = [record.levelname for record in caplog.records]
+    assert levels == ["INFO", "WARNING" if flag else "INFO"]
+    assert ("=1, but NVSHMEM has begun ibrc: expect low rates" in caplog.text) == bool(flag)
+
+
+@pytest.mark.parametrize(("version", "told"), [((3, 4, 5), True), ((3, 8, 0), False)])
+def test_slow_libfabric(
+    version: Any,
+    told: bool,
+    members: list[nvshmem._Member],
+    got: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    got[:] = ["libfabric"] * 4
+    members[:] = [each._replace(version=version) for each in members]
+    outcome(members)
+    assert ("waits for each put over libfabric" in caplog.text) == told
+
+
+def test_transports_that_differ_are_told_to_all(
+    members: list[nvshmem._Member], got: list[str]
+) -> None:
+    got[3] = "ibrc"
+    with pytest.raises(RuntimeError, match="ibgda on ranks 0, 1, 2; ibrc on rank 3"):
+        raise outcome(members)
+
+
+def test_networks_that_differ_are_told_to_all(
+    members: list[nvshmem._Member], got: list[str]
+) -> None:
+    members[3] = members[3]._replace(network=Network(ibgda=True))
+    with pytest.raises(RuntimeError, match="disagree on NVSHMEM_IB_ENABLE_IBGDA"):
         raise outcome(members)
 
 

@@ -17,6 +17,7 @@ from epjit.formats import BF16
 from epjit.modes.low_latency import LowLatency
 from epjit.runtime import symmetric
 from epjit.runtime import transport as transports
+from epjit.runtime.nvshmem import World
 from epjit.runtime.params import params_type
 from epjit.runtime.topology import Topology
 from epjit.runtime.transport import LoopbackTransport, NvshmemTransport, make_transport
@@ -125,10 +126,10 @@ def nvshmem(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     """What NVSHMEM is told when it begins."""
     told: dict[str, str] = {}
 
-    def initialize(group: Any, *, device: int, settings: dict[str, str]) -> list[int]:
+    def initialize(group: Any, *, device: int, settings: dict[str, str], **_: bool) -> World:
         told.update(settings)
         monkeypatch.setenv("NVSHMEM_QP_DEPTH", settings["NVSHMEM_QP_DEPTH"])
-        return [0]
+        return World([0], "")
 
     monkeypatch.setattr(transports.nvshmem, "initialize", initialize)
     for name in (
@@ -144,7 +145,12 @@ def nvshmem_transport(*, use_fabric: bool = False) -> NvshmemTransport:
     (found,) = run_threads(
         1,
         lambda group: NvshmemTransport(
-            group, Topology(0, ((0,),)), device=0, num_qps_per_rank=8, use_fabric=use_fabric
+            group,
+            Topology(0, ((0,),)),
+            device=0,
+            num_qps_per_rank=8,
+            use_fabric=use_fabric,
+            may_lose_ranks=False,
         ),
     )
     if isinstance(found, Exception):
@@ -227,7 +233,9 @@ def test_memory_of_the_heap(
     def address_at(ptr: int, pe: int) -> int:
         return 0 if pe in unmapped else ctypes.addressof(buffers[pe])
 
-    monkeypatch.setattr(transports.nvshmem, "initialize", lambda *args, **options: pes)
+    monkeypatch.setattr(
+        transports.nvshmem, "initialize", lambda *args, **options: World(pes, "ibrc")
+    )
     monkeypatch.setattr(transports.nvshmem, "allocate", lambda group, *a, **o: heap[group.rank])
     monkeypatch.setattr(transports.nvshmem, "address_at", address_at)
     monkeypatch.setenv("EPJIT_TRANSPORT", "nvshmem")
