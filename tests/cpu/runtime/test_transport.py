@@ -14,6 +14,9 @@ import torch
 
 from epjit.calls import DispatchSizes
 from epjit.formats import BF16
+from epjit.kernels.internode import InternodeNotifyConfig
+from epjit.kernels.shapes import CombineShape, DispatchShape
+from epjit.modes.internode import Internode
 from epjit.modes.low_latency import LowLatency
 from epjit.runtime import symmetric
 from epjit.runtime import transport as transports
@@ -208,6 +211,33 @@ def test_any_number_of_tokens_is_sent(
     )
     assert mode._plan_dispatch(sizes).grid == 132
     assert ("queue shorter than a call: expect stalls" in caplog.text) == told
+
+
+@pytest.mark.parametrize(
+    ("through_proxy", "mib", "tokens"), [(True, 16, 16), (True, 4, 4), (False, 16, 4)]
+)
+def test_a_proxy_gets_larger_chunks(through_proxy: bool, mib: int, tokens: int) -> None:
+    """For it, a put takes time whatever its size; but a ring must hold some of them."""
+    mode = object.__new__(Internode)
+    vars(mode).update(
+        _transport=SimpleNamespace(through_proxy=through_proxy),
+        _topology=Topology(0, TWO_BY_TWO),
+        _rings=SimpleNamespace(bytes=mib << 19),
+        _arch="sm_90a",
+    )
+    shapes = (DispatchShape(14336, 0, 8, True), CombineShape(14336, 8, is_f16=False))
+    assert [mode._config(shape).tokens_per_chunk for shape in shapes] == [tokens] * 2
+    notify, *_, dispatch, combine = mode._configs_on("sm_100a", shapes)
+    assert notify == InternodeNotifyConfig(2, 2)
+    assert (dispatch.tokens_per_chunk, combine.tokens_per_chunk) == (tokens, tokens)
+
+
+@pytest.mark.parametrize(
+    ("world", "through_proxy"), [("ibgda", False), ("ibrc", True), ("libfabric", True), ("", False)]
+)
+def test_who_posts(world: str, through_proxy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transports.nvshmem, "initialize", lambda *a, **o: World([0], world))
+    assert nvshmem_transport().through_proxy is through_proxy
 
 
 class HeapMemory:
