@@ -16,7 +16,7 @@ import logging
 import re
 import socket
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -568,6 +568,7 @@ def finalize() -> None:
         RuntimeError: Memory is still in use, or kernels are still attached.
     """
     global _begun_here
+    _detach_left()
     with _lock:
         if not _begun_here:
             return
@@ -585,6 +586,7 @@ def finalize() -> None:
 # ---- kernels ------------------------------------------------------------------------------------
 
 _attached: set[int] = set()
+_left: deque[tuple[Any, int]] = deque()  # modules to detach, and their GPUs
 
 
 def attach(module: int) -> None:
@@ -595,7 +597,9 @@ def attach(module: int) -> None:
     Raises:
         RuntimeError: NVSHMEM refuses, for one because its library is older than the headers.
     """
-    status = load().nvshmemx_cumodule_init(module)
+    _detach_left()
+    with driver.relaxed():  # it copies to the GPU
+        status = load().nvshmemx_cumodule_init(module)
     if status:
         raise RuntimeError(
             f"NVSHMEM refuses a kernel: nvshmemx_cumodule_init returns {status}; is its library "
@@ -605,15 +609,37 @@ def attach(module: int) -> None:
         _attached.add(module)
 
 
-def detach(module: int, device: int) -> None:
-    """Undoes `attach`. To be called before the module is unloaded: NVSHMEM writes to it."""
-    with _lock:
-        if module not in _attached:
+def detach(module: Any, device: int) -> None:
+    """Undoes `attach`. To be called before the module is unloaded: NVSHMEM writes to it.
+
+    While a CUDA graph is captured, which that would break, it is put off, and `module` kept.
+
+    Args:
+        module: Has the CUmodule in `ptr`, and unloads it when it is collected.
+        device: Its GPU.
+    """
+    _left.append((module, device))
+    _detach_left()
+
+
+def _detach_left() -> None:
+    from epjit.runtime.stream import captures
+
+    while True:
+        try:
+            module, device = _left.popleft()
+        except IndexError:
             return
-        _attached.discard(module)
-    if is_initialized():
-        with driver.using(device):
-            load().nvshmemx_cumodule_finalize(module)
+        if module.ptr not in _attached:
+            continue
+        if captures(device):
+            _left.append((module, device))
+            return
+        with _lock:
+            _attached.discard(module.ptr)
+        if is_initialized():
+            with driver.using(device), driver.relaxed():
+                load().nvshmemx_cumodule_finalize(module.ptr)
 
 
 # ---- the heap -----------------------------------------------------------------------------------

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -23,8 +24,8 @@ import pytest
 
 from epjit.errors import CommunicationError, CompileError
 from epjit.kernels import internode, low_latency
+from epjit.runtime import driver, nvrtc, nvshmem, nvshmem_device, stream
 from epjit.runtime import group as groups
-from epjit.runtime import nvrtc, nvshmem, nvshmem_device
 from epjit.runtime.heap import Heap, choose_block
 from epjit.runtime.kernel import compile_kernel
 from epjit.runtime.network import Network
@@ -496,6 +497,101 @@ def test_networks_that_differ_are_told_to_all(
     members[3] = members[3]._replace(network=Network(ibgda=True))
     with pytest.raises(RuntimeError, match="disagree on NVSHMEM_IB_ENABLE_IBGDA"):
         raise outcome(members)
+
+
+# ---- kernels
+
+
+class Kernels:
+    """What the driver and NVSHMEM are asked for, with the thread's capture mode at that time."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int, int]] = []
+        self.mode = 0
+        self.captured: set[int] = set()  # GPUs
+        self.CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
+
+    def cuThreadExchangeStreamCaptureMode(self, mode: int) -> tuple[int, int]:
+        before, self.mode = self.mode, mode
+        return 0, before
+
+    def nvshmemx_init_status(self) -> int:
+        return 2
+
+    def nvshmemx_cumodule_init(self, module: int) -> int:
+        self.calls.append(("init", module, self.mode))
+        return 0
+
+    def nvshmemx_cumodule_finalize(self, module: int) -> int:
+        self.calls.append(("finalize", module, self.mode))
+        return 0
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    fake = Kernels()
+    monkeypatch.setattr(nvshmem, "load", lambda: fake)
+    monkeypatch.setattr(nvshmem, "_attached", set())
+    monkeypatch.setattr(driver, "load", lambda: fake)
+    monkeypatch.setattr(driver, "using", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(stream, "captures", lambda device: device in fake.captured)
+    return fake
+
+
+class Module:
+    def __init__(self, ptr: int) -> None:
+        self.ptr = ptr
+
+
+def test_a_kernel_that_is_collected_during_a_capture(kernels: Kernels) -> None:
+    """NVSHMEM copies to the GPU then, which would break the capture: it is left for later."""
+    for ptr in (1, 2, 3):
+        nvshmem.attach(ptr)
+    kernels.calls.clear()
+    kernels.captured.add(0)
+    module = Module(1)
+    kept = weakref.ref(module)
+    nvshmem.detach(module, 0)
+    del module
+    assert kernels.calls == []
+    assert kept() is not None  # not unloaded before NVSHMEM has left it
+    nvshmem.detach(Module(2), 0)
+    assert kernels.calls == []
+    kernels.captured.clear()
+    nvshmem.detach(Module(3), 0)  # any of these calls looks for what was left
+    assert sorted(kernels.calls) == [("finalize", ptr, 2) for ptr in (1, 2, 3)]
+    assert kept() is None
+    nvshmem.detach(Module(3), 0)
+    assert len(kernels.calls) == 3
+
+
+def test_other_threads_may_capture_meanwhile(kernels: Kernels) -> None:
+    """The driver would fail their capture, unless this thread is relaxed."""
+    nvshmem.attach(1)
+    assert (kernels.calls, kernels.mode) == ([("init", 1, 2)], 0)
+    kernels.captured.add(0)
+    nvshmem.detach(Module(1), 0)
+    kernels.captured.clear()
+    nvshmem.attach(2)
+    assert kernels.calls[1:] == [("finalize", 1, 2), ("init", 2, 2)]
+    assert kernels.mode == 0
+
+
+@pytest.mark.parametrize(
+    ("legacy", "current", "captured"), [((0, 0), 0, False), ((0, 0), 1, True), ((906, 0), 0, True)]
+)
+def test_what_a_copy_would_break(
+    legacy: tuple[int, int], current: int, captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver answers for the default stream with an error while a blocking one is captured."""
+    answers = {1: legacy, 77: (0, current)}
+    fake = SimpleNamespace(cuStreamIsCapturing=answers.__getitem__)
+    monkeypatch.setattr(driver, "load", lambda: fake)
+    monkeypatch.setattr(driver, "using", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(
+        stream.torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False
+    )
+    assert stream.captures(0) is captured
 
 
 # ---- the heap
