@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from epjit.config import MAX_DOMAINS, MAX_RANKS
@@ -20,7 +20,8 @@ from epjit.runtime.kernel import KernelConfig
 from epjit.sizes import ALIGNMENT, align
 
 _FORWARD_WARPS = 2  # kForwardWarps of dispatch.cu
-_TOKENS_PER_CHUNK = 4
+_TOKENS_PER_CHUNK, _TOKENS_PER_PROXY_CHUNK = 4, 16
+_MIN_CHUNKS = 8  # in a ring, for those of a proxy: one half is written while the other is read
 MAX_WORDS = 1 << 18  # of all channels into a domain: 2 MB
 
 
@@ -203,6 +204,22 @@ def config_of(
     return InternodeCombineConfig.choose(
         shape, num_domains=num_domains, num_local=num_local, variant=variant, limit=limit
     )
+
+
+def for_proxy(config: KernelConfig, num_rdma_bytes: int | None = None) -> KernelConfig:
+    """The same kernel, with fewer and larger puts if it makes any: a thread of the CPU posts them.
+
+    Args:
+        config: Of any operation.
+        num_rdma_bytes: Of the Buffer, whose rings may be too short for them; None: they are not.
+    """
+    if not isinstance(config, InternodeDispatchConfig | InternodeCombineConfig):
+        return config
+    large = replace(config, tokens_per_chunk=_TOKENS_PER_PROXY_CHUNK)
+    if num_rdma_bytes is None:
+        return large
+    has_room = ring_slots(config, num_rdma_bytes) >= _MIN_CHUNKS * _TOKENS_PER_PROXY_CHUNK
+    return large if has_room else config
 
 
 def kernels_of(

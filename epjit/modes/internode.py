@@ -24,6 +24,7 @@ from epjit.kernels.internode import (
     check_warps,
     combine_slots,
     config_of,
+    for_proxy,
     kernels_of,
     max_slots,
     ring_bytes,
@@ -160,7 +161,13 @@ class Internode(Normal):
     # ---- launches --------------------------------------------------------------------------------
 
     def _config(self, shape: DispatchShape | CombineShape) -> KernelConfig:
-        return config_of(shape, self._topology.num_domains, self._topology.num_local, self._arch)
+        num_domains, num_local = self._topology.num_domains, self._topology.num_local
+        return self._for_transport(config_of(shape, num_domains, num_local, self._arch))
+
+    def _for_transport(self, config: KernelConfig) -> KernelConfig:
+        if not self._transport.through_proxy:
+            return config
+        return for_proxy(config, self._rings.num_rdma_bytes)
 
     def _bind(self, config: Any) -> Launch[Any]:
         bound = self._common()
@@ -187,7 +194,8 @@ class Internode(Normal):
         self, arch: str, shapes: Iterable[DispatchShape | CombineShape]
     ) -> list[KernelConfig]:
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
-        return kernels_of(shapes, num_domains=num_domains, num_local=num_local, arch=arch)
+        found = kernels_of(shapes, num_domains=num_domains, num_local=num_local, arch=arch)
+        return [self._for_transport(config) for config in found]
 
     # ---- operations ------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from epjit.cli import app, doctor, show
 from epjit.cli.cache import readable
 from epjit.cli.doctor import gpus, probe, rdma, software
 from epjit.cli.doctor.check import Check, Status
+from epjit.cli.warmup import Calls, Dtype, Group, _normal
 from epjit.runtime.cache import CubinCache, Entry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -300,6 +301,25 @@ def test_low_latency_warmup() -> None:
     with pytest.raises(ValueError, match=r"64 fp8 with top-2.*multiple of 128 channels"):
         invoke("warmup", *shape, "--experts", 8, "--hidden", 64)
     assert "7 compiled" in invoke("warmup", *shape, "--experts", 8)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "chunks"),
+    [
+        ("NVSHMEM_IB_ENABLE_IBGDA", "1", {4}),
+        ("NVSHMEM_IB_ENABLE_IBGDA", "0", {4, 16}),
+        ("EPJIT_TRANSPORT", "loopback", {4}),
+    ],
+)
+def test_warmup_for_who_posts(
+    variable: str, value: str, chunks: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without IBGDA a thread of the CPU may post what kernels put: it gets larger chunks."""
+    monkeypatch.setenv(variable, value)
+    group = Group(16, 2, "sm_90a", "")
+    calls = [Calls(7168, Dtype.bf16, 8, 0, topk_is_int64=True, logfmt=False)]
+    found = [vars(config).get("tokens_per_chunk") for config in _normal(group, calls)]
+    assert set(filter(None, found)) == chunks
 
 
 def test_warmup_of_every_low_latency_format(cache_dir: Path) -> None:

@@ -13,6 +13,8 @@ import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,10 +24,11 @@ import pytest
 
 from epjit.errors import CommunicationError, CompileError
 from epjit.kernels import internode, low_latency
+from epjit.runtime import driver, nvrtc, nvshmem, nvshmem_device, stream
 from epjit.runtime import group as groups
-from epjit.runtime import nvrtc, nvshmem, nvshmem_device
 from epjit.runtime.heap import Heap, choose_block
 from epjit.runtime.kernel import compile_kernel
+from epjit.runtime.network import Network
 from tests.cpu.runtime.test_group import run_threads
 from tests.cpu.runtime.test_kernel import CU12
 from tests.harness import launch
@@ -329,9 +332,9 @@ def members(monkeypatch: pytest.MonkeyPatch) -> list[nvshmem._Member]:
     local = threading.local()
     monkeypatch.setattr(nvshmem, "_introduce", lambda device: found[local.rank])
 
-    def initialize(group: Any) -> list[int]:
+    def initialize(group: Any) -> nvshmem.World:
         local.rank = group.rank
-        return nvshmem.initialize(group, device=None, settings={})
+        return nvshmem.initialize(group, device=None, settings={"NVSHMEM_QP_DEPTH": "1024"})
 
     monkeypatch.setattr(nvshmem, "run", initialize, raising=False)
     return found
@@ -346,7 +349,7 @@ def outcome(members: list[nvshmem._Member]) -> Any:
 
 def test_nvshmem_that_works_already_is_joined(members: list[nvshmem._Member]) -> None:
     members[:] = [each._replace(initialized=True, pe=3 - each.pe) for each in members]
-    assert outcome(members) == [3, 2, 1, 0]
+    assert outcome(members) == ([3, 2, 1, 0], "")
 
 
 @pytest.mark.parametrize(
@@ -388,6 +391,207 @@ def test_nvshmem_with_other_members_is_refused(members: list[nvshmem._Member]) -
     members[:] = [each._replace(initialized=True, num_pes=8) for each in members]
     with pytest.raises(RuntimeError, match="already between 8 processes, and this group has 4"):
         raise outcome(members)
+
+
+# ---- the network
+
+
+@pytest.fixture
+def got(members: list[nvshmem._Member], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The transport that NVSHMEM begins on each of four ranks, on two hosts with NICs."""
+    found = ["ibgda"] * 4
+    links = Network(links=("InfiniBand",), has_gdrcopy=True)
+    for rank, each in enumerate(members):
+        name = "ab"[rank // 2]
+        members[rank] = each._replace(host=name, hostname=name, network=links, gpu=bytes([rank]))
+    local = threading.local()
+
+    def bootstrap(group: Any, pes: Any, device: Any) -> str:
+        local.rank = group.rank
+        return ""
+
+    monkeypatch.setattr(nvshmem, "_bootstrap", bootstrap)
+    monkeypatch.setattr(nvshmem.network, "loaded", lambda: found[local.rank])
+    saved = dict(os.environ)
+    for name in [name for name in saved if name.startswith("NVSHMEM_")]:
+        del os.environ[name]
+    yield found
+    os.environ.clear()
+    os.environ.update(saved)
+
+
+def test_ibgda_is_begun_between_hosts(
+    members: list[nvshmem._Member], got: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="epjit")
+    assert outcome(members) == ([0, 1, 2, 3], "ibgda")
+    assert os.environ["NVSHMEM_IB_ENABLE_IBGDA"] == "1"
+    assert os.environ["NVSHMEM_QP_DEPTH"] == "1024"
+    (record,) = caplog.records  # of rank 0 alone
+    assert record.getMessage() == (
+        "NVSHMEM 3.4.5, begun by epjit, between 4 ranks on 2 hosts: ibgda"
+    )
+
+
+def test_one_host_needs_no_nic(members: list[nvshmem._Member], got: list[str]) -> None:
+    got[:] = [""] * 4
+    members[:] = [each._replace(host="a", hostname="a") for each in members]
+    assert outcome(members) == ([0, 1, 2, 3], "")
+    assert os.environ["NVSHMEM_IB_ENABLE_IBGDA"] == "0"
+
+
+def test_containers_of_a_host_have_a_network_between_them(
+    members: list[nvshmem._Member], got: list[str]
+) -> None:
+    got[:] = ["ucx"] * 4
+    members[:] = [each._replace(host="a") for each in members]
+    assert outcome(members).transport == "ucx"
+
+
+@pytest.mark.parametrize("flag", ["1", ""])
+def test_kernels_are_linked_for_what_was_got(
+    flag: str,
+    members: list[nvshmem._Member],
+    got: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """NVSHMEM leaves out IBGDA by itself where it does not begin."""
+    caplog.set_level("INFO", logger="epjit")
+    got[:] = ["ibrc"] * 4
+    os.environ["NVSHMEM_IB_ENABLE_IBGDA"] = flag
+    wanted = bool(flag) or None
+    networks = [each.network._replace(ibgda=wanted) for each in members]
+    members[:] = [m._replace(network=n) for m, n in zip(members, networks, strict=True)]
+    assert outcome(members).transport == "ibrc"
+    assert os.environ["NVSHMEM_IB_ENABLE_IBGDA"] == "0"
+    levels = [record.levelname for record in caplog.records]
+    assert levels == ["INFO", "WARNING" if flag else "INFO"]
+    assert ("=1, but NVSHMEM has begun ibrc: expect low rates" in caplog.text) == bool(flag)
+
+
+@pytest.mark.parametrize(("version", "told"), [((3, 4, 5), True), ((3, 8, 0), False)])
+def test_slow_libfabric(
+    version: Any,
+    told: bool,
+    members: list[nvshmem._Member],
+    got: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    got[:] = ["libfabric"] * 4
+    members[:] = [each._replace(version=version) for each in members]
+    outcome(members)
+    assert ("waits for each put over libfabric" in caplog.text) == told
+
+
+def test_transports_that_differ_are_told_to_all(
+    members: list[nvshmem._Member], got: list[str]
+) -> None:
+    got[3] = "ibrc"
+    with pytest.raises(RuntimeError, match="ibgda on ranks 0, 1, 2; ibrc on rank 3"):
+        raise outcome(members)
+
+
+def test_networks_that_differ_are_told_to_all(
+    members: list[nvshmem._Member], got: list[str]
+) -> None:
+    members[3] = members[3]._replace(network=Network(ibgda=True))
+    with pytest.raises(RuntimeError, match="disagree on NVSHMEM_IB_ENABLE_IBGDA"):
+        raise outcome(members)
+
+
+# ---- kernels
+
+
+class Kernels:
+    """What the driver and NVSHMEM are asked for, with the thread's capture mode at that time."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int, int]] = []
+        self.mode = 0
+        self.captured: set[int] = set()  # GPUs
+        self.CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
+
+    def cuThreadExchangeStreamCaptureMode(self, mode: int) -> tuple[int, int]:
+        before, self.mode = self.mode, mode
+        return 0, before
+
+    def nvshmemx_init_status(self) -> int:
+        return 2
+
+    def nvshmemx_cumodule_init(self, module: int) -> int:
+        self.calls.append(("init", module, self.mode))
+        return 0
+
+    def nvshmemx_cumodule_finalize(self, module: int) -> int:
+        self.calls.append(("finalize", module, self.mode))
+        return 0
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    fake = Kernels()
+    monkeypatch.setattr(nvshmem, "load", lambda: fake)
+    monkeypatch.setattr(nvshmem, "_attached", set())
+    monkeypatch.setattr(driver, "load", lambda: fake)
+    monkeypatch.setattr(driver, "using", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(stream, "captures", lambda device: device in fake.captured)
+    return fake
+
+
+class Module:
+    def __init__(self, ptr: int) -> None:
+        self.ptr = ptr
+
+
+def test_a_kernel_that_is_collected_during_a_capture(kernels: Kernels) -> None:
+    """NVSHMEM copies to the GPU then, which would break the capture: it is left for later."""
+    for ptr in (1, 2, 3):
+        nvshmem.attach(ptr)
+    kernels.calls.clear()
+    kernels.captured.add(0)
+    module = Module(1)
+    kept = weakref.ref(module)
+    nvshmem.detach(module, 0)
+    del module
+    assert kernels.calls == []
+    assert kept() is not None  # not unloaded before NVSHMEM has left it
+    nvshmem.detach(Module(2), 0)
+    assert kernels.calls == []
+    kernels.captured.clear()
+    nvshmem.detach(Module(3), 0)  # any of these calls looks for what was left
+    assert sorted(kernels.calls) == [("finalize", ptr, 2) for ptr in (1, 2, 3)]
+    assert kept() is None
+    nvshmem.detach(Module(3), 0)
+    assert len(kernels.calls) == 3
+
+
+def test_other_threads_may_capture_meanwhile(kernels: Kernels) -> None:
+    """The driver would fail their capture, unless this thread is relaxed."""
+    nvshmem.attach(1)
+    assert (kernels.calls, kernels.mode) == ([("init", 1, 2)], 0)
+    kernels.captured.add(0)
+    nvshmem.detach(Module(1), 0)
+    kernels.captured.clear()
+    nvshmem.attach(2)
+    assert kernels.calls[1:] == [("finalize", 1, 2), ("init", 2, 2)]
+    assert kernels.mode == 0
+
+
+@pytest.mark.parametrize(
+    ("legacy", "current", "captured"), [((0, 0), 0, False), ((0, 0), 1, True), ((906, 0), 0, True)]
+)
+def test_what_a_copy_would_break(
+    legacy: tuple[int, int], current: int, captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver answers for the default stream with an error while a blocking one is captured."""
+    answers = {1: legacy, 77: (0, current)}
+    fake = SimpleNamespace(cuStreamIsCapturing=answers.__getitem__)
+    monkeypatch.setattr(driver, "load", lambda: fake)
+    monkeypatch.setattr(driver, "using", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(
+        stream.torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False
+    )
+    assert stream.captures(0) is captured
 
 
 # ---- the heap
