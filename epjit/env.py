@@ -310,3 +310,14 @@ VARIABLES: tuple[Variable[object], ...] = tuple(
 def set_default(name: str, value: str) -> None:
     """Sets a variable of another library for this process, unless the user has set it."""
     os.environ.setdefault(name, value)
+
+
+def foreign(name: str) -> str | None:
+    """Text of a variable of another library; None when it is unset."""
+    return os.environ.get(name)
+
+
+def nvshmem_flag(name: str, *, default: bool) -> bool:
+    """A flag of NVSHMEM's, as NVSHMEM reads it: by its first letter, so that `off` is on."""
+    text = foreign(name)
+    return default if text is None else text[:1] not in tuple("0nNfF")
