@@ -81,11 +81,23 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a run took: passes of the scheduler, switches of threads, emulated nanoseconds."""
+    """What a run took, and what its ranks sent through the transport.
+
+    Attributes:
+        passes: Turns of the scheduler.
+        switches: Of threads.
+        nanoseconds: Emulated.
+        puts: Messages with bytes between domains; most bring a signal.
+        put_bytes: Their bytes.
+        signals: Messages that are a signal alone.
+    """
 
     passes: int
     switches: int
     nanoseconds: int
+    puts: int
+    put_bytes: int
+    signals: int
 
 
 class _Options(ctypes.Structure):
@@ -107,6 +119,9 @@ class _Report(ctypes.Structure):
         ("passes", ctypes.c_uint64),
         ("switches", ctypes.c_uint64),
         ("nanoseconds", ctypes.c_uint64),
+        ("puts", ctypes.c_uint64),
+        ("put_bytes", ctypes.c_uint64),
+        ("signals", ctypes.c_uint64),
     )
 
 
@@ -181,7 +196,7 @@ def emulate(
         message = core.emulate_message().decode()
     if failed:
         raise EmulationError(f"seed {seed}: " + _with_lines(message))
-    return Report(report.passes, report.switches, report.nanoseconds)
+    return Report(*(getattr(report, name) for name, _ in _Report._fields_))
 
 
 def prepare(launch: Launch) -> None:

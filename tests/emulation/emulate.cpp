@@ -253,6 +253,7 @@ struct Options {
 
 struct Report {
   uint64_t passes, switches, nanoseconds;
+  uint64_t puts, put_bytes, signals;  // between domains; a put may have a signal
 };
 
 // What has no place on a GPU yet, in the order in which it came.
@@ -273,6 +274,7 @@ uint64_t num_warps;
 const char* landing = nullptr;  // sender of the message that is being moved
 std::priority_queue<Event, std::vector<Event>, std::greater<Event>> events;
 uint64_t pass, switches, event_order;
+Report sent;  // what of it is of messages
 uint64_t blocks_left;  // basic blocks until the next preemption
 Options options;
 Context scheduler;
@@ -862,6 +864,8 @@ void send(uint64_t transport, void* dst, const void* src, uint64_t bytes, uint64
     translate(transport, src, bytes, own, what);  // where RDMA can read
   }
   messages.push_back(message);
+  ++(bytes == 0 ? sent.signals : sent.puts);
+  sent.put_bytes += bytes;
   if (bytes == 0) {
     schedule_step({message, 0, 0, false, {}, 0});
     return;
@@ -1460,6 +1464,7 @@ int emulate_run(const emulate::Options* options, emulate::Report* report) {
   emulate::options = *options;
   random_state = mix(options->seed + 1);
   pass = switches = event_order = num_warps = 0;
+  sent = {};
   blocks_left = options->basic_blocks;
   is_preemptible = true;
   message_size = 0;
@@ -1470,7 +1475,8 @@ int emulate_run(const emulate::Options* options, emulate::Report* report) {
   if (result == 0) run_all();
   is_inside = false;
   restore_signals();
-  *report = {pass, switches, pass * options->nanoseconds_per_pass};
+  *report = {pass,      switches,       pass * options->nanoseconds_per_pass,
+             sent.puts, sent.put_bytes, sent.signals};
   forget_everything();
   return result;
 }
