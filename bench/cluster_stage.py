@@ -115,8 +115,8 @@ class Stage:
 
     # ---- buffers ---------------------------------------------------------------------------------
 
-    def normal_buffer(self) -> epjit.Buffer:
-        """For both modes' sizes in the normal mode."""
+    def normal_buffer(self, *, explicitly_destroy: bool = True) -> epjit.Buffer:
+        """For rows of the normal mode."""
         config = epjit.Buffer.get_dispatch_config(self.size)
         row_bytes, domain = self.plan.hidden * 2, int(os.environ["EPJIT_NVLINK_DOMAIN"])
         return epjit.Buffer(
@@ -124,7 +124,7 @@ class Stage:
             config.get_nvl_buffer_size_hint(row_bytes, self.size, ranks_per_domain=domain),
             config.get_rdma_buffer_size_hint(row_bytes, self.size, ranks_per_domain=domain),
             num_qps_per_rank=self.plan.qps,
-            explicitly_destroy=True,
+            explicitly_destroy=explicitly_destroy,
         )
 
     def low_latency_buffer(self) -> epjit.Buffer:
@@ -334,10 +334,9 @@ class Stage:
         buffer = self.low_latency_buffer()
         chosen = self.choices(number, [most] * self.size)[self.rank].contiguous()
         x, weights = self.own(number, most, plan.hidden), torch.ones(chosen.shape, device="cuda")
-        left = self.normal_buffer()  # its kernels are collected within the capture
-        self.normal_round(left, number, wrong)
-        left.destroy()
-        cycle: list[Any] = [left]
+        left = [self.normal_buffer(explicitly_destroy=False)]
+        self.normal_round(left[0], number, wrong)
+        cycle: list[Any] = [left.pop()]  # a Buffer that is collected while the graph is captured
         cycle.append(cycle)
 
         def pair() -> torch.Tensor:
@@ -352,7 +351,7 @@ class Stage:
         graph = torch.cuda.CUDAGraph()
         gc.disable()
         with torch.cuda.graph(graph):
-            del left, cycle
+            del cycle
             gc.collect()
             out = pair()
         for replay in range(plan.replays):

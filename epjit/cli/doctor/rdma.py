@@ -48,14 +48,14 @@ def env_asks_for_ibgda() -> bool:
     """Whether IBGDA is asked for in so many words."""
     from epjit import env
 
-    return env.nvshmem_flag(IBGDA, default=False)
+    return bool(env.foreign(IBGDA)) and env.nvshmem_flag(IBGDA, default=False)
 
 
 def wants_ibgda(ports: list[probe.Port]) -> bool:
     """Whether NVSHMEM is asked for IBGDA: by the environment, else by epjit where it can be had."""
     from epjit import env
 
-    if env.foreign(IBGDA) is not None:
+    if env.foreign(IBGDA):
         return env_asks_for_ibgda()
     usable = any(port.active and port.driver == "mlx5_core" for port in ports)
     return usable and not env.foreign(_TRANSPORT) and probe.loads("libmlx5.so.1")
@@ -232,7 +232,7 @@ def _ibgda_is_wanted(is_wanted: bool) -> Check:
 
     name, text = "IBGDA: wanted", env.foreign(IBGDA)
     value = "yes" if is_wanted else "no"
-    if text is None:
+    if not text:
         why = "where all ranks can" if is_wanted else f"{IBGDA}=1 turns it on"
         return _RDMA.ok(name, f"{value}: {why}")
     value = f"{value}: {IBGDA}={text}"
