@@ -81,11 +81,23 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Cost of a run: passes of the scheduler, switches of threads, emulated nanoseconds."""
+    """Cost of a run, and the messages that its ranks sent through the transport.
+
+    Attributes:
+        passes: Turns of the scheduler.
+        switches: Of threads.
+        nanoseconds: Emulated.
+        puts: Messages with bytes between domains; most bring a signal.
+        put_bytes: Their bytes.
+        signals: Messages that are a signal alone.
+    """
 
     passes: int
     switches: int
     nanoseconds: int
+    puts: int
+    put_bytes: int
+    signals: int
 
 
 class _Options(ctypes.Structure):
@@ -109,6 +121,9 @@ class _Report(ctypes.Structure):
         ("passes", ctypes.c_uint64),
         ("switches", ctypes.c_uint64),
         ("nanoseconds", ctypes.c_uint64),
+        ("puts", ctypes.c_uint64),
+        ("put_bytes", ctypes.c_uint64),
+        ("signals", ctypes.c_uint64),
     )
 
 
@@ -187,7 +202,7 @@ def emulate(
         message = core.emulate_message().decode()
     if failed:
         raise EmulationError(f"seed {seed}: " + _with_lines(message))
-    return Report(report.passes, report.switches, report.nanoseconds)
+    return Report(*(getattr(report, name) for name, _ in _Report._fields_))
 
 
 def prepare(launch: Launch) -> None:

@@ -255,6 +255,7 @@ struct Options {
 
 struct Report {
   uint64_t passes, switches, nanoseconds;
+  uint64_t puts, put_bytes, signals;  // between domains; a put may have a signal
 };
 
 // A GPU: places that are taken, and blocks that have none yet, in the order in which they came.
@@ -275,6 +276,7 @@ uint64_t num_warps;
 const char* landing = nullptr;  // sender of the message that is being moved
 std::priority_queue<Event, std::vector<Event>, std::greater<Event>> events;
 uint64_t pass, switches, event_order;
+Report sent;  // what of it is of messages
 uint64_t blocks_left;  // basic blocks until the next preemption
 Options options;
 Context scheduler;
@@ -865,6 +867,8 @@ void send(uint64_t transport, void* dst, const void* src, uint64_t bytes, uint64
     translate(transport, src, bytes, message->from, what);  // where RDMA can read
   }
   messages.push_back(message);
+  ++(bytes == 0 ? sent.signals : sent.puts);
+  sent.put_bytes += bytes;
   if (bytes == 0) {
     schedule_step({message, 0, 0, false, {}, 0});
     return;
@@ -1463,6 +1467,7 @@ int emulate_run(const emulate::Options* options, emulate::Report* report) {
   emulate::options = *options;
   random_state = mix(options->seed + 1);
   pass = switches = event_order = num_warps = 0;
+  sent = {};
   blocks_left = options->basic_blocks;
   is_preemptible = true;
   message_size = 0;
@@ -1473,7 +1478,8 @@ int emulate_run(const emulate::Options* options, emulate::Report* report) {
   if (result == 0) run_all();
   is_inside = false;
   restore_signals();
-  *report = {pass, switches, pass * options->nanoseconds_per_pass};
+  *report = {pass,      switches,       pass * options->nanoseconds_per_pass,
+             sent.puts, sent.put_bytes, sent.signals};
   forget_everything();
   return result;
 }
