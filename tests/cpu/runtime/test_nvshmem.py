@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -525,6 +526,41 @@ def test_slow_libfabric(
     members[:] = [each._replace(version=version) for each in members]
     outcome(members)
     assert ("waits for each put over libfabric" in caplog.text) == told
+
+
+@pytest.mark.parametrize(
+    ("cuda", "arch", "library", "reason"),
+    [
+        (13, "sm_100a", True, ""),
+        (12, "sm_90a", True, ""),
+        (12, "sm_100a", True, "CUDA 12's libnvshmem_device.a has no code for sm_100a"),
+        (13, "sm_90a", False, "there is no /.*/lib/libnvshmem_device.a"),
+    ],
+)
+def test_kernels_that_cannot_be_linked_with_ibgda(
+    cuda: int,
+    arch: str,
+    library: bool,
+    reason: str,
+    tmp_path: Path,
+    loaded: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded.append(fake_library(tmp_path))
+    if library:
+        (tmp_path / "lib" / "libnvshmem_device.a").touch()
+    monkeypatch.setattr(nvshmem.nvrtc, "version", lambda: (cuda, 0))
+    monkeypatch.setattr(nvshmem.gpu, "arch_of", lambda device: arch)
+    assert re.match(f"{reason}(, only|$)", nvshmem._no_device_code(0))
+
+
+def test_a_flag_that_nvshmem_reads_otherwise(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks hear of it: one alone would let the others wait."""
+    monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "off")
+    monkeypatch.setattr(library, "nvshmemx_init_status", lambda: 0, raising=False)
+    assert "'off' is not a flag" in nvshmem._introduce(None).error
 
 
 def test_transports_that_differ_are_told_to_all(
