@@ -115,7 +115,9 @@ def test_malformed_values(
 @pytest.mark.parametrize("text", ["1", "true", "yes", "on", "0", "False", "no", "NO"])
 def test_nvshmem_reads_a_flag_alike(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", text)
-    assert env.nvshmem_ib_enable_ibgda() == env.nvshmem_flag("NVSHMEM_IB_ENABLE_IBGDA", False)
+    assert env.nvshmem_ib_enable_ibgda() == env.nvshmem_flag(
+        "NVSHMEM_IB_ENABLE_IBGDA", default=False
+    )
 
 
 def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
