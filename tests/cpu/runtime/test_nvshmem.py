@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -23,11 +24,13 @@ from typing import Any
 import pytest
 
 from epjit.errors import CommunicationError, CompileError
+from epjit.formats import BF16
 from epjit.kernels import internode, low_latency
+from epjit.kernels.shapes import CombineShape, DispatchShape
 from epjit.runtime import driver, nvrtc, nvshmem, nvshmem_device, stream
 from epjit.runtime import group as groups
 from epjit.runtime.heap import Heap, choose_block
-from epjit.runtime.kernel import compile_kernel
+from epjit.runtime.kernel import KernelConfig, compile_kernel
 from epjit.runtime.network import Network
 from tests.cpu.runtime.test_group import run_threads
 from tests.cpu.runtime.test_kernel import CU12
@@ -128,6 +131,48 @@ def test_kernels_that_are_linked_spill_nothing(
         repr(config): (result.registers, result.spill_bytes)
         for config, result in zip(kernels, compiled, strict=True)
         if result.spill_bytes or result.registers * config.threads > 65536
+    }
+    assert not wrong, wrong
+
+
+def kernels_between_domains(arch: str) -> Iterator[KernelConfig]:
+    """The kernels of DeepEP's sizes, from two hosts with eight GPUs each to eight."""
+    bf16, fp8 = DispatchShape(14336, 0, 8, True), DispatchShape(7168, 56, 8, True)
+    for num_domains in (2, 4, 8):
+        yield internode.InternodeNotifyConfig(num_domains, 8)
+        for shape in (bf16, fp8, CombineShape(14336, 8, is_f16=False)):
+            yield internode.config_of(shape, num_domains, 8, arch)
+    shapes = low_latency.warmup_shapes(
+        hidden=7168,
+        num_experts=256,
+        num_topk=8,
+        topk_is_int64=True,
+        row_format=BF16,
+        use_logfmt=False,
+    )
+    for num_ranks in (16, 64):
+        yield low_latency.CleanConfig(num_ranks, True)
+        for each in shapes:
+            yield low_latency.config_of(each, num_ranks, arch, remote=True)
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("version", ["3.4.5", "3.8.0"])
+def test_every_kernel_is_linked_with_ibgda(
+    version: str, arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its block fits the registers of an SM; 1 to 2 s a kernel."""
+    monkeypatch.setenv("NVSHMEM_DIR", str(copy_of(version, 13)))
+    monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "1")
+    monkeypatch.setenv("EPJIT_CACHE_DIR", str(tmp_path))
+    kernels = list(kernels_between_domains(arch))
+    assert len(set(kernels)) == 18
+    with ThreadPoolExecutor(2) as pool:
+        compiled = list(pool.map(lambda config: compile_kernel(config, arch=arch), kernels))
+    wrong = {
+        repr(config): result.registers
+        for config, result in zip(kernels, compiled, strict=True)
+        if not 16 < result.registers <= 65536 // config.threads
     }
     assert not wrong, wrong
 
@@ -481,6 +526,41 @@ def test_slow_libfabric(
     members[:] = [each._replace(version=version) for each in members]
     outcome(members)
     assert ("waits for each put over libfabric" in caplog.text) == told
+
+
+@pytest.mark.parametrize(
+    ("cuda", "arch", "library", "reason"),
+    [
+        (13, "sm_100a", True, ""),
+        (12, "sm_90a", True, ""),
+        (12, "sm_100a", True, "CUDA 12's libnvshmem_device.a has no code for sm_100a"),
+        (13, "sm_90a", False, "there is no /.*/lib/libnvshmem_device.a"),
+    ],
+)
+def test_kernels_that_cannot_be_linked_with_ibgda(
+    cuda: int,
+    arch: str,
+    library: bool,
+    reason: str,
+    tmp_path: Path,
+    loaded: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded.append(fake_library(tmp_path))
+    if library:
+        (tmp_path / "lib" / "libnvshmem_device.a").touch()
+    monkeypatch.setattr(nvshmem.nvrtc, "version", lambda: (cuda, 0))
+    monkeypatch.setattr(nvshmem.gpu, "arch_of", lambda device: arch)
+    assert re.match(f"{reason}(, only|$)", nvshmem._no_device_code(0))
+
+
+def test_a_flag_that_nvshmem_reads_otherwise(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks hear of it: one alone would let the others wait."""
+    monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "off")
+    monkeypatch.setattr(library, "nvshmemx_init_status", lambda: 0, raising=False)
+    assert "'off' is not a flag" in nvshmem._introduce(None).error
 
 
 def test_transports_that_differ_are_told_to_all(
