@@ -325,8 +325,9 @@ class Buffer(Life):
     ) -> Tensor:
         """This rank's own NVLink or RDMA buffer as a tensor.
 
-        It may be read and written between operations; an operation uses all of it. Nothing that is
-        written there can break a later operation.
+        It may be read and written between operations, when all ranks have ended the one before:
+        peers may read until then. An operation uses all of it. Nothing that is written there can
+        break a later operation.
 
         Args:
             dtype: Element type of the view.

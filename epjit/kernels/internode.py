@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from epjit.config import MAX_DOMAINS, MAX_RANKS
@@ -20,7 +20,8 @@ from epjit.runtime.kernel import KernelConfig
 from epjit.sizes import ALIGNMENT, align
 
 _FORWARD_WARPS = 2  # kForwardWarps of dispatch.cu
-_TOKENS_PER_CHUNK = 4
+_TOKENS_PER_CHUNK, _TOKENS_PER_PROXY_CHUNK = 4, 16
+_MIN_CHUNKS = 8  # in a ring, for those of a proxy: one half is written while the other is read
 MAX_WORDS = 1 << 18  # of all channels into a domain: 2 MB
 
 
@@ -205,6 +206,22 @@ def config_of(
     )
 
 
+def for_proxy(config: KernelConfig, num_rdma_bytes: int | None = None) -> KernelConfig:
+    """The same kernel, with fewer and larger puts if it makes any: a thread of the CPU posts them.
+
+    Args:
+        config: Of any operation.
+        num_rdma_bytes: Of the Buffer, whose rings may be too short for them; None: they are not.
+    """
+    if not isinstance(config, InternodeDispatchConfig | InternodeCombineConfig):
+        return config
+    large = replace(config, tokens_per_chunk=_TOKENS_PER_PROXY_CHUNK)
+    if num_rdma_bytes is None:
+        return large
+    has_room = ring_slots(config, num_rdma_bytes) >= _MIN_CHUNKS * _TOKENS_PER_PROXY_CHUNK
+    return large if has_room else config
+
+
 def kernels_of(
     shapes: Iterable[DispatchShape | CombineShape], *, num_domains: int, num_local: int, arch: str
 ) -> list[KernelConfig]:
@@ -226,6 +243,11 @@ def max_slots(num_domains: int, num_local: int) -> int:
     return MAX_WORDS // (num_domains * num_local)
 
 
+def ring_bytes(num_domains: int, num_rdma_bytes: int) -> int:
+    """Bytes of each ring of the inbox and of the stage: the same for all kernels of a Buffer."""
+    return num_rdma_bytes // (2 * num_domains) // ALIGNMENT * ALIGNMENT
+
+
 def ring_slots(
     config: InternodeDispatchConfig | InternodeCombineConfig, num_rdma_bytes: int
 ) -> int:
@@ -235,14 +257,14 @@ def ring_slots(
         ValueError: There is no room for two chunks.
     """
     step = 2 * config.tokens_per_chunk
-    bytes_a_slot = config.num_domains * config.slot_bytes
-    ring_bytes = num_rdma_bytes // 2 // ALIGNMENT * ALIGNMENT
     most = max_slots(config.num_domains, config.num_local)
-    number = min(ring_bytes // bytes_a_slot, most) // step * step
+    fitting = ring_bytes(config.num_domains, num_rdma_bytes) // config.slot_bytes
+    number = min(fitting, most) // step * step
     if number == 0:
         raise ValueError(
             f"{config.op} of {config.hidden_bytes}-byte rows between {config.num_domains} NVLink "
-            f"domains needs num_rdma_bytes >= {2 * step * bytes_a_slot}, but this Buffer has "
+            f"domains needs num_rdma_bytes >= "
+            f"{2 * config.num_domains * step * config.slot_bytes}, but this Buffer has "
             f"{num_rdma_bytes}; pass Config.get_rdma_buffer_size_hint(hidden_bytes, num_ranks, "
             f"ranks_per_domain={config.num_local})"
         )

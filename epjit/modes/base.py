@@ -57,6 +57,7 @@ class Mode(ABC, Generic[Shape]):
                 device=device.index,
                 num_qps_per_rank=settings.num_qps_per_rank,
                 use_fabric=settings.use_fabric,
+                may_lose_ranks=settings.enable_shrink,
             )
             resources.callback(self._transport.close)
         self._arch = arch_of(device.index)

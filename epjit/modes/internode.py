@@ -24,8 +24,10 @@ from epjit.kernels.internode import (
     check_warps,
     combine_slots,
     config_of,
+    for_proxy,
     kernels_of,
     max_slots,
+    ring_bytes,
     ring_slots,
 )
 from epjit.kernels.shapes import CombineShape, DispatchShape
@@ -35,7 +37,7 @@ from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
 from epjit.runtime.transport import Transport
-from epjit.sizes import ALIGNMENT, align
+from epjit.sizes import align
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
@@ -76,8 +78,9 @@ class _Rings:
     def __init__(self, num_domains: int, num_local: int, num_rdma_bytes: int) -> None:
         self.max_slots = max_slots(num_domains, num_local)
         self.inbox = 0
-        self.bytes = num_rdma_bytes // 2 // ALIGNMENT * ALIGNMENT
-        self.stage = self.bytes
+        self.num_rdma_bytes = num_rdma_bytes  # of inbox and stage
+        self.ring_bytes = ring_bytes(num_domains, num_rdma_bytes)
+        self.stage = num_domains * self.ring_bytes
         self.control = align(num_rdma_bytes)  # from here on nothing is the user's
         self.ready = self.control
         self.credits = self.ready + num_domains * 2 * 8
@@ -158,7 +161,13 @@ class Internode(Normal):
     # ---- launches --------------------------------------------------------------------------------
 
     def _config(self, shape: DispatchShape | CombineShape) -> KernelConfig:
-        return config_of(shape, self._topology.num_domains, self._topology.num_local, self._arch)
+        num_domains, num_local = self._topology.num_domains, self._topology.num_local
+        return self._for_transport(config_of(shape, num_domains, num_local, self._arch))
+
+    def _for_transport(self, config: KernelConfig) -> KernelConfig:
+        if not self._transport.through_proxy:
+            return config
+        return for_proxy(config, self._rings.num_rdma_bytes)
 
     def _bind(self, config: Any) -> Launch[Any]:
         bound = self._common()
@@ -169,7 +178,8 @@ class Internode(Normal):
             arrived=self.rdma_memory.ptr + self._rings.arrived,
             staged=self.rdma_memory.ptr + self._rings.staged,
             stage=self.rdma_memory.ptr + self._rings.stage,
-            ring_slots=ring_slots(config, 2 * self._rings.bytes),
+            ring_bytes=self._rings.ring_bytes,
+            ring_slots=ring_slots(config, self._rings.num_rdma_bytes),
         )
         if isinstance(config, InternodeCombineConfig):
             bound["slots"] = self._everywhere(self._arena.slots)
@@ -184,7 +194,8 @@ class Internode(Normal):
         self, arch: str, shapes: Iterable[DispatchShape | CombineShape]
     ) -> list[KernelConfig]:
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
-        return kernels_of(shapes, num_domains=num_domains, num_local=num_local, arch=arch)
+        found = kernels_of(shapes, num_domains=num_domains, num_local=num_local, arch=arch)
+        return [self._for_transport(config) for config in found]
 
     # ---- operations ------------------------------------------------------------------------------
 

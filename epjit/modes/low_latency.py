@@ -142,7 +142,6 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         settings, group, topology, device, resources = setup
         self._remote, transport = topology.spans_domains, self._transport
         self._is_lost = False  # a peer, when this rank closes
-        self._most_tokens = 0  # of a rank, that the transport is known to serve
         self._shrink = settings.enable_shrink
         sms = num_sms(device.index)
         self._num_sms = min(env.low_latency_num_sms() or sms, sms)
@@ -270,9 +269,8 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
 
     def _plan_dispatch(self, sizes: DispatchSizes) -> _Plan[LowLatencySpecs]:
         """Sending takes a block a token, one the counts; receiving a warp an eighth of a row."""
-        if self._transport is not None and sizes.max_tokens > self._most_tokens:
-            self._transport.check_queues(sizes.max_tokens)
-            self._most_tokens = sizes.max_tokens
+        if self._transport is not None:
+            self._transport.expect(sizes.max_tokens + 1)  # each row, and the counts
         num_ranks = self._group.size
         shape = LowLatencyDispatchShape.of(sizes)
         launch = self.launch(shape, num_max_dispatch_tokens_per_rank=sizes.max_tokens)

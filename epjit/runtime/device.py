@@ -70,6 +70,16 @@ def uuid(device: int) -> bytes:
     return bytes(driver.call("cuDeviceGetUuid", _handle(device)).bytes)
 
 
+def rdma_ordering(device: int) -> int:
+    """Who reads what a NIC has written in order: 0 nobody, 100 this GPU, 200 other GPUs as well."""
+    return _attribute(device, "GPU_DIRECT_RDMA_WRITES_ORDERING")
+
+
+def rdma_flushes(device: int) -> int:
+    """Ways to flush what a NIC has written, as bits: 1 by the host, 2 by operations on memory."""
+    return _attribute(device, "GPU_DIRECT_RDMA_FLUSH_WRITES_OPTIONS")
+
+
 def can_access_peer(device: int, peer_device: int) -> bool:
     """Whether `device` can load from and store to the memory of `peer_device`."""
     if device == peer_device:

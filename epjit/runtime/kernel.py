@@ -303,7 +303,7 @@ class Kernel(Generic[C]):
             if config.needs_transport and body == "nvshmem":
                 nvshmem.attach(self._module.ptr)
                 # Keeps the module until NVSHMEM has left it; at exit it need not.
-                weakref.finalize(self, _detach, self._module, device).atexit = False
+                weakref.finalize(self, nvshmem.detach, self._module, device).atexit = False
             self.function = int(self._module.get_function(self.compiled.symbol).ptr)
             attribute = driver.load().CUfunction_attribute
             driver.call(
@@ -316,10 +316,6 @@ class Kernel(Generic[C]):
             # kernel that runs; one that spins for a peer of the same GPU would wait for that
             # launch.
             driver.call("cuFuncLoad", self.function)
-
-
-def _detach(module: Any, device: int) -> None:
-    nvshmem.detach(module.ptr, device)
 
 
 _kernels: weakref.WeakSet[Kernel[Any]] = weakref.WeakSet()

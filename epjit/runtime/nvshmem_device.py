@@ -2,9 +2,9 @@
 
 Two ways:
 
-- inline: everything comes from NVSHMEM's headers. All transports but IBGDA; the default.
-- with the device library (``NVSHMEM_IB_ENABLE_IBGDA=1``): IBGDA's functions come from
-  libnvshmem_device.a, as calls.
+- inline: everything comes from NVSHMEM's headers. All transports but IBGDA.
+- with the device library (``NVSHMEM_IB_ENABLE_IBGDA=1``, which `nvshmem.initialize` sets where it
+  has begun IBGDA): that one's functions come from libnvshmem_device.a, as calls.
 
 Nothing here needs a GPU or loads NVSHMEM's host library.
 """

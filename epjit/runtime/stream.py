@@ -78,6 +78,17 @@ def _is_capturing(stream_handle: int) -> bool:
     return bool(int(status) or int(capturing))
 
 
+def captures(device: int) -> bool:
+    """Whether a CUDA graph is captured that a synchronous copy of this thread would break.
+
+    On torch's current stream, or on any blocking stream of the GPU. What other threads capture
+    elsewhere is safe in `driver.relaxed`.
+    """
+    current = torch._C._cuda_getCurrentRawStream(device)
+    with driver.using(device):
+        return _is_capturing(_LEGACY[1]) or _is_capturing(current)
+
+
 def _check_not_blocked(stream_handle: int) -> None:
     """Refuses the default stream while a blocking stream of its context is captured.
 

@@ -198,6 +198,14 @@ def test_the_launch_script_runs() -> None:
     assert len(re.findall(r"of 4, node \d of 2, cpu: 2 of 2 rounds right", done.stdout)) == 4
 
 
+def test_the_launch_script_leaves_the_choice_to_nvshmem_and_the_user() -> None:
+    """It exported IBRC and IBGDA=0: nobody got IBGDA without knowing of it."""
+    script = (ROOT / "examples/launch_two_nodes.sh").read_text()
+    assert not re.search(r"^\s*export NVSHMEM", script, re.MULTILINE)
+    assert re.search(r"^\s*# export NVSHMEM_DEBUG=INFO", script, re.MULTILINE)
+    assert "ulimit -l" in script
+
+
 # ---- messages -----------------------------------------------------------------------------------
 
 

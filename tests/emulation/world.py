@@ -86,13 +86,14 @@ class World:
         """Notes the values that a tensor must have after the next run, bit for bit."""
         self.ranks[rank].checks.append((f"rank {rank}: {what}", got, expected))
 
-    def run(self, seed: int, *, compare: bool = True, **options: Any) -> None:
+    def run(self, seed: int, *, compare: bool = True, **options: Any) -> build.Report:
         """Runs what was queued and compares all results."""
         launches = [launch for rank in self.ranks for launch in rank.launches]
         compile_all({launch.config: launch for launch in launches})
-        emulate(launches, seed=seed, **options)
+        report = emulate(launches, seed=seed, **options)
         if compare:
             self.compare()
+        return report
 
     def compare(self) -> None:
         """Compares all results of what has run."""

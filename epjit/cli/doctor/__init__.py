@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from epjit.cli import show
-from epjit.cli.doctor import cache, gpus, rdma, software
+from epjit.cli.doctor import cache, gpus, nics, rdma, software
 from epjit.cli.doctor.check import Check, Section, Status
 
 _STYLES = {"ok": "green", "info": "cyan", "warning": "yellow", "wrong": "bold red"}
@@ -31,6 +31,7 @@ def doctor(
         *([gpus.check_peers] if peers else []),
         gpus.check_fabric,
         rdma.check_rdma,
+        nics.check_nics,
         cache.check_cache,
         software.check_environment,
     ]

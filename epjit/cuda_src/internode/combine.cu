@@ -6,16 +6,17 @@
 //   combined_topk_weights[t, k] = the same sums, not rounded
 //
 // in fp32; sums start from +0.0, the outer one from bias_0 if there is one. Domains where t has no
-// row are left out, and rows that a rank had no room for: `passing` has neither. No weight is applied to x. Channels, rings and rail peers are explained in
-// rail.cuh; index i of a channel is that of its dispatch.
+// row are left out, and rows that a rank had no room for: `passing` has neither. No weight is
+// applied to x. Channels, rings and rail peers are explained in rail.cuh; index i of a channel is
+// that of its dispatch.
 //
 //   slots[o]  [num_domains, num_local, num_slots, slot_bytes]  of local rank o; (n, j) is written by
 //             local rank j: rows of the channel (n, o), index i in slot i % num_slots:
 //             { row [hidden_bytes], topk_weights [num_topk] f32 }
 //   words[o]  [num_domains, num_local, num_slots]  row (n, j) by j, after the row
-//   stage     [num_domains, ring_slots, slot_bytes]  symmetric; sums for domain n until they are put
-//   inbox     [num_domains, ring_slots, slot_bytes]  symmetric; ring n by the rail peer in domain n:
-//             P_n of this rank's tokens, by index in the channel to n
+//   stage     [num_domains, ring_bytes]  symmetric; sums for domain n until they are put
+//   inbox     [num_domains, ring_bytes]  symmetric; ring n by the rail peer in domain n: P_n of
+//             this rank's tokens, by index in the channel to n
 //
 // Push    the first warps of a block: x -> slots of the local rank that the row goes back through,
 //         then the words. Rows that go back through this rank are read where they lie.
