@@ -80,12 +80,7 @@ def tune(
     )
     if normal.domain_size(num_ranks) < num_ranks:
         raise ValueError("tune searches within one NVLink domain; unset EPJIT_NVLINK_DOMAIN")
-    reasons = {
-        "this is the CPU backend": device == "cpu",
-        "--sms left out the others": sms is not None,
-        "--dry-run": dry_run,
-    }
-    why_not = [reason for reason, holds in reasons.items() if holds]
+    why_not = _why_not(device, sms, dry_run=dry_run)
     if not why_not:
         tuned.store([])  # known before the search: whether the file can be written
     winners = search.winners(measured(search.run, settings), slack=slack)
@@ -93,7 +88,17 @@ def tune(
     title = f"{num_ranks} x {winners[0].gpu}, hidden {hidden}, top-{topk} of {experts}"
     _print(winners, title, as_json=as_json, file=file)
     if not as_json:
-        typer.echo(f"kept in {file}" if file else f"nothing was kept: {', '.join(why_not)}")
+        typer.echo(f"kept in {file}" if file else f"nothing was kept: {why_not}")
+
+
+def _why_not(device: str, sms: Sequence[int] | None, *, dry_run: bool) -> str:
+    """Reasons to keep nothing; empty when there are none."""
+    reasons = {
+        "this is the CPU backend": device == "cpu",
+        "--sms left out the others": sms is not None,
+        "--dry-run": dry_run,
+    }
+    return ", ".join(reason for reason, holds in reasons.items() if holds)
 
 
 def _print(winners: Sequence[Tuned], title: str, *, as_json: bool, file: Path | None) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -40,16 +40,8 @@ def new_device() -> torch.device:
     return torch.device("cpu")
 
 
-class Parts(NamedTuple):
-    """The parts of a Buffer; `low_latency` is None unless it was asked for."""
-
-    streams: AnyStreams
-    normal: AnyNormal
-    low_latency: AnyLowLatency | None
-
-
-def make_parts(setup: Setup) -> Parts:
-    """The parts of a Buffer; collective."""
+def make_parts(setup: Setup) -> tuple[AnyStreams, AnyNormal, AnyLowLatency | None]:
+    """The parts of a Buffer, the low-latency one if it was asked for; collective."""
     device, wants_low_latency = setup.device, setup.settings.low_latency_mode
     if device.index is None:
         from epjit.modes.chosen import ChosenKernels
@@ -57,7 +49,7 @@ def make_parts(setup: Setup) -> Parts:
 
         chosen = ChosenKernels(setup)
         on_cpu = CpuLowLatency(setup, chosen) if wants_low_latency else None
-        return Parts(CpuStreams(), CpuNormal(setup, chosen), on_cpu)
+        return CpuStreams(), CpuNormal(setup, chosen), on_cpu
     from epjit.modes.internode import Internode
     from epjit.modes.intranode import Intranode
     from epjit.modes.low_latency import LowLatency
@@ -66,4 +58,4 @@ def make_parts(setup: Setup) -> Parts:
     comm = CommStream(device.index)
     setup.resources.callback(lambda _: None, comm)  # freed with its last reference
     mode = Internode(setup) if setup.topology.spans_domains else Intranode(setup)
-    return Parts(Streams(comm), mode, LowLatency(setup) if wants_low_latency else None)
+    return Streams(comm), mode, LowLatency(setup) if wants_low_latency else None
