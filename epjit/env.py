@@ -25,7 +25,7 @@ class Variable(Generic[T]):
 
     Attributes:
         name: Name in the environment.
-        kind: What a value must be, as in the error message ("a number", ...).
+        kind: Description of valid values, as in the error message ("a number", ...).
         default: Value when the variable is unset or empty.
         description: One line for the documentation.
         parse: Text to value; raises ValueError for text that is not `kind`.

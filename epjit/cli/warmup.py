@@ -43,7 +43,7 @@ def warmup(
         int, typer.Option(help="NVLink domains that the ranks of a group are in.")
     ] = 1,
     hidden: Annotated[list[int], typer.Option(help="Elements a row.")] = [7168],  # noqa: B006
-    topk: Annotated[int, typer.Option(help="Choices a token.")] = 8,
+    topk: show.Topk = 8,
     experts: Annotated[
         int, typer.Option(help="Over all ranks: also the kernels of epjit.moe; 0 = not.")
     ] = 0,

@@ -26,12 +26,11 @@ MAX_WORDS = 1 << 18  # of all channels into a domain: 2 MB
 
 
 @dataclass(frozen=True)
-class InternodeNotifyConfig(KernelConfig):
-    """What the notify kernel is compiled for."""
+class InternodeNotifyConfig(
+    KernelConfig, source="internode/notify.cu", tag="internode_{0.num_domains}x{0.num_local}"
+):
+    """Config of the notify kernel."""
 
-    source: ClassVar[str] = "internode/notify.cu"
-    op: ClassVar[str] = "notify"
-    tag_template: ClassVar[str] = "internode_{0.num_domains}x{0.num_local}"
     threads: ClassVar[int] = 512
     needs_transport: ClassVar[bool] = True
 
@@ -45,14 +44,13 @@ class InternodeNotifyConfig(KernelConfig):
 
 
 @dataclass(frozen=True)
-class InternodeDispatchConfig(KernelConfig):
-    """What the dispatch kernel is compiled for; the fields are explained in dispatch.cu."""
+class InternodeDispatchConfig(
+    KernelConfig,
+    source="internode/dispatch.cu",
+    tag="internode_{0.num_domains}x{0.num_local}_h{0.hidden_bytes}_s{0.num_scales}_k{0.num_topk}",
+):
+    """Config of the dispatch kernel; its fields are explained in dispatch.cu."""
 
-    source: ClassVar[str] = "internode/dispatch.cu"
-    op: ClassVar[str] = "dispatch"
-    tag_template: ClassVar[str] = (
-        "internode_{0.num_domains}x{0.num_local}_h{0.hidden_bytes}_s{0.num_scales}_k{0.num_topk}"
-    )
     needs_transport: ClassVar[bool] = True
 
     num_domains: int
@@ -71,7 +69,7 @@ class InternodeDispatchConfig(KernelConfig):
     def choose(
         cls, shape: DispatchShape, *, num_domains: int, num_local: int, variant: str, limit: int
     ) -> InternodeDispatchConfig:
-        """The form of the block for `limit` bytes of shared memory."""
+        """Shape of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
         warps, rows = copier_shape(tma, 14 if tma else 5, shape.hidden_bytes, limit)
         put = 5 if tma else 4
@@ -100,14 +98,13 @@ class InternodeDispatchConfig(KernelConfig):
 
 
 @dataclass(frozen=True)
-class InternodeCombineConfig(KernelConfig):
-    """What the combine kernel is compiled for; the fields are explained in combine.cu."""
+class InternodeCombineConfig(
+    KernelConfig,
+    source="internode/combine.cu",
+    tag="internode_{0.num_domains}x{0.num_local}_h{0.hidden_bytes}_k{0.num_topk}",
+):
+    """Config of the combine kernel; its fields are explained in combine.cu."""
 
-    source: ClassVar[str] = "internode/combine.cu"
-    op: ClassVar[str] = "combine"
-    tag_template: ClassVar[str] = (
-        "internode_{0.num_domains}x{0.num_local}_h{0.hidden_bytes}_k{0.num_topk}"
-    )
     needs_transport: ClassVar[bool] = True
 
     num_domains: int
@@ -127,7 +124,7 @@ class InternodeCombineConfig(KernelConfig):
     def choose(
         cls, shape: CombineShape, *, num_domains: int, num_local: int, variant: str, limit: int
     ) -> InternodeCombineConfig:
-        """The form of the block for `limit` bytes of shared memory."""
+        """Shape of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
         push, rows = copier_shape(tma, 4 if tma else 2, shape.hidden_bytes, limit)
         if num_local == 1:
@@ -246,6 +243,11 @@ def max_slots(num_domains: int, num_local: int) -> int:
     return MAX_WORDS // (num_domains * num_local)
 
 
+def ring_bytes(num_domains: int, num_rdma_bytes: int) -> int:
+    """Bytes of each ring of the inbox and of the stage: the same for all kernels of a Buffer."""
+    return num_rdma_bytes // (2 * num_domains) // ALIGNMENT * ALIGNMENT
+
+
 def ring_slots(
     config: InternodeDispatchConfig | InternodeCombineConfig, num_rdma_bytes: int
 ) -> int:
@@ -255,14 +257,14 @@ def ring_slots(
         ValueError: There is no room for two chunks.
     """
     step = 2 * config.tokens_per_chunk
-    bytes_a_slot = config.num_domains * config.slot_bytes
-    ring_bytes = num_rdma_bytes // 2 // ALIGNMENT * ALIGNMENT
     most = max_slots(config.num_domains, config.num_local)
-    number = min(ring_bytes // bytes_a_slot, most) // step * step
+    fitting = ring_bytes(config.num_domains, num_rdma_bytes) // config.slot_bytes
+    number = min(fitting, most) // step * step
     if number == 0:
         raise ValueError(
             f"{config.op} of {config.hidden_bytes}-byte rows between {config.num_domains} NVLink "
-            f"domains needs num_rdma_bytes >= {2 * step * bytes_a_slot}, but this Buffer has "
+            f"domains needs num_rdma_bytes >= "
+            f"{2 * config.num_domains * step * config.slot_bytes}, but this Buffer has "
             f"{num_rdma_bytes}; pass Config.get_rdma_buffer_size_hint(hidden_bytes, num_ranks, "
             f"ranks_per_domain={config.num_local})"
         )

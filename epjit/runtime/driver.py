@@ -100,7 +100,7 @@ def relaxed() -> Iterator[None]:
 
 
 class _Using:
-    """What `using` returns: a class, for a generator takes the host twice as long."""
+    """The context manager of `using`: a class, for a generator takes the host twice as long."""
 
     def __init__(self, context: Any) -> None:
         self._context = context

@@ -219,7 +219,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 def _struct_version(struct: type[ctypes.Structure]) -> int:
-    """What NVSHMEM wants in the field `version`: version 1 of the struct, and its size."""
+    """Value of a struct's field `version`, as NVSHMEM wants it: version 1, and the size."""
     return (1 << 16) + ctypes.sizeof(struct)
 
 
@@ -263,7 +263,7 @@ _begun_here = False  # whether `initialize` began NVSHMEM, not torch or the user
 
 
 class _Member(NamedTuple):
-    """What a rank tells the others before NVSHMEM begins; `error` says why it cannot."""
+    """A rank as it introduces itself before NVSHMEM begins; `error` says why it cannot."""
 
     error: str = ""
     version: tuple[int, int, int] = (0, 0, 0)
@@ -282,8 +282,8 @@ class World(NamedTuple):
 
     Attributes:
         pes: NVSHMEM's number (PE) of each rank.
-        transport: What carries bytes between hosts, such as ``"ibgda"`` or ``"ibrc"``; empty when
-            there is one host, or nothing that does.
+        transport: Carrier of bytes between hosts, such as ``"ibgda"`` or ``"ibrc"``; empty when
+            there is one host, or none that NVSHMEM has begun.
     """
 
     pes: list[int]

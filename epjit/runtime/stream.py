@@ -144,15 +144,15 @@ class CommStream:
             return any(_is_capturing(each) for each in (self.handle, last) if each is not None)
 
     def wait_for(self, stream_handle: int) -> None:
-        """What is queued on this stream from now on waits for all that `stream_handle` has now."""
+        """Makes this stream wait, from now on, for all that `stream_handle` has now."""
         self._order(self._before, stream_handle, self.handle)
 
     def make_wait(self, stream_handle: int) -> None:
-        """What is queued on `stream_handle` from now on waits for all that this stream has now."""
+        """Makes `stream_handle` wait, from now on, for all that this stream has now."""
         self._order(self._after, self.handle, stream_handle)
 
     def follow(self, last: int, stream_handle: int) -> None:
-        """What is queued on `stream_handle` from now on waits for all that `last` has now.
+        """Makes `stream_handle` wait, from now on, for all that `last` has now.
 
         What a graph captures does not wait for what it does not capture: it runs after what was
         queued before by the caller's own order.
@@ -168,7 +168,7 @@ class CommStream:
             self._order(self._before, last, stream_handle)
 
     def wait_event(self, stream_handle: int, event: Event) -> None:
-        """What is queued on `stream_handle` from now on waits for `event`."""
+        """Makes `stream_handle` wait, from now on, for `event`."""
         (waited,) = self._wait(stream_handle, event.handle, 0)
         if waited:
             raise RuntimeError(

@@ -60,7 +60,7 @@ class Transport(ABC):
 
     Attributes:
         body: Body of transport.cuh: ``"nvshmem"`` or ``"loopback"``.
-        context: What kernels pass to the functions of transport.cuh.
+        context: Argument of kernels to the functions of transport.cuh.
         pes: The transport's number of each rank.
         through_proxy: Whether a thread of the CPU posts what kernels put: then it is the number of
             puts that takes time, more than their bytes.

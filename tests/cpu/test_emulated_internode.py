@@ -7,6 +7,7 @@ when it lands.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import random
 import shutil
 from dataclasses import dataclass
@@ -37,7 +38,7 @@ CHUNK = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """What a test runs: compile-time choices first, then the run's."""
+    """Choices of a test: those of compile time first, then those of the run."""
 
     num_domains: int = 2
     num_local: int = 2
@@ -154,7 +155,7 @@ class World(normal.World):
         num_domains, num_ranks = shape.num_domains, shape.num_ranks
         self.notify_stride = -(-(2 + shape.num_local * (1 + EXPERTS_A_RANK)) // 4) * 4
         slot_bytes = max(shape.dispatch.slot_bytes, shape.combine.slot_bytes)
-        self.ring_bytes = num_domains * shape.ring_slots * slot_bytes
+        self.ring_bytes = shape.ring_slots * slot_bytes
         self.ranks = [
             Rank(
                 slots=guarded(
@@ -165,7 +166,7 @@ class World(normal.World):
                 ),
                 signals=guarded(40, dtype=torch.int64, fill=0),
                 done=guarded(num_ranks * 2, dtype=torch.int64, fill=0),
-                rings=guarded(2 * self.ring_bytes, dtype=torch.uint8),
+                rings=guarded(2 * num_domains * self.ring_bytes, dtype=torch.uint8),
                 control=guarded(num_domains * (7 + shape.ring_slots), dtype=torch.int64, fill=0),
                 notify=guarded(2 * num_domains * self.notify_stride, dtype=torch.int32, fill=0),
                 staged=guarded(num_domains * shape.ring_slots, dtype=torch.int64, fill=0),
@@ -215,7 +216,8 @@ class World(normal.World):
             "inbox": mine.rings if isinstance(config, InternodeCombineConfig) else inbox,
             "stage": mine.notify[num_domains * self.notify_stride :]
             if is_notify
-            else mine.rings[self.ring_bytes :],
+            else mine.rings[num_domains * self.ring_bytes :],
+            "ring_bytes": self.ring_bytes,
             "ready": mine.control,
             "credits": mine.control[2 * num_domains :],
             "entered": [each.control[4 * num_domains :] for each in peers],
@@ -404,6 +406,21 @@ def test_any_size_of_the_buffers(slots: int, ring_slots: int, cut: tuple[int, in
         world.run(seed)
 
 
+@VARIANTS
+def test_slots_of_other_lengths(tma: bool) -> None:
+    """What is put over a slow link still reads its stage when the next operation writes there."""
+    shape = Shape(3, 1, tma=tma, tokens=(12, 12, 12), grid=2)
+    assert shape.cached.slot_bytes < min(shape.dispatch.slot_bytes, shape.combine.slot_bytes)
+    for link in itertools.permutations(range(3), 2):
+        world = World(shape, seed=0)
+        routing = world.route()
+        routing.dispatch()
+        routing.cached_dispatch()
+        routing.combine()
+        routing.cached_dispatch()
+        world.run(0, slow_link=link)
+
+
 def test_domains_that_wait_for_each_other() -> None:
     """Tokens go to several domains, and their rings are full at different tokens."""
     for seed in range(4):
@@ -486,7 +503,8 @@ def test_more_rows_than_there_is_room_for(cut: tuple[int, int]) -> None:
             shuffled=seed % 2 == 1,
         )
         world = World(shape, seed=seed)
-        for _ in range(2):
+        first, *_, last = (int(world.pes[domain[0]]) for domain in shape.domains)
+        for slow_link in (None, (first, last)):
             routing = world.route()
             routing.dispatch()
             routing.cached_dispatch()
@@ -499,7 +517,7 @@ def test_more_rows_than_there_is_room_for(cut: tuple[int, int]) -> None:
                 for rank in world.ranks:
                     rank.checks = [each for each in rank.checks if "combined" not in each[0]]
             assert world.overflows
-            world.run(seed)
+            world.run(seed, slow_link=slow_link)
 
 
 @pytest.mark.parametrize(("epoch", "stale"), LONG_RUNS)

@@ -1,4 +1,4 @@
-"""What `python -m epjit warmup` compiles is what a Buffer of that topology then asks the cache for.
+"""`python -m epjit warmup` compiles what a Buffer of that topology then asks the cache for.
 
 The compilers are fakes, the cache is not: what is real is compiled in tests/cpu/test_compile.py.
 """
@@ -32,13 +32,12 @@ def fake_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_unit(*args: Any, **options: Any) -> tuple[bytes, str, str]:
         return b"code", "symbol", "Used 8 registers"
 
-    monkeypatch.setattr(nvrtc, "compile_cubin", compile_unit)
-    monkeypatch.setattr(nvrtc, "compile_ltoir", compile_unit)
+    monkeypatch.setattr(nvrtc, "compile_unit", compile_unit)
     monkeypatch.setattr(nvjitlink, "link", lambda *args, **options: (b"linked", "Used 8 registers"))
 
 
 def warm_up(*arguments: object) -> str:
-    """What the command said."""
+    """Runs the command; returns what it said."""
     result = CliRunner().invoke(app, ["warmup", *map(str, [*SHAPE, *arguments])])
     if result.exception is not None:
         raise result.exception
@@ -140,7 +139,7 @@ def test_refuses_a_variant_of_one_domain(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_without_nvshmem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What to install, before anything is compiled; loopback needs none."""
+    """An error says what to install, before anything is compiled; loopback needs none."""
     monkeypatch.setenv("NVSHMEM_DIR", str(tmp_path))
     with pytest.raises((ImportError, RuntimeError), match=r"cu13-rdma|NVSHMEM_DIR"):
         warm_up("--domains", 2)

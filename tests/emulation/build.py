@@ -81,11 +81,23 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a run took: passes of the scheduler, switches of threads, emulated nanoseconds."""
+    """Cost of a run, and the messages that its ranks sent through the transport.
+
+    Attributes:
+        passes: Turns of the scheduler.
+        switches: Of threads.
+        nanoseconds: Emulated.
+        puts: Messages with bytes between domains; most bring a signal.
+        put_bytes: Their bytes.
+        signals: Messages that are a signal alone.
+    """
 
     passes: int
     switches: int
     nanoseconds: int
+    puts: int
+    put_bytes: int
+    signals: int
 
 
 class _Options(ctypes.Structure):
@@ -99,6 +111,8 @@ class _Options(ctypes.Structure):
         ("latest_message", ctypes.c_uint64),
         ("num_gpus", ctypes.c_int32),
         ("places", ctypes.c_int32),
+        ("slow_from", ctypes.c_int32),
+        ("slow_to", ctypes.c_int32),
     )
 
 
@@ -107,6 +121,9 @@ class _Report(ctypes.Structure):
         ("passes", ctypes.c_uint64),
         ("switches", ctypes.c_uint64),
         ("nanoseconds", ctypes.c_uint64),
+        ("puts", ctypes.c_uint64),
+        ("put_bytes", ctypes.c_uint64),
+        ("signals", ctypes.c_uint64),
     )
 
 
@@ -126,6 +143,7 @@ def emulate(
     latest_message: int = 20_000,
     num_gpus: int = 1,
     places: int = 0,
+    slow_link: tuple[int, int] | None = None,
 ) -> Report:
     """Runs launches until all have ended.
 
@@ -141,6 +159,8 @@ def emulate(
         latest_message: Passes that a piece of what goes to another rank takes at most.
         num_gpus: Of `places`; rank r is a stream of GPU r % num_gpus.
         places: Blocks that one GPU has room for; 0 = any number.
+        slow_link: Only what the first of these numbers of the transport sends to the second is
+            slow; by default any piece may be.
 
     Returns:
         What the run took.
@@ -161,6 +181,7 @@ def emulate(
         latest_message,
         num_gpus,
         places,
+        *(slow_link or (-1, -1)),
     )
     report = _Report()
     with _LOCK:
@@ -181,7 +202,7 @@ def emulate(
         message = core.emulate_message().decode()
     if failed:
         raise EmulationError(f"seed {seed}: " + _with_lines(message))
-    return Report(report.passes, report.switches, report.nanoseconds)
+    return Report(*(getattr(report, name) for name, _ in _Report._fields_))
 
 
 def prepare(launch: Launch) -> None:
@@ -214,7 +235,7 @@ def guarded(*shape: int, dtype: torch.dtype, fill: int = 0xEE) -> torch.Tensor:
 def transport(
     memories: Sequence[Sequence[torch.Tensor]], *, pes: Sequence[int] | None = None
 ) -> list[torch.Tensor]:
-    """What kernels of each rank get as `transport`, by the address of its first element.
+    """Records that kernels of each rank get as `transport`, by the address of the first element.
 
     Args:
         memories: Each a region of symmetric memory, one tensor a rank, of equal sizes. The records

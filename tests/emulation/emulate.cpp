@@ -204,13 +204,13 @@ struct Copy {
   std::vector<char> data;
 };
 
-// What a warp or a thread has sent to another rank; order is kept between messages of one thread.
+// A message of a warp or a thread to another rank; order is kept between messages of one thread.
 struct Message {
   std::string sender;   // to be named if this fails
   uint64_t warp;        // that sent it, a number of its own
   unsigned lanes;       // that sent it
   unsigned fences[32];  // of each lane, before
-  int pe;
+  int from, pe;
   char* dst;
   const char* src;
   unsigned bytes;
@@ -249,13 +249,16 @@ struct Options {
   uint64_t latest_message;  // passes that a message takes at most
   int32_t num_gpus;         // rank r is a stream of GPU r % num_gpus
   int32_t places;           // blocks that a GPU has room for; 0 = any number
+  int32_t slow_from;        // pe whose messages to slow_to alone are slow; -1 = any piece may be
+  int32_t slow_to;
 };
 
 struct Report {
   uint64_t passes, switches, nanoseconds;
+  uint64_t puts, put_bytes, signals;  // between domains; a put may have a signal
 };
 
-// What has no place on a GPU yet, in the order in which it came.
+// A GPU: places that are taken, and blocks that have none yet, in the order in which they came.
 struct Gpu {
   int taken = 0;
   std::deque<Block*> waiting;
@@ -273,6 +276,7 @@ uint64_t num_warps;
 const char* landing = nullptr;  // sender of the message that is being moved
 std::priority_queue<Event, std::vector<Event>, std::greater<Event>> events;
 uint64_t pass, switches, event_order;
+Report sent;  // what of it is of messages
 uint64_t blocks_left;  // basic blocks until the next preemption
 Options options;
 Context scheduler;
@@ -606,7 +610,7 @@ void note_read(Byte& byte, const Access& now) {
   if (is_joined) byte.read.lane = kSeveral;
 }
 
-// What the running thread is about to do.
+// Notes an access to shared memory that the running thread is about to make.
 void access(const void* address, size_t size, bool is_write, void* place) {
   if (!running) return;
   const size_t begin =
@@ -774,7 +778,8 @@ bool must_wait(const Message& message) {
 
 uint64_t draw_delay(const Message& message) {
   if (message.is_urgent) return random_below(40);
-  const uint64_t dice = random_below(8);
+  const bool is_slow = message.from == options.slow_from && message.pe == options.slow_to;
+  const uint64_t dice = options.slow_from < 0 ? random_below(8) : is_slow ? 7 : 0;
   const uint64_t latest = std::max<uint64_t>(options.latest_message, 1);
   if (dice < 4) return random_below(std::min<uint64_t>(latest, 100));
   return random_below(dice < 7 ? (latest + 9) / 10 : latest);
@@ -820,7 +825,7 @@ void advance_step(int index) {
     schedule_step({message, 0, 0, false, {}, 0});
 }
 
-// Where the same place lies in the memory of another pe.
+// Address of the same place in the memory of another pe.
 char* translate(uint64_t transport, const void* pointer, uint64_t bytes, int pe, const char* what) {
   const auto* record = reinterpret_cast<const uint64_t*>(transport);
   const uint64_t num_ranks = record[0], own = record[1], num_regions = record[2];
@@ -846,6 +851,7 @@ void send(uint64_t transport, void* dst, const void* src, uint64_t bytes, uint64
   message->warp = warp.number;
   message->lanes = bytes != 0 ? ~0u : 1u << fiber.lane;
   for (const Fiber* lane : warp.lanes) message->fences[lane->lane] = lane->fences;
+  message->from = static_cast<int>(reinterpret_cast<const uint64_t*>(transport)[1]);
   message->pe = pe;
   message->sender = std::string(what) + " of rank " + std::to_string(fiber.rank) + ", " +
                     fiber.block->kernel->name;
@@ -858,10 +864,11 @@ void send(uint64_t transport, void* dst, const void* src, uint64_t bytes, uint64
   if (bytes != 0) {
     message->dst = translate(transport, dst, bytes, pe, what);
     message->src = static_cast<const char*>(src);
-    const auto own = static_cast<int>(reinterpret_cast<const uint64_t*>(transport)[1]);
-    translate(transport, src, bytes, own, what);  // where RDMA can read
+    translate(transport, src, bytes, message->from, what);  // where RDMA can read
   }
   messages.push_back(message);
+  ++(bytes == 0 ? sent.signals : sent.puts);
+  sent.put_bytes += bytes;
   if (bytes == 0) {
     schedule_step({message, 0, 0, false, {}, 0});
     return;
@@ -1460,6 +1467,7 @@ int emulate_run(const emulate::Options* options, emulate::Report* report) {
   emulate::options = *options;
   random_state = mix(options->seed + 1);
   pass = switches = event_order = num_warps = 0;
+  sent = {};
   blocks_left = options->basic_blocks;
   is_preemptible = true;
   message_size = 0;
@@ -1470,7 +1478,8 @@ int emulate_run(const emulate::Options* options, emulate::Report* report) {
   if (result == 0) run_all();
   is_inside = false;
   restore_signals();
-  *report = {pass, switches, pass * options->nanoseconds_per_pass};
+  *report = {pass,      switches,       pass * options->nanoseconds_per_pass,
+             sent.puts, sent.put_bytes, sent.signals};
   forget_everything();
   return result;
 }

@@ -1,4 +1,4 @@
-"""What each rank does over real NVSHMEM; run by tests/dist/test_nvshmem.py."""
+"""Scenarios over real NVSHMEM, of one rank each; run by tests/dist/test_nvshmem.py."""
 
 from __future__ import annotations
 

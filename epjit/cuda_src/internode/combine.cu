@@ -6,16 +6,17 @@
 //   combined_topk_weights[t, k] = the same sums, not rounded
 //
 // in fp32; sums start from +0.0, the outer one from bias_0 if there is one. Domains where t has no
-// row are left out, and rows that a rank had no room for: `passing` has neither. No weight is applied to x. Channels, rings and rail peers are explained in
-// rail.cuh; index i of a channel is that of its dispatch.
+// row are left out, and rows that a rank had no room for: `passing` has neither. No weight is
+// applied to x. Channels, rings and rail peers are explained in rail.cuh; index i of a channel is
+// that of its dispatch.
 //
 //   slots[o]  [num_domains, num_local, num_slots, slot_bytes]  of local rank o; (n, j) is written by
 //             local rank j: rows of the channel (n, o), index i in slot i % num_slots:
 //             { row [hidden_bytes], topk_weights [num_topk] f32 }
 //   words[o]  [num_domains, num_local, num_slots]  row (n, j) by j, after the row
-//   stage     [num_domains, ring_slots, slot_bytes]  symmetric; sums for domain n until they are put
-//   inbox     [num_domains, ring_slots, slot_bytes]  symmetric; ring n by the rail peer in domain n:
-//             P_n of this rank's tokens, by index in the channel to n
+//   stage     [num_domains, ring_bytes]  symmetric; sums for domain n until they are put
+//   inbox     [num_domains, ring_bytes]  symmetric; ring n by the rail peer in domain n: P_n of
+//             this rank's tokens, by index in the channel to n
 //
 // Push    the first warps of a block: x -> slots of the local rank that the row goes back through,
 //         then the words. Rows that go back through this rank are read where they lie.
@@ -75,7 +76,7 @@ struct InternodeCombineParams : Operation, RailParams, RingParams {
   uint64_t slots[kMaxRanks];     // symmetric, of each local rank
   uint64_t words[kMaxRanks];     // symmetric, of each local rank
   char* inbox;                   // this rank's
-  // local [2 + ranks + 5 * num_domains]: ticket, next token to reduce, next unit to push of each
+  // own [2 + ranks + 5 * num_domains]: ticket, next token to reduce, next unit to push of each
   // channel, next chunk to sum of each domain, what is used of (slots, window & 1) and of (inbox,
   // window & 1) of each domain; zero on entry and on exit
   uint32_t* counters;
@@ -184,7 +185,7 @@ class InternodeCombine {
     return min(max(segment_start(source), 0), p.num_rows);
   }
 
-  // Where `passing` has the tokens of the channel (n, local).
+  // Index in `passing` of the first token of the channel (n, local).
   __device__ int passing_start(int n) const { return n == 0 ? 0 : p.passing_prefix[n - 1]; }
 
   __device__ uint32_t passing(int place) const {
@@ -247,7 +248,7 @@ class InternodeCombine {
 
   // ---- rows of one domain -----------------------------------------------------------------------
 
-  // Where the rows of a token lie: lane j has that of local rank j, or null.
+  // Address of a row of a token, and of its weights: lane j has that of local rank j, or null.
   struct Rows {
     const char* row;
     const float* weights;

@@ -9,13 +9,13 @@
 // dtype. A row that does not lie below num_recv_rows of d is written nowhere. Channels, rings and rail
 // peers are explained in rail.cuh.
 //
-//   inbox[m, l] [num_domains, ring_slots, slot_bytes]  symmetric; ring n is written by the rail peer
-//               in domain n (its own rank for its own domain), read by all ranks of domain m:
-//               { row [hidden_bytes], scales [num_scales] u32, topk_idx [num_topk] i32, topk_weights
+//   inbox[m, l] [num_domains, ring_bytes]  symmetric; ring n is written by the rail peer in domain n
+//               (its own rank for its own domain), read by all ranks of domain m. Of a slot: { row
+//               [hidden_bytes], scales [num_scales] u32, topk_idx [num_topk] i32, topk_weights
 //               [num_topk] f32, positions [num_local] i32, token i32 }; positions[j] is that among
 //               the tokens of the source that go to (m, j), or -1
-//   stage       [num_domains, ring_slots, slot_bytes]  symmetric; where tokens for domain n lie
-//               until they are put into the inbox there
+//   stage       [num_domains, ring_bytes]  symmetric; where tokens for domain n lie until they are
+//               put into the inbox there
 //   words[d]    [num_domains, num_local, ring_slots]   on rank d of domain m; row (n, l) is written
 //               by (m, l): which token of the channel lies in the slot, and its position for d
 //
@@ -83,7 +83,7 @@ struct InternodeDispatchParams : Operation, RailParams, RingParams {
                         // local rank j has room for; not read where passing is null
   uint64_t inbox[kMaxRanks];  // symmetric, of each local rank, as mapped here
   uint64_t words[kMaxRanks];  // symmetric, of each local rank
-  // local [2 + 2 * ranks]: ticket, next chunk, tokens pulled of (channel, window & 1); zero on entry
+  // own [2 + 2 * ranks]: ticket, next chunk, tokens pulled of (channel, window & 1); zero on entry
   // and on exit
   uint32_t* counters;
   int32_t ring_slots;
@@ -167,12 +167,12 @@ class InternodeDispatch {
  private:
   __device__ int window_tokens() const { return p.ring_slots / 2; }
 
-  // Where the token of the channel (n, l) to this domain lies.
+  // Slot of a token of the channel (n, l) to this domain.
   __device__ char* inbox(int l, int n, int index) const {
     return reinterpret_cast<char*>(p.inbox[l]) + rail.ring_offset(n, index, kSlotBytes);
   }
 
-  // Where a token for domain n is written.
+  // Slot that a token for domain n is written to.
   __device__ char* send_slot(int n, int index) const {
     return n == p.domain ? inbox(p.local, n, index)
                          : p.stage + rail.ring_offset(n, index, kSlotBytes);

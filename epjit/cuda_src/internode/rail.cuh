@@ -1,4 +1,4 @@
-// What the three kernels between NVLink domains share: who is who, the rings between rail peers, and
+// Rails, for the three kernels between NVLink domains: who is who, the rings between rail peers, and
 // what these tell each other.
 //
 // A rank is (domain, local). Its rail peers are the ranks of the same `local` in the other domains;
@@ -30,6 +30,11 @@
 // A put or signal of an operation has come before its sender can begin the one after the next: the
 // sender's peers wait for all of it, or (a credit) it is sent only if it will be waited for. So
 // nothing is on its way to memory that a Buffer has given back.
+//
+// A rank ends an operation while its last puts may still read its stage. The next operation writes
+// for domain n when n is ready: the rail peer there has ended the one before, so all puts to it have
+// come, but those to other domains may still read. So ring n lies in the same ring_bytes in every
+// operation, however long its slots are: nothing but a put to n has read there.
 #pragma once
 #include "epjit/sync.cuh"
 #include "epjit/transport.cuh"
@@ -51,6 +56,7 @@ struct RailParams {
 struct RingParams {
   uint64_t done[kMaxRanks];  // symmetric, of each local rank
   char* stage;               // this rank's
+  int64_t ring_bytes;        // of a ring of inbox or stage, whatever the operation's slots
   uint64_t* credits;         // this rank's
   uint64_t* staged;
 };
@@ -63,7 +69,7 @@ class Rail {
   static_assert(kChunk >= 1 && kChunk <= kWarpSize, "one lane a token");
 
  public:
-  // What a fault record calls the waits.
+  // Numbers of the waits in a fault record.
   struct Tags {
     WaitTag start, entry, ready;
   };
@@ -195,8 +201,9 @@ class Rail {
     return true;
   }
 
+  // In an inbox or a stage.
   __device__ int64_t ring_offset(int n, int index, int slot_bytes) const {
-    return (static_cast<int64_t>(n) * p.ring_slots + index % p.ring_slots) * slot_bytes;
+    return n * p.ring_bytes + static_cast<int64_t>(index % p.ring_slots) * slot_bytes;
   }
 
  private:

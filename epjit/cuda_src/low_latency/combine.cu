@@ -63,8 +63,8 @@ struct LowLatencyCombineParams : Operation, PeerParams, LowLatencyParams {
                                  // each owner, -1 = none here, -2 = beyond the slab
   char* out;                     // [num_tokens, hidden] bf16
   int64_t* wait_cost;            // [num_ranks], += cycles until it had begun; or null
-  char* send_buffer;             // symmetric, own, as x; null in one domain
-  // local [3]: ticket, next pushing unit, next reducing unit; zero on entry and on exit
+  char* send_buffer;             // symmetric, this rank's, as x; null in one domain
+  // own [3]: ticket, next pushing unit, next reducing unit; zero on entry and on exit
   uint32_t* counters;
   int32_t words_stride;  // words of a half
   int32_t num_tokens;

@@ -51,7 +51,7 @@ struct LowLatencyReducedCombineParams : Operation, LowLatencyParams {
                                  // each owner, -1 = none here, -2 = beyond the slab
   char* out;                     // [num_tokens, hidden] bf16
   int64_t* wait_cost;            // [num_ranks], += cycles until it had begun; or null
-  uint32_t* counters;            // local [3]: ticket, next unit to send, next unit to add; zero on
+  uint32_t* counters;            // own [3]: ticket, next unit to send, next unit to add; zero on
                                  // entry and on exit
   int32_t words_stride;          // words of a half
   int32_t num_tokens;
@@ -124,7 +124,7 @@ class LowLatencyReducedCombine {
     return words(owner) + (token * kRanks + writer) * p.num_parts + part;
   }
 
-  // Where `reader` finds the weight of a selection, token * kTopk + k, of `owner`.
+  // Word in which `reader` finds the weight of a selection, token * kTopk + k, of `owner`.
   __device__ uint64_t* weight_word(int reader, int owner, int selection) const {
     return words(reader) + p.max_tokens * (kRanks * p.num_parts + owner * kTopk) + selection;
   }

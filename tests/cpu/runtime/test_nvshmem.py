@@ -180,13 +180,13 @@ def test_every_kernel_is_linked_with_ibgda(
 def test_body_and_kernel_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPJIT_CACHE_DIR", str(tmp_path))
     compiled: list[str] = []
-    real = nvrtc.compile_ltoir
+    real = nvrtc.compile_unit
 
     def counting(text: str, name: str, **options: Any) -> Any:
         compiled.append(name.partition(" ")[0])
         return real(text, name, **options)
 
-    monkeypatch.setattr(nvrtc, "compile_ltoir", counting)
+    monkeypatch.setattr(nvrtc, "compile_unit", counting)
     with ring_sources():
         assert not compile_kernel(RingConfig(), arch="sm_90a").from_cache
         assert compile_kernel(RingConfig(), arch="sm_90a").from_cache
@@ -249,7 +249,7 @@ def fake_library(root: Path, version: str = "3.4.5") -> Path:
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """What this process has loaded, as the tests have it."""
+    """Libraries that this process has loaded, as the tests have it."""
     files: list[Path] = []
     monkeypatch.setattr(nvshmem, "_loaded_libraries", lambda: sorted(files))
     return files
@@ -367,7 +367,7 @@ def test_numbers_follow_hosts() -> None:
 
 @pytest.fixture
 def members(monkeypatch: pytest.MonkeyPatch) -> list[nvshmem._Member]:
-    """What four ranks say of themselves."""
+    """Four ranks, as they introduce themselves."""
     found = [
         nvshmem._Member(
             version=(3, 4, 5), host="a", hostname="a", process=str(rank), pe=rank, num_pes=4
@@ -386,7 +386,7 @@ def members(monkeypatch: pytest.MonkeyPatch) -> list[nvshmem._Member]:
 
 
 def outcome(members: list[nvshmem._Member]) -> Any:
-    """What all ranks return or raise; it is the same."""
+    """The result of all ranks, or their error; it is the same."""
     found = run_threads(len(members), nvshmem.run)  # type: ignore[attr-defined]
     assert len({str(each) for each in found}) == 1
     return found[0]
@@ -583,7 +583,7 @@ def test_networks_that_differ_are_told_to_all(
 
 
 class Kernels:
-    """What the driver and NVSHMEM are asked for, with the thread's capture mode at that time."""
+    """Calls of the driver and of NVSHMEM, with the capture mode of the thread at that time."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, int]] = []

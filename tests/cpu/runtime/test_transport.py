@@ -126,7 +126,7 @@ def test_a_disagreement_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def nvshmem(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What NVSHMEM is told when it begins."""
+    """Settings that NVSHMEM is told when it begins."""
     told: dict[str, str] = {}
 
     def initialize(group: Any, *, device: int, settings: dict[str, str], **_: bool) -> World:
@@ -222,7 +222,7 @@ def test_a_proxy_gets_larger_chunks(through_proxy: bool, mib: int, tokens: int) 
     vars(mode).update(
         _transport=SimpleNamespace(through_proxy=through_proxy),
         _topology=Topology(0, TWO_BY_TWO),
-        _rings=SimpleNamespace(bytes=mib << 19),
+        _rings=SimpleNamespace(num_rdma_bytes=mib << 20),
         _arch="sm_90a",
     )
     shapes = (DispatchShape(14336, 0, 8, True), CombineShape(14336, 8, is_f16=False))
