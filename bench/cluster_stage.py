@@ -131,7 +131,7 @@ class Stage:
         """For the low-latency mode."""
         plan = self.plan
         num_bytes = epjit.Buffer.get_low_latency_rdma_size_hint(
-            plan.low_latency_tokens, plan.hidden, self.size, plan.experts
+            max(plan.low_latency_tokens, plan.times[1]), plan.hidden, self.size, plan.experts
         )
         return epjit.Buffer(
             self.group,
@@ -306,7 +306,7 @@ class Stage:
             buffer,
             self.group,
             settings,
-            min(plan.times[1], plan.low_latency_tokens),
+            plan.times[1],
             use_fp8=True,
             index_dtype=torch.int64,
         )
@@ -317,12 +317,18 @@ class Stage:
 
     def kill(self) -> None:
         """The last rank kills itself in a round; what do the others see, and when?"""
-        buffer, wrong = self.normal_buffer(), Wrong()
+        self._rounds_with_a_death(self.normal_buffer(), self.normal_round)
+
+    def kill_low_latency(self) -> None:
+        """The same in the low-latency mode, where each rank sends to all."""
+        self._rounds_with_a_death(self.low_latency_buffer(), self.low_latency_round)
+
+    def _rounds_with_a_death(self, buffer: epjit.Buffer, one_round: Callable[..., None]) -> None:
         for number in range(6):
             if number == 3 and self.rank == self.size - 1:
                 os.kill(os.getpid(), signal.SIGKILL)
             self.say(op="round", number=number)
-            self.normal_round(buffer, number, wrong)
+            one_round(buffer, number, Wrong())
 
     def graph(self) -> None:
         """Replays of a captured pair, while what other Buffers leave is collected."""
@@ -378,7 +384,7 @@ def main() -> int:
     stage = Stage(Plan(**{**fields, "times": tuple(fields["times"])}), out)
     try:
         getattr(stage, name)()
-        if name != "kill":
+        if not name.startswith("kill"):
             dist.barrier()  # rank 0 has the store
     except Exception as error:
         logging.exception("stage %s", name)

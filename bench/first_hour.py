@@ -38,7 +38,8 @@ import epjit
 from epjit.bench.timing import free_port
 
 ROOT = Path(__file__).resolve().parents[1]
-STAGES = ("check", "soak", "times", "kill", "graph")
+DEATHS = ("kill", "kill_low_latency")  # stages in which a rank ends, and nothing is judged
+STAGES = ("check", "soak", "times", *DEATHS, "graph")
 KILL_LIMIT = 900.0  # seconds that survivors get: a GPU's wait for a NIC may have no end
 TAIL = 30  # lines of what a rank wrote before it failed
 
@@ -169,7 +170,7 @@ class Hour:
             child = subprocess.Popen(
                 command, env=environ, stdout=subprocess.PIPE, stderr=log, text=True
             )
-            seconds = min(self.args.limit, KILL_LIMIT if name == "kill" else math.inf)
+            seconds = min(self.args.limit, KILL_LIMIT if name in DEATHS else math.inf)
             limit = threading.Timer(seconds, child.kill)
             limit.start()
             assert child.stdout is not None
@@ -189,7 +190,7 @@ class Hour:
             limit.cancel()
             end: Row = {"op": "end", "stage": name, "with": variables, "rank": self.rank}
             end |= {"exit_code": code, "seconds": round(time.monotonic() - began, 1)}
-            if name == "kill":
+            if name in DEATHS:
                 end["seconds_after_last_round"] = round(time.monotonic() - last, 1)
             if code:
                 log.seek(0)
@@ -234,7 +235,7 @@ def failed(rows: Sequence[Row]) -> list[str]:
         run = f"{row.get('stage')} {row.get('with', '')}".strip()
         if row.get("wrong_rows"):
             lines.append(f"{run}: rank {row.get('rank')} has {row['wrong_rows']} wrong rows")
-        if row["op"] == "end" and row["exit_code"] and row["stage"] != "kill":
+        if row["op"] == "end" and row["exit_code"] and row["stage"] not in DEATHS:
             lines.append(f"{run}: rank {row['rank']} ended with {row['exit_code']}")
     return lines
 
@@ -265,7 +266,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
                 lines.append(f"{run}: {told}, {row.get('wrong_rows', 0)} rows wrong")
             case "error":
                 lines.append(f"{run}: {row['kind']}: {row['message']}")
-            case "end" if row["stage"] == "kill":
+            case "end" if row["stage"] in DEATHS:
                 lines.append(
                     f"{run}: rank {row['rank']} ended with {row['exit_code']}, "
                     f"{row['seconds_after_last_round']} s after its last round began"

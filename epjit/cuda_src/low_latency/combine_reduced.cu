@@ -258,6 +258,7 @@ class LowLatencyReducedCombine {
     const char* const own =
         stays >= 0 && is_whole() ? p.x + static_cast<int64_t>(stays) * kRowBytes : nullptr;
     const uint32_t own_rows = __ballot_sync(kFullMask, own != nullptr);
+    const int own_rank = own_rows != 0 ? p.rank : -1;
     for_each_vec<kVecs>(part, p.num_parts, lane, [&](int vec, bool valid) {
       Vec16 v[kRanks];
 #pragma unroll
@@ -269,7 +270,7 @@ class LowLatencyReducedCombine {
       float total[8] = {};
 #pragma unroll
       for (int r = 0; r < kRanks; ++r) {
-        const bool is_own = r == p.rank && own_rows != 0;
+        const bool is_own = r == own_rank;
         if (!is_own && of_lane(row, r) == nullptr) continue;
         add_weighted(total, 1.0f, is_own ? mine : v[r]);
       }
