@@ -21,14 +21,14 @@ _NEW_TIMEOUTS = (3, 8)
 
 
 class Network(NamedTuple):
-    """What one rank has and wants, before NVSHMEM begins.
+    """NICs and wishes of one rank, before NVSHMEM begins.
 
     Attributes:
-        ibgda: What ``NVSHMEM_IB_ENABLE_IBGDA`` says; None when it is unset.
-        transport: What ``NVSHMEM_REMOTE_TRANSPORT`` says; empty when it is unset.
+        ibgda: ``NVSHMEM_IB_ENABLE_IBGDA``; None when it is unset.
+        transport: ``NVSHMEM_REMOTE_TRANSPORT``; empty when it is unset.
         links: Kinds of the NICs' active ports, such as ``InfiniBand``, in order; None when
             ``NVSHMEM_HCA_LIST`` chooses among them.
-        no_ibgda: Why IBGDA cannot begin here; empty when, as far as is known, it can.
+        no_ibgda: Reason why IBGDA cannot begin here; empty when, as far as is known, it can.
         has_gdrcopy: Whether the CPU can write to memory of the GPU, through GDRCopy.
     """
 
@@ -42,11 +42,11 @@ class Network(NamedTuple):
 def look(
     root: Path = Path("/"), *, no_device_code: str = "", loads: Callable[[str], bool] | None = None
 ) -> Network:
-    """What this rank has and wants.
+    """Looks at the NICs of this host, and at the variables of this rank.
 
     Args:
-        root: Where ``sys`` and ``dev`` are.
-        no_device_code: Why no kernel can be linked with IBGDA's device code; empty when one can.
+        root: Folder of ``sys`` and ``dev``.
+        no_device_code: Reason why no kernel can be linked with IBGDA's device code, or empty.
         loads: Whether the loader finds a library.
 
     Raises:
@@ -156,7 +156,7 @@ def settings(
 
     Args:
         networks: Of all ranks.
-        ibgda: What `use_ibgda` says.
+        ibgda: Result of `use_ibgda`.
         version: NVSHMEM's.
         may_lose_ranks: Whether the group goes on without a rank that is gone.
     """

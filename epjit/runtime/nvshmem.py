@@ -282,8 +282,8 @@ class World(NamedTuple):
 
     Attributes:
         pes: NVSHMEM's number (PE) of each rank.
-        transport: What carries bytes between hosts, such as ``"ibgda"`` or ``"ibrc"``; empty when
-            there is one host, or nothing that does.
+        transport: Carrier of bytes between hosts, such as ``"ibgda"`` or ``"ibrc"``; empty when
+            there is one host, or none that NVSHMEM has begun.
     """
 
     pes: list[int]

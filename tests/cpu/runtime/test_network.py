@@ -1,4 +1,4 @@
-"""What ranks find of NICs, what they agree on for NVSHMEM, and what they say when they cannot."""
+"""The network under NVSHMEM: NICs that ranks find, settings they agree on, and refusals."""
 
 from __future__ import annotations
 

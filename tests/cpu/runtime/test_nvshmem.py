@@ -583,7 +583,7 @@ def test_networks_that_differ_are_told_to_all(
 
 
 class Kernels:
-    """What the driver and NVSHMEM are asked for, with the thread's capture mode at that time."""
+    """Calls of the driver and of NVSHMEM, with the capture mode of the thread at that time."""
 
     def __init__(self) -> None:
         self.calls: list[tuple[str, int, int]] = []
