@@ -82,8 +82,8 @@ class Buffer(Life):
             works too, in more (or fewer) rounds. About 5 MB are added.
         num_rdma_bytes: Bytes of the RDMA buffer, a multiple of 128. With several domains the normal
             mode needs what `Config.get_rdma_buffer_size_hint` says; the low-latency calls need what
-            `get_low_latency_rdma_size_hint` says, the larger of both with both. Must be 0 when
-            nothing uses it.
+            `get_low_latency_rdma_size_hint` says (and take twice that with several domains), the
+            larger of both with both. Must be 0 when nothing uses it.
         low_latency_mode: Whether the low-latency calls can be made. The normal mode works beside
             it, with memory of its own.
         num_qps_per_rank: Queue pairs to each rank of another domain.

@@ -159,7 +159,8 @@ def low_latency_size_hint(max_tokens: int, hidden: int, num_ranks: int, num_expe
     """Bytes that dispatch and combine need for these sizes, in any format and for any top-k.
 
     Half of them hold rows that arrive, for calls with even and odd numbers; the other half is the
-    buffer of `get_next_low_latency_combine_buffer`.
+    buffer of `get_next_low_latency_combine_buffer`. Between NVLink domains a Buffer takes as much
+    again, where rows are staged that leave.
 
     Args:
         max_tokens: `M`.

@@ -214,7 +214,7 @@ class LowLatencyChecks(Checks):
             max_tokens * 2 * hidden * max(num_topk, self.num_ranks),
             (max_tokens, hidden, num_experts),
         )
-        if zero_copy or self.spans_domains:  # to other domains rows are sent from there
+        if zero_copy or self.spans_domains:  # rows to other domains are staged in as much
             self._room_to_send((max_tokens, hidden, num_experts))
         return CombineSizes(
             num_tokens,
@@ -333,28 +333,6 @@ def _end(src_info: object) -> object:
     if not isinstance(src_info, torch.Tensor):
         return None
     return src_info.untyped_storage().nbytes(), src_info.storage_offset()
-
-
-def check_source(x: torch.Tensor, begin: int, end: int, *, use_logfmt: bool) -> None:
-    """The rows of a combine between domains, which are staged in the send buffer.
-
-    Args:
-        x: The rows.
-        begin: Address of the send buffer.
-        end: The address behind it.
-        use_logfmt: Whether they are encoded there.
-
-    Raises:
-        ValueError: They lie there already, and not each where it would be staged.
-    """
-    first = x.data_ptr()
-    if first >= end or first + x.nbytes <= begin or (first == begin and not use_logfmt):
-        return
-    raise ValueError(
-        "x overlaps the buffer of get_next_low_latency_combine_buffer, which between NVLink "
-        "domains the rows are sent from; pass another tensor, or that buffer with "
-        "zero_copy=True and without use_logfmt"
-    )
 
 
 def check_variant(num_domains: int) -> None:

@@ -8,14 +8,11 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from epjit.checks.low_latency import check_source
 from epjit.kernels import internode, intranode, low_latency
 from epjit.kernels.shapes import CombineShape, DispatchShape
 from epjit.modes.normal import agree_on_kernel
 
 if TYPE_CHECKING:
-    import torch
-
     from epjit.calls import LowLatencyCombine, Setup
 
 _ARCH = "sm_90a"
@@ -67,17 +64,13 @@ class ChosenKernels:
         elif isinstance(config, intranode.CombineConfig):
             intranode.check_warps(config, num_sms)
 
-    def check_low_latency_combine(self, call: LowLatencyCombine, send_buffer: torch.Tensor) -> None:
+    def check_low_latency_combine(self, call: LowLatencyCombine) -> None:
         """Refuses a low-latency combine that a GPU would refuse.
 
         Raises:
-            ValueError: There is no such variant, it has no room for so many tokens, or the rows lie
-                where they would be staged.
+            ValueError: There is no such variant, or it has no room for so many tokens.
         """
-        x, sizes, several = call.given.x, call.sizes, self._topology.spans_domains
-        if several and not sizes.zero_copy:
-            begin = send_buffer.data_ptr()
-            check_source(x, begin, begin + send_buffer.nbytes, use_logfmt=sizes.use_logfmt)
+        sizes, several = call.sizes, self._topology.spans_domains
         shape = low_latency.LowLatencyCombineShape.of(sizes)
         config = low_latency.config_of(shape, self._group.size, _ARCH, remote=several)
         if isinstance(config, low_latency.LowLatencyReducedCombineConfig):

@@ -341,7 +341,7 @@ class CpuLowLatency:
         """Brings rows back and sums them with weights; what receives, or None, comes along."""
         x, topk_idx, topk_weights, out, _ = call.given
         sizes = call.sizes
-        self._chosen.check_low_latency_combine(call, self._half)
+        self._chosen.check_low_latency_combine(call)
         combined = out
         if combined is None:
             shape = (sizes.num_tokens, sizes.hidden)

@@ -82,10 +82,9 @@ class _Rings:
         self.ring_bytes = ring_bytes(num_domains, num_rdma_bytes)
         self.stage = num_domains * self.ring_bytes
         self.control = align(num_rdma_bytes)  # from here on nothing is the user's
-        self.ready = self.control
-        self.credits = self.ready + num_domains * 2 * 8
-        self.entered = self.credits + num_domains * 2 * 8
-        self.notify_arrived = self.entered + num_domains * 2 * 8
+        self.entered = self.control  # and behind it `ready`
+        self.credits = self.entered + 2 * num_domains * 2 * 8
+        self.notify_arrived = self.credits + num_domains * 2 * 8
         self.arrived = self.notify_arrived + num_domains * 8
         self.staged = self.arrived + num_domains * self.max_slots * 8
         self.notify_inbox = align(self.staged + num_domains * self.max_slots * 8)
@@ -146,11 +145,9 @@ class Internode(Normal):
         self._meet(resources)
 
     def _common(self) -> dict[str, object]:
-        own = self.rdma_memory.ptr
         return {
             **super()._common(),
             "entered": self._everywhere(self._rings.entered, self.rdma_memory),
-            "ready": own + self._rings.ready,
             "ranks": self._ranks.data_ptr(),
             "pes": self._pes.data_ptr(),
             "transport": self._transport.context,

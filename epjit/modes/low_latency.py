@@ -3,7 +3,8 @@
 Memory of one rank, in one symmetric allocation (`_Arena`): first `num_rdma_bytes` that users may
 look at and write to between operations; then signals and words, which they may not. The kernels'
 headers (`cuda_src/low_latency/*.cu`) say who writes what. Ranks of other NVLink domains are reached
-by RDMA (`peers.cuh`).
+by RDMA (`peers.cuh`); what a combine sends them is staged behind the signals, in as much memory
+again.
 """
 
 from __future__ import annotations
@@ -21,7 +22,6 @@ from epjit.calls import (
     LowLatencyDispatch,
     Setup,
 )
-from epjit.checks.low_latency import check_source
 from epjit.checks.match import remember
 from epjit.config import MAX_LOW_LATENCY_EXPERTS, MAX_LOW_LATENCY_TOKENS, MAX_RANKS
 from epjit.handles import LowLatencyDispatched, LowLatencyHandle, LowLatencySpecs, rows_in
@@ -60,7 +60,7 @@ class _Arena:
 
     def __init__(self, num_ranks: int, num_rdma_bytes: int, *, remote: bool = False) -> None:
         self.half_bytes = num_rdma_bytes // 4  # 32-byte aligned, as num_rdma_bytes is 128-byte
-        self.send_buffer = num_rdma_bytes // 2
+        self.send_buffer = num_rdma_bytes // 2  # what zero_copy reads
         self.signals = align(num_rdma_bytes)  # from here on nothing is the user's
         # Up to `entered`, of which there are two for each rank when some are remote.
         num_signals = 4 * MAX_RANKS + max(2 * num_ranks, MAX_RANKS)
@@ -74,7 +74,9 @@ class _Arena:
         self.staged_counts = align(self.counts + counts_bytes)
         self.words = align(self.staged_counts + (counts_bytes if remote else 0))
         self.words_stride = NUM_WORDS
-        self.total = self.words + 2 * self.words_stride * 8
+        self.staging = align(self.words + 2 * self.words_stride * 8)
+        self.staging_half_bytes = align(num_rdma_bytes // 2) if remote else 0  # as the send buffer
+        self.total = self.staging + 2 * self.staging_half_bytes
 
 
 class _Plan(Generic[Specs]):
@@ -214,7 +216,11 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
                 decisions=self._decisions.data_ptr(),
             )
         elif isinstance(config, LowLatencyCombineConfig):
-            bound.update(**self._reach(), send_buffer=own and own + arena.send_buffer)
+            bound.update(
+                **self._reach(),
+                staging=own and own + arena.staging,
+                staging_half_bytes=arena.staging_half_bytes,
+            )
         return Launch(self._kernel(config), **bound)
 
     def _agree(self, config: KernelConfig, **sizes: int) -> None:
@@ -309,8 +315,6 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         x, topk_idx, topk_weights, out, cycles = call.given
         if sizes.zero_copy:
             x = self.send_buffer(sizes)
-        elif self._remote:
-            self._check_source(x, use_logfmt=sizes.use_logfmt)
         if out is None:
             (out,) = self._empty(plan.outputs)
         scope.start()
@@ -328,14 +332,6 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
             return out, self._split(plan, scope.stream, values, (call, out))
         plan.launch.start(scope.stream, plan.grid, values, plan.whole)
         return out, None
-
-    def _check_source(self, x: torch.Tensor, *, use_logfmt: bool) -> None:
-        """Between domains rows are staged in the send buffer, and must not lie there already.
-
-        Unless each lies where it would be staged.
-        """
-        begin = self.memory.ptr + self._arena.send_buffer
-        check_source(x, begin, self.memory.ptr + self._arena.signals, use_logfmt=use_logfmt)
 
     @staticmethod
     def _split(

@@ -138,17 +138,3 @@ def test_a_low_latency_combine_that_no_kernel_runs(
 
     said = "is not a variant" if variant == "pull" else "=reduced has room for"
     assert all(said in each for each in refused(body))
-
-
-def test_rows_that_lie_where_they_would_be_staged() -> None:
-    def body(comm: Any) -> None:
-        buffer = Buffer(None, 0, 1 << 20, True, comm=comm, nvlink_domain=1)
-        idx = torch.zeros((1, 1), dtype=torch.int64)
-        x = torch.ones((1, 256), dtype=torch.bfloat16)
-        *_, handle, _, _ = buffer.low_latency_dispatch(x, idx, 4, 2, use_fp8=False)
-        buffer.get_next_low_latency_combine_buffer(handle)
-        memory = buffer.get_local_buffer_tensor(torch.bfloat16, use_rdma_buffer=True)
-        y = memory[(1 << 18) + 256 :][: 8 * 256].view(1, 8, 256)
-        buffer.low_latency_combine(y, idx, torch.ones((1, 1)), handle)
-
-    assert all("x overlaps the buffer of get_next_low_latency" in each for each in refused(body))

@@ -138,7 +138,7 @@ class Rank(emulated.Rank):
     signals: Tensor
     done: Tensor
     rings: Tensor  # inbox, then stage
-    control: Tensor  # ready, credits, arrived of notify, arrived
+    control: Tensor  # entered, ready, credits, arrived of notify, arrived
     notify: Tensor  # inbox, then stage
     staged: Tensor
 
@@ -192,10 +192,9 @@ class World(normal.World):
         rank.signals[:8] = stamp(epoch, 0)  # finish
         rank.signals[32:] = stamp(epoch, 0)  # entered
         num_domains = self.shape.num_domains
-        for first in (0, 4 * num_domains):  # ready, entered: [num_domains, epoch & 1]
-            words = rank.control[first : first + 2 * num_domains]
-            words[epoch & 1 :: 2] = stamp(epoch, 0)
-            words[(epoch - 1) & 1 :: 2] = stamp(epoch - 1, 0)
+        words = rank.control[: 4 * num_domains]  # entered, ready: [num_domains, epoch & 1]
+        words[epoch & 1 :: 2] = stamp(epoch, 0)
+        words[(epoch - 1) & 1 :: 2] = stamp(epoch - 1, 0)
 
     def route(self) -> Routing:
         return Routing(self)
@@ -218,9 +217,8 @@ class World(normal.World):
             if is_notify
             else mine.rings[num_domains * self.ring_bytes :],
             "ring_bytes": self.ring_bytes,
-            "ready": mine.control,
-            "credits": mine.control[2 * num_domains :],
-            "entered": [each.control[4 * num_domains :] for each in peers],
+            "entered": [each.control for each in peers],
+            "credits": mine.control[4 * num_domains :],
             "arrived": mine.control[(6 if is_notify else 7) * num_domains :],
             "staged": mine.staged,
             "ranks": self.ranks_table,
@@ -372,6 +370,21 @@ def test_one_round(cut: tuple[int, int], tma: bool) -> None:
         world = World(shape, seed=seed)
         world.one_round()
         world.run(seed)
+
+
+def test_no_operation_waits_for_what_it_has_sent() -> None:
+    """A fence or a quiet takes one thread past every queue of every rank (IBGDA)."""
+    world = World(Shape(), seed=1)
+    routing = world.route()
+    notify = world.run(1)
+    routing.dispatch()
+    dispatch = world.run(2)
+    routing.combine()
+    combine = world.run(3)
+    for report in (notify, dispatch, combine):
+        assert report.puts > 0
+        assert report.received > 0
+        assert (report.fences, report.quiets) == (0, 0)
 
 
 @pytest.mark.parametrize(

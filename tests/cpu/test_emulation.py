@@ -211,9 +211,24 @@ def test_put_and_what_it_promises(seed: int) -> None:
 @pytest.mark.parametrize("kind", ["kPutNoQuiet", "kPutFillsLate", "kPutNoFence", "kPutOtherThread"])
 def test_put_without_what_it_needs_is_seen(kind: str) -> None:
     """A source that changes too early or is filled too late, a signal that no fence holds back."""
-    wrong = [run_put(kind, seed) for seed in range(6)]
+    wrong = [run_put(kind, seed, sources_may_change=True) for seed in range(6)]
     assert max(wrong) > 0
-    assert wrong == [run_put(kind, seed) for seed in range(6)]  # the seed decides all of it
+    again = [run_put(kind, seed, sources_may_change=True) for seed in range(6)]
+    assert wrong == again  # the seed decides all of it
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [
+        ("kPutNoQuiet", "epjit_put_signal of rank 0, selftest: its source, .* was written before"),
+        ("kPutFillsLate", "its source, .* was written before it was read"),
+        ("kPutNotReceived", "rank 1, selftest, .* reads .* has put, before epjit_received"),
+    ],
+)
+def test_put_that_needs_luck_is_an_error(kind: str, message: str) -> None:
+    for seed in range(6):
+        with pytest.raises(EmulationError, match=message):
+            run_put(kind, seed)
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """Cost of a run, and the messages that its ranks sent through the transport.
+    """Cost of a run, and the calls of transport.cuh by all its kernels.
 
     Attributes:
         passes: Turns of the scheduler.
@@ -90,6 +90,9 @@ class Report:
         puts: Messages with bytes between domains; most bring a signal.
         put_bytes: Their bytes.
         signals: Messages that are a signal alone.
+        fences: Calls of `epjit_fence`.
+        quiets: Calls of `epjit_quiet`.
+        received: Calls of `epjit_received`.
     """
 
     passes: int
@@ -98,6 +101,9 @@ class Report:
     puts: int
     put_bytes: int
     signals: int
+    fences: int
+    quiets: int
+    received: int
 
 
 class _Options(ctypes.Structure):
@@ -109,6 +115,7 @@ class _Options(ctypes.Structure):
         ("max_passes", ctypes.c_uint64),
         ("nanoseconds_per_pass", ctypes.c_uint64),
         ("latest_message", ctypes.c_uint64),
+        ("sources_may_change", ctypes.c_int32),
         ("num_gpus", ctypes.c_int32),
         ("places", ctypes.c_int32),
         ("slow_from", ctypes.c_int32),
@@ -124,6 +131,9 @@ class _Report(ctypes.Structure):
         ("puts", ctypes.c_uint64),
         ("put_bytes", ctypes.c_uint64),
         ("signals", ctypes.c_uint64),
+        ("fences", ctypes.c_uint64),
+        ("quiets", ctypes.c_uint64),
+        ("received", ctypes.c_uint64),
     )
 
 
@@ -141,6 +151,7 @@ def emulate(
     yield_percent: int = 20,
     basic_blocks: int = 200,
     latest_message: int = 20_000,
+    sources_may_change: bool = False,
     num_gpus: int = 1,
     places: int = 0,
     slow_link: tuple[int, int] | None = None,
@@ -157,6 +168,8 @@ def emulate(
         yield_percent: Chance to yield at an atomic or a release.
         basic_blocks: Mean number of basic blocks between preemptions; 0 = none.
         latest_message: Passes that a piece of what goes to another rank takes at most.
+        sources_may_change: Of such pieces, before they are read, as to a rank that is lost. Else
+            that is an error: whatever is written there was written too early.
         num_gpus: Of `places`; rank r is a stream of GPU r % num_gpus.
         places: Blocks that one GPU has room for; 0 = any number.
         slow_link: Only what the first of these numbers of the transport sends to the second is
@@ -179,6 +192,7 @@ def emulate(
         max_passes,
         nanoseconds_per_pass,
         latest_message,
+        sources_may_change,
         num_gpus,
         places,
         *(slow_link or (-1, -1)),

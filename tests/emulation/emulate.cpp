@@ -140,10 +140,11 @@ struct Warp {
   std::vector<Fiber*> lanes;
   unsigned runnable = 0, done = 0;
   unsigned meetings = 0;  // collectives of all lanes
-  int ready = -1;  // place in the list of warps that can run
+  int ready = -1;         // place in the list of warps that can run
   uint64_t id;
-  uint64_t number;    // no other warp of the run has it
-  unsigned puts = 0;  // that are sent
+  uint64_t number;                // no other warp of the run has it
+  unsigned puts = 0;              // that are sent
+  std::vector<const char*> seen;  // `landed`, by the signals that its lanes have acquired
 };
 
 // A plain access to shared memory: by a lane, kNobody or kSeveral of them, between two meetings of
@@ -170,7 +171,7 @@ struct Block {
   char* shared_map = nullptr;
   size_t shared_map_bytes = 0;
   unsigned arrived = 0, arrived_true = 0, done = 0, runnable = 0;
-  int loads = 0;  // bulk loads into shared memory under way
+  int loads = 0;            // bulk loads into shared memory under way
   unsigned phase = 1;       // barriers so far, and one
   std::vector<Byte> bytes;  // of shared memory, from the first plain access on
 };
@@ -217,16 +218,24 @@ struct Message {
   uint64_t* signal;  // or null
   uint64_t value;
   int pieces_left = 0;
-  bool is_urgent = false;  // a quiet() waits for it
+  bool has_landed = false;  // in part
+  bool is_urgent = false;   // a quiet() waits for it
 };
 
 // One step of a message: bytes, or its signal.
 struct Step {
   std::shared_ptr<Message> message;
-  unsigned begin, bytes;  // 0 bytes: the signal
-  bool is_early;          // `data` was read when it was sent
-  std::vector<char> data;
+  unsigned begin, bytes;   // 0 bytes: the signal
+  std::vector<char> data;  // of the source when it was sent: it must be there still
   uint64_t due;
+};
+
+// Bytes of a put that have come, or some of them, and that nobody may read before a warp that has
+// seen the signal has called epjit_received.
+struct Landed {
+  const char* end;
+  const uint64_t* signal;
+  bool has_signal;  // it has come
 };
 
 enum class EventType { kStart, kBlock, kCopy, kMessage, kFinish };
@@ -246,16 +255,17 @@ struct Options {
   uint64_t basic_blocks;  // mean number between two preemptions; 0 = none
   uint64_t max_passes;
   uint64_t nanoseconds_per_pass;
-  uint64_t latest_message;  // passes that a message takes at most
-  int32_t num_gpus;         // rank r is a stream of GPU r % num_gpus
-  int32_t places;           // blocks that a GPU has room for; 0 = any number
-  int32_t slow_from;        // pe whose messages to slow_to alone are slow; -1 = any piece may be
+  uint64_t latest_message;     // passes that a message takes at most
+  int32_t sources_may_change;  // before they are read; else that is an error
+  int32_t num_gpus;            // rank r is a stream of GPU r % num_gpus
+  int32_t places;              // blocks that a GPU has room for; 0 = any number
+  int32_t slow_from;           // pe whose messages to slow_to alone are slow; -1 = any piece may be
   int32_t slow_to;
 };
 
 struct Report {
   uint64_t passes, switches, nanoseconds;
-  uint64_t puts, put_bytes, signals;  // between domains; a put may have a signal
+  uint64_t puts, put_bytes, signals, fences, quiets, received;  // calls of transport.cuh
 };
 
 // A GPU: places that are taken, and blocks that have none yet, in the order in which they came.
@@ -272,11 +282,13 @@ std::vector<int> free_copies;
 std::vector<Step> steps;
 std::vector<int> free_steps;
 std::vector<std::shared_ptr<Message>> messages;  // that are not over
+std::map<const char*, Landed> landed;            // by the first byte; they do not overlap
+std::unordered_map<const uint64_t*, const char*> landed_by_signal;  // and some that are no more
 uint64_t num_warps;
+Report counted;                 // of this run, as far as it has come
 const char* landing = nullptr;  // sender of the message that is being moved
 std::priority_queue<Event, std::vector<Event>, std::greater<Event>> events;
 uint64_t pass, switches, event_order;
-Report sent;  // what of it is of messages
 uint64_t blocks_left;  // basic blocks until the next preemption
 Options options;
 Context scheduler;
@@ -589,6 +601,33 @@ bool release_block(Block& block) {
   return true;
 }
 
+// ---- bytes from other ranks ---------------------------------------------------------------------
+
+// The first of `landed` that has a byte of these; with none, its end.
+std::map<const char*, Landed>::iterator find_landed(const void* address, size_t size) {
+  const char* const begin = static_cast<const char*>(address);
+  auto found = landed.upper_bound(begin);
+  if (found != landed.begin() && std::prev(found)->second.end > begin) --found;
+  return found != landed.end() && found->first < begin + size ? found : landed.end();
+}
+
+// Written again, so that nobody reads what came.
+void forget_landed(const void* address, size_t size) {
+  if (landed.empty()) return;
+  for (auto each = find_landed(address, size); each != landed.end();
+       each = find_landed(address, size))
+    landed.erase(each);
+}
+
+void check_received(const void* address, size_t size, void* place) {
+  if (landed.empty()) return;
+  const auto found = find_landed(address, size);
+  if (found == landed.end()) return;
+  running->place = place;
+  fail("reads %p, which %s, before epjit_received", address,
+       found->second.has_signal ? "another rank has put" : "another rank still puts");
+}
+
 // ---- races in shared memory ---------------------------------------------------------------------
 //
 // As racecheck of compute-sanitizer sees them: a read and a write of one byte by two threads with no
@@ -613,6 +652,10 @@ void note_read(Byte& byte, const Access& now) {
 // Notes an access to shared memory that the running thread is about to make.
 void access(const void* address, size_t size, bool is_write, void* place) {
   if (!running) return;
+  if (is_write)
+    forget_landed(address, size);
+  else
+    check_received(address, size, place);
   const size_t begin =
       reinterpret_cast<uintptr_t>(address) - reinterpret_cast<uintptr_t>(running->shared);
   if (begin >= running->shared_bytes) return;
@@ -737,6 +780,7 @@ void land_store(int index) {
   Copy& copy = copies[static_cast<size_t>(index)];
   if (!copy.is_read) read_store(copy);
   memcpy(copy.dst, copy.data.data(), copy.bytes);
+  forget_landed(copy.dst, copy.bytes);
   copy.is_landed = true;
   copy.due = kNever;
   std::vector<int>& stores = copy.owner->stores;
@@ -808,11 +852,24 @@ void advance_step(int index) {
     return;
   }
   landing = message->sender.c_str();
-  if (step.bytes != 0)
-    memcpy(message->dst + step.begin, step.is_early ? step.data.data() : message->src + step.begin,
-           step.bytes);
-  else
+  if (step.bytes != 0) {
+    const char* const src = message->src + step.begin;
+    if (memcmp(src, step.data.data(), step.bytes) != 0 && !options.sources_may_change)
+      fail("%s: its source, %zu bytes at %p, was written before it was read", landing,
+           static_cast<size_t>(step.bytes), static_cast<const void*>(src));
+    memcpy(message->dst + step.begin, src, step.bytes);
+    if (message->signal && !message->has_landed) {
+      message->has_landed = true;
+      forget_landed(message->dst, message->bytes);
+      landed[message->dst] = {message->dst + message->bytes, message->signal, false};
+      landed_by_signal[message->signal] = message->dst;
+    }
+  } else {
     *message->signal = message->value;
+    if (const auto own = landed.find(message->dst);
+        own != landed.end() && own->second.signal == message->signal)
+      own->second.has_signal = true;
+  }
   landing = nullptr;
   if (step.bytes != 0) --message->pieces_left;
   const bool is_over = step.bytes == 0 || (message->pieces_left == 0 && !message->signal);
@@ -822,7 +879,7 @@ void advance_step(int index) {
   if (is_over)
     messages.erase(std::find(messages.begin(), messages.end(), message));
   else if (message->pieces_left == 0)
-    schedule_step({message, 0, 0, false, {}, 0});
+    schedule_step({message, 0, 0, {}, 0});
 }
 
 // Address of the same place in the memory of another pe.
@@ -864,20 +921,19 @@ void send(uint64_t transport, void* dst, const void* src, uint64_t bytes, uint64
   if (bytes != 0) {
     message->dst = translate(transport, dst, bytes, pe, what);
     message->src = static_cast<const char*>(src);
+    message->bytes = static_cast<unsigned>(bytes);
     translate(transport, src, bytes, message->from, what);  // where RDMA can read
   }
   messages.push_back(message);
-  ++(bytes == 0 ? sent.signals : sent.puts);
-  sent.put_bytes += bytes;
+  counted.put_bytes += bytes;
   if (bytes == 0) {
-    schedule_step({message, 0, 0, false, {}, 0});
+    schedule_step({message, 0, 0, {}, 0});
     return;
   }
   std::vector<Step> pieces;
   in_pieces(static_cast<unsigned>(bytes), [&](unsigned begin, unsigned size) {
-    Step step{message, begin, size, random_below(4) == 0, {}, 0};
-    if (step.is_early) step.data.assign(message->src + begin, message->src + begin + size);
-    pieces.push_back(std::move(step));
+    const char* const from = message->src + begin;
+    pieces.push_back({message, begin, size, {from, from + size}, 0});
   });
   message->pieces_left = static_cast<int>(pieces.size());
   for (Step& piece : pieces) schedule_step(std::move(piece));
@@ -903,6 +959,7 @@ void put(uint64_t transport, void* dst, const void* src, uint64_t bytes, uint64_
   Warp& warp = *running->block->warps[static_cast<size_t>(running->warp)];
   if (running->puts++ != warp.puts) return;
   ++warp.puts;
+  ++counted.puts;
   send(transport, dst, src, bytes, signal, value, pe, what);
 }
 
@@ -1114,6 +1171,8 @@ void forget_everything() {
   steps.clear();
   free_steps.clear();
   messages.clear();
+  landed.clear();
+  landed_by_signal.clear();
   landing = nullptr;
   events = {};
   running = nullptr;
@@ -1154,6 +1213,17 @@ void fail(const char* format, ...) {
 void poll() {
   running->place = __builtin_return_address(0);
   yield();
+}
+
+// Whoever sees a signal may say that it has received what came with it.
+void acquired(const uint64_t* word) {
+  if (!running) return;
+  std::vector<const char*>& seen = running->block->warps[static_cast<size_t>(running->warp)]->seen;
+  const auto begin = landed_by_signal.find(word);
+  if (begin == landed_by_signal.end()) return;
+  const auto found = landed.find(begin->second);
+  if (found != landed.end() && found->second.signal == word && found->second.has_signal)
+    seen.push_back(found->first);
 }
 
 void perhaps_yield() {
@@ -1281,6 +1351,7 @@ void bulk_load(void* shared_dst, const void* global_src, unsigned bytes, uint64_
   check_global(global_src, bytes, "bulk_load");
   check_shared(shared_dst, bytes, 16, "bulk_load");
   check_shared(barrier, 8, 8, "bulk_load");
+  check_received(global_src, bytes, running->place);
   read_barrier(barrier);
   memset(shared_dst, 0xa5, bytes);  // whoever reads before the mbarrier's phase is over reads this
   in_pieces(bytes, [&](unsigned begin, unsigned size) {
@@ -1366,15 +1437,29 @@ void epjit_put_signal(uint64_t transport, void* dst, const void* src, uint64_t b
 void epjit_signal(uint64_t transport, uint64_t* signal, uint64_t value, int32_t pe) {
   using namespace emulate;
   perhaps_yield();
+  ++counted.signals;
   running->place = __builtin_return_address(0);
   send(transport, nullptr, nullptr, 0, signal, value, pe, "epjit_signal");
   perhaps_yield();
 }
 
-void epjit_fence(uint64_t) { ++emulate::running->fences; }
+void epjit_received(uint64_t) {
+  using namespace emulate;
+  perhaps_yield();
+  ++counted.received;
+  std::vector<const char*>& seen = running->block->warps[static_cast<size_t>(running->warp)]->seen;
+  for (const char* begin : seen) landed.erase(begin);
+  seen.clear();
+}
+
+void epjit_fence(uint64_t) {
+  ++emulate::counted.fences;
+  ++emulate::running->fences;
+}
 
 void epjit_quiet(uint64_t) {
   using namespace emulate;
+  ++counted.quiets;
   Fiber& fiber = *running;
   fiber.place = __builtin_return_address(0);
   const uint64_t warp = fiber.block->warps[static_cast<size_t>(fiber.warp)]->number;
@@ -1415,18 +1500,18 @@ void __sanitizer_cov_trace_pc() {
 }
 
 // Called before each plain access of a kernel (g++ -fsanitize=thread, without its library).
-#define EMULATE_ACCESS(size)                                                \
-  void __tsan_read##size(void* address) {                                   \
-    emulate::access(address, size, false, __builtin_return_address(0));     \
-  }                                                                         \
-  void __tsan_write##size(void* address) {                                  \
-    emulate::access(address, size, true, __builtin_return_address(0));      \
-  }                                                                         \
-  void __tsan_unaligned_read##size(void* address) {                         \
-    emulate::access(address, size, false, __builtin_return_address(0));     \
-  }                                                                         \
-  void __tsan_unaligned_write##size(void* address) {                        \
-    emulate::access(address, size, true, __builtin_return_address(0));      \
+#define EMULATE_ACCESS(size)                                            \
+  void __tsan_read##size(void* address) {                               \
+    emulate::access(address, size, false, __builtin_return_address(0)); \
+  }                                                                     \
+  void __tsan_write##size(void* address) {                              \
+    emulate::access(address, size, true, __builtin_return_address(0));  \
+  }                                                                     \
+  void __tsan_unaligned_read##size(void* address) {                     \
+    emulate::access(address, size, false, __builtin_return_address(0)); \
+  }                                                                     \
+  void __tsan_unaligned_write##size(void* address) {                    \
+    emulate::access(address, size, true, __builtin_return_address(0));  \
   }
 EMULATE_ACCESS(1)
 EMULATE_ACCESS(2)
@@ -1467,7 +1552,7 @@ int emulate_run(const emulate::Options* options, emulate::Report* report) {
   emulate::options = *options;
   random_state = mix(options->seed + 1);
   pass = switches = event_order = num_warps = 0;
-  sent = {};
+  counted = {};
   blocks_left = options->basic_blocks;
   is_preemptible = true;
   message_size = 0;
@@ -1478,8 +1563,10 @@ int emulate_run(const emulate::Options* options, emulate::Report* report) {
   if (result == 0) run_all();
   is_inside = false;
   restore_signals();
-  *report = {pass,      switches,       pass * options->nanoseconds_per_pass,
-             sent.puts, sent.put_bytes, sent.signals};
+  *report = counted;
+  report->passes = pass;
+  report->switches = switches;
+  report->nanoseconds = pass * options->nanoseconds_per_pass;
   forget_everything();
   return result;
 }

@@ -47,6 +47,7 @@ extern bool is_preemptible;  // false: a basic block does not end in a yield
 [[noreturn]] void fail(const char* format, ...) __attribute__((format(printf, 1, 2)));
 void poll();           // another fiber runs; called on each look at memory that others write
 void perhaps_yield();  // the same, now and then
+void acquired(const uint64_t* word);  // this thread has looked at it
 uint64_t nanoseconds();
 
 // Waits until all lanes named in `mask` are here; the 32 values that they brought (0 for the

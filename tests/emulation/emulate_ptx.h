@@ -15,7 +15,9 @@ EMULATE_INLINE uint32_t ld_acquire_sys(const uint32_t* ptr) {
 }
 EMULATE_INLINE uint64_t ld_acquire_sys(const uint64_t* ptr) {
   emulate::poll();
-  return *ptr;
+  const uint64_t value = *ptr;
+  emulate::acquired(ptr);
+  return value;
 }
 EMULATE_INLINE uint32_t ld_relaxed_gpu(const uint32_t* ptr) {
   emulate::poll();

@@ -36,6 +36,7 @@ enum Case : int32_t {
   kPut,
   kPutNoQuiet,
   kPutFillsLate,
+  kPutNotReceived,
   kPutFence,
   kPutNoFence,
   kPutOtherThread,
@@ -157,6 +158,10 @@ __device__ inline void ring(const SelftestParams& p) {
   p.out[0] = 0;
 }
 
+__device__ inline bool signals_itself(const SelftestParams& p) {
+  return p.kind == kPutFence || p.kind == kPutNoFence || p.kind == kPutOtherThread;
+}
+
 // One warp a row at a time, from one place to all rows of the next rank.
 template <SelftestConfig kCfg>
 __device__ void put_rows(const SelftestParams& p, int warp, int lane) {
@@ -172,9 +177,7 @@ __device__ void put_rows(const SelftestParams& p, int warp, int lane) {
       __syncwarp();
     };
     if (p.kind != kPutFillsLate) fill();
-    const bool signals_itself =
-        p.kind == kPutFence || p.kind == kPutNoFence || p.kind == kPutOtherThread;
-    if (signals_itself) {
+    if (signals_itself(p)) {
       epjit_put(p.transport, dst, src, bytes, p.pe);
       if (lane == 0 && p.kind != kPutNoFence) epjit_fence(p.transport);
       if (lane == (p.kind == kPutOtherThread)) epjit_signal(p.transport, p.own + i, 1, p.pe);
@@ -193,6 +196,10 @@ __device__ void take_rows(const SelftestParams& p, int warp, int lane) {
   uint32_t wrong = 0;
   for (int i = warp; i < p.num_rows; i += kCfg.num_warps) {
     while (ptx::ld_acquire_sys(p.own + i) == 0) {
+    }
+    if (!signals_itself(p) && p.kind != kPutNotReceived) {
+      __syncwarp();
+      warp_received(p.transport, lane);
     }
     for (int j = lane; j < kCfg.row_bytes; j += kWarpSize)
       wrong += p.dst[i * kCfg.row_bytes + j] != static_cast<char>(i * 7 + j);
@@ -264,6 +271,7 @@ __device__ void selftest(const SelftestParams& p) {
     case kPut:
     case kPutNoQuiet:
     case kPutFillsLate:
+    case kPutNotReceived:
     case kPutFence:
     case kPutNoFence:
     case kPutOtherThread:

@@ -19,6 +19,26 @@ from tests.emulation.build import Launch, emulate, guarded
 FOREVER = 10**15  # a timeout in emulated nanoseconds that no test reaches
 
 
+class WriteParams(ctypes.Structure):
+    _fields_ = (
+        ("dst", ctypes.c_uint64),
+        ("src", ctypes.c_uint64),
+        ("num_words", ctypes.c_int64),
+    )
+
+
+@dataclass(frozen=True)
+class WriteConfig:
+    source: ClassVar[str] = "write.cu"
+    op: ClassVar[str] = "write"
+    shared_bytes: ClassVar[int] = 0
+    num_warps: int = 2
+
+    @property
+    def threads(self) -> int:
+        return self.num_warps * 32
+
+
 @dataclass(kw_only=True)
 class Rank:
     """One rank's memory, what is queued on it, and what that must give."""
@@ -81,6 +101,15 @@ class World:
                 address = value.data_ptr() if isinstance(value, Tensor) else value
                 setattr(params, name, 0 if address is None else address)
         self.ranks[rank].launches.append(Launch(config, params, grid=grid, rank=rank))
+
+    def write(self, rank: int, to: Tensor, values: Tensor) -> None:
+        """Writes there when what was queued on the rank so far has ended."""
+        assert (to.nbytes, to.dtype) == (values.nbytes, values.dtype)
+        assert to.nbytes % 8 == 0
+        self.keep.append((to, values))
+        params = WriteParams(to.data_ptr(), values.data_ptr(), to.nbytes // 8)
+        launch = Launch(WriteConfig(), params, grid=1, rank=rank, include=build.HERE)
+        self.ranks[rank].launches.append(launch)
 
     def expect(self, rank: int, what: str, got: Tensor, expected: Tensor) -> None:
         """Notes the values that a tensor must have after the next run, bit for bit."""

@@ -147,10 +147,9 @@ def start_at(buffer: Buffer, epoch: int, *, stale: int) -> None:
         rings, num_domains = mode._rings, buffer.topology.num_domains
         before = (epoch - 1) % (1 << 32) << 32
         words = [before, now] if epoch % 2 else [now, before]  # epoch & 1
-        told = torch.tensor([_int64(word) for word in words] * num_domains)
-        for offset in (rings.ready, rings.entered):
-            first = (offset - rings.control) // 8
-            controls[1][first : first + len(told)].copy_(told)
+        told = torch.tensor([_int64(word) for word in words] * 2 * num_domains)  # entered, ready
+        first = (rings.entered - rings.control) // 8
+        controls[1][first : first + len(told)].copy_(told)
     mode._epoch.copy_(torch.tensor([_int64(now) >> 32], dtype=torch.int32))
     torch.cuda.current_stream().synchronize()
     meet(buffer)

@@ -1,5 +1,5 @@
 // Each warp sends its row to the next rank in both ways that transport.cuh knows, waits for those of
-// the rank before, and hands out what has come. All five functions are called.
+// the rank before, and hands out what has come. All six functions are called.
 #include "epjit/ptx.cuh"
 #include "epjit/transport.cuh"
 
@@ -57,6 +57,7 @@ __device__ void ring(const RingParams& p) {
       if (lane == 0) *p.failed = 1;
       return;
     }
+    warp_received(p.transport, lane);
     const char* const in = p.memory + (kind + 1) * all + row;
     for (int64_t at = lane * 16; at < p.row_bytes; at += kWarpSize * 16)
       ptx::st_v4(p.out + kind * all + row + at, ptx::ld_v4(in + at));

@@ -111,8 +111,9 @@ __device__ __forceinline__ uint64_t stamp(uint32_t epoch, uint32_t window) {
 // Place of the ranks that share the signals in the group, when there are several NVLink domains.
 struct Domains {
   const int32_t* ranks;   // [num_domains, num_ranks]: numbers in the group; null: one domain
-  const uint64_t* rails;  // [num_ranks], addresses of [num_domains, 2] u64 of each of these ranks:
-                          // epoch & 1: last operation that its rail peer in a domain has started
+  const uint64_t* rails;  // [num_ranks], address of [2, num_domains, 2] u64 of each of these ranks:
+                          // epoch & 1: last operation that its rail peer in a domain has started,
+                          // by two messages, either of which may come first
   int32_t domain;
   int32_t num_domains;
 };
@@ -202,13 +203,16 @@ __device__ __forceinline__ bool warp_may_send(const Waiter& waiter, int peer) {
   return __all_sync(kFullMask, may_send(waiter, peer));
 }
 
-// Rank i of all domains: its number, and what says which operation it has started.
-__device__ inline const uint64_t* entered_by(const Waiter& waiter, int i, int& number) {
+// Rank i of all domains: its number, and which operation it has started.
+__device__ inline uint64_t entered_by(const Waiter& waiter, int i, int& number) {
   const int domain = i / waiter.num_ranks, rank = i % waiter.num_ranks;
   number = waiter.domains.ranks == nullptr ? i : waiter.domains.ranks[i];
-  if (domain == waiter.domains.domain) return entered_signal(waiter.signals, rank);
-  return reinterpret_cast<const uint64_t*>(waiter.domains.rails[rank]) + 2 * domain +
-         (waiter.epoch & 1);
+  if (domain == waiter.domains.domain)
+    return ptx::ld_acquire_sys(entered_signal(waiter.signals, rank));
+  const auto* const entered = reinterpret_cast<const uint64_t*>(waiter.domains.rails[rank]) +
+                              2 * domain + (waiter.epoch & 1);
+  const uint64_t ready = ptx::ld_acquire_sys(entered + 2 * waiter.domains.num_domains);
+  return has_started(ready, waiter.epoch) ? ready : ptx::ld_acquire_sys(entered);
 }
 
 constexpr int kRecordWords = 8;
@@ -236,7 +240,7 @@ __device__ inline void report_fault(const Waiter& waiter, WaitTag tag, int peer,
   for (int i = 0; i < waiter.domains.num_domains * waiter.num_ranks; ++i) {
     if (i == waiter.domains.domain * waiter.num_ranks + waiter.rank) continue;
     int number;
-    const uint64_t entered = ptx::ld_acquire_sys(entered_by(waiter, i, number));
+    const uint64_t entered = entered_by(waiter, i, number);
     if (has_started(entered, waiter.epoch)) continue;
     tag = waiter.start_tag, peer = number, index = 0;
     expected = stamp(waiter.epoch, 0), seen = entered;

@@ -9,6 +9,11 @@
 // memory and mean the same place of that rank's. Signals are set, never added to; the owner waits for
 // them with the functions of sync.cuh.
 //
+// A signal that is seen is not enough with every NIC: it and the bytes can take two ways into the GPU.
+// Whoever has acquired it calls received() before it reads what came before the signal, or lets others
+// read it. That is free where it is not needed, and may cost a message where it is, so a warp does it
+// once for all that it has waited for.
+//
 // Order. Nothing is ordered but this: the bytes of put_signal are there before its signal; what a
 // thread sent to a pe before fence() is there before what it sends to that pe after it. A put reads
 // src, which lies in symmetric memory too, at any time until quiet(), or until the receiver has
@@ -29,7 +34,18 @@ __device__ void epjit_put_signal(epjit::uint64_t transport, void* dst, const voi
 // By one thread.
 __device__ void epjit_signal(epjit::uint64_t transport, epjit::uint64_t* signal,
                              epjit::uint64_t value, epjit::int32_t pe);
+__device__ void epjit_received(epjit::uint64_t transport);
 __device__ void epjit_fence(epjit::uint64_t transport);
 __device__ void epjit_quiet(epjit::uint64_t transport);
 
 }  // extern "C"
+
+namespace epjit {
+
+// By a whole warp, when its lanes have acquired signals and met since (all_lanes).
+__device__ __forceinline__ void warp_received(uint64_t transport, int lane) {
+  if (lane == 0) epjit_received(transport);
+  __syncwarp();
+}
+
+}  // namespace epjit

@@ -137,7 +137,7 @@ class InternodeCombine {
     // What an operation that failed was to write (rank_prefix, send_head) is garbage.
     bool ok = __all_sync(kFullMask, ptx::ld_relaxed_gpu(p.abort) == 0);
     if (ok && blockIdx.x == 0 && warp == kCfg.num_warps - 1)
-      ok = rail.announce() && rail.all_ready();
+      ok = rail.announce() && rail.all_announced();
     else if (ok && warp < kSummers)
       ok = push();
     else if (ok && warp < kPutters)
@@ -404,6 +404,7 @@ class InternodeCombine {
       sums = p.inbox + rail.ring_offset(lane, index, kSlotBytes);
     }
     if (!all_lanes(ok)) return false;
+    if (__any_sync(kFullMask, sums != nullptr)) warp_received(p.transport, lane);
     add_domains(token, part, rows, sums, own_index >= 0);
     if (kTopk > 0 && part == 0) add_weights(token, rows, sums, own_index >= 0);
     return release_token(index, own_index);

@@ -155,7 +155,7 @@ class InternodeDispatch {
       } else if (warp < kForwarders + kForwardWarps) {
         forward();
       } else if (blockIdx.x == 0) {
-        if (rail.announce() && return_credits()) rail.all_ready();
+        if (rail.announce() && return_credits()) rail.all_announced();
         if (lane == 0)
           report_overflow(p, rail.waiter.epoch, kRoomDispatchRows, p.num_recv_rows,
                           segment_start(kRanks));
@@ -372,10 +372,11 @@ class InternodeDispatch {
     }
   }
 
-  // The put -> (signal) acquire by all lanes -> release of a word: whoever acquires that may read
-  // the slot.
+  // The put -> (signal) acquire by all lanes -> received -> release of a word: whoever acquires that
+  // may read the slot.
   __device__ bool forward_chunk(int n, int first, int num_rows) const {
     if (!all_lanes(rail.wait_arrival(kWaitDispatchArrival, n, first))) return false;
+    warp_received(p.transport, lane);
     for (int i = lane; i < num_rows * kLocal; i += kWarpSize) {
       const int index = first + i / kLocal, reader = i % kLocal;
       const int position = items(inbox(p.local, n, index))[kPositionsAt + reader];

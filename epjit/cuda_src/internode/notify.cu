@@ -165,8 +165,13 @@ class InternodeNotify {
     for (int i = warp; i < kDomains && ok; i += kNumWarps)
       ok = send_message((p.domain + i) % kDomains);
     if (ok && thread < kDomains && thread != p.domain)
-      ok = wait_signal(rail.waiter, kWaitNotifyArrival, rail.rail_peer(thread), p.arrived + thread,
+      ok = rail.has_announced(thread) &&
+           wait_signal(rail.waiter, kWaitNotifyArrival, rail.rail_peer(thread), p.arrived + thread,
                        stamp(rail.waiter.epoch, 0));
+    if (warp == 0) {
+      ok = all_lanes(ok);
+      if (ok) warp_received(p.transport, thread);
+    }
     if (!__syncthreads_and(ok)) return;
 
     // What has arrived here, the local peers may read; and this rank theirs.

@@ -13,10 +13,9 @@
 // In symmetric memory of the transport, of each rank, outside what users may write:
 //   entered  [num_domains, 2] u64           written by the rail peer in domain n: epoch of the last
 //            operation that it has started, epoch & 1 (only a fault record reads that)
-//   ready    [num_domains, 2] u64           written by the rail peer in domain n: epoch of the last
-//            operation that n may be written in, epoch & 1: all its ranks have finished the one
-//            before. Of two signals to one word the later could come first; the one before the last
-//            has come when its peer has ended that operation
+//   ready    [num_domains, 2] u64           behind it, written by the rail peer in domain n: epoch of
+//            the last operation that n may be written in, epoch & 1: all its ranks have finished the
+//            one before
 //   credits  [num_domains, 2] u64           by the rail peer in n: (epoch, window + 1), window & 1:
 //            n has used up what this rank sent to it in that window
 //   arrived  [num_domains, ring chunks] u64 by the rail peer in n, with the chunk: a word (sync.cuh)
@@ -28,8 +27,11 @@
 //            window & 1: j has used up the slots of that window of the ring of domain n
 //
 // A put or signal of an operation has come before its sender can begin the one after the next: the
-// sender's peers wait for all of it, or (a credit) it is sent only if it will be waited for. So
-// nothing is on its way to memory that a Buffer has given back.
+// sender's peers wait for all of it (for `entered` as their last act, when it has long come), or (a
+// credit) it is sent only if it will be waited for. So nothing is on its way to memory that a Buffer
+// has given back, and two words are enough where the later of two signals could come first. `ready`
+// may come before the `entered` of its operation: to a fault record either says that the peer has
+// started.
 //
 // A rank ends an operation while its last puts may still read its stage. The next operation writes
 // for domain n when n is ready: the rail peer there has ended the one before, so all puts to it have
@@ -45,8 +47,7 @@ constexpr int kMaxDomains = 32;  // one lane a domain
 
 // Bases of the parameters of all three kernels, and of those with rings.
 struct RailParams {
-  uint64_t entered[kMaxRanks];  // symmetric, of each local rank, as mapped here
-  uint64_t* ready;              // this rank's
+  uint64_t entered[kMaxRanks];  // symmetric, with `ready`, of each local rank, as mapped here
   uint64_t* arrived;            // this rank's; of notify [num_domains]
   const int32_t* ranks;         // [num_domains, num_local]: numbers in the group
   const int32_t* pes;           // [ranks]: numbers for the transport
@@ -96,17 +97,11 @@ class Rail {
   // domain may be written to.
   __device__ bool announce() const {
     const bool tells = lane_ < kDomains && lane_ != p.domain;
-    uint64_t* const entered = reinterpret_cast<uint64_t*>(p.entered[p.local]);
-    if (tells)
-      epjit_signal(p.transport, entered + 2 * p.domain + (waiter.epoch & 1), stamp(waiter.epoch, 0),
-                   rail_pe(lane_));
+    if (tells) epjit_signal(p.transport, entered(p.domain), stamp(waiter.epoch, 0), rail_pe(lane_));
     __syncwarp();
     if (!enter()) return false;
     ptx::fence_acq_rel_sys();  // what the local ranks have read -> what the peers may overwrite
-    if (tells) {
-      epjit_fence(p.transport);  // `entered` comes first, for after `ready` the peer may end
-      epjit_signal(p.transport, ready(p.domain), stamp(waiter.epoch, 0), rail_pe(lane_));
-    }
+    if (tells) epjit_signal(p.transport, ready(p.domain), stamp(waiter.epoch, 0), rail_pe(lane_));
     __syncwarp();
     return true;
   }
@@ -116,10 +111,16 @@ class Rail {
     return wait_signal(waiter, tags_.ready, rail_peer(n), ready(n), stamp(waiter.epoch, 0));
   }
 
-  // All domains may be: nobody ends an operation that a rail peer has not begun. By a whole warp.
-  __device__ bool all_ready() const {
+  // What the rail peer in n has told by announce() is all here.
+  __device__ bool has_announced(int n) const {
+    return is_ready(n) &&
+           wait_signal(waiter, tags_.start, rail_peer(n), entered(n), stamp(waiter.epoch, 0));
+  }
+
+  // That of all: nobody ends an operation that a rail peer has not begun. By a whole warp.
+  __device__ bool all_announced() const {
     bool ok = true;
-    if (lane_ < kDomains && lane_ != p.domain) ok = is_ready(lane_);
+    if (lane_ < kDomains && lane_ != p.domain) ok = has_announced(lane_);
     return all_lanes(ok);
   }
 
@@ -213,7 +214,10 @@ class Rail {
                      chunk_word(words, n, index), found);
   }
 
-  __device__ uint64_t* ready(int n) const { return p.ready + 2 * n + (waiter.epoch & 1); }
+  __device__ uint64_t* entered(int n) const {
+    return reinterpret_cast<uint64_t*>(p.entered[p.local]) + 2 * n + (waiter.epoch & 1);
+  }
+  __device__ uint64_t* ready(int n) const { return entered(kDomains + n); }
 
   const Params& p;
   const Tags tags_;

@@ -17,9 +17,9 @@
 // is answered there: all that is left to wait for is its answer, which may come after its question.
 //
 // Order: epochs -> st.release.sys of the answer -> ld.acquire.sys of it. To another NVLink domain
-// (peers.cuh): signals, a fence before each. A word is not sent again before it has landed: a rank asks
-// anew when it has been answered, and is answered anew when it asks anew. That is not so for what a
-// peer was sent that did not come in time.
+// (peers.cuh): signals, a fence before each, and received() after the answer's. A word is not sent
+// again before it has landed: a rank asks anew when it has been answered, and is answered anew when it
+// asks anew. That is not so for what a peer was sent that did not come in time.
 //
 // A lane waits for its own peer alone, so a record names who did not come; `entered` says nothing
 // about remote ranks here and is not asked.
@@ -98,6 +98,7 @@ __device__ void clean(const CleanParams& p) {
                                   return is_answer && static_cast<uint32_t>(value) == answered;
                                 });
     if (met) {
+      if (kRemote && index < 0) epjit_received(p.transport);
       epoch = static_cast<uint32_t>(ptx::ld_acquire_sys(mine + kRanks));
       last_met = static_cast<uint32_t>(answer);
     }

@@ -12,15 +12,16 @@
 //             topk_idx_s[t, k]
 //   words[s]  two halves [max_tokens, num_topk] u64, by the same rank, after the slot: stamp(epoch,
 //             0)
+//   staging   between NVLink domains, symmetric, own: two halves of staging_half_bytes, for
+//             operations of even and of odd epoch; each as x, with rows of slot_bytes
 //
 // Push    the first warps of a block: draw (token, owner, group of its rows), tokens ascending; rows
 //         of x -> slots, then the words (release). Rows that stay are read where they lie; with a
 //         hook they are pushed as well, to this rank's own slots: x is the caller's after the send.
 //         Between NVLink domains (peers.cuh) they draw (selections in a row, owner): with many ranks
-//         few selections of an owner are here. Rows for another domain go to the send buffer, to the
-//         place that they have in x (unless x is the send buffer), and are put from there, each
-//         with its word. A warp that has put ends with a quiet: what follows on the stream may write
-//         to the send buffer.
+//         few selections of an owner are here. Rows for another domain go to the staging memory, to
+//         the place that they have in x, and are put from there, each with its word. Nothing waits
+//         for them to leave: staging has two halves as well, and x is the caller's after the send.
 // Reduce  the other warps, and all when nothing is left to push: wait for the words of a token's
 //         selections (acquire), add their rows
 //
@@ -63,7 +64,8 @@ struct LowLatencyCombineParams : Operation, PeerParams, LowLatencyParams {
                                  // each owner, -1 = none here, -2 = beyond the slab
   char* out;                     // [num_tokens, hidden] bf16
   int64_t* wait_cost;            // [num_ranks], += cycles until it had begun; or null
-  char* send_buffer;             // symmetric, this rank's, as x; null in one domain
+  char* staging;                 // symmetric, own; null in one domain
+  int64_t staging_half_bytes;
   // own [3]: ticket, next pushing unit, next reducing unit; zero on entry and on exit
   uint32_t* counters;
   int32_t words_stride;  // words of a half
@@ -156,6 +158,12 @@ class LowLatencyCombine {
     return half_of_words(p, owner, waiter.epoch) + selection;
   }
 
+  // The half of this operation: row r of x is put from place r.
+  __device__ char* staging() const {
+    const int half = waiter.epoch & 1;
+    return p.staging + half * p.staging_half_bytes;
+  }
+
   // ---- push -------------------------------------------------------------------------------------
 
   // Lane s has the number of tokens of owner s.
@@ -214,7 +222,6 @@ class LowLatencyCombine {
     Copier copier(ptx::dynamic_shared(), warp, lane);
     const uint32_t owners = num_owners();
     const uint32_t num_units = ceil_div(tokens * kTopk, kChunk) * owners;
-    bool has_put = false;
     while (unit < num_units) {
       const uint32_t next = next_unit(p.counters + 1, lane);
       const int owner = (p.rank + 1 + unit % owners) % kRanks;
@@ -233,12 +240,9 @@ class LowLatencyCombine {
         for (int i = 0; i < num_rows; ++i) left &= left - 1;
         const int i = max(__ffs(mine) - 1, 0);
         push_rows_between(copier, index, first + i, __shfl_sync(kFullMask, row, i), num_rows);
-        has_put |= index < 0;
       }
       unit = next;
     }
-    if (has_put && lane == 0) epjit_quiet(p.transport);
-    __syncwarp();
   }
 
   // Lane i < num_rows has a selection of an owner and its row.
@@ -248,9 +252,9 @@ class LowLatencyCombine {
     const char* const src = has_row ? p.x + static_cast<int64_t>(row) * kRowBytes : nullptr;
     char* dst = nullptr;
     if (has_row)
-      dst = index >= 0 ? slot(index, selection)
-                       : p.send_buffer + static_cast<int64_t>(row) * kSlotBytes;
-    if (index >= 0 || p.x != p.send_buffer) copy_rows(copier, src, dst, num_rows);
+      dst =
+          index >= 0 ? slot(index, selection) : staging() + static_cast<int64_t>(row) * kSlotBytes;
+    copy_rows(copier, src, dst, num_rows);
     if (index >= 0) {
       if (has_row) ptx::st_release_sys(word(index, selection), stamp(waiter.epoch, 0));
       return;
@@ -310,7 +314,7 @@ class LowLatencyCombine {
 
   __device__ bool reduce_token(int token, int part) const {
     // Lane k has selection k.
-    bool ok = true, is_own = false;
+    bool ok = true, is_own = false, is_remote = false;
     const char* row = nullptr;
     float weight = 0.0f;
     if (lane < kTopk) {
@@ -332,10 +336,13 @@ class LowLatencyCombine {
         const bool here = wait_stamp(waiter, kWaitLowLatencyCombineRow, peer, selection,
                                      word(own(), selection), seen);
         if (here) row = slot(own(), selection);
+        if constexpr (kRemote) is_remote = here && p.peers[peer] < 0;
         ok = here || is_masked(waiter, peer);
       }
     }
     if (!all_lanes(ok)) return false;
+    if constexpr (kRemote)
+      if (__any_sync(kFullMask, is_remote)) warp_received(p.transport, lane);
     char* const out = p.out + static_cast<int64_t>(token) * kRowBytes;
     if constexpr (kCfg.logfmt)
       sum_log(row, __ballot_sync(kFullMask, is_own), weight, out, part);

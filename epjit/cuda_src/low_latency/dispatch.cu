@@ -43,8 +43,8 @@
 //
 // Order: rows by any thread -> __syncthreads -> st.release.sys of a word -> ld.acquire.sys by the
 // warp that copies. Counts are words that hold their own epoch: no order is needed. To other domains:
-// rows, counts -> __syncthreads -> fence.acq_rel.sys, put, its signal -> ld.acquire.sys of the word;
-// counts are then handed on by a __syncthreads.
+// rows, counts -> __syncthreads -> fence.acq_rel.sys, put, its signal -> ld.acquire.sys of the word ->
+// received; counts are then handed on by a __syncthreads.
 //
 // Tokens that name an expert several times can fill its slab; rows beyond it are not received, and
 // the combine that waits for them says so.
@@ -398,6 +398,8 @@ class LowLatencyDispatch {
       if (masked && lane == 0) plan.drop(source);
       return masked;
     }
+    if constexpr (kRemote)
+      if (p.peers[source] < 0) warp_received(p.transport, lane);
     if (static_cast<uint32_t>(seen) == 0) {
       if (part == 0 && lane < kTopk) source_rows[lane] = -1;
       return true;

@@ -8,14 +8,16 @@
 //
 // What is sent to remote ranks lies in this rank's symmetric memory, and is not waited for:
 //
-//   slots, counts  in the half of the operation's epoch n. It is written again in n + 2, by this rank
-//                  or by a peer that is ahead. Whoever is in n + 2 has ended n + 1; so all ranks have
-//                  begun n + 1 and ended n, and none ends n before all that goes to it has landed.
-//   rows           of a combine, in the send buffer: it has no halves, and is the user's when the
-//                  operation is over. Every warp that sends from it ends with a quiet.
+//   slots, counts of a dispatch, staging of a combine: all in the half of the operation's epoch n.
 //
-// Neither holds for a rank that is masked. It is not sent to, but bytes may be on their way to it when
-// that happens; what it makes of them is lost in any case.
+// That half is written again in n + 2, by this rank or by a peer that is ahead. Whoever is in n + 2 has
+// ended n + 1; so all ranks have begun n + 1 and ended n, and none ends n before all that goes to it
+// has landed. It holds for replays of a graph, as the epoch is counted on the device, and with a hook,
+// as the launch that receives moves it on. No buffer of the user is ever a source (of zero_copy
+// neither: only stores read that), so the end of an operation waits for nothing that it has sent.
+//
+// It does not hold for a rank that is masked. It is not sent to, but bytes may be on their way to it
+// when that happens; what it makes of them is lost in any case.
 //
 // entered (sync.cuh) has two words for each rank, one for each parity of the epoch: signals of one
 // rank to one word may overtake each other. The second one is sent after all ranks have ended the

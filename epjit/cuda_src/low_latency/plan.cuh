@@ -61,23 +61,30 @@ class Plan {
     constexpr int kWords = kRanks * kColumns;
     for (int first = 0; first < kWords; first += kThreads) {
       const int i = first + threadIdx.x, source = i / kColumns, e = i % kColumns;
-      bool is_late = false;
+      bool is_late = false, is_remote = false;
+      uint64_t seen = 0;
       if (i < kWords && arrived_[source] != 0) {
         // Between domains all of a row has come when the word of the tokens has.
         const uint64_t* const row = counts(own, source);
-        const bool is_remote = kRemote && index_of<kRemote>(p, source) < 0;
+        is_remote = kRemote && index_of<kRemote>(p, source) < 0;
         const int word = is_remote ? kTokensWord : count_word(e);
-        uint64_t seen;
         is_late = !wait_stamp(patient, kWaitLowLatencyDispatchCounts, source, e, row + word, seen);
-        if (is_remote && !is_late) {
-          seen = row[count_word(e)];
-          if (e == kExpertsARank)
-            ptx::st_relaxed_sys(entered_signal(waiter.signals, source), stamp(waiter.epoch, 0));
-        }
-        at(source, e) = static_cast<uint32_t>(seen);
+        is_remote &= !is_late;
         if (tells && e == kExpertsARank && p.wait_cost != nullptr && source != p.rank)
           p.wait_cost[source] += static_cast<int64_t>(ptx::clock64() - start);
       }
+      if constexpr (kRemote) {
+        if (__any_sync(kFullMask, is_remote)) {
+          __syncwarp();
+          warp_received(p.transport, threadIdx.x % kWarpSize);
+        }
+        if (is_remote) {
+          seen = counts(own, source)[count_word(e)];
+          if (e == kExpertsARank)
+            ptx::st_relaxed_sys(entered_signal(waiter.signals, source), stamp(waiter.epoch, 0));
+        }
+      }
+      if (i < kWords && arrived_[source] != 0) at(source, e) = static_cast<uint32_t>(seen);
       if (!__syncthreads_and(!is_late || is_masked(waiter, source))) return false;
       if (p.mask == nullptr) continue;
       if (is_late) arrived_[source] = 0;

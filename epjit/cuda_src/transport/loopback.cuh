@@ -137,6 +137,8 @@ __device__ __forceinline__ void epjit_signal(epjit::uint64_t transport, epjit::u
   ptx::st_relaxed_sys(reinterpret_cast<uint64_t*>(loopback::address_at(record, signal, pe)), value);
 }
 
+__device__ __forceinline__ void epjit_received(epjit::uint64_t) {}
+
 __device__ __forceinline__ void epjit_fence(epjit::uint64_t) { epjit::ptx::fence_acq_rel_sys(); }
 
 __device__ __forceinline__ void epjit_quiet(epjit::uint64_t) { epjit::ptx::fence_acq_rel_sys(); }

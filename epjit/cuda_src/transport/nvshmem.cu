@@ -87,6 +87,13 @@ __device__ void epjit_signal(epjit::uint64_t, epjit::uint64_t* signal, epjit::ui
   nvshmemx_signal_op(reinterpret_cast<::uint64_t*>(signal), value, NVSHMEM_SIGNAL_SET, pe);
 }
 
+// As NVSHMEM's own waits end: a step that is needed with some NICs and GPUs, the same for all kernels
+// of a process.
+__device__ void epjit_received(epjit::uint64_t) {
+  if (nvshmemi_device_state_d.job_connectivity > NVSHMEMI_JOB_GPU_PROXY)
+    nvshmemi_transfer_enforce_consistency_at_target(true);
+}
+
 __device__ void epjit_fence(epjit::uint64_t) { nvshmem_fence(); }
 
 __device__ void epjit_quiet(epjit::uint64_t) { nvshmem_quiet(); }
