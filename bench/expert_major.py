@@ -1,4 +1,4 @@
-"""What rows by expert cost: dispatch(expert_major=True) beside dispatch and torch's own permute.
+"""The cost of rows by expert: dispatch(expert_major=True) beside dispatch and torch's own permute.
 
 All GPUs of this machine (or two ranks of the CPU backend, to try it). Results of both ways are
 compared before a time is taken. What crosses the links has its part of the link ceiling, that of a

@@ -71,7 +71,7 @@ def compile_one(item: tuple[kernel.KernelConfig, str]) -> Code:
         option for option in options(arch, linked=linked) if option != "-lineinfo"
     ]
     try:
-        cubin, _, log = nvrtc.compile_cubin(
+        cubin, _, log = nvrtc.compile_unit(
             kernel.render(config, "loopback"),
             "unit.cu",
             arch=arch,

@@ -1,4 +1,4 @@
-"""What holds a kernel: its time with a stage left out, on all GPUs of this machine.
+"""The time of a kernel with a stage left out, on all GPUs of this machine: what holds it.
 
 Each case is the kernel's source with an edit, compiled and timed as `python -m epjit bench` does.
 Results of an edited kernel are wrong by design and are not looked at; those of the whole one are

@@ -1,4 +1,4 @@
-"""What mkdocs calls: the parts of pages that are generated from the code."""
+"""Hooks of mkdocs: the parts of pages that are generated from the code."""
 
 from __future__ import annotations
 

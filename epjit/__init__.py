@@ -42,7 +42,7 @@ _MODULES = {
 
 
 def _topk_idx_t() -> torch.dtype:
-    """What DeepEP fixes when it is built; here `TOPK_IDX_BITS` (64 or 32) at first use."""
+    """The dtype that DeepEP fixes in its build; here `TOPK_IDX_BITS` (64 or 32) at first use."""
     import torch
 
     from epjit import env

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from epjit import env, signatures, tuned
 from epjit.buffer_runtime import BufferRuntime
-from epjit.calls import Bias, CombineTensors, DispatchTensors, Payload, Settings
+from epjit.calls import Bias, CombineTensors, DispatchTensors, Payload, Settings, Setup
 from epjit.checks.construction import agree_on_settings, check_settings, check_topology
 from epjit.checks.low_latency import (
     LowLatencyChecks,
@@ -112,7 +112,7 @@ class Buffer(Life):
         explicitly_destroy: As passed.
         enable_shrink: As passed.
         runtime: V1's inner object; None after `destroy`.
-        device: Where the tensors live.
+        device: The device that tensors must be on.
         topology: NVLink domains of the ranks.
 
     Raises:
@@ -204,25 +204,27 @@ class Buffer(Life):
         agree_on_settings(settings, topology, links)
         values = None
         if env.check_values():
-            values = ValueChecks(links.rank, topology.domains, self._in_order)
+            values = ValueChecks(topology, self._in_order)
         try:
-            self._streams, self._mode, self._low_latency = make_parts(
-                settings, links, topology, self._resources, self.device
-            )
+            setup = Setup(settings, links, topology, self.device, self._resources)
+            self._streams, self._mode, self._low_latency = make_parts(setup)
         except BaseException as error:  # whoever catches it may try a smaller size
             self._let_go().abandon(error)
             raise
+        common: dict[str, Any] = {
+            "num_ranks": links.size,
+            "num_domains": topology.num_domains,
+            "device": self.device,
+            "values": values,
+        }
         self._checks = NormalChecks(
-            links.size,
-            topology.num_domains,
-            self.device,
+            **common,
             num_sms=self._mode.num_sms,
             dispatch_config=self.get_dispatch_config,
             combine_config=self.get_combine_config,
-            values=values,
         )
         self._low_latency_checks = LowLatencyChecks(
-            links.size, settings.num_rdma_bytes, self.device, topology.num_domains, values
+            **common, num_rdma_bytes=settings.num_rdma_bytes
         )
 
     # ---- V1's static and small members -----------------------------------------------------------
@@ -267,11 +269,7 @@ class Buffer(Life):
 
     @staticmethod
     def get_combine_config(num_ranks: int, *, hidden_bytes: int = 0, num_tokens: int = 0) -> Config:
-        """The config of combine for 1 to 256 ranks; `AssertionError` for others.
-
-        `num_sms` is what `set_num_sms` said, else what ``python -m epjit tune`` found for this GPU
-        and a shape like the given one (`epjit.tuned`; 0 = 14336 bytes, 4096 tokens), else V1's 20.
-        """
+        """The config of combine, as `get_dispatch_config` is that of dispatch."""
         num_ranks = as_int("num_ranks", num_ranks)
         num_sms = _num_sms("combine", num_ranks, hidden_bytes, num_tokens)
         return default_combine_config(num_ranks, num_sms)
@@ -348,7 +346,7 @@ class Buffer(Life):
         return part_of(whole, num_bytes, dtype, size, offset)
 
     def _memory(self, use_rdma_buffer: bool) -> Any:
-        """What a user may look at; nothing but `num_nvl_bytes` or `num_rdma_bytes` of it."""
+        """The memory that begins with `num_nvl_bytes` or `num_rdma_bytes` for the user."""
         if use_rdma_buffer and self._low_latency is not None:
             return self._low_latency.memory
         mode: Any = self._mode
@@ -470,7 +468,7 @@ class Buffer(Life):
         Args:
             topk_idx: int64 or int32 `[T, K]`; anything outside `[0, E)` is no selection.
             num_experts: `E`, a multiple of `R`.
-            previous_event: What to wait for instead of the current stream. Outputs then belong to
+            previous_event: Waited for instead of the current stream. Outputs then belong to
                 the communication stream, and torch's allocator knows who else uses them.
             async_finish: Return an event instead of making the current stream wait.
             allocate_on_comm_stream: V1's flag, which `previous_event` includes.
@@ -546,7 +544,7 @@ class Buffer(Life):
                 on, on the other ranks too, and the next call of this rank (or `check_fault`) raises
                 a `CommunicationError` that says how many came. The Buffer needs no `reset`.
             config: Only `num_sms` matters; None is `get_dispatch_config`.
-            previous_event: What to wait for instead of the current stream. Outputs then belong to
+            previous_event: Waited for instead of the current stream. Outputs then belong to
                 the communication stream, and torch's allocator knows who else uses them.
             async_finish: Return an event instead of making the current stream wait.
             allocate_on_comm_stream: V1's flag, which `previous_event` includes.
@@ -611,7 +609,7 @@ class Buffer(Life):
             topk_weights: float32 `[n, K]`, summed over ranks as well, or None.
             bias: `[T, H]` of x's dtype, or a pair of them, or None.
             config: Only `num_sms` matters; None is `get_combine_config`.
-            previous_event: What to wait for instead of the current stream. Outputs then belong to
+            previous_event: Waited for instead of the current stream. Outputs then belong to
                 the communication stream, and torch's allocator knows who else uses them.
             async_finish: Return an event instead of making the current stream wait.
             allocate_on_comm_stream: V1's flag, which `previous_event` includes.
@@ -794,7 +792,7 @@ class Buffer(Life):
         return combined_x, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle: GivenLowLatencyHandle) -> Tensor:
-        """Where `low_latency_combine(zero_copy=True)` finds its rows.
+        """The buffer that `low_latency_combine(zero_copy=True)` takes its rows from.
 
         Write all received rows there (``buffer[:, :, :] = y``) on the stream of that combine, with
         no other operation of this buffer in between.
@@ -810,9 +808,9 @@ class Buffer(Life):
             RuntimeError: Not in low-latency mode, or destroyed.
         """
         mode = self._ready_low_latency("get_next_low_latency_combine_buffer", received=False)
-        max_tokens, hidden, num_experts = self._low_latency_checks.send_buffer(handle)
+        own = self._low_latency_checks.send_buffer(handle)
         with self._entered():
-            return mode.send_buffer(num_experts=num_experts, max_tokens=max_tokens, hidden=hidden)
+            return mode.send_buffer(own)
 
     def clean_low_latency_buffer(
         self, num_max_dispatch_tokens_per_rank: int, hidden: int, num_experts: int
@@ -956,7 +954,7 @@ class Buffer(Life):
 
     @contextmanager
     def _in_order(self) -> Iterator[int]:
-        """What is queued on the current stream meanwhile follows the calls before, on any stream.
+        """Lets work that is queued on the current stream meanwhile follow the calls before it.
 
         Yields:
             Handle of the current stream.
@@ -966,7 +964,7 @@ class Buffer(Life):
             scope.finish()
 
     def _hook(self, op: str, receive: Hook, stream: int) -> Hook:
-        """What the caller gets for `receive`: it can be called once, and until reset()."""
+        """The hook around `receive`, for the caller: to be called once, and before any reset()."""
         unreceived = self._unreceived = Unreceived(op)
 
         def hook() -> None:
@@ -985,7 +983,7 @@ class Buffer(Life):
         return hook
 
     def _masking_mode(self, op: str) -> AnyLowLatency:
-        """What runs the low-latency calls, with masks."""
+        """The low-latency mode of a Buffer that masks ranks (`enable_shrink`)."""
         self._check_alive(fault=False)
         if self._low_latency is None or not self.enable_shrink:
             raise RuntimeError(

@@ -5,12 +5,18 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
+import torch
 from torch import Tensor
 
 from epjit.formats import RowFormat
+
+if TYPE_CHECKING:
+    from epjit.runtime.group import Group
+    from epjit.runtime.topology import Topology
 
 Payload: TypeAlias = "Tensor | tuple[Tensor, Tensor]"
 """Rows, or rows and their scales, as users pass them and get them."""
@@ -20,7 +26,7 @@ OwnHandle: TypeAlias = Any
 
 
 class Settings(NamedTuple):
-    """What the parts of a Buffer are made with, see there."""
+    """Arguments of a Buffer that its parts are made with; `Buffer` explains them."""
 
     num_nvl_bytes: int
     num_rdma_bytes: int
@@ -29,6 +35,24 @@ class Settings(NamedTuple):
     use_fabric: bool
     num_qps_per_rank: int
     timeout_seconds: float
+
+
+class Setup(NamedTuple):
+    """All that the parts of a Buffer are made from.
+
+    Attributes:
+        settings: Arguments of the Buffer.
+        group: The ranks.
+        topology: Their NVLink domains.
+        device: A GPU, or the CPU.
+        resources: Gets what is made; its owner closes it, also when not all can be made.
+    """
+
+    settings: Settings
+    group: Group
+    topology: Topology
+    device: torch.device
+    resources: ExitStack
 
 
 # ---- normal mode --------------------------------------------------------------------------------

@@ -25,7 +25,7 @@ class Variable(Generic[T]):
 
     Attributes:
         name: Name in the environment.
-        kind: What a value must be, as in the error message ("a number", ...).
+        kind: Description of valid values, as in the error message ("a number", ...).
         default: Value when the variable is unset or empty.
         description: One line for the documentation.
         parse: Text to value; raises ValueError for text that is not `kind`.
@@ -62,6 +62,13 @@ def _flag(text: str) -> bool:
     if text.lower() in ("0", "false", "no", "off"):
         return False
     raise ValueError
+
+
+def _shared_flag(text: str) -> bool:
+    """A flag that NVSHMEM reads, too, by its first letter: without the word that is on for it."""
+    if text.lower() == "off":
+        raise ValueError
+    return _flag(text)
 
 
 def _seconds(text: str) -> float:
@@ -280,18 +287,26 @@ nvshmem_dir: Variable[Path | None] = Variable(
 )
 nvshmem_ib_enable_ibgda: Variable[bool] = Variable(
     "NVSHMEM_IB_ENABLE_IBGDA",
-    _FLAG,
+    "a flag: 1, true, yes, on or 0, false, no (NVSHMEM takes 'off' for on)",
     False,
     "NVSHMEM's own: the GPU drives the NIC itself; kernels are then linked with NVSHMEM's device "
-    "library.",
-    _flag,
+    "library. Without it, the first Buffer between hosts sets 1 where every rank can.",
+    _shared_flag,
 )
 nvshmem_qp_depth: Variable[int] = Variable(
     "NVSHMEM_QP_DEPTH",
     "a whole number greater than 0",
     1024,
-    "NVSHMEM's own: work requests that a queue pair of IBGDA holds; without it, the first Buffer "
-    "sets what its low-latency calls need.",
+    "NVSHMEM's own: entries that a queue pair of IBGDA holds; a put with its signal takes 4, and "
+    "waits for room where there is none.",
+    _positive_int,
+)
+nvshmem_num_qps: Variable[int] = Variable(
+    "NVSHMEM_IBGDA_NUM_RC_PER_PE",
+    "a whole number greater than 0",
+    2,
+    "NVSHMEM's own: queue pairs of IBGDA to each rank; without it, the first Buffer sets its "
+    "num_qps_per_rank.",
     _positive_int,
 )
 torch_cuda_arch_list: Variable[tuple[str, ...]] = Variable(
@@ -308,5 +323,25 @@ VARIABLES: tuple[Variable[object], ...] = tuple(
 
 
 def set_default(name: str, value: str) -> None:
-    """Sets a variable of another library for this process, unless the user has set it."""
-    os.environ.setdefault(name, value)
+    """Sets a variable of another library for this process, unless the user has set it.
+
+    An empty one is unset, as for `Variable`.
+    """
+    if not foreign(name):
+        set_variable(name, value)
+
+
+def set_variable(name: str, value: str) -> None:
+    """Sets a variable of another library for this process."""
+    os.environ[name] = value
+
+
+def foreign(name: str) -> str | None:
+    """Text of a variable of another library; None when it is unset."""
+    return os.environ.get(name)
+
+
+def nvshmem_flag(name: str, *, default: bool) -> bool:
+    """A flag of NVSHMEM's, as NVSHMEM reads it: by its first letter, so that `off` is on."""
+    text = foreign(name)
+    return default if text is None else text[:1] not in tuple("0nNfF")

@@ -15,7 +15,7 @@ class CommunicationError(RuntimeError):
         rank: Rank that waited, or None.
         peer: Rank that was waited for, or None when there was not exactly one.
         missing: All ranks that were waited for.
-        index: What of the peer was waited for (token, expert, ...), or None.
+        index: The token, expert, ... of the peer that was waited for, or None.
         expected: Value that the wait expected, or how many rows there was room for; or None.
         seen: Value that the wait saw last, or how many rows came; or None.
         epoch: Number of the call on the waiting rank, or None.
@@ -49,7 +49,7 @@ class CompileError(RuntimeError):
     """A kernel could not be rendered or compiled.
 
     Attributes:
-        log: What the compiler said, in full; empty when it was not reached.
+        log: Output of the compiler, in full; empty when it was not reached.
     """
 
     def __init__(self, message: str, *, log: str = "") -> None:
@@ -62,7 +62,7 @@ def missing_package(package: str, *, reason: str = "", extra: str = "cu*") -> Im
 
     Args:
         package: Name of the distribution, such as ``"cuda-bindings"``.
-        reason: What the import system said.
+        reason: Message of the import system.
         extra: The extra that brings it, as for `remedy.install_command`.
 
     Returns:

@@ -73,7 +73,7 @@ def event_of(previous_event: EventOverlap | EventHandle | None) -> EventHandle |
 
 
 class EventOverlap:
-    """What an operation returns to be waited for; usable as ``with event:`` around overlapped work.
+    """The event of an operation, to be waited for; or ``with event:`` around work that overlaps.
 
     Args:
         event: The event, or None when there is nothing to wait for.

@@ -13,7 +13,7 @@ block formats of the OCP MX specification and of Blackwell's tensor cores.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -112,29 +112,11 @@ FP8 = RowFormat(
 )
 """`a = max(amax, 1e-4)`; `scale = a / 448`; `q = e4m3(x * (448 / a))`; value `q * scale`."""
 
-FP8_ROUND = RowFormat(
-    "fp8_round",
-    2,
-    granularity=128,
-    block=128,
-    bits=8,
-    x_dtype=torch.float8_e4m3fn,
-    scale_dtype=torch.float32,
-    bytes_a_scale=4,
-    column_major=True,
-)
+FP8_ROUND = replace(FP8, name="fp8_round", code=2)
 """`scale = up(max(amax, 1e-4) / 448)`; `q = e4m3(x * (1 / scale))`; value `q * scale`."""
 
-FP8_UE8M0 = RowFormat(
-    "fp8_ue8m0",
-    3,
-    granularity=512,
-    block=128,
-    bits=8,
-    x_dtype=torch.float8_e4m3fn,
-    scale_dtype=torch.int32,
-    bytes_a_scale=1,
-    column_major=True,
+FP8_UE8M0 = replace(
+    FP8, name="fp8_ue8m0", code=3, granularity=512, scale_dtype=torch.int32, bytes_a_scale=1
 )
 """As `FP8_ROUND`, the scale stored as its exponent byte; an int32 has four, the first lowest."""
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeAlias
 import torch
 from torch import Tensor
 
-from epjit.formats import RowFormat
+from epjit.calls import CombineSizes, DispatchSizes
 from epjit.runtime.empty import Empty, TensorSpec, matrix, vector
 
 
@@ -210,7 +210,7 @@ class Dispatched(NamedTuple):
 
 
 class Placement(NamedTuple):
-    """Where selections go when rows are ordered by expert: `M` rows, `E` experts of this rank.
+    """Rows of the selections in the order of the experts: `M` rows, `E` experts of this rank.
 
     Attributes:
         row_of: int32 `[n, K]`; row of each selection, -1 when it selects nothing or does not fit.
@@ -241,7 +241,7 @@ class Placement(NamedTuple):
 
 
 class LowLatencyHandle(NamedTuple):
-    """What a low-latency dispatch leaves for its combine.
+    """The handle of a low-latency dispatch, for its combine.
 
     The tensors must be those that the dispatch made: behind `src_info`, in its storage, lie the
     `Routes` that the combine follows; their length says what was dispatched.
@@ -265,6 +265,13 @@ GivenLowLatencyHandle: TypeAlias = tuple[Tensor, Tensor, int, int, int]
 """As callers may pass it: also a tuple without names."""
 
 
+def rows_in(memory: Tensor, sizes: CombineSizes | LowLatencyHandle, num_ranks: int) -> Tensor:
+    """The first bytes of memory as a row for each row of a dispatch: bf16 `[E // R, R * M, H]`."""
+    max_tokens, hidden, num_experts = sizes.max_tokens, sizes.hidden, sizes.num_experts
+    rows = memory[: 2 * num_experts * max_tokens * hidden].view(torch.bfloat16)
+    return rows.view(num_experts // num_ranks, num_ranks * max_tokens, hidden)
+
+
 class LowLatencyDispatched(NamedTuple):
     """Results of a low-latency dispatch on one rank; rows behind `recv_count` are undefined.
 
@@ -284,25 +291,17 @@ class LowLatencyDispatched(NamedTuple):
     layout_range: Tensor
 
     @staticmethod
-    def specs(
-        row_format: RowFormat,
-        *,
-        num_ranks: int,
-        num_tokens: int,
-        max_tokens: int,
-        num_experts: int,
-        num_topk: int,
-        hidden: int,
-    ) -> LowLatencySpecs:
+    def specs(sizes: DispatchSizes, num_ranks: int) -> LowLatencySpecs:
         """Of its tensors.
 
         Behind `src_info` and the `Routes` lie `K + T` words more, so that the length of them all
         says both to `dispatched_sizes`.
         """
-        num_local, num_rows = num_experts // num_ranks, num_ranks * max_tokens
-        num_routes, num_extra = num_ranks + num_rows * num_topk, num_topk + num_tokens
+        num_local, num_rows = sizes.num_experts // num_ranks, num_ranks * sizes.max_tokens
+        num_routes = num_ranks + num_rows * sizes.num_topk
+        num_extra = sizes.num_topk + sizes.num_tokens
         new = (
-            *row_format.specs(num_local, num_rows, hidden),
+            *sizes.row_format.specs(num_local, num_rows, sizes.hidden),
             vector(torch.int32, num_local),
             vector(torch.int32, num_local * num_rows + num_routes + num_extra),
             matrix(torch.int64, num_local, num_ranks),
@@ -331,7 +330,7 @@ class LowLatencySpecs(NamedTuple):
 
 
 class Routes(NamedTuple):
-    """Where the selections of every rank have gone on this one.
+    """Rows that the selections of every rank have become on this one.
 
     Attributes:
         source_tokens: int32 `[R]`: tokens of each rank, 0 for a masked one.

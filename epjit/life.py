@@ -46,7 +46,7 @@ class Resources(ExitStack):
         """Gives everything back.
 
         Raises:
-            RuntimeError: What the last of those that could not be given back has raised.
+            RuntimeError: Raised by the last part that could not be given back.
         """
         if self.is_ours():
             with self._entered():

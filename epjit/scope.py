@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch
 
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
 Record: TypeAlias = tuple[object, ...]
 """Tensors, records and anything else; often a NamedTuple of `epjit.calls`."""
 _NOWHERE = nullcontext()
+S = TypeVar("S")
 
 
 class Turns:
@@ -65,7 +66,7 @@ class Scope:
 
     Args:
         comm: Communication stream.
-        previous_event: What the kernels wait for; everything queued on the current stream when it
+        previous_event: Waited for by the kernels; everything queued on the current stream when it
             holds no event.
         async_finish: Whether the current stream is left alone and an event is returned.
         allocate_on_comm_stream: V1's flag; with a previous event outputs are allocated there
@@ -120,7 +121,7 @@ class Scope:
                 self._comm.make_wait(self._current)
 
     def allocating(self) -> AbstractContextManager[object]:
-        """Where outputs are allocated."""
+        """Surrounds the allocation of outputs, and decides whose memory they are."""
         if self._previous is None:
             return _NOWHERE
         # Now: from the first wait on, a capture of the event's stream captures this one, too, and
@@ -152,8 +153,8 @@ class Scope:
         that it does not hand out the memory before these are done.
 
         Args:
-            inputs: What the kernels read, allocated by the caller.
-            outputs: What they write, allocated by this call.
+            inputs: Read by the kernels, allocated by the caller.
+            outputs: Written by them, allocated by this call.
         """
         event = self._end()
         if event is not None:
@@ -192,7 +193,7 @@ class KeepingOverlap(EventOverlap):
 
     Args:
         event: On the communication stream, behind the kernels.
-        tensors: What the kernels read and write.
+        tensors: Read and written by the kernels.
         comm: The communication stream.
         current: Handle of the stream that was current in the call.
     """
@@ -234,7 +235,21 @@ def _record(record: Record, stream: torch.cuda.Stream) -> None:
         tensor.record_stream(stream)
 
 
-class CurrentStream:
+class _NoWait:
+    """Base of scopes whose kernels wait for nothing and whose outputs are like any tensor."""
+
+    def __enter__(self: S) -> S:
+        return self
+
+    def allocating(self) -> AbstractContextManager[object]:
+        """Surrounds the allocation of outputs, and decides whose memory they are."""
+        return _NOWHERE
+
+    def start(self) -> None:
+        """Nothing to wait for."""
+
+
+class CurrentStream(_NoWait):
     """The scope of a call on the stream that is current when it is made: nothing waits.
 
     Args:
@@ -253,20 +268,10 @@ class CurrentStream:
         """The streams that outputs belong to."""
         return (self.stream,)
 
-    def __enter__(self) -> CurrentStream:
-        return self
-
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         """Counts a call that has not come to its end, too: some of it may be queued."""
         if kind is not None:
             self._comm.last_call = next_number()
-
-    def allocating(self) -> AbstractContextManager[object]:
-        """Where outputs are allocated."""
-        return _NOWHERE
-
-    def start(self) -> None:
-        """Nothing to wait for."""
 
     def wait_for(self, event: Event) -> None:
         """Makes the kernels wait for an event."""
@@ -281,7 +286,7 @@ class CurrentStream:
     finish_keeping = finish
 
 
-class CpuScope:
+class CpuScope(_NoWait):
     """The scope of a call without a GPU, where the work is done when a call returns.
 
     Args:
@@ -294,18 +299,8 @@ class CpuScope:
     def __init__(self, async_finish: bool) -> None:
         self._async = async_finish
 
-    def __enter__(self) -> CpuScope:
-        return self
-
     def __exit__(self, *_: object) -> None:
         """Nothing is under way."""
-
-    def allocating(self) -> AbstractContextManager[object]:
-        """Where outputs are allocated."""
-        return _NOWHERE
-
-    def start(self) -> None:
-        """Nothing to wait for."""
 
     def wait_for(self, event: Event) -> None:
         """Nothing waits."""

@@ -2,7 +2,7 @@
 
 At run time a decorator returns the method as it is. For type checkers it lists, from the special to
 the general, what comes back: rows as they were passed, a handle unless one was passed, a hook if
-one was asked for. The general form takes arguments by position as V1 has them.
+one was asked for. The general one takes arguments by position as V1 has them.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What `python -m epjit tune` found: the fastest settings for a GPU, a group size and a shape.
+"""Winners of `python -m epjit tune`: the fastest settings for a GPU, a group size and a shape.
 
 One JSON file in the cache folder, written under a lock. It is read once a process, when a config
 or a variant is first asked for; without the file nothing else happens.
@@ -14,14 +14,12 @@ import functools
 import json
 import logging
 import math
-import os
-import tempfile
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-from epjit.runtime.cache import cache_folder, lock
+from epjit.runtime.cache import cache_folder, lock, publish
 
 MOST_ROWS_FACTOR = 2.0
 """How many times longer or shorter rows may be than those that were measured."""
@@ -45,7 +43,7 @@ class Tuned:
         num_tokens: Tokens of each rank.
         num_sms: SMs of the winner.
         variant: Its implementation.
-        us: What it took, in microseconds.
+        us: Its time in microseconds.
         version: epjit that measured it.
     """
 
@@ -61,7 +59,7 @@ class Tuned:
 
     @property
     def shape(self) -> tuple[str, str, int, int, int]:
-        """What there is one winner for."""
+        """Key of a winner: there is one for each."""
         return self.gpu, self.op, self.num_ranks, self.hidden_bytes, self.num_tokens
 
 
@@ -103,14 +101,9 @@ def store(winners: Iterable[Tuned]) -> Path:
         except (FileNotFoundError, ValueError):
             known = {}
         known |= {each.shape: each for each in winners}
-        text = json.dumps(
-            {"format": _FORMAT, "winners": [dataclasses.asdict(each) for each in known.values()]},
-            indent=1,
-        )
-        descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix="tuned-")
-        with os.fdopen(descriptor, "w") as stream:
-            stream.write(text)
-        os.replace(temporary, file)
+        everything = [dataclasses.asdict(each) for each in known.values()]
+        text = json.dumps({"format": _FORMAT, "winners": everything}, indent=1)
+        publish(file, text.encode())
     _forget()
     return file
 

@@ -19,9 +19,11 @@ else
   ranks=${RANKS:-$gpus}
   where=(--nnodes 2 --node-rank "$node" --master-addr "${1:?the address of the first node}" --master-port "${PORT:-29500}")
   shift
-  # What NVSHMEM is told; docs/internode.md has the choices. Set before, your own values win.
-  export NVSHMEM_REMOTE_TRANSPORT=${NVSHMEM_REMOTE_TRANSPORT:-ibrc}
-  export NVSHMEM_IB_ENABLE_IBGDA=${NVSHMEM_IB_ENABLE_IBGDA:-0}
+  ulimit -l unlimited 2>/dev/null || echo "locked memory: $(ulimit -l) KB, and NICs want it unlimited" >&2
+  # What NVSHMEM may be told, the same on both nodes; docs/internode.md has the choices. Without a word IBGDA is taken
+  # where every rank can, else IBRC.
+  # export NVSHMEM_IB_ENABLE_IBGDA=0                     # IBRC
+  # export NVSHMEM_DEBUG=INFO                            # what NVSHMEM found
   # export NVSHMEM_HCA_LIST=mlx5_0,mlx5_1                # the NICs to use, when not all
   # export NVSHMEM_IB_SL=0                               # service level
   # export NVSHMEM_BOOTSTRAP_UID_SOCK_IFNAME=eth0        # the interface of the start-up

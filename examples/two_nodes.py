@@ -12,6 +12,7 @@ GPUs than ranks on a node all of it runs on the CPU.
 from __future__ import annotations
 
 import argparse
+import logging
 import os
 import sys
 import time
@@ -32,6 +33,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=10)
     args = parser.parse_args()
 
+    logging.basicConfig(level="INFO")  # rank 0 says which transport carries it
     local_rank, local_size = (int(os.environ[f"LOCAL_{name}"]) for name in ("RANK", "WORLD_SIZE"))
     if torch.cuda.device_count() < local_size:
         os.environ["EPJIT_BACKEND"] = "cpu"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 from epjit.arch import arch_number
 from epjit.runtime import device as gpu
@@ -16,7 +16,7 @@ _MBARRIER_BYTES = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class CopyConfig(KernelConfig):
+class CopyConfig(KernelConfig, source="bench/copy.cu"):
     """Compile-time values of `bench/copy.cu`.
 
     Attributes:
@@ -25,9 +25,6 @@ class CopyConfig(KernelConfig):
         row_bytes: bytes of one bulk copy, a multiple of 128.
         pull: read from the peers instead of writing to them.
     """
-
-    source: ClassVar[str] = "bench/copy.cu"
-    op: ClassVar[str] = "copy"
 
     num_ranks: int
     num_warps: int

@@ -51,7 +51,7 @@ def run(settings: Settings, *, on_row: Callable[[Row], None]) -> list[Row]:
     """Times the low-latency calls of every module.
 
     Args:
-        settings: What is run; `sms` and `sweep` mean nothing here.
+        settings: Of the run; `sms` and `sweep` mean nothing here.
         on_row: Called with each row when it is measured.
 
     Returns:
@@ -61,7 +61,8 @@ def run(settings: Settings, *, on_row: Callable[[Row], None]) -> list[Row]:
         ValueError: Sizes that no low-latency call takes; nothing was started.
         RuntimeError: A result is wrong, or a rank failed.
     """
-    checks = LowLatencyChecks(settings.ranks, 0, torch.device(settings.device))
+    device = torch.device(settings.device)
+    checks = LowLatencyChecks(num_ranks=settings.ranks, device=device, num_rdma_bytes=0)
     for tokens in settings.tokens:
         checks.sizes(tokens, settings.experts)
     return run_ranks(worker, settings.ranks, settings, free_port(), on_row=on_row)
@@ -108,16 +109,16 @@ class Case:
             "combine": choices * 2 * hidden,
         }
 
-    def dispatch(self, **form: Any) -> Any:
+    def dispatch(self, **flags: Any) -> Any:
         """The call."""
         return self.buffer.low_latency_dispatch(
-            self.x, self.topk_idx, self.tokens, self.settings.experts, use_fp8=self.use_fp8, **form
+            self.x, self.topk_idx, self.tokens, self.settings.experts, use_fp8=self.use_fp8, **flags
         )
 
-    def combine(self, handle: Any, **form: Any) -> Any:
+    def combine(self, handle: Any, **flags: Any) -> Any:
         """The call."""
         return self.buffer.low_latency_combine(
-            self.y, self.topk_idx, self.weights, handle, out=self.out, **form
+            self.y, self.topk_idx, self.weights, handle, out=self.out, **flags
         )
 
     def pair(self) -> None:
@@ -171,7 +172,7 @@ class Case:
 
 
 def bench_case(case: Case, best: float, common: Row, say: Say) -> None:
-    """Every form of the two calls."""
+    """The two calls with each of their flags."""
     clock = functools.partial(timed, group=case.group, device=case.settings.device)
     handle = case.check(is_exact=common["module"] == "epjit")
     for op, call in (

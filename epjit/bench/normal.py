@@ -110,7 +110,7 @@ def run(settings: Settings, *, on_row: Callable[[Row], None]) -> list[Row]:
     """Times every operation of every module.
 
     Args:
-        settings: What is run.
+        settings: Of the run.
         on_row: Called with each row when it is measured.
 
     Returns:

@@ -5,17 +5,18 @@ One process, one thread a GPU: this is what `doctor` runs, before any group exis
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from epjit.runtime import device as gpu
 from epjit.runtime import driver
-from epjit.runtime.group import Group, ThreadGroup
+from epjit.runtime.group import Group, ThreadComm, ThreadGroup
 from epjit.runtime.kernel import Kernel, KernelConfig
 from epjit.runtime.launch import Launch
-from epjit.runtime.symmetric import SymmetricMemory
+from epjit.runtime.symmetric import SymmetricMemory, own_stream
 
 _COPY_BYTES = 256 << 20
 _COPIES = 4
@@ -42,12 +43,9 @@ class PeerLink(NamedTuple):
 
 
 @dataclass(frozen=True)
-class ChaseConfig(KernelConfig):
+class ChaseConfig(KernelConfig, source="bench/chase.cu", tag="bench"):
     """Compile-time values of `bench/chase.cu`."""
 
-    source: ClassVar[str] = "bench/chase.cu"
-    op: ClassVar[str] = "chase"
-    tag_template: ClassVar[str] = "bench"
     threads: ClassVar[int] = 32
 
     num_steps: int = 2048
@@ -71,7 +69,7 @@ def measure() -> Iterator[PeerLink]:
 
 
 def _measure_pair(reader: int, owner: int) -> PeerLink:
-    with _SharedPair(reader, owner) as (own, remote):
+    with _shared_pair(reader, owner) as (own, remote):
         return PeerLink(
             reader,
             owner,
@@ -81,51 +79,24 @@ def _measure_pair(reader: int, owner: int) -> PeerLink:
         )
 
 
-class _SharedPair:
+@contextmanager
+def _shared_pair(reader: int, owner: int) -> Iterator[tuple[int, int]]:
     """Memory of two GPUs, mapped for each other; gives the addresses as the reader sees them."""
+    with ExitStack() as memories:
 
-    def __init__(self, reader: int, owner: int) -> None:
-        self._memories: list[SymmetricMemory | None] = [None, None]
-        errors: list[BaseException] = []
-        comms = ThreadGroup.create(2)
+        def allocate(comm: ThreadComm, device: int) -> SymmetricMemory:
+            memory = SymmetricMemory(_COPY_BYTES, group=Group.from_comm(comm), device=device)
+            memories.callback(memory.close)
+            return memory
 
-        def allocate(rank: int, device: int) -> None:
-            try:
-                group = Group.from_comm(comms[rank])
-                self._memories[rank] = SymmetricMemory(_COPY_BYTES, group=group, device=device)
-            except BaseException as error:  # raised below, in the thread that asked
-                errors.append(error)
-
-        threads = [
-            threading.Thread(target=allocate, args=pair) for pair in ((0, reader), (1, owner))
-        ]
-        for thread in threads:
-            thread.start()
-        for thread in threads:
-            thread.join()
-        if errors:
-            self._close()
-            raise errors[0]
-
-    def __enter__(self) -> tuple[int, int]:
-        memory = self._memories[0]
-        assert memory is not None
-        return memory.ptr, memory.peer_ptrs[1]
-
-    def __exit__(self, *_: object) -> None:
-        self._close()
-
-    def _close(self) -> None:
-        for memory in self._memories:
-            if memory is not None:
-                memory.close()
+        with ThreadPoolExecutor(2) as ranks:
+            own, _ = ranks.map(allocate, ThreadGroup.create(2), (reader, owner))
+        yield own.ptr, own.peer_ptrs[1]
 
 
 def _bandwidth(reader: int, own: int, remote: int) -> float:
     """GB/s of copies by the copy engine."""
-    with driver.using(reader):
-        flags = driver.load().CUstream_flags.CU_STREAM_NON_BLOCKING
-        stream = driver.call("cuStreamCreate", flags)
+    with driver.using(reader), own_stream() as stream:
         driver.call("cuMemcpyDtoDAsync", own, remote, _COPY_BYTES, stream)  # the first maps
         ms = _elapsed_ms(
             stream,
@@ -134,7 +105,6 @@ def _bandwidth(reader: int, own: int, remote: int) -> float:
                 for _ in range(_COPIES)
             ],
         )
-        driver.call("cuStreamDestroy", stream)
     return round(_COPIES * _COPY_BYTES / ms / 1e6, 1)
 
 
@@ -151,12 +121,9 @@ def _latency(reader: int, own: int, remote: int) -> float:
         driver.call("cuMemcpyHtoD", own, words.ctypes.data, words.nbytes)
         driver.call("cuMemcpyDtoD", remote, own, words.nbytes)
     launch = Launch(Kernel(config, device=reader), chain=remote, out=own)
-    with driver.using(reader):
-        flags = driver.load().CUstream_flags.CU_STREAM_NON_BLOCKING
-        stream = driver.call("cuStreamCreate", flags)
+    with driver.using(reader), own_stream() as stream:
         launch(int(stream), 1)
         ms = _elapsed_ms(stream, lambda: launch(int(stream), 1))
-        driver.call("cuStreamDestroy", stream)
     return round(ms * 1e3 / config.num_steps, 2)
 
 

@@ -1,1 +1,1 @@
-"""What a call must be: refuses with value and remedy; launches nothing, allocates nothing."""
+"""Checks of calls: refuse with value and remedy; launch nothing, allocate nothing."""

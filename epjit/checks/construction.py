@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING
 from epjit import env
 from epjit.checks.low_latency import check_variant
 from epjit.config import MAX_GROUP, MAX_RANKS
+from epjit.sizes import ALIGNMENT
 
 if TYPE_CHECKING:
     from epjit.calls import Settings
     from epjit.runtime.group import Group
     from epjit.runtime.topology import Topology
-
-_SIZE_ALIGNMENT = 128
 
 
 def check_settings(settings: Settings, num_ranks: int, nvlink_domain: int | None) -> None:
@@ -27,9 +26,9 @@ def check_settings(settings: Settings, num_ranks: int, nvlink_domain: int | None
         "num_rdma_bytes": settings.num_rdma_bytes,
     }
     reasons = [
-        f"{name} is {value}, but must be a multiple of {_SIZE_ALIGNMENT} and not negative"
+        f"{name} is {value}, but must be a multiple of {ALIGNMENT} and not negative"
         for name, value in sizes.items()
-        if value < 0 or value % _SIZE_ALIGNMENT
+        if value < 0 or value % ALIGNMENT
     ]
     if num_ranks > MAX_GROUP:
         reasons.append(f"the group has {num_ranks} ranks, but may have up to {MAX_GROUP}")
@@ -77,16 +76,12 @@ def agree_on_settings(settings: Settings, topology: Topology, group: Group) -> N
     """
     variant = env.low_latency_combine_variant
     values = {
-        "num_nvl_bytes": settings.num_nvl_bytes,
-        "num_rdma_bytes": settings.num_rdma_bytes,
-        "low_latency_mode": settings.low_latency_mode,
-        "enable_shrink": settings.enable_shrink,
-        "use_fabric": settings.use_fabric,
-        "num_qps_per_rank": settings.num_qps_per_rank,
+        **settings._asdict(),
         "NVLink domains": topology.domains,
         variant.name: variant() if settings.low_latency_mode else None,
     }
-    group.agree_on(
+    del values["timeout_seconds"]  # which may differ
+    group.agree(
         {f"values of {name}": value for name, value in values.items()},
         remedy="make Buffers with the same arguments and environment on all ranks",
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Hashable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -18,11 +18,10 @@ from epjit.calls import (
     LowLatencyDispatch,
 )
 from epjit.checks.match import (
+    Checks,
     as_handle,
-    check,
     check_aligned,
     check_experts,
-    check_topk,
     remember,
     signature,
 )
@@ -38,32 +37,18 @@ from epjit.formats import BF16, LOGFMT_BLOCK, NVFP4, RowFormat
 from epjit.handles import GivenLowLatencyHandle, LowLatencyHandle, dispatched_sizes
 from epjit.numbers import as_int
 
-if TYPE_CHECKING:
-    from epjit.checks.values import ValueChecks
-
 _QUARTERS = 4  # two of them take turns to receive; the other two are the send buffer
 
 
-@dataclass(frozen=True)
-class LowLatencyChecks:
-    """Checks for one Buffer; every method raises TypeError or ValueError, with value and remedy.
-
-    Calls repeat: what passed is remembered by all that the checks look at, and then only addresses
-    are looked at again. That takes 10 us of the host's time from a pair of calls.
+@dataclass(frozen=True, kw_only=True)
+class LowLatencyChecks(Checks):
+    """Checks of the low-latency calls. To remember takes 10 us of the host from a pair of them.
 
     Attributes:
-        num_ranks: `R`.
         num_rdma_bytes: Of the buffer.
-        device: Of the buffer.
-        num_domains: NVLink domains that the ranks span.
-        values: Checks of values, if they are asked for.
     """
 
-    num_ranks: int
     num_rdma_bytes: int
-    device: torch.device
-    num_domains: int = 1
-    values: ValueChecks | None = None
     _dispatches: dict[Hashable, DispatchSizes] = field(default_factory=dict, repr=False)
     _combines: dict[Hashable, CombineSizes] = field(default_factory=dict, repr=False)
 
@@ -124,39 +109,27 @@ class LowLatencyChecks:
     ) -> DispatchSizes:
         x, topk_idx, global_scale, recv_stats, cycles = given
         self.sizes(max_tokens, num_experts)
-        shape = ("num_tokens", "hidden")
-        check("x", x, shape=shape, dtype=torch.bfloat16, device=self.device)
+        self._check("x", x, ("num_tokens", "hidden"), torch.bfloat16)
         num_tokens, hidden = x.shape
         self.hidden(hidden, row_format)
         check_aligned("x", x)
-        self._choices(topk_idx, max_tokens, num_tokens, "one row for each token of x")
+        self._choices(topk_idx, max_tokens, x=x)
         if row_format is NVFP4:
             if global_scale is None:
                 raise ValueError(
                     "quantization='nvfp4' needs global_scale, a float32 tensor of shape (1,), the "
                     "same on all ranks; 448 * 6 / (largest magnitude) uses the whole range"
                 )
-            check(
-                "global_scale",
-                global_scale,
-                shape=(1,),
-                dtype=torch.float32,
-                device=self.device,
-            )
+            self._check("global_scale", global_scale, (1,), torch.float32)
         elif global_scale is not None:
             raise ValueError(
                 f"global_scale is given, but rows in {row_format.name} have none; pass it with "
                 "quantization='nvfp4' only"
             )
         if recv_stats is not None:
-            check(
-                "cumulative_local_expert_recv_stats",
-                recv_stats,
-                shape=(num_experts // self.num_ranks,),
-                dtype=torch.int32,
-                device=self.device,
-                why="one count for each local expert",
-            )
+            name, counts = "cumulative_local_expert_recv_stats", (num_experts // self.num_ranks,)
+            why = "one count for each local expert"
+            self._check(name, recv_stats, counts, torch.int32, why)
         self._cycles("dispatch_wait_recv_cost_stats", cycles)
         self._room(
             f"low_latency_dispatch in {row_format.name}",
@@ -213,19 +186,13 @@ class LowLatencyChecks:
         dispatched = self._handle(handle)
         shape = (num_experts // self.num_ranks, self.num_ranks * max_tokens, hidden)
         why = "one row for each row of the dispatch, received or not"
-        check("x", x, shape=shape, dtype=torch.bfloat16, device=self.device, why=why)
+        self._check("x", x, shape, torch.bfloat16, why)
         check_aligned("x", x)
-        self._choices(topk_idx, max_tokens, "num_tokens", "")
+        self._choices(topk_idx, max_tokens)
         num_tokens, num_topk = topk_idx.shape
         _check_as_dispatched((num_tokens, num_topk), dispatched)
-        check(
-            "topk_weights",
-            topk_weights,
-            shape=(num_tokens, num_topk),
-            dtype=torch.float32,
-            device=self.device,
-            why="as topk_idx",
-        )
+        shape_of_idx = (num_tokens, num_topk)
+        self._check("topk_weights", topk_weights, shape_of_idx, torch.float32, "as topk_idx")
         if use_logfmt and zero_copy:
             raise ValueError(
                 "use_logfmt encodes rows on their way, so they cannot be sent as they lie in the "
@@ -237,14 +204,8 @@ class LowLatencyChecks:
                 "pass use_logfmt=False"
             )
         if out is not None:
-            check(
-                "out",
-                out,
-                shape=(num_tokens, hidden),
-                dtype=torch.bfloat16,
-                device=self.device,
-                why="one row for each token of topk_idx",
-            )
+            why = "one row for each token of topk_idx"
+            self._check("out", out, (num_tokens, hidden), torch.bfloat16, why)
             check_aligned("out", out)
         self._cycles("combine_wait_recv_cost_stats", cycles)
         self._room(
@@ -253,7 +214,7 @@ class LowLatencyChecks:
             max_tokens * 2 * hidden * max(num_topk, self.num_ranks),
             (max_tokens, hidden, num_experts),
         )
-        if zero_copy or self.num_domains > 1:  # rows to other domains are staged in as much
+        if zero_copy or self.spans_domains:  # rows to other domains are staged in as much
             self._room_to_send((max_tokens, hidden, num_experts))
         return CombineSizes(
             num_tokens,
@@ -268,60 +229,32 @@ class LowLatencyChecks:
 
     def mask(self, mask_status: torch.Tensor) -> None:
         """Everything that `low_latency_query_mask_buffer` takes."""
-        check(
-            "mask_status",
-            mask_status,
-            shape=(self.num_ranks,),
-            dtype=torch.int32,
-            device=self.device,
-            why="one word for each rank",
-        )
+        why = "one word for each rank"
+        self._check("mask_status", mask_status, (self.num_ranks,), torch.int32, why)
 
-    def send_buffer(self, handle: GivenLowLatencyHandle) -> tuple[int, int, int]:
-        """Checks what `get_next_low_latency_combine_buffer` takes; gives `M`, `H` and `E`."""
+    def send_buffer(self, handle: GivenLowLatencyHandle) -> LowLatencyHandle:
+        """Everything that `get_next_low_latency_combine_buffer` takes."""
         own = as_low_latency_handle(handle)
         self._handle(own)
-        sizes = own.max_tokens, own.hidden, own.num_experts
-        self._room_to_send(sizes)
-        return sizes
+        self._room_to_send((own.max_tokens, own.hidden, own.num_experts))
+        return own
 
     def _handle(self, handle: LowLatencyHandle) -> tuple[int, int]:
         """Checks what `low_latency_dispatch` returned; gives tokens and top-k of that call."""
         src_info, layout_range, max_tokens, hidden, num_experts = handle
         self.sizes(max_tokens, num_experts)
         self.hidden(hidden)
-        shape = (num_experts // self.num_ranks, self.num_ranks * max_tokens)
-        why = f"of {num_experts} experts and {max_tokens} tokens on {self.num_ranks} ranks"
-        check(
-            "handle[0] (src_info)",
-            src_info,
-            shape=shape,
-            dtype=torch.int32,
-            device=self.device,
-            why=why,
-        )
-        check(
-            "handle[1] (layout_range)",
-            layout_range,
-            shape=(shape[0], self.num_ranks),
-            dtype=torch.int64,
-            device=self.device,
-            why=why,
-        )
+        local, ranks = num_experts // self.num_ranks, self.num_ranks
+        why = f"of {num_experts} experts and {max_tokens} tokens on {ranks} ranks"
+        shape = (local, ranks * max_tokens)
+        self._check("handle[0] (src_info)", src_info, shape, torch.int32, why)
+        self._check("handle[1] (layout_range)", layout_range, (local, ranks), torch.int64, why)
         return dispatched_sizes(src_info, self.num_ranks)
 
     def _choices(
-        self, topk_idx: torch.Tensor, max_tokens: int, num_tokens: int | str, why: str
+        self, topk_idx: torch.Tensor, max_tokens: int, *, x: torch.Tensor | None = None
     ) -> None:
-        check(
-            "topk_idx",
-            topk_idx,
-            shape=(num_tokens, "num_topk"),
-            dtype=(torch.int64, torch.int32),
-            device=self.device,
-            why=why,
-        )
-        check_topk(topk_idx)
+        self._check_topk_idx(topk_idx, x=x)
         tokens, num_topk = topk_idx.shape
         if tokens > max_tokens:
             raise ValueError(
@@ -337,14 +270,7 @@ class LowLatencyChecks:
 
     def _cycles(self, name: str, sums: torch.Tensor | None) -> None:
         if sums is not None:
-            check(
-                name,
-                sums,
-                shape=(self.num_ranks,),
-                dtype=torch.int64,
-                device=self.device,
-                why="one sum for each rank",
-            )
+            self._check(name, sums, (self.num_ranks,), torch.int64, "one sum for each rank")
 
     def _room(self, what: str, num_bytes: int, sizes: tuple[int, int, int]) -> None:
         """Whether a quarter of the buffer holds what arrives; `sizes` are `M`, `H` and `E`."""
@@ -403,7 +329,7 @@ def _check_as_dispatched(choices: tuple[int, int], dispatched: tuple[int, int]) 
 
 
 def _end(src_info: object) -> object:
-    """What tells how much lies behind `src_info`."""
+    """Size of the storage of `src_info` and its place there, for the signature."""
     if not isinstance(src_info, torch.Tensor):
         return None
     return src_info.untyped_storage().nbytes(), src_info.storage_offset()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
@@ -10,9 +11,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from epjit.config import MAX_ROW_BYTES, MAX_TOPK, check_row_bytes
 from epjit.handles import InternodeHandle, IntranodeHandle, LowLatencyHandle
 
+if TYPE_CHECKING:
+    from epjit.checks.values import ValueChecks
+
 K = TypeVar("K")
 V = TypeVar("V")
 H = TypeVar("H", IntranodeHandle, InternodeHandle, LowLatencyHandle)
+INDEX_DTYPES = (torch.int64, torch.int32)
 MOST_REMEMBERED = 4096  # a few MB
 
 # torch has no public names for these.
@@ -26,7 +31,7 @@ def check_runs(what: str) -> None:
     """Checks that tensors which are made here have values, as communication needs them.
 
     Args:
-        what: What is about to be done, for the message.
+        what: The act that is about to be done, for the message.
 
     Raises:
         RuntimeError: A FakeTensorMode is active.
@@ -91,12 +96,12 @@ def _check_values(name: str, tensor: torch.Tensor) -> None:
 def check(
     name: str,
     tensor: object,
-    *,
     shape: tuple[int | str, ...],
     dtype: torch.dtype | tuple[torch.dtype, ...] | None = None,
     device: torch.device | None = None,
-    contiguous: bool = True,
+    *,
     why: str = "",
+    contiguous: bool = True,
 ) -> torch.Tensor:
     """Checks one tensor argument.
 
@@ -106,8 +111,8 @@ def check(
         shape: Expected extents: a number, or a word that names an extent of any size.
         dtype: Expected dtype, one of several, or None for any.
         device: Expected device, or None for any.
+        why: Reason of the expectation, for the message.
         contiguous: Whether the tensor must be contiguous.
-        why: Where the expectation comes from, for the message.
 
     Returns:
         The tensor.
@@ -153,7 +158,7 @@ def check(
 
 
 def signature(*tensors: torch.Tensor | None) -> tuple[object, ...]:
-    """What `check` looks at: where it is equal, the checks that passed once pass again."""
+    """All that `check` looks at: of tensors with a signature that passed, none is checked again."""
     if _transform() is not None:  # its tensors look like others
         return (object(),)
     try:
@@ -194,8 +199,8 @@ def as_handle(handle: Any, kind: type[H], op: str) -> H:
     """A caller's handle with names; nothing of what is in it is looked at.
 
     Args:
-        handle: What the caller passes: also a list, or a tuple without names.
-        kind: What it must be.
+        handle: As the caller passes it: also a list, or a tuple without names.
+        kind: Type that it must become.
         op: The call that returns such handles.
 
     Raises:
@@ -247,3 +252,48 @@ def check_experts(num_experts: int, num_ranks: int, most: int) -> None:
             f"num_experts is {num_experts}, but must be a positive multiple of the "
             f"{num_ranks} ranks, at most {most}"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checks:
+    """Base of the checks of one Buffer's calls; every method raises TypeError or ValueError.
+
+    Calls repeat: arguments that passed are remembered by their `signature`, and of those only
+    addresses are looked at again. With ``EPJIT_CHECK=1`` values are checked as well, last.
+
+    Attributes:
+        num_ranks: `R`.
+        num_domains: NVLink domains that the ranks span.
+        device: Of the buffer.
+        values: Checks of values, if they are asked for.
+    """
+
+    num_ranks: int
+    num_domains: int = 1
+    device: torch.device
+    values: ValueChecks | None = None
+
+    @property
+    def spans_domains(self) -> bool:
+        """Whether there are several domains."""
+        return self.num_domains > 1
+
+    def _check(
+        self,
+        name: str,
+        tensor: object,
+        shape: tuple[int | str, ...],
+        dtype: torch.dtype | tuple[torch.dtype, ...] | None,
+        why: str = "",
+        *,
+        contiguous: bool = True,
+    ) -> None:
+        """Checks a tensor that must be where the buffer is; see `check`."""
+        check(name, tensor, shape, dtype, self.device, why=why, contiguous=contiguous)
+
+    def _check_topk_idx(self, topk_idx: torch.Tensor, *, x: torch.Tensor | None = None) -> None:
+        """Checks choices, one row for each token of `x`, or of any number."""
+        of_x = ("num_tokens", "") if x is None else (x.shape[0], "one row for each token of x")
+        num_tokens, why = of_x
+        self._check("topk_idx", topk_idx, (num_tokens, "num_topk"), INDEX_DTYPES, why)
+        check_topk(topk_idx)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import math
 from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -12,10 +13,11 @@ import torch
 from epjit import calls
 from epjit.calls import Bias, OwnHandle, Payload
 from epjit.checks.match import (
+    Checks,
     as_handle,
-    check,
     check_aligned,
     check_experts,
+    check_rows,
     check_topk,
     remember,
     signature,
@@ -24,52 +26,32 @@ from epjit.config import (
     MAX_EXPERTS,
     MAX_LOCAL_EXPERTS,
     MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS,
-    MAX_ROW_BYTES,
     MAX_TOKENS,
     MAX_TOPK,
     Config,
+    check_row_bytes,
 )
 from epjit.handles import GivenHandle, handle_type
 from epjit.numbers import as_int
 
 if TYPE_CHECKING:
-    from epjit.checks.values import ValueChecks
     from epjit.event import EventOverlap
 
 
-class NormalChecks:
-    """Checks for one Buffer; every method raises TypeError or ValueError, with value and remedy.
+@dataclass(frozen=True, kw_only=True)
+class NormalChecks(Checks):
+    """Checks of the normal mode's calls.
 
-    Calls repeat: arguments that passed are remembered by their `signature`, and of those only
-    addresses are looked at again. With ``EPJIT_CHECK=1`` values are checked as well, last.
-
-    Args:
-        num_ranks: `R`.
-        num_domains: NVLink domains that the ranks span.
-        device: Of the buffer.
+    Attributes:
         num_sms: Of the device.
         dispatch_config: Makes the config of a dispatch that is given none.
         combine_config: Likewise.
-        values: Checks of values, if they are asked for.
     """
 
-    def __init__(
-        self,
-        num_ranks: int,
-        num_domains: int,
-        device: torch.device,
-        *,
-        num_sms: int,
-        dispatch_config: Callable[..., Config],
-        combine_config: Callable[..., Config],
-        values: ValueChecks | None = None,
-    ) -> None:
-        self._num_ranks, self._num_domains = num_ranks, num_domains
-        self._device, self._num_sms = device, num_sms
-        self._dispatch_config, self._combine_config = dispatch_config, combine_config
-        self._values = values
-        self._passed: dict[Hashable, bool] = {}
-        self._handle_type: Any = handle_type(num_domains)
+    num_sms: int
+    dispatch_config: Callable[..., Config]
+    combine_config: Callable[..., Config]
+    _passed: dict[Hashable, bool] = field(default_factory=dict, repr=False)
 
     # ---- calls -----------------------------------------------------------------------------------
 
@@ -80,12 +62,12 @@ class NormalChecks:
         num_experts = as_int("num_experts", num_experts)
         arguments = (signature(topk_idx), num_experts)
         if arguments not in self._passed:
-            self._choices(topk_idx, "num_tokens", "")
+            self._check_topk_idx(topk_idx)
             self._experts(num_experts)
             remember(self._passed, arguments, True)
         call = calls.Layout(topk_idx, num_experts)
-        if self._values is not None:
-            self._values.layout(call, after=after)
+        if self.values is not None:
+            self.values.layout(call, after=after)
         return call
 
     def dispatch(
@@ -105,7 +87,7 @@ class NormalChecks:
         rows, scales = _rows_and_scales(x)
         if handle is None:
             per_rank, per_rdma_rank, per_expert, in_rank = counts
-            if self._num_domains == 1:
+            if not self.spans_domains:
                 per_rdma_rank = None
             routing = calls.Routing(per_rank, per_rdma_rank, per_expert, in_rank)
             arguments = signature(rows, scales, topk_idx, topk_weights, *routing)
@@ -116,7 +98,7 @@ class NormalChecks:
             check_aligned("x", rows)
         else:
             self._payload(rows, scales)
-        num_sms = self._sms(config, self._dispatch_config, rows, rows.shape[0])
+        num_sms = self._sms(config, self.dispatch_config, rows, rows.shape[0])
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
                 raise ValueError(
@@ -126,7 +108,7 @@ class NormalChecks:
             call = calls.Dispatch(rows, scales, None, None, own, 1, 0, num_sms)
         else:
             if not has_passed:
-                self._routing(rows.shape[0], routing, topk_idx, topk_weights)
+                self._routing(rows, routing, topk_idx, topk_weights)
             expert_alignment = as_int("expert_alignment", expert_alignment, least=1)
             num_worst_tokens = as_int("num_worst_tokens", num_worst_tokens, least=0)
             if num_worst_tokens > 0 and topk_idx is None:
@@ -145,8 +127,8 @@ class NormalChecks:
             )
         if not has_passed:
             remember(self._passed, arguments, True)
-        if self._values is not None:
-            self._values.dispatch(call, after=after)
+        if self.values is not None:
+            self.values.dispatch(call, after=after)
         return call
 
     def combine(
@@ -164,30 +146,18 @@ class NormalChecks:
         num_tokens = own.num_tokens
         bias_0, bias_1 = _pair(bias) if isinstance(bias, tuple) else (bias, None)
         self._returned(x, topk_weights, bias_0, bias_1, own.num_rows, num_tokens)
-        num_sms = self._sms(config, self._combine_config, x, num_tokens)
+        num_sms = self._sms(config, self.combine_config, x, num_tokens)
         call = calls.Combine(x, topk_weights, bias_0, bias_1, own, num_sms)
-        if self._values is not None:
-            self._values.combine(call, after=after)
+        if self.values is not None:
+            self.values.combine(call, after=after)
         return call
 
     # ---- their parts -----------------------------------------------------------------------------
 
     def _experts(self, num_experts: int) -> None:
-        several = self._num_domains > 1
-        of_a_rank = MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS if several else MAX_LOCAL_EXPERTS
-        most = min(MAX_EXPERTS, of_a_rank * self._num_ranks)
-        check_experts(num_experts, self._num_ranks, most)
-
-    def _choices(self, topk_idx: torch.Tensor, num_tokens: int | str, why: str) -> None:
-        check(
-            "topk_idx",
-            topk_idx,
-            shape=(num_tokens, "num_topk"),
-            dtype=(torch.int64, torch.int32),
-            device=self._device,
-            why=why,
-        )
-        check_topk(topk_idx)
+        of_a_rank = MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS if self.spans_domains else MAX_LOCAL_EXPERTS
+        most = min(MAX_EXPERTS, of_a_rank * self.num_ranks)
+        check_experts(num_experts, self.num_ranks, most)
 
     def _sms(
         self,
@@ -198,17 +168,17 @@ class NormalChecks:
     ) -> int:
         if config is None:
             hidden_bytes = x.shape[1] * x.element_size()
-            config = default(self._num_ranks, hidden_bytes=hidden_bytes, num_tokens=num_tokens)
+            config = default(self.num_ranks, hidden_bytes=hidden_bytes, num_tokens=num_tokens)
         if not isinstance(config, Config):
             raise TypeError(
                 f"config is a {type(config).__name__}, expected a Config such as "
                 "Buffer.get_dispatch_config(num_ranks)"
             )
-        value, available = config.num_sms, self._num_sms
+        value, available = config.num_sms, self.num_sms
         if value < 2 or value % 2 or value > available:
             raise ValueError(
                 f"config.num_sms is {value}, but must be even and between 2 and {available} "
-                f"(what {self._device} has: all blocks must run at once)"
+                f"(what {self.device} has: all blocks must run at once)"
             )
         return value
 
@@ -221,29 +191,17 @@ class NormalChecks:
         why: str,
         hidden: int | str = "hidden",
     ) -> None:
-        check(name, x, shape=(num_rows, hidden), dtype=dtypes, device=self._device, why=why)
-        row_bytes = x.shape[1] * x.element_size()
-        if row_bytes == 0 or row_bytes % 16 or row_bytes > MAX_ROW_BYTES:
-            raise ValueError(
-                f"{name} has rows of {row_bytes} bytes ({x.shape[1]} x {x.dtype}); "
-                f"they must be a multiple of 16 bytes, at most {MAX_ROW_BYTES}"
-            )
-        check_aligned(name, x)
+        self._check(name, x, (num_rows, hidden), dtypes, why)
+        check_rows(name, x)
 
     def _payload(self, rows: torch.Tensor, scales: torch.Tensor | None) -> None:
         self._rows("x", rows, "num_tokens", None, "")
         if rows.shape[0] > MAX_TOKENS:
             raise ValueError(f"x has {rows.shape[0]} tokens; one call takes at most {MAX_TOKENS}")
         if scales is not None:
-            check(
-                "x[1] (scales)",
-                scales,
-                shape=(rows.shape[0], "num_scales"),
-                dtype=(torch.float32, torch.int32),
-                device=self._device,
-                contiguous=False,
-                why="one row of scales for each token",
-            )
+            shape, dtypes = (rows.shape[0], "num_scales"), (torch.float32, torch.int32)
+            why = "one row of scales for each token"
+            self._check("x[1] (scales)", scales, shape, dtypes, why, contiguous=False)
             if rows.element_size() != 1:
                 raise TypeError(
                     f"x[0] has dtype {rows.dtype}; a payload with scales has one byte an element"
@@ -270,14 +228,8 @@ class NormalChecks:
         floats = (torch.bfloat16, torch.float16)
         self._rows("x", x, num_rows, floats, "one row for each row of the dispatch")
         if topk_weights is not None:
-            check(
-                "topk_weights",
-                topk_weights,
-                shape=(num_rows, "num_topk"),
-                dtype=torch.float32,
-                device=self._device,
-                why="one row for each row of x",
-            )
+            shape, why = (num_rows, "num_topk"), "one row for each row of x"
+            self._check("topk_weights", topk_weights, shape, torch.float32, why)
             check_topk(topk_weights)
         for name, value in (("bias_0", bias_0), ("bias_1", bias_1)):
             if value is not None:
@@ -287,7 +239,8 @@ class NormalChecks:
 
     def _handle(self, handle: GivenHandle, *, num_tokens: int | None) -> OwnHandle:
         """The handle with names, of the type of this Buffer's mode."""
-        device, named = self._device, as_handle(handle, self._handle_type, "dispatch")
+        kind: Any = handle_type(self.num_domains)
+        device, named = self.device, as_handle(handle, kind, "dispatch")
         for index, tensor in enumerate(named):
             if not isinstance(tensor, torch.Tensor):
                 raise TypeError(
@@ -299,12 +252,12 @@ class NormalChecks:
                     f"move it with .to({str(device)!r})"
                 )
         ranks, domains, tokens = named.num_ranks, named.num_domains, named.num_tokens
-        if ranks != self._num_ranks:
-            raise ValueError(f"handle is of {ranks} ranks, but this Buffer has {self._num_ranks}")
-        if domains != self._num_domains:
+        if ranks != self.num_ranks:
+            raise ValueError(f"handle is of {ranks} ranks, but this Buffer has {self.num_ranks}")
+        if domains != self.num_domains:
             raise ValueError(
                 f"handle is of {domains} NVLink domains, but this Buffer has "
-                f"{self._num_domains}; use it with the Buffer that made it"
+                f"{self.num_domains}; use it with the Buffer that made it"
             )
         if num_tokens is not None and tokens != num_tokens:
             raise ValueError(
@@ -322,57 +275,38 @@ class NormalChecks:
 
     def _routing(
         self,
-        num_tokens: int,
+        x: torch.Tensor,
         routing: calls.Routing,
         topk_idx: torch.Tensor | None,
         topk_weights: torch.Tensor | None,
     ) -> None:
         per_rank, per_rdma_rank, per_expert, in_rank = routing
-        several = self._num_domains > 1
         given: dict[str, object] = {
             "num_tokens_per_rank": per_rank,
             "is_token_in_rank": in_rank,
             "num_tokens_per_expert": per_expert,
         }
-        if several:
+        if self.spans_domains:
             given["num_tokens_per_rdma_rank"] = per_rdma_rank
         missing = [name for name, value in given.items() if value is None]
         if missing:
             raise AssertionError(
                 f"dispatch without a handle needs {', '.join(missing)} from get_dispatch_layout"
             )
-        ints: dict[str, Any] = {"dtype": torch.int32, "device": self._device}
-        check("num_tokens_per_rank", per_rank, shape=(self._num_ranks,), **ints)
-        if several:
-            check(
-                "num_tokens_per_rdma_rank",
-                per_rdma_rank,
-                shape=(self._num_domains,),
-                why="one count for each NVLink domain",
-                **ints,
-            )
-        check(
-            "is_token_in_rank",
-            in_rank,
-            shape=(num_tokens, self._num_ranks),
-            dtype=torch.bool,
-            device=self._device,
-            why="one row for each token of x",
-        )
-        experts = check("num_tokens_per_expert", per_expert, shape=("num_experts",), **ints)
-        self._experts(experts.shape[0])
+        self._check("num_tokens_per_rank", per_rank, (self.num_ranks,), torch.int32)
+        if self.spans_domains:
+            name, why = "num_tokens_per_rdma_rank", "one count for each NVLink domain"
+            self._check(name, per_rdma_rank, (self.num_domains,), torch.int32, why)
+        shape, why = (x.shape[0], self.num_ranks), "one row for each token of x"
+        self._check("is_token_in_rank", in_rank, shape, torch.bool, why)
+        self._check("num_tokens_per_expert", per_expert, ("num_experts",), torch.int32)
+        self._experts(per_expert.shape[0])
         if (topk_idx is None) != (topk_weights is None):
             raise ValueError("topk_idx and topk_weights go together; got only one of them")
         if topk_idx is not None:
-            self._choices(topk_idx, num_tokens, "one row for each token of x")
-            check(
-                "topk_weights",
-                topk_weights,
-                shape=tuple(topk_idx.shape),
-                dtype=torch.float32,
-                device=self._device,
-                why="as topk_idx",
-            )
+            self._check_topk_idx(topk_idx, x=x)
+            weights_shape = tuple(topk_idx.shape)
+            self._check("topk_weights", topk_weights, weights_shape, torch.float32, "as topk_idx")
 
 
 @functools.lru_cache(maxsize=1024)  # asked in every call with a handle
@@ -395,10 +329,7 @@ def check_warmup(hidden_bytes: int, num_topk: int, num_scales: int) -> None:
     Raises:
         ValueError: Sizes that no call can have.
     """
-    if hidden_bytes <= 0 or hidden_bytes % 16 or hidden_bytes > MAX_ROW_BYTES:
-        raise ValueError(
-            f"hidden_bytes is {hidden_bytes}, but must be a multiple of 16, at most {MAX_ROW_BYTES}"
-        )
+    check_row_bytes(f"a row has hidden_bytes={hidden_bytes}", hidden_bytes)
     if not 0 <= num_topk <= MAX_TOPK or num_scales < 0:
         raise ValueError(
             f"num_topk is {num_topk} (0 to {MAX_TOPK}) and num_scales {num_scales} (0 or more)"

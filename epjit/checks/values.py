@@ -18,7 +18,7 @@ from epjit import calls, env
 from epjit.event import EventOverlap
 from epjit.handles import Handle, InternodeHandle, IntranodeHandle, dispatched_sizes, routes
 from epjit.reference import internode, intranode
-from epjit.reference.internode import Domains
+from epjit.runtime.topology import Topology
 
 _FROM_LAYOUT = "pass what get_dispatch_layout returned for this topk_idx"
 _AS_RETURNED = "pass the handle as the dispatch returned it, and write to none of its tensors"
@@ -30,18 +30,17 @@ class ValueChecks:
     Where a CUDA graph is captured nothing can be looked at: they warn once, and check nothing.
 
     Args:
-        rank: This rank.
-        domains: Ranks of each NVLink domain.
+        topology: NVLink domains of the ranks.
         in_order: Makes the current stream follow the calls before; a method of the Buffer, which
             is not kept alive.
     """
 
     def __init__(
-        self, rank: int, domains: Domains, in_order: Callable[[], AbstractContextManager[object]]
+        self, topology: Topology, in_order: Callable[[], AbstractContextManager[object]]
     ) -> None:
-        self._rank, self._domains = rank, domains
+        self._rank, self._topology = topology.rank, topology
         self._in_order = WeakMethod(in_order)
-        self._num_ranks = sum(len(domain) for domain in domains)
+        self._num_ranks = topology.num_domains * topology.num_local
         self._has_warned = False
 
     def layout(self, call: calls.Layout, *, after: EventOverlap | None) -> None:
@@ -77,8 +76,8 @@ class ValueChecks:
                         f"{num_experts // self._num_ranks} experts; {_FROM_LAYOUT}"
                     )
                 expected = {"num_tokens_per_rank": per_rank, "num_tokens_per_expert": per_expert}
-            if len(self._domains) > 1:
-                in_domain = internode.in_domain(in_rank, self._domains)
+            if self._topology.spans_domains:
+                in_domain = internode.in_domain(in_rank, self._topology.domains)
                 expected["num_tokens_per_rdma_rank"] = in_domain.sum(dim=0)
             for name, want in expected.items():
                 if values[name].tolist() != want.tolist():
@@ -190,12 +189,12 @@ class ValueChecks:
         num_received = int(handle.recv_gbl_rank_prefix_sum[-1])
         meta = handle.recv_src_meta[:num_received].contiguous().view(torch.int32)
         _check_range(names["recv_src_meta"], meta, 0, None)
-        in_domain = internode.in_domain(in_rank, self._domains)
+        in_domain = internode.in_domain(in_rank, self._topology.domains)
         _check_heads(names["send_rdma_head"], handle.send_rdma_head, in_domain)
 
 
 def _names(handle: Handle) -> dict[str, str]:
-    """What errors call the tensors of a handle."""
+    """Names of the tensors of a handle, for errors."""
     return {name: f"handle[{index}] ({name})" for index, name in enumerate(handle._fields)}
 
 

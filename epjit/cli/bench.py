@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -27,12 +27,10 @@ _COLUMNS = {
 
 
 def bench(
-    ranks: Annotated[
-        int | None, typer.Option(help="Processes; by default one for each GPU, or 2 without any.")
-    ] = None,
+    ranks: show.Ranks = None,
     hidden: Annotated[int, typer.Option(help="Elements a row.")] = 7168,
-    topk: Annotated[int, typer.Option(help="Choices a token.")] = 8,
-    experts: Annotated[int, typer.Option(help="Over all ranks.")] = 256,
+    topk: show.Topk = 8,
+    experts: show.Experts = 256,
     tokens: Annotated[
         list[int] | None,
         typer.Option(help="A rank; once for each. 4096 and 128, or 128 and 8 (low latency)."),
@@ -85,16 +83,7 @@ def bench(
         json_file.write_text("")
     if device == "cpu":
         typer.echo("this is the CPU backend, whose times say nothing", err=True)
-    with show.steps(None) as steps:
-
-        def on_row(row: dict[str, Any]) -> None:
-            steps.next("  ".join(f"{k}={v}" for k, v in row.items() if v is not None))
-            if json_file is not None:
-                with json_file.open("a") as file:
-                    file.write(json.dumps(row) + "\n")
-
-        run = low_latency_bench.run if low_latency else normal.run
-        rows = run(settings, on_row=on_row)
+    rows = measured(low_latency_bench.run if low_latency else normal.run, settings, json_file)
     print_table(rows)
     if plot is not None:
         draw(rows, plot)
@@ -104,6 +93,21 @@ def bench(
 def default_nvl_bytes(device: str) -> int:
     """Enough for every shape; the CPU backend only allocates it."""
     return 2_000_000_000 if device == "cuda" else 1 << 20
+
+
+def measured(
+    run: Callable[..., list[dict[str, Any]]], settings: object, json_file: Path | None = None
+) -> list[dict[str, Any]]:
+    """The rows of a run; each is shown when it comes, and added to a file."""
+    with show.steps(None) as steps:
+
+        def on_row(row: dict[str, Any]) -> None:
+            steps.next("  ".join(f"{k}={v}" for k, v in row.items() if v is not None))
+            if json_file is not None:
+                with json_file.open("a") as file:
+                    file.write(json.dumps(row) + "\n")
+
+        return run(settings, on_row=on_row)
 
 
 def print_table(rows: list[dict[str, Any]]) -> None:

@@ -15,11 +15,10 @@ from epjit.cli import show
 app = typer.Typer(help="List, clear, export and import compiled kernels.", no_args_is_help=True)
 
 _ARCH = re.compile(r"for '(sm_\w+)'")  # in ptxas's report
-_Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
 
 
 @app.command("list")
-def list_entries(as_json: _Json = False) -> None:
+def list_entries(as_json: show.Json = False) -> None:
     """Show every compiled kernel, the newest first."""
     from epjit.runtime.cache import CubinCache
 
@@ -53,7 +52,7 @@ def list_entries(as_json: _Json = False) -> None:
 
 
 @app.command("size")
-def total_size(as_json: _Json = False) -> None:
+def total_size(as_json: show.Json = False) -> None:
     """Show how many kernels there are and how much space they take."""
     from epjit.runtime.cache import CubinCache
 

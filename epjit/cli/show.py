@@ -4,10 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import Annotated
 
+import typer
 from rich.console import Console, JustifyMethod
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
+
+# Options that several commands have.
+Json = Annotated[bool, typer.Option("--json", help="One JSON object.")]
+Ranks = Annotated[
+    int | None, typer.Option(help="Processes; by default one for each GPU, or 2 without any.")
+]
+Topk = Annotated[int, typer.Option(help="Choices a token.")]
+Experts = Annotated[int, typer.Option(help="Over all ranks.")]
 
 _PIPE_WIDTH = 120
 

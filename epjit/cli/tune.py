@@ -6,24 +6,33 @@ import json
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from epjit.cli import show
-from epjit.cli.bench import default_nvl_bytes
+from epjit.cli.bench import default_nvl_bytes, measured
 
 if TYPE_CHECKING:
     from epjit.tuned import Tuned
 
+_COLUMNS = {
+    "op": "operation",
+    "gpu": "GPU",
+    "variant": "variant",
+    "num_ranks": "ranks",
+    "hidden_bytes": "row bytes",
+    "num_tokens": "tokens",
+    "num_sms": "SMs",
+    "us": "us",
+}
+
 
 def tune(
-    ranks: Annotated[
-        int | None, typer.Option(help="Processes; by default one for each GPU, or 2 without any.")
-    ] = None,
+    ranks: show.Ranks = None,
     hidden: Annotated[int, typer.Option(help="Elements a row of bfloat16.")] = 7168,
-    topk: Annotated[int, typer.Option(help="Choices a token.")] = 8,
-    experts: Annotated[int, typer.Option(help="Over all ranks.")] = 256,
+    topk: show.Topk = 8,
+    experts: show.Experts = 256,
     tokens: Annotated[list[int], typer.Option(help="A rank; once for each.")] = [4096, 128],  # noqa: B006
     sms: Annotated[
         list[int] | None,
@@ -39,7 +48,7 @@ def tune(
     clear: Annotated[
         bool, typer.Option("--clear", help="Forget what is kept, and search nothing.")
     ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: show.Json = False,
 ) -> None:
     """Search SMs and variants; `Buffer.get_dispatch_config` and `get_combine_config` use them."""
     from epjit import tuned
@@ -71,26 +80,25 @@ def tune(
     )
     if normal.domain_size(num_ranks) < num_ranks:
         raise ValueError("tune searches within one NVLink domain; unset EPJIT_NVLINK_DOMAIN")
+    why_not = _why_not(device, sms, dry_run=dry_run)
+    if not why_not:
+        tuned.store([])  # known before the search: whether the file can be written
+    winners = search.winners(measured(search.run, settings), slack=slack)
+    file = None if why_not else tuned.store(winners)
+    title = f"{num_ranks} x {winners[0].gpu}, hidden {hidden}, top-{topk} of {experts}"
+    _print(winners, title, as_json=as_json, file=file)
+    if not as_json:
+        typer.echo(f"kept in {file}" if file else f"nothing was kept: {why_not}")
+
+
+def _why_not(device: str, sms: Sequence[int] | None, *, dry_run: bool) -> str:
+    """Reasons to keep nothing; empty when there are none."""
     reasons = {
         "this is the CPU backend": device == "cpu",
         "--sms left out the others": sms is not None,
         "--dry-run": dry_run,
     }
-    why_not = [reason for reason, holds in reasons.items() if holds]
-    if not why_not:
-        tuned.store([])  # known before the search: whether the file can be written
-    with show.steps(None) as steps:
-
-        def on_row(row: dict[str, Any]) -> None:
-            steps.next("  ".join(f"{key}={value}" for key, value in row.items()))
-
-        rows = search.run(settings, on_row=on_row)
-    winners = search.winners(rows, slack=slack)
-    file = None if why_not else tuned.store(winners)
-    title = f"{num_ranks} x {winners[0].gpu}, hidden {hidden}, top-{topk} of {experts}"
-    _print(winners, title, as_json=as_json, file=file)
-    if not as_json:
-        typer.echo(f"kept in {file}" if file else f"nothing was kept: {', '.join(why_not)}")
+    return ", ".join(reason for reason, holds in reasons.items() if holds)
 
 
 def _print(winners: Sequence[Tuned], title: str, *, as_json: bool, file: Path | None) -> None:
@@ -101,19 +109,7 @@ def _print(winners: Sequence[Tuned], title: str, *, as_json: bool, file: Path | 
         return
     show.table(
         title,
-        ("operation", "GPU", "variant", "ranks", "row bytes", "tokens", "SMs", "us"),
-        [
-            (
-                each.op,
-                each.gpu,
-                each.variant,
-                each.num_ranks,
-                each.hidden_bytes,
-                each.num_tokens,
-                each.num_sms,
-                each.us,
-            )
-            for each in winners
-        ],
+        list(_COLUMNS.values()),
+        [[getattr(each, name) for name in _COLUMNS] for each in winners],
         text_columns=3,
     )

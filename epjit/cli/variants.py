@@ -14,7 +14,7 @@ def variants(
     arch: Annotated[
         str | None, typer.Option(help="Such as sm_90a; default: the first GPU, if there is one.")
     ] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: show.Json = False,
 ) -> None:
     """List the implementations of each operation and how to choose one."""
     from epjit.kernels.variants import CHOICES

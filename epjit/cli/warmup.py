@@ -43,7 +43,7 @@ def warmup(
         int, typer.Option(help="NVLink domains that the ranks of a group are in.")
     ] = 1,
     hidden: Annotated[list[int], typer.Option(help="Elements a row.")] = [7168],  # noqa: B006
-    topk: Annotated[int, typer.Option(help="Choices a token.")] = 8,
+    topk: show.Topk = 8,
     experts: Annotated[
         int, typer.Option(help="Over all ranks: also the kernels of epjit.moe; 0 = not.")
     ] = 0,
@@ -143,6 +143,7 @@ class Calls(NamedTuple):
 
 def _normal(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
     """Kernels that a Buffer compiles when it is made, and for calls of the normal mode."""
+    from epjit import env
     from epjit.kernels import expert_major, internode, intranode
     from epjit.kernels.shapes import CombineShape, DispatchShape, warmup_shapes
 
@@ -165,7 +166,10 @@ def _normal(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
         yield from intranode.kernels_of(shapes, num_ranks=ranks, arch=arch, gpu=gpu)
     else:
         local = group.num_local
-        yield from internode.kernels_of(shapes, num_domains=domains, num_local=local, arch=arch)
+        found = internode.kernels_of(shapes, num_domains=domains, num_local=local, arch=arch)
+        yield from found
+        if env.transport() != "loopback" and not env.nvshmem_ib_enable_ibgda():
+            yield from (each for each in map(internode.for_proxy, found) if each not in found)
     for each in calls:
         if each.experts and each.dtype is not Dtype.fp8:
             yield from expert_major.kernels_of(

@@ -1,1 +1,1 @@
-"""What is compiled, for which shape and GPU: configs, choices, variants. Launches nothing."""
+"""Configs, choices and variants: which kernel is compiled, for which shape and GPU. No launch."""

@@ -14,12 +14,9 @@ from epjit.runtime.kernel import KernelConfig
 
 
 @dataclass(frozen=True)
-class PlaceConfig(KernelConfig):
-    """What the place kernel is compiled for."""
+class PlaceConfig(KernelConfig, source="expert_major/place.cu", tag="moe_e{0.num_experts}"):
+    """Config of the place kernel."""
 
-    source: ClassVar[str] = "expert_major/place.cu"
-    op: ClassVar[str] = "place"
-    tag_template: ClassVar[str] = "moe_e{0.num_experts}"
     threads: ClassVar[int] = 512
 
     num_experts: int
@@ -32,12 +29,8 @@ class PlaceConfig(KernelConfig):
 
 
 @dataclass(frozen=True)
-class PermuteConfig(KernelConfig):
-    """What the permute kernel is compiled for; the fields are explained in permute.cu."""
-
-    source: ClassVar[str] = "expert_major/permute.cu"
-    op: ClassVar[str] = "permute"
-    tag_template: ClassVar[str] = "moe_h{0.row_bytes}"
+class PermuteConfig(KernelConfig, source="expert_major/permute.cu", tag="moe_h{0.row_bytes}"):
+    """Config of the permute kernel; its fields are explained in permute.cu."""
 
     row_bytes: int
     tma: bool
@@ -46,7 +39,7 @@ class PermuteConfig(KernelConfig):
 
     @classmethod
     def choose(cls, row_bytes: int, *, variant: str, limit: int) -> PermuteConfig:
-        """The form of the block for `limit` bytes of shared memory."""
+        """Shape of the block for `limit` bytes of shared memory."""
         tma = variant == "tma"
         return cls(row_bytes, tma, *copier_shape(tma, 16, row_bytes, limit))
 
@@ -57,12 +50,11 @@ class PermuteConfig(KernelConfig):
 
 
 @dataclass(frozen=True)
-class UnpermuteConfig(KernelConfig):
-    """What the unpermute kernel is compiled for."""
+class UnpermuteConfig(
+    KernelConfig, source="expert_major/unpermute.cu", tag="moe_h{0.row_bytes}_k{0.num_topk}"
+):
+    """Config of the unpermute kernel."""
 
-    source: ClassVar[str] = "expert_major/unpermute.cu"
-    op: ClassVar[str] = "unpermute"
-    tag_template: ClassVar[str] = "moe_h{0.row_bytes}_k{0.num_topk}"
     threads: ClassVar[int] = 512
 
     row_bytes: int
@@ -71,12 +63,8 @@ class UnpermuteConfig(KernelConfig):
 
 
 @dataclass(frozen=True)
-class BlankConfig(KernelConfig):
-    """What the blank kernel is compiled for."""
-
-    source: ClassVar[str] = "expert_major/blank.cu"
-    op: ClassVar[str] = "blank"
-    tag_template: ClassVar[str] = "moe"
+class BlankConfig(KernelConfig, source="expert_major/blank.cu", tag="moe"):
+    """Config of the blank kernel."""
 
     num_warps: int = 16
 

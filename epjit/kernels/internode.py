@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar
 
 from epjit.config import MAX_DOMAINS, MAX_RANKS
@@ -20,17 +20,17 @@ from epjit.runtime.kernel import KernelConfig
 from epjit.sizes import ALIGNMENT, align
 
 _FORWARD_WARPS = 2  # kForwardWarps of dispatch.cu
-_TOKENS_PER_CHUNK = 4
+_TOKENS_PER_CHUNK, _TOKENS_PER_PROXY_CHUNK = 4, 16
+_MIN_CHUNKS = 8  # in a ring, for those of a proxy: one half is written while the other is read
 MAX_WORDS = 1 << 18  # of all channels into a domain: 2 MB
 
 
 @dataclass(frozen=True)
-class InternodeNotifyConfig(KernelConfig):
-    """What the notify kernel is compiled for."""
+class InternodeNotifyConfig(
+    KernelConfig, source="internode/notify.cu", tag="internode_{0.num_domains}x{0.num_local}"
+):
+    """Config of the notify kernel."""
 
-    source: ClassVar[str] = "internode/notify.cu"
-    op: ClassVar[str] = "notify"
-    tag_template: ClassVar[str] = "internode_{0.num_domains}x{0.num_local}"
     threads: ClassVar[int] = 512
     needs_transport: ClassVar[bool] = True
 
@@ -44,14 +44,13 @@ class InternodeNotifyConfig(KernelConfig):
 
 
 @dataclass(frozen=True)
-class InternodeDispatchConfig(KernelConfig):
-    """What the dispatch kernel is compiled for; the fields are explained in dispatch.cu."""
+class InternodeDispatchConfig(
+    KernelConfig,
+    source="internode/dispatch.cu",
+    tag="internode_{0.num_domains}x{0.num_local}_h{0.hidden_bytes}_s{0.num_scales}_k{0.num_topk}",
+):
+    """Config of the dispatch kernel; its fields are explained in dispatch.cu."""
 
-    source: ClassVar[str] = "internode/dispatch.cu"
-    op: ClassVar[str] = "dispatch"
-    tag_template: ClassVar[str] = (
-        "internode_{0.num_domains}x{0.num_local}_h{0.hidden_bytes}_s{0.num_scales}_k{0.num_topk}"
-    )
     needs_transport: ClassVar[bool] = True
 
     num_domains: int
@@ -70,7 +69,7 @@ class InternodeDispatchConfig(KernelConfig):
     def choose(
         cls, shape: DispatchShape, *, num_domains: int, num_local: int, variant: str, limit: int
     ) -> InternodeDispatchConfig:
-        """The form of the block for `limit` bytes of shared memory."""
+        """Shape of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
         warps, rows = copier_shape(tma, 14 if tma else 5, shape.hidden_bytes, limit)
         put = 5 if tma else 4
@@ -99,14 +98,13 @@ class InternodeDispatchConfig(KernelConfig):
 
 
 @dataclass(frozen=True)
-class InternodeCombineConfig(KernelConfig):
-    """What the combine kernel is compiled for; the fields are explained in combine.cu."""
+class InternodeCombineConfig(
+    KernelConfig,
+    source="internode/combine.cu",
+    tag="internode_{0.num_domains}x{0.num_local}_h{0.hidden_bytes}_k{0.num_topk}",
+):
+    """Config of the combine kernel; its fields are explained in combine.cu."""
 
-    source: ClassVar[str] = "internode/combine.cu"
-    op: ClassVar[str] = "combine"
-    tag_template: ClassVar[str] = (
-        "internode_{0.num_domains}x{0.num_local}_h{0.hidden_bytes}_k{0.num_topk}"
-    )
     needs_transport: ClassVar[bool] = True
 
     num_domains: int
@@ -126,7 +124,7 @@ class InternodeCombineConfig(KernelConfig):
     def choose(
         cls, shape: CombineShape, *, num_domains: int, num_local: int, variant: str, limit: int
     ) -> InternodeCombineConfig:
-        """The form of the block for `limit` bytes of shared memory."""
+        """Shape of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
         push, rows = copier_shape(tma, 4 if tma else 2, shape.hidden_bytes, limit)
         if num_local == 1:
@@ -206,6 +204,22 @@ def config_of(
     return InternodeCombineConfig.choose(
         shape, num_domains=num_domains, num_local=num_local, variant=variant, limit=limit
     )
+
+
+def for_proxy(config: KernelConfig, num_rdma_bytes: int | None = None) -> KernelConfig:
+    """The same kernel, with fewer and larger puts if it makes any: a thread of the CPU posts them.
+
+    Args:
+        config: Of any operation.
+        num_rdma_bytes: Of the Buffer, whose rings may be too short for them; None: they are not.
+    """
+    if not isinstance(config, InternodeDispatchConfig | InternodeCombineConfig):
+        return config
+    large = replace(config, tokens_per_chunk=_TOKENS_PER_PROXY_CHUNK)
+    if num_rdma_bytes is None:
+        return large
+    has_room = ring_slots(config, num_rdma_bytes) >= _MIN_CHUNKS * _TOKENS_PER_PROXY_CHUNK
+    return large if has_room else config
 
 
 def kernels_of(

@@ -21,12 +21,9 @@ _LINK_BOUND_BYTES = 300_000
 
 
 @dataclass(frozen=True)
-class NotifyConfig(KernelConfig):
-    """What the notify kernel is compiled for."""
+class NotifyConfig(KernelConfig, source="intranode/notify.cu", tag="intranode_r{0.num_ranks}"):
+    """Config of the notify kernel."""
 
-    source: ClassVar[str] = "intranode/notify.cu"
-    op: ClassVar[str] = "notify"
-    tag_template: ClassVar[str] = "intranode_r{0.num_ranks}"
     threads: ClassVar[int] = 512
 
     num_ranks: int
@@ -38,14 +35,12 @@ class NotifyConfig(KernelConfig):
 
 
 @dataclass(frozen=True)
-class DispatchConfig(KernelConfig):
-    """What the dispatch kernel is compiled for; the fields are explained in dispatch.cu."""
-
-    source: ClassVar[str] = "intranode/dispatch.cu"
-    op: ClassVar[str] = "dispatch"
-    tag_template: ClassVar[str] = (
-        "intranode_r{0.num_ranks}_h{0.hidden_bytes}_s{0.num_scales}_k{0.num_topk}"
-    )
+class DispatchConfig(
+    KernelConfig,
+    source="intranode/dispatch.cu",
+    tag="intranode_r{0.num_ranks}_h{0.hidden_bytes}_s{0.num_scales}_k{0.num_topk}",
+):
+    """Config of the dispatch kernel; its fields are explained in dispatch.cu."""
 
     num_ranks: int
     hidden_bytes: int
@@ -62,7 +57,7 @@ class DispatchConfig(KernelConfig):
     def choose(
         cls, shape: DispatchShape, *, num_ranks: int, variant: str, limit: int
     ) -> DispatchConfig:
-        """The form of the block for `limit` bytes of shared memory."""
+        """Shape of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
         warps, rows = copier_shape(tma, 16, shape.hidden_bytes, limit)
         direct = variant == "direct"
@@ -101,12 +96,12 @@ class DispatchConfig(KernelConfig):
 
 
 @dataclass(frozen=True)
-class CombineConfig(KernelConfig):
-    """What the combine kernel is compiled for; the fields are explained in combine.cu."""
-
-    source: ClassVar[str] = "intranode/combine.cu"
-    op: ClassVar[str] = "combine"
-    tag_template: ClassVar[str] = "intranode_r{0.num_ranks}_h{0.hidden_bytes}_k{0.num_topk}"
+class CombineConfig(
+    KernelConfig,
+    source="intranode/combine.cu",
+    tag="intranode_r{0.num_ranks}_h{0.hidden_bytes}_k{0.num_topk}",
+):
+    """Config of the combine kernel; its fields are explained in combine.cu."""
 
     num_ranks: int
     hidden_bytes: int
@@ -121,7 +116,7 @@ class CombineConfig(KernelConfig):
     def choose(
         cls, shape: CombineShape, *, num_ranks: int, variant: str, limit: int
     ) -> CombineConfig:
-        """The form of the block for `limit` bytes of shared memory."""
+        """Shape of the block for `limit` bytes of shared memory."""
         tma = variant != "ldst"
         push, rows = copier_shape(tma, 6, shape.hidden_bytes, limit)
         # Many warps hide the latency of a token's sum; more ranks and copies through registers need

@@ -9,11 +9,9 @@ from epjit.runtime.kernel import KernelConfig
 
 
 @dataclass(frozen=True)
-class LayoutConfig(KernelConfig):
-    """What the layout kernel is compiled for."""
+class LayoutConfig(KernelConfig, source="layout/layout.cu"):
+    """Config of the layout kernel."""
 
-    source: ClassVar[str] = "layout/layout.cu"
-    op: ClassVar[str] = "layout"
     threads: ClassVar[int] = 64  # one a token
     shared_bytes: ClassVar[int] = 8192 * 4  # the counts of a block
 

@@ -7,11 +7,8 @@ from dataclasses import dataclass
 from typing import ClassVar, NamedTuple
 
 from epjit import env
-from epjit.config import (
-    MAX_LOW_LATENCY_CHOICES,
-    MAX_LOW_LATENCY_TOKENS,
-    MAX_RANKS,
-)
+from epjit.calls import CombineSizes, DispatchSizes
+from epjit.config import MAX_LOW_LATENCY_CHOICES, MAX_LOW_LATENCY_TOKENS, MAX_RANKS
 from epjit.formats import BF16, FORMATS, FP8, LOGFMT_BLOCK, NVFP4, RowFormat
 from epjit.kernels import variants
 from epjit.kernels.shapes import copier_bytes
@@ -26,7 +23,7 @@ NUM_WORDS = max(MAX_LOW_LATENCY_TOKENS, MAX_LOW_LATENCY_CHOICES)
 
 
 class LowLatencyDispatchShape(NamedTuple):
-    """What tells one dispatch kernel of a Buffer from another; the same on all ranks."""
+    """Identifies a dispatch kernel within a Buffer; equal on all ranks."""
 
     num_experts: int
     hidden: int
@@ -34,15 +31,25 @@ class LowLatencyDispatchShape(NamedTuple):
     num_topk: int
     topk_is_int64: bool
 
+    @classmethod
+    def of(cls, of: DispatchSizes) -> LowLatencyDispatchShape:
+        """The shape of dispatches of these sizes."""
+        return cls(of.num_experts, of.hidden, of.row_format.code, of.num_topk, of.topk_is_int64)
+
 
 class LowLatencyCombineShape(NamedTuple):
-    """What tells one combine kernel of a Buffer from another; the same on all ranks."""
+    """Identifies a combine kernel within a Buffer; equal on all ranks."""
 
     num_experts: int
     hidden: int
     num_topk: int
     topk_is_int64: bool
     logfmt: bool
+
+    @classmethod
+    def of(cls, of: CombineSizes) -> LowLatencyCombineShape:
+        """The shape of combines of these sizes."""
+        return cls(of.num_experts, of.hidden, of.num_topk, of.topk_is_int64, of.use_logfmt)
 
 
 class _LowLatencyConfig(KernelConfig):
@@ -63,14 +70,14 @@ class _LowLatencyConfig(KernelConfig):
 
 
 @dataclass(frozen=True)
-class LowLatencyDispatchConfig(_LowLatencyConfig):
-    """What the dispatch kernel is compiled for; the fields are explained in dispatch.cu."""
+class LowLatencyDispatchConfig(
+    _LowLatencyConfig,
+    source="low_latency/dispatch.cu",
+    op="low_latency_dispatch",
+    tag="low_latency_{0.ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}_{0.row_format.name}",
+):
+    """Config of the dispatch kernel; its fields are explained in dispatch.cu."""
 
-    source: ClassVar[str] = "low_latency/dispatch.cu"
-    op: ClassVar[str] = "low_latency_dispatch"
-    tag_template: ClassVar[str] = (
-        "low_latency_{0.ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}_{0.row_format.name}"
-    )
     starts_early: ClassVar[bool] = True
 
     num_ranks: int
@@ -86,7 +93,7 @@ class LowLatencyDispatchConfig(_LowLatencyConfig):
     def choose(
         cls, shape: LowLatencyDispatchShape, *, num_ranks: int, remote: bool = False
     ) -> LowLatencyDispatchConfig:
-        """The form of the block: a thread for each 16 channels of a usual row."""
+        """Shape of the block: a thread for each 16 channels of a usual row."""
         return cls(num_ranks, *shape, 16, remote)
 
     @property
@@ -108,12 +115,14 @@ class LowLatencyDispatchConfig(_LowLatencyConfig):
 
 
 @dataclass(frozen=True)
-class LowLatencyCombineConfig(_LowLatencyConfig):
-    """What the combine kernel is compiled for; the fields are explained in combine.cu."""
+class LowLatencyCombineConfig(
+    _LowLatencyConfig,
+    source="low_latency/combine.cu",
+    op="low_latency_combine",
+    tag="low_latency_{0.ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}",
+):
+    """Config of the combine kernel; its fields are explained in combine.cu."""
 
-    source: ClassVar[str] = "low_latency/combine.cu"
-    op: ClassVar[str] = "low_latency_combine"
-    tag_template: ClassVar[str] = "low_latency_{0.ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}"
     starts_early: ClassVar[bool] = True
 
     num_ranks: int
@@ -138,7 +147,7 @@ class LowLatencyCombineConfig(_LowLatencyConfig):
         limit: int,
         remote: bool = False,
     ) -> LowLatencyCombineConfig:
-        """The form of the block for `limit` bytes of shared memory."""
+        """Shape of the block for `limit` bytes of shared memory."""
         warps = 20 if shape.num_topk <= 8 else 16  # more rows in hand need more registers
         push, rows = 8, 1
         tma = variant == "tma" and not shape.logfmt
@@ -162,14 +171,14 @@ class LowLatencyCombineConfig(_LowLatencyConfig):
 
 
 @dataclass(frozen=True)
-class LowLatencyReducedCombineConfig(KernelConfig):
-    """What the combine that sums before the links is compiled for; see combine_reduced.cu."""
+class LowLatencyReducedCombineConfig(
+    KernelConfig,
+    source="low_latency/combine_reduced.cu",
+    op="low_latency_combine",
+    tag="low_latency_reduced_r{0.num_ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}",
+):
+    """Config of the combine that sums before the links; see combine_reduced.cu."""
 
-    source: ClassVar[str] = "low_latency/combine_reduced.cu"
-    op: ClassVar[str] = "low_latency_combine"
-    tag_template: ClassVar[str] = (
-        "low_latency_reduced_r{0.num_ranks}_e{0.num_experts}_h{0.hidden}_k{0.num_topk}"
-    )
     starts_early: ClassVar[bool] = True
 
     num_ranks: int
@@ -183,7 +192,7 @@ class LowLatencyReducedCombineConfig(KernelConfig):
     def choose(
         cls, shape: LowLatencyCombineShape, *, num_ranks: int
     ) -> LowLatencyReducedCombineConfig:
-        """The form of the block: as many warps as registers hold the rows of, one a rank."""
+        """Shape of the block: as many warps as registers hold the rows of, one a rank."""
         return cls(num_ranks, *shape[:4], 24 if num_ranks <= 4 else 16)
 
     def num_parts(self, max_tokens: int) -> int:
@@ -209,12 +218,8 @@ class LowLatencyReducedCombineConfig(KernelConfig):
 
 
 @dataclass(frozen=True)
-class CleanConfig(_LowLatencyConfig):
-    """What the clean kernel is compiled for."""
-
-    source: ClassVar[str] = "low_latency/clean.cu"
-    op: ClassVar[str] = "clean"
-    tag_template: ClassVar[str] = "low_latency_{0.ranks}"
+class CleanConfig(_LowLatencyConfig, source="low_latency/clean.cu", tag="low_latency_{0.ranks}"):
+    """Config of the clean kernel."""
 
     num_ranks: int
     remote: bool = False

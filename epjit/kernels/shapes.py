@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 
 class DispatchShape(NamedTuple):
-    """What tells one dispatch kernel of a Buffer from another; the same on all ranks."""
+    """Identifies a dispatch kernel within a Buffer; equal on all ranks."""
 
     hidden_bytes: int
     num_scales: int
@@ -16,7 +16,7 @@ class DispatchShape(NamedTuple):
 
 
 class CombineShape(NamedTuple):
-    """What tells one combine kernel of a Buffer from another; the same on all ranks."""
+    """Identifies a combine kernel within a Buffer; equal on all ranks."""
 
     hidden_bytes: int
     num_topk: int

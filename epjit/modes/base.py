@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 import torch
 
 from epjit import env
+from epjit.calls import Setup
 from epjit.config import MAX_RANKS
 from epjit.runtime.device import arch_of
 from epjit.runtime.empty import empty_on
@@ -17,11 +18,10 @@ from epjit.runtime.fault import FaultRecord, raise_abort
 from epjit.runtime.interrupt import interruptible, synchronize
 from epjit.runtime.kernel import C, Kernel, KernelConfig, compile_kernel
 from epjit.runtime.launch import Launch
+from epjit.runtime.transport import RemoteMemory, Transport, make_transport
 
 if TYPE_CHECKING:
-    from epjit.runtime.group import Group
     from epjit.runtime.symmetric import SymmetricMemory
-    from epjit.runtime.transport import RemoteMemory, Transport
 
 Shape = TypeVar("Shape")
 
@@ -29,15 +29,11 @@ Shape = TypeVar("Shape")
 class Mode(ABC, Generic[Shape]):
     """Everything one rank needs for the operations of one mode. Collective to make.
 
-    A constructor ends with `_meet`, and gives what has to be freed to `resources` as soon as it is
-    made.
+    A constructor ends with `_meet`, and gives what has to be freed to the resources as soon as it
+    is made.
 
     Args:
-        group: The ranks.
-        resources: Gets what this makes; its owner closes it, also when this cannot be made.
-        device: The GPU of this rank.
-        timeout_seconds: Of one wait for a peer.
-        transport: Reaches the ranks of other NVLink domains; None when there are none.
+        setup: All that it is made from.
 
     Attributes:
         memory: Symmetric memory; what users may see comes first.
@@ -45,21 +41,25 @@ class Mode(ABC, Generic[Shape]):
 
     memory: SymmetricMemory | RemoteMemory
     _signals_at: int
-    """Where in `memory` the signals lie, in bytes: from there on nothing is the user's."""
+    """Offset of the signals in `memory`, in bytes: from there on nothing is the user's."""
     _warmup: ClassVar[str]
     """The method of Buffer that compiles ahead."""
 
-    def __init__(
-        self,
-        group: Group,
-        resources: ExitStack,
-        *,
-        device: torch.device,
-        timeout_seconds: float,
-        transport: Transport | None = None,
-    ) -> None:
-        self._group, self._device, self._transport = group, device, transport
-        self._timeout_seconds = timeout_seconds
+    def __init__(self, setup: Setup) -> None:
+        settings, group, topology, device, resources = setup
+        self._group, self._topology, self._device = group, topology, device
+        self._timeout_seconds = settings.timeout_seconds
+        self._transport: Transport | None = None  # reaches the ranks of other NVLink domains
+        if topology.spans_domains:
+            self._transport = make_transport(
+                group,
+                topology,
+                device=device.index,
+                num_qps_per_rank=settings.num_qps_per_rank,
+                use_fabric=settings.use_fabric,
+                may_lose_ranks=settings.enable_shrink,
+            )
+            resources.callback(self._transport.close)
         self._arch = arch_of(device.index)
         self._empty = empty_on(device)
         self._words: list[torch.Tensor] = []
@@ -151,8 +151,8 @@ class Mode(ABC, Generic[Shape]):
         """The launch of a shape; collective when it is the first of its kind.
 
         Args:
-            shape: What its kernel is chosen by.
-            sizes: What else the first call must have in common with that of the other ranks.
+            shape: All that its kernel is chosen by.
+            sizes: All else that the first call must have in common with that of the other ranks.
 
         Raises:
             RuntimeError: It would have to be compiled while a CUDA graph is captured, or the ranks
@@ -227,7 +227,7 @@ class Mode(ABC, Generic[Shape]):
         self._group.barrier(op="reset")
 
     def _control(self) -> list[torch.Tensor]:
-        """What of the symmetric memory is not the user's: bytes; the first starts with signals."""
+        """Control areas of the symmetric memory, as bytes; the first begins with the signals."""
         return [self.memory.tensor(torch.uint8)[self._signals_at :]]
 
     def give_up(self) -> None:

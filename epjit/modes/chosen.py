@@ -10,12 +10,10 @@ from typing import TYPE_CHECKING, Any
 
 from epjit.kernels import internode, intranode, low_latency
 from epjit.kernels.shapes import CombineShape, DispatchShape
-from epjit.modes.normal import agree_on_kernel, combine_shape, dispatch_shape
+from epjit.modes.normal import agree_on_kernel
 
 if TYPE_CHECKING:
-    from epjit.calls import Combine, Dispatch, LowLatencyCombine, Settings
-    from epjit.runtime.group import Group
-    from epjit.runtime.topology import Topology
+    from epjit.calls import LowLatencyCombine, Setup
 
 _ARCH = "sm_90a"
 
@@ -24,13 +22,11 @@ class ChosenKernels:
     """The kernels of one Buffer on the CPU, by shape.
 
     Args:
-        settings: Of the Buffer.
-        group: The ranks.
-        topology: Their NVLink domains.
+        setup: All that it is made from.
     """
 
-    def __init__(self, settings: Settings, group: Group, topology: Topology) -> None:
-        self._settings, self._group, self._topology = settings, group, topology
+    def __init__(self, setup: Setup) -> None:
+        self._settings, self._group, self._topology, *_ = setup
         self._configs: dict[DispatchShape | CombineShape, Any] = {}
 
     def launch(self, shape: DispatchShape | CombineShape) -> Any:
@@ -44,7 +40,7 @@ class ChosenKernels:
         config = self._configs.get(shape)
         if config is None:
             num_domains, num_local = self._topology.num_domains, self._topology.num_local
-            if num_domains == 1:
+            if not self._topology.spans_domains:
                 config = intranode.config_of(shape, num_local, _ARCH)
                 intranode.num_slots(config, self._settings.num_nvl_bytes)
             else:
@@ -56,23 +52,12 @@ class ChosenKernels:
             self._configs[shape] = config
         return config
 
-    def check_dispatch(self, call: Dispatch) -> None:
-        """Refuses a dispatch that a GPU would refuse; see `launch`.
+    def check(self, shape: DispatchShape | CombineShape, num_sms: int) -> None:
+        """Refuses a call of this shape that a GPU would refuse; see `launch`.
 
         Raises:
             ValueError: Also when the SMs are too few.
         """
-        self._check(dispatch_shape(call), call.num_sms)
-
-    def check_combine(self, call: Combine) -> None:
-        """Refuses a combine that a GPU would refuse; see `launch`.
-
-        Raises:
-            ValueError: Also when the SMs are too few.
-        """
-        self._check(combine_shape(call), call.num_sms)
-
-    def _check(self, shape: DispatchShape | CombineShape, num_sms: int) -> None:
         config = self.launch(shape)
         if self._topology.spans_domains:
             internode.check_warps(config, num_sms)
@@ -86,13 +71,7 @@ class ChosenKernels:
             ValueError: There is no such variant, or it has no room for so many tokens.
         """
         sizes, several = call.sizes, self._topology.spans_domains
-        shape = low_latency.LowLatencyCombineShape(
-            sizes.num_experts,
-            sizes.hidden,
-            sizes.num_topk,
-            sizes.topk_is_int64,
-            sizes.use_logfmt,
-        )
+        shape = low_latency.LowLatencyCombineShape.of(sizes)
         config = low_latency.config_of(shape, self._group.size, _ARCH, remote=several)
         if isinstance(config, low_latency.LowLatencyReducedCombineConfig):
             config.num_parts(sizes.max_tokens)

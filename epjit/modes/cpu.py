@@ -17,12 +17,13 @@ from torch import Tensor
 from epjit import calls, env
 from epjit.calls import (
     Combine,
+    CombineSizes,
     Counts,
     Dispatch,
     LowLatencyCombine,
     LowLatencyDispatch,
     Routing,
-    Settings,
+    Setup,
     Sums,
 )
 from epjit.handles import (
@@ -31,8 +32,11 @@ from epjit.handles import (
     InternodeHandle,
     IntranodeHandle,
     LowLatencyDispatched,
+    LowLatencyHandle,
+    rows_in,
 )
-from epjit.reference import Normal, internode, intranode, low_latency
+from epjit.modes.normal import combine_shape, dispatch_shape, no_room
+from epjit.reference import Normal, internode, low_latency
 from epjit.reference.intranode import RankInput
 from epjit.runtime.empty import empty_on
 from epjit.runtime.fault import Overflow
@@ -42,7 +46,6 @@ if TYPE_CHECKING:
     from epjit.kernels.shapes import CombineShape, DispatchShape
     from epjit.modes.chosen import ChosenKernels
     from epjit.runtime.group import Group
-    from epjit.runtime.topology import Topology
     from epjit.scope import AnyScope
 
 
@@ -53,9 +56,8 @@ class CpuNormal:
     in the same order.
 
     Args:
-        settings: Of the Buffer.
-        group: The ranks.
-        topology: Their NVLink domains; with several, handles and sums are those between domains.
+        setup: All that it is made from; with several NVLink domains, handles and sums are those
+            between domains.
         chosen: The kernels that a GPU would run.
 
     Attributes:
@@ -71,15 +73,13 @@ class CpuNormal:
 
     num_sms = 132  # an H200's
 
-    def __init__(
-        self, settings: Settings, group: Group, topology: Topology, chosen: ChosenKernels
-    ) -> None:
-        self._group, self._chosen = group, chosen
-        self._domains = topology.domains
-        self._reference = Normal(topology.domains)
+    def __init__(self, setup: Setup, chosen: ChosenKernels) -> None:
+        self._group, self._chosen = setup.group, chosen
+        self._domains = setup.topology.domains
+        self._reference = Normal(self._domains)
         self._overflow: Overflow | None = None
-        self.memory = CpuMemory(settings.num_nvl_bytes)
-        self.rdma_memory = CpuMemory(settings.num_rdma_bytes)
+        self.memory = CpuMemory(setup.settings.num_nvl_bytes)
+        self.rdma_memory = CpuMemory(setup.settings.num_rdma_bytes)
 
     def raise_fault(self) -> None:
         """Raises once, as a GPU does in the call after, that more rows came than there is room for.
@@ -89,7 +89,7 @@ class CpuNormal:
         """
         if self._overflow is not None:
             overflow, self._overflow = self._overflow, None
-            raise intranode.no_room(overflow)
+            raise no_room(overflow)
 
     def reset(self) -> None:
         """Forgets what went wrong; collective."""
@@ -118,7 +118,7 @@ class CpuNormal:
             ValueError: Also when the counts contradict `is_token_in_rank`.
         """
         del scope
-        self._chosen.check_dispatch(call)
+        self._chosen.check(dispatch_shape(call), call.num_sms)
         x, scales, topk_idx, topk_weights, routing, *_ = call
         if not isinstance(routing, Routing):
             return self._cached_dispatch(x, scales, routing)
@@ -197,7 +197,7 @@ class CpuNormal:
     def combine(self, scope: AnyScope, call: Combine) -> Sums:
         """Brings rows back to the ranks of their tokens and sums them."""
         del scope
-        self._chosen.check_combine(call)
+        self._chosen.check(combine_shape(call), call.num_sms)
         x, topk_weights, bias_0, bias_1, handle, _ = call
         facts = {
             **_payload_facts(x, None),
@@ -212,7 +212,7 @@ class CpuNormal:
         return self._reference.combine(xs, handles, rank, weights, biases)
 
     def _handle_facts(self, handle: Handle) -> dict[str, object]:
-        """What the handles of one dispatch have in common on all ranks."""
+        """Facts that the handles of one dispatch have in common on all ranks."""
         if isinstance(handle, InternodeHandle):
             return {}  # each has only what concerns its rank
         return {
@@ -222,7 +222,7 @@ class CpuNormal:
 
     def _handles_of_one_dispatch(self, op: str, worlds: list[tuple[Any, ...]]) -> list[Any]:
         """The handles of all ranks, once they are known to belong together."""
-        if not self._reference.several:
+        if not self._reference.spans_domains:
             return [IntranodeHandle(*tensors[2:]) for tensors in worlds]
         handles = [InternodeHandle(*tensors[2:]) for tensors in worlds]
         # [source, receiver]
@@ -265,12 +265,11 @@ class CpuLowLatency:
     and writes its outputs when the returned function is called.
 
     Args:
-        settings: Of the Buffer.
-        group: The ranks.
-        chosen: What a GPU would run.
+        setup: All that it is made from.
+        chosen: The kernels that a GPU would run.
 
     Attributes:
-        memory: What users see; its second half is the send buffer.
+        memory: For users alone; its second half is the send buffer.
         mask: int32 `[R]`; 1 = masked. Rows of a masked rank are not used; the rank still takes
             part, since nothing here runs out of time.
 
@@ -280,10 +279,11 @@ class CpuLowLatency:
             together; the text names the ranks and their values.
     """
 
-    def __init__(self, settings: Settings, group: Group, chosen: ChosenKernels) -> None:
-        self._settings, self._group, self._chosen = settings, group, chosen
-        self.memory = CpuMemory(settings.num_rdma_bytes)
-        self.mask = torch.zeros(group.size, dtype=torch.int32, device="cpu")
+    def __init__(self, setup: Setup, chosen: ChosenKernels) -> None:
+        self._settings, self._group, self._chosen = setup.settings, setup.group, chosen
+        self.memory = CpuMemory(setup.settings.num_rdma_bytes)
+        self._half = self.memory.tensor(torch.uint8)[setup.settings.num_rdma_bytes // 2 :]
+        self.mask = torch.zeros(setup.group.size, dtype=torch.int32, device="cpu")
 
     @torch.no_grad()
     def dispatch(
@@ -295,15 +295,7 @@ class CpuLowLatency:
         """
         x, topk_idx, global_scale, recv_stats, _ = call.given
         sizes = call.sizes
-        specs = LowLatencyDispatched.specs(
-            sizes.row_format,
-            num_ranks=self._group.size,
-            num_tokens=sizes.num_tokens,
-            max_tokens=sizes.max_tokens,
-            num_experts=sizes.num_experts,
-            num_topk=sizes.num_topk,
-            hidden=sizes.hidden,
-        )
+        specs = LowLatencyDispatched.specs(sizes, self._group.size)
         out = LowLatencyDispatched.allocate(specs, empty_on(x.device))
         scope.start()
         if call.split:
@@ -356,9 +348,7 @@ class CpuLowLatency:
             combined = torch.empty(shape, dtype=torch.bfloat16, device=x.device)
         scope.start()
         if sizes.zero_copy:
-            x = self.send_buffer(
-                num_experts=sizes.num_experts, max_tokens=sizes.max_tokens, hidden=sizes.hidden
-            )
+            x = self.send_buffer(sizes)
         worlds = _exchange(
             self._group,
             "low_latency_combine",
@@ -393,11 +383,9 @@ class CpuLowLatency:
         receive()
         return combined, None
 
-    def send_buffer(self, *, num_experts: int, max_tokens: int, hidden: int) -> Tensor:
-        """Where `combine(zero_copy=True)` finds its rows: bfloat16 `[E // R, R * M, H]`."""
-        shape = (num_experts // self._group.size, self._group.size * max_tokens, hidden)
-        half = self.memory.tensor(torch.uint8)[self._settings.num_rdma_bytes // 2 :]
-        return half[: 2 * num_experts * max_tokens * hidden].view(torch.bfloat16).view(shape)
+    def send_buffer(self, sizes: CombineSizes | LowLatencyHandle) -> Tensor:
+        """Memory that `combine(zero_copy=True)` reads rows from, see `rows_in`."""
+        return rows_in(self._half, sizes, self._group.size)
 
     def warmup(
         self, shapes: Iterable[LowLatencyDispatchShape | LowLatencyCombineShape], **sizes: int
@@ -461,7 +449,7 @@ def _unpack(packed: tuple[torch.dtype, torch.Size, NDArray[np.uint8]] | None) ->
 
 
 def _payload_facts(x: Tensor, scales: Tensor | None) -> dict[str, object]:
-    """What the payloads of all ranks have in common."""
+    """Facts that the payloads of all ranks have in common."""
     return {
         "hidden": x.shape[1],
         "dtype": x.dtype,

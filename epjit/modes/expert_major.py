@@ -12,18 +12,17 @@ import functools
 import torch
 from torch import Tensor
 
-from epjit.checks.match import check, check_rows
-from epjit.config import MAX_LOCAL_EXPERTS, MAX_TOPK
+from epjit.checks.match import INDEX_DTYPES, check, check_rows, check_topk
+from epjit.config import MAX_LOCAL_EXPERTS
 from epjit.handles import Placement
 from epjit.kernels.expert_major import BlankConfig, PlaceConfig, UnpermuteConfig, permute_config
 from epjit.reference import expert_major as reference
-from epjit.runtime.device import arch_of
+from epjit.runtime.device import arch_of, num_sms
 from epjit.runtime.empty import empty_on
 from epjit.runtime.kernel import C, Kernel
 from epjit.runtime.launch import Launch
 
 _INT32_MAX = (1 << 31) - 1
-_INDEX_DTYPES = (torch.int64, torch.int32)
 SUM_DTYPES = (torch.bfloat16, torch.float16)  # that the unpermute kernel adds
 
 
@@ -56,12 +55,11 @@ def place(topk_idx: Tensor, num_experts: int, *, alignment: int, num_rows: int) 
     Raises:
         TypeError, ValueError: Arguments that do not fit; nothing was launched.
     """
-    check("topk_idx", topk_idx, shape=("num_tokens", "num_topk"), dtype=_INDEX_DTYPES)
+    check("topk_idx", topk_idx, ("num_tokens", "num_topk"), INDEX_DTYPES)
     num_tokens, num_topk = topk_idx.shape
     if not 1 <= num_experts <= MAX_LOCAL_EXPERTS:
         raise ValueError(f"num_experts is {num_experts}, but must be 1 to {MAX_LOCAL_EXPERTS}")
-    if not 1 <= num_topk <= MAX_TOPK:
-        raise ValueError(f"top-k is {num_topk}, but must be between 1 and {MAX_TOPK}")
+    check_topk(topk_idx)
     if alignment < 1 or num_rows < 0:
         raise ValueError(
             f"alignment is {alignment} (at least 1) and num_rows {num_rows} (not negative)"
@@ -109,9 +107,9 @@ def permute(x: Tensor, source: Tensor, ends: Tensor, *, num_topk: int) -> Tensor
     Raises:
         TypeError, ValueError: Arguments that do not fit; nothing was launched.
     """
-    check("x", x, shape=("num_tokens", "hidden"))
-    check("source", source, shape=("num_rows",), dtype=torch.int32, device=x.device)
-    check("ends", ends, shape=("num_experts",), dtype=torch.int32, device=x.device)
+    check("x", x, ("num_tokens", "hidden"))
+    check("source", source, ("num_rows",), torch.int32, x.device)
+    check("ends", ends, ("num_experts",), torch.int32, x.device)
     if x.device.type != "cuda":
         return reference.permute(x, source, num_topk)
     row_bytes = check_rows("x", x)
@@ -120,7 +118,7 @@ def permute(x: Tensor, source: Tensor, ends: Tensor, *, num_topk: int) -> Tensor
         config = permute_config(row_bytes, arch_of(x.device.index))
         _launch(config, x.device.index)(
             _stream(x.device),
-            _num_sms(x.device),
+            num_sms(x.device.index),
             x=x.data_ptr(),
             source=source.data_ptr(),
             end=ends[-1:].data_ptr(),
@@ -145,8 +143,8 @@ def unpermute(rows: Tensor, row_of: Tensor) -> Tensor:
     """
     on_gpu = rows.device.type == "cuda"
     dtypes = SUM_DTYPES if on_gpu else (*SUM_DTYPES, torch.float32, torch.float64)
-    check("rows", rows, shape=("num_rows", "hidden"), dtype=dtypes)
-    check("row_of", row_of, shape=("num_tokens", "num_topk"), dtype=torch.int32, device=rows.device)
+    check("rows", rows, ("num_rows", "hidden"), dtypes)
+    check("row_of", row_of, ("num_tokens", "num_topk"), torch.int32, rows.device)
     if not on_gpu:
         return reference.unpermute(rows, row_of)
     num_tokens, num_topk = row_of.shape
@@ -155,7 +153,7 @@ def unpermute(rows: Tensor, row_of: Tensor) -> Tensor:
     if num_tokens:
         _launch(config, rows.device.index)(
             _stream(rows.device),
-            4 * _num_sms(rows.device),
+            4 * num_sms(rows.device.index),
             rows=rows.data_ptr(),
             row_of=row_of.data_ptr(),
             out=out.data_ptr(),
@@ -174,15 +172,15 @@ def blank(rows: Tensor, count: Tensor) -> None:
     Raises:
         TypeError, ValueError: Arguments that do not fit; nothing was launched.
     """
-    check("rows", rows, shape=("num_rows", "hidden"))
-    check("count", count, shape=(1,), dtype=torch.int32, device=rows.device)
+    check("rows", rows, ("num_rows", "hidden"))
+    check("count", count, (1,), torch.int32, rows.device)
     if rows.device.type != "cuda":
         rows[max(int(count), 0) :] = 0
     elif rows.shape[0]:
         row_bytes = check_rows("rows", rows, most=None)
         _launch(BlankConfig(), rows.device.index)(
             _stream(rows.device),
-            _num_sms(rows.device),
+            num_sms(rows.device.index),
             rows=rows.data_ptr(),
             count=count.data_ptr(),
             num_rows=rows.shape[0],
@@ -199,11 +197,6 @@ def _launch(config: C, device: int) -> Launch[C]:
             "compiled while a CUDA graph is captured; run the call once before the capture"
         )
     return Launch(Kernel(config, device=device))
-
-
-@functools.cache
-def _num_sms(device: torch.device) -> int:
-    return int(torch.cuda.get_device_properties(device).multi_processor_count)
 
 
 def _stream(device: torch.device) -> int:

@@ -9,12 +9,11 @@ look at and write to the bytes that they asked for between operations. The kerne
 
 from __future__ import annotations
 
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 import torch
 
-from epjit.calls import Combine, Dispatch, Routing, Settings, Sums
+from epjit.calls import Combine, Dispatch, Routing, Setup, Sums
 from epjit.config import MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS
 from epjit.handles import Dispatched, InternodeHandle
 from epjit.kernels.internode import (
@@ -25,6 +24,7 @@ from epjit.kernels.internode import (
     check_warps,
     combine_slots,
     config_of,
+    for_proxy,
     kernels_of,
     max_slots,
     ring_bytes,
@@ -36,13 +36,12 @@ from epjit.runtime.group import BUFFER, Group
 from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
-from epjit.runtime.transport import Transport, make_transport
+from epjit.runtime.transport import Transport
 from epjit.sizes import align
 
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from epjit.runtime.topology import Topology
     from epjit.scope import AnyScope
 
 
@@ -62,7 +61,7 @@ class _DomainGroup(Group):
 
 
 class _Arena:
-    """Where the parts of the memory of a domain lie, in bytes from its start."""
+    """Offsets of the parts of the memory of a domain, in bytes."""
 
     def __init__(self, num_domains: int, num_local: int, num_nvl_bytes: int) -> None:
         self.slots = 0
@@ -74,7 +73,7 @@ class _Arena:
 
 
 class _Rings:
-    """Where the parts of the memory of the transport lie, in bytes from its start."""
+    """Offsets of the parts of the memory of the transport, in bytes."""
 
     def __init__(self, num_domains: int, num_local: int, num_rdma_bytes: int) -> None:
         self.max_slots = max_slots(num_domains, num_local)
@@ -100,11 +99,7 @@ class Internode(Normal):
     Collective: all ranks construct it together.
 
     Args:
-        settings: Of the Buffer.
-        group: The ranks.
-        topology: Their domains, more than one.
-        resources: Gets what this makes; its owner closes it, also when this cannot be made.
-        device: The GPU of this rank.
+        setup: All that it is made from.
 
     Attributes:
         rdma_memory: Memory that the transport reaches; its first `num_rdma_bytes` are the user's.
@@ -112,38 +107,18 @@ class Internode(Normal):
 
     _transport: Transport
 
-    def __init__(
-        self,
-        settings: Settings,
-        group: Group,
-        topology: Topology,
-        resources: ExitStack,
-        device: torch.device,
-    ) -> None:
+    def __init__(self, setup: Setup) -> None:
+        settings, group, topology, device, resources = setup
         num_domains, num_local = topology.num_domains, topology.num_local
-        transport = make_transport(
-            group,
-            topology,
-            device=device.index,
-            num_qps_per_rank=settings.num_qps_per_rank,
-            use_fabric=settings.use_fabric,
-        )
-        resources.callback(transport.close)
         super().__init__(
-            group,
-            resources,
-            device=device,
-            timeout_seconds=settings.timeout_seconds,
+            setup,
             num_counters=2 + 2 * group.size + 5 * num_domains,
             num_counts=2 + MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS,
-            transport=transport,
-            domains=topology.domains,
         )
-        self._topology = topology
         self._arena = _Arena(num_domains, num_local, settings.num_nvl_bytes)
         self._rings = _Rings(num_domains, num_local, settings.num_rdma_bytes)
         notify_kernel = self._kernel(InternodeNotifyConfig(num_domains, num_local))
-        self.rdma_memory = transport.allocate(self._rings.total)
+        self.rdma_memory = self._transport.allocate(self._rings.total)
         resources.callback(self.rdma_memory.close)
         self.memory = SymmetricMemory(
             self._arena.total,
@@ -157,7 +132,7 @@ class Internode(Normal):
         # What a notify leaves for its dispatch: how many tokens of each channel fit.
         self._fits = torch.zeros((num_domains, num_local), **ints)
         self._ranks = torch.tensor(topology.domains, **ints)
-        self._pes = torch.tensor(transport.pes, **ints)
+        self._pes = torch.tensor(self._transport.pes, **ints)
         self._notify = Launch(
             notify_kernel,
             **self._common(),
@@ -183,7 +158,13 @@ class Internode(Normal):
     # ---- launches --------------------------------------------------------------------------------
 
     def _config(self, shape: DispatchShape | CombineShape) -> KernelConfig:
-        return config_of(shape, self._topology.num_domains, self._topology.num_local, self._arch)
+        num_domains, num_local = self._topology.num_domains, self._topology.num_local
+        return self._for_transport(config_of(shape, num_domains, num_local, self._arch))
+
+    def _for_transport(self, config: KernelConfig) -> KernelConfig:
+        if not self._transport.through_proxy:
+            return config
+        return for_proxy(config, self._rings.num_rdma_bytes)
 
     def _bind(self, config: Any) -> Launch[Any]:
         bound = self._common()
@@ -210,7 +191,8 @@ class Internode(Normal):
         self, arch: str, shapes: Iterable[DispatchShape | CombineShape]
     ) -> list[KernelConfig]:
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
-        return kernels_of(shapes, num_domains=num_domains, num_local=num_local, arch=arch)
+        found = kernels_of(shapes, num_domains=num_domains, num_local=num_local, arch=arch)
+        return [self._for_transport(config) for config in found]
 
     # ---- operations ------------------------------------------------------------------------------
 

@@ -10,14 +10,13 @@ from __future__ import annotations
 import math
 import weakref
 from collections.abc import Iterable
-from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from epjit import env
-from epjit.calls import Combine, Dispatch, Routing, Settings, Sums
+from epjit.calls import Combine, Dispatch, Routing, Setup, Sums
 from epjit.config import MAX_LOCAL_EXPERTS, MAX_RANKS
 from epjit.handles import Dispatched, IntranodeHandle
 from epjit.kernels.intranode import (
@@ -47,14 +46,13 @@ from epjit.runtime.symmetric import SymmetricMemory, tensor_over
 from epjit.sizes import align
 
 if TYPE_CHECKING:
-    from epjit.runtime.group import Group
     from epjit.scope import AnyScope
 
 _PLACES_BYTES = MAX_RANKS * 64
 
 
 class _Arena:
-    """Where the parts of a rank's symmetric memory lie, in bytes from its start."""
+    """Offsets of the parts of a rank's symmetric memory, in bytes."""
 
     def __init__(self, num_ranks: int, num_nvl_bytes: int, num_output_bytes: int) -> None:
         self.slots = 0
@@ -69,16 +67,8 @@ class _Arena:
         self.total = self.outputs + num_output_bytes
 
 
-def _output_pool(num_bytes: int, device: int) -> BlockPool:
-    return BlockPool(
-        num_bytes,
-        current_stream=partial(torch._C._cuda_getCurrentRawStream, device),
-        record=partial(record_event, device=device),
-    )
-
-
 class _Outputs(NamedTuple):
-    """What a dispatch writes, and whether peers reach it."""
+    """Outputs of a dispatch, and whether peers can write to them."""
 
     received: Dispatched
     src_idx: torch.Tensor | None
@@ -91,23 +81,12 @@ class Intranode(Normal):
     Collective: all ranks construct it together.
 
     Args:
-        settings: Of the Buffer.
-        group: The ranks.
-        resources: Gets what this makes; its owner closes it, also when this cannot be made.
-        device: The GPU of this rank.
+        setup: All that it is made from.
     """
 
-    def __init__(
-        self, settings: Settings, group: Group, resources: ExitStack, device: torch.device
-    ) -> None:
-        super().__init__(
-            group,
-            resources,
-            device=device,
-            timeout_seconds=settings.timeout_seconds,
-            num_counters=32,
-            num_counts=1 + MAX_LOCAL_EXPERTS,
-        )
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup, num_counters=32, num_counts=1 + MAX_LOCAL_EXPERTS)
+        settings, group, _, device, resources = setup
         direct = env.dispatch_variant() == "direct" and group.size > 1
         num_output_bytes = align(env.direct_bytes()) if direct else 0
         self._arena = _Arena(group.size, settings.num_nvl_bytes, num_output_bytes)
@@ -119,7 +98,11 @@ class Intranode(Normal):
         self._signals_at = self._arena.signals
         self._pool: BlockPool | None = None
         if num_output_bytes:
-            self._pool = _output_pool(num_output_bytes, device.index)
+            self._pool = BlockPool(
+                num_output_bytes,
+                current_stream=partial(torch._C._cuda_getCurrentRawStream, device.index),
+                record=partial(record_event, device=device.index),
+            )
             # The memory lives as long as a tensor over one of the blocks, after the end too.
             end = weakref.finalize(self._pool, self.memory.close)
             end.atexit = False

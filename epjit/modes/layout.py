@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -12,6 +12,9 @@ from epjit.kernels.layout import LayoutConfig
 from epjit.runtime.kernel import Kernel
 from epjit.runtime.launch import Launch
 
+if TYPE_CHECKING:
+    from epjit.runtime.topology import Topology
+
 _MAX_BLOCKS = 1024
 
 
@@ -19,27 +22,23 @@ class Layout:
     """The layout launches of one Buffer.
 
     Args:
-        num_ranks: Ranks of the group.
+        topology: Ranks of the group, and their NVLink domains.
         device: The GPU.
-        domains: Ranks of each NVLink domain, when there are several.
     """
 
-    def __init__(
-        self, num_ranks: int, device: torch.device, domains: Sequence[Sequence[int]] | None = None
-    ) -> None:
-        num_domains, self._domain_of = 1, None
-        num_counters = 1 + num_ranks + MAX_DOMAINS + MAX_EXPERTS
-        self._counters = torch.zeros(num_counters, dtype=torch.int32, device=device)
-        if domains is not None:
-            num_domains = len(domains)
-            of = {rank: number for number, domain in enumerate(domains) for rank in domain}
-            self._domain_of = torch.tensor(
-                [of[rank] for rank in range(num_ranks)], dtype=torch.int32, device=device
-            )
+    def __init__(self, topology: Topology, device: torch.device) -> None:
+        num_ranks = topology.num_domains * topology.num_local
+        ints: dict[str, Any] = {"dtype": torch.int32, "device": device}
+        self._counters = torch.zeros(1 + num_ranks + MAX_DOMAINS + MAX_EXPERTS, **ints)
+        self._domain_of: torch.Tensor | None = None
+        if topology.spans_domains:
+            of = {rank: n for n, domain in enumerate(topology.domains) for rank in domain}
+            self._domain_of = torch.tensor([of[rank] for rank in range(num_ranks)], **ints)
         self._launches = {
             dtype: Launch(
                 Kernel(
-                    LayoutConfig(num_ranks, dtype == torch.int64, num_domains), device=device.index
+                    LayoutConfig(num_ranks, dtype == torch.int64, topology.num_domains),
+                    device=device.index,
                 ),
                 counters=self._counters.data_ptr(),
                 domain_of=0 if self._domain_of is None else self._domain_of.data_ptr(),
@@ -47,12 +46,7 @@ class Layout:
             for dtype in (torch.int32, torch.int64)
         }
 
-    def __call__(
-        self,
-        stream: int,
-        topk_idx: torch.Tensor,
-        counts: Counts,
-    ) -> None:
+    def __call__(self, stream: int, topk_idx: torch.Tensor, counts: Counts) -> None:
         """Queues the kernel.
 
         Args:

@@ -10,7 +10,6 @@ again.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import torch
@@ -21,11 +20,11 @@ from epjit.calls import (
     DispatchSizes,
     LowLatencyCombine,
     LowLatencyDispatch,
-    Settings,
+    Setup,
 )
 from epjit.checks.match import remember
 from epjit.config import MAX_LOW_LATENCY_EXPERTS, MAX_LOW_LATENCY_TOKENS, MAX_RANKS
-from epjit.handles import LowLatencyDispatched, LowLatencySpecs
+from epjit.handles import LowLatencyDispatched, LowLatencyHandle, LowLatencySpecs, rows_in
 from epjit.kernels.low_latency import (
     NUM_WORDS,
     STEP,
@@ -44,12 +43,9 @@ from epjit.runtime.empty import TensorSpec, matrix
 from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.symmetric import SymmetricMemory
-from epjit.runtime.transport import Transport, make_transport
 from epjit.sizes import align
 
 if TYPE_CHECKING:
-    from epjit.runtime.group import Group
-    from epjit.runtime.topology import Topology
     from epjit.scope import AnyScope
 
 # So many low-latency kernels may wait for late peers at once, and less one leave SMs to what runs
@@ -60,7 +56,7 @@ Specs = TypeVar("Specs", LowLatencySpecs, tuple[TensorSpec])
 
 
 class _Arena:
-    """Where the parts of a rank's symmetric memory lie, in bytes from its start."""
+    """Offsets of the parts of a rank's symmetric memory, in bytes."""
 
     def __init__(self, num_ranks: int, num_rdma_bytes: int, *, remote: bool = False) -> None:
         self.half_bytes = num_rdma_bytes // 4  # 32-byte aligned, as num_rdma_bytes is 128-byte
@@ -92,14 +88,14 @@ class _Plan(Generic[Specs]):
         num_parts: See the kernels' parameters.
         sizes: Of the calls.
         num_ranks: `R`.
-        outputs: What they allocate.
+        outputs: Specs of the tensors that they allocate.
 
     Attributes:
         launch: As passed.
         grid: As passed.
         outputs: As passed.
-        source_tokens: Where the first part of the `Routes` lies, in bytes from `src_info`.
-        source_rows: Where the second lies.
+        source_tokens: Offset of the first part of the `Routes`, in bytes from `src_info`.
+        source_rows: Offset of the second.
         whole: Parameters of a launch of both phases that are the same in every call.
         sends: Those of a launch that only sends.
         receives: Those of a launch that only receives.
@@ -134,11 +130,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
     Collective: all ranks construct it together.
 
     Args:
-        settings: Of the Buffer.
-        group: The ranks.
-        topology: Their NVLink domains.
-        resources: Gets what this makes; its owner closes it, also when this cannot be made.
-        device: The GPU of this rank.
+        setup: All that it is made from.
 
     Attributes:
         memory: The symmetric memory; its first `num_rdma_bytes` are the user's.
@@ -147,34 +139,11 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
 
     _warmup: ClassVar[str] = "low_latency_warmup"
 
-    def __init__(
-        self,
-        settings: Settings,
-        group: Group,
-        topology: Topology,
-        resources: ExitStack,
-        device: torch.device,
-    ) -> None:
-        transport: Transport | None = None
-        if topology.spans_domains:
-            transport = make_transport(
-                group,
-                topology,
-                device=device.index,
-                num_qps_per_rank=settings.num_qps_per_rank,
-                use_fabric=settings.use_fabric,
-            )
-            resources.callback(transport.close)
-        super().__init__(
-            group,
-            resources,
-            device=device,
-            timeout_seconds=settings.timeout_seconds,
-            transport=transport,
-        )
-        self._topology, self._remote = topology, topology.spans_domains
+    def __init__(self, setup: Setup) -> None:
+        super().__init__(setup)
+        settings, group, topology, device, resources = setup
+        self._remote, transport = topology.spans_domains, self._transport
         self._is_lost = False  # a peer, when this rank closes
-        self._most_tokens = 0  # of a rank, that the transport is known to serve
         self._shrink = settings.enable_shrink
         sms = num_sms(device.index)
         self._num_sms = min(env.low_latency_num_sms() or sms, sms)
@@ -258,9 +227,9 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         """With `enable_shrink` a rank may be gone for good, so ranks do not meet."""
         if self._shrink:
             return
+        chosen = [str(config), *(f"{name}={size}" for name, size in sizes.items())]
         self._group.agree(
-            f"kernels for {config.op}",
-            ", ".join([str(config), *(f"{name}={size}" for name, size in sizes.items())]),
+            {f"kernels for {config.op}": ", ".join(chosen)},
             remedy="make the same call on all ranks, with the same environment (above all "
             f"{env.low_latency_combine_variant.name})",
             op=config.op,
@@ -306,48 +275,23 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
 
     def _plan_dispatch(self, sizes: DispatchSizes) -> _Plan[LowLatencySpecs]:
         """Sending takes a block a token, one the counts; receiving a warp an eighth of a row."""
-        if self._transport is not None and sizes.max_tokens > self._most_tokens:
-            self._transport.check_queues(sizes.max_tokens)
-            self._most_tokens = sizes.max_tokens
-        row_format, num_ranks = sizes.row_format, self._group.size
-        launch = self.launch(
-            LowLatencyDispatchShape(
-                sizes.num_experts,
-                sizes.hidden,
-                row_format.code,
-                sizes.num_topk,
-                sizes.topk_is_int64,
-            ),
-            num_max_dispatch_tokens_per_rank=sizes.max_tokens,
-        )
+        if self._transport is not None:
+            self._transport.expect(sizes.max_tokens + 1)  # each row, and the counts
+        num_ranks = self._group.size
+        shape = LowLatencyDispatchShape.of(sizes)
+        launch = self.launch(shape, num_max_dispatch_tokens_per_rank=sizes.max_tokens)
         config: LowLatencyDispatchConfig = launch.kernel.config
         num_slots = num_ranks * sizes.max_tokens
         grid = min(self._num_sms, max(sizes.num_tokens + 1, num_slots * 8 // config.num_warps))
         num_parts = max(1, min(8, grid * config.num_warps // num_slots))
-        outputs = LowLatencyDispatched.specs(
-            row_format,
-            num_ranks=num_ranks,
-            num_tokens=sizes.num_tokens,
-            max_tokens=sizes.max_tokens,
-            num_experts=sizes.num_experts,
-            num_topk=sizes.num_topk,
-            hidden=sizes.hidden,
-        )
-        plan = _Plan(launch, grid, num_parts, sizes, self._group.size, outputs)
+        outputs = LowLatencyDispatched.specs(sizes, num_ranks)
+        plan = _Plan(launch, grid, num_parts, sizes, num_ranks, outputs)
         return remember(self._dispatch_plans, sizes, plan)
 
     def _plan_combine(self, sizes: CombineSizes) -> _Plan[tuple[TensorSpec]]:
         """A warp adds some channels at a time; with few tokens that is all it does."""
-        launch = self.launch(
-            LowLatencyCombineShape(
-                sizes.num_experts,
-                sizes.hidden,
-                sizes.num_topk,
-                sizes.topk_is_int64,
-                sizes.use_logfmt,
-            ),
-            num_max_dispatch_tokens_per_rank=sizes.max_tokens,
-        )
+        shape = LowLatencyCombineShape.of(sizes)
+        launch = self.launch(shape, num_max_dispatch_tokens_per_rank=sizes.max_tokens)
         config: LowLatencyCombineConfig | LowLatencyReducedCombineConfig = launch.kernel.config
         grid = min(self._num_sms, max(sizes.max_tokens * sizes.num_topk // 4, 16))
         if isinstance(config, LowLatencyReducedCombineConfig):
@@ -370,9 +314,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
             plan = self._plan_combine(sizes)
         x, topk_idx, topk_weights, out, cycles = call.given
         if sizes.zero_copy:
-            x = self.send_buffer(
-                num_experts=sizes.num_experts, max_tokens=sizes.max_tokens, hidden=sizes.hidden
-            )
+            x = self.send_buffer(sizes)
         if out is None:
             (out,) = self._empty(plan.outputs)
         scope.start()
@@ -408,14 +350,10 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
 
         return receive
 
-    def send_buffer(self, *, num_experts: int, max_tokens: int, hidden: int) -> torch.Tensor:
-        """The buffer that a combine with `zero_copy` reads, bf16 `[E // R, R * M, H]`."""
-        num_ranks = self._group.size
-        shape = (num_experts // num_ranks, num_ranks * max_tokens, hidden)
-        nbytes = 2 * num_experts * max_tokens * hidden
-        begin = self._arena.send_buffer
-        whole = self.memory.tensor(torch.uint8)
-        return whole[begin : begin + nbytes].view(torch.bfloat16).view(shape)
+    def send_buffer(self, sizes: CombineSizes | LowLatencyHandle) -> torch.Tensor:
+        """Memory that a combine with `zero_copy` reads rows from, see `rows_in`."""
+        half = self.memory.tensor(torch.uint8)[self._arena.send_buffer :]
+        return rows_in(half, sizes, self._group.size)
 
     def clean(self, stream: int) -> None:
         """Meets the ranks on the device, and goes on from the latest epoch of all."""

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import ExitStack
-from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 
@@ -11,13 +10,11 @@ from epjit import env
 from epjit.scope import CpuStreams, Streams
 
 if TYPE_CHECKING:
-    from epjit.calls import Settings
+    from epjit.calls import Setup
     from epjit.modes.cpu import CpuLowLatency, CpuNormal
     from epjit.modes.internode import Internode
     from epjit.modes.intranode import Intranode
     from epjit.modes.low_latency import LowLatency
-    from epjit.runtime.group import Group
-    from epjit.runtime.topology import Topology
 
 AnyStreams: TypeAlias = Streams | CpuStreams
 AnyNormal: TypeAlias = "Intranode | Internode | CpuNormal"
@@ -43,55 +40,22 @@ def new_device() -> torch.device:
     return torch.device("cpu")
 
 
-class Parts(NamedTuple):
-    """The parts of a Buffer; `low_latency` is None unless it was asked for."""
-
-    streams: AnyStreams
-    normal: AnyNormal
-    low_latency: AnyLowLatency | None
-
-
-def make_parts(
-    settings: Settings,
-    group: Group,
-    topology: Topology,
-    resources: ExitStack,
-    device: torch.device,
-) -> Parts:
-    """The parts of a Buffer whose tensors live on `device`; collective.
-
-    Args:
-        settings: Of the Buffer.
-        group: The ranks.
-        topology: Their NVLink domains.
-        resources: Gets what is made; its owner closes it, also when not all can be made.
-        device: A GPU, or the CPU.
-    """
+def make_parts(setup: Setup) -> tuple[AnyStreams, AnyNormal, AnyLowLatency | None]:
+    """The parts of a Buffer, the low-latency one if it was asked for; collective."""
+    device, wants_low_latency = setup.device, setup.settings.low_latency_mode
     if device.index is None:
-        return _on_cpu(settings, group, topology)
+        from epjit.modes.chosen import ChosenKernels
+        from epjit.modes.cpu import CpuLowLatency, CpuNormal
+
+        chosen = ChosenKernels(setup)
+        on_cpu = CpuLowLatency(setup, chosen) if wants_low_latency else None
+        return CpuStreams(), CpuNormal(setup, chosen), on_cpu
     from epjit.modes.internode import Internode
     from epjit.modes.intranode import Intranode
     from epjit.modes.low_latency import LowLatency
     from epjit.runtime.stream import CommStream
 
     comm = CommStream(device.index)
-    resources.callback(lambda _: None, comm)  # freed with its last reference
-    mode: Intranode | Internode
-    if topology.spans_domains:
-        mode = Internode(settings, group, topology, resources, device)
-    else:
-        mode = Intranode(settings, group, resources, device)
-    low_latency = None
-    if settings.low_latency_mode:
-        low_latency = LowLatency(settings, group, topology, resources, device)
-    return Parts(Streams(comm), mode, low_latency)
-
-
-def _on_cpu(settings: Settings, group: Group, topology: Topology) -> Parts:
-    from epjit.modes.chosen import ChosenKernels
-    from epjit.modes.cpu import CpuLowLatency, CpuNormal
-
-    chosen = ChosenKernels(settings, group, topology)
-    mode = CpuNormal(settings, group, topology, chosen)
-    low_latency = CpuLowLatency(settings, group, chosen) if settings.low_latency_mode else None
-    return Parts(CpuStreams(), mode, low_latency)
+    setup.resources.callback(lambda _: None, comm)  # freed with its last reference
+    mode = Internode(setup) if setup.topology.spans_domains else Intranode(setup)
+    return Streams(comm), mode, LowLatency(setup) if wants_low_latency else None

@@ -8,30 +8,28 @@ from __future__ import annotations
 import time
 from abc import abstractmethod
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
 from epjit import calls
-from epjit.calls import Combine, Counts, Dispatch, Sums
+from epjit.calls import Combine, Counts, Dispatch, Setup, Sums
 from epjit.errors import CommunicationError
 from epjit.handles import Dispatched
 from epjit.kernels.shapes import CombineShape, DispatchShape
 from epjit.kernels.variants import CHOICES
 from epjit.modes.base import Mode
 from epjit.modes.layout import Layout
-from epjit.reference.intranode import no_room
 from epjit.runtime.device import num_sms
 from epjit.runtime.empty import TensorSpec, matrix, vector
+from epjit.runtime.fault import Overflow
 from epjit.runtime.host import PinnedArray, nap
 from epjit.runtime.kernel import KernelConfig
 
 if TYPE_CHECKING:
-    from epjit.reference.internode import Domains
     from epjit.runtime.group import Group
     from epjit.runtime.symmetric import SymmetricMemory
-    from epjit.runtime.transport import Transport
     from epjit.scope import AnyScope
 
 SIGNALS_BYTES = 512
@@ -46,14 +44,9 @@ class Normal(Mode[DispatchShape | CombineShape]):
     """Base of the normal modes. Collective to make.
 
     Args:
-        group: As for `Mode`, as are the three that follow.
-        resources: See there.
-        device: See there.
-        timeout_seconds: See there.
+        setup: As for `Mode`.
         num_counters: Words that kernels count in.
         num_counts: Words that notify leaves for the host.
-        transport: As for `Mode`.
-        domains: Ranks of each NVLink domain, when there are several.
 
     Attributes:
         num_sms: Of the GPU.
@@ -63,32 +56,20 @@ class Normal(Mode[DispatchShape | CombineShape]):
     memory: SymmetricMemory
     _warmup: ClassVar[str] = "warmup"
 
-    def __init__(
-        self,
-        group: Group,
-        resources: ExitStack,
-        *,
-        device: torch.device,
-        timeout_seconds: float,
-        num_counters: int,
-        num_counts: int,
-        transport: Transport | None = None,
-        domains: Domains | None = None,
-    ) -> None:
-        super().__init__(
-            group, resources, device=device, timeout_seconds=timeout_seconds, transport=transport
-        )
+    def __init__(self, setup: Setup, *, num_counters: int, num_counts: int) -> None:
+        super().__init__(setup)
+        topology, device = setup.topology, setup.device
         self.num_sms = num_sms(device.index)
-        self._patience = timeout_seconds
-        self._layout = Layout(group.size, device, domains)
-        per_domain = None if domains is None else vector(torch.int32, len(domains))
-        self._counts = vector(torch.int32, group.size), per_domain
+        self._patience = self._timeout_seconds
+        self._layout = Layout(topology, device)
+        per_domain = vector(torch.int32, topology.num_domains) if topology.spans_domains else None
+        self._counts = vector(torch.int32, self._group.size), per_domain
         self._counters = self._own_words(num_counters)
         # The first half is read by a host that waits for counts; the second takes those that nobody
         # waits for.
         self._num_counts = num_counts
         self._host_counts = PinnedArray(2 * num_counts, device=device.index)
-        resources.callback(self._host_counts.close)
+        setup.resources.callback(self._host_counts.close)
         self._half_way = ""  # why a dispatch ended between its two kernels
 
     def _common(self) -> dict[str, object]:
@@ -204,7 +185,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
     # ---- the host's waits, faults, the end -------------------------------------------------------
 
     def _ask_for_counts(self, waits: bool) -> int:
-        """Where notify shall leave its counts; with `waits`, `_wait_for_counts` reads them."""
+        """Address for the counts of notify; with `waits`, `_wait_for_counts` reads them."""
         if waits:
             self._host_counts.array[0] = -1
         return self._host_counts.device_ptr + (0 if waits else 8 * self._num_counts)
@@ -254,7 +235,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
 
     @contextmanager
     def _between_kernels(self) -> Iterator[None]:
-        """The part of a dispatch from its notify on: who leaves it early wants a reset()."""
+        """Marks this rank as out of step if its dispatch fails in here; only reset() clears it."""
         try:
             yield
         except BaseException as error:  # also an interrupt, or no memory for the outputs
@@ -300,11 +281,25 @@ def agree_on_kernel(group: Group, config: KernelConfig) -> None:
         CommunicationError: A rank does not come; names it.
     """
     group.agree(
-        f"kernels for {config.op}",
-        config,
+        {f"kernels for {config.op}": config},
         remedy=f"set {CHOICES[config.op].variable.name} to the same value everywhere, or give all "
         "ranks the same EPJIT_CACHE_DIR (tuned.json is in it)",
         op=config.op,
+    )
+
+
+def no_room(overflow: Overflow) -> CommunicationError:
+    """The error of a rank that more came to than it had room for, on every backend."""
+    op, what, rank, came, room, epoch = overflow
+    return CommunicationError(
+        f"{op}: {came} {what} rank {rank}, which has room for {room}; what did not fit was left "
+        "out, all else has arrived. num_worst_tokens must be at least the number of ranks times "
+        "the most tokens of any of them, and a handle must be passed on as dispatch returned it",
+        op=op,
+        rank=rank,
+        expected=room,
+        seen=came,
+        epoch=epoch,
     )
 
 

@@ -64,7 +64,7 @@ _AUTOCAST_DTYPES = (torch.float32, torch.bfloat16, torch.float16)  # torch leave
 
 
 class Dispatched(NamedTuple):
-    """What `dispatch` returns.
+    """Results of `dispatch`.
 
     Attributes:
         x: `[n, H]`, by source rank, then by token.
@@ -82,7 +82,7 @@ class Dispatched(NamedTuple):
 
 
 class ExpertHandle(NamedTuple):
-    """What an expert-major dispatch leaves for `combine`."""
+    """The handle of an expert-major dispatch, for `combine`."""
 
     routing: Handle
     placement: Placement
@@ -142,6 +142,13 @@ def _check_comes_back(x: Tensor, weights: Tensor, *, is_combined: bool) -> None:
             f"x has dtype {x.dtype}, but what comes back is summed in bfloat16 or float16; convert "
             "it with .to(torch.bfloat16), or run the layer under torch.autocast"
         )
+
+
+def _by_expert(x: Tensor, weights: Tensor, placement: Placement, handle: Any) -> ExpertRows:
+    row_of, source, ends, counts = placement
+    rows = torch.ops.epjit.permute(x, row_of, source, ends, torch.is_grad_enabled())
+    row_weights = torch.ops.epjit.permute_weights(weights, row_of, source)
+    return ExpertRows(rows, row_weights, ends, counts, handle)
 
 
 def _size(name: str, value: int, least: int) -> int:
@@ -257,13 +264,7 @@ def dispatch(
     if not expert_major:
         return Dispatched(recv_x, recv_idx, recv_weights, counts, routing)
     placement = Placement(row_of, source, ends, counts)
-    return ExpertRows(
-        torch.ops.epjit.permute(recv_x, row_of, source, ends, torch.is_grad_enabled()),
-        torch.ops.epjit.permute_weights(recv_weights, row_of, source),
-        ends,
-        counts,
-        ExpertHandle(routing, placement),
-    )
+    return _by_expert(recv_x, recv_weights, placement, ExpertHandle(routing, placement))
 
 
 def combine(x: Tensor, handle: GivenHandle | ExpertHandle, *, group: GroupLike) -> Tensor:
@@ -329,14 +330,7 @@ def permute(
     n, num_topk = topk_idx.shape
     num_rows = num_rows or by_expert.row_bound(n, num_topk, num_experts, alignment)
     placement = Placement(*torch.ops.epjit.place(topk_idx, num_experts, alignment, num_rows))
-    row_of, source, ends, counts = placement
-    return ExpertRows(
-        torch.ops.epjit.permute(x, row_of, source, ends, torch.is_grad_enabled()),
-        torch.ops.epjit.permute_weights(topk_weights, row_of, source),
-        ends,
-        counts,
-        placement,
-    )
+    return _by_expert(x, topk_weights, placement, placement)
 
 
 def unpermute(x: Tensor, handle: Placement) -> Tensor:

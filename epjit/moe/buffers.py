@@ -6,7 +6,7 @@ import functools
 import itertools
 import logging
 from contextlib import nullcontext
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
+from typing import TYPE_CHECKING, Any, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -17,7 +17,7 @@ from epjit.config import MAX_RANKS
 from epjit.modes.make import use_gpu
 from epjit.numbers import as_int
 from epjit.runtime.group import Group, as_process_group
-from epjit.runtime.topology import find_topology
+from epjit.runtime.topology import Topology, find_topology
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
@@ -27,18 +27,10 @@ _log = logging.getLogger(__name__)
 GroupLike: TypeAlias = "dist.ProcessGroup | DeviceMesh | str"
 
 
-class _Cut(NamedTuple):
-    """How the NVLink domains cut a group."""
-
-    group: dist.ProcessGroup
-    num_domains: int
-    num_local: int
-
-
 _managed: dict[str, Buffer] = {}
 _in_graphs: dict[Buffer, None] = {}  # a CUDA graph may use them; a dict, for its order
 _registered: dict[str, Buffer] = {}
-_cuts: dict[str, _Cut] = {}
+_topologies: dict[str, tuple[dist.ProcessGroup, Topology]] = {}
 _numbers = itertools.count()
 
 
@@ -59,7 +51,7 @@ def get_buffer(group: dist.ProcessGroup | DeviceMesh, hidden_bytes: int) -> Buff
     """
     if not isinstance(group, dist.ProcessGroup):
         group = as_process_group(group)
-    num_local = min(_cut(group).num_local, MAX_RANKS)
+    num_local = min(_topology(group).num_local, MAX_RANKS)
     needed, rdma = _bytes_needed(group.size(), num_local, hidden_bytes, Buffer.num_sms)
     found = _managed.get(group.group_name)
     # A group that was destroyed and made again has the same name and needs a Buffer of its own.
@@ -123,7 +115,7 @@ def free_buffers() -> None:
     Before or after `destroy_process_group`; a rank that has gone is not waited for long. CUDA
     graphs that captured calls of `epjit.moe` must not be replayed afterwards.
     """
-    _cuts.clear()
+    _topologies.clear()
     buffers = dict.fromkeys((*_in_graphs, *_managed.values()))
     _in_graphs.clear()
     _managed.clear()
@@ -160,16 +152,15 @@ def _bytes_needed(
     )
 
 
-def _cut(group: dist.ProcessGroup) -> _Cut:
+def _topology(group: dist.ProcessGroup) -> Topology:
     """The NVLink domains of a group; collective when nobody has asked before."""
-    found = _cuts.get(group.group_name)
-    if found is None or found.group is not group:
+    known, topology = _topologies.get(group.group_name, (None, None))
+    if topology is None or known is not group:
         _refuse_in_capture(group)
         device = torch.cuda.current_device() if use_gpu() else None
         topology = find_topology(Group.from_torch(group), device=device)
-        found = _Cut(group, topology.num_domains, topology.num_local)
-        _cuts[group.group_name] = found
-    return found
+        _topologies[group.group_name] = group, topology
+    return topology
 
 
 def _refuse_in_capture(group: dist.ProcessGroup) -> None:
@@ -226,10 +217,9 @@ def count_domains(name: str, *, dry: bool) -> int:
     if registered is not None:
         return 1 if registered.runtime is None else registered.runtime.get_num_rdma_ranks()
     group = _resolve(name)
-    found = _cuts.get(name)
-    is_known = found is not None and found.group is group
+    known, _ = _topologies.get(name, (None, None))
     alone = dry or torch.compiler.is_exporting()
-    return 1 if alone and not is_known else _cut(group).num_domains
+    return 1 if alone and known is not group else _topology(group).num_domains
 
 
 # torch.compiler.assume_constant_result without its import of the compiler, which takes a second.

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -33,6 +34,16 @@ def _moved(x: Tensor) -> Tensor:
     """
     x = x.contiguous()
     return x.clone() if x.data_ptr() % 16 else x
+
+
+def _operator(schema: str) -> Callable[[Callable[..., Any]], torch.library.CustomOpDef]:
+    """Makes the function `_name` the operator ``epjit::name``, which writes to no argument."""
+
+    def make(function: Callable[..., Any]) -> torch.library.CustomOpDef:
+        name = f"epjit::{function.__name__.removeprefix('_')}"
+        return torch.library.custom_op(name, function, mutates_args=(), schema=schema)
+
+    return make
 
 
 # ---- operators: communication -------------------------------------------------------------------
@@ -65,12 +76,10 @@ def _new(x: Tensor, spec: TensorSpec | None) -> Any:
     return None if spec is None else x.new_empty(spec[0], dtype=spec[2])
 
 
-@torch.library.custom_op(
-    "epjit::dispatch",
-    mutates_args=(),
-    schema="(Tensor x, Tensor topk_idx, Tensor topk_weights, int num_experts, "
+@_operator(
+    "(Tensor x, Tensor topk_idx, Tensor topk_weights, int num_experts, "
     "int num_worst_tokens, int expert_alignment, int num_expert_rows, int num_domains, str group) "
-    f"-> ({_TENSORS})",
+    f"-> ({_TENSORS})"
 )
 def _dispatch(
     x: Tensor,
@@ -180,9 +189,7 @@ def _fake_handle(
     return [*handle._replace(recv_src_meta=meta, send_nvl_head=heads)]
 
 
-@torch.library.custom_op(
-    "epjit::combine", mutates_args=(), schema=f"(Tensor x, {_HANDLE}, str group) -> Tensor"
-)
+@_operator(f"(Tensor x, {_HANDLE}, str group) -> Tensor")
 def _combine(x: Tensor, *handle_and_group: Any) -> Tensor:
     """Rows back to their ranks, summed: `[T, H]`."""
     *tensors, group = handle_and_group
@@ -195,11 +202,7 @@ def _(x: Tensor, *handle_and_group: Any) -> Tensor:
     return x.new_empty((_as_handle(handle_and_group[:-1]).num_tokens, x.shape[1]))
 
 
-@torch.library.custom_op(
-    "epjit::dispatch_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad_x, Tensor grad_weights, {_HANDLE}, str group) -> (Tensor, Tensor)",
-)
+@_operator(f"(Tensor grad_x, Tensor grad_weights, {_HANDLE}, str group) -> (Tensor, Tensor)")
 def _dispatch_backward(
     grad_x: Tensor, grad_weights: Tensor, *handle_and_group: Any
 ) -> tuple[Tensor, Tensor]:
@@ -221,11 +224,7 @@ def _(grad_x: Tensor, grad_weights: Tensor, *handle_and_group: Any) -> tuple[Ten
     )
 
 
-@torch.library.custom_op(
-    "epjit::combine_backward",
-    mutates_args=(),
-    schema=f"(Tensor grad, {_HANDLE}, str group) -> Tensor",
-)
+@_operator(f"(Tensor grad, {_HANDLE}, str group) -> Tensor")
 def _combine_backward(grad: Tensor, *handle_and_group: Any) -> Tensor:
     """Every row that was added gets the gradient of the sum, the others zeros."""
     *tensors, group = handle_and_group
@@ -272,11 +271,9 @@ _combine.register_autograd(_grad_combine, setup_context=_setup_combine)
 # ---- operators: the order of the experts --------------------------------------------------------
 
 
-@torch.library.custom_op(
-    "epjit::place",
-    mutates_args=(),
-    schema="(Tensor topk_idx, int num_experts, int alignment, int num_rows) "
-    "-> (Tensor, Tensor, Tensor, Tensor)",
+@_operator(
+    "(Tensor topk_idx, int num_experts, int alignment, int num_rows) "
+    "-> (Tensor, Tensor, Tensor, Tensor)"
 )
 def _place(topk_idx: Tensor, num_experts: int, alignment: int, num_rows: int) -> tuple[Tensor, ...]:
     """See `expert_major.place`."""
@@ -292,15 +289,11 @@ def _(topk_idx: Tensor, num_experts: int, alignment: int, num_rows: int) -> tupl
     return tuple(_new(topk_idx, spec) for spec in specs)
 
 
-@torch.library.custom_op(
-    "epjit::permute",
-    mutates_args=(),
-    schema="(Tensor x, Tensor row_of, Tensor source, Tensor ends, bool blank) -> Tensor",
-)
+@_operator("(Tensor x, Tensor row_of, Tensor source, Tensor ends, bool blank) -> Tensor")
 def _permute(x: Tensor, row_of: Tensor, source: Tensor, ends: Tensor, blank: bool) -> Tensor:
     """See `expert_major.permute`; with `blank` there are zeros behind the last expert's rows."""
     why = "one row for each row of topk_idx"
-    check("x", x, shape=(row_of.shape[0], "hidden"), contiguous=False, why=why)
+    check("x", x, (row_of.shape[0], "hidden"), contiguous=False, why=why)
     rows = by_expert.permute(_moved(x), source, ends, num_topk=row_of.shape[1])
     if blank:
         by_expert.blank(rows, ends[-1:])
@@ -312,15 +305,11 @@ def _(x: Tensor, row_of: Tensor, source: Tensor, ends: Tensor, blank: bool) -> T
     return x.new_empty((source.shape[0], x.shape[1]))
 
 
-@torch.library.custom_op(
-    "epjit::unpermute",
-    mutates_args=(),
-    schema="(Tensor rows, Tensor row_of, Tensor source, Tensor ends) -> Tensor",
-)
+@_operator("(Tensor rows, Tensor row_of, Tensor source, Tensor ends) -> Tensor")
 def _unpermute(rows: Tensor, row_of: Tensor, source: Tensor, ends: Tensor) -> Tensor:
     """See `expert_major.unpermute`."""
     why = "the rows by expert that the handle is of"
-    check("x", rows, shape=(source.shape[0], "hidden"), contiguous=False, why=why)
+    check("x", rows, (source.shape[0], "hidden"), contiguous=False, why=why)
     return by_expert.unpermute(_moved(rows), row_of)
 
 
@@ -329,11 +318,7 @@ def _(rows: Tensor, row_of: Tensor, source: Tensor, ends: Tensor) -> Tensor:
     return rows.new_empty((row_of.shape[0], rows.shape[1]))
 
 
-@torch.library.custom_op(
-    "epjit::permute_weights",
-    mutates_args=(),
-    schema="(Tensor weights, Tensor row_of, Tensor source) -> Tensor",
-)
+@_operator("(Tensor weights, Tensor row_of, Tensor source) -> Tensor")
 def _permute_weights(weights: Tensor, row_of: Tensor, source: Tensor) -> Tensor:
     """The weight of each row, 0 for padding: `[M]`."""
     return _take(weights.flatten(), source)
@@ -396,11 +381,7 @@ def _parts(x: Tensor, ends: Tensor) -> list[Tensor]:
     return [x[start:end] for start, end in itertools.pairwise(starts)]
 
 
-@torch.library.custom_op(
-    "epjit::grouped_mm",
-    mutates_args=(),
-    schema="(Tensor x, Tensor weights, Tensor ends, bool blank) -> Tensor",
-)
+@_operator("(Tensor x, Tensor weights, Tensor ends, bool blank) -> Tensor")
 def _grouped_mm(x: Tensor, weights: Tensor, ends: Tensor, blank: bool) -> Tensor:
     """Each expert's rows times its matrix; with `blank` there are zeros behind the last ones."""
     if not _has_grouped_mm(x, weights):
@@ -418,11 +399,7 @@ def _(x: Tensor, weights: Tensor, ends: Tensor, blank: bool) -> Tensor:
     return x.new_empty((x.shape[0], weights.shape[2]))
 
 
-@torch.library.custom_op(
-    "epjit::grouped_mm_of_rows",
-    mutates_args=(),
-    schema="(Tensor x, Tensor y, Tensor ends) -> Tensor",
-)
+@_operator("(Tensor x, Tensor y, Tensor ends) -> Tensor")
 def _grouped_mm_of_rows(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     """The sum over each expert's rows of the outer products of x and y: `[L, H, F]`."""
     if not _has_grouped_mm(x, y):

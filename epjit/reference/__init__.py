@@ -13,10 +13,11 @@ from typing import Any
 
 from torch import Tensor
 
+from epjit.calls import Bias, Counts, Sums
 from epjit.handles import Dispatched
 from epjit.reference import internode, intranode
 from epjit.reference.internode import Domains
-from epjit.reference.intranode import Bias, RankInput
+from epjit.reference.intranode import RankInput
 
 
 @dataclass(frozen=True)
@@ -33,23 +34,21 @@ class Normal:
     domains: Domains
 
     @property
-    def several(self) -> bool:
+    def spans_domains(self) -> bool:
         """Whether there are several domains."""
         return len(self.domains) > 1
 
-    def layout(
-        self, topk_idx: Tensor, num_experts: int
-    ) -> tuple[Tensor, Tensor | None, Tensor, Tensor]:
+    def layout(self, topk_idx: Tensor, num_experts: int) -> Counts:
         """Counts where the tokens of one rank go; in one domain those of the domains are None."""
-        if self.several:
+        if self.spans_domains:
             return internode.layout(topk_idx, num_experts, self.domains)
         num_ranks = len(self.domains[0])
         per_rank, per_expert, in_rank = intranode.layout(topk_idx, num_experts, num_ranks)
         return per_rank, None, per_expert, in_rank
 
     def dispatch(self, inputs: Sequence[RankInput], rank: int, **options: Any) -> Dispatched:
-        """What `rank` receives; `options` are `num_experts` and what may follow it."""
-        if self.several:
+        """Results of `rank`; `options` are `num_experts` and what may follow it."""
+        if self.spans_domains:
             return internode.dispatch(inputs, rank, self.domains, **options)
         return intranode.dispatch(inputs, rank, **options)
 
@@ -60,8 +59,8 @@ class Normal:
         handles: Sequence[Any],
         rank: int,
     ) -> tuple[Tensor, Tensor | None]:
-        """What `rank` receives of another payload."""
-        mode = internode if self.several else intranode
+        """Rows and scales of `rank` when another payload follows the handles."""
+        mode = internode if self.spans_domains else intranode
         return mode.cached_dispatch(xs, scales, handles, rank)
 
     def combine(
@@ -71,8 +70,8 @@ class Normal:
         rank: int,
         topk_weights: Sequence[Tensor] | None = None,
         bias: Bias = None,
-    ) -> tuple[Tensor, Tensor | None]:
-        """What `rank` gets back."""
-        if self.several:
+    ) -> Sums:
+        """Sums, and summed weights, for the tokens of `rank`."""
+        if self.spans_domains:
             return internode.combine(xs, handles, rank, self.domains, topk_weights, bias)
         return intranode.combine(xs, handles, rank, topk_weights, bias)

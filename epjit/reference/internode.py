@@ -19,10 +19,11 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from epjit.calls import Bias
 from epjit.config import MAX_DOMAINS, MAX_RANKS
 from epjit.handles import Dispatched, InternodeHandle, IntranodeHandle
 from epjit.reference import intranode
-from epjit.reference.intranode import Bias, RankInput, pad_rows, positions
+from epjit.reference.intranode import RankInput, pad_rows, positions
 
 Domains: TypeAlias = Sequence[Sequence[int]]
 
@@ -155,7 +156,7 @@ def dispatch(
     expert_alignment: int = 1,
     num_worst_tokens: int | Sequence[int] = 0,
 ) -> Dispatched:
-    """What `rank` receives: the rows of `intranode.dispatch`, with another handle.
+    """Results of `rank`: the rows of `intranode.dispatch`, with another handle.
 
     Args:
         inputs: One entry a rank.
@@ -196,7 +197,7 @@ def cached_dispatch(
     handles: Sequence[InternodeHandle],
     rank: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `rank` receives when another payload follows the routing of the handles.
+    """Rows and scales of `rank` when another payload follows the routing of the handles.
 
     See `intranode.cached_dispatch`.
     """
@@ -211,7 +212,7 @@ def combine(
     topk_weights: Sequence[Tensor] | None = None,
     bias: Bias = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `rank` gets back: for each of its tokens, the sum over the domains that received it.
+    """Sums for the tokens of `rank`: of each, over the domains that received it.
 
     Each domain's rows are summed in float32 from +0.0, local ranks in ascending order, and the sum
     is rounded to the dtype of `x`. These sums are added in float32 to `bias_0` (or +0.0) and

@@ -14,22 +14,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from epjit.errors import CommunicationError
+from epjit.calls import Bias
 from epjit.handles import Dispatched, IntranodeHandle
-from epjit.runtime.fault import Overflow
 from epjit.sizes import align
-
-Bias: TypeAlias = "Tensor | tuple[Tensor | None, Tensor | None] | None"
 
 
 @dataclass(frozen=True)
 class RankInput:
-    """What one rank gives to `dispatch`.
+    """Inputs of one rank to `dispatch`.
 
     Attributes:
         x: `[T, H]`, any dtype; rows are moved as bytes.
@@ -98,7 +94,7 @@ def dispatch(
     expert_alignment: int = 1,
     num_worst_tokens: int | Sequence[int] = 0,
 ) -> Dispatched:
-    """What `rank` receives.
+    """Results of `rank`.
 
     Args:
         inputs: One entry a rank.
@@ -188,28 +184,13 @@ def received_tokens(
     ]
 
 
-def no_room(overflow: Overflow) -> CommunicationError:
-    """The error of a rank that more came to than it had room for, on every backend."""
-    op, what, rank, came, room, epoch = overflow
-    return CommunicationError(
-        f"{op}: {came} {what} rank {rank}, which has room for {room}; what did not fit was left "
-        "out, all else has arrived. num_worst_tokens must be at least the number of ranks times "
-        "the most tokens of any of them, and a handle must be passed on as dispatch returned it",
-        op=op,
-        rank=rank,
-        expected=room,
-        seen=came,
-        epoch=epoch,
-    )
-
-
 def cached_dispatch(
     xs: Sequence[Tensor],
     scales: Sequence[Tensor] | None,
     handles: Sequence[IntranodeHandle],
     rank: int,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `rank` receives when another payload follows the routing of the handles.
+    """Rows and scales of `rank` when another payload follows the routing of the handles.
 
     Args:
         xs: Each rank's `[T, H]`; dtype and `H` need not be those of the first dispatch.
@@ -244,7 +225,7 @@ def combine(
     topk_weights: Sequence[Tensor] | None = None,
     bias: Bias = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """What `rank` gets back: for each of its tokens, the sum over the ranks that received it.
+    """Sums for the tokens of `rank`: of each, over the ranks that received it.
 
     The sum is float32 in a fixed order: `bias_0` (or +0.0), then `bias_1`, then the ranks in
     ascending order, each once; it is rounded once, to nearest even, to the dtype of `x`. A rank
@@ -314,7 +295,7 @@ def positions(chosen: Tensor) -> Tensor:
 
 
 def _segments(handle: IntranodeHandle, rank: int) -> list[slice]:
-    """Where the rows of each source rank lie among the received rows of `rank`."""
+    """Segments of the received rows of `rank`, one for each source rank."""
     ends = handle.rank_prefix_matrix[:, rank].tolist()
     return [slice(begin, end) for begin, end in zip([0, *ends[:-1]], ends, strict=True)]
 

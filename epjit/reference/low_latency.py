@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from epjit.calls import DispatchSizes
 from epjit.formats import BF16, FP8, FP8_ROUND, LOGFMT_BLOCK, MXFP8, NVFP4, RowFormat
 from epjit.handles import LowLatencyDispatched, routes
 from epjit.reference.intranode import experts_per_rank
@@ -33,7 +34,7 @@ _LOGFMT_RANGE = 1024  # bfloat16 patterns below the greatest that still have a c
 
 
 class RankInput(NamedTuple):
-    """What one rank gives to `dispatch`.
+    """Inputs of one rank to `dispatch`.
 
     Attributes:
         x: bfloat16 `[T, H]`.
@@ -73,7 +74,7 @@ def dispatch(
     masked: Tensor | None = None,
     out: LowLatencyDispatched | None = None,
 ) -> LowLatencyDispatched:
-    """What `rank` receives.
+    """Results of `rank`.
 
     Args:
         inputs: One entry a rank.
@@ -94,15 +95,9 @@ def dispatch(
     num_ranks, hidden = len(inputs), inputs[rank].x.shape[1]
     num_local, num_rows = experts_per_rank(num_experts, num_ranks), num_ranks * max_tokens
     if out is None:
-        specs = LowLatencyDispatched.specs(
-            row_format,
-            num_ranks=num_ranks,
-            num_tokens=inputs[rank].x.shape[0],
-            max_tokens=max_tokens,
-            num_experts=num_experts,
-            num_topk=inputs[rank].topk_idx.shape[1],
-            hidden=hidden,
-        )
+        own, wide = inputs[rank].topk_idx.shape, inputs[rank].topk_idx.dtype == torch.int64
+        sizes = DispatchSizes(own[0], hidden, own[1], wide, max_tokens, num_experts, row_format)
+        specs = LowLatencyDispatched.specs(sizes, num_ranks)
         out = LowLatencyDispatched.allocate(specs, empty_on(torch.device("cpu")))
     experts, sources, tokens, choices = _rows_for(inputs, rank, num_local, max_tokens, masked)
     counts = torch.bincount(experts * num_ranks + sources, minlength=num_local * num_ranks)
@@ -142,7 +137,7 @@ def dispatch(
 
 
 def collect(x: Tensor, src_info: Tensor, num_ranks: int) -> Returned:
-    """What a rank gives to `combine`.
+    """Rows that a rank gives to `combine`, with the selections that they are of.
 
     Args:
         x: bfloat16 `[E // R, R * M, H]`; only received rows are read.
@@ -170,7 +165,7 @@ def combine(
     reduced: bool = False,
     masked: Tensor | None = None,
 ) -> Tensor:
-    """What `rank` gets back: for each of its tokens, the weighted sum over its choices.
+    """Sums for the tokens of `rank`: of each, weighted over its choices.
 
     The sum is float32, from +0.0, choices in ascending order; the product is rounded, then the
     sum (no fused multiply-add); the result is rounded once, to nearest even. A choice outside
@@ -245,7 +240,7 @@ def encode(
 
     Args:
         x: bfloat16 `[T, H]`.
-        row_format: What to cast to.
+        row_format: Format of the result.
         global_scale: float32 `[1]`, for `NVFP4` only.
 
     Returns:

@@ -38,7 +38,7 @@ _MAX_ENTRY_BYTES = 256 << 20
 
 
 class Entry(NamedTuple):
-    """What a compilation gives."""
+    """Results of a compilation."""
 
     symbol: str
     log: str
@@ -92,11 +92,23 @@ def lock(file: Path, *, seconds: float) -> Iterator[None]:
         held.release()
 
 
+def publish(file: Path, data: bytes) -> None:
+    """Writes a file under another name and renames it: readers see all of it, or what was there."""
+    descriptor, temporary = tempfile.mkstemp(dir=file.parent, prefix=f"{file.stem[:16]}-")
+    try:
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(data)
+        os.replace(temporary, file)
+    except BaseException:
+        Path(temporary).unlink(missing_ok=True)
+        raise
+
+
 class CubinCache:
     """Compiled kernels of one folder.
 
     Args:
-        directory: Where; by default `cache_folder()`.
+        directory: The folder; by default `cache_folder()`.
     """
 
     def __init__(self, directory: Path | None = None) -> None:
@@ -133,14 +145,7 @@ class CubinCache:
 
     def put(self, key: str, entry: Entry) -> None:
         """Publishes an entry; replaces what was there."""
-        descriptor, temporary = tempfile.mkstemp(dir=self.directory, prefix=f"{key[:16]}-")
-        try:
-            with os.fdopen(descriptor, "wb") as file:
-                file.write(_encode(entry))
-            os.replace(temporary, self._path(key))
-        except BaseException:
-            Path(temporary).unlink(missing_ok=True)
-            raise
+        publish(self._path(key), _encode(entry))
 
     def stored(self) -> list[StoredEntry]:
         """All entries, damaged ones too, the newest first."""

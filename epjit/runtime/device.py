@@ -1,7 +1,8 @@
-"""What a GPU is and can do. Devices are numbered as in torch; nothing is asked at import."""
+"""Properties of GPUs, which are numbered as in torch. Nothing is asked at import."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any
 
 from epjit.arch import arch_name, arch_number
@@ -47,6 +48,7 @@ def count() -> int:
     return int(driver.call("cuDeviceGetCount"))
 
 
+@functools.cache
 def num_sms(device: int) -> int:
     """Streaming multiprocessors."""
     return _attribute(device, "MULTIPROCESSOR_COUNT")
@@ -66,6 +68,16 @@ def name(device: int) -> str:
 def uuid(device: int) -> bytes:
     """16 bytes that name the GPU, the same in every process."""
     return bytes(driver.call("cuDeviceGetUuid", _handle(device)).bytes)
+
+
+def rdma_ordering(device: int) -> int:
+    """Who reads what a NIC has written in order: 0 nobody, 100 this GPU, 200 other GPUs as well."""
+    return _attribute(device, "GPU_DIRECT_RDMA_WRITES_ORDERING")
+
+
+def rdma_flushes(device: int) -> int:
+    """Ways to flush what a NIC has written, as bits: 1 by the host, 2 by operations on memory."""
+    return _attribute(device, "GPU_DIRECT_RDMA_FLUSH_WRITES_OPTIONS")
 
 
 def can_access_peer(device: int, peer_device: int) -> bool:

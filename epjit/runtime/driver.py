@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import functools
 import threading
-from contextlib import AbstractContextManager
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any
 
 from epjit.errors import require
@@ -84,8 +85,22 @@ def bind(device: int) -> None:
         _thread.is_bound = True
 
 
+@contextmanager
+def relaxed() -> Iterator[None]:
+    """Lets this thread copy and allocate while others capture CUDA graphs, and break none.
+
+    Else the driver fails their capture, for it cannot know that the graph needs none of it.
+    """
+    mode = load().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+    before = call("cuThreadExchangeStreamCaptureMode", mode)
+    try:
+        yield
+    finally:
+        call("cuThreadExchangeStreamCaptureMode", before)
+
+
 class _Using:
-    """What `using` returns: a class, for a generator takes the host twice as long."""
+    """The context manager of `using`: a class, for a generator takes the host twice as long."""
 
     def __init__(self, context: Any) -> None:
         self._context = context

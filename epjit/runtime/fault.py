@@ -25,7 +25,7 @@ class Overflow(NamedTuple):
 
     Attributes:
         op: The operation, such as ``"dispatch"``.
-        what: What came, and how, such as ``"rows come to"``.
+        what: The things that came, and how, such as ``"rows come to"``.
         rank: The rank.
         came: How many.
         room: How many fit.

@@ -73,23 +73,18 @@ class Group(ABC):
         """
         self.allgather(None, op=op)
 
-    def agree(self, what: str, value: object, *, remedy: str, op: str = BUFFER) -> None:
-        """Returns when all ranks have called it with the same value. Collective.
+    def agree(self, values: Mapping[str, object], *, remedy: str, op: str = BUFFER) -> None:
+        """Returns when all ranks have called it with the same values. Collective.
 
         Args:
-            what: Names the value, in the plural.
-            value: What this rank has chosen.
-            remedy: What to do where the ranks have chosen differently.
+            values: The choices of this rank, by their names in the plural.
+            remedy: Advice for ranks that have chosen differently.
             op: Operation that this is a part of, for messages.
 
         Raises:
             RuntimeError: They have; says what each has.
             CommunicationError: Ranks did not come within ``EPJIT_TIMEOUT_SECONDS``; names them.
         """
-        self.agree_on({what: value}, remedy=remedy, op=op)
-
-    def agree_on(self, values: Mapping[str, object], *, remedy: str, op: str = BUFFER) -> None:
-        """Like `agree`, for several values by what they are called. Collective."""
         everyone = self.allgather(dict(values), op=op)
         for what, value in values.items():
             chosen = [each.get(what) for each in everyone]
@@ -177,7 +172,7 @@ def as_process_group(group: object) -> dist.ProcessGroup:
 
 
 class Comm(Protocol):
-    """What `Group.from_comm` takes: mpi4py's communicators have it, and those of `ThreadGroup`."""
+    """A communicator for `Group.from_comm`: mpi4py's are such, and those of `ThreadGroup`."""
 
     def Get_rank(self) -> int:
         """This rank."""

@@ -130,7 +130,7 @@ def choose_block(offers: Sequence[Mapping[int, int]], nbytes: int) -> tuple[int 
 
     Args:
         offers: Free blocks of each rank: number to size.
-        nbytes: What is asked for.
+        nbytes: Size that is asked for.
 
     Returns:
         Its number, or None; and the blocks that are free on all ranks, in order.

@@ -21,7 +21,7 @@ def interruptible(function: Callable[[], T], *, seconds: float | None = None) ->
     every mode of torch.
 
     Args:
-        function: What to run.
+        function: To be run.
         seconds: How long to wait for it; None is for ever.
 
     Returns:

@@ -18,7 +18,7 @@ import typing
 import warnings
 import weakref
 from collections.abc import Mapping
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any, ClassVar, Generic, NamedTuple, TypeVar
 
 from epjit import env
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 
 
 class KernelConfig:
-    """What a kernel is compiled for: base of frozen dataclasses whose fields are ints and bools.
+    """Base of the configs of kernels: frozen dataclasses whose fields are ints and bools.
 
     The class `XConfig` goes with the C++ structs `XConfig`, which has the same fields in the same
     order, and `XParams`; the functions are called `op`, `op_threads`, `op_shared_bytes` and, if
@@ -54,6 +54,19 @@ class KernelConfig:
 
     num_warps: int
     """Warps a block; a config that has no such field has `threads` of its own."""
+
+    def __init_subclass__(cls, *, source: str = "", op: str = "", tag: str = "") -> None:
+        """Takes what a class statement says beside the fields.
+
+        Args:
+            source: As the attribute; empty in a base.
+            op: As the attribute; by default the name of the file.
+            tag: `tag_template`.
+        """
+        super().__init_subclass__()
+        if source:
+            cls.source, cls.op = source, op or PurePosixPath(source).stem
+            cls.tag_template = tag
 
     @property
     def threads(self) -> int:
@@ -101,7 +114,7 @@ _LOOPBACK = "transport/loopback.cuh"
 
 
 def unit_sources(config: KernelConfig, body: str = "nvshmem") -> tuple[str, ...]:
-    """What the unit of a kernel includes.
+    """Sources that the unit of a kernel includes.
 
     Raises:
         CompileError: There is no such body.
@@ -207,13 +220,13 @@ def compile_kernel(config: KernelConfig, *, arch: str, body: str = "nvshmem") ->
     )
 
     def compile_entry() -> Entry:
-        compile_unit = nvrtc.compile_ltoir if linked else nvrtc.compile_cubin
-        code, symbol, log = compile_unit(
+        code, symbol, log = nvrtc.compile_unit(
             unit,
             f"{name}.cu",
             arch=target,
             headers=headers,
             name_expression=f"epjit::{config.tag}::{config.op}",
+            linked=linked,
         )
         if linked:
             code, link_log = nvshmem_device.link(code, arch=arch, name=name)
@@ -259,7 +272,7 @@ class Kernel(Generic[C]):
         function: The CUfunction, as an integer.
         starts_early: Whether it is launched so, as its config says.
         params: Type of the parameter record.
-        compiled: What the compiler gave.
+        compiled: Results of the compiler.
 
     Raises:
         CompileError: The compiler refuses.
@@ -290,7 +303,7 @@ class Kernel(Generic[C]):
             if config.needs_transport and body == "nvshmem":
                 nvshmem.attach(self._module.ptr)
                 # Keeps the module until NVSHMEM has left it; at exit it need not.
-                weakref.finalize(self, _detach, self._module, device).atexit = False
+                weakref.finalize(self, nvshmem.detach, self._module, device).atexit = False
             self.function = int(self._module.get_function(self.compiled.symbol).ptr)
             attribute = driver.load().CUfunction_attribute
             driver.call(
@@ -303,10 +316,6 @@ class Kernel(Generic[C]):
             # kernel that runs; one that spins for a peer of the same GPU would wait for that
             # launch.
             driver.call("cuFuncLoad", self.function)
-
-
-def _detach(module: Any, device: int) -> None:
-    nvshmem.detach(module.ptr, device)
 
 
 _kernels: weakref.WeakSet[Kernel[Any]] = weakref.WeakSet()

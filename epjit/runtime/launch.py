@@ -15,7 +15,7 @@ class Launch(Generic[C]):
     """A kernel with its parameters, to be launched again and again.
 
     Args:
-        kernel: What to launch.
+        kernel: To be launched.
         **bound: Parameters that stay the same from call to call. Arrays take any sequence of their
             length, pointers take integers.
 

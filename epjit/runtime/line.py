@@ -70,7 +70,7 @@ def accept(
 
     Args:
         listener: From `listen`.
-        key: What the ranks alone know.
+        key: A secret of the ranks.
         size: Number of ranks.
         seconds: How long to wait.
 
@@ -135,9 +135,9 @@ def connect(
     """This rank's end of its line to rank 0.
 
     Args:
-        candidates: Where rank 0 may be.
+        candidates: Addresses at which rank 0 may be.
         port: Of its `listen`.
-        key: What the ranks alone know.
+        key: A secret of the ranks.
         rank: This rank, not 0.
         seconds: How long to wait.
 

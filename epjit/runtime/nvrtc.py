@@ -38,13 +38,15 @@ def version() -> tuple[int, int]:
     return int(major), int(minor)
 
 
-def compile_cubin(
+def compile_unit(
     source_text: str,
     name: str,
     *,
     arch: str,
     headers: Mapping[str, str],
-    name_expression: str,
+    name_expression: str = "",
+    linked: bool = False,
+    more_options: Sequence[str] = (),
 ) -> tuple[bytes, str, str]:
     """Compiles one unit.
 
@@ -52,59 +54,20 @@ def compile_cubin(
         source_text: The unit.
         name: File name of the unit in messages and line information.
         arch: Architecture, such as ``"sm_90a"``.
-        headers: What `#include "..."` finds: name to text. There is no include path beside it.
-        name_expression: The kernel, as C++ names it.
-
-    Returns:
-        The cubin, the kernel's symbol in it, and the compiler's log (which has the registers and
-        the spills of each kernel).
-
-    Raises:
-        CompileError: The compiler refused; the message holds its log.
-        ImportError: cuda-bindings or the NVRTC library is not installed.
-    """
-    return _compile(source_text, name, arch, options(arch), headers, name_expression, "CUBIN")
-
-
-def compile_ltoir(
-    source_text: str,
-    name: str,
-    *,
-    arch: str,
-    headers: Mapping[str, str],
-    name_expression: str = "",
-    more_options: Sequence[str] = (),
-) -> tuple[bytes, str, str]:
-    """Compiles one unit to LTO-IR, for `nvjitlink.link`.
-
-    Args:
-        source_text: The unit.
-        name: File name of the unit in messages and line information.
-        arch: Architecture, such as ``"sm_90a"``.
-        headers: What `#include` finds before any include path: name to text.
+        headers: Files that `#include` finds before any include path: name to text.
         name_expression: The kernel, as C++ names it; empty when there is none.
+        linked: To LTO-IR, for `nvjitlink.link`, instead of a cubin.
         more_options: Beside `options`, such as include paths.
 
     Returns:
-        The LTO-IR, the kernel's symbol, and the compiler's log.
+        The cubin or LTO-IR, the kernel's symbol in it, and the compiler's log (which for a cubin
+        has the registers and the spills of each kernel).
 
     Raises:
         CompileError: The compiler refused; the message holds its log.
         ImportError: cuda-bindings or the NVRTC library is not installed.
     """
-    arguments = [*options(arch, linked=True), *more_options]
-    return _compile(source_text, name, arch, arguments, headers, name_expression, "LTOIR")
-
-
-def _compile(
-    source_text: str,
-    name: str,
-    arch: str,
-    arguments: Sequence[str],
-    headers: Mapping[str, str],
-    name_expression: str,
-    kind: str,
-) -> tuple[bytes, str, str]:
+    kind = "LTOIR" if linked else "CUBIN"
     nvrtc = _nvrtc()
     program = _check(
         nvrtc.nvrtcCreateProgram(
@@ -119,7 +82,7 @@ def _compile(
     try:
         if name_expression:
             _check(nvrtc.nvrtcAddNameExpression(program, name_expression.encode()))
-        encoded = [argument.encode() for argument in arguments]
+        encoded = [each.encode() for each in (*options(arch, linked=linked), *more_options)]
         (status,) = nvrtc.nvrtcCompileProgram(program, len(encoded), encoded)
         buffer = _buffer(_check(nvrtc.nvrtcGetProgramLogSize(program)))
         _check(nvrtc.nvrtcGetProgramLog(program, buffer))

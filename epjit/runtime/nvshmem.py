@@ -12,10 +12,11 @@ import contextlib
 import ctypes
 import functools
 import importlib.util
+import logging
 import re
 import socket
 import threading
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
@@ -23,17 +24,22 @@ from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
 from epjit import env
+from epjit.arch import arch_number
 from epjit.errors import CommunicationError, missing_package
 from epjit.runtime import device as gpu
-from epjit.runtime import driver
+from epjit.runtime import driver, network, nvrtc
 from epjit.runtime.group import BUFFER, Group, host_id, process_id
 from epjit.runtime.heap import Heap, HeapMemory
 from epjit.runtime.interrupt import interruptible
+from epjit.runtime.network import Network
 
 T = TypeVar("T")
 
+_log = logging.getLogger(__name__)
+
 MIN_VERSION = (3, 4, 5)
 MAX_MAJOR = 3
+_FAST_LIBFABRIC = (3, 5)
 
 _PACKAGE = "nvidia-nvshmem-cu13 (CUDA 12: nvidia-nvshmem-cu12)"
 _LIBRARY = "libnvshmem_host.so"
@@ -213,7 +219,7 @@ _SIGNATURES: dict[str, tuple[Any, tuple[Any, ...]]] = {
 
 
 def _struct_version(struct: type[ctypes.Structure]) -> int:
-    """What NVSHMEM wants in the field `version`: version 1 of the struct, and its size."""
+    """Value of a struct's field `version`, as NVSHMEM wants it: version 1, and the size."""
     return (1 << 16) + ctypes.sizeof(struct)
 
 
@@ -257,7 +263,7 @@ _begun_here = False  # whether `initialize` began NVSHMEM, not torch or the user
 
 
 class _Member(NamedTuple):
-    """What a rank tells the others before NVSHMEM begins; `error` says why it cannot."""
+    """A rank as it introduces itself before NVSHMEM begins; `error` says why it cannot."""
 
     error: str = ""
     version: tuple[int, int, int] = (0, 0, 0)
@@ -268,9 +274,29 @@ class _Member(NamedTuple):
     hostname: str = ""
     process: str = ""
     gpu: bytes = b""
+    network: Network = Network()
 
 
-def initialize(group: Group, *, device: int | None, settings: Mapping[str, str]) -> list[int]:
+class World(NamedTuple):
+    """NVSHMEM between the ranks of a group.
+
+    Attributes:
+        pes: NVSHMEM's number (PE) of each rank.
+        transport: Carrier of bytes between hosts, such as ``"ibgda"`` or ``"ibrc"``; empty when
+            there is one host, or none that NVSHMEM has begun.
+    """
+
+    pes: list[int]
+    transport: str
+
+
+def initialize(
+    group: Group,
+    *,
+    device: int | None,
+    settings: Mapping[str, str],
+    may_lose_ranks: bool = False,
+) -> World:
     """Makes NVSHMEM work between the ranks of a group, or joins it when it does. Collective.
 
     Args:
@@ -278,32 +304,93 @@ def initialize(group: Group, *, device: int | None, settings: Mapping[str, str])
         device: GPU of this rank; None only bootstraps, which tests do without a GPU.
         settings: Environment variables that NVSHMEM reads when it begins; those that the user has
             set stay. Without effect when it works already.
-
-    Returns:
-        NVSHMEM's number (PE) of each rank.
+        may_lose_ranks: Whether the group goes on without a rank that is gone.
 
     Raises:
         ImportError: A rank has no NVSHMEM.
         ValueError: Ranks share a process.
-        RuntimeError: The ranks' libraries do not go together, or NVSHMEM works already with other
-            members, or does not begin. The same reasons on all ranks.
+        RuntimeError: The ranks' libraries, settings or networks do not go together, or NVSHMEM
+            works already with other members, or does not begin. The same reasons on all ranks.
         CommunicationError: A rank does not come.
     """
     members: list[_Member] = group.allgather(_introduce(device))
     _check_members(members)
-    if members[0].initialized:
-        return [member.pe for member in members]
-    pes = number_ranks([member.host for member in members])
-    _check_gpus(members, pes)
-    for name, value in settings.items():
+    # NVSHMEM tells hosts apart by their names: containers of one may be several.
+    num_hosts = len({member.hostname for member in members})
+    problem, joined = "", members[0].initialized
+    if joined:
+        pes = [member.pe for member in members]
+    else:
+        pes = number_ranks([member.host for member in members])
+        _check_gpus(members, pes)
+        _prepare(members, settings, num_hosts, may_lose_ranks=may_lose_ranks)
+        problem = _bootstrap(group, pes, device)
+    found: list[tuple[str, str]] = group.allgather((problem, network.loaded()))
+    problems = [text for text, _ in found if text]
+    if problems:
+        raise RuntimeError("NVSHMEM does not begin:\n  " + "\n  ".join(problems))
+    network.check_got([got for _, got in found])
+    transport = found[0][1]
+    if transport:  # kernels are linked for what was got, whoever asked for it
+        env.set_variable(env.nvshmem_ib_enable_ibgda.name, str(int(transport == "ibgda")))
+    world = World(pes, transport if num_hosts > 1 else "")
+    if group.rank == 0:
+        _tell(world, members, num_hosts, joined=joined)
+    return world
+
+
+def _prepare(
+    members: Sequence[_Member],
+    settings: Mapping[str, str],
+    num_hosts: int,
+    *,
+    may_lose_ranks: bool,
+) -> None:
+    """Sets what NVSHMEM reads when it begins, but for what the user has set."""
+    networks = [member.network for member in members]
+    network.check(networks, num_hosts=num_hosts)
+    chosen = network.settings(
+        networks,
+        ibgda=network.use_ibgda(networks, num_hosts=num_hosts),
+        version=members[0].version,
+        may_lose_ranks=may_lose_ranks,
+    )
+    for name, value in {**settings, **chosen}.items():
         env.set_default(name, value)
     if len({member.host for member in members}) == 1:
         env.set_default(_SOCKET, "lo")  # else it takes an interface that may not loop back
-    problem = _bootstrap(group, pes, device)
-    problems = [text for text in group.allgather(problem) if text]
-    if problems:
-        raise RuntimeError("NVSHMEM does not begin:\n  " + "\n  ".join(problems))
-    return pes
+
+
+def _tell(world: World, members: Sequence[_Member], num_hosts: int, *, joined: bool) -> None:
+    """Says in the log what carries bytes, and what makes that slow."""
+    version, transport = members[0].version, world.transport
+    _log.info(
+        "NVSHMEM %s, %s, between %d ranks on %d hosts: %s",
+        ".".join(map(str, version)),
+        "begun before epjit, with settings of its own" if joined else "begun by epjit",
+        len(members),
+        num_hosts,
+        transport or ("no transport" if num_hosts > 1 else "NVLink alone"),
+    )
+    if num_hosts == 1:
+        return
+    if members[0].network.ibgda and transport != "ibgda":
+        _log.warning(
+            "%s=1, but NVSHMEM has begun %s: expect low rates (NVSHMEM_DEBUG=INFO says why)",
+            env.nvshmem_ib_enable_ibgda.name,
+            transport or "no transport",
+        )
+    elif transport != "ibgda":
+        reasons = {member.network.no_ibgda for member in members} - {""}
+        _log.info("IBGDA was not begun%s", ": " + "; ".join(sorted(reasons)) if reasons else "")
+    if transport == "libfabric" and version < _FAST_LIBFABRIC:
+        _log.warning(
+            "NVSHMEM %s waits for each put over libfabric before its signal, which is about ten "
+            "times slower than from %s on; NVSHMEM_DIR names a newer one, where nothing (such as "
+            "torch) has loaded its own before",
+            ".".join(map(str, version)),
+            ".".join(map(str, _FAST_LIBFABRIC)),
+        )
 
 
 def number_ranks(hosts: Sequence[str]) -> list[int]:
@@ -315,9 +402,10 @@ def number_ranks(hosts: Sequence[str]) -> list[int]:
 def _introduce(device: int | None) -> _Member:
     try:
         library = load()
-    except (ImportError, RuntimeError) as error:
+        begun = is_initialized()
+        found = network.look(no_device_code="" if begun else _no_device_code(device))
+    except (ImportError, RuntimeError, ValueError) as error:
         return _Member(error=str(error))
-    begun = is_initialized()
     return _Member(
         version=_version_of(library),
         initialized=begun,
@@ -327,7 +415,18 @@ def _introduce(device: int | None) -> _Member:
         hostname=socket.gethostname(),
         process=process_id(),
         gpu=b"" if device is None else gpu.uuid(device),
+        network=found,
     )
+
+
+def _no_device_code(device: int | None) -> str:
+    """Why no kernel for a GPU can be linked with the functions of IBGDA; empty when one can."""
+    library = find_installation().device_library
+    if not library.is_file():
+        return f"there is no {library}"
+    if nvrtc.version()[0] < 13 and device is not None and arch_number(gpu.arch_of(device)) >= 100:
+        return f"CUDA 12's {library.name} has no code for {gpu.arch_of(device)}, only slow PTX"
+    return ""
 
 
 def _check_members(members: Sequence[_Member]) -> None:
@@ -469,6 +568,7 @@ def finalize() -> None:
         RuntimeError: Memory is still in use, or kernels are still attached.
     """
     global _begun_here
+    _detach_left()
     with _lock:
         if not _begun_here:
             return
@@ -486,6 +586,7 @@ def finalize() -> None:
 # ---- kernels ------------------------------------------------------------------------------------
 
 _attached: set[int] = set()
+_left: deque[tuple[Any, int]] = deque()  # modules to detach, and their GPUs
 
 
 def attach(module: int) -> None:
@@ -496,7 +597,9 @@ def attach(module: int) -> None:
     Raises:
         RuntimeError: NVSHMEM refuses, for one because its library is older than the headers.
     """
-    status = load().nvshmemx_cumodule_init(module)
+    _detach_left()
+    with driver.relaxed():  # it copies to the GPU
+        status = load().nvshmemx_cumodule_init(module)
     if status:
         raise RuntimeError(
             f"NVSHMEM refuses a kernel: nvshmemx_cumodule_init returns {status}; is its library "
@@ -506,15 +609,37 @@ def attach(module: int) -> None:
         _attached.add(module)
 
 
-def detach(module: int, device: int) -> None:
-    """Undoes `attach`. To be called before the module is unloaded: NVSHMEM writes to it."""
-    with _lock:
-        if module not in _attached:
+def detach(module: Any, device: int) -> None:
+    """Undoes `attach`. To be called before the module is unloaded: NVSHMEM writes to it.
+
+    While a CUDA graph is captured, which that would break, it is put off, and `module` kept.
+
+    Args:
+        module: Has the CUmodule in `ptr`, and unloads it when it is collected.
+        device: Its GPU.
+    """
+    _left.append((module, device))
+    _detach_left()
+
+
+def _detach_left() -> None:
+    from epjit.runtime.stream import captures
+
+    while True:
+        try:
+            module, device = _left.popleft()
+        except IndexError:
             return
-        _attached.discard(module)
-    if is_initialized():
-        with driver.using(device):
-            load().nvshmemx_cumodule_finalize(module)
+        if module.ptr not in _attached:
+            continue
+        if captures(device):
+            _left.append((module, device))
+            return
+        with _lock:
+            _attached.discard(module.ptr)
+        if is_initialized():
+            with driver.using(device), driver.relaxed():
+                load().nvshmemx_cumodule_finalize(module.ptr)
 
 
 # ---- the heap -----------------------------------------------------------------------------------

@@ -2,9 +2,9 @@
 
 Two ways:
 
-- inline: everything comes from NVSHMEM's headers. All transports but IBGDA; the default.
-- with the device library (``NVSHMEM_IB_ENABLE_IBGDA=1``): IBGDA's functions come from
-  libnvshmem_device.a, as calls.
+- inline: everything comes from NVSHMEM's headers. All transports but IBGDA.
+- with the device library (``NVSHMEM_IB_ENABLE_IBGDA=1``, which `nvshmem.initialize` sets where it
+  has begun IBGDA): that one's functions come from libnvshmem_device.a, as calls.
 
 Nothing here needs a GPU or loads NVSHMEM's host library.
 """
@@ -110,11 +110,12 @@ def _body(arch: str) -> bytes:
     version = ".".join(map(str, nvshmem.find_installation().version))
 
     def compile_entry() -> Entry:
-        code, _, log = nvrtc.compile_ltoir(
+        code, _, log = nvrtc.compile_unit(
             sources.read(SOURCE),
             f"{SOURCE} of NVSHMEM {version}",
             arch=arch,
             headers={**sources.closure(SOURCE), **_changed_headers()},
+            linked=True,
             more_options=_more_options(),
         )
         return Entry(SOURCE, f"LTO-IR for '{arch}'\n{log}", code)
@@ -132,7 +133,7 @@ def _more_options() -> list[str]:
 
 
 def _changed_headers() -> dict[str, str]:
-    """Headers that the compiler gets in another form than they have on disk: name to text."""
+    """Headers that the compiler gets with another text than on disk: name to text."""
     if not env.nvshmem_ib_enable_ibgda():
         text = (nvshmem.find_installation().include / _STATE_HEADER).read_text()
         return {_STATE_HEADER: text.replace("static __constant__", "__constant__")}

@@ -126,7 +126,7 @@ class _ArrayField:
 
 
 def fields_of(record: ctypes.Structure) -> dict[str, Any]:
-    """Where each field is stored: ``fields[name][0] = value`` does it.
+    """Fields of a record, to be set by ``fields[name][0] = value``.
 
     Half the time of setting attributes, and unlike these it refuses a number that does not fit.
     """

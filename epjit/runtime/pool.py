@@ -68,7 +68,7 @@ class Block:
     Attributes:
         offset: Bytes from the start of the pool.
         nbytes: Its size, a multiple of 128.
-        events: What whoever writes it first must wait for.
+        events: To be waited for before it is written.
     """
 
     def __init__(self, pool: BlockPool, piece: _Piece, streams: Collection[Hashable]) -> None:

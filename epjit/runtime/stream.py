@@ -78,6 +78,17 @@ def _is_capturing(stream_handle: int) -> bool:
     return bool(int(status) or int(capturing))
 
 
+def captures(device: int) -> bool:
+    """Whether a CUDA graph is captured that a synchronous copy of this thread would break.
+
+    On torch's current stream, or on any blocking stream of the GPU. What other threads capture
+    elsewhere is safe in `driver.relaxed`.
+    """
+    current = torch._C._cuda_getCurrentRawStream(device)
+    with driver.using(device):
+        return _is_capturing(_LEGACY[1]) or _is_capturing(current)
+
+
 def _check_not_blocked(stream_handle: int) -> None:
     """Refuses the default stream while a blocking stream of its context is captured.
 
@@ -133,15 +144,15 @@ class CommStream:
             return any(_is_capturing(each) for each in (self.handle, last) if each is not None)
 
     def wait_for(self, stream_handle: int) -> None:
-        """What is queued on this stream from now on waits for all that `stream_handle` has now."""
+        """Makes this stream wait, from now on, for all that `stream_handle` has now."""
         self._order(self._before, stream_handle, self.handle)
 
     def make_wait(self, stream_handle: int) -> None:
-        """What is queued on `stream_handle` from now on waits for all that this stream has now."""
+        """Makes `stream_handle` wait, from now on, for all that this stream has now."""
         self._order(self._after, self.handle, stream_handle)
 
     def follow(self, last: int, stream_handle: int) -> None:
-        """What is queued on `stream_handle` from now on waits for all that `last` has now.
+        """Makes `stream_handle` wait, from now on, for all that `last` has now.
 
         What a graph captures does not wait for what it does not capture: it runs after what was
         queued before by the caller's own order.
@@ -157,7 +168,7 @@ class CommStream:
             self._order(self._before, last, stream_handle)
 
     def wait_event(self, stream_handle: int, event: Event) -> None:
-        """What is queued on `stream_handle` from now on waits for `event`."""
+        """Makes `stream_handle` wait, from now on, for `event`."""
         (waited,) = self._wait(stream_handle, event.handle, 0)
         if waited:
             raise RuntimeError(

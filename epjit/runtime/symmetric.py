@@ -25,7 +25,7 @@ _IPC_HANDLE_BYTES = 64  # CU_IPC_HANDLE_SIZE; cuda-bindings shows no field of th
 
 
 class _Region(NamedTuple):
-    """What a rank tells its peers about its memory; `error` says why it has none."""
+    """The memory of a rank, as its peers are told; `error` says why it has none."""
 
     error: str = ""
     nbytes: int = 0

@@ -56,7 +56,7 @@ class Topology:
 
 
 class _Place(NamedTuple):
-    """What a rank tells the others about where it is."""
+    """The place of a rank: its host and its GPU, as the others are told."""
 
     host: str
     fabric: bytes  # of the GPU's NVLink fabric and clique; empty: it belongs to none

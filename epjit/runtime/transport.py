@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import logging
 import threading
 from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Any
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
 
 DEFAULT_QPS = 24
 """V1's default of `num_qps_per_rank`."""
+_log = logging.getLogger(__name__)
 
 
 class RemoteMemory(ABC):
@@ -58,13 +60,16 @@ class Transport(ABC):
 
     Attributes:
         body: Body of transport.cuh: ``"nvshmem"`` or ``"loopback"``.
-        context: What kernels pass to the functions of transport.cuh.
+        context: Argument of kernels to the functions of transport.cuh.
         pes: The transport's number of each rank.
+        through_proxy: Whether a thread of the CPU posts what kernels put: then it is the number of
+            puts that takes time, more than their bytes.
     """
 
     body: str
     context: int
     pes: list[int]
+    through_proxy: bool = False
 
     @abstractmethod
     def allocate(self, nbytes: int) -> RemoteMemory:
@@ -75,14 +80,11 @@ class Transport(ABC):
             ValueError: The ranks disagree on `nbytes`.
         """
 
-    def check_queues(self, max_tokens: int) -> None:  # noqa: B027 - most have no queues
-        """Refuses low-latency calls that the queues of this transport are too short for.
+    def expect(self, num_puts: int) -> None:  # noqa: B027 - most have no queues
+        """Says in the log when this transport cannot hold what kernels put at once.
 
         Args:
-            max_tokens: Most tokens of a rank in a call.
-
-        Raises:
-            ValueError: The queues are too short; has the numbers.
+            num_puts: Puts with a signal from one rank to another.
         """
 
     def quiet(self) -> None:  # noqa: B027 - loopback's puts are complete when they return
@@ -101,8 +103,8 @@ def make_transport(
     *,
     device: int,
     num_qps_per_rank: int = DEFAULT_QPS,
-    max_tokens: int = 0,
     use_fabric: bool = False,
+    may_lose_ranks: bool = False,
 ) -> Transport:
     """Makes what ``EPJIT_TRANSPORT`` says. Collective.
 
@@ -111,9 +113,8 @@ def make_transport(
         topology: Their NVLink domains.
         device: GPU of this rank.
         num_qps_per_rank: Queue pairs to each rank, for IBGDA.
-        max_tokens: Most tokens of a rank in a low-latency call, or 0; the first Buffer of a process
-            gives the queues a depth that serves it.
         use_fabric: Whether memory of an NVLink domain is shared by fabric handles.
+        may_lose_ranks: Whether the group goes on without a rank that is gone.
 
     Raises:
         ImportError: NVSHMEM is wanted and not installed.
@@ -135,20 +136,14 @@ def make_transport(
         topology,
         device=device,
         num_qps_per_rank=num_qps_per_rank,
-        max_tokens=max_tokens,
         use_fabric=use_fabric,
+        may_lose_ranks=may_lose_ranks,
     )
 
 
 # ---- NVSHMEM ------------------------------------------------------------------------------------
 
-
-def queue_depth(max_tokens: int) -> int:
-    """Work requests that a queue pair must hold for low-latency calls, as in V1.
-
-    A put and a signal for each token, and for the count.
-    """
-    return 2 * (max_tokens + 1)
+_ENTRIES_A_PUT = 4  # of a queue pair of IBGDA, with its signal: write 1, masked atomic 2, no-op 1
 
 
 class NvshmemTransport(Transport):
@@ -164,23 +159,25 @@ class NvshmemTransport(Transport):
         *,
         device: int,
         num_qps_per_rank: int,
-        max_tokens: int,
         use_fabric: bool,
+        may_lose_ranks: bool,
     ) -> None:
         self._group, self._topology, self._device = group, topology, device
-        # What V1 sets, too. NVLS (multicast) serves collectives that nothing here calls.
+        # What V1 sets, too. NVLS (multicast) serves collectives that nothing here calls. They hold
+        # for the whole process, also for torch's symmetric memory when that joins NVSHMEM later.
         settings = {
             "NVSHMEM_DISABLE_NVLS": "1",
             "NVSHMEM_MAX_TEAMS": "7",
             "NVSHMEM_CUMEM_GRANULARITY": str(1 << 29),
-            "NVSHMEM_IBGDA_NUM_RC_PER_PE": str(num_qps_per_rank),
-            env.nvshmem_qp_depth.name: str(max(env.nvshmem_qp_depth(), queue_depth(max_tokens))),
+            env.nvshmem_num_qps.name: str(num_qps_per_rank),
+            env.nvshmem_qp_depth.name: str(env.nvshmem_qp_depth.default),
         }
         if not use_fabric:
             settings["NVSHMEM_DISABLE_MNNVL"] = "1"
-        self.pes = nvshmem.initialize(group, device=device, settings=settings)
-        if max_tokens:
-            self.check_queues(max_tokens)
+        world = nvshmem.initialize(
+            group, device=device, settings=settings, may_lose_ranks=may_lose_ranks
+        )
+        self.pes, self.through_proxy = world.pes, world.transport not in ("", "ibgda")
 
     def allocate(self, nbytes: int) -> RemoteMemory:
         """See `Transport.allocate`."""
@@ -198,14 +195,20 @@ class NvshmemTransport(Transport):
             raise
         return memory
 
-    def check_queues(self, max_tokens: int) -> None:
-        """See `Transport.check_queues`."""
-        needed, depth = queue_depth(max_tokens), env.nvshmem_qp_depth()
+    def expect(self, num_puts: int) -> None:
+        """See `Transport.expect`."""
+        depth, num_qps = env.nvshmem_qp_depth(), env.nvshmem_num_qps()
+        needed = -(-num_puts // num_qps) * _ENTRIES_A_PUT
         if env.nvshmem_ib_enable_ibgda() and depth < needed:
-            raise ValueError(
-                f"low-latency calls with {max_tokens} tokens a rank need queue pairs of {needed} "
-                f"work requests, and NVSHMEM began with {depth}; set {env.nvshmem_qp_depth.name}="
-                f"{needed} or more before the first Buffer"
+            # NVSHMEM waits for room in a queue by itself, so this costs time and nothing else.
+            _log.warning(
+                "queue shorter than a call: expect stalls (%d puts to a rank over %d queue pairs "
+                "take %d entries of each, %s=%d)",
+                num_puts,
+                num_qps,
+                needed,
+                env.nvshmem_qp_depth.name,
+                depth,
             )
 
     def quiet(self) -> None:

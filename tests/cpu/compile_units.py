@@ -18,7 +18,7 @@ def compile_unit(unit: dict[str, Any]) -> dict[str, str]:
     """Compiles one unit; a refusal is a result, not an exception."""
     log = error = ""
     try:
-        _, _, log = nvrtc.compile_cubin(
+        _, _, log = nvrtc.compile_unit(
             unit["text"],
             unit["name_expression"],
             arch=unit["arch"],

@@ -51,10 +51,10 @@ class FakeGpu:
     """Stands in for the driver, CuPy's modules and the compiler.
 
     Attributes:
-        in_use: What was made and not freed: what frees it, and its address or handle.
+        in_use: All that was made and not freed: the function that frees it, its address or handle.
         modules: Loaded modules that are alive.
         fails_at: Number of the step that fails; None: none does.
-        failed: What failed.
+        failed: Name of the step that failed.
         num_steps: How many there were.
         calls: Names of the driver's functions, in order.
     """

@@ -29,13 +29,15 @@ class Steps(base.Mode[str]):
             barrier=lambda op="Buffer": self.tell("barrier"),
             reset=lambda: self.tell("group.reset"),
         )
-        super().__init__(
+        setup: Any = (
+            SimpleNamespace(timeout_seconds=1.0),
             group,
+            SimpleNamespace(spans_domains=False),
+            torch.device("cpu"),
             ExitStack(),
-            device=torch.device("cpu"),
-            timeout_seconds=1.0,
-            transport=transport if has_transport else None,
         )
+        super().__init__(setup)
+        self._transport = transport if has_transport else None
         self._signals_at = 128
         self.memory = SimpleNamespace(  # type: ignore[assignment]
             tensor=torch.ones(256, dtype=torch.uint8).view, peer_ptrs=[0x1000, 0, 0x3000]

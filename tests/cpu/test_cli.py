@@ -11,7 +11,9 @@ import struct
 import subprocess
 import sys
 import tarfile
+from collections.abc import Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pytest
@@ -23,8 +25,9 @@ from epjit.bench import low_latency
 from epjit.bench.normal import Settings
 from epjit.cli import app, doctor, show
 from epjit.cli.cache import readable
-from epjit.cli.doctor import gpus, probe, rdma, software
+from epjit.cli.doctor import gpus, nics, probe, rdma, software
 from epjit.cli.doctor.check import Check, Status
+from epjit.cli.warmup import Calls, Dtype, Group, _normal
 from epjit.runtime.cache import CubinCache, Entry
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -93,26 +96,254 @@ def test_doctor_without_nvshmem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path)
     assert found["NVSHMEM"].status is Status.wrong
 
 
-def test_doctor_on_what_ibgda_needs(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "1")
-    files = {
-        "/proc/modules": "gdrdrv 1 0\n",
-        "/proc/driver/nvidia/params": "EnableStreamMemOPs: 1\nRegistryDwords: "
-        '"PeerMappingOverride=1;"\n',
-        "/proc/driver/nvidia/version": "NVIDIA UNIX Open Kernel Module for x86_64 580.159",
+@pytest.fixture
+def node(monkeypatch: pytest.MonkeyPatch) -> Node:
+    """A machine as it is on a good cluster; a test changes what it is about."""
+    from epjit.runtime import device
+
+    found = Node()
+    for name in vars(Node):
+        if name[0] != "_" and hasattr(probe, name):
+            monkeypatch.setattr(probe, name, lambda name=name: getattr(found, name))
+    monkeypatch.setattr(probe, "exists", lambda path: path in found.files)
+    monkeypatch.setattr(probe, "loads", lambda library: library in found.files)
+    monkeypatch.setattr(probe, "read", lambda path: found.files.get(path, ""))
+    monkeypatch.setattr(device, "rdma_ordering", lambda index: found.ordering)
+    monkeypatch.setattr(device, "rdma_flushes", lambda index: 1)
+    for name in [each for each in os.environ if each.startswith("NVSHMEM_")]:
+        monkeypatch.delenv(name)
+    return found
+
+
+class Node:
+    """What `probe` finds there."""
+
+    num_gpus = 8
+    ports = (*(probe.Port(f"mlx5_{i}", rate="400 Gb/sec (4X NDR)") for i in range(8)),)
+    verbs: Mapping[str, bool] = MappingProxyType({f"/dev/infiniband/uverbs{i}": True for i in "01"})
+    cores = 96
+    locked_memory = -1
+    translated_groups = 0
+    nvshmem_version: tuple[int, int, int] | None = (3, 4, 5)
+    transports = ()
+    ordering = 100
+    files: Mapping[str, str] = MappingProxyType(
+        {
+            "/dev/gdrdrv": "",
+            "libmlx5.so.1": "",
+            "/proc/driver/nvidia/version": "NVIDIA UNIX Open Kernel Module for x86_64 580.159",
+            "/proc/driver/nvidia/params": "EnableStreamMemOPs: 1\nRegistryDwords: "
+            '"PeerMappingOverride=1;"\n',
+        }
+    )
+
+    @property
+    def lines(self) -> dict[str, Check]:
+        """What `doctor` says of it."""
+        return {check.name: check for check in [*rdma.check_rdma(), *nics.check_nics()]}
+
+
+def test_doctor_on_a_good_node(node: Node) -> None:
+    mine = {"NVSHMEM", "kernels with NVSHMEM"}  # of this machine
+    lines = {name: check for name, check in node.lines.items() if name not in mine}
+    assert {check.status for check in lines.values()} == {Status.ok}
+    assert not [check for check in lines.values() if check.remedy]
+    assert lines["mlx5_0:1"].value == "InfiniBand, 400 Gb/sec (4X NDR), mlx5_core"
+    assert lines["GPU memory for the NIC"].value == "DMA-BUF (open driver)"
+    assert lines["IBGDA: wanted"].value == "yes: where all ranks can"
+    assert lines["transport"].value.startswith("IBGDA, else IBRC is asked for")
+    assert "as epjit assumes" in lines["writes of NICs"].value
+
+
+@pytest.mark.parametrize(
+    ("variable", "found", "name", "status", "said"),
+    [
+        ("NVSHMEM_IB_ENABLE_IBGDA=0", {}, "IBGDA: wanted", "ok", "no: NVSHMEM_IB_ENABLE_IBGDA=0"),
+        ("NVSHMEM_IB_ENABLE_IBGDA=no", {}, "IBGDA: wanted", "ok", "no: NVSHMEM_IB_ENABLE_IBGDA=no"),
+        ("NVSHMEM_IB_ENABLE_IBGDA=1", {}, "IBGDA: wanted", "ok", "yes: NVSHMEM_IB_ENABLE_IBGDA=1"),
+        ("NVSHMEM_IB_ENABLE_IBGDA=off", {}, "IBGDA: wanted", "wrong", "yes: .*as NVSHMEM reads"),
+        ("NVSHMEM_IB_ENABLE_IBGDA=", {}, "IBGDA: wanted", "ok", "yes: where all ranks can"),
+        ("NVSHMEM_REMOTE_TRANSPORT=ibrc", {}, "IBGDA: wanted", "ok", "no: "),
+        ("NVSHMEM_REMOTE_TRANSPORT=ibrc", {}, "transport", "ok", "ibrc is asked for"),
+        ("", {"transports": ["ibrc"]}, "transport", "ok", "this process got ibrc"),
+        ("", {"files": {}}, "GPU memory for the NIC", "warning", "neither"),
+        ("", {"files": {}}, "IBGDA: driver parameters", "warning", "PeerMappingOverride=0"),
+        ("", {"files": {}}, "IBGDA: libmlx5.so.1", "warning", "not found"),
+        ("", {"files": {}}, "gdrcopy", "warning", "no /dev/gdrdrv"),
+        ("", {"locked_memory": 65536}, "locked memory", "warning", "64"),
+        ("", {"cores": 8}, "CPU cores", "warning", "8 for 8 ranks"),
+        ("", {"ordering": 0}, "writes of NICs", "warning", "in no order .*118: 0, 117: 1"),
+        ("", {"ordering": 200}, "writes of NICs", "ok", "in order for all GPUs"),
+        ("", {}, "relaxed ordering", "ok", "on; signals are atomics .*PCI_ATOMIC_MODE=4"),
+        ("NVSHMEM_IB_ENABLE_IBGDA=0", {}, "relaxed ordering", "ok", "on; the CPU writes a signal"),
+        (
+            "NVSHMEM_IB_ENABLE_IBGDA=0",
+            {"files": {}},
+            "relaxed ordering",
+            "ok",
+            "off: epjit sets it so",
+        ),
+        (
+            "NVSHMEM_IB_ENABLE_RELAXED_ORDERING=1",
+            {"files": {}},
+            "relaxed ordering",
+            "wrong",
+            "without gdrdrv a signal can pass",
+        ),
+        ("NVSHMEM_IB_ENABLE_RELAXED_ORDERING=0", {}, "relaxed ordering", "ok", "off: NVSHMEM_IB"),
+        (
+            "",
+            {"ports": [probe.Port("mlx5_0", is_virtual=True)]},
+            "IBGDA: atomics",
+            "warning",
+            "virtual functions: mlx5_0:1",
+        ),
+        ("", {"ports": [probe.Port("mlx5_0", active=False)]}, "mlx5_0:1", "info", "link is down"),
+        (
+            "",
+            {"ports": [probe.Port("mlx5_0", link="Ethernet")]},
+            "mlx5_0:1",
+            "warning",
+            "no GID of RoCE v2 with an IPv4 address",
+        ),
+        (
+            "",
+            {"ports": [probe.Port("mlx5_0", link="Ethernet", routable=True)]},
+            "mlx5_0:1",
+            "ok",
+            "Ethernet",
+        ),
+        ("", {"verbs": {}}, "/dev/infiniband", "wrong", "no file uverbs"),
+        ("", {"verbs": {"/dev/infiniband/uverbs0": False}}, "/dev/infiniband", "wrong", "uverbs0"),
+        ("", {"translated_groups": 40}, "IOMMU", "warning", "40 groups"),
+        (
+            "NVSHMEM_HCA_PE_MAPPING=mlx5_0:1:1",
+            {},
+            "NVSHMEM_HCA_PE_MAPPING",
+            "warning",
+            "ignored without NVSHMEM_ENABLE_NIC_PE_MAPPING=1",
+        ),
+        (
+            "",
+            {"ports": [probe.Port("mlx5_0"), probe.Port("mlx5_9", link="Ethernet", routable=True)]},
+            "NICs of one kind",
+            "warning",
+            "no: Ethernet and InfiniBand, and all would be taken",
+        ),
+        (
+            "NVSHMEM_IBGDA_ENABLE_MULTI_PORT=1",
+            {},
+            "NVSHMEM_IBGDA_ENABLE_MULTI_PORT",
+            "wrong",
+            "forgets the queue pairs",
+        ),
+        ("", {"ports": [probe.Port("efa0", driver="efa")]}, "EFA", "warning", "cannot drive"),
+        (
+            "NVSHMEM_REMOTE_TRANSPORT=libfabric",
+            {"ports": [probe.Port("efa0", driver="efa")]},
+            "NVSHMEM over libfabric",
+            "warning",
+            "NVSHMEM 3.4.5: before 3.5 one put",
+        ),
+        (
+            "NVSHMEM_REMOTE_TRANSPORT=libfabric",
+            {"ports": [probe.Port("efa0", driver="efa")], "nvshmem_version": (3, 8, 0)},
+            "NVSHMEM over libfabric",
+            "ok",
+            "NVSHMEM 3.8.0",
+        ),
+    ],
+)
+def test_doctor_on_a_node(
+    node: Node,
+    monkeypatch: pytest.MonkeyPatch,
+    variable: str,
+    found: dict[str, Any],
+    name: str,
+    status: str,
+    said: str,
+) -> None:
+    """One thing is as it should not be, or as it may be."""
+    if variable:
+        monkeypatch.setenv(*variable.split("=", 1))
+    for key, value in found.items():
+        setattr(node, key, value)
+    check = node.lines[name]
+    assert check.status.value == status, check
+    assert re.search(said, check.value), check
+    assert bool(check.remedy) == (status in ("warning", "wrong"))
+
+
+@pytest.mark.parametrize(
+    ("variable", "found", "name"),
+    [
+        ("NVSHMEM_ENABLE_NIC_PE_MAPPING=1", {}, "NVSHMEM_HCA_PE_MAPPING"),
+        ("NVSHMEM_HCA_LIST=mlx5_0", {}, "NICs of one kind"),
+        ("", {"nvshmem_version": (3, 8, 0)}, "NICs of one kind"),
+        ("NVSHMEM_IBGDA_ENABLE_MULTI_PORT=0", {}, "NVSHMEM_IBGDA_ENABLE_MULTI_PORT"),
+    ],
+)
+def test_doctor_keeps_still(
+    node: Node, monkeypatch: pytest.MonkeyPatch, variable: str, found: dict[str, Any], name: str
+) -> None:
+    """What is as it should be needs no line of its own here."""
+    monkeypatch.setenv("NVSHMEM_HCA_PE_MAPPING", "mlx5_0:1:1")
+    node.ports = (probe.Port("mlx5_0"), probe.Port("mlx5_9", link="Ethernet", routable=True))
+    if variable:
+        monkeypatch.setenv(*variable.split("=", 1))
+    for key, value in found.items():
+        setattr(node, key, value)
+    assert name not in node.lines
+
+
+def test_ports_as_the_kernel_shows_them(tmp_path: Path) -> None:
+    def port(nic: str, **files: str) -> Path:
+        folder = tmp_path / "class" / nic / "ports" / "1"
+        for name, text in files.items():
+            file = folder / name.replace("__", "/")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(text + "\n")
+        return tmp_path / "class" / nic / "device"
+
+    device = port("mlx5_0", state="4: ACTIVE", link_layer="InfiniBand", rate="400 Gb/sec (4X NDR)")
+    (tmp_path / "mlx5_core").mkdir()
+    device.mkdir()
+    (device / "driver").symlink_to(tmp_path / "mlx5_core")
+    gids = {
+        "gids__0": "fe80:0000:0000:0000:0a00:27ff:fe00:0000",
+        "gid_attrs__types__0": "IB/RoCE v1",
+        "gids__3": "0000:0000:0000:0000:0000:ffff:0a00:0001",
+        "gid_attrs__types__3": "RoCE v2",
     }
-    monkeypatch.setattr(probe, "read", lambda path: files.get(path, ""))
-    monkeypatch.setattr(probe, "loads", lambda library: library == "libmlx5.so.1")
-    found = {check.name: check for check in rdma.check_rdma()}
-    assert found["GPU memory for the NIC"].value == "DMA-BUF (open driver)"
-    assert found["IBGDA: driver parameters"].status is Status.ok
-    assert found["IBGDA: libmlx5.so.1"].status is Status.ok
-    files.clear()
-    monkeypatch.setattr(probe, "loads", lambda library: False)
-    found = {check.name: check for check in rdma.check_rdma()}
-    for name in ("GPU memory for the NIC", "IBGDA: driver parameters", "IBGDA: libmlx5.so.1"):
-        assert found[name].status is Status.warning
-        assert found[name].remedy
+    device = port("roce", state="1: DOWN", link_layer="Ethernet", **gids)
+    (device / "physfn").mkdir(parents=True)
+    first, second = probe.ports(str(tmp_path / "class"))
+    assert first == probe.Port("mlx5_0", rate="400 Gb/sec (4X NDR)")
+    assert (second.active, second.link, second.is_virtual) == (False, "Ethernet", True)
+    assert second.routable
+    port("roce", gid_attrs__types__3="IB/RoCE v1")
+    assert not probe.ports(str(tmp_path / "class"))[1].routable
+
+
+def test_the_quota_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(32)))
+    for text, cores in (("", 32), ("max 100000", 32), ("350000 100000", 4)):
+        monkeypatch.setattr(probe, "read", lambda path, text=text: text)
+        assert probe.cores() == cores
+
+
+@pytest.mark.parametrize(
+    ("text", "is_on"),
+    [("0", False), ("no", False), ("False", False), ("1", True), ("off", True), ("", True)],
+)
+def test_flags_are_read_as_nvshmem_reads_them(
+    monkeypatch: pytest.MonkeyPatch, text: str, is_on: bool
+) -> None:
+    from epjit import env
+
+    monkeypatch.setenv("NVSHMEM_FLAG", text)
+    assert env.nvshmem_flag("NVSHMEM_FLAG", default=not is_on) is is_on
+    assert env.nvshmem_flag("NVSHMEM_OTHER", default=is_on) is is_on
 
 
 def test_doctor_fails_when_something_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -185,7 +416,7 @@ def test_doctor_has_nothing_to_say_against_a_machine_without_a_gpu(
     from epjit.runtime import nvshmem
 
     monkeypatch.delenv("EPJIT_BACKEND", raising=False)
-    monkeypatch.setattr(probe, "nics", list)
+    monkeypatch.setattr(probe, "ports", list)
     monkeypatch.setattr(probe, "version", lambda name: "")
     monkeypatch.setattr(nvshmem, "package_folders", lambda name: [])
     for module in ("cuda.bindings", "cuda.bindings.driver", "cuda.bindings.nvrtc", "cupy"):
@@ -300,6 +531,25 @@ def test_low_latency_warmup() -> None:
     with pytest.raises(ValueError, match=r"64 fp8 with top-2.*multiple of 128 channels"):
         invoke("warmup", *shape, "--experts", 8, "--hidden", 64)
     assert "7 compiled" in invoke("warmup", *shape, "--experts", 8)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "chunks"),
+    [
+        ("NVSHMEM_IB_ENABLE_IBGDA", "1", {4}),
+        ("NVSHMEM_IB_ENABLE_IBGDA", "0", {4, 16}),
+        ("EPJIT_TRANSPORT", "loopback", {4}),
+    ],
+)
+def test_warmup_for_who_posts(
+    variable: str, value: str, chunks: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without IBGDA a thread of the CPU may post what kernels put: it gets larger chunks."""
+    monkeypatch.setenv(variable, value)
+    group = Group(16, 2, "sm_90a", "")
+    calls = [Calls(7168, Dtype.bf16, 8, 0, topk_is_int64=True, logfmt=False)]
+    found = [vars(config).get("tokens_per_chunk") for config in _normal(group, calls)]
+    assert set(filter(None, found)) == chunks
 
 
 def test_warmup_of_every_low_latency_format(cache_dir: Path) -> None:

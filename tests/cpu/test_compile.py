@@ -98,7 +98,7 @@ def compile_all(
 
 
 def over_budget(kernel: KernelConfig, arch: str, result: dict[str, str]) -> str:
-    """What is wrong with one compiled kernel, or an empty string."""
+    """The fault of one compiled kernel, or an empty string."""
     if result["error"]:
         return result["error"]
     registers, spill_bytes = nvrtc.usage(result["log"])

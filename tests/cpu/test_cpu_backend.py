@@ -6,6 +6,7 @@ import dataclasses
 import inspect
 import os
 import time
+from contextlib import ExitStack
 from typing import Any
 from unittest import mock
 
@@ -13,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from epjit.calls import Combine, Counts, Dispatch, Layout, Routing, Settings, Sums
+from epjit.calls import Combine, Counts, Dispatch, Layout, Routing, Settings, Setup, Sums
 from epjit.errors import CommunicationError
 from epjit.handles import Dispatched, Handle
 from epjit.modes.cpu import CpuLowLatency, CpuNormal
@@ -53,7 +54,7 @@ def make_input(
     payload: str = "bfloat16",
     with_topk: bool = True,
 ) -> RankInput:
-    """What a rank passes; every rank can make every rank's."""
+    """Inputs of a rank; every rank can make every rank's."""
     num_tokens, num_experts = (11, 0, 6)[rank % 3], 2 * num_ranks
     idx = data.routing(
         kind,
@@ -86,7 +87,8 @@ class Backend:
     def __init__(self, group: Group, domains: Any = None) -> None:
         chosen, topology = mock.Mock(), Topology(0, domains or (tuple(range(group.size)),))
         settings = Settings(0, 0, False, False, False, 1, 1.0)
-        self._mode = CpuNormal(settings, group, topology, chosen)
+        setup = Setup(settings, group, topology, torch.device("cpu"), ExitStack())
+        self._mode = CpuNormal(setup, chosen)
         self._scope = CpuScope(async_finish=False)
 
     def layout(self, topk_idx: torch.Tensor, num_experts: int) -> Counts:

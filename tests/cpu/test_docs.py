@@ -47,7 +47,7 @@ def test_every_block_is_of_a_language_that_is_run(page: Path) -> None:
 
 
 def prelude(group: Any) -> dict[str, Any]:
-    """What the pages take for granted: a group of two ranks, tokens, experts."""
+    """Names that the pages take for granted: a group of two ranks, tokens, experts."""
     import torch
 
     torch.manual_seed(group.rank())
@@ -133,7 +133,7 @@ def test_the_program_of_the_readme_passes_pyright(layer: Path) -> None:
 
 
 def check_by_reading(command: list[str]) -> str:
-    """What is wrong with a command that a test cannot run; empty when nothing is."""
+    """The fault of a command that a test cannot run; empty when there is none."""
     project = (ROOT / "pyproject.toml").read_text()
     match command:
         case ["pip", "install", *requirements]:
@@ -198,6 +198,14 @@ def test_the_launch_script_runs() -> None:
     assert len(re.findall(r"of 4, node \d of 2, cpu: 2 of 2 rounds right", done.stdout)) == 4
 
 
+def test_the_launch_script_leaves_the_choice_to_nvshmem_and_the_user() -> None:
+    """It exported IBRC and IBGDA=0: nobody got IBGDA without knowing of it."""
+    script = (ROOT / "examples/launch_two_nodes.sh").read_text()
+    assert not re.search(r"^\s*export NVSHMEM", script, re.MULTILINE)
+    assert re.search(r"^\s*# export NVSHMEM_DEBUG=INFO", script, re.MULTILINE)
+    assert "ulimit -l" in script
+
+
 # ---- messages -----------------------------------------------------------------------------------
 
 
@@ -221,6 +229,67 @@ def test_every_message_that_is_explained_exists() -> None:
     for message in "".join(blocks(page, "text")).splitlines():
         pattern = r"[^\n]*".join(re.escape(part.strip()) for part in message.split("…"))
         assert re.search(pattern, texts), f"nothing says {message!r}"
+
+
+# ---- places in the code -------------------------------------------------------------------------
+
+PLACE = re.compile(r"`([\w/]+\.(?:py|cuh?)): ([\w.]+)`")  # `file: name`, the file from epjit/
+
+
+def python_names(tree: ast.AST, owner: str = "") -> set[str]:
+    """Classes and functions of a module; a method is `Class.method`."""
+    names = set()
+    for node in ast.iter_child_nodes(tree):
+        if isinstance(node, ast.ClassDef):
+            names |= {node.name, *python_names(node, f"{node.name}.")}
+        elif isinstance(node, ast.FunctionDef):
+            names.add(owner + node.name)
+    return names
+
+
+def cuda_names(source: str) -> set[str]:
+    """Classes and device functions of a source, a method by the class that it follows."""
+    names, owner = set(), ""
+    declared = r"^(?:class|struct) (\w+)[^;{}]*{|^}|__device__[^;{}()]*?(\w+)\("
+    for found in re.finditer(declared, source, re.MULTILINE):
+        kind, function = found.groups(default="")
+        if not function:
+            owner = f"{kind}." if kind else ""
+        names.add(owner + function if function else kind)
+    return names
+
+
+def missing_place(file: str, name: str) -> str:
+    """The fault of a place; empty when there is none."""
+    folder = ROOT / "epjit"
+    path = folder / file
+    if not path.is_file():
+        return f"there is no epjit/{file}"
+    text = path.read_text()
+    names = python_names(ast.parse(text)) if path.suffix == ".py" else cuda_names(text)
+    return "" if name in names else f"epjit/{file} has no {name}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=ids)
+def test_every_place_that_is_named_exists(page: Path) -> None:
+    places = PLACE.findall(page.read_text())
+    assert not [wrong for place in places if (wrong := missing_place(*place))]
+    if page.name.startswith("life-"):
+        assert len(places) > 20
+
+
+def test_a_place_that_does_not_exist_is_found() -> None:
+    assert not missing_place("modes/base.py", "Mode.launch")
+    assert not missing_place("cuda_src/epjit/sync.cuh", "enter")
+    assert not missing_place("cuda_src/low_latency/plan.cuh", "Plan.make")
+    for place in (
+        ("modes/none.py", "Mode.launch"),
+        ("modes/base.py", "launch"),
+        ("modes/base.py", "Mode.dispatch"),
+        ("cuda_src/epjit/sync.cuh", "Plan.make"),
+        ("cuda_src/low_latency/plan.cuh", "make"),
+    ):
+        assert missing_place(*place), place
 
 
 # ---- generated parts ----------------------------------------------------------------------------

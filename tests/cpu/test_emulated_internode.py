@@ -38,7 +38,7 @@ CHUNK = 2
 
 @dataclass(frozen=True)
 class Shape:
-    """What a test runs: compile-time choices first, then the run's."""
+    """Choices of a test: those of compile time first, then those of the run."""
 
     num_domains: int = 2
     num_local: int = 2

@@ -32,7 +32,7 @@ pytestmark = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="ne
 
 @dataclass(frozen=True)
 class Shape:
-    """What a test runs: compile-time choices first, then the run's."""
+    """Choices of a test: those of compile time first, then those of the run."""
 
     num_ranks: int = 4
     variant: str = "tma"

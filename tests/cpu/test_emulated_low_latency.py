@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from epjit.calls import DispatchSizes
 from epjit.formats import BF16, FORMATS, FP8, RowFormat
 from epjit.handles import LowLatencyDispatched, routes
 from epjit.kernels.low_latency import (
@@ -42,7 +43,7 @@ DOMAINS = pytest.mark.parametrize("per_domain", [0, 1], ids=["1x3", "3x1"])
 
 @dataclass(frozen=True)
 class Shape:
-    """What a test runs: compile-time choices first, then the run's."""
+    """Choices of a test: those of compile time first, then those of the run."""
 
     num_ranks: int = 3
     hidden: int = 512
@@ -82,7 +83,7 @@ class Shape:
 
     @property
     def sizes(self) -> dict[str, Any]:
-        """What dispatch and combine are compiled for alike."""
+        """Fields that the configs of dispatch and combine have in common."""
         names = ("num_ranks", "num_experts", "hidden", "num_topk", "topk_is_int64")
         return {name: getattr(self, name) for name in names}
 
@@ -373,15 +374,16 @@ class Routing:
 
 def _guarded_outputs(shape: Shape, num_tokens: int) -> LowLatencyDispatched:
     """Outputs as `LowLatencyDispatched.allocate` makes them, in memory whose bounds are watched."""
-    specs = LowLatencyDispatched.specs(
+    sizes = DispatchSizes(
+        num_tokens,
+        shape.hidden,
+        shape.num_topk,
+        True,
+        shape.max_tokens,
+        shape.num_experts,
         shape.row_format,
-        num_ranks=shape.num_ranks,
-        num_tokens=num_tokens,
-        max_tokens=shape.max_tokens,
-        num_experts=shape.num_experts,
-        num_topk=shape.num_topk,
-        hidden=shape.hidden,
     )
+    specs = LowLatencyDispatched.specs(sizes, shape.num_ranks)
     plain = LowLatencyDispatched.allocate(specs, empty_on(torch.device("cpu")))
     src_info = _whole_storage(plain.src_info)
     scales = plain.recv_scales

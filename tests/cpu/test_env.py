@@ -35,6 +35,7 @@ NAMES = {
     "NVSHMEM_DIR",
     "NVSHMEM_IB_ENABLE_IBGDA",
     "NVSHMEM_QP_DEPTH",
+    "NVSHMEM_IBGDA_NUM_RC_PER_PE",
     "TORCH_CUDA_ARCH_LIST",
 }
 
@@ -64,6 +65,7 @@ def test_the_table_is_whole() -> None:
         (env.nvlink_domain, "4", 4),
         (env.loopback_seed, "0", 0),
         (env.nvshmem_ib_enable_ibgda, "1", True),
+        (env.nvshmem_ib_enable_ibgda, "No", False),
         (env.dump, "~/x", Path.home() / "x"),
         (env.nvshmem_dir, "/opt/nvshmem", Path("/opt/nvshmem")),
         (env.torch_cuda_arch_list, "9.0;8.0+PTX", ("sm_90a", "sm_80")),
@@ -96,6 +98,7 @@ def test_values(
         (env.nvlink_domain, "-1", "EPJIT_NVLINK_DOMAIN='-1' is not a whole number, 0 or more"),
         (env.loopback_seed, "-1", "EPJIT_LOOPBACK_SEED='-1' is not a whole number, 0 or more"),
         (env.topk_idx_bits, "16", "TOPK_IDX_BITS='16' is not '64' or '32'"),
+        (env.nvshmem_ib_enable_ibgda, "off", "NVSHMEM_IB_ENABLE_IBGDA='off' is not a flag: 1, tru"),
         (env.timeout_seconds, "1e10", "EPJIT_TIMEOUT_SECONDS='1e10' is not a number greater than"),
         (env.torch_cuda_arch_list, "hoppr", "TORCH_CUDA_ARCH_LIST='hoppr' is not a list such"),
     ],
@@ -107,6 +110,22 @@ def test_malformed_values(
     with pytest.raises(ValueError, match="is not") as caught:
         variable()
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("text", ["1", "true", "yes", "on", "0", "False", "no", "NO"])
+def test_nvshmem_reads_a_flag_alike(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", text)
+    assert env.nvshmem_ib_enable_ibgda() == env.nvshmem_flag(
+        "NVSHMEM_IB_ENABLE_IBGDA", default=False
+    )
+
+
+def test_what_the_user_has_set_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NVSHMEM_IB_SL", "3")
+    monkeypatch.setenv("NVSHMEM_IB_TIMEOUT", "")  # unset for epjit, and 0 for NVSHMEM
+    env.set_default("NVSHMEM_IB_SL", "1")
+    env.set_default("NVSHMEM_IB_TIMEOUT", "16")
+    assert (env.foreign("NVSHMEM_IB_SL"), env.foreign("NVSHMEM_IB_TIMEOUT")) == ("3", "16")
 
 
 def test_arch_names_and_limits() -> None:

@@ -259,7 +259,7 @@ def test_hosts_are_domains() -> None:
 
 
 def test_other_bodies_between_domains() -> None:
-    """What every Buffer must do: come, go, outlive its group, be replaced."""
+    """Every Buffer must come, go, outlive its group, and be replaced."""
     environ = cut(1)
     launch.run(normal.outlives_group, 2, environ)
     launch.run(normal.replaced, 2, environ)

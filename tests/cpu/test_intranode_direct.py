@@ -1,4 +1,4 @@
-"""Where the variant "direct" puts the outputs of a dispatch, with fakes of GPU and streams."""
+"""Places of the outputs of a dispatch with the variant "direct", with fakes of GPU and streams."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ class World:
 
 @pytest.fixture(autouse=True)
 def places(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Where blocks were asked for; they are memory of the host, and keep their owner."""
+    """Addresses of the blocks that were made; they are memory of the host, and keep their owner."""
     found: list[int] = []
 
     def tensor_over(

@@ -55,7 +55,7 @@ def run(body: Any, num_ranks: int, **options: Any) -> list[Any]:
 @pytest.mark.parametrize("row_format", list(BY_NAME))
 @pytest.mark.parametrize("how", ["sync", "async", "hook"])
 def test_formats(row_format: str, how: Any) -> None:
-    """Every format in every form, over every routing; NaN lies in rows that nothing arrived for."""
+    """Every format with every flag, over every routing; NaN lies where nothing arrived."""
 
     def body(buffer: Buffer) -> None:
         for seed, kind in enumerate(ROUTING_KINDS):
@@ -164,7 +164,7 @@ def test_random_rounds_of_processes(num_ranks: int, num_rounds: int) -> None:
 
 
 def test_hidden_sizes() -> None:
-    """What V1 has no list entry for: 16 bytes a row, odd multiples, the longest row."""
+    """Sizes that V1's list has not: 16 bytes a row, odd multiples, the longest row."""
 
     def body(buffer: Buffer) -> None:
         for seed, (hidden, row_format) in enumerate(
@@ -597,15 +597,17 @@ def test_checks_remember_only_what_passed(monkeypatch: pytest.MonkeyPatch) -> No
     y, out = torch.zeros((2, 4, 512), dtype=torch.bfloat16), torch.empty_like(x)
     shifted = torch.zeros(2 * 4 * 512 + 1, dtype=torch.bfloat16)[1:]
 
-    def dispatch(x: Any = x, idx: Any = idx, tokens: int = 4, experts: int = 2, **form: Any) -> Any:
-        return buffer.low_latency_dispatch(x, idx, tokens, experts, use_fp8=False, **form)[2]
+    def dispatch(
+        x: Any = x, idx: Any = idx, tokens: int = 4, experts: int = 2, **flags: Any
+    ) -> Any:
+        return buffer.low_latency_dispatch(x, idx, tokens, experts, use_fp8=False, **flags)[2]
 
     handle = dispatch()
 
     def combine(
-        y: Any = y, idx: Any = idx, weights: Any = weights, handle: Any = handle, **form: Any
+        y: Any = y, idx: Any = idx, weights: Any = weights, handle: Any = handle, **flags: Any
     ) -> None:
-        buffer.low_latency_combine(y, idx, weights, handle, **{"out": out, **form})
+        buffer.low_latency_combine(y, idx, weights, handle, **{"out": out, **flags})
 
     src_info, layout_range, *sizes = handle
     for _ in range(20):

@@ -142,7 +142,7 @@ def test_the_communication_stream_is_current(monkeypatch: pytest.MonkeyPatch) ->
 def test_an_event_that_stands_for_the_last_call_is_all_that_is_waited_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """What was queued on the caller's stream after the event shall overlap."""
+    """Work that was queued on the caller's stream after the event shall overlap."""
     for captured_before, stream, follows in (
         (False, 1, []),
         (True, 1, [(1, COMM)]),

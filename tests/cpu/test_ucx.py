@@ -1,4 +1,4 @@
-"""What tests/dist/test_ucx.py rests on, as far as it can be tried without GPU and NVSHMEM."""
+"""Foundations of tests/dist/test_ucx.py, as far as they can be tried without GPU and NVSHMEM."""
 
 from __future__ import annotations
 

@@ -11,6 +11,7 @@ import torch
 
 from epjit import Buffer, calls
 from epjit.checks.values import ValueChecks
+from epjit.runtime.topology import Topology
 from tests.harness import launch
 from tests.rounds.low_latency import ROOM
 from tests.scenarios import value_checks
@@ -68,7 +69,7 @@ def test_a_capture_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
             raise AssertionError("the stream must be left alone")
 
     owner = Owner()
-    checks = ValueChecks(0, ((0,),), owner.in_order)
+    checks = ValueChecks(Topology(0, ((0,),)), owner.in_order)
     on_gpu: Any = SimpleNamespace(is_cuda=True)
     with pytest.warns(RuntimeWarning, match="EPJIT_CHECK is set, but what a CUDA graph captures"):
         checks.layout(calls.Layout(on_gpu, 8), after=None)

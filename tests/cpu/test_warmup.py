@@ -1,4 +1,4 @@
-"""What `python -m epjit warmup` compiles is what a Buffer of that topology then asks the cache for.
+"""`python -m epjit warmup` compiles what a Buffer of that topology then asks the cache for.
 
 The compilers are fakes, the cache is not: what is real is compiled in tests/cpu/test_compile.py.
 """
@@ -32,13 +32,12 @@ def fake_compilers(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def compile_unit(*args: Any, **options: Any) -> tuple[bytes, str, str]:
         return b"code", "symbol", "Used 8 registers"
 
-    monkeypatch.setattr(nvrtc, "compile_cubin", compile_unit)
-    monkeypatch.setattr(nvrtc, "compile_ltoir", compile_unit)
+    monkeypatch.setattr(nvrtc, "compile_unit", compile_unit)
     monkeypatch.setattr(nvjitlink, "link", lambda *args, **options: (b"linked", "Used 8 registers"))
 
 
 def warm_up(*arguments: object) -> str:
-    """What the command said."""
+    """Runs the command; returns what it said."""
     result = CliRunner().invoke(app, ["warmup", *map(str, [*SHAPE, *arguments])])
     if result.exception is not None:
         raise result.exception
@@ -46,14 +45,18 @@ def warm_up(*arguments: object) -> str:
 
 
 def asked_by_buffer(
-    num_domains: int, transport: str, patch: pytest.MonkeyPatch, *, is_low_latency: bool
+    num_domains: int,
+    patch: pytest.MonkeyPatch,
+    *,
+    is_low_latency: bool,
+    through_proxy: bool,
 ) -> list[tuple[KernelConfig, str]]:
     """The kernels that a Buffer makes, at once and for the calls of SHAPE, with their transport."""
     asked: dict[tuple[KernelConfig, str], None] = {}
 
-    def stands_in(*args: Any, num_qps_per_rank: int, max_tokens: int, **options: Any) -> Any:
+    def stands_in(*args: Any, num_qps_per_rank: int, may_lose_ranks: bool, **options: Any) -> Any:
         made = transports.LoopbackTransport(*args, **options)
-        made.body = "nvshmem"
+        made.body, made.through_proxy = "nvshmem", through_proxy
         return made
 
     patch.setattr(transports, "NvshmemTransport", stands_in)
@@ -80,21 +83,30 @@ def asked_by_buffer(
 
 @pytest.mark.parametrize("is_low_latency", [False, True], ids=["normal", "low_latency"])
 @pytest.mark.parametrize(
-    ("domains", "transport"),
-    [(1, "nvshmem"), (2, "nvshmem"), (2, "loopback")],
-    ids=["one_domain", "nvshmem", "loopback"],
+    ("domains", "transport", "ibgda"),
+    [(1, "nvshmem", "0"), (2, "nvshmem", "0"), (2, "nvshmem", "1"), (2, "loopback", "0")],
+    ids=["one_domain", "nvshmem", "ibgda", "loopback"],
 )
 def test_what_is_warmed_is_what_a_buffer_asks_for(
     domains: int,
     transport: str,
+    ibgda: str,
     is_low_latency: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    """Without IBGDA a Buffer may find, between hosts, that a thread of the CPU posts, or not."""
     monkeypatch.setenv("EPJIT_TRANSPORT", transport)
+    monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", ibgda)
     more = ["--low-latency", "--experts", EXPERTS] if is_low_latency else []
     said = warm_up("--domains", domains, *more)
-    with monkeypatch.context() as patch:
-        asked = asked_by_buffer(domains, transport, patch, is_low_latency=is_low_latency)
+    asked: set[tuple[KernelConfig, str]] = set()
+    for through_proxy in {False, transport == "nvshmem" and ibgda == "0"}:
+        with monkeypatch.context() as patch:
+            asked |= set(
+                asked_by_buffer(
+                    domains, patch, is_low_latency=is_low_latency, through_proxy=through_proxy
+                )
+            )
     monkeypatch.setenv("EPJIT_ASSERT_COMPILE", "1")
     for config, body in asked:
         assert compile_kernel(config, arch=ARCH, body=body).from_cache, config
@@ -127,7 +139,7 @@ def test_refuses_a_variant_of_one_domain(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_without_nvshmem(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """What to install, before anything is compiled; loopback needs none."""
+    """An error says what to install, before anything is compiled; loopback needs none."""
     monkeypatch.setenv("NVSHMEM_DIR", str(tmp_path))
     with pytest.raises((ImportError, RuntimeError), match=r"cu13-rdma|NVSHMEM_DIR"):
         warm_up("--domains", 2)

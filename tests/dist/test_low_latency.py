@@ -1,7 +1,8 @@
 """The low-latency mode on real GPUs, one process each, against the reference.
 
 Also cut into NVLink domains, between which bytes travel by NVSHMEM, or by the loopback transport
-with delays. ``EPJIT_BACKEND=cpu EPJIT_TEST_RANKS=2`` runs the same scenarios without a GPU, to try them.
+with delays. ``EPJIT_BACKEND=cpu EPJIT_TEST_RANKS=2`` runs the same scenarios without a GPU, to try
+them.
 """
 
 from __future__ import annotations
@@ -104,7 +105,7 @@ def test_graph(num_ranks: int, world: dict[str, str], use_hooks: bool) -> None:
 
 
 def test_scratch_over_the_whole_buffer(num_ranks: int, world: dict[str, str]) -> None:
-    """What a user writes to the exposed memory breaks nothing."""
+    """Whatever a user writes to the exposed memory, nothing breaks."""
     launch.run(low_latency.overwritten, num_ranks, world, timeout=200)
 
 

@@ -49,6 +49,13 @@ def test_ring_after_torch_has_begun_nvshmem(num_ranks: int) -> None:
     assert all(joined for *_, joined in found)
 
 
+def test_a_kernel_is_collected_during_a_capture(
+    num_ranks: int, environment: dict[str, str]
+) -> None:
+    found = launch.run(nvshmem.collect_in_a_capture, num_ranks, environment, timeout=300)
+    assert found == [(2, 2, 0)] * num_ranks
+
+
 @pytest.mark.needs_own_gpu
 def test_created_again_without_a_leak(num_ranks: int, environment: dict[str, str]) -> None:
     found = launch.run(nvshmem.create_again, num_ranks, environment, 20, timeout=500)

@@ -7,6 +7,8 @@
 from __future__ import annotations
 
 import re
+import signal
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ from tests.scenarios import nvshmem
 from tests.transport import ucx
 
 MIB = 1 << 20
+TIMEOUT_SECONDS = 10.0
 SIZES = {"num_tokens": 64, "hidden": 1024, "num_topk": 8, "num_topk_groups": 2, "num_experts": 32}
 
 pytestmark = pytest.mark.timeout(300)
@@ -63,6 +66,33 @@ def test_random_rounds(on_hosts: Callable[..., list[Any]]) -> None:
 
 def test_low_latency(on_hosts: Callable[..., list[Any]]) -> None:
     assert on_hosts(low_latency.random_rounds, 20, 64) == [20, 20]
+
+
+@pytest.mark.parametrize("op", ["dispatch", "combine"])
+def test_killed_host(
+    op: str,
+    on_hosts: Callable[..., list[Any]],
+    record_property: Callable[[str, object], None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A host dies between rounds; what the other one does is said, for it is NVSHMEM's to choose.
+
+    Its thread may end the process when it cannot send; else there is a CommunicationError, as
+    inside a domain. That it waits for ever is neither.
+    """
+    monkeypatch.setattr(launch, "_GRACE_SECONDS", 60.0)
+    start = time.monotonic()
+    with pytest.raises(launch.RankFailedError) as caught:
+        on_hosts(normal.killed, op, 1, TIMEOUT_SECONDS)
+    seconds = time.monotonic() - start
+    errors = caught.value.errors
+    assert f"exit code {-signal.SIGKILL}" in errors[1], str(caught.value)
+    survivor = errors.get(0, "CommunicationError, and goes on").strip()
+    record_property("survivor", survivor)
+    with capsys.disabled():
+        print(f"\n{op}: the survivor: {survivor} ({seconds:.0f} s with start and end)")
+    assert 0 not in errors or survivor.startswith("died with exit code"), str(caught.value)
 
 
 def test_as_v1(on_hosts: Callable[..., list[Any]]) -> None:

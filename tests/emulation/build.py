@@ -81,15 +81,25 @@ class Launch:
 
 @dataclasses.dataclass(frozen=True)
 class Report:
-    """What a run took: passes of the scheduler, switches of threads, emulated nanoseconds.
+    """Cost of a run, and the calls of transport.cuh by all its kernels.
 
-    And how often all its kernels have called each function of transport.cuh.
+    Attributes:
+        passes: Turns of the scheduler.
+        switches: Of threads.
+        nanoseconds: Emulated.
+        puts: Messages with bytes between domains; most bring a signal.
+        put_bytes: Their bytes.
+        signals: Messages that are a signal alone.
+        fences: Calls of `epjit_fence`.
+        quiets: Calls of `epjit_quiet`.
+        received: Calls of `epjit_received`.
     """
 
     passes: int
     switches: int
     nanoseconds: int
     puts: int
+    put_bytes: int
     signals: int
     fences: int
     quiets: int
@@ -119,6 +129,7 @@ class _Report(ctypes.Structure):
         ("switches", ctypes.c_uint64),
         ("nanoseconds", ctypes.c_uint64),
         ("puts", ctypes.c_uint64),
+        ("put_bytes", ctypes.c_uint64),
         ("signals", ctypes.c_uint64),
         ("fences", ctypes.c_uint64),
         ("quiets", ctypes.c_uint64),
@@ -238,7 +249,7 @@ def guarded(*shape: int, dtype: torch.dtype, fill: int = 0xEE) -> torch.Tensor:
 def transport(
     memories: Sequence[Sequence[torch.Tensor]], *, pes: Sequence[int] | None = None
 ) -> list[torch.Tensor]:
-    """What kernels of each rank get as `transport`, by the address of its first element.
+    """Records that kernels of each rank get as `transport`, by the address of the first element.
 
     Args:
         memories: Each a region of symmetric memory, one tensor a rank, of equal sizes. The records

@@ -205,7 +205,7 @@ struct Copy {
   std::vector<char> data;
 };
 
-// What a warp or a thread has sent to another rank; order is kept between messages of one thread.
+// A message of a warp or a thread to another rank; order is kept between messages of one thread.
 struct Message {
   std::string sender;   // to be named if this fails
   uint64_t warp;        // that sent it, a number of its own
@@ -265,10 +265,10 @@ struct Options {
 
 struct Report {
   uint64_t passes, switches, nanoseconds;
-  uint64_t puts, signals, fences, quiets, received;  // calls of transport.cuh
+  uint64_t puts, put_bytes, signals, fences, quiets, received;  // calls of transport.cuh
 };
 
-// What has no place on a GPU yet, in the order in which it came.
+// A GPU: places that are taken, and blocks that have none yet, in the order in which they came.
 struct Gpu {
   int taken = 0;
   std::deque<Block*> waiting;
@@ -649,7 +649,7 @@ void note_read(Byte& byte, const Access& now) {
   if (is_joined) byte.read.lane = kSeveral;
 }
 
-// What the running thread is about to do.
+// Notes an access to shared memory that the running thread is about to make.
 void access(const void* address, size_t size, bool is_write, void* place) {
   if (!running) return;
   if (is_write)
@@ -882,7 +882,7 @@ void advance_step(int index) {
     schedule_step({message, 0, 0, {}, 0});
 }
 
-// Where the same place lies in the memory of another pe.
+// Address of the same place in the memory of another pe.
 char* translate(uint64_t transport, const void* pointer, uint64_t bytes, int pe, const char* what) {
   const auto* record = reinterpret_cast<const uint64_t*>(transport);
   const uint64_t num_ranks = record[0], own = record[1], num_regions = record[2];
@@ -925,6 +925,7 @@ void send(uint64_t transport, void* dst, const void* src, uint64_t bytes, uint64
     translate(transport, src, bytes, message->from, what);  // where RDMA can read
   }
   messages.push_back(message);
+  counted.put_bytes += bytes;
   if (bytes == 0) {
     schedule_step({message, 0, 0, {}, 0});
     return;

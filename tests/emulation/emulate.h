@@ -31,7 +31,7 @@ struct Dim3 {
   unsigned x = 1, y = 1, z = 1;
 };
 
-// What a thread knows about itself. `shared` is the dynamic shared memory of its block.
+// A thread, as it knows itself. `shared` is the dynamic shared memory of its block.
 struct Thread {
   Dim3 thread_index, block_index, block_dim, grid_dim;
   char* shared;

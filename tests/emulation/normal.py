@@ -1,4 +1,4 @@
-"""What the emulated kernels of the normal mode share, in one NVLink domain and between several."""
+"""Emulated kernels of the normal mode: parts for one NVLink domain and for several."""
 
 from __future__ import annotations
 

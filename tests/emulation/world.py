@@ -1,4 +1,4 @@
-"""What the tests of emulated kernels share: ranks with memory, launches queued on each, checks."""
+"""A world for emulated kernels: ranks with memory, launches queued on each, checks."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class World:
     """All ranks of a test.
 
     Attributes:
-        shape: What the test runs.
+        shape: Choices of the test.
         ranks: A `Rank` each, with the memory of its mode.
         epochs: Operations that were queued since the last reset.
     """
@@ -112,7 +112,7 @@ class World:
         self.ranks[rank].launches.append(launch)
 
     def expect(self, rank: int, what: str, got: Tensor, expected: Tensor) -> None:
-        """What a tensor must be after the next run, bit for bit."""
+        """Notes the values that a tensor must have after the next run, bit for bit."""
         self.ranks[rank].checks.append((f"rank {rank}: {what}", got, expected))
 
     def run(self, seed: int, *, compare: bool = True, **options: Any) -> build.Report:
@@ -156,7 +156,7 @@ class World:
         raise NotImplementedError
 
     def reset(self) -> None:
-        """What a collective reset of the buffers does."""
+        """Does what a collective reset of the buffers does."""
         self.epochs = 0
         for rank in self.ranks:
             rank.launches.clear()

@@ -41,7 +41,7 @@ class _StandInMeta(type):
 
 
 class StandIn(metaclass=_StandInMeta):
-    """What stands for any name of a module that is not loaded."""
+    """Stands for any name of a module that is not loaded."""
 
 
 class _StandInModule(ModuleType):

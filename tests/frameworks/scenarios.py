@@ -1,4 +1,4 @@
-"""What each rank does with a framework's own files; they import DeepEP's names from compat/.
+"""Scenarios of a rank with a framework's own files, which import DeepEP's names from compat/.
 
 Each takes tokens through the framework's dispatch and combine with experts that multiply by
 `1 + expert`, and compares with the sum over the choices. Sums of small integers are exact.
@@ -70,7 +70,7 @@ class Case:
 
 
 def quantised(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
-    """What the frameworks' own kernels give: FP8 and a scale for each 128 columns, exact here."""
+    """Rows as the frameworks' own kernels give them: FP8, a scale a 128 columns, exact here."""
     blocks = x.float().view(x.shape[0], -1, 128)
     scales = torch.exp2(torch.ceil(torch.log2(blocks.abs().amax(2).clamp(1.0) / 448)))
     values = (blocks / scales[:, :, None]).to(torch.float8_e4m3fn)
@@ -275,7 +275,7 @@ class SGLang:
 
     @property
     def topk(self) -> Any:
-        """What the router says."""
+        """The choices of the router."""
         return SimpleNamespace(topk_weights=self.case.weights, topk_ids=self.case.topk_idx.int())
 
 

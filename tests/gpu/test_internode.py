@@ -198,7 +198,7 @@ def test_withheld_peer(op: str, withheld: int) -> None:
 
 
 def test_local_buffer_tensors() -> None:
-    """What users write into either buffer between operations breaks none."""
+    """Whatever users write into either buffer between operations, none breaks."""
 
     def body(buffer: Buffer) -> None:
         case = Round(num_tokens=(40, 50, 0, 9), seed=3, num_sms=4)

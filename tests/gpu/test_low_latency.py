@@ -84,7 +84,7 @@ def test_buffers_in_another_order(variant: str, monkeypatch: pytest.MonkeyPatch)
 @worlds(1, 2, 4, 8)
 @pytest.mark.parametrize("row_format", list(BY_NAME))
 def test_routings(num_ranks: int, domain: int | None, row_format: str) -> None:
-    """Every kind of routing in every format, and every form of the calls on some round."""
+    """Every kind of routing in every format, and every flag of the calls on some round."""
 
     def body(buffer: Buffer) -> None:
         for seed, kind in enumerate(ROUTING_KINDS):
@@ -184,7 +184,7 @@ def test_graph(num_ranks: int, domain: int | None, use_hooks: bool) -> None:
 
 @worlds(2, 4)
 def test_scratch_over_the_whole_buffer(num_ranks: int, domain: int | None) -> None:
-    """What a user writes to the exposed memory breaks nothing, cleaned up or not."""
+    """Whatever a user writes to the exposed memory, nothing breaks, cleaned up or not."""
 
     def body(buffer: Buffer) -> None:
         low_latency.overwrite(buffer, functools.partial(meet, buffer))

@@ -34,7 +34,7 @@ def line_up(buffer: Buffer) -> None:
 
 
 def settle(buffer: Buffer) -> None:
-    """What this rank has queued is done.
+    """Waits until all that this rank has queued is done.
 
     Raises:
         CommunicationError: A kernel gave up.

@@ -11,6 +11,7 @@ from typing import Any, NoReturn
 import torch
 
 from epjit import Buffer
+from epjit.calls import DispatchSizes
 from epjit.formats import BF16
 from epjit.handles import LowLatencyDispatched
 from epjit.reference import internode, low_latency
@@ -211,15 +212,8 @@ class Bench:
         self, max_tokens: int, num_experts: int, num_topk: int, num_tokens: int = NUM_TOKENS
     ) -> torch.Tensor:
         """Of a dispatch with other sizes, with nothing in it."""
-        specs = LowLatencyDispatched.specs(
-            BF16,
-            num_ranks=NUM_RANKS,
-            num_tokens=num_tokens,
-            max_tokens=max_tokens,
-            num_experts=num_experts,
-            num_topk=num_topk,
-            hidden=8,
-        )
+        sizes = DispatchSizes(num_tokens, 8, num_topk, True, max_tokens, num_experts, BF16)
+        specs = LowLatencyDispatched.specs(sizes, NUM_RANKS)
         return LowLatencyDispatched.allocate(specs, empty_on(self.device)).src_info
 
     def ll_changed(self, index: int, value: object) -> tuple[Any, ...]:
@@ -233,7 +227,7 @@ class Refusal:
 
     Attributes:
         error: Type of the exception, exactly.
-        call: What must be refused.
+        call: It must be refused.
         says: Regular expression of its text: the value that was passed, and what to do.
         gpu_only: The CPU backend has no such thing.
     """

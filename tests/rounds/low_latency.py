@@ -45,7 +45,7 @@ How = Literal["sync", "async", "hook"]
 
 @dataclass(frozen=True)
 class LowLatencyRound:
-    """What one round moves; the same on all ranks.
+    """Sizes and choices of one round; the same on all ranks.
 
     Attributes:
         num_tokens: Of each rank.
@@ -143,11 +143,11 @@ class Exchange:
     """One dispatch and its combine on all ranks; read only, for threads share it.
 
     Attributes:
-        inputs: What every rank gives to dispatch.
-        dispatched: What every rank gets.
-        outputs: What every rank gives to combine; NaN in rows that nothing arrived for.
+        inputs: Of every rank to dispatch.
+        dispatched: Results of every rank.
+        outputs: Rows of every rank for combine; NaN in rows that nothing arrived for.
         weights: Of every rank.
-        combined: What every rank gets.
+        combined: Sums of every rank.
     """
 
     inputs: list[reference.RankInput]
@@ -181,7 +181,7 @@ def valid_rows(dispatched: LowLatencyDispatched) -> Tensor:
 
 
 def expert_outputs(dispatched: LowLatencyDispatched, hidden: int, *, seed: int) -> Tensor:
-    """What a rank's experts answer: bfloat16 `[E // R, R * M, H]`, NaN where nothing arrived."""
+    """Answers of a rank's experts: bfloat16 `[E // R, R * M, H]`, NaN where nothing arrived."""
     valid = valid_rows(dispatched)
     outputs = torch.full((*valid.shape, hidden), torch.nan, dtype=torch.bfloat16, device="cpu")
     outputs[valid] = rough_rows(int(valid.sum()), hidden, seed=seed)
@@ -427,7 +427,7 @@ def compare_dispatched(
     row_format: RowFormat,
     sizes: tuple[int, int, int],
 ) -> None:
-    """What `low_latency_dispatch` returned, without event and hook.
+    """Compares the results of `low_latency_dispatch`, without event and hook.
 
     Args:
         prefix: Of the message.

@@ -42,7 +42,7 @@ from tests.harness.ranks import line_up, settle
 
 @dataclass(frozen=True)
 class Round:
-    """What one round moves; the same on all ranks.
+    """Sizes and choices of one round; the same on all ranks.
 
     Attributes:
         num_tokens: Of each rank.
@@ -157,7 +157,7 @@ def random_round(num_ranks: int, seed: int, *, num_sms: int, max_tokens: int) ->
 
 
 def make_world(case: Round) -> list[reference.RankInput]:
-    """What every rank gives to dispatch, on the CPU."""
+    """Inputs of every rank to dispatch, on the CPU."""
     world = []
     for rank, tokens in enumerate(case.num_tokens):
         idx = _topk_idx(case, rank)
@@ -187,13 +187,13 @@ class Made:
     """Inputs of all ranks, and the routing that follows; read only, for threads share it.
 
     Attributes:
-        world: What every rank gives to dispatch.
+        world: Inputs of every rank to dispatch.
         topk_idx: Of every rank, also where it does not travel.
         num_worst: num_worst_tokens.
-        dispatched: What every rank gets.
+        dispatched: Results of every rank.
         handles: The same, of it the handles.
         others: Payload of the cached dispatch.
-        outputs: What every rank gives to combine.
+        outputs: Rows of every rank for combine.
         weights: The same, with `case.with_topk`.
     """
 
@@ -367,7 +367,7 @@ def check_no_room(
 
     Args:
         buffer: Of this rank.
-        case: What is sent; with top-k.
+        case: Of the round; with top-k.
         short: Ranks that have room for half of their rows. Of the others some let the host wait.
         capture: Captures what a function queues; returns the replay, and what the function did.
 

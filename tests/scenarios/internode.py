@@ -1,4 +1,4 @@
-"""What DeepEP's tests/test_internode.py checks (at 567632d), for NVLink domains of any size.
+"""The checks of DeepEP's tests/test_internode.py (at 567632d), for NVLink domains of any size.
 
 The body runs on processes of the CPU backend, on GPUs (tests/dist) and with virtual ranks of one
 GPU (tests/gpu). What is computed beside the operations is computed on the CPU, from seeds, so that
@@ -36,7 +36,7 @@ _BF16_DIFF, _FP8_DIFF = 5e-5, 5e-4
 
 
 class Inputs:
-    """What the ranks pass; every rank makes those of all.
+    """Inputs of the ranks; every rank makes those of all.
 
     Args:
         domains: Ranks of each NVLink domain.

@@ -1,4 +1,4 @@
-"""What the ranks of a low-latency test do, on one buffer: processes, threads, virtual ranks.
+"""Scenarios of the low-latency mode, on one buffer: for processes, threads, virtual ranks.
 
 Those of processes are called as ``scenario(group, environ, ...)`` by `launch.run`; those that take
 a `Buffer` are shared with tests/gpu.
@@ -429,7 +429,7 @@ def shrink(buffer: Buffer, op: str, absent: int, limit_seconds: float, meet: Any
 
     Args:
         buffer: Of this rank, made with `enable_shrink`.
-        op: Where rank `absent` stops.
+        op: Operation before which rank `absent` stops.
         absent: The rank.
         limit_seconds: For the first call that meets nobody.
         meet: All ranks are here, on the host.

@@ -1,4 +1,4 @@
-"""What every rank of tests/cpu/test_moe.py (and of tests/dist) does: layers against a dense one."""
+"""Scenarios of tests/cpu/test_moe.py (and of tests/dist): layers against a dense one."""
 
 from __future__ import annotations
 
@@ -147,7 +147,7 @@ def by_expert(case: Case, **options: Any) -> Callable[..., Tensor]:
 
 
 def eager(group: Any) -> None:
-    """Every form of the layer; a rank without tokens."""
+    """Both orders of the layer's rows; a rank without tokens."""
     for seed, tokens in enumerate((9, 0 if group.rank() == 0 else 5)):
         case = Case(group, tokens, seed=seed)
         worst = 9 * case.size
@@ -177,10 +177,10 @@ def odd_addresses(group: Any) -> None:
     """Rows, and gradients of rows, at addresses that the kernels do not take."""
     case = Case(group, 9)
 
-    def layer(x: Tensor, idx: Tensor, weights: Tensor, experts: Tensor, form: str) -> Tensor:
+    def layer(x: Tensor, idx: Tensor, weights: Tensor, experts: Tensor, order: str) -> Tensor:
         options: dict[str, Any] = {"num_experts": case.num_experts, "group": group}
         x = at_odd_address(x)
-        if form == "expert_major":
+        if order == "expert_major":
             got: Any = moe.dispatch(x, idx, weights, expert_major=True, **options)
             handle = got.handle
         else:
@@ -190,12 +190,12 @@ def odd_addresses(group: Any) -> None:
             handle = sent.handle
         y = moe.grouped_mm(at_odd_address(got.x), at_odd_address(experts), got.ends).tanh()
         y = at_odd_address((y * at_odd_address(got.weights)[:, None]).to(x.dtype))
-        if form != "expert_major":
+        if order != "expert_major":
             y = at_odd_address(moe.unpermute(y, got.handle))
         return at_odd_address(moe.combine(y, handle, group=group))
 
-    case.check(layer, form="expert_major")
-    case.check(layer, form="permute")
+    case.check(layer, order="expert_major")
+    case.check(layer, order="permute")
     # Expanded gradients, as sum() gives them.
     out = moe.dispatch(
         case.x, case.topk_idx, case.topk_weights, num_experts=case.num_experts, group=group
@@ -283,9 +283,9 @@ def compiled(group: Any, backend: str, quick: bool = False) -> None:
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     case = Case(group, 9)
     for options in ({"num_worst_tokens": 9 * case.size}, *([] if quick else [{}])):
-        for form in (by_expert, *([] if quick else [row_major])):
+        for build in (by_expert, *([] if quick else [row_major])):
             torch._dynamo.reset()
-            layer = torch.compile(form(case, **options), fullgraph=True, backend=backend)
+            layer = torch.compile(build(case, **options), fullgraph=True, backend=backend)
             case.check(layer)
             case.check(layer)
     moe.free_buffers()

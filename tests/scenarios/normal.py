@@ -1,4 +1,4 @@
-"""What the ranks of a test do, one process each: on the CPU (tests/cpu) and on GPUs (tests/dist).
+"""Scenarios of the normal mode, a process a rank: on the CPU (tests/cpu), on GPUs (tests/dist).
 
 With EPJIT_NVLINK_DOMAIN in the environment that is passed, they do the same between NVLink domains.
 
@@ -320,7 +320,7 @@ def withheld(
 
     Args:
         group: The ranks.
-        environ: What to set first.
+        environ: To be set first.
         cases: Operation and absent rank, one after the other on one buffer.
         seconds: Of one wait.
 

@@ -1,4 +1,4 @@
-"""What each rank does over real NVSHMEM; run by tests/dist/test_nvshmem.py."""
+"""Scenarios over real NVSHMEM, of one rank each; run by tests/dist/test_nvshmem.py."""
 
 from __future__ import annotations
 
@@ -118,3 +118,35 @@ def create_again(process_group: Any, environment: dict[str, str], times: int) ->
     nvshmem.finalize()
     assert not nvshmem.is_initialized(), process_id()
     return free, attached
+
+
+def collect_in_a_capture(process_group: Any, environment: dict[str, str]) -> tuple[int, ...]:
+    """A kernel goes while a CUDA graph is captured, and the graph stays whole.
+
+    Returns:
+        Kernels that are attached before the capture, in it, and after the next one has gone.
+    """
+    group, device = begin(process_group, environment)
+    topology = find_topology(group, device=device, domain_size=1)
+    transport = make_transport(group, topology, device=device)
+    with ring_sources():
+        rings = [Ring(group, transport, device=device, row_bytes=4096) for _ in range(2)]
+    for one in rings:
+        one.round(torch.cuda.current_stream().cuda_stream)
+        one.close()
+    torch.cuda.synchronize()
+    del one
+    attached = [len(nvshmem._attached)]
+    x, graph = torch.zeros(8, device="cuda"), torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        x.add_(1)
+        rings.pop()
+        gc.collect()
+        attached.append(len(nvshmem._attached))
+        x.add_(1)
+    graph.replay()
+    assert x.tolist() == [2.0] * 8
+    rings.pop()
+    gc.collect()
+    group.barrier()
+    return (*attached, len(nvshmem._attached))

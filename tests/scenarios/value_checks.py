@@ -18,16 +18,14 @@ TOKENS, HIDDEN, TOPK = 6, 256, 4
 
 
 def accepts(buffer: Buffer) -> None:
-    """Rounds of every routing without choices that are no expert, in every form of the calls."""
+    """Rounds of every routing without choices that are no expert, with every way to return."""
     sizes = {"num_tokens": (9, 0, 13, 4)[: buffer.group_size], "num_experts": 12}
     for seed, kind in enumerate(ROUTING_KINDS[:-1]):
         how, worst = ("sync", "async", "comm")[seed % 3], seed % 2 == 1
         check_round(buffer, Round(**sizes, kind=kind, seed=seed, how=how, worst=worst, num_sms=4))
         if buffer.low_latency_mode:
-            form = ("sync", "async", "hook")[seed % 3]
-            check_low_latency_round(
-                buffer, LowLatencyRound(**sizes, kind=kind, seed=seed, how=form)
-            )
+            how = ("sync", "async", "hook")[seed % 3]
+            check_low_latency_round(buffer, LowLatencyRound(**sizes, kind=kind, seed=seed, how=how))
 
 
 def refuses(buffer: Buffer) -> None:

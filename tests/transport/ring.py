@@ -18,10 +18,7 @@ CUDA_SRC = Path(__file__).parents[2] / "epjit" / "cuda_src"
 
 
 @dataclass(frozen=True)
-class RingConfig(KernelConfig):
-    source: ClassVar[str] = "ring.cu"
-    op: ClassVar[str] = "ring"
-    tag_template: ClassVar[str] = "ring_w{0.num_warps}"
+class RingConfig(KernelConfig, source="ring.cu", tag="ring_w{0.num_warps}"):
     needs_transport: ClassVar[bool] = True
 
     num_warps: int = 4

@@ -11,7 +11,7 @@ import typer
 from rich.text import Text
 
 from epjit.cli import show
-from epjit.cli.doctor import cache, gpus, rdma, software
+from epjit.cli.doctor import cache, gpus, nics, rdma, software
 from epjit.cli.doctor.check import Check, Section, Status
 
 _STYLES = {"ok": "green", "info": "cyan", "warning": "yellow", "wrong": "bold red"}
@@ -19,7 +19,7 @@ _VERDICT = Section("verdict")
 
 
 def doctor(
-    as_json: Annotated[bool, typer.Option("--json", help="One JSON object.")] = False,
+    as_json: show.Json = False,
     peers: Annotated[bool, typer.Option(help="Measure the links between GPUs.")] = True,
 ) -> None:
     """Check this machine; the exit code is 1 when something is wrong."""
@@ -31,6 +31,7 @@ def doctor(
         *([gpus.check_peers] if peers else []),
         gpus.check_fabric,
         rdma.check_rdma,
+        nics.check_nics,
         cache.check_cache,
         software.check_environment,
     ]

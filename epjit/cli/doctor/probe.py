@@ -5,9 +5,15 @@ from __future__ import annotations
 import ctypes
 import importlib
 import importlib.metadata
+import math
+import os
 import re
+import resource
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+
+_IPV4 = re.compile(r"0000:0000:0000:0000:0000:ffff:(?!0000:0000)[0-9a-f]{4}:[0-9a-f]{4}")
 
 
 def num_gpus() -> int:
@@ -43,9 +49,100 @@ def driver_cuda() -> tuple[int, int] | None:
     return major, minor // 10
 
 
-def nics() -> list[str]:
-    """Names of the NICs that RDMA could use."""
-    return sorted(path.name for path in Path("/sys/class/infiniband").glob("*"))
+@dataclass(frozen=True)
+class Port:
+    """One port of a NIC.
+
+    Attributes:
+        nic: Name of the NIC, such as ``"mlx5_0"``.
+        number: Of the port, from 1.
+        active: Whether its link is up.
+        link: ``"InfiniBand"`` or ``"Ethernet"``, and for EFA ``"Unspecified"``.
+        rate: In words, such as ``"400 Gb/sec (4X NDR)"``.
+        driver: Of the NIC, such as ``"mlx5_core"`` or ``"efa"``.
+        is_virtual: Whether the NIC is a virtual function of another.
+        routable: Whether it has a GID of RoCE v2 with an IPv4 address.
+    """
+
+    nic: str
+    number: int = 1
+    active: bool = True
+    link: str = "InfiniBand"
+    rate: str = ""
+    driver: str = "mlx5_core"
+    is_virtual: bool = False
+    routable: bool = False
+
+    @property
+    def name(self) -> str:
+        """As NVSHMEM_HCA_LIST has it."""
+        return f"{self.nic}:{self.number}"
+
+
+def ports(root: str = "/sys/class/infiniband") -> list[Port]:
+    """Ports of the NICs that RDMA could use."""
+    return [_port(path) for path in sorted(Path(root).glob("*/ports/*"))]
+
+
+def _port(path: Path) -> Port:
+    nic = path.parents[1]
+    gids = ((each, path / "gid_attrs/types" / each.name) for each in path.glob("gids/*"))
+    return Port(
+        nic=nic.name,
+        number=int(path.name),
+        active="ACTIVE" in read(str(path / "state")),
+        link=read(str(path / "link_layer")).strip(),
+        rate=read(str(path / "rate")).strip(),
+        driver=(nic / "device/driver").resolve().name,
+        is_virtual=(nic / "device/physfn").exists(),
+        routable=any(
+            _IPV4.match(read(str(gid))) and "RoCE v2" in read(str(kind)) for gid, kind in gids
+        ),
+    )
+
+
+def nvshmem_version() -> tuple[int, int, int] | None:
+    """Version of the NVSHMEM that would be taken; None without one that can be used."""
+    from epjit.runtime import nvshmem
+
+    try:
+        return nvshmem.find_installation().version
+    except (ImportError, RuntimeError):
+        return None
+
+
+def transports() -> list[str]:
+    """Transports of NVSHMEM that are loaded in this process, such as ``"ibgda"``."""
+    return sorted(set(re.findall(r"nvshmem_transport_(\w+)\.so", read("/proc/self/maps"))))
+
+
+def cores() -> int:
+    """CPU cores that this process may use, by its affinity and by the quota of its cgroup."""
+    number = len(os.sched_getaffinity(0))
+    quota, _, period = read("/sys/fs/cgroup/cpu.max").partition(" ")
+    return min(number, math.ceil(int(quota) / int(period))) if quota.isdecimal() else number
+
+
+def locked_memory() -> int:
+    """Bytes that this process may lock; -1 means any number."""
+    return resource.getrlimit(resource.RLIMIT_MEMLOCK)[0]
+
+
+def translated_groups() -> int:
+    """Groups of devices whose addresses the IOMMU translates; not those that it lets pass."""
+    kinds = (read(str(path)) for path in Path("/sys/kernel/iommu_groups").glob("*/type"))
+    return sum(kind.startswith("DMA") for kind in kinds)
+
+
+def exists(path: str) -> bool:
+    """Whether there is such a file."""
+    return Path(path).exists()
+
+
+def verbs() -> dict[str, bool]:
+    """Files through which processes use NICs, and whether this one may open each."""
+    found = sorted(map(str, Path("/dev/infiniband").glob("uverbs*")))
+    return {path: os.access(path, os.R_OK | os.W_OK) for path in found}
 
 
 def torch() -> ModuleType | None:

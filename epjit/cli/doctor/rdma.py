@@ -1,43 +1,64 @@
-"""Needs of several NVLink domains: NVSHMEM, a linker, NICs, and IBGDA's own things."""
+"""Needs of several NVLink domains: NVSHMEM, a linker, the transport, and IBGDA's own things."""
 
 from __future__ import annotations
 
 import re
-import resource
 from collections.abc import Iterator
-from pathlib import Path
 
 from epjit.cli import show
 from epjit.cli.doctor import probe
-from epjit.cli.doctor.check import Check, Section, Status, only_one
+from epjit.cli.doctor.check import Check, Section, only_one
 from epjit.remedy import upgrade_command
 
 NVSHMEM_PACKAGES = ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
+IBGDA = "NVSHMEM_IB_ENABLE_IBGDA"
+_ORDERING = "NVSHMEM_IB_ENABLE_RELAXED_ORDERING"
+_TRANSPORT = "NVSHMEM_REMOTE_TRANSPORT"
+_EFA_VERSION = (3, 6, 5)  # puts with signals are in flight together, over several NICs
 _RDMA = Section("between NVLink domains (RDMA)")
 
 
 def check_rdma() -> Iterator[Check]:
-    """NVSHMEM and NICs; with a NIC, or where IBGDA is wanted, what they need of this host."""
-    from epjit import env
-
-    nics = probe.nics()
+    """NVSHMEM; with a NIC, or where IBGDA is wanted, what they need of this host."""
+    ports = probe.ports()
     yield _nvshmem()
     yield _nvshmem_kernels()
-    none = "none in /sys/class/infiniband; between nodes install the NIC's driver (rdma-core)"
-    yield _RDMA.expect("NICs", nics, ", ".join(nics), none, severity=Status.info)
-    wants_ibgda = bool(env.nvshmem_ib_enable_ibgda.text())
-    if nics or wants_ibgda:
-        yield _peer_memory()
-        yield _RDMA.expect(
-            "gdrcopy",
-            Path("/dev/gdrdrv").exists(),
-            "/dev/gdrdrv",
-            "no /dev/gdrdrv",
-            remedy="signals through the CPU's proxy (without IBGDA) want it: install gdrdrv, "
-            "modprobe gdrdrv; in a container pass the device",
-        )
-        yield from _ibgda(wants_ibgda)
-        yield _locked_memory()
+    if not ports and not env_asks_for_ibgda():
+        return
+    has_gdrcopy = probe.exists("/dev/gdrdrv")
+    yield _transport(ports)
+    yield from _efa(ports)
+    yield _peer_memory()
+    yield from _writes_of_nics()
+    yield _RDMA.expect(
+        "gdrcopy",
+        has_gdrcopy,
+        "/dev/gdrdrv",
+        "no /dev/gdrdrv",
+        remedy="signals through the CPU's proxy (without IBGDA) want it: install gdrdrv, "
+        "modprobe gdrdrv; in a container pass the device",
+    )
+    yield _ordering(wants_ibgda(ports), has_gdrcopy)
+    yield from _ibgda(ports)
+    yield _locked_memory()
+    yield _cores()
+
+
+def env_asks_for_ibgda() -> bool:
+    """Whether IBGDA is asked for in so many words."""
+    from epjit import env
+
+    return bool(env.foreign(IBGDA)) and env.nvshmem_flag(IBGDA, default=False)
+
+
+def wants_ibgda(ports: list[probe.Port]) -> bool:
+    """Whether NVSHMEM is asked for IBGDA: by the environment, else by epjit where it can be had."""
+    from epjit import env
+
+    if env.foreign(IBGDA):
+        return env_asks_for_ibgda()
+    usable = any(port.active and port.driver == "mlx5_core" for port in ports)
+    return usable and not env.foreign(_TRANSPORT) and probe.loads("libmlx5.so.1")
 
 
 def _nvshmem() -> Check:
@@ -64,7 +85,7 @@ def _nvshmem_kernels() -> Check:
     try:
         linker, compiler = nvjitlink.version(), nvrtc.version()
         nvshmem_device.key()
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         return _only_between_nodes(name, "cannot be linked", str(error))
     value = f"nvJitLink {linker[0]}.{linker[1]} ({probe.mapped('nvJitLink')})"
     if linker >= compiler:
@@ -77,7 +98,7 @@ def _only_between_nodes(name: str, value: str, remedy: str) -> Check:
     """A missing part: it matters with a NIC, or with an NVSHMEM of one's own."""
     from epjit import env
 
-    if probe.nics() or env.nvshmem_dir():
+    if probe.ports() or env.nvshmem_dir():
         return _RDMA.warning(name, value, f"only between nodes: {remedy}")
     return _RDMA.info(name, f"{value}; it is only needed between nodes")
 
@@ -95,8 +116,93 @@ def _peer_memory() -> Check:
     )
 
 
-def _ibgda(is_wanted: bool) -> Iterator[Check]:
+def _transport(ports: list[probe.Port]) -> Check:
+    """What NVSHMEM is asked for. What it takes can be another, which the log of a run says."""
+    from epjit import env
+
+    asked = "IBGDA, else IBRC" if wants_ibgda(ports) else env.foreign(_TRANSPORT) or "IBRC"
+    loaded = probe.transports()
+    got = (
+        f"this process got {', '.join(loaded)}" if loaded else "NVSHMEM_DEBUG=INFO says what it is"
+    )
+    return _RDMA.ok("transport", f"{asked} is asked for; {got}")
+
+
+def _efa(ports: list[probe.Port]) -> Iterator[Check]:
+    """Needs of Amazon's NICs, which only libfabric drives."""
+    from epjit import env
+
+    chosen = (env.foreign(_TRANSPORT) or "").lower()
+    has_efa = any(port.driver == "efa" for port in ports)
+    if has_efa and chosen != "libfabric":
+        remedy = f"{_TRANSPORT}=libfabric NVSHMEM_LIBFABRIC_PROVIDER=efa, on all ranks"
+        yield _RDMA.warning("EFA", "IBRC and IBGDA cannot drive it", remedy)
+    if not has_efa and chosen != "libfabric":
+        return
+    version = probe.nvshmem_version()
+    if version is None:
+        return
+    text = ".".join(map(str, version))
+    yield _RDMA.expect(
+        "NVSHMEM over libfabric",
+        version >= _EFA_VERSION,
+        f"NVSHMEM {text}",
+        f"NVSHMEM {text}: before 3.5 one put with a signal is in flight at a time, and before "
+        "3.6.5 there is one NIC a rank",
+        remedy="NVSHMEM_DIR=(one of 3.6.5 or newer), and epjit before torch loads its own",
+    )
+
+
+def _writes_of_nics() -> Iterator[Check]:
+    """Whether a GPU, and its NVLink peers, read what a NIC wrote as soon as they see its signal."""
+    from epjit.runtime import device
+
+    try:
+        orders = [device.rdma_ordering(index) for index in range(probe.num_gpus())]
+        flushes = [device.rdma_flushes(index) for index in range(len(orders))]
+    except (ImportError, RuntimeError) as error:
+        yield _RDMA.warning("writes of NICs", f"cannot be asked: {error}", "update the driver")
+        return
+    if not orders:
+        return
+    words = {
+        0: "in no order",
+        100: "in order for the GPU itself, and as epjit assumes for its NVLink peers",
+        200: "in order for all GPUs",
+    }
+    least = min(orders)
+    yield _RDMA.expect(
+        "writes of NICs",
+        least >= 100,
+        f"{words.get(least, 'unknown')} (attribute 118: {least}, 117: {min(flushes)})",
+        remedy="NVSHMEM_DISABLE_DATA_DIRECT=1, one NIC a rank, and a soak that compares rows: "
+        "the page `The first hour on a cluster`",
+    )
+
+
+def _ordering(is_ibgda: bool, has_gdrcopy: bool) -> Check:
+    """Whether a signal can pass the data before it: relaxed ordering, and who writes the signal."""
+    from epjit import env
+
+    name = "relaxed ordering"
+    text = env.foreign(_ORDERING)
+    if not env.nvshmem_flag(_ORDERING, default=True):
+        return _RDMA.ok(name, f"off: {_ORDERING}={text}")
+    if is_ibgda:
+        value = "signals are atomics of the NIC, which come after the data"
+        unless = f"not with PCI_ATOMIC_MODE=4 in its firmware: then set {_ORDERING}=0"
+        return _RDMA.ok(name, f"on; {value} ({unless})")
+    if has_gdrcopy:
+        return _RDMA.ok(name, "on; the CPU writes a signal after the data have come")
+    if text is None:
+        return _RDMA.ok(name, "off: epjit sets it so, for without gdrdrv a signal could pass data")
+    value = f"{_ORDERING}={text}, and without gdrdrv a signal can pass the data before it"
+    return _RDMA.wrong(name, value, f"unset {_ORDERING}, or load gdrdrv")
+
+
+def _ibgda(ports: list[probe.Port]) -> Iterator[Check]:
     """Needs of GPUs that drive the NIC themselves."""
+    is_wanted = wants_ibgda(ports)
     loads = probe.loads("libmlx5.so.1")
     remedy = "apt-get install ibverbs-providers (IBGDA works with NVIDIA's NICs only)"
     yield _RDMA.expect("IBGDA: libmlx5.so.1", loads, "loads", "not found", remedy=remedy)
@@ -110,13 +216,50 @@ def _ibgda(is_wanted: bool) -> Iterator[Check]:
         "them NVSHMEM lets the CPU ring: NVSHMEM_IBGDA_NIC_HANDLER=cpu)"
     )
     yield _RDMA.expect("IBGDA: driver parameters", mapping and memops, value, remedy=remedy)
-    wanted = "yes" if is_wanted else "no: NVSHMEM_IB_ENABLE_IBGDA=1 turns it on"
-    yield _RDMA.ok("IBGDA: wanted", wanted)
+    virtual = [port.name for port in ports if port.active and port.is_virtual]
+    if is_wanted and virtual:
+        remedy = (
+            "signals need extended atomics, which virtual functions often lack: ask the host's "
+            "administrator (mlxconfig query PCI_ATOMIC_MODE), or NVSHMEM_IB_ENABLE_IBGDA=0"
+        )
+        yield _RDMA.warning("IBGDA: atomics", f"virtual functions: {', '.join(virtual)}", remedy)
+    yield _ibgda_is_wanted(is_wanted)
+
+
+def _ibgda_is_wanted(is_wanted: bool) -> Check:
+    """The flag, as NVSHMEM reads it, and whether epjit reads the same."""
+    from epjit import env
+
+    name, text = "IBGDA: wanted", env.foreign(IBGDA)
+    value = "yes" if is_wanted else "no"
+    if not text:
+        why = "where all ranks can" if is_wanted else f"{IBGDA}=1 turns it on"
+        return _RDMA.ok(name, f"{value}: {why}")
+    value = f"{value}: {IBGDA}={text}"
+    try:
+        agree = env.nvshmem_ib_enable_ibgda() == is_wanted
+    except ValueError:
+        agree = False
+    if agree:
+        return _RDMA.ok(name, value)
+    return _RDMA.wrong(name, f"{value}, as NVSHMEM reads it", f"say {IBGDA}=0 or {IBGDA}=1")
 
 
 def _locked_memory() -> Check:
-    soft, _ = resource.getrlimit(resource.RLIMIT_MEMLOCK)
-    if soft == resource.RLIM_INFINITY:
+    limit = probe.locked_memory()
+    if limit < 0:
         return _RDMA.ok("locked memory", "unlimited")
     remedy = "ulimit -l unlimited (docker run --ulimit memlock=-1)"
-    return _RDMA.warning("locked memory", show.size(soft), remedy)
+    return _RDMA.warning("locked memory", show.size(limit), remedy)
+
+
+def _cores() -> Check:
+    """The proxy of each rank spins on a core, beside the rank's own thread."""
+    cores, ranks = probe.cores(), max(1, probe.num_gpus())
+    return _RDMA.expect(
+        "CPU cores",
+        cores >= 2 * ranks,
+        f"{cores} for {ranks} ranks, of which each keeps two busy",
+        remedy="a rank's proxy thread wants a core of its own, or puts stall for milliseconds: "
+        "widen taskset, --cpus-per-task or the cgroup",
+    )

@@ -60,7 +60,7 @@ def check_compiler() -> Iterator[Check]:
     arch = device.arch_of(0) if probe.num_gpus() else "sm_90a"
     start = time.perf_counter()
     try:
-        nvrtc.compile_cubin(
+        nvrtc.compile_unit(
             "__global__ void probe() {}", "probe.cu", arch=arch, headers={}, name_expression="probe"
         )
     except RuntimeError as error:

@@ -72,7 +72,7 @@ __device__ __forceinline__ float e4m3_to_float(uint32_t code) {
 
 constexpr int kCastElements = 16;
 
-// What a lane has after the cast of its 16 elements: up to 16 bytes, and its block's scale.
+// The cast of a lane's 16 elements: up to 16 bytes, and the scale of its block.
 struct CastItem {
   uint32_t words[4];  // kNvfp4 uses two
   uint32_t scale;     // its bits, in format_scale_bytes()
@@ -180,7 +180,7 @@ __device__ __forceinline__ LogItem log_encode(const Vec16 (&pieces)[2]) {
   return item;
 }
 
-// What one code of a block stands for.
+// The values of the codes of a block: the lowest, and the step from one to the next.
 struct LogRange {
   uint32_t lowest;
   float step;

@@ -1,4 +1,4 @@
-// What travels beside a row of a dispatch: scales and selections. Params has the fields of the
+// Scales and selections, which travel beside a row of a dispatch. Params has the fields of the
 // dispatch kernels' parameters that are named here.
 #pragma once
 #include "epjit/ptx.cuh"

@@ -12,7 +12,7 @@
 // One writer each, and every comparison tells what an earlier operation has left, however long ago
 // (has_reached, make_word), so nothing is ever reset.
 //
-// An operation (notify, dispatch, combine) has an epoch: one more than the word `epoch` in local
+// An operation (notify, dispatch, combine) has an epoch: one more than the word `epoch` in own
 // memory holds. Its first write to memory that a peer may still use is preceded by enter(): every
 // peer has finished epoch - 1. Its last block calls finish_operation(). The epoch lives on the
 // device, so a CUDA graph replays.
@@ -35,7 +35,7 @@
 
 namespace epjit {
 
-// What a fault record calls the wait.
+// Number of a wait in a fault record.
 // Python reads these lines: "name = value,  // operation: text".
 enum WaitTag : int32_t {
   kWaitNotifyStart = 1,                // notify: its start
@@ -72,14 +72,14 @@ enum WaitTag : int32_t {
   kRoomCombineRows = 31,      // combine: rows are to go back from
 };
 
-// Base of the parameters of all kernels that wait. (Bases have fields of 64 bits alone: numbers that
-// are neighbours are loaded together, and a kernel near the limit of its registers spills when its
-// neighbours are others.)
+// Base of the parameters of all kernels that wait; "own" is memory of a rank that no peer reaches.
+// (Bases have fields of 64 bits alone: numbers that are neighbours are loaded together, and a kernel
+// near the limit of its registers spills when its neighbours are others.)
 struct Operation {
   uint64_t signals[kMaxRanks];  // symmetric, of each rank that shares them
-  uint32_t* epoch;              // local [1]
+  uint32_t* epoch;              // own [1]
   uint64_t* fault;              // host [2, 8], see Waiter; of the low-latency mode [8]
-  uint32_t* abort;              // local [1]
+  uint32_t* abort;              // own [1]
   uint64_t timeout_ns;          // of one wait
 };
 
@@ -108,7 +108,7 @@ __device__ __forceinline__ uint64_t stamp(uint32_t epoch, uint32_t window) {
 
 // ---- waits --------------------------------------------------------------------------------------
 
-// Where the ranks that share the signals stand, when there are several NVLink domains.
+// Place of the ranks that share the signals in the group, when there are several NVLink domains.
 struct Domains {
   const int32_t* ranks;   // [num_domains, num_ranks]: numbers in the group; null: one domain
   const uint64_t* rails;  // [num_ranks], address of [2, num_domains, 2] u64 of each of these ranks:
@@ -122,18 +122,18 @@ struct Domains {
 struct Waiter {
   uint64_t* fault;      // host memory, [2, 8]: state, tag, rank, peer, index, expected, seen, epoch
                         // of a wait; the same of an overflow: expected = room, seen = what came
-  uint32_t* abort;      // local: not zero once a wait of this rank has failed
+  uint32_t* abort;      // own [1]: not zero once a wait of this rank has failed
   uint64_t timeout_ns;  // of one wait
   uint64_t signals;     // this rank's
   int32_t rank;         // among those that share the signals
   int32_t num_ranks;    // that share the signals
   uint32_t epoch;
   WaitTag start_tag;  // what a record calls a peer that never started
-  uint32_t* mask;     // local [num_ranks], 1 = masked; null: a late peer is a fault
+  uint32_t* mask;     // own [num_ranks], 1 = masked; null: a late peer is a fault
   Domains domains;
   bool leaves = false;  // a wait that runs out of time says nothing: the block leaves
 
-  // What a fault record calls a rank that shares the signals.
+  // Number in the group, as a fault record has it, of a rank that shares the signals.
   __device__ __forceinline__ int name(int peer) const {
     return domains.ranks == nullptr ? peer : domains.ranks[domains.domain * num_ranks + peer];
   }
@@ -252,7 +252,7 @@ __device__ inline void report_fault(const Waiter& waiter, WaitTag tag, int peer,
                waiter.epoch);
 }
 
-// What this rank finds out by itself, without a wait.
+// Reports a fault that this rank finds by itself, without a wait.
 __device__ inline void report_at_once(const Waiter& waiter, WaitTag tag, uint64_t index) {
   if (ptx::atom_cas_sys(waiter.abort, 0, 1) == 0)
     write_record(waiter.fault, tag, waiter.name(waiter.rank), waiter.name(waiter.rank), index,

@@ -1,4 +1,4 @@
-// What topk_idx chooses.
+// Choices in topk_idx, read and held against the number of experts.
 #pragma once
 #include "epjit/ptx.cuh"
 

@@ -1,5 +1,5 @@
-// What carries bytes to ranks that no load and no store reaches: the whole of what kernels know of
-// RDMA. A kernel that includes this is linked with one of the bodies in cuda_src/transport:
+// The transport: it carries bytes to ranks that no load and no store reaches, and is all that kernels
+// know of RDMA. A kernel that includes this is linked with one of the bodies in cuda_src/transport:
 //
 //   nvshmem   the device functions of NVSHMEM
 //   loopback  ranks that share a host or a process: loads and stores, with delays drawn from a seed

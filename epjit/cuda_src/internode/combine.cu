@@ -76,7 +76,7 @@ struct InternodeCombineParams : Operation, RailParams, RingParams {
   uint64_t slots[kMaxRanks];     // symmetric, of each local rank
   uint64_t words[kMaxRanks];     // symmetric, of each local rank
   char* inbox;                   // this rank's
-  // local [2 + ranks + 5 * num_domains]: ticket, next token to reduce, next unit to push of each
+  // own [2 + ranks + 5 * num_domains]: ticket, next token to reduce, next unit to push of each
   // channel, next chunk to sum of each domain, what is used of (slots, window & 1) and of (inbox,
   // window & 1) of each domain; zero on entry and on exit
   uint32_t* counters;
@@ -185,7 +185,7 @@ class InternodeCombine {
     return min(max(segment_start(source), 0), p.num_rows);
   }
 
-  // Where `passing` has the tokens of the channel (n, local).
+  // Index in `passing` of the first token of the channel (n, local).
   __device__ int passing_start(int n) const { return n == 0 ? 0 : p.passing_prefix[n - 1]; }
 
   __device__ uint32_t passing(int place) const {
@@ -248,7 +248,7 @@ class InternodeCombine {
 
   // ---- rows of one domain -----------------------------------------------------------------------
 
-  // Where the rows of a token lie: lane j has that of local rank j, or null.
+  // Address of a row of a token, and of its weights: lane j has that of local rank j, or null.
   struct Rows {
     const char* row;
     const float* weights;

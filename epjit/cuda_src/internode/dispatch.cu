@@ -83,7 +83,7 @@ struct InternodeDispatchParams : Operation, RailParams, RingParams {
                         // local rank j has room for; not read where passing is null
   uint64_t inbox[kMaxRanks];  // symmetric, of each local rank, as mapped here
   uint64_t words[kMaxRanks];  // symmetric, of each local rank
-  // local [2 + 2 * ranks]: ticket, next chunk, tokens pulled of (channel, window & 1); zero on entry
+  // own [2 + 2 * ranks]: ticket, next chunk, tokens pulled of (channel, window & 1); zero on entry
   // and on exit
   uint32_t* counters;
   int32_t ring_slots;
@@ -167,12 +167,12 @@ class InternodeDispatch {
  private:
   __device__ int window_tokens() const { return p.ring_slots / 2; }
 
-  // Where the token of the channel (n, l) to this domain lies.
+  // Slot of a token of the channel (n, l) to this domain.
   __device__ char* inbox(int l, int n, int index) const {
     return reinterpret_cast<char*>(p.inbox[l]) + rail.ring_offset(n, index, kSlotBytes);
   }
 
-  // Where a token for domain n is written.
+  // Slot that a token for domain n is written to.
   __device__ char* send_slot(int n, int index) const {
     return n == p.domain ? inbox(p.local, n, index)
                          : p.stage + rail.ring_offset(n, index, kSlotBytes);

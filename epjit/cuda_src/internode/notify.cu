@@ -50,7 +50,7 @@ struct InternodeNotifyParams : Operation, RailParams {
   uint64_t* host_counts;                 // host [2 + experts_per_rank]
   uint64_t inbox[kMaxRanks];  // symmetric [num_domains, notify_stride] i32, of each local rank
   int32_t* stage;             // this rank's [num_domains, notify_stride]: messages to be put
-  uint32_t* counters;         // local [1]; zero on entry and on exit
+  uint32_t* counters;         // own [1]; zero on entry and on exit
   int32_t notify_stride;      // a multiple of 4
   int32_t num_tokens;
   int32_t num_recv_rows;  // that this rank has room for; 0 = the host will make room for all
@@ -145,7 +145,7 @@ class InternodeNotify {
     return reinterpret_cast<const int32_t*>(p.inbox[j]) + static_cast<int64_t>(n) * p.notify_stride;
   }
 
-  // What of it is for a local rank: tokens, then the counts of its experts.
+  // The part of it for a local rank: tokens, then the counts of its experts.
   __device__ const int32_t* received_for(int reader, int n, int j) const {
     return received(n, j) + 2 + reader * (1 + p.experts_per_rank);
   }

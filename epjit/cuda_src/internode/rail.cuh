@@ -1,4 +1,4 @@
-// What the three kernels between NVLink domains share: who is who, the rings between rail peers, and
+// Rails, for the three kernels between NVLink domains: who is who, the rings between rail peers, and
 // what these tell each other.
 //
 // A rank is (domain, local). Its rail peers are the ranks of the same `local` in the other domains;
@@ -70,7 +70,7 @@ class Rail {
   static_assert(kChunk >= 1 && kChunk <= kWarpSize, "one lane a token");
 
  public:
-  // What a fault record calls the waits.
+  // Numbers of the waits in a fault record.
   struct Tags {
     WaitTag start, entry, ready;
   };

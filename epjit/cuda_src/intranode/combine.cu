@@ -59,7 +59,7 @@ struct CombineParams : Operation {
   float* combined_topk_weights;  // [num_tokens, num_topk]
   uint64_t slots[kMaxRanks];     // symmetric, of each rank
   uint64_t words[kMaxRanks];     // symmetric, of each rank
-  // local [4 + num_ranks]: ticket, next reduce unit, units reduced of (window & 1), next push
+  // own [4 + num_ranks]: ticket, next reduce unit, units reduced of (window & 1), next push
   // units; zero on entry and on exit
   uint32_t* counters;
   int32_t num_slots;  // even, at least 2
@@ -113,7 +113,7 @@ class Combine {
  private:
   __device__ int window_of(int token) const { return token / (p.num_slots / 2); }
 
-  // Where rank `writer` puts the row of the owner's token.
+  // Slot that rank `writer` puts the row of the owner's token into.
   __device__ char* slot(int owner, int writer, int token) const {
     const int64_t i = static_cast<int64_t>(writer) * p.num_slots + token % p.num_slots;
     return reinterpret_cast<char*>(p.slots[owner]) + i * kSlotBytes;

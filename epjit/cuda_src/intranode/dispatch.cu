@@ -87,7 +87,7 @@ struct DispatchParams : Operation {
   uint64_t words[kMaxRanks];     // symmetric, of each rank
   uint64_t places[kMaxRanks];    // symmetric, of each rank; direct only
   uint64_t outputs[kMaxRanks];   // symmetric, of each rank: what places count from; direct only
-  // local [2 + 2 * num_ranks]: ticket, next chunk, tokens pulled of (source, window & 1); zero on
+  // own [2 + 2 * num_ranks]: ticket, next chunk, tokens pulled of (source, window & 1); zero on
   // entry and on exit
   uint32_t* counters;
   bool has_room;            // the outputs lie in symmetric memory: peers write them; direct only
@@ -130,7 +130,7 @@ class Dispatch {
   static constexpr int kMostRows = kRows > 4 ? kRows : 4 / kRows * kRows;  // of a chunk
   static constexpr int kScales = kCfg.num_scales;
   static constexpr int kTopk = kCfg.num_topk;
-  // What travels beside a row; a selection is an index and a weight.
+  // Items that travel beside a row; a selection is an index and a weight.
   static constexpr int kItems = kScales + kTopk;
   static constexpr int kSlotBytes = dispatch_slot_bytes(kCfg);
   static_assert(kRanks >= 1 && kRanks <= kMaxRanks);
@@ -171,7 +171,7 @@ class Dispatch {
  private:
   __device__ int window_tokens() const { return p.num_slots / 2; }
 
-  // Where `reader` finds the token of `source`.
+  // Slot in which `reader` finds the token of `source`.
   __device__ char* slot(int reader, int source, int token) const {
     const int64_t i = token % p.num_slots;
     if constexpr (kCfg.push)
@@ -257,7 +257,7 @@ class Dispatch {
            p.send_head[static_cast<int64_t>(token) * kRanks + reader];
   }
 
-  // Where the row of a token of this rank is written for `reader`; null: nowhere.
+  // Address that the row of a token of this rank is written to for `reader`; null: it is not.
   __device__ char* destination(int reader, int token) const {
     if (!has_room(reader)) return slot(reader, p.rank, token);
     const DispatchOutputs outputs = outputs_of(reader);

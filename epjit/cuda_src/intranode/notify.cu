@@ -38,7 +38,7 @@ struct NotifyParams : Operation {
   int32_t* send_head;                    // [num_tokens, num_ranks]
   uint64_t* host_counts;                 // host [1 + experts_per_rank]
   uint64_t notify[kMaxRanks];            // symmetric [num_ranks, notify_stride] i32, of each rank
-  uint32_t* counters;                    // local [1]; zero on entry and on exit
+  uint32_t* counters;                    // own [1]; zero on entry and on exit
   int32_t notify_stride;
   int32_t num_tokens;
   int32_t num_recv_rows;  // that this rank has room for; 0 = the host will make room for all

@@ -34,7 +34,7 @@ struct LayoutParams {
   int32_t* num_tokens_per_rdma_rank;  // [num_domains], or null
   int32_t* num_tokens_per_expert;     // [num_experts]
   bool* is_token_in_rank;             // [num_tokens, num_ranks]
-  uint32_t* counters;                 // local, see above
+  uint32_t* counters;                 // own, see above
   int32_t num_tokens;
   int32_t num_topk;
   int32_t num_experts;

@@ -36,9 +36,9 @@ struct CleanConfig {
 
 struct CleanParams : Operation, PeerParams {
   uint64_t meetings[kMaxRanks];  // symmetric, of each rank of the domain
-  uint32_t* state;  // local [1 + 2 * num_ranks]: number of calls; last number that each rank was
+  uint32_t* state;  // own [1 + 2 * num_ranks]: number of calls; last number that each rank was
                     // answered; last number of each rank that was met
-  uint32_t* mask;   // local [num_ranks], or null
+  uint32_t* mask;   // own [num_ranks], or null
   int32_t rank;
   int32_t local;  // index of this rank in meetings and signals
 };

@@ -66,7 +66,7 @@ struct LowLatencyCombineParams : Operation, PeerParams, LowLatencyParams {
   int64_t* wait_cost;            // [num_ranks], += cycles until it had begun; or null
   char* staging;                 // symmetric, own; null in one domain
   int64_t staging_half_bytes;
-  // local [3]: ticket, next pushing unit, next reducing unit; zero on entry and on exit
+  // own [3]: ticket, next pushing unit, next reducing unit; zero on entry and on exit
   uint32_t* counters;
   int32_t words_stride;  // words of a half
   int32_t num_tokens;

@@ -51,7 +51,7 @@ struct LowLatencyReducedCombineParams : Operation, LowLatencyParams {
                                  // each owner, -1 = none here, -2 = beyond the slab
   char* out;                     // [num_tokens, hidden] bf16
   int64_t* wait_cost;            // [num_ranks], += cycles until it had begun; or null
-  uint32_t* counters;            // local [3]: ticket, next unit to send, next unit to add; zero on
+  uint32_t* counters;            // own [3]: ticket, next unit to send, next unit to add; zero on
                                  // entry and on exit
   int32_t words_stride;          // words of a half
   int32_t num_tokens;
@@ -124,7 +124,7 @@ class LowLatencyReducedCombine {
     return words(owner) + (token * kRanks + writer) * p.num_parts + part;
   }
 
-  // Where `reader` finds the weight of a selection, token * kTopk + k, of `owner`.
+  // Word in which `reader` finds the weight of a selection, token * kTopk + k, of `owner`.
   __device__ uint64_t* weight_word(int reader, int owner, int selection) const {
     return words(reader) + p.max_tokens * (kRanks * p.num_parts + owner * kTopk) + selection;
   }
@@ -258,6 +258,7 @@ class LowLatencyReducedCombine {
     const char* const own =
         stays >= 0 && is_whole() ? p.x + static_cast<int64_t>(stays) * kRowBytes : nullptr;
     const uint32_t own_rows = __ballot_sync(kFullMask, own != nullptr);
+    const int own_rank = own_rows != 0 ? p.rank : -1;
     for_each_vec<kVecs>(part, p.num_parts, lane, [&](int vec, bool valid) {
       Vec16 v[kRanks];
 #pragma unroll
@@ -269,7 +270,7 @@ class LowLatencyReducedCombine {
       float total[8] = {};
 #pragma unroll
       for (int r = 0; r < kRanks; ++r) {
-        const bool is_own = r == p.rank && own_rows != 0;
+        const bool is_own = r == own_rank;
         if (!is_own && of_lane(row, r) == nullptr) continue;
         add_weighted(total, 1.0f, is_own ? mine : v[r]);
       }

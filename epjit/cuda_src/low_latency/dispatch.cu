@@ -32,8 +32,8 @@
 // counts of all ranks and adds them up, one of them for the outputs. Then the warps draw (token,
 // source, part) and copy it from its slot to its experts.
 //
-// Progress: what is sent waits for nothing, and whoever waits has found all sending drawn by a block
-// that runs. So the grid need not be resident as a whole, and nothing is asked of what else runs on
+// Progress: what is sent waits for nothing, and a block waits only after every unit of sending has
+// been drawn by a block that runs. So the grid need not be resident as a whole, and nothing is asked of what else runs on
 // the GPU. Nor is it held up: while a peer is late, few blocks wait for its counts (sync.cuh, "blocks
 // that leave"), and who has counts waits for rows that are being sent. With a hook the two phases are
 // two launches and hold nothing in between.
@@ -88,10 +88,10 @@ struct LowLatencyDispatchParams : Operation, PeerParams, LowLatencyParams {
   int32_t* recv_stats;         // [experts_per_rank], += rows; or null
   int64_t* wait_cost;          // [num_ranks], += cycles until its counts were here; or null
   uint64_t counts[kMaxRanks];  // symmetric, of each rank of the domain
-  uint64_t* staged_counts;     // symmetric, own, as counts; null in one domain
-  uint32_t* decisions;    // local [num_ranks]: epoch << 2 | whether it was dropped after all << 1 |
+  uint64_t* staged_counts;     // symmetric, this rank's, as counts; null in one domain
+  uint32_t* decisions;    // own [num_ranks]: epoch << 2 | whether it was dropped after all << 1 |
                           // whether the source is received
-  uint32_t* counters;     // local [3]: ticket, next unit, next row; zero on entry and on exit
+  uint32_t* counters;     // own [3]: ticket, next unit, next row; zero on entry and on exit
   int32_t words_stride;   // words of a half
   int32_t counts_stride;  // words of a row
   int32_t num_tokens;
@@ -331,8 +331,8 @@ class LowLatencyDispatch {
     return e >= 0 && may_send(waiter, e / kExpertsARank) ? e / kExpertsARank : -1;
   }
 
-  // Where each selection comes among those of its expert, to all ranks of the token; lane k has the
-  // expert of selection k.
+  // Tells all ranks of the token the position of each selection among those of its expert; lane k has
+  // the expert of selection k.
   __device__ void send_selections(int token, int e) {
     const uint32_t same = __match_any_sync(kFullMask, e);
     const uint32_t before = __popc(same & ((1u << lane) - 1));

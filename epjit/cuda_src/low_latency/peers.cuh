@@ -1,4 +1,4 @@
-// Where the ranks are, for the low-latency kernels of a group that spans several NVLink domains.
+// Peers of the low-latency kernels in a group that spans several NVLink domains: how each is reached.
 //
 // The parameters' arrays of addresses have an entry for each rank of the own domain, `local` is that
 // of this rank. `peers` has the index of every rank of the group in these arrays; a rank of another
@@ -32,7 +32,7 @@ namespace epjit {
 
 // Base of the parameters of kernels that reach remote ranks.
 struct PeerParams {
-  const int32_t* peers;  // local [num_ranks]; null in one domain
+  const int32_t* peers;  // own [num_ranks]; null in one domain
   uint64_t transport;
 };
 

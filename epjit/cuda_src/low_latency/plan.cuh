@@ -26,12 +26,12 @@ class Plan {
 
   // ---- rows of counts ---------------------------------------------------------------------------
 
-  // What `source` tells a reader of this domain, by its index in `counts`.
+  // Counts that `source` tells a reader of this domain, by its index in `counts`.
   __device__ uint64_t* counts(int reader, int source) const {
     return reinterpret_cast<uint64_t*>(p.counts[reader]) + offset(source);
   }
 
-  // What this rank is going to tell a remote reader.
+  // Counts that this rank is going to tell a remote reader.
   __device__ uint64_t* staged_counts(int reader) const { return p.staged_counts + offset(reader); }
 
   // In such a row: selections of local expert e; e = kExpertsARank: tokens.

@@ -43,7 +43,7 @@ __device__ inline char* address_at(const Record* record, const void* ptr, int pe
   __trap();  // no symmetric memory: a mistake of the kernel
 }
 
-// What one call draws; the same in all lanes that were given the same ticket.
+// Random numbers of one call; the same in all lanes that were given the same ticket.
 class Delays {
  public:
   __device__ Delays(const Record* record, uint64_t ticket)

@@ -15,8 +15,8 @@ CPU = torch.device("cpu")
 
 @pytest.mark.parametrize("shape", [(0,), (5,), (3, 4), (0, 4), (3, 0)])
 def test_as_torch_empty(shape: tuple[int, ...]) -> None:
-    form = vector(torch.int64, *shape) if len(shape) == 1 else matrix(torch.int64, *shape)
-    made, none = empty_on(CPU)([form, None])
+    spec = vector(torch.int64, *shape) if len(shape) == 1 else matrix(torch.int64, *shape)
+    made, none = empty_on(CPU)([spec, None])
     wanted = torch.empty(shape, dtype=torch.int64)
     assert none is None
     assert (made.shape, made.stride(), made.dtype, made.device) == (
@@ -29,11 +29,11 @@ def test_as_torch_empty(shape: tuple[int, ...]) -> None:
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, ...]]:
-    """What was asked of either function on a machine whose current GPU is 1."""
+    """Calls of either function on a machine whose current GPU is 1."""
     found: list[tuple[Any, ...]] = []
     guards = torch._C._dynamo.guards
     monkeypatch.setattr(torch._C, "_cuda_getDevice", lambda: 1, raising=False)
-    monkeypatch.setattr(guards, "_empty_strided_cuda", lambda *form: found.append(form))
+    monkeypatch.setattr(guards, "_empty_strided_cuda", lambda *spec: found.append(spec))
 
     def empty_strided(*args: Any, device: torch.device, **options: Any) -> None:
         found.append((*args, options["dtype"], device.index))

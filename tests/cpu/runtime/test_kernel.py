@@ -383,13 +383,13 @@ def test_dump(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_of_many_threads_one_compiles(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
-    real = nvrtc.compile_cubin
+    real = nvrtc.compile_unit
 
     def counting(*args: Any, **kwargs: Any) -> tuple[bytes, str, str]:
         calls.append(threading.get_ident())
         return real(*args, **kwargs)
 
-    monkeypatch.setattr(nvrtc, "compile_cubin", counting)
+    monkeypatch.setattr(nvrtc, "compile_unit", counting)
     results: list[kernel.Compiled] = []
     threads = [
         threading.Thread(

@@ -9,10 +9,13 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
 import time
+import weakref
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -21,11 +24,14 @@ from typing import Any
 import pytest
 
 from epjit.errors import CommunicationError, CompileError
+from epjit.formats import BF16
 from epjit.kernels import internode, low_latency
+from epjit.kernels.shapes import CombineShape, DispatchShape
+from epjit.runtime import driver, nvrtc, nvshmem, nvshmem_device, stream
 from epjit.runtime import group as groups
-from epjit.runtime import nvrtc, nvshmem, nvshmem_device
 from epjit.runtime.heap import Heap, choose_block
-from epjit.runtime.kernel import compile_kernel
+from epjit.runtime.kernel import KernelConfig, compile_kernel
+from epjit.runtime.network import Network
 from tests.cpu.runtime.test_group import run_threads
 from tests.cpu.runtime.test_kernel import CU12
 from tests.harness import launch
@@ -129,16 +135,58 @@ def test_kernels_that_are_linked_spill_nothing(
     assert not wrong, wrong
 
 
+def kernels_between_domains(arch: str) -> Iterator[KernelConfig]:
+    """The kernels of DeepEP's sizes, from two hosts with eight GPUs each to eight."""
+    bf16, fp8 = DispatchShape(14336, 0, 8, True), DispatchShape(7168, 56, 8, True)
+    for num_domains in (2, 4, 8):
+        yield internode.InternodeNotifyConfig(num_domains, 8)
+        for shape in (bf16, fp8, CombineShape(14336, 8, is_f16=False)):
+            yield internode.config_of(shape, num_domains, 8, arch)
+    shapes = low_latency.warmup_shapes(
+        hidden=7168,
+        num_experts=256,
+        num_topk=8,
+        topk_is_int64=True,
+        row_format=BF16,
+        use_logfmt=False,
+    )
+    for num_ranks in (16, 64):
+        yield low_latency.CleanConfig(num_ranks, True)
+        for each in shapes:
+            yield low_latency.config_of(each, num_ranks, arch, remote=True)
+
+
+@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
+@pytest.mark.parametrize("version", ["3.4.5", "3.8.0"])
+def test_every_kernel_is_linked_with_ibgda(
+    version: str, arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its block fits the registers of an SM; 1 to 2 s a kernel."""
+    monkeypatch.setenv("NVSHMEM_DIR", str(copy_of(version, 13)))
+    monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "1")
+    monkeypatch.setenv("EPJIT_CACHE_DIR", str(tmp_path))
+    kernels = list(kernels_between_domains(arch))
+    assert len(set(kernels)) == 18
+    with ThreadPoolExecutor(2) as pool:
+        compiled = list(pool.map(lambda config: compile_kernel(config, arch=arch), kernels))
+    wrong = {
+        repr(config): result.registers
+        for config, result in zip(kernels, compiled, strict=True)
+        if not 16 < result.registers <= 65536 // config.threads
+    }
+    assert not wrong, wrong
+
+
 def test_body_and_kernel_are_cached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("EPJIT_CACHE_DIR", str(tmp_path))
     compiled: list[str] = []
-    real = nvrtc.compile_ltoir
+    real = nvrtc.compile_unit
 
     def counting(text: str, name: str, **options: Any) -> Any:
         compiled.append(name.partition(" ")[0])
         return real(text, name, **options)
 
-    monkeypatch.setattr(nvrtc, "compile_ltoir", counting)
+    monkeypatch.setattr(nvrtc, "compile_unit", counting)
     with ring_sources():
         assert not compile_kernel(RingConfig(), arch="sm_90a").from_cache
         assert compile_kernel(RingConfig(), arch="sm_90a").from_cache
@@ -201,7 +249,7 @@ def fake_library(root: Path, version: str = "3.4.5") -> Path:
 
 @pytest.fixture
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
-    """What this process has loaded, as the tests have it."""
+    """Libraries that this process has loaded, as the tests have it."""
     files: list[Path] = []
     monkeypatch.setattr(nvshmem, "_loaded_libraries", lambda: sorted(files))
     return files
@@ -319,7 +367,7 @@ def test_numbers_follow_hosts() -> None:
 
 @pytest.fixture
 def members(monkeypatch: pytest.MonkeyPatch) -> list[nvshmem._Member]:
-    """What four ranks say of themselves."""
+    """Four ranks, as they introduce themselves."""
     found = [
         nvshmem._Member(
             version=(3, 4, 5), host="a", hostname="a", process=str(rank), pe=rank, num_pes=4
@@ -329,16 +377,16 @@ def members(monkeypatch: pytest.MonkeyPatch) -> list[nvshmem._Member]:
     local = threading.local()
     monkeypatch.setattr(nvshmem, "_introduce", lambda device: found[local.rank])
 
-    def initialize(group: Any) -> list[int]:
+    def initialize(group: Any) -> nvshmem.World:
         local.rank = group.rank
-        return nvshmem.initialize(group, device=None, settings={})
+        return nvshmem.initialize(group, device=None, settings={"NVSHMEM_QP_DEPTH": "1024"})
 
     monkeypatch.setattr(nvshmem, "run", initialize, raising=False)
     return found
 
 
 def outcome(members: list[nvshmem._Member]) -> Any:
-    """What all ranks return or raise; it is the same."""
+    """The result of all ranks, or their error; it is the same."""
     found = run_threads(len(members), nvshmem.run)  # type: ignore[attr-defined]
     assert len({str(each) for each in found}) == 1
     return found[0]
@@ -346,7 +394,7 @@ def outcome(members: list[nvshmem._Member]) -> Any:
 
 def test_nvshmem_that_works_already_is_joined(members: list[nvshmem._Member]) -> None:
     members[:] = [each._replace(initialized=True, pe=3 - each.pe) for each in members]
-    assert outcome(members) == [3, 2, 1, 0]
+    assert outcome(members) == ([3, 2, 1, 0], "")
 
 
 @pytest.mark.parametrize(
@@ -388,6 +436,242 @@ def test_nvshmem_with_other_members_is_refused(members: list[nvshmem._Member]) -
     members[:] = [each._replace(initialized=True, num_pes=8) for each in members]
     with pytest.raises(RuntimeError, match="already between 8 processes, and this group has 4"):
         raise outcome(members)
+
+
+# ---- the network
+
+
+@pytest.fixture
+def got(members: list[nvshmem._Member], monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The transport that NVSHMEM begins on each of four ranks, on two hosts with NICs."""
+    found = ["ibgda"] * 4
+    links = Network(links=("InfiniBand",), has_gdrcopy=True)
+    for rank, each in enumerate(members):
+        name = "ab"[rank // 2]
+        members[rank] = each._replace(host=name, hostname=name, network=links, gpu=bytes([rank]))
+    local = threading.local()
+
+    def bootstrap(group: Any, pes: Any, device: Any) -> str:
+        local.rank = group.rank
+        return ""
+
+    monkeypatch.setattr(nvshmem, "_bootstrap", bootstrap)
+    monkeypatch.setattr(nvshmem.network, "loaded", lambda: found[local.rank])
+    saved = dict(os.environ)
+    for name in [name for name in saved if name.startswith("NVSHMEM_")]:
+        del os.environ[name]
+    yield found
+    os.environ.clear()
+    os.environ.update(saved)
+
+
+def test_ibgda_is_begun_between_hosts(
+    members: list[nvshmem._Member], got: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    caplog.set_level("INFO", logger="epjit")
+    assert outcome(members) == ([0, 1, 2, 3], "ibgda")
+    assert os.environ["NVSHMEM_IB_ENABLE_IBGDA"] == "1"
+    assert os.environ["NVSHMEM_QP_DEPTH"] == "1024"
+    (record,) = caplog.records  # of rank 0 alone
+    assert record.getMessage() == (
+        "NVSHMEM 3.4.5, begun by epjit, between 4 ranks on 2 hosts: ibgda"
+    )
+
+
+def test_one_host_needs_no_nic(members: list[nvshmem._Member], got: list[str]) -> None:
+    got[:] = [""] * 4
+    members[:] = [each._replace(host="a", hostname="a") for each in members]
+    assert outcome(members) == ([0, 1, 2, 3], "")
+    assert os.environ["NVSHMEM_IB_ENABLE_IBGDA"] == "0"
+
+
+def test_containers_of_a_host_have_a_network_between_them(
+    members: list[nvshmem._Member], got: list[str]
+) -> None:
+    got[:] = ["ucx"] * 4
+    members[:] = [each._replace(host="a") for each in members]
+    assert outcome(members).transport == "ucx"
+
+
+@pytest.mark.parametrize("flag", ["1", ""])
+def test_kernels_are_linked_for_what_was_got(
+    flag: str,
+    members: list[nvshmem._Member],
+    got: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """NVSHMEM leaves out IBGDA by itself where it does not begin."""
+    caplog.set_level("INFO", logger="epjit")
+    got[:] = ["ibrc"] * 4
+    os.environ["NVSHMEM_IB_ENABLE_IBGDA"] = flag
+    wanted = bool(flag) or None
+    networks = [each.network._replace(ibgda=wanted) for each in members]
+    members[:] = [m._replace(network=n) for m, n in zip(members, networks, strict=True)]
+    assert outcome(members).transport == "ibrc"
+    assert os.environ["NVSHMEM_IB_ENABLE_IBGDA"] == "0"
+    levels = [record.levelname for record in caplog.records]
+    assert levels == ["INFO", "WARNING" if flag else "INFO"]
+    assert ("=1, but NVSHMEM has begun ibrc: expect low rates" in caplog.text) == bool(flag)
+
+
+@pytest.mark.parametrize(("version", "told"), [((3, 4, 5), True), ((3, 8, 0), False)])
+def test_slow_libfabric(
+    version: Any,
+    told: bool,
+    members: list[nvshmem._Member],
+    got: list[str],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    got[:] = ["libfabric"] * 4
+    members[:] = [each._replace(version=version) for each in members]
+    outcome(members)
+    assert ("waits for each put over libfabric" in caplog.text) == told
+
+
+@pytest.mark.parametrize(
+    ("cuda", "arch", "library", "reason"),
+    [
+        (13, "sm_100a", True, ""),
+        (12, "sm_90a", True, ""),
+        (12, "sm_100a", True, "CUDA 12's libnvshmem_device.a has no code for sm_100a"),
+        (13, "sm_90a", False, "there is no /.*/lib/libnvshmem_device.a"),
+    ],
+)
+def test_kernels_that_cannot_be_linked_with_ibgda(
+    cuda: int,
+    arch: str,
+    library: bool,
+    reason: str,
+    tmp_path: Path,
+    loaded: list[Path],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    loaded.append(fake_library(tmp_path))
+    if library:
+        (tmp_path / "lib" / "libnvshmem_device.a").touch()
+    monkeypatch.setattr(nvshmem.nvrtc, "version", lambda: (cuda, 0))
+    monkeypatch.setattr(nvshmem.gpu, "arch_of", lambda device: arch)
+    assert re.match(f"{reason}(, only|$)", nvshmem._no_device_code(0))
+
+
+def test_a_flag_that_nvshmem_reads_otherwise(
+    library: Library, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All ranks hear of it: one alone would let the others wait."""
+    monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "off")
+    monkeypatch.setattr(library, "nvshmemx_init_status", lambda: 0, raising=False)
+    assert "'off' is not a flag" in nvshmem._introduce(None).error
+
+
+def test_transports_that_differ_are_told_to_all(
+    members: list[nvshmem._Member], got: list[str]
+) -> None:
+    got[3] = "ibrc"
+    with pytest.raises(RuntimeError, match="ibgda on ranks 0, 1, 2; ibrc on rank 3"):
+        raise outcome(members)
+
+
+def test_networks_that_differ_are_told_to_all(
+    members: list[nvshmem._Member], got: list[str]
+) -> None:
+    members[3] = members[3]._replace(network=Network(ibgda=True))
+    with pytest.raises(RuntimeError, match="disagree on NVSHMEM_IB_ENABLE_IBGDA"):
+        raise outcome(members)
+
+
+# ---- kernels
+
+
+class Kernels:
+    """Calls of the driver and of NVSHMEM, with the capture mode of the thread at that time."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, int, int]] = []
+        self.mode = 0
+        self.captured: set[int] = set()  # GPUs
+        self.CUstreamCaptureMode = SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2)
+
+    def cuThreadExchangeStreamCaptureMode(self, mode: int) -> tuple[int, int]:
+        before, self.mode = self.mode, mode
+        return 0, before
+
+    def nvshmemx_init_status(self) -> int:
+        return 2
+
+    def nvshmemx_cumodule_init(self, module: int) -> int:
+        self.calls.append(("init", module, self.mode))
+        return 0
+
+    def nvshmemx_cumodule_finalize(self, module: int) -> int:
+        self.calls.append(("finalize", module, self.mode))
+        return 0
+
+
+@pytest.fixture
+def kernels(monkeypatch: pytest.MonkeyPatch) -> Kernels:
+    fake = Kernels()
+    monkeypatch.setattr(nvshmem, "load", lambda: fake)
+    monkeypatch.setattr(nvshmem, "_attached", set())
+    monkeypatch.setattr(driver, "load", lambda: fake)
+    monkeypatch.setattr(driver, "using", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(stream, "captures", lambda device: device in fake.captured)
+    return fake
+
+
+class Module:
+    def __init__(self, ptr: int) -> None:
+        self.ptr = ptr
+
+
+def test_a_kernel_that_is_collected_during_a_capture(kernels: Kernels) -> None:
+    """NVSHMEM copies to the GPU then, which would break the capture: it is left for later."""
+    for ptr in (1, 2, 3):
+        nvshmem.attach(ptr)
+    kernels.calls.clear()
+    kernels.captured.add(0)
+    module = Module(1)
+    kept = weakref.ref(module)
+    nvshmem.detach(module, 0)
+    del module
+    assert kernels.calls == []
+    assert kept() is not None  # not unloaded before NVSHMEM has left it
+    nvshmem.detach(Module(2), 0)
+    assert kernels.calls == []
+    kernels.captured.clear()
+    nvshmem.detach(Module(3), 0)  # any of these calls looks for what was left
+    assert sorted(kernels.calls) == [("finalize", ptr, 2) for ptr in (1, 2, 3)]
+    assert kept() is None
+    nvshmem.detach(Module(3), 0)
+    assert len(kernels.calls) == 3
+
+
+def test_other_threads_may_capture_meanwhile(kernels: Kernels) -> None:
+    """The driver would fail their capture, unless this thread is relaxed."""
+    nvshmem.attach(1)
+    assert (kernels.calls, kernels.mode) == ([("init", 1, 2)], 0)
+    kernels.captured.add(0)
+    nvshmem.detach(Module(1), 0)
+    kernels.captured.clear()
+    nvshmem.attach(2)
+    assert kernels.calls[1:] == [("finalize", 1, 2), ("init", 2, 2)]
+    assert kernels.mode == 0
+
+
+@pytest.mark.parametrize(
+    ("legacy", "current", "captured"), [((0, 0), 0, False), ((0, 0), 1, True), ((906, 0), 0, True)]
+)
+def test_what_a_copy_would_break(
+    legacy: tuple[int, int], current: int, captured: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The driver answers for the default stream with an error while a blocking one is captured."""
+    answers = {1: legacy, 77: (0, current)}
+    fake = SimpleNamespace(cuStreamIsCapturing=answers.__getitem__)
+    monkeypatch.setattr(driver, "load", lambda: fake)
+    monkeypatch.setattr(driver, "using", lambda device: contextlib.nullcontext())
+    monkeypatch.setattr(
+        stream.torch._C, "_cuda_getCurrentRawStream", lambda device: 77, raising=False
+    )
+    assert stream.captures(0) is captured
 
 
 # ---- the heap

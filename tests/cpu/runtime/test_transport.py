@@ -12,8 +12,15 @@ from typing import Any
 import pytest
 import torch
 
+from epjit.calls import DispatchSizes
+from epjit.formats import BF16
+from epjit.kernels.internode import InternodeNotifyConfig
+from epjit.kernels.shapes import CombineShape, DispatchShape
+from epjit.modes.internode import Internode
+from epjit.modes.low_latency import LowLatency
 from epjit.runtime import symmetric
 from epjit.runtime import transport as transports
+from epjit.runtime.nvshmem import World
 from epjit.runtime.params import params_type
 from epjit.runtime.topology import Topology
 from epjit.runtime.transport import LoopbackTransport, NvshmemTransport, make_transport
@@ -119,21 +126,25 @@ def test_a_disagreement_is_told_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def nvshmem(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What NVSHMEM is told when it begins."""
+    """Settings that NVSHMEM is told when it begins."""
     told: dict[str, str] = {}
 
-    def initialize(group: Any, *, device: int, settings: dict[str, str]) -> list[int]:
+    def initialize(group: Any, *, device: int, settings: dict[str, str], **_: bool) -> World:
         told.update(settings)
         monkeypatch.setenv("NVSHMEM_QP_DEPTH", settings["NVSHMEM_QP_DEPTH"])
-        return [0]
+        return World([0], "")
 
     monkeypatch.setattr(transports.nvshmem, "initialize", initialize)
-    for name in ("NVSHMEM_QP_DEPTH", "NVSHMEM_IB_ENABLE_IBGDA"):
+    for name in (
+        "NVSHMEM_QP_DEPTH",
+        "NVSHMEM_IB_ENABLE_IBGDA",
+        "NVSHMEM_IBGDA_NUM_RC_PER_PE",
+    ):
         monkeypatch.delenv(name, raising=False)
     return told
 
 
-def nvshmem_transport(max_tokens: int, *, use_fabric: bool = False) -> NvshmemTransport:
+def nvshmem_transport(*, use_fabric: bool = False) -> NvshmemTransport:
     (found,) = run_threads(
         1,
         lambda group: NvshmemTransport(
@@ -141,8 +152,8 @@ def nvshmem_transport(max_tokens: int, *, use_fabric: bool = False) -> NvshmemTr
             Topology(0, ((0,),)),
             device=0,
             num_qps_per_rank=8,
-            max_tokens=max_tokens,
             use_fabric=use_fabric,
+            may_lose_ranks=False,
         ),
     )
     if isinstance(found, Exception):
@@ -150,24 +161,83 @@ def nvshmem_transport(max_tokens: int, *, use_fabric: bool = False) -> NvshmemTr
     return found
 
 
-def test_queues_fit_the_calls(nvshmem: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "1")
-    transport = nvshmem_transport(1024)
-    assert nvshmem["NVSHMEM_QP_DEPTH"] == "2050"
+def test_what_nvshmem_is_told(nvshmem: dict[str, str]) -> None:
+    nvshmem_transport()
+    assert nvshmem["NVSHMEM_QP_DEPTH"] == "1024"
     assert nvshmem["NVSHMEM_IBGDA_NUM_RC_PER_PE"] == "8"
     assert (nvshmem["NVSHMEM_DISABLE_NVLS"], nvshmem["NVSHMEM_DISABLE_MNNVL"]) == ("1", "1")
-    transport.check_queues(1024)
-    message = "1025 tokens a rank need queue pairs of 2052 .* began with 2050; set NVSHMEM_QP_DEPTH"
-    with pytest.raises(ValueError, match=message):
-        transport.check_queues(1025)
-    monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "0")
-    transport.check_queues(1025)  # the CPU's proxy has no such limit
 
 
 def test_the_fabric_stays_when_it_is_wanted(nvshmem: dict[str, str]) -> None:
-    nvshmem_transport(0, use_fabric=True)
+    nvshmem_transport(use_fabric=True)
     assert "NVSHMEM_DISABLE_MNNVL" not in nvshmem
-    assert nvshmem["NVSHMEM_QP_DEPTH"] == "1024"
+
+
+@pytest.mark.parametrize(
+    ("max_tokens", "num_qps", "ibgda", "told"),
+    [(1024, 24, "1", False), (1024, 1, "1", True), (255, 1, "1", False), (1024, 1, "0", False)],
+)
+def test_any_number_of_tokens_is_sent(
+    max_tokens: int,
+    num_qps: int,
+    ibgda: str,
+    told: bool,
+    nvshmem: dict[str, str],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """NVSHMEM waits for room in a queue, so a short one is no reason to refuse a call."""
+    monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", ibgda)
+    mode = object.__new__(LowLatency)
+    monkeypatch.setenv("NVSHMEM_IBGDA_NUM_RC_PER_PE", str(num_qps))
+    transport = nvshmem_transport()
+    config = SimpleNamespace(num_warps=8)
+    launch = SimpleNamespace(kernel=SimpleNamespace(config=config))
+    vars(mode).update(
+        _transport=transport,
+        _group=SimpleNamespace(size=16),
+        _num_sms=132,
+        _dispatch_plans={},
+        launch=lambda shape, **sizes: launch,
+    )
+    sizes = DispatchSizes(
+        num_tokens=max_tokens,
+        hidden=7168,
+        num_topk=8,
+        topk_is_int64=True,
+        max_tokens=max_tokens,
+        num_experts=256,
+        row_format=BF16,
+    )
+    assert mode._plan_dispatch(sizes).grid == 132
+    assert ("queue shorter than a call: expect stalls" in caplog.text) == told
+
+
+@pytest.mark.parametrize(
+    ("through_proxy", "mib", "tokens"), [(True, 16, 16), (True, 4, 4), (False, 16, 4)]
+)
+def test_a_proxy_gets_larger_chunks(through_proxy: bool, mib: int, tokens: int) -> None:
+    """For it, a put takes time whatever its size; but a ring must hold some of them."""
+    mode = object.__new__(Internode)
+    vars(mode).update(
+        _transport=SimpleNamespace(through_proxy=through_proxy),
+        _topology=Topology(0, TWO_BY_TWO),
+        _rings=SimpleNamespace(num_rdma_bytes=mib << 20),
+        _arch="sm_90a",
+    )
+    shapes = (DispatchShape(14336, 0, 8, True), CombineShape(14336, 8, is_f16=False))
+    assert [mode._config(shape).tokens_per_chunk for shape in shapes] == [tokens] * 2
+    notify, *_, dispatch, combine = mode._configs_on("sm_100a", shapes)
+    assert notify == InternodeNotifyConfig(2, 2)
+    assert (dispatch.tokens_per_chunk, combine.tokens_per_chunk) == (tokens, tokens)
+
+
+@pytest.mark.parametrize(
+    ("world", "through_proxy"), [("ibgda", False), ("ibrc", True), ("libfabric", True), ("", False)]
+)
+def test_who_posts(world: str, through_proxy: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(transports.nvshmem, "initialize", lambda *a, **o: World([0], world))
+    assert nvshmem_transport().through_proxy is through_proxy
 
 
 class HeapMemory:
@@ -193,7 +263,9 @@ def test_memory_of_the_heap(
     def address_at(ptr: int, pe: int) -> int:
         return 0 if pe in unmapped else ctypes.addressof(buffers[pe])
 
-    monkeypatch.setattr(transports.nvshmem, "initialize", lambda *args, **options: pes)
+    monkeypatch.setattr(
+        transports.nvshmem, "initialize", lambda *args, **options: World(pes, "ibrc")
+    )
     monkeypatch.setattr(transports.nvshmem, "allocate", lambda group, *a, **o: heap[group.rank])
     monkeypatch.setattr(transports.nvshmem, "address_at", address_at)
     monkeypatch.setenv("EPJIT_TRANSPORT", "nvshmem")

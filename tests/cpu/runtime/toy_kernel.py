@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar
 
 from epjit.runtime.kernel import KernelConfig
 
@@ -58,11 +57,7 @@ def replace_in(path: Path, old: str, new: str) -> None:
 
 
 @dataclass(frozen=True)
-class ScaleConfig(KernelConfig):
-    source: ClassVar[str] = "toy/scale.cu"
-    op: ClassVar[str] = "scale"
-    tag_template: ClassVar[str] = "toy_w{0.num_warps}"
-
+class ScaleConfig(KernelConfig, source="toy/scale.cu", tag="toy_w{0.num_warps}"):
     num_warps: int = 2
     twice: bool = True
 
