@@ -211,9 +211,9 @@ def test_put_and_what_it_promises(seed: int) -> None:
 @pytest.mark.parametrize("kind", ["kPutNoQuiet", "kPutFillsLate", "kPutNoFence", "kPutOtherThread"])
 def test_put_without_what_it_needs_is_seen(kind: str) -> None:
     """A source that changes too early or is filled too late, a signal that no fence holds back."""
-    wrong = [run_put(kind, seed, sources_may_change=True) for seed in range(6)]
+    wrong = [run_put(kind, seed, is_lossy=True) for seed in range(6)]
     assert max(wrong) > 0
-    again = [run_put(kind, seed, sources_may_change=True) for seed in range(6)]
+    again = [run_put(kind, seed, is_lossy=True) for seed in range(6)]
     assert wrong == again  # the seed decides all of it
 
 
@@ -222,6 +222,7 @@ def test_put_without_what_it_needs_is_seen(kind: str) -> None:
     [
         ("kPutNoQuiet", "epjit_put_signal of rank 0, selftest: its source, .* was written before"),
         ("kPutFillsLate", "its source, .* was written before it was read"),
+        ("kPutTwice", "what was sent before to signal .* of pe 0 has not come"),
         ("kPutNotReceived", "rank 1, selftest, .* reads .* has put, before epjit_received"),
     ],
 )

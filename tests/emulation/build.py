@@ -115,7 +115,7 @@ class _Options(ctypes.Structure):
         ("max_passes", ctypes.c_uint64),
         ("nanoseconds_per_pass", ctypes.c_uint64),
         ("latest_message", ctypes.c_uint64),
-        ("sources_may_change", ctypes.c_int32),
+        ("is_lossy", ctypes.c_int32),
         ("num_gpus", ctypes.c_int32),
         ("places", ctypes.c_int32),
         ("slow_from", ctypes.c_int32),
@@ -151,7 +151,7 @@ def emulate(
     yield_percent: int = 20,
     basic_blocks: int = 200,
     latest_message: int = 20_000,
-    sources_may_change: bool = False,
+    is_lossy: bool = False,
     num_gpus: int = 1,
     places: int = 0,
     slow_link: tuple[int, int] | None = None,
@@ -168,8 +168,9 @@ def emulate(
         yield_percent: Chance to yield at an atomic or a release.
         basic_blocks: Mean number of basic blocks between preemptions; 0 = none.
         latest_message: Passes that a piece of what goes to another rank takes at most.
-        sources_may_change: Of such pieces, before they are read, as to a rank that is lost. Else
-            that is an error: whatever is written there was written too early.
+        is_lossy: A rank is given up, and nobody knows what has come to it. Else it is an error to
+            write where such a piece is still read from, and to send to a word again before it has
+            landed.
         num_gpus: Of `places`; rank r is a stream of GPU r % num_gpus.
         places: Blocks that one GPU has room for; 0 = any number.
         slow_link: Only what the first of these numbers of the transport sends to the second is
@@ -192,7 +193,7 @@ def emulate(
         max_passes,
         nanoseconds_per_pass,
         latest_message,
-        sources_may_change,
+        is_lossy,
         num_gpus,
         places,
         *(slow_link or (-1, -1)),

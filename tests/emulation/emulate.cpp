@@ -22,6 +22,7 @@
 #include <queue>
 #include <string>
 #include <unordered_map>
+#include <unordered_set>
 #include <vector>
 
 // After the headers of the system, which must not see its macros.
@@ -255,11 +256,11 @@ struct Options {
   uint64_t basic_blocks;  // mean number between two preemptions; 0 = none
   uint64_t max_passes;
   uint64_t nanoseconds_per_pass;
-  uint64_t latest_message;     // passes that a message takes at most
-  int32_t sources_may_change;  // before they are read; else that is an error
-  int32_t num_gpus;            // rank r is a stream of GPU r % num_gpus
-  int32_t places;              // blocks that a GPU has room for; 0 = any number
-  int32_t slow_from;           // pe whose messages to slow_to alone are slow; -1 = any piece may be
+  uint64_t latest_message;  // passes that a message takes at most
+  int32_t is_lossy;   // a rank is given up: what is on its way to it may change, or be overtaken
+  int32_t num_gpus;   // rank r is a stream of GPU r % num_gpus
+  int32_t places;     // blocks that a GPU has room for; 0 = any number
+  int32_t slow_from;  // pe whose messages to slow_to alone are slow; -1 = any piece may be
   int32_t slow_to;
 };
 
@@ -284,6 +285,7 @@ std::vector<int> free_steps;
 std::vector<std::shared_ptr<Message>> messages;  // that are not over
 std::map<const char*, Landed> landed;            // by the first byte; they do not overlap
 std::unordered_map<const uint64_t*, const char*> landed_by_signal;  // and some that are no more
+std::unordered_set<const uint64_t*> words_under_way;                // signals that have not come
 uint64_t num_warps;
 Report counted;                 // of this run, as far as it has come
 const char* landing = nullptr;  // sender of the message that is being moved
@@ -854,7 +856,7 @@ void advance_step(int index) {
   landing = message->sender.c_str();
   if (step.bytes != 0) {
     const char* const src = message->src + step.begin;
-    if (memcmp(src, step.data.data(), step.bytes) != 0 && !options.sources_may_change)
+    if (memcmp(src, step.data.data(), step.bytes) != 0 && !options.is_lossy)
       fail("%s: its source, %zu bytes at %p, was written before it was read", landing,
            static_cast<size_t>(step.bytes), static_cast<const void*>(src));
     memcpy(message->dst + step.begin, src, step.bytes);
@@ -866,6 +868,7 @@ void advance_step(int index) {
     }
   } else {
     *message->signal = message->value;
+    words_under_way.erase(message->signal);
     if (const auto own = landed.find(message->dst);
         own != landed.end() && own->second.signal == message->signal)
       own->second.has_signal = true;
@@ -916,6 +919,9 @@ void send(uint64_t transport, void* dst, const void* src, uint64_t bytes, uint64
     if (reinterpret_cast<uintptr_t>(signal) % 8)
       fail("%s: signal %p is not 8-byte aligned", what, static_cast<void*>(signal));
     message->signal = reinterpret_cast<uint64_t*>(translate(transport, signal, 8, pe, what));
+    if (!words_under_way.insert(message->signal).second && !options.is_lossy)
+      fail("%s: what was sent before to signal %p of pe %d has not come, and may come later", what,
+           static_cast<void*>(signal), pe);
   }
   message->value = value;
   if (bytes != 0) {
@@ -1173,6 +1179,7 @@ void forget_everything() {
   messages.clear();
   landed.clear();
   landed_by_signal.clear();
+  words_under_way.clear();
   landing = nullptr;
   events = {};
   running = nullptr;

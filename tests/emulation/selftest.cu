@@ -37,6 +37,7 @@ enum Case : int32_t {
   kPutNoQuiet,
   kPutFillsLate,
   kPutNotReceived,
+  kPutTwice,
   kPutFence,
   kPutNoFence,
   kPutOtherThread,
@@ -183,6 +184,7 @@ __device__ void put_rows(const SelftestParams& p, int warp, int lane) {
       if (lane == (p.kind == kPutOtherThread)) epjit_signal(p.transport, p.own + i, 1, p.pe);
     } else {
       epjit_put_signal(p.transport, dst, src, bytes, p.own + i, 1, p.pe);
+      if (p.kind == kPutTwice) epjit_put_signal(p.transport, dst, src, bytes, p.own + i, 1, p.pe);
     }
     if (p.kind == kPutFillsLate) fill();
     if (lane == 0 && p.kind != kPutNoQuiet) epjit_quiet(p.transport);
@@ -272,6 +274,7 @@ __device__ void selftest(const SelftestParams& p) {
     case kPutNoQuiet:
     case kPutFillsLate:
     case kPutNotReceived:
+    case kPutTwice:
     case kPutFence:
     case kPutNoFence:
     case kPutOtherThread:

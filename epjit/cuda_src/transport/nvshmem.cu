@@ -87,8 +87,8 @@ __device__ void epjit_signal(epjit::uint64_t, epjit::uint64_t* signal, epjit::ui
   nvshmemx_signal_op(reinterpret_cast<::uint64_t*>(signal), value, NVSHMEM_SIGNAL_SET, pe);
 }
 
-// As NVSHMEM's own waits end: a step that is needed with some NICs and GPUs, the same for all kernels
-// of a process.
+// The last step of NVSHMEM's own waits: some NICs and GPUs need it, and the state says for the whole
+// process whether these do.
 __device__ void epjit_received(epjit::uint64_t) {
   if (nvshmemi_device_state_d.job_connectivity > NVSHMEMI_JOB_GPU_PROXY)
     nvshmemi_transfer_enforce_consistency_at_target(true);
