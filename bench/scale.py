@@ -142,7 +142,8 @@ def of_group(num_ranks: int) -> dict[str, Any]:
     rdma_bytes = Config(20).get_rdma_buffer_size_hint(row, num_ranks, ranks_per_domain=PER_DOMAIN)
     part = _Rings(num_domains, PER_DOMAIN, rdma_bytes).total
     small_bytes = low_latency_size_hint(LOW_LATENCY_TOKENS, HIDDEN, num_ranks, EXPERTS)
-    small_part = _Arena(num_ranks, small_bytes, remote=True).total
+    arena = _Arena(num_ranks, small_bytes, remote=True)
+    small_rows = small_bytes + 2 * arena.staging_half_bytes
     crossing = [TOKENS * chance(EXPERTS // num_domains)] * others
     ops = {"notify": notify(num_domains, PER_DOMAIN, EXPERTS // num_ranks)}
     shapes: dict[str, DispatchShape | CombineShape] = {
@@ -175,7 +176,7 @@ def of_group(num_ranks: int) -> dict[str, Any]:
         "queue_pairs": DEFAULT_QPS * (num_ranks - 1),
         "heap": {
             "normal": (rdma_bytes, part - rdma_bytes),
-            "low-latency": (small_bytes, small_part - small_bytes),
+            "low-latency": (small_rows, arena.total - small_rows),
         },
         "ops": ops,
     }
