@@ -85,7 +85,7 @@ def _nvshmem_kernels() -> Check:
     try:
         linker, compiler = nvjitlink.version(), nvrtc.version()
         nvshmem_device.key()
-    except (ImportError, OSError, RuntimeError) as error:
+    except (ImportError, OSError, RuntimeError, ValueError) as error:
         return _only_between_nodes(name, "cannot be linked", str(error))
     value = f"nvJitLink {linker[0]}.{linker[1]} ({probe.mapped('nvJitLink')})"
     if linker >= compiler:
