@@ -162,6 +162,8 @@ def test_doctor_on_a_good_node(node: Node) -> None:
         ("NVSHMEM_IB_ENABLE_IBGDA=no", {}, "IBGDA: wanted", "ok", "no: NVSHMEM_IB_ENABLE_IBGDA=no"),
         ("NVSHMEM_IB_ENABLE_IBGDA=1", {}, "IBGDA: wanted", "ok", "yes: NVSHMEM_IB_ENABLE_IBGDA=1"),
         ("NVSHMEM_IB_ENABLE_IBGDA=off", {}, "IBGDA: wanted", "wrong", "yes: .*as NVSHMEM reads"),
+        ("NVSHMEM_IB_ENABLE_IBGDA=2", {}, "IBGDA: wanted", "wrong", "yes: .*as NVSHMEM reads"),
+        ("NVSHMEM_IB_ENABLE_IBGDA=2", {}, "kernels with NVSHMEM", "warning", "cannot be linked"),
         ("NVSHMEM_IB_ENABLE_IBGDA=", {}, "IBGDA: wanted", "ok", "yes: where all ranks can"),
         ("NVSHMEM_REMOTE_TRANSPORT=ibrc", {}, "IBGDA: wanted", "ok", "no: "),
         ("NVSHMEM_REMOTE_TRANSPORT=ibrc", {}, "transport", "ok", "ibrc is asked for"),
