@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import random
 import shutil
@@ -454,7 +455,9 @@ def test_numbers_of_ranks(num_ranks: int, variant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_domains", "per_domain"), [(2, 1), (2, 2), (4, 2), (2, 8), (3, 5)], ids=lambda x: str(x)
+    ("num_domains", "per_domain"),
+    [(2, 1), (2, 2), (4, 2), (2, 8), (4, 4), (3, 5)],
+    ids=lambda x: str(x),
 )
 @pytest.mark.parametrize("row_format", [BF16, FP8], ids=lambda each: each.name)
 def test_between_domains(num_domains: int, per_domain: int, row_format: RowFormat) -> None:
@@ -521,7 +524,7 @@ def test_rows_under_way_are_not_overwritten(how: str) -> None:
     if how:
         shape = replace(shape, **{how: True})
 
-    def run(seed: int, *, halves: bool = True) -> None:
+    def run(seed: int, *, halves: bool, link: tuple[int, int] | None = None) -> None:
         world = World(shape, seed=seed)
         if not halves:
             world.staging_half_bytes = 0
@@ -529,12 +532,12 @@ def test_rows_under_way_are_not_overwritten(how: str) -> None:
         sent = routing.dispatch()
         for index in range(4):
             routing.combine(sent, split=(seed + index) % 3 == 0)
-        world.run(seed)
+        world.run(seed, slow_link=link)
 
-    for seed in range(6):
-        run(seed)
+    for seed, link in enumerate((None, None, None, *itertools.permutations(range(3), 2))):
+        run(seed, halves=True, link=link)
     with pytest.raises(EmulationError, match=r"its source, .* was written before it was read"):
-        run(1, halves=False)
+        run(0, halves=False, link=(0, 1))
 
 
 def test_no_operation_waits_for_what_it_has_sent() -> None:

@@ -119,6 +119,15 @@ def test_words_of_sums_before_the_links(num_ranks: int, num_topk: int) -> None:
             assert num_ranks * max_tokens * config.num_parts(max_tokens) <= room
 
 
+def test_several_domains_take_memory_for_what_leaves() -> None:
+    """Twice as much as the send buffer, behind all that there is in one domain."""
+    one, several = (_Arena(4, 1 << 20, remote=remote) for remote in (False, True))
+    assert one.total == one.staging == one.words + 2 * one.words_stride * 8
+    assert several.staging >= several.words + 2 * several.words_stride * 8
+    assert several.staging_half_bytes >= (1 << 20) - several.send_buffer
+    assert several.total == several.staging + 2 * several.staging_half_bytes
+
+
 def test_rows_to_other_domains_need_the_send_buffer() -> None:
     """Also without zero_copy: a buffer that one domain could do with is too small."""
     tokens, hidden, experts = 8, 128, 64

@@ -203,16 +203,13 @@ __device__ __forceinline__ bool warp_may_send(const Waiter& waiter, int peer) {
   return __all_sync(kFullMask, may_send(waiter, peer));
 }
 
-// Rank i of all domains: its number, and which operation it has started.
-__device__ inline uint64_t entered_by(const Waiter& waiter, int i, int& number) {
+// Rank i of all domains: its number, and what says which operation it has started.
+__device__ inline const uint64_t* entered_by(const Waiter& waiter, int i, int& number) {
   const int domain = i / waiter.num_ranks, rank = i % waiter.num_ranks;
   number = waiter.domains.ranks == nullptr ? i : waiter.domains.ranks[i];
-  if (domain == waiter.domains.domain)
-    return ptx::ld_acquire_sys(entered_signal(waiter.signals, rank));
-  const auto* const entered = reinterpret_cast<const uint64_t*>(waiter.domains.rails[rank]) +
-                              2 * domain + (waiter.epoch & 1);
-  const uint64_t ready = ptx::ld_acquire_sys(entered + 2 * waiter.domains.num_domains);
-  return has_started(ready, waiter.epoch) ? ready : ptx::ld_acquire_sys(entered);
+  if (domain == waiter.domains.domain) return entered_signal(waiter.signals, rank);
+  return reinterpret_cast<const uint64_t*>(waiter.domains.rails[rank]) + 2 * domain +
+         (waiter.epoch & 1);
 }
 
 constexpr int kRecordWords = 8;
@@ -240,8 +237,13 @@ __device__ inline void report_fault(const Waiter& waiter, WaitTag tag, int peer,
   for (int i = 0; i < waiter.domains.num_domains * waiter.num_ranks; ++i) {
     if (i == waiter.domains.domain * waiter.num_ranks + waiter.rank) continue;
     int number;
-    const uint64_t entered = entered_by(waiter, i, number);
+    const uint64_t* const word = entered_by(waiter, i, number);
+    const uint64_t entered = ptx::ld_acquire_sys(word);
     if (has_started(entered, waiter.epoch)) continue;
+    // Or by the other message of a rail peer.
+    if (waiter.domains.ranks != nullptr && i / waiter.num_ranks != waiter.domains.domain &&
+        has_started(ptx::ld_acquire_sys(word + 2 * waiter.domains.num_domains), waiter.epoch))
+      continue;
     tag = waiter.start_tag, peer = number, index = 0;
     expected = stamp(waiter.epoch, 0), seen = entered;
     break;

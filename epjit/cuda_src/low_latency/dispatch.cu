@@ -398,13 +398,13 @@ class LowLatencyDispatch {
       if (masked && lane == 0) plan.drop(source);
       return masked;
     }
-    if constexpr (kRemote)
-      if (p.peers[source] < 0) warp_received(p.transport, lane);
     if (static_cast<uint32_t>(seen) == 0) {
       if (part == 0 && lane < kTopk) source_rows[lane] = -1;
       return true;
     }
 
+    if constexpr (kRemote)
+      if (p.peers[source] < 0) warp_received(p.transport, lane);
     // All of it is on its way at once.
     const char* const src = slot(own(), source, token);
     const int part_vecs = align_up(ceil_div(Incoming::kVecs, p.num_parts), kWarpSize);

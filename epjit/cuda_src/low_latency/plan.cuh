@@ -61,30 +61,18 @@ class Plan {
     constexpr int kWords = kRanks * kColumns;
     for (int first = 0; first < kWords; first += kThreads) {
       const int i = first + threadIdx.x, source = i / kColumns, e = i % kColumns;
-      bool is_late = false, is_remote = false;
-      uint64_t seen = 0;
+      bool is_late = false;
       if (i < kWords && arrived_[source] != 0) {
-        // Between domains all of a row has come when the word of the tokens has.
-        const uint64_t* const row = counts(own, source);
-        is_remote = kRemote && index_of<kRemote>(p, source) < 0;
-        const int word = is_remote ? kTokensWord : count_word(e);
-        is_late = !wait_stamp(patient, kWaitLowLatencyDispatchCounts, source, e, row + word, seen);
-        is_remote &= !is_late;
+        uint64_t seen;
+        is_late = !wait_stamp(patient, kWaitLowLatencyDispatchCounts, source, e,
+                              counts(own, source) + awaited_word(source, e), seen);
+        if constexpr (kRemote)
+          if (is_remote(source) && !is_late && e == kExpertsARank)
+            ptx::st_relaxed_sys(entered_signal(waiter.signals, source), stamp(waiter.epoch, 0));
+        at(source, e) = static_cast<uint32_t>(seen);
         if (tells && e == kExpertsARank && p.wait_cost != nullptr && source != p.rank)
           p.wait_cost[source] += static_cast<int64_t>(ptx::clock64() - start);
       }
-      if constexpr (kRemote) {
-        if (__any_sync(kFullMask, is_remote)) {
-          __syncwarp();
-          warp_received(p.transport, threadIdx.x % kWarpSize);
-        }
-        if (is_remote) {
-          seen = counts(own, source)[count_word(e)];
-          if (e == kExpertsARank)
-            ptx::st_relaxed_sys(entered_signal(waiter.signals, source), stamp(waiter.epoch, 0));
-        }
-      }
-      if (i < kWords && arrived_[source] != 0) at(source, e) = static_cast<uint32_t>(seen);
       if (!__syncthreads_and(!is_late || is_masked(waiter, source))) return false;
       if (p.mask == nullptr) continue;
       if (is_late) arrived_[source] = 0;
@@ -100,8 +88,18 @@ class Plan {
       for (int i = threadIdx.x; i < kWords; i += kThreads) {
         const int source = i / kColumns, e = i % kColumns;
         if (arrived_[source] == 2)
-          at(source, e) =
-              static_cast<uint32_t>(ptx::ld_acquire_sys(counts(own, source) + count_word(e)));
+          at(source, e) = static_cast<uint32_t>(
+              ptx::ld_acquire_sys(counts(own, source) + awaited_word(source, e)));
+      }
+      __syncthreads();
+    }
+    if constexpr (kRemote) {
+      // By the warps that have seen the words of the tokens.
+      warp_received(p.transport, threadIdx.x % kWarpSize);
+      for (int i = threadIdx.x; i < kWords; i += kThreads) {
+        const int source = i / kColumns, e = i % kColumns;
+        if (arrived_[source] != 0 && is_remote(source))
+          at(source, e) = static_cast<uint32_t>(counts(own, source)[count_word(e)]);
       }
       __syncthreads();
     }
@@ -153,6 +151,16 @@ class Plan {
   }
 
  private:
+  __device__ bool is_remote(int source) const {
+    return kRemote && index_of<kRemote>(p, source) < 0;
+  }
+
+  // What says that a count of a source is here: between domains all of a row has come when the word
+  // of the tokens has.
+  __device__ int awaited_word(int source, int e) const {
+    return is_remote(source) ? kTokensWord : count_word(e);
+  }
+
   __device__ int64_t offset(int row) const {
     const int half = waiter.epoch & 1;
     return static_cast<int64_t>(half * kRanks + row) * p.counts_stride;
