@@ -32,7 +32,7 @@ MOST_SITES = 5  # wrong rows of a rank that are told one by one
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run, the same on all ranks.
+    """The order of what is run, the same on all ranks.
 
     Attributes:
         rounds: Of the soak, in each mode.

@@ -1,4 +1,4 @@
-"""What a rank holds and sends between NVLink domains, for groups that nobody here has: on paper.
+"""Scale on paper: what a rank holds and sends between NVLink domains, in groups that nobody here has.
 
     python bench/scale.py            # the tables of docs/internode.md
     python bench/scale.py --json
@@ -36,7 +36,7 @@ HEAP_STEP = 1 << 29  # NVSHMEM_CUMEM_GRANULARITY, as epjit sets it
 
 @dataclass(frozen=True)
 class Messages:
-    """What one rank sends to other domains in one operation.
+    """Messages of one rank to other domains in one operation.
 
     Attributes:
         puts: Bytes, each followed by its signal.
@@ -135,7 +135,7 @@ def chance(part: int, experts: int = EXPERTS, topk: int = TOPK) -> float:
 
 
 def of_group(num_ranks: int) -> dict[str, Any]:
-    """What a rank holds and sends in a group of so many, in domains of `PER_DOMAIN`."""
+    """Memory and messages of a rank in a group of so many, in domains of `PER_DOMAIN`."""
     num_domains = num_ranks // PER_DOMAIN
     others, remote = num_domains - 1, num_ranks - PER_DOMAIN
     row = 2 * HIDDEN
@@ -186,7 +186,7 @@ def of_group(num_ranks: int) -> dict[str, Any]:
 
 
 def tables(groups: Sequence[dict[str, Any]]) -> str:
-    """What a rank holds, then what it sends, in Markdown."""
+    """The two tables, of what a rank holds and of what it sends, in Markdown."""
     heads = [f"{each['ranks']} ranks" for each in groups]
     lines = [_row(["a rank holds", *heads]), _row(["---"] * (1 + len(groups)))]
     lines += [

@@ -116,7 +116,7 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Node:
 
 
 class Node:
-    """What `probe` finds there."""
+    """The answers of `probe` there."""
 
     num_gpus = 8
     ports = (*(probe.Port(f"mlx5_{i}", rate="400 Gb/sec (4X NDR)") for i in range(8)),)
@@ -139,7 +139,7 @@ class Node:
 
     @property
     def lines(self) -> dict[str, Check]:
-        """What `doctor` says of it."""
+        """The lines of `doctor` for it."""
         return {check.name: check for check in [*rdma.check_rdma(), *nics.check_nics()]}
 
 
@@ -288,7 +288,7 @@ def test_doctor_on_a_node(
 def test_doctor_keeps_still(
     node: Node, monkeypatch: pytest.MonkeyPatch, variable: str, found: dict[str, Any], name: str
 ) -> None:
-    """What is as it should be needs no line of its own here."""
+    """A part that is as it should be needs no line of its own here."""
     monkeypatch.setenv("NVSHMEM_HCA_PE_MAPPING", "mlx5_0:1:1")
     node.ports = (probe.Port("mlx5_0"), probe.Port("mlx5_9", link="Ethernet", routable=True))
     if variable:

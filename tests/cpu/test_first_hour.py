@@ -44,13 +44,13 @@ def test_a_small_hour(tmp_path: Path) -> None:
 
 
 def stage(rank: int = 0) -> Any:
-    """What its methods want of a stage to make rows."""
+    """The parts of a stage that its methods need to make rows."""
     plan = SimpleNamespace(hidden=64, tokens=15, topk=2, experts=8)
     return cast(Any, SimpleNamespace(rank=rank, size=4, device=torch.device("cpu"), plan=plan))
 
 
 def test_rows_are_of_their_round_and_token() -> None:
-    """What stayed from another round, or came from another token, differs in most columns."""
+    """A row that stayed from another round, or came from another token, differs in most columns."""
     tokens = torch.arange(40)
     rows = [
         Stage.rows(stage(), number, torch.full_like(tokens, source), tokens, 512)
