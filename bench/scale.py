@@ -1,4 +1,4 @@
-"""Scale on paper: what a rank holds and sends between NVLink domains, in groups that nobody here has.
+"""Scale on paper: a rank's memory and messages between NVLink domains, in groups nobody here has.
 
     python bench/scale.py            # the tables of docs/internode.md
     python bench/scale.py --json
