@@ -32,7 +32,7 @@ MOST_SITES = 5  # wrong rows of a rank that are told one by one
 
 @dataclass(frozen=True)
 class Plan:
-    """What is run, the same on all ranks.
+    """A run of all stages, the same on all ranks.
 
     Attributes:
         rounds: Of the soak, in each mode.

@@ -97,7 +97,7 @@ class Hour:
         return self.rows
 
     def plan(self) -> Row:
-        """What every stage is told."""
+        """Arguments of every stage."""
         names = ("rounds", "tokens", "hidden", "experts", "topk", "times", "replays", "qps")
         return {name: getattr(self.args, name) for name in names}
 
@@ -107,7 +107,7 @@ class Hour:
             self.rows.append({"at": round(time.time(), 3), **row})
 
     def everyone(self, value: Any) -> list[Any]:
-        """What each rank has to say."""
+        """The report of each rank."""
         found: list[Any] = [None] * self.size
         dist.all_gather_object(found, value)
         return found
@@ -229,7 +229,7 @@ def _bandwidths(text: str) -> Iterator[float]:
 
 
 def failed(rows: Sequence[Row]) -> list[str]:
-    """What is not as it should be, a line each."""
+    """Everything that is not as it should be, a line each."""
     lines = []
     for row in rows:
         run = f"{row.get('stage')} {row.get('with', '')}".strip()

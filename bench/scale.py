@@ -1,4 +1,4 @@
-"""What a rank holds and sends between NVLink domains, for groups that nobody here has: on paper.
+"""Scale on paper: a rank's memory and messages between NVLink domains, in groups nobody here has.
 
     python bench/scale.py            # the tables of docs/internode.md
     python bench/scale.py --json
@@ -36,7 +36,7 @@ HEAP_STEP = 1 << 29  # NVSHMEM_CUMEM_GRANULARITY, as epjit sets it
 
 @dataclass(frozen=True)
 class Messages:
-    """What one rank sends to other domains in one operation.
+    """Messages of one rank to other domains in one operation.
 
     Attributes:
         puts: Bytes, each followed by its signal.
@@ -135,15 +135,15 @@ def chance(part: int, experts: int = EXPERTS, topk: int = TOPK) -> float:
 
 
 def of_group(num_ranks: int) -> dict[str, Any]:
-    """What a rank holds and sends in a group of so many, in domains of `PER_DOMAIN`."""
+    """Memory and messages of a rank in a group of so many, in domains of `PER_DOMAIN`."""
     num_domains = num_ranks // PER_DOMAIN
     others, remote = num_domains - 1, num_ranks - PER_DOMAIN
     row = 2 * HIDDEN
     rdma_bytes = Config(20).get_rdma_buffer_size_hint(row, num_ranks, ranks_per_domain=PER_DOMAIN)
     part = _Rings(num_domains, PER_DOMAIN, rdma_bytes).total
     small_bytes = low_latency_size_hint(LOW_LATENCY_TOKENS, HIDDEN, num_ranks, EXPERTS)
-    small = _Arena(num_ranks, small_bytes, remote=True)
-    small_rows = small_bytes + 2 * small.staging_half_bytes
+    arena = _Arena(num_ranks, small_bytes, remote=True)
+    small_rows = small_bytes + 2 * arena.staging_half_bytes
     crossing = [TOKENS * chance(EXPERTS // num_domains)] * others
     ops = {"notify": notify(num_domains, PER_DOMAIN, EXPERTS // num_ranks)}
     shapes: dict[str, DispatchShape | CombineShape] = {
@@ -176,7 +176,7 @@ def of_group(num_ranks: int) -> dict[str, Any]:
         "queue_pairs": DEFAULT_QPS * (num_ranks - 1),
         "heap": {
             "normal": (rdma_bytes, part - rdma_bytes),
-            "low-latency": (small_rows, small.total - small_rows),
+            "low-latency": (small_rows, arena.total - small_rows),
         },
         "ops": ops,
     }
@@ -186,7 +186,7 @@ def of_group(num_ranks: int) -> dict[str, Any]:
 
 
 def tables(groups: Sequence[dict[str, Any]]) -> str:
-    """What a rank holds, then what it sends, in Markdown."""
+    """The two tables, of what a rank holds and of what it sends, in Markdown."""
     heads = [f"{each['ranks']} ranks" for each in groups]
     lines = [_row(["a rank holds", *heads]), _row(["---"] * (1 + len(groups)))]
     lines += [

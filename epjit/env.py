@@ -341,7 +341,7 @@ def foreign(name: str) -> str | None:
     return os.environ.get(name)
 
 
-def nvshmem_flag(name: str, *, default: bool) -> bool:
+def nvshmem_flag(name: str, default: bool) -> bool:
     """A flag of NVSHMEM's, as NVSHMEM reads it: by its first letter, so that `off` is on."""
     text = foreign(name)
     return default if text is None else text[:1] not in tuple("0nNfF")

@@ -511,11 +511,13 @@ def _together(group: Group, what: str, device: int | None, call: Callable[[], T]
     try:
         return interruptible(run, seconds=seconds)
     except TimeoutError:
+        flag = env.nvshmem_ib_enable_ibgda
+        ibgda = f", or IBGDA has begun on some only ({flag.name}=0 on all does without)"
         raise CommunicationError(
             f"{BUFFER}: rank {group.rank} waited {seconds:g} s in {what} for the other ranks: one "
-            "has ended, or the network between them does not work (NVSHMEM_DEBUG=INFO says more). "
-            "NVSHMEM cannot be used in this process any more; start the ranks again "
-            f"({env.timeout_seconds.name} sets the time)",
+            f"has ended, or the network between them does not work{ibgda if flag() else ''} "
+            "(NVSHMEM_DEBUG=INFO says more). NVSHMEM cannot be used in this process any more; "
+            f"start the ranks again ({env.timeout_seconds.name} sets the time)",
             op=BUFFER,
             rank=group.rank,
         ) from None

@@ -199,7 +199,7 @@ class NvshmemTransport(Transport):
         """See `Transport.expect`."""
         depth, num_qps = env.nvshmem_qp_depth(), env.nvshmem_num_qps()
         needed = -(-num_puts // num_qps) * _ENTRIES_A_PUT
-        if env.nvshmem_ib_enable_ibgda() and depth < needed:
+        if self._group.rank == 0 and env.nvshmem_ib_enable_ibgda() and depth < needed:
             # NVSHMEM waits for room in a queue by itself, so this costs time and nothing else.
             _log.warning(
                 "queue shorter than a call: expect stalls (%d puts to a rank over %d queue pairs "

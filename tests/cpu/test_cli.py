@@ -116,7 +116,7 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Node:
 
 
 class Node:
-    """What `probe` finds there."""
+    """The answers of `probe` there."""
 
     num_gpus = 8
     ports = (*(probe.Port(f"mlx5_{i}", rate="400 Gb/sec (4X NDR)") for i in range(8)),)
@@ -139,7 +139,7 @@ class Node:
 
     @property
     def lines(self) -> dict[str, Check]:
-        """What `doctor` says of it."""
+        """The lines of `doctor` for it."""
         return {check.name: check for check in [*rdma.check_rdma(), *nics.check_nics()]}
 
 
@@ -162,6 +162,8 @@ def test_doctor_on_a_good_node(node: Node) -> None:
         ("NVSHMEM_IB_ENABLE_IBGDA=no", {}, "IBGDA: wanted", "ok", "no: NVSHMEM_IB_ENABLE_IBGDA=no"),
         ("NVSHMEM_IB_ENABLE_IBGDA=1", {}, "IBGDA: wanted", "ok", "yes: NVSHMEM_IB_ENABLE_IBGDA=1"),
         ("NVSHMEM_IB_ENABLE_IBGDA=off", {}, "IBGDA: wanted", "wrong", "yes: .*as NVSHMEM reads"),
+        ("NVSHMEM_IB_ENABLE_IBGDA=2", {}, "IBGDA: wanted", "wrong", "yes: .*as NVSHMEM reads"),
+        ("NVSHMEM_IB_ENABLE_IBGDA=2", {}, "kernels with NVSHMEM", "warning", "cannot be linked"),
         ("NVSHMEM_IB_ENABLE_IBGDA=", {}, "IBGDA: wanted", "ok", "yes: where all ranks can"),
         ("NVSHMEM_REMOTE_TRANSPORT=ibrc", {}, "IBGDA: wanted", "ok", "no: "),
         ("NVSHMEM_REMOTE_TRANSPORT=ibrc", {}, "transport", "ok", "ibrc is asked for"),
@@ -286,7 +288,7 @@ def test_doctor_on_a_node(
 def test_doctor_keeps_still(
     node: Node, monkeypatch: pytest.MonkeyPatch, variable: str, found: dict[str, Any], name: str
 ) -> None:
-    """What is as it should be needs no line of its own here."""
+    """A part that is as it should be needs no line of its own here."""
     monkeypatch.setenv("NVSHMEM_HCA_PE_MAPPING", "mlx5_0:1:1")
     node.ports = (probe.Port("mlx5_0"), probe.Port("mlx5_9", link="Ethernet", routable=True))
     if variable:

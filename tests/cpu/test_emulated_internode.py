@@ -421,7 +421,7 @@ def test_any_size_of_the_buffers(slots: int, ring_slots: int, cut: tuple[int, in
 
 @VARIANTS
 def test_slots_of_other_lengths(tma: bool) -> None:
-    """What is put over a slow link still reads its stage when the next operation writes there."""
+    """A put over a slow link still reads its stage when the next operation writes there."""
     shape = Shape(3, 1, tma=tma, tokens=(12, 12, 12), grid=2)
     assert shape.cached.slot_bytes < min(shape.dispatch.slot_bytes, shape.combine.slot_bytes)
     for link in itertools.permutations(range(3), 2):

@@ -2,10 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -15,9 +11,8 @@ import torch
 
 from bench import first_hour
 from bench.cluster_stage import Stage, Wrong
-from epjit.bench.timing import free_port
+from tests.harness.hour import run_hour
 
-ROOT = Path(__file__).resolve().parents[2]
 SMALL = (
     "--rounds=6",
     "--tokens=15",
@@ -31,58 +26,31 @@ SMALL = (
 
 
 def test_a_small_hour(tmp_path: Path) -> None:
-    """Two ranks in domains of one: every stage, and one file that has all of it."""
-    file = tmp_path / "report.txt"
-    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node=2", f"--master-port={free_port()}")
+    """Two ranks: every stage, and one file that has all of it."""
     baseline = f"--baseline=echo '{'| 1048576 | 41.5 |'}'"
-    done = subprocess.run(
-        [sys.executable, *torchrun, "bench/first_hour.py", f"--report={file}", baseline, *SMALL],
-        cwd=ROOT,
-        env={
-            **os.environ,
-            "PYTHONPATH": str(ROOT),
-            "EPJIT_BACKEND": "cpu",
-            "EPJIT_NVLINK_DOMAIN": "1",
-            "EPJIT_TIMEOUT_SECONDS": "5",
-            "OMP_NUM_THREADS": "1",
-        },
-        capture_output=True,
-        text=True,
+    lines, rows = run_hour(
+        tmp_path / "report.txt",
+        2,
+        baseline,
+        *SMALL,
         timeout=280,
-        check=False,
+        EPJIT_BACKEND="cpu",
+        EPJIT_TIMEOUT_SECONDS="5",
     )
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = file.read_text().splitlines()
-    assert "# all right" in lines
-    assert "# baseline: 41.5 GB/s at most: echo '| 1048576 | 41.5 |'" in lines
-    rows = [json.loads(line) for line in lines if line[0] == "{"]
+    assert "baseline: 41.5 GB/s at most: echo '| 1048576 | 41.5 |'" in lines
     assert len(rows[1]["checks"]) > 10
-    soaks = [row for row in rows if row["op"] == "soak"]
-    assert sorted((row["mode"], row["rank"], row["domain"]) for row in soaks) == [
-        (mode, rank, rank) for mode in ("low-latency", "normal") for rank in (0, 1)
-    ]
-    assert all(row["rows"] > 20 and row["wrong_rows"] == 0 for row in soaks)
-    ends = {(row["stage"], row["rank"]): row for row in rows if row["op"] == "end"}
-    assert set(ends) == {(stage, rank) for stage in first_hour.STAGES for rank in (0, 1)}
-    errors = [row for row in rows if row["op"] == "error"]
-    assert [row["stage"] for row in errors] == list(first_hour.DEATHS)
-    for error in errors:
-        assert [ends[error["stage"], rank]["exit_code"] for rank in (0, 1)] == [3, -9]
-        assert error["kind"] == "CommunicationError"
-        assert "rank 1" in error["message"]
-    timed = {row["op"] for row in rows if "us" in row}
-    assert {"dispatch cached", "combine", "low-latency dispatch"} <= timed
-    assert "rank 0 of 2, node 0 of 2, cpu: 10 of 10 rounds right" in file.read_text()
+    said = [row["text"] for row in rows if row["op"] == "said"]
+    assert sum("cpu: 10 of 10 rounds right" in text for text in said) == 2
 
 
 def stage(rank: int = 0) -> Any:
-    """What its methods want of a stage to make rows."""
+    """The parts of a stage that its methods need to make rows."""
     plan = SimpleNamespace(hidden=64, tokens=15, topk=2, experts=8)
     return cast(Any, SimpleNamespace(rank=rank, size=4, device=torch.device("cpu"), plan=plan))
 
 
 def test_rows_are_of_their_round_and_token() -> None:
-    """What stayed from another round, or came from another token, differs in most columns."""
+    """A row that stayed from another round, or came from another token, differs in most columns."""
     tokens = torch.arange(40)
     rows = [
         Stage.rows(stage(), number, torch.full_like(tokens, source), tokens, 512)

@@ -21,7 +21,7 @@ emulated = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="need
 
 
 def sent(report: build.Report) -> Messages:
-    """What all ranks have sent."""
+    """Messages that all ranks have sent."""
     return Messages(report.puts, report.put_bytes, report.signals)
 
 

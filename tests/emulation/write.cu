@@ -1,4 +1,4 @@
-// What a rank does between two operations: it writes to memory that the one before has let go.
+// A rank between two operations: it writes to memory that the one before has let go.
 #include "epjit/types.cuh"
 
 namespace epjit {

@@ -117,7 +117,7 @@ def _peer_memory() -> Check:
 
 
 def _transport(ports: list[probe.Port]) -> Check:
-    """What NVSHMEM is asked for. What it takes can be another, which the log of a run says."""
+    """The transport that NVSHMEM is asked for. It can take another, which the log of a run says."""
     from epjit import env
 
     asked = "IBGDA, else IBRC" if wants_ibgda(ports) else env.foreign(_TRANSPORT) or "IBRC"

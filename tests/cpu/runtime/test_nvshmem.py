@@ -765,9 +765,11 @@ def test_a_full_gpu_is_said(library: Library) -> None:
         nvshmem.allocate(alone(), 101, device=0)
 
 
+@pytest.mark.parametrize("ibgda", ["0", "1"])
 def test_a_rank_that_ends_is_not_waited_for_inside_nvshmem(
-    library: Library, monkeypatch: pytest.MonkeyPatch
+    ibgda: str, library: Library, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", ibgda)
     monkeypatch.setenv("EPJIT_TIMEOUT_SECONDS", "0.2")
     monkeypatch.setattr(library, "nvshmem_malloc", lambda nbytes: time.sleep(5))
     with pytest.raises(
@@ -775,6 +777,7 @@ def test_a_rank_that_ends_is_not_waited_for_inside_nvshmem(
     ) as error:
         nvshmem.allocate(alone(), 100, device=0)
     assert (error.value.op, error.value.rank) == ("Buffer", 0)
+    assert ("NVSHMEM_IB_ENABLE_IBGDA=0 on all" in str(error.value)) == (ibgda == "1")
 
 
 def test_numbers_mean_the_same_memory_where_only_some_got_it() -> None:
