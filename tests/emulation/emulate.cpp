@@ -274,7 +274,7 @@ uint64_t num_warps;
 const char* landing = nullptr;  // sender of the message that is being moved
 std::priority_queue<Event, std::vector<Event>, std::greater<Event>> events;
 uint64_t pass, switches, event_order;
-Report sent;  // what of it is of messages
+Report sent;           // what of it is of messages
 uint64_t blocks_left;  // basic blocks until the next preemption
 Options options;
 Context scheduler;
