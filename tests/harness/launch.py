@@ -145,7 +145,9 @@ def run_threads(
             thread.join(timeout=0.02)
     for rank, thread in enumerate(threads):
         if thread.is_alive() and rank not in errors:
-            errors[rank] = f"did not finish (limit {timeout} s, less after a failure)\n"
+            frame = sys._current_frames().get(thread.ident or 0)
+            stack = "".join(traceback.format_stack(frame)) if frame else ""
+            errors[rank] = f"did not finish (limit {timeout} s, less after a failure)\n{stack}"
     if errors:
         raise RankFailedError(dict(errors)) from (causes[0] if causes else None)
     return results
