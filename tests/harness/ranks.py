@@ -13,6 +13,7 @@ from unittest import mock
 import torch
 
 from epjit import Buffer
+from epjit.modes.base import Mode
 from epjit.runtime import driver, stream
 from tests.harness.launch import run_threads
 
@@ -100,10 +101,31 @@ def run_ranks(
     gc.collect()
     gc.disable()
     try:
-        with mock.patch.object(stream, "high_priority_stream", _next_stream):
+        with (
+            mock.patch.object(stream, "high_priority_stream", _next_stream),
+            mock.patch.object(Mode, "_build", _meeting_before(Mode._build)),
+        ):
             return run_threads(worker, num_ranks, timeout=timeout)
     finally:
         gc.enable()
+
+
+def _meeting_before(build: Callable[..., Any]) -> Callable[..., Any]:
+    """`Mode._build`, begun when all ranks are there, and nothing that they have queued runs.
+
+    To load a kernel the driver waits for all kernels that run, and lets nobody launch meanwhile:
+    also not the rank that a running one waits for. Processes have a driver each.
+    """
+
+    @functools.wraps(build)
+    def begin(mode: Mode[Any], *args: Any, **sizes: int) -> Any:
+        if not torch.cuda.is_current_stream_capturing():
+            for row in _streams():
+                row[_rank.number].synchronize()
+            mode._group.barrier()
+        return build(mode, *args, **sizes)
+
+    return begin
 
 
 def meet(buffer: Buffer) -> None:
