@@ -63,7 +63,7 @@ def look(
     no_ibgda = no_device_code
     if not any("mlx5" in nic for nic, _ in active):
         no_ibgda = "no mlx5 NIC has an active port"
-    elif not (loads or _loads)("libmlx5.so.1"):
+    elif not (loads or can_load)("libmlx5.so.1"):
         no_ibgda = "libmlx5.so.1 cannot be loaded"
     flag = env.nvshmem_ib_enable_ibgda
     return Network(
@@ -92,7 +92,8 @@ def _read(path: Path) -> str:
         return ""
 
 
-def _loads(library: str) -> bool:
+def can_load(library: str) -> bool:
+    """Whether the loader finds a library."""
     try:
         ctypes.CDLL(library)
     except OSError:
