@@ -76,7 +76,7 @@ def compile_one(item: tuple[kernel.KernelConfig, str]) -> Code:
             "unit.cu",
             arch=arch,
             headers=sources.closure(*kernel.unit_sources(config, "loopback")),
-            name_expression=f"epjit::{config.tag}::{config.op}",
+            name_expression=config.kernel_name,
         )
     finally:
         nvrtc.options = options

@@ -45,7 +45,7 @@ class KernelConfig:
     source: ClassVar[str]
     """File below `cuda_src`."""
     op: ClassVar[str]
-    """Name of the device function, and of the kernel."""
+    """Name of the device function."""
     tag_template: ClassVar[str]
     """Of `tag`; ``{0.num_ranks}`` stands for a field, or another attribute."""
     starts_early: ClassVar[bool] = False
@@ -92,6 +92,15 @@ class KernelConfig:
     def tag(self) -> str:
         """Namespace of the kernel below `epjit`: tells specialisations apart in a profile."""
         return self.tag_template.format(self)
+
+    @property
+    def kernel_name(self) -> str:
+        """In C++, with its namespaces.
+
+        In the low-latency mode, too, profiles are searched for ``::dispatch`` and ``::combine``:
+        `bench_kineto` of DeepEP's tests does.
+        """
+        return f"epjit::{self.tag}::{self.op.removeprefix('low_latency_')}"
 
 
 C = TypeVar("C", bound=KernelConfig)
@@ -150,6 +159,7 @@ def render(config: KernelConfig, body: str = "nvshmem") -> str:
     if config.slot_bytes is not None:
         sizes["slot_bytes"] = config.slot_bytes
     included = unit_sources(config, body)
+    kernel = config.kernel_name.rpartition("::")[2]
     # Before all else. The kernel itself lets the next one in (sync.cuh, "blocks that leave").
     begin = "ptx::griddepcontrol_wait(); "
     return (
@@ -163,7 +173,7 @@ def render(config: KernelConfig, body: str = "nvshmem") -> str:
         + f"static_assert(sizeof({params_name}) == {size});\n"
         f"namespace {config.tag} {{\n"
         f"__global__ void __launch_bounds__({config.threads}, 1)\n"
-        f"{op}(const __grid_constant__ {params_name} params) {{ "
+        f"{kernel}(const __grid_constant__ {params_name} params) {{ "
         f"{begin if config.starts_early else ''}epjit::{op}<kConfig>(params); }}\n"
         f"}}  // namespace {config.tag}\n"
         "}  // namespace epjit\n"
@@ -225,7 +235,7 @@ def compile_kernel(config: KernelConfig, *, arch: str, body: str = "nvshmem") ->
             f"{name}.cu",
             arch=target,
             headers=headers,
-            name_expression=f"epjit::{config.tag}::{config.op}",
+            name_expression=config.kernel_name,
             linked=linked,
         )
         if linked:

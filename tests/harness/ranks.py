@@ -103,29 +103,32 @@ def run_ranks(
     try:
         with (
             mock.patch.object(stream, "high_priority_stream", _next_stream),
-            mock.patch.object(Mode, "_build", _meeting_before(Mode._build)),
+            mock.patch.object(Mode, "_build", _among_all(Mode._build)),
         ):
             return run_threads(worker, num_ranks, timeout=timeout)
     finally:
         gc.enable()
 
 
-def _meeting_before(build: Callable[..., Any]) -> Callable[..., Any]:
-    """`Mode._build`, begun when all ranks are there, and nothing that they have queued runs.
+def _among_all(build: Callable[..., Any]) -> Callable[..., Any]:
+    """`Mode._build`, begun and ended with all ranks there, and nothing that they queued running.
 
     To load a kernel the driver waits for all kernels that run, and lets nobody launch meanwhile:
     also not the rank that a running one waits for. Processes have a driver each.
     """
 
     @functools.wraps(build)
-    def begin(mode: Mode[Any], *args: Any, **sizes: int) -> Any:
-        if not torch.cuda.is_current_stream_capturing():
-            for row in _streams():
-                row[_rank.number].synchronize()
-            mode._group.barrier()
-        return build(mode, *args, **sizes)
+    def building(mode: Mode[Any], *args: Any, **sizes: int) -> Any:
+        if torch.cuda.is_current_stream_capturing():
+            return build(mode, *args, **sizes)  # which refuses
+        for row in _streams():
+            row[_rank.number].synchronize()
+        mode._group.barrier()
+        launch = build(mode, *args, **sizes)
+        mode._group.barrier()  # nobody launches it while another still loads
+        return launch
 
-    return begin
+    return building
 
 
 def meet(buffer: Buffer) -> None:

@@ -210,6 +210,12 @@ class Made:
 _making = threading.Lock()
 
 
+def make(case: Round, oracle: Normal) -> Made:
+    """Inputs and expected results of all ranks; made once for the threads of a process."""
+    with _making:
+        return _make(case, oracle)
+
+
 @functools.lru_cache(maxsize=4)
 def _make(case: Round, oracle: Normal) -> Made:
     world = make_world(case)
@@ -271,8 +277,7 @@ def check_round(buffer: Buffer, case: Round) -> None:
         AssertionError: Names rank, tensor, row and column of the first difference.
     """
     rank, device, oracle = buffer.rank, buffer.device, Normal(buffer.topology.domains)
-    with _making:
-        made = _make(case, oracle)
+    made = make(case, oracle)
     own = made.world[rank]
     config = Config(case.num_sms)
     flags: dict[str, Any] = {

@@ -24,16 +24,16 @@ import torch.distributed as dist
 
 from epjit import Buffer, CommunicationError, Config
 from epjit.reference import Normal
-from epjit.reference import intranode as reference
 from tests.harness import launch
 from tests.harness.data import ROUTING_KINDS, assert_rows_equal
 from tests.harness.ranks import capture, line_up, meet, settle
 from tests.rounds.normal import (
+    Made,
     Prepared,
     Round,
     check_round,
     layout_of,
-    make_world,
+    make,
     random_round,
 )
 
@@ -440,7 +440,7 @@ def replays(
     """
     on_gpu = buffer.device.type == "cuda"
     num_ranks, rank, oracle = buffer.group_size, buffer.rank, Normal(buffer.topology.domains)
-    hidden, experts, topk, worst = 512, 4 * num_ranks, 4, num_ranks * tokens
+    hidden, experts, topk, worst = 512, 4 * num_ranks, 4, num_ranks * tokens + 3
     device, config = buffer.device, Config(num_sms)
     x = torch.empty((tokens, hidden), dtype=torch.bfloat16, device=device)
     idx = torch.empty((tokens, topk), dtype=torch.int64, device=device)
@@ -462,33 +462,30 @@ def replays(
         )
         return recv_x, recv_idx, cached, combined, combined_weights
 
-    def load(seed: int) -> list[reference.RankInput]:
-        world = make_world(
-            Round(
-                num_tokens=(tokens,) * num_ranks,
-                hidden=hidden,
-                num_experts=experts,
-                num_topk=topk,
-                kind=ROUTING_KINDS[seed % len(ROUTING_KINDS)],
-                seed=seed,
-            )
+    def load(seed: int) -> Made:
+        case = Round(
+            num_tokens=(tokens,) * num_ranks,
+            hidden=hidden,
+            num_experts=experts,
+            num_topk=topk,
+            kind=ROUTING_KINDS[seed % len(ROUTING_KINDS)],
+            seed=seed,
+            worst=True,
         )
-        x.copy_(world[rank].x)
-        idx.copy_(world[rank].topk_idx)
-        weights.copy_(world[rank].topk_weights)
+        made = make(case, oracle)
+        assert made.num_worst == worst
+        own = made.world[rank]
+        for tensor, loaded in ((x, own.x), (idx, own.topk_idx), (weights, own.topk_weights)):
+            assert loaded is not None
+            tensor.copy_(loaded)
         line_up(buffer)
-        return world
+        return made
 
-    def compare(
-        outputs: tuple[torch.Tensor, ...], seed: int, world: list[reference.RankInput]
-    ) -> None:
+    def compare(outputs: tuple[torch.Tensor, ...], seed: int, made: Made) -> None:
         # Not left to the copies below: one that waits for a kernel holds up the copies of other
         # threads of this process, and such a thread may be the rank that the kernel waits for.
         settle(buffer)
-        want = [
-            oracle.dispatch(world, r, num_experts=experts, num_worst_tokens=worst)
-            for r in range(num_ranks)
-        ]
+        want = made.dispatched
         rows = int(want[rank].handle.num_received(rank))
         recv_x, recv_idx, cached, combined, combined_weights = outputs
         prefix = f"rank {rank}, replay {seed}"
@@ -497,19 +494,19 @@ def replays(
         assert_rows_equal(cached[:rows], want[rank].recv_x[:rows], f"{prefix}: cached recv_x")
         want_x, want_weights = oracle.combine(
             [each.recv_x for each in want],
-            [each.handle for each in want],
+            made.handles,
             rank,
             [each.recv_topk_weights for each in want],
         )
         assert_rows_equal(combined, want_x, f"{prefix}: combined_x")
         assert_rows_equal(combined_weights, want_weights, f"{prefix}: combined_topk_weights")
 
-    world = load(0)
-    compare(step(), 0, world)  # compiles
+    made = load(0)
+    compare(step(), 0, made)  # compiles
     again = replay_of(step, meet) if on_gpu else step
     for seed in range(1, num_replays):
-        world = load(seed)
-        compare(again(), seed, world)
+        made = load(seed)
+        compare(again(), seed, made)
         if seed % 10 == 0:
             line_up(buffer)
-            compare(step(), seed, world)
+            compare(step(), seed, made)
