@@ -15,7 +15,14 @@ import torch
 from epjit import Buffer
 from tests.emulation.world import LONG_RUNS
 from tests.harness.data import ROUTING_KINDS
-from tests.harness.ranks import SMALL, capture, meet, run_ranks, start_at
+from tests.harness.ranks import (
+    SMALL,
+    capture,
+    meet,
+    num_random_rounds,
+    run_ranks,
+    start_at,
+)
 from tests.rounds.normal import Round, check_no_room, check_round, random_round
 from tests.scenarios import internode
 from tests.scenarios.normal import check_withheld_peer, replays, rounds, small_rounds
@@ -64,8 +71,9 @@ def test_routings(
 @pytest.mark.timeout(600)
 @EVERY_WORLD
 def test_random_rounds(num_domains: int, num_local: int) -> None:
-    """300 fresh rounds on two buffers in turn, with a rank that is late now and then."""
-    num_rounds, num_ranks = 10 if SMALL else 300, num_domains * num_local
+    """Fresh rounds on two buffers in turn, with a rank that is late now and then."""
+    num_ranks = num_domains * num_local
+    num_rounds = num_random_rounds(num_ranks)
 
     def body(first: Buffer, second: Buffer) -> None:
         rounds((first, second), 7000, num_rounds, TOKENS // 2, SMS[num_ranks])

@@ -10,7 +10,17 @@ import torch
 from epjit import Buffer, Config
 from tests.emulation.world import LONG_RUNS
 from tests.harness.data import ROUTING_KINDS, payload, routing, topk_weights
-from tests.harness.ranks import SMALL, SMS, capture, line_up, meet, run_ranks, settle, start_at
+from tests.harness.ranks import (
+    SMALL,
+    SMS,
+    capture,
+    line_up,
+    meet,
+    num_random_rounds,
+    run_ranks,
+    settle,
+    start_at,
+)
 from tests.rounds.normal import (
     DISPATCH_VARIANTS,
     Round,
@@ -130,8 +140,8 @@ def test_signals_of_long_ago(epoch: int, stale: int, variant: str) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_random_rounds(num_ranks: int) -> None:
-    """300 fresh rounds on two buffers in turn, with a rank that is late now and then."""
-    num_rounds = 10 if SMALL else 300
+    """Fresh rounds on two buffers in turn, with a rank that is late now and then."""
+    num_rounds = num_random_rounds(num_ranks)
 
     def body(first: Buffer, second: Buffer) -> None:
         num_sms = SMS if num_ranks < 8 else 8

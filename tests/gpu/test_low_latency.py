@@ -16,7 +16,15 @@ import torch
 from epjit import Buffer
 from epjit.handles import routes
 from tests.harness.data import ROUTING_KINDS, assert_rows_equal
-from tests.harness.ranks import SMALL, line_up, meet, next_stream, run_ranks, settle
+from tests.harness.ranks import (
+    SMALL,
+    line_up,
+    meet,
+    next_stream,
+    num_random_rounds,
+    run_ranks,
+    settle,
+)
 from tests.rounds.low_latency import (
     BY_NAME,
     FLAGS,
@@ -155,8 +163,8 @@ def test_model_shapes(num_ranks: int, domain: int | None) -> None:
 @pytest.mark.timeout(600)
 @worlds(2, 3, 4, 8, 15, 16)
 def test_random_rounds(num_ranks: int, domain: int | None) -> None:
-    """300 fresh rounds, some of the normal mode on the same buffer between them."""
-    num_rounds = 10 if SMALL else 300
+    """Fresh rounds, some of the normal mode on the same buffer between them."""
+    num_rounds = num_random_rounds(num_ranks)
 
     def body(buffer: Buffer) -> None:
         low_latency.rounds(buffer, num_rounds, TOKENS, num_sms=4)
