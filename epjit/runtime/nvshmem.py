@@ -31,6 +31,7 @@ from epjit.runtime import driver, network, nvrtc
 from epjit.runtime.group import BUFFER, Group, host_id, process_id
 from epjit.runtime.heap import Heap, HeapMemory
 from epjit.runtime.interrupt import interruptible
+from epjit.runtime.machine import mapped
 from epjit.runtime.network import Network
 
 T = TypeVar("T")
@@ -72,7 +73,7 @@ def find_library() -> Path:
         ImportError: There is none.
         RuntimeError: The process has two, or another than ``NVSHMEM_DIR`` says.
     """
-    loaded = _loaded_libraries()
+    loaded = mapped(_LIBRARY)
     folder = env.nvshmem_dir()
     if len(loaded) > 1:
         raise RuntimeError(
@@ -138,16 +139,6 @@ def package_folders(name: str) -> list[Path]:
     spec = importlib.util.find_spec("nvidia")
     roots = (spec.submodule_search_locations or []) if spec is not None else []
     return [folder for root in roots if (folder := Path(root) / name).is_dir()]
-
-
-def _loaded_libraries() -> list[Path]:
-    """Files of NVSHMEM's host library that this process has mapped."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return []
-    files = re.findall(rf"\s(/\S*/{re.escape(_LIBRARY)}\S*)$", maps, re.MULTILINE)
-    return sorted({Path(file).resolve() for file in files})
 
 
 def _check_version(version: tuple[int, int, int], library: Path) -> None:
@@ -403,11 +394,13 @@ def _introduce(device: int | None) -> _Member:
     try:
         library = load()
         begun = is_initialized()
-        found = network.look(no_device_code="" if begun else _no_device_code(device))
+        version = _version_of(library)
+        no_device_code = "" if begun else why_no_device_code(device)
+        found = network.look(version=version, no_device_code=no_device_code)
     except (ImportError, RuntimeError, ValueError) as error:
         return _Member(error=str(error))
     return _Member(
-        version=_version_of(library),
+        version=version,
         initialized=begun,
         pe=library.nvshmem_my_pe() if begun else -1,
         num_pes=library.nvshmem_n_pes() if begun else 0,
@@ -419,7 +412,7 @@ def _introduce(device: int | None) -> _Member:
     )
 
 
-def _no_device_code(device: int | None) -> str:
+def why_no_device_code(device: int | None) -> str:
     """Why no kernel for a GPU can be linked with the functions of IBGDA; empty when one can."""
     library = find_installation().device_library
     if not library.is_file():

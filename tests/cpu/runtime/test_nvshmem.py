@@ -252,7 +252,7 @@ def fake_library(root: Path, version: str = "3.4.5") -> Path:
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Libraries that this process has loaded, as the tests have it."""
     files: list[Path] = []
-    monkeypatch.setattr(nvshmem, "_loaded_libraries", lambda: sorted(files))
+    monkeypatch.setattr(nvshmem, "mapped", lambda name: sorted(files))
     return files
 
 
@@ -552,7 +552,7 @@ def test_kernels_that_cannot_be_linked_with_ibgda(
         (tmp_path / "lib" / "libnvshmem_device.a").touch()
     monkeypatch.setattr(nvshmem.nvrtc, "version", lambda: (cuda, 0))
     monkeypatch.setattr(nvshmem.gpu, "arch_of", lambda device: arch)
-    assert re.match(f"{reason}(, only|$)", nvshmem._no_device_code(0))
+    assert re.match(f"{reason}(, only|$)", nvshmem.why_no_device_code(0))
 
 
 def test_a_flag_that_nvshmem_reads_otherwise(
@@ -561,6 +561,7 @@ def test_a_flag_that_nvshmem_reads_otherwise(
     """All ranks hear of it: one alone would let the others wait."""
     monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "off")
     monkeypatch.setattr(library, "nvshmemx_init_status", lambda: 0, raising=False)
+    monkeypatch.setattr(nvshmem, "_version_of", lambda library: (3, 4, 5))
     assert "'off' is not a flag" in nvshmem._introduce(None).error
 
 
