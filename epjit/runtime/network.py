@@ -100,6 +100,7 @@ class Network(NamedTuple):
             that the user lets NVSHMEM take.
         no_ibgda: Reason why IBGDA cannot begin here; empty when, as far as is known, it can.
         has_gdrcopy: Whether the CPU can write to memory of the GPU, through GDRCopy.
+        num_qps: ``NVSHMEM_IBGDA_NUM_RC_PER_PE``; empty when it is unset.
     """
 
     ibgda: bool | None = None
@@ -107,6 +108,7 @@ class Network(NamedTuple):
     links: tuple[str, ...] = ()
     no_ibgda: str = ""
     has_gdrcopy: bool = False
+    num_qps: str = ""
 
 
 def look(
@@ -137,6 +139,7 @@ def look(
         links=tuple(sorted({port.link for port in usable})),
         no_ibgda=_no_nic_for_ibgda(usable, version) or no_device_code,
         has_gdrcopy=(root / "dev/gdrdrv").exists(),
+        num_qps=env.nvshmem_num_qps.text(),
     )
 
 
@@ -184,6 +187,7 @@ def check(networks: Sequence[Network], *, num_hosts: int) -> None:
     flag = env.nvshmem_ib_enable_ibgda.name
     _check_alike(flag, ["unset" if n.ibgda is None else str(int(n.ibgda)) for n in networks])
     _check_alike(_REMOTE_TRANSPORT, [n.transport or "unset" for n in networks])
+    _check_alike(env.nvshmem_num_qps.name, [n.num_qps or "unset" for n in networks])
     if num_hosts == 1:
         return
     reasons = [network.no_ibgda for network in networks]

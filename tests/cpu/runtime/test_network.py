@@ -15,6 +15,7 @@ IB = Network(links=("InfiniBand",), has_gdrcopy=True)
 NO_NIC = Network(no_ibgda="no mlx5 NIC has an active port")
 VARIABLES = (
     "NVSHMEM_IB_ENABLE_IBGDA",
+    "NVSHMEM_IBGDA_NUM_RC_PER_PE",
     "NVSHMEM_REMOTE_TRANSPORT",
     "NVSHMEM_HCA_LIST",
     "NVSHMEM_HCA_PE_MAPPING",
@@ -165,6 +166,7 @@ def test_ibgda_is_begun_where_every_rank_can(
     [
         ({"ibgda": True}, "disagree on NVSHMEM_IB_ENABLE_IBGDA: unset on ranks 0, 1, 3; 1 on rank"),
         ({"transport": "ucx"}, "NVSHMEM_REMOTE_TRANSPORT: unset on ranks 0, 1, 3; ucx on rank 2;"),
+        ({"num_qps": "4"}, "IBGDA_NUM_RC_PER_PE: unset on ranks 0, 1, 3; 4 on rank 2; give it"),
         ({"links": ("Ethernet",)}, "active ports: InfiniBand on ranks 0, 1, 3; Ethernet on rank 2"),
         ({"links": ()}, r"InfiniBand on ranks 0, 1, 3; none on rank 2; bring .*TRANSPORT=none"),
     ],
