@@ -16,6 +16,7 @@ from typing import NamedTuple
 from epjit import env
 from epjit.runtime.machine import can_load, mapped, read
 
+ORDERING = "NVSHMEM_IB_ENABLE_RELAXED_ORDERING"
 _REMOTE_TRANSPORT = "NVSHMEM_REMOTE_TRANSPORT"
 _NEW_TIMEOUTS = (3, 8)
 """NVSHMEM's version from which on NVSHMEM_IB_TIMEOUT and NVSHMEM_IB_RETRY_CNT exist."""
@@ -96,8 +97,7 @@ class Network(NamedTuple):
     Attributes:
         ibgda: ``NVSHMEM_IB_ENABLE_IBGDA``; None when it is unset.
         transport: ``NVSHMEM_REMOTE_TRANSPORT``; empty when it is unset.
-        links: Kinds of the NICs' active ports, such as ``InfiniBand``, in order; of those alone
-            that the user lets NVSHMEM take.
+        links: Kinds of the active ports that NVSHMEM may take, such as ``InfiniBand``, in order.
         no_ibgda: Reason why IBGDA cannot begin here; empty when, as far as is known, it can.
         has_gdrcopy: Whether the CPU can write to memory of the GPU, through GDRCopy.
         num_qps: ``NVSHMEM_IBGDA_NUM_RC_PER_PE``; empty when it is unset.
@@ -240,10 +240,11 @@ def settings(
         # warp's is the least that NVSHMEM takes.
         "NVSHMEM_IBGDA_NUM_FETCH_SLOTS_PER_RC": "32",
     }
-    if not ibgda and not all(network.has_gdrcopy for network in networks):
-        # There a signal is a plain write, which the receiver's PCIe may let pass the data before
-        # it. It is the receiver's memory that says so, so one rank decides for all.
-        found["NVSHMEM_IB_ENABLE_RELAXED_ORDERING"] = "0"
+    lacks_ibgda = not ibgda or any(network.no_ibgda for network in networks)
+    if lacks_ibgda and not all(network.has_gdrcopy for network in networks):
+        # There a signal is a plain write, which the PCIe of the receiver may let pass the data
+        # before it: one such receiver decides for all.
+        found[ORDERING] = "0"
     if may_lose_ranks and ibgda and version >= _NEW_TIMEOUTS:
         # 0.27 s a try and 4 tries, not 4.3 s and 8: so long a queue to a peer that is gone may hold
         # up its users. Where a CPU thread posts, NVSHMEM then ends the process, and not sooner.
@@ -262,6 +263,17 @@ def loaded() -> str:
     prefix = "nvshmem_transport_"
     found = {file.name.removeprefix(prefix).partition(".")[0] for file in mapped(prefix)}
     return "ibgda" if "ibgda" in found else "+".join(sorted(found))
+
+
+def why_unordered(networks: Sequence[Network], got: str) -> str:
+    """Why a signal could come before its data: NVSHMEM took IBRC in IBGDA's place. Else empty."""
+    relaxed = env.nvshmem_flag(ORDERING, default=True)
+    if got != "ibrc" or not relaxed or all(network.has_gdrcopy for network in networks):
+        return ""
+    return (
+        "over ibrc, with a rank that has no /dev/gdrdrv, a signal could pass the data before it: "
+        f"set {ORDERING}=0 on all ranks, or load gdrdrv"
+    )
 
 
 def check_got(got: Sequence[str]) -> None:

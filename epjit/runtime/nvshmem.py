@@ -316,10 +316,13 @@ def initialize(
         _check_gpus(members, pes)
         _prepare(members, settings, num_hosts, may_lose_ranks=may_lose_ranks)
         problem = _bootstrap(group, pes, device)
-    found: list[tuple[str, str]] = group.allgather((problem, network.loaded()))
-    problems = [text for text, _ in found if text]
+    got = network.loaded()
+    if num_hosts > 1:
+        problem = problem or network.why_unordered([each.network for each in members], got)
+    found: list[tuple[str, str]] = group.allgather((problem, got))
+    problems = dict.fromkeys(text for text, _ in found if text)
     if problems:
-        raise RuntimeError("NVSHMEM does not begin:\n  " + "\n  ".join(problems))
+        raise RuntimeError("NVSHMEM cannot be used:\n  " + "\n  ".join(problems))
     network.check_got([got for _, got in found])
     transport = found[0][1]
     if transport:  # kernels are linked for what was got, whoever asked for it
@@ -365,22 +368,18 @@ def _tell(world: World, members: Sequence[_Member], num_hosts: int, *, joined: b
     )
     if num_hosts == 1:
         return
-    if members[0].network.ibgda and transport != "ibgda":
-        _log.warning(
-            "%s=1, but NVSHMEM has begun %s: expect low rates (NVSHMEM_DEBUG=INFO says why)",
-            env.nvshmem_ib_enable_ibgda.name,
-            transport or "no transport",
+    if transport != "ibgda":
+        reasons = sorted({member.network.no_ibgda for member in members} - {""})
+        _log.log(
+            logging.WARNING if members[0].network.ibgda else logging.INFO,
+            "IBGDA was not begun: expect low rates (%s)",
+            "; ".join(reasons) or "NVSHMEM_DEBUG=INFO says more",
         )
-    elif transport != "ibgda":
-        reasons = {member.network.no_ibgda for member in members} - {""}
-        _log.info("IBGDA was not begun%s", ": " + "; ".join(sorted(reasons)) if reasons else "")
     if transport == "libfabric" and version < _FAST_LIBFABRIC:
         _log.warning(
-            "NVSHMEM %s waits for each put over libfabric before its signal, which is about ten "
-            "times slower than from %s on; NVSHMEM_DIR names a newer one, where nothing (such as "
-            "torch) has loaded its own before",
-            ".".join(map(str, version)),
-            ".".join(map(str, _FAST_LIBFABRIC)),
+            "NVSHMEM before %d.%d waits for each put over libfabric before its signal, which is ten "
+            "times slower; NVSHMEM_DIR names another, where torch has not loaded its own before",
+            *_FAST_LIBFABRIC,
         )
 
 

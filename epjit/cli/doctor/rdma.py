@@ -14,7 +14,6 @@ from epjit.runtime.network import Network, Port
 
 NVSHMEM_PACKAGES = ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
 _IBGDA = "NVSHMEM_IB_ENABLE_IBGDA"
-_ORDERING = "NVSHMEM_IB_ENABLE_RELAXED_ORDERING"
 _TRANSPORT = "NVSHMEM_REMOTE_TRANSPORT"
 _EFA_VERSION = (3, 6, 5)  # puts with signals are in flight together, over several NICs
 _RDMA = Section("between NVLink domains (RDMA)")
@@ -26,8 +25,7 @@ def check_rdma() -> Iterator[Check]:
 
     yield _nvshmem()
     yield _nvshmem_kernels()
-    ports = network.ports()
-    version = probe.nvshmem_version() or nvshmem.MIN_VERSION
+    ports, version = network.ports(), probe.nvshmem_version() or nvshmem.MIN_VERSION
     try:
         found = network.look(version=version, no_device_code=probe.no_device_code())
     except (RuntimeError, ValueError) as error:
@@ -40,15 +38,9 @@ def check_rdma() -> Iterator[Check]:
     yield from _efa(found, any(port.driver == "efa" for port in ports))
     yield _peer_memory()
     yield from _writes_of_nics()
-    yield _RDMA.expect(
-        "gdrcopy",
-        found.has_gdrcopy,
-        "/dev/gdrdrv",
-        "no /dev/gdrdrv",
-        remedy="signals through the CPU's proxy (without IBGDA) want it: install gdrdrv, "
-        "modprobe gdrdrv; in a container pass the device",
-    )
-    yield _ordering(is_wanted, found.has_gdrcopy)
+    remedy = "signals without IBGDA want it: modprobe gdrdrv; in a container pass the device"
+    yield _RDMA.expect("gdrcopy", found.has_gdrcopy, "/dev/gdrdrv", "no /dev/gdrdrv", remedy=remedy)
+    yield _ordering(found, is_wanted)
     yield from _ibgda(ports, is_wanted)
     yield _locked_memory()
     yield _cores()
@@ -169,24 +161,22 @@ def _writes_of_nics() -> Iterator[Check]:
     )
 
 
-def _ordering(is_ibgda: bool, has_gdrcopy: bool) -> Check:
+def _ordering(found: Network, is_ibgda: bool) -> Check:
     """Whether a signal can pass the data before it: relaxed ordering, and who writes the signal."""
     from epjit import env
 
-    name = "relaxed ordering"
-    text = env.foreign(_ORDERING)
-    if not env.nvshmem_flag(_ORDERING, default=True):
-        return _RDMA.ok(name, f"off: {_ORDERING}={text}")
+    name, text = "relaxed ordering", env.foreign(network.ORDERING)
+    if not env.nvshmem_flag(network.ORDERING, default=True):
+        return _RDMA.ok(name, f"off: {network.ORDERING}={text}")
     if is_ibgda:
         value = "signals are atomics of the NIC, which come after the data"
-        unless = f"not with PCI_ATOMIC_MODE=4 in its firmware: then set {_ORDERING}=0"
+        unless = f"not with PCI_ATOMIC_MODE=4 in its firmware: then set {network.ORDERING}=0"
         return _RDMA.ok(name, f"on; {value} ({unless})")
-    if has_gdrcopy:
+    if found.has_gdrcopy:
         return _RDMA.ok(name, "on; the CPU writes a signal after the data have come")
     if text is None:
         return _RDMA.ok(name, "off: epjit sets it so, for without gdrdrv a signal could pass data")
-    value = f"{_ORDERING}={text}, and without gdrdrv a signal can pass the data before it"
-    return _RDMA.wrong(name, value, f"unset {_ORDERING}, or load gdrdrv")
+    return _RDMA.wrong(name, f"on: {text}", network.why_unordered([found], "ibrc"))
 
 
 def _ibgda(ports: list[Port], is_wanted: bool) -> Iterator[Check]:

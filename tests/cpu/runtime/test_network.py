@@ -17,6 +17,7 @@ VARIABLES = (
     "NVSHMEM_IB_ENABLE_IBGDA",
     "NVSHMEM_IBGDA_NUM_RC_PER_PE",
     "NVSHMEM_REMOTE_TRANSPORT",
+    "NVSHMEM_IB_ENABLE_RELAXED_ORDERING",
     "NVSHMEM_HCA_LIST",
     "NVSHMEM_HCA_PE_MAPPING",
     "NVSHMEM_HCA_PREFIX",
@@ -204,12 +205,15 @@ def test_ports_that_nobody_uses_may_differ() -> None:
         (False, [True, True], None),
         (False, [True, False], "0"),
         (False, [False, False], "0"),
+        (None, [True, False], "0"),  # asked for, and it is known that it will not begin
     ],
 )
-def test_relaxed_ordering(ibgda: bool, gdrcopy: list[bool], relaxed: str | None) -> None:
+def test_relaxed_ordering(ibgda: bool | None, gdrcopy: list[bool], relaxed: str | None) -> None:
     """Off on all ranks where a signal is a plain write to any of them."""
-    networks = [IB._replace(has_gdrcopy=each) for each in gdrcopy]
-    found = network.settings(networks, ibgda=ibgda, version=(3, 4, 5), may_lose_ranks=False)
+    reason = "libmlx5.so.1 cannot be loaded" if ibgda is None else ""
+    networks = [IB._replace(has_gdrcopy=each, no_ibgda=reason) for each in gdrcopy]
+    ibgda = ibgda is not False
+    found = network.settings(networks, ibgda=ibgda, version=OLD, may_lose_ranks=False)
     assert found.get("NVSHMEM_IB_ENABLE_RELAXED_ORDERING") == relaxed
     assert found["NVSHMEM_IB_ENABLE_IBGDA"] == str(int(ibgda))
     assert found["NVSHMEM_IBGDA_NUM_FETCH_SLOTS_PER_RC"] == "32"
@@ -254,6 +258,26 @@ def test_the_transport_that_is_loaded(
     assert mapped("libc.so", maps) == [Path("/lib/libc.so.6").resolve()]
     maps.unlink()
     assert network.loaded() == ""
+
+
+@pytest.mark.parametrize(
+    ("got", "gdrcopy", "relaxed", "refused"),
+    [
+        ("ibrc", False, None, True),
+        ("ibrc", False, "1", True),
+        ("ibrc", False, "0", False),
+        ("ibrc", True, None, False),
+        ("ibgda", False, None, False),
+        ("", False, None, False),
+    ],
+)
+def test_signals_that_could_come_before_their_data(
+    got: str, gdrcopy: bool, relaxed: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if relaxed is not None:
+        monkeypatch.setenv(network.ORDERING, relaxed)
+    said = network.why_unordered([IB, IB._replace(has_gdrcopy=gdrcopy)], got)
+    assert ("NVSHMEM_IB_ENABLE_RELAXED_ORDERING=0 on all ranks" in said) == refused
 
 
 def test_ranks_that_got_different_transports() -> None:

@@ -512,7 +512,19 @@ def test_kernels_are_linked_for_what_was_got(
     assert os.environ["NVSHMEM_IB_ENABLE_IBGDA"] == "0"
     levels = [record.levelname for record in caplog.records]
     assert levels == ["INFO", "WARNING" if flag else "INFO"]
-    assert ("=1, but NVSHMEM has begun ibrc: expect low rates" in caplog.text) == bool(flag)
+    assert "IBGDA was not begun: expect low rates (NVSHMEM_DEBUG=INFO says more)" in caplog.text
+
+
+def test_ibrc_in_the_place_of_ibgda_keeps_signals_behind_their_data(
+    members: list[nvshmem._Member], got: list[str]
+) -> None:
+    """Relaxed ordering is on for IBGDA, and without GDRCopy IBRC writes signals like data."""
+    got[:] = ["ibrc"] * 4
+    members[2] = members[2]._replace(network=members[2].network._replace(has_gdrcopy=False))
+    with pytest.raises(RuntimeError, match="a signal could pass the data before it: set NVSHMEM_I"):
+        raise outcome(members)
+    os.environ["NVSHMEM_IB_ENABLE_RELAXED_ORDERING"] = "0"
+    assert outcome(members).transport == "ibrc"
 
 
 @pytest.mark.parametrize(("version", "told"), [((3, 4, 5), True), ((3, 8, 0), False)])
