@@ -377,7 +377,7 @@ def _tell(world: World, members: Sequence[_Member], num_hosts: int, *, joined: b
         )
     if transport == "libfabric" and version < _FAST_LIBFABRIC:
         _log.warning(
-            "NVSHMEM before %d.%d waits for each put over libfabric before its signal, which is ten "
+            "NVSHMEM before %d.%d waits for each put over libfabric before its signal, and is ten "
             "times slower; NVSHMEM_DIR names another, where torch has not loaded its own before",
             *_FAST_LIBFABRIC,
         )
