@@ -24,7 +24,7 @@ import torch.distributed as dist
 
 import epjit
 from epjit.bench import low_latency, normal
-from epjit.cli.doctor import probe
+from epjit.runtime import network
 
 ROW, COLUMN, MIX = 2_654_435_761, 40_503, 2_246_822_519  # odd, so that no bits are lost
 MOST_SITES = 5  # wrong rows of a rank that are told one by one
@@ -263,7 +263,7 @@ class Stage:
                 rows=wrong.of,
                 sites=wrong.sites,
                 seconds=round(time.perf_counter() - begin, 3),
-                transports=probe.transports(),
+                transport=network.loaded(),
             )
             buffer.destroy()
             dist.barrier()

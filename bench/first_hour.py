@@ -256,7 +256,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
                 told = row.get("skipped") or f"{row['GBps']} GB/s at most: {row['command']}"
                 lines.append(f"baseline: {told}")
             case "soak":
-                over = ", ".join(row["transports"]) or "no NIC"
+                over = row["transport"] or "no NIC"
                 lines.append(
                     f"{run}: rank {row['rank']}, {row['mode']}, {row['rounds']} rounds over "
                     f"{over}: {row['wrong_rows']} of {row['rows']} rows wrong, {row['seconds']} s"

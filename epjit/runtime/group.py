@@ -16,13 +16,13 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from epjit import env
 from epjit.errors import CommunicationError, require
 from epjit.runtime import line
 from epjit.runtime.interrupt import interruptible
+from epjit.runtime.machine import read
 
 if TYPE_CHECKING:
     import torch.distributed as dist
@@ -186,10 +186,7 @@ class Comm(Protocol):
 
 def host_id() -> str:
     """Names the machine, the same in all its containers."""
-    try:
-        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-    except OSError:
-        return socket.gethostname()
+    return read("/proc/sys/kernel/random/boot_id").strip() or socket.gethostname()
 
 
 _process_ids: dict[int, str] = {}

@@ -18,9 +18,9 @@ import socket
 import struct
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 from epjit.errors import CommunicationError
+from epjit.runtime.machine import read
 
 _RANK = struct.Struct("<I")
 _PROOF_BYTES = 32
@@ -53,11 +53,7 @@ def addresses() -> list[str]:
             except OSError:  # the interface has no IPv4 address
                 continue
             found.append(socket.inet_ntoa(answer[20:24]))
-    try:
-        lines = Path("/proc/net/if_inet6").read_text().splitlines()
-    except OSError:
-        lines = []
-    for digits, _, _, scope, *_ in map(str.split, lines):
+    for digits, _, _, scope, *_ in map(str.split, read("/proc/net/if_inet6").splitlines()):
         if scope == _GLOBAL_SCOPE:
             found.append(socket.inet_ntop(socket.AF_INET6, bytes.fromhex(digits)))
     return [each for each in dict.fromkeys(found) if not each.startswith("127.") and each != "::1"]

@@ -31,6 +31,7 @@ from epjit.runtime import driver, network, nvrtc
 from epjit.runtime.group import BUFFER, Group, host_id, process_id
 from epjit.runtime.heap import Heap, HeapMemory
 from epjit.runtime.interrupt import interruptible
+from epjit.runtime.machine import mapped
 from epjit.runtime.network import Network
 
 T = TypeVar("T")
@@ -72,7 +73,7 @@ def find_library() -> Path:
         ImportError: There is none.
         RuntimeError: The process has two, or another than ``NVSHMEM_DIR`` says.
     """
-    loaded = _loaded_libraries()
+    loaded = mapped(_LIBRARY)
     folder = env.nvshmem_dir()
     if len(loaded) > 1:
         raise RuntimeError(
@@ -138,16 +139,6 @@ def package_folders(name: str) -> list[Path]:
     spec = importlib.util.find_spec("nvidia")
     roots = (spec.submodule_search_locations or []) if spec is not None else []
     return [folder for root in roots if (folder := Path(root) / name).is_dir()]
-
-
-def _loaded_libraries() -> list[Path]:
-    """Files of NVSHMEM's host library that this process has mapped."""
-    try:
-        maps = Path("/proc/self/maps").read_text()
-    except OSError:
-        return []
-    files = re.findall(rf"\s(/\S*/{re.escape(_LIBRARY)}\S*)$", maps, re.MULTILINE)
-    return sorted({Path(file).resolve() for file in files})
 
 
 def _check_version(version: tuple[int, int, int], library: Path) -> None:
@@ -325,10 +316,13 @@ def initialize(
         _check_gpus(members, pes)
         _prepare(members, settings, num_hosts, may_lose_ranks=may_lose_ranks)
         problem = _bootstrap(group, pes, device)
-    found: list[tuple[str, str]] = group.allgather((problem, network.loaded()))
-    problems = [text for text, _ in found if text]
+    got = network.loaded()
+    if num_hosts > 1:
+        problem = problem or network.why_unordered([each.network for each in members], got)
+    found: list[tuple[str, str]] = group.allgather((problem, got))
+    problems = dict.fromkeys(text for text, _ in found if text)
     if problems:
-        raise RuntimeError("NVSHMEM does not begin:\n  " + "\n  ".join(problems))
+        raise RuntimeError("NVSHMEM cannot be used:\n  " + "\n  ".join(problems))
     network.check_got([got for _, got in found])
     transport = found[0][1]
     if transport:  # kernels are linked for what was got, whoever asked for it
@@ -374,22 +368,18 @@ def _tell(world: World, members: Sequence[_Member], num_hosts: int, *, joined: b
     )
     if num_hosts == 1:
         return
-    if members[0].network.ibgda and transport != "ibgda":
-        _log.warning(
-            "%s=1, but NVSHMEM has begun %s: expect low rates (NVSHMEM_DEBUG=INFO says why)",
-            env.nvshmem_ib_enable_ibgda.name,
-            transport or "no transport",
+    if transport != "ibgda":
+        reasons = sorted({member.network.no_ibgda for member in members} - {""})
+        _log.log(
+            logging.WARNING if members[0].network.ibgda else logging.INFO,
+            "IBGDA was not begun: expect low rates (%s)",
+            "; ".join(reasons) or "NVSHMEM_DEBUG=INFO says more",
         )
-    elif transport != "ibgda":
-        reasons = {member.network.no_ibgda for member in members} - {""}
-        _log.info("IBGDA was not begun%s", ": " + "; ".join(sorted(reasons)) if reasons else "")
     if transport == "libfabric" and version < _FAST_LIBFABRIC:
         _log.warning(
-            "NVSHMEM %s waits for each put over libfabric before its signal, which is about ten "
-            "times slower than from %s on; NVSHMEM_DIR names a newer one, where nothing (such as "
-            "torch) has loaded its own before",
-            ".".join(map(str, version)),
-            ".".join(map(str, _FAST_LIBFABRIC)),
+            "NVSHMEM before %d.%d waits for each put over libfabric before its signal, and is ten "
+            "times slower; NVSHMEM_DIR names another, where torch has not loaded its own before",
+            *_FAST_LIBFABRIC,
         )
 
 
@@ -403,11 +393,13 @@ def _introduce(device: int | None) -> _Member:
     try:
         library = load()
         begun = is_initialized()
-        found = network.look(no_device_code="" if begun else _no_device_code(device))
+        version = _version_of(library)
+        no_device_code = "" if begun else why_no_device_code(device)
+        found = network.look(version=version, no_device_code=no_device_code)
     except (ImportError, RuntimeError, ValueError) as error:
         return _Member(error=str(error))
     return _Member(
-        version=_version_of(library),
+        version=version,
         initialized=begun,
         pe=library.nvshmem_my_pe() if begun else -1,
         num_pes=library.nvshmem_n_pes() if begun else 0,
@@ -419,7 +411,7 @@ def _introduce(device: int | None) -> _Member:
     )
 
 
-def _no_device_code(device: int | None) -> str:
+def why_no_device_code(device: int | None) -> str:
     """Why no kernel for a GPU can be linked with the functions of IBGDA; empty when one can."""
     library = find_installation().device_library
     if not library.is_file():

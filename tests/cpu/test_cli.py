@@ -28,7 +28,9 @@ from epjit.cli.cache import readable
 from epjit.cli.doctor import gpus, nics, probe, rdma, software
 from epjit.cli.doctor.check import Check, Status
 from epjit.cli.warmup import Calls, Dtype, Group, _normal
+from epjit.runtime import machine, network
 from epjit.runtime.cache import CubinCache, Entry
+from epjit.runtime.network import Port
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = ["--hidden", "256", "--experts", "8", "--topk", "2", "--tokens", "16", "--sms", "4"]
@@ -105,9 +107,15 @@ def node(monkeypatch: pytest.MonkeyPatch) -> Node:
     for name in vars(Node):
         if name[0] != "_" and hasattr(probe, name):
             monkeypatch.setattr(probe, name, lambda name=name: getattr(found, name))
-    monkeypatch.setattr(probe, "exists", lambda path: path in found.files)
-    monkeypatch.setattr(probe, "loads", lambda library: library in found.files)
-    monkeypatch.setattr(probe, "read", lambda path: found.files.get(path, ""))
+    monkeypatch.setattr(network, "can_load", lambda library: library in found.files)
+    monkeypatch.setattr(network, "ports", lambda *root: found.ports)
+    look = network.look
+    monkeypatch.setattr(
+        network,
+        "look",
+        lambda **known: look(**known)._replace(has_gdrcopy="/dev/gdrdrv" in found.files),
+    )
+    monkeypatch.setattr(machine, "read", lambda path: found.files.get(path, ""))
     monkeypatch.setattr(device, "rdma_ordering", lambda index: found.ordering)
     monkeypatch.setattr(device, "rdma_flushes", lambda index: 1)
     for name in [each for each in os.environ if each.startswith("NVSHMEM_")]:
@@ -119,13 +127,13 @@ class Node:
     """The answers of `probe` there."""
 
     num_gpus = 8
-    ports = (*(probe.Port(f"mlx5_{i}", rate="400 Gb/sec (4X NDR)") for i in range(8)),)
+    ports = (*(Port(f"mlx5_{i}", rate="400 Gb/sec (4X NDR)") for i in range(8)),)
     verbs: Mapping[str, bool] = MappingProxyType({f"/dev/infiniband/uverbs{i}": True for i in "01"})
     cores = 96
     locked_memory = -1
     translated_groups = 0
     nvshmem_version: tuple[int, int, int] | None = (3, 4, 5)
-    transports = ()
+    no_device_code = ""
     ordering = 100
     files: Mapping[str, str] = MappingProxyType(
         {
@@ -150,27 +158,29 @@ def test_doctor_on_a_good_node(node: Node) -> None:
     assert not [check for check in lines.values() if check.remedy]
     assert lines["mlx5_0:1"].value == "InfiniBand, 400 Gb/sec (4X NDR), mlx5_core"
     assert lines["GPU memory for the NIC"].value == "DMA-BUF (open driver)"
-    assert lines["IBGDA: wanted"].value == "yes: where all ranks can"
-    assert lines["transport"].value.startswith("IBGDA, else IBRC is asked for")
+    assert lines["transport"].value == "IBGDA, else IBRC: where all ranks can"
     assert "as epjit assumes" in lines["writes of NICs"].value
 
 
 @pytest.mark.parametrize(
     ("variable", "found", "name", "status", "said"),
     [
-        ("NVSHMEM_IB_ENABLE_IBGDA=0", {}, "IBGDA: wanted", "ok", "no: NVSHMEM_IB_ENABLE_IBGDA=0"),
-        ("NVSHMEM_IB_ENABLE_IBGDA=no", {}, "IBGDA: wanted", "ok", "no: NVSHMEM_IB_ENABLE_IBGDA=no"),
-        ("NVSHMEM_IB_ENABLE_IBGDA=1", {}, "IBGDA: wanted", "ok", "yes: NVSHMEM_IB_ENABLE_IBGDA=1"),
-        ("NVSHMEM_IB_ENABLE_IBGDA=off", {}, "IBGDA: wanted", "wrong", "yes: .*as NVSHMEM reads"),
-        ("NVSHMEM_IB_ENABLE_IBGDA=2", {}, "IBGDA: wanted", "wrong", "yes: .*as NVSHMEM reads"),
+        ("NVSHMEM_IB_ENABLE_IBGDA=0", {}, "transport", "ok", "IBRC: NVSHMEM_IB_ENABLE_IBGDA=0"),
+        ("NVSHMEM_IB_ENABLE_IBGDA=no", {}, "transport", "ok", "IBRC: NVSHMEM_IB_ENABLE_IBGDA=0"),
+        ("NVSHMEM_IB_ENABLE_IBGDA=1", {}, "transport", "ok", "IBGDA, else IBRC: .*IBGDA=1"),
+        ("NVSHMEM_IB_ENABLE_IBGDA=1", {"files": {}}, "transport", "warning", "IBGDA, .*IBGDA=1"),
+        ("NVSHMEM_IB_ENABLE_IBGDA=off", {}, "transport", "wrong", "refused"),
+        ("NVSHMEM_GPUNETIO_ENABLE_GDAKI=1", {}, "transport", "wrong", "refused"),
         ("NVSHMEM_IB_ENABLE_IBGDA=2", {}, "kernels with NVSHMEM", "warning", "cannot be linked"),
-        ("NVSHMEM_IB_ENABLE_IBGDA=", {}, "IBGDA: wanted", "ok", "yes: where all ranks can"),
-        ("NVSHMEM_REMOTE_TRANSPORT=ibrc", {}, "IBGDA: wanted", "ok", "no: "),
-        ("NVSHMEM_REMOTE_TRANSPORT=ibrc", {}, "transport", "ok", "ibrc is asked for"),
-        ("", {"transports": ["ibrc"]}, "transport", "ok", "this process got ibrc"),
+        ("NVSHMEM_IB_ENABLE_IBGDA=", {}, "transport", "ok", "IBGDA, else IBRC: where all"),
+        ("NVSHMEM_REMOTE_TRANSPORT=UCX", {}, "transport", "ok", "ucx: NVSHMEM_REMOTE_TRANSPORT"),
+        ("", {"no_device_code": "no code"}, "transport", "warning", "^IBRC$"),
+        ("", {"files": {}}, "transport", "warning", "^IBRC$"),
+        ("", {"ports": [Port("rocep24s0")]}, "transport", "warning", "^IBRC$"),
+        ("NVSHMEM_HCA_PREFIX=roce", {"ports": [Port("rocep24s0")]}, "transport", "ok", "^IBGDA"),
+        ("", {"ports": [Port("bnxt_re0", driver="bnxt_en")]}, "transport", "ok", "IBRC: no mlx5"),
         ("", {"files": {}}, "GPU memory for the NIC", "warning", "neither"),
         ("", {"files": {}}, "IBGDA: driver parameters", "warning", "PeerMappingOverride=0"),
-        ("", {"files": {}}, "IBGDA: libmlx5.so.1", "warning", "not found"),
         ("", {"files": {}}, "gdrcopy", "warning", "no /dev/gdrdrv"),
         ("", {"locked_memory": 65536}, "locked memory", "warning", "64"),
         ("", {"cores": 8}, "CPU cores", "warning", "8 for 8 ranks"),
@@ -190,27 +200,27 @@ def test_doctor_on_a_good_node(node: Node) -> None:
             {"files": {}},
             "relaxed ordering",
             "wrong",
-            "without gdrdrv a signal can pass",
+            "on: 1",
         ),
         ("NVSHMEM_IB_ENABLE_RELAXED_ORDERING=0", {}, "relaxed ordering", "ok", "off: NVSHMEM_IB"),
         (
             "",
-            {"ports": [probe.Port("mlx5_0", is_virtual=True)]},
+            {"ports": [Port("mlx5_0", is_virtual=True)]},
             "IBGDA: atomics",
             "warning",
             "virtual functions: mlx5_0:1",
         ),
-        ("", {"ports": [probe.Port("mlx5_0", active=False)]}, "mlx5_0:1", "info", "link is down"),
+        ("", {"ports": [Port("mlx5_0", active=False)]}, "mlx5_0:1", "info", "link is down"),
         (
             "",
-            {"ports": [probe.Port("mlx5_0", link="Ethernet")]},
+            {"ports": [Port("mlx5_0", link="Ethernet")]},
             "mlx5_0:1",
             "warning",
             "no GID of RoCE v2 with an IPv4 address",
         ),
         (
             "",
-            {"ports": [probe.Port("mlx5_0", link="Ethernet", routable=True)]},
+            {"ports": [Port("mlx5_0", link="Ethernet", routable=True)]},
             "mlx5_0:1",
             "ok",
             "Ethernet",
@@ -223,11 +233,11 @@ def test_doctor_on_a_good_node(node: Node) -> None:
             {},
             "NVSHMEM_HCA_PE_MAPPING",
             "warning",
-            "ignored without NVSHMEM_ENABLE_NIC_PE_MAPPING=1",
+            "maps no ranks without NVSHMEM_ENABLE_NIC_PE_MAPPING=1",
         ),
         (
             "",
-            {"ports": [probe.Port("mlx5_0"), probe.Port("mlx5_9", link="Ethernet", routable=True)]},
+            {"ports": [Port("mlx5_0"), Port("mlx5_9", link="Ethernet", routable=True)]},
             "NICs of one kind",
             "warning",
             "no: Ethernet and InfiniBand, and all would be taken",
@@ -239,17 +249,17 @@ def test_doctor_on_a_good_node(node: Node) -> None:
             "wrong",
             "forgets the queue pairs",
         ),
-        ("", {"ports": [probe.Port("efa0", driver="efa")]}, "EFA", "warning", "cannot drive"),
+        ("", {"ports": [Port("efa0", driver="efa")]}, "EFA", "warning", "cannot drive"),
         (
             "NVSHMEM_REMOTE_TRANSPORT=libfabric",
-            {"ports": [probe.Port("efa0", driver="efa")]},
+            {"ports": [Port("efa0", driver="efa")]},
             "NVSHMEM over libfabric",
             "warning",
             "NVSHMEM 3.4.5: before 3.5 one put",
         ),
         (
             "NVSHMEM_REMOTE_TRANSPORT=libfabric",
-            {"ports": [probe.Port("efa0", driver="efa")], "nvshmem_version": (3, 8, 0)},
+            {"ports": [Port("efa0", driver="efa")], "nvshmem_version": (3, 8, 0)},
             "NVSHMEM over libfabric",
             "ok",
             "NVSHMEM 3.8.0",
@@ -290,7 +300,7 @@ def test_doctor_keeps_still(
 ) -> None:
     """A part that is as it should be needs no line of its own here."""
     monkeypatch.setenv("NVSHMEM_HCA_PE_MAPPING", "mlx5_0:1:1")
-    node.ports = (probe.Port("mlx5_0"), probe.Port("mlx5_9", link="Ethernet", routable=True))
+    node.ports = (Port("mlx5_0"), Port("mlx5_9", link="Ethernet", routable=True))
     if variable:
         monkeypatch.setenv(*variable.split("=", 1))
     for key, value in found.items():
@@ -298,39 +308,10 @@ def test_doctor_keeps_still(
     assert name not in node.lines
 
 
-def test_ports_as_the_kernel_shows_them(tmp_path: Path) -> None:
-    def port(nic: str, **files: str) -> Path:
-        folder = tmp_path / "class" / nic / "ports" / "1"
-        for name, text in files.items():
-            file = folder / name.replace("__", "/")
-            file.parent.mkdir(parents=True, exist_ok=True)
-            file.write_text(text + "\n")
-        return tmp_path / "class" / nic / "device"
-
-    device = port("mlx5_0", state="4: ACTIVE", link_layer="InfiniBand", rate="400 Gb/sec (4X NDR)")
-    (tmp_path / "mlx5_core").mkdir()
-    device.mkdir()
-    (device / "driver").symlink_to(tmp_path / "mlx5_core")
-    gids = {
-        "gids__0": "fe80:0000:0000:0000:0a00:27ff:fe00:0000",
-        "gid_attrs__types__0": "IB/RoCE v1",
-        "gids__3": "0000:0000:0000:0000:0000:ffff:0a00:0001",
-        "gid_attrs__types__3": "RoCE v2",
-    }
-    device = port("roce", state="1: DOWN", link_layer="Ethernet", **gids)
-    (device / "physfn").mkdir(parents=True)
-    first, second = probe.ports(str(tmp_path / "class"))
-    assert first == probe.Port("mlx5_0", rate="400 Gb/sec (4X NDR)")
-    assert (second.active, second.link, second.is_virtual) == (False, "Ethernet", True)
-    assert second.routable
-    port("roce", gid_attrs__types__3="IB/RoCE v1")
-    assert not probe.ports(str(tmp_path / "class"))[1].routable
-
-
 def test_the_quota_of_a_container_counts(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(32)))
     for text, cores in (("", 32), ("max 100000", 32), ("350000 100000", 4)):
-        monkeypatch.setattr(probe, "read", lambda path, text=text: text)
+        monkeypatch.setattr(machine, "read", lambda path, text=text: text)
         assert probe.cores() == cores
 
 
@@ -418,7 +399,7 @@ def test_doctor_has_nothing_to_say_against_a_machine_without_a_gpu(
     from epjit.runtime import nvshmem
 
     monkeypatch.delenv("EPJIT_BACKEND", raising=False)
-    monkeypatch.setattr(probe, "ports", list)
+    monkeypatch.setattr(network, "ports", lambda *root: [])
     monkeypatch.setattr(probe, "version", lambda name: "")
     monkeypatch.setattr(nvshmem, "package_folders", lambda name: [])
     for module in ("cuda.bindings", "cuda.bindings.driver", "cuda.bindings.nvrtc", "cupy"):

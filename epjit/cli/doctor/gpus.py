@@ -9,6 +9,7 @@ from pathlib import Path
 from epjit.cli.doctor import probe
 from epjit.cli.doctor.check import Check, Section, Status
 from epjit.remedy import cuda_major, install_command
+from epjit.runtime import machine
 
 _GPUS, _PEERS = Section("GPUs"), Section("peers")
 _FABRIC = Section("fabric (only for use_fabric=True)")
@@ -109,7 +110,7 @@ def _torch_sees(count: int) -> Check:
 
 
 def _driver_version() -> str:
-    found = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", probe.read("/proc/driver/nvidia/version"))
+    found = re.search(r"\b(\d{3}\.\d+(?:\.\d+)?)\b", machine.read("/proc/driver/nvidia/version"))
     return found[1] if found else "version not known"
 
 

@@ -6,6 +6,8 @@ from collections.abc import Iterator
 
 from epjit.cli.doctor import probe
 from epjit.cli.doctor.check import Check, Section, Status
+from epjit.runtime import network
+from epjit.runtime.network import Port
 
 _NICS = Section("NICs")
 _LIST, _MAPPING = "NVSHMEM_HCA_LIST", "NVSHMEM_HCA_PE_MAPPING"
@@ -16,7 +18,7 @@ _TAKES_ALL_BEFORE = (3, 8, 0)
 
 def check_nics() -> Iterator[Check]:
     """Ports and what they need; a line alone where there is no NIC."""
-    ports = probe.ports()
+    ports = network.ports()
     names = ", ".join(dict.fromkeys(port.nic for port in ports))
     none = "none in /sys/class/infiniband; between nodes install the NIC's driver (rdma-core)"
     yield _NICS.expect("NICs", ports, names, none, severity=Status.info)
@@ -29,7 +31,7 @@ def check_nics() -> Iterator[Check]:
     yield _iommu()
 
 
-def _port(port: probe.Port) -> Check:
+def _port(port: Port) -> Check:
     """Link, speed, and for RoCE the address by which routers know it."""
     value = f"{port.link}, {port.rate}, {port.driver}"
     if not port.active:
@@ -53,7 +55,7 @@ def _verbs() -> Check:
     )
 
 
-def _choice(active: list[probe.Port]) -> Iterator[Check]:
+def _choice(active: list[Port]) -> Iterator[Check]:
     """Which of the ports NVSHMEM takes."""
     from epjit import env
 
@@ -61,7 +63,7 @@ def _choice(active: list[probe.Port]) -> Iterator[Check]:
     takes_all = version is None or version < _TAKES_ALL_BEFORE
     if env.foreign(_MAPPING) and not env.nvshmem_flag(_ENABLE_MAPPING, default=False):
         remedy = f"{_ENABLE_MAPPING}=1, or {_LIST}"
-        yield _NICS.warning(_MAPPING, f"is ignored without {_ENABLE_MAPPING}=1", remedy)
+        yield _NICS.warning(_MAPPING, f"maps no ranks without {_ENABLE_MAPPING}=1", remedy)
     kinds = {(port.driver, port.link) for port in active}
     if len(kinds) > 1 and takes_all and not env.foreign(_LIST):
         words = " and ".join(sorted({port.link for port in active}))

@@ -6,16 +6,11 @@ import importlib
 import importlib.metadata
 import math
 import os
-import re
 import resource
-from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
 
-from epjit.runtime import network
-
-loads = network.can_load
-_IPV4 = re.compile(r"0000:0000:0000:0000:0000:ffff:(?!0000:0000)[0-9a-f]{4}:[0-9a-f]{4}")
+from epjit.runtime import machine
 
 
 def num_gpus() -> int:
@@ -35,7 +30,7 @@ def has_gpu() -> bool:
     try:
         return device.count() > 0
     except ImportError:
-        return loads("libcuda.so.1")
+        return machine.can_load("libcuda.so.1")
     except RuntimeError:
         return False
 
@@ -51,58 +46,6 @@ def driver_cuda() -> tuple[int, int] | None:
     return major, minor // 10
 
 
-@dataclass(frozen=True)
-class Port:
-    """One port of a NIC.
-
-    Attributes:
-        nic: Name of the NIC, such as ``"mlx5_0"``.
-        number: Of the port, from 1.
-        active: Whether its link is up.
-        link: ``"InfiniBand"`` or ``"Ethernet"``, and for EFA ``"Unspecified"``.
-        rate: In words, such as ``"400 Gb/sec (4X NDR)"``.
-        driver: Of the NIC, such as ``"mlx5_core"`` or ``"efa"``.
-        is_virtual: Whether the NIC is a virtual function of another.
-        routable: Whether it has a GID of RoCE v2 with an IPv4 address.
-    """
-
-    nic: str
-    number: int = 1
-    active: bool = True
-    link: str = "InfiniBand"
-    rate: str = ""
-    driver: str = "mlx5_core"
-    is_virtual: bool = False
-    routable: bool = False
-
-    @property
-    def name(self) -> str:
-        """As NVSHMEM_HCA_LIST has it."""
-        return f"{self.nic}:{self.number}"
-
-
-def ports(root: str = "/sys/class/infiniband") -> list[Port]:
-    """Ports of the NICs that RDMA could use."""
-    return [_port(path) for path in sorted(Path(root).glob("*/ports/*"))]
-
-
-def _port(path: Path) -> Port:
-    nic = path.parents[1]
-    gids = ((each, path / "gid_attrs/types" / each.name) for each in path.glob("gids/*"))
-    return Port(
-        nic=nic.name,
-        number=int(path.name),
-        active="ACTIVE" in read(str(path / "state")),
-        link=read(str(path / "link_layer")).strip(),
-        rate=read(str(path / "rate")).strip(),
-        driver=(nic / "device/driver").resolve().name,
-        is_virtual=(nic / "device/physfn").exists(),
-        routable=any(
-            _IPV4.match(read(str(gid))) and "RoCE v2" in read(str(kind)) for gid, kind in gids
-        ),
-    )
-
-
 def nvshmem_version() -> tuple[int, int, int] | None:
     """Version of the NVSHMEM that would be taken; None without one that can be used."""
     from epjit.runtime import nvshmem
@@ -113,15 +56,20 @@ def nvshmem_version() -> tuple[int, int, int] | None:
         return None
 
 
-def transports() -> list[str]:
-    """Transports of NVSHMEM that are loaded in this process, such as ``"ibgda"``."""
-    return sorted(set(re.findall(r"nvshmem_transport_(\w+)\.so", read("/proc/self/maps"))))
+def no_device_code() -> str:
+    """Why kernels for the GPU here cannot have IBGDA's functions; empty as far as it is known."""
+    from epjit.runtime import nvshmem
+
+    try:
+        return nvshmem.why_no_device_code(0 if num_gpus() else None)
+    except (ImportError, RuntimeError):
+        return ""
 
 
 def cores() -> int:
     """CPU cores that this process may use, by its affinity and by the quota of its cgroup."""
     number = len(os.sched_getaffinity(0))
-    quota, _, period = read("/sys/fs/cgroup/cpu.max").partition(" ")
+    quota, _, period = machine.read("/sys/fs/cgroup/cpu.max").partition(" ")
     return min(number, math.ceil(int(quota) / int(period))) if quota.isdecimal() else number
 
 
@@ -132,13 +80,8 @@ def locked_memory() -> int:
 
 def translated_groups() -> int:
     """Groups of devices whose addresses the IOMMU translates; not those that it lets pass."""
-    kinds = (read(str(path)) for path in Path("/sys/kernel/iommu_groups").glob("*/type"))
+    kinds = (machine.read(path) for path in Path("/sys/kernel/iommu_groups").glob("*/type"))
     return sum(kind.startswith("DMA") for kind in kinds)
-
-
-def exists(path: str) -> bool:
-    """Whether there is such a file."""
-    return Path(path).exists()
 
 
 def verbs() -> dict[str, bool]:
@@ -165,13 +108,5 @@ def version(distribution: str) -> str:
 
 def mapped(word: str) -> str:
     """File of a loaded library."""
-    found = re.search(rf"\S*/lib{word}\.so\S*", read("/proc/self/maps"))
-    return found[0] if found else "file not known"
-
-
-def read(path: str) -> str:
-    """Text of a file; empty when it cannot be read."""
-    try:
-        return Path(path).read_text()
-    except OSError:
-        return ""
+    found = machine.mapped(f"lib{word}.so")
+    return str(found[0]) if found else "file not known"

@@ -9,10 +9,11 @@ from epjit.cli import show
 from epjit.cli.doctor import probe
 from epjit.cli.doctor.check import Check, Section, only_one
 from epjit.remedy import upgrade_command
+from epjit.runtime import machine, network
+from epjit.runtime.network import Network, Port
 
 NVSHMEM_PACKAGES = ("nvidia-nvshmem-cu13", "nvidia-nvshmem-cu12")
-IBGDA = "NVSHMEM_IB_ENABLE_IBGDA"
-_ORDERING = "NVSHMEM_IB_ENABLE_RELAXED_ORDERING"
+_IBGDA = "NVSHMEM_IB_ENABLE_IBGDA"
 _TRANSPORT = "NVSHMEM_REMOTE_TRANSPORT"
 _EFA_VERSION = (3, 6, 5)  # puts with signals are in flight together, over several NICs
 _RDMA = Section("between NVLink domains (RDMA)")
@@ -20,45 +21,29 @@ _RDMA = Section("between NVLink domains (RDMA)")
 
 def check_rdma() -> Iterator[Check]:
     """NVSHMEM; with a NIC, or where IBGDA is wanted, what they need of this host."""
-    ports = probe.ports()
+    from epjit.runtime import nvshmem
+
     yield _nvshmem()
     yield _nvshmem_kernels()
-    if not ports and not env_asks_for_ibgda():
+    ports, version = network.ports(), probe.nvshmem_version() or nvshmem.MIN_VERSION
+    try:
+        found = network.look(version=version, no_device_code=probe.no_device_code())
+    except (RuntimeError, ValueError) as error:
+        yield _RDMA.wrong("transport", "refused", str(error))
         return
-    has_gdrcopy = probe.exists("/dev/gdrdrv")
-    yield _transport(ports)
-    yield from _efa(ports)
+    if not ports and not found.ibgda:
+        return
+    is_wanted = network.use_ibgda([found], num_hosts=2)
+    yield _transport(found, is_wanted, any(port.active and port.is_mlx5 for port in ports))
+    yield from _efa(found, any(port.driver == "efa" for port in ports))
     yield _peer_memory()
     yield from _writes_of_nics()
-    yield _RDMA.expect(
-        "gdrcopy",
-        has_gdrcopy,
-        "/dev/gdrdrv",
-        "no /dev/gdrdrv",
-        remedy="signals through the CPU's proxy (without IBGDA) want it: install gdrdrv, "
-        "modprobe gdrdrv; in a container pass the device",
-    )
-    yield _ordering(wants_ibgda(ports), has_gdrcopy)
-    yield from _ibgda(ports)
+    remedy = "signals without IBGDA want it: modprobe gdrdrv; in a container pass the device"
+    yield _RDMA.expect("gdrcopy", found.has_gdrcopy, "/dev/gdrdrv", "no /dev/gdrdrv", remedy=remedy)
+    yield _ordering(found, is_wanted)
+    yield from _ibgda(ports, is_wanted)
     yield _locked_memory()
     yield _cores()
-
-
-def env_asks_for_ibgda() -> bool:
-    """Whether IBGDA is asked for in so many words."""
-    from epjit import env
-
-    return bool(env.foreign(IBGDA)) and env.nvshmem_flag(IBGDA, default=False)
-
-
-def wants_ibgda(ports: list[probe.Port]) -> bool:
-    """Whether NVSHMEM is asked for IBGDA: by the environment, else by epjit where it can be had."""
-    from epjit import env
-
-    if env.foreign(IBGDA):
-        return env_asks_for_ibgda()
-    usable = any(port.active and port.driver == "mlx5_core" for port in ports)
-    return usable and not env.foreign(_TRANSPORT) and probe.loads("libmlx5.so.1")
 
 
 def _nvshmem() -> Check:
@@ -98,15 +83,15 @@ def _only_between_nodes(name: str, value: str, remedy: str) -> Check:
     """A missing part: it matters with a NIC, or with an NVSHMEM of one's own."""
     from epjit import env
 
-    if probe.ports() or env.nvshmem_dir():
+    if network.ports() or env.nvshmem_dir():
         return _RDMA.warning(name, value, f"only between nodes: {remedy}")
     return _RDMA.info(name, f"{value}; it is only needed between nodes")
 
 
 def _peer_memory() -> Check:
     """How the NIC reaches memory of the GPU."""
-    module = "nvidia_peermem" in probe.read("/proc/modules")
-    open_driver = "Open Kernel Module" in probe.read("/proc/driver/nvidia/version")
+    module = "nvidia_peermem" in machine.read("/proc/modules")
+    open_driver = "Open Kernel Module" in machine.read("/proc/driver/nvidia/version")
     return _RDMA.expect(
         "GPU memory for the NIC",
         module or open_driver,
@@ -116,28 +101,24 @@ def _peer_memory() -> Check:
     )
 
 
-def _transport(ports: list[probe.Port]) -> Check:
-    """The transport that NVSHMEM is asked for. It can take another, which the log of a run says."""
-    from epjit import env
+def _transport(found: Network, is_ibgda: bool, has_mlx5: bool) -> Check:
+    """The transport that NVSHMEM is asked for, why, and what is in the way of IBGDA."""
+    asked, told = "IBGDA, else IBRC" if is_ibgda else found.transport or "IBRC", ""
+    if found.ibgda is not None:
+        told = f"{asked}: {_IBGDA}={int(found.ibgda)}"
+    elif found.transport:
+        told = f"{asked}: {_TRANSPORT} says so"
+    is_missed = found.no_ibgda and (found.ibgda or (has_mlx5 and not told))
+    value = told or f"{asked}: {found.no_ibgda or 'where all ranks can'}"
+    return _RDMA.expect("transport", not is_missed, value, told or asked, remedy=found.no_ibgda)
 
-    asked = "IBGDA, else IBRC" if wants_ibgda(ports) else env.foreign(_TRANSPORT) or "IBRC"
-    loaded = probe.transports()
-    got = (
-        f"this process got {', '.join(loaded)}" if loaded else "NVSHMEM_DEBUG=INFO says what it is"
-    )
-    return _RDMA.ok("transport", f"{asked} is asked for; {got}")
 
-
-def _efa(ports: list[probe.Port]) -> Iterator[Check]:
+def _efa(found: Network, has_efa: bool) -> Iterator[Check]:
     """Needs of Amazon's NICs, which only libfabric drives."""
-    from epjit import env
-
-    chosen = (env.foreign(_TRANSPORT) or "").lower()
-    has_efa = any(port.driver == "efa" for port in ports)
-    if has_efa and chosen != "libfabric":
+    if has_efa and found.transport != "libfabric":
         remedy = f"{_TRANSPORT}=libfabric NVSHMEM_LIBFABRIC_PROVIDER=efa, on all ranks"
         yield _RDMA.warning("EFA", "IBRC and IBGDA cannot drive it", remedy)
-    if not has_efa and chosen != "libfabric":
+    if not has_efa and found.transport != "libfabric":
         return
     version = probe.nvshmem_version()
     if version is None:
@@ -180,33 +161,27 @@ def _writes_of_nics() -> Iterator[Check]:
     )
 
 
-def _ordering(is_ibgda: bool, has_gdrcopy: bool) -> Check:
+def _ordering(found: Network, is_ibgda: bool) -> Check:
     """Whether a signal can pass the data before it: relaxed ordering, and who writes the signal."""
     from epjit import env
 
-    name = "relaxed ordering"
-    text = env.foreign(_ORDERING)
-    if not env.nvshmem_flag(_ORDERING, default=True):
-        return _RDMA.ok(name, f"off: {_ORDERING}={text}")
+    name, text = "relaxed ordering", env.foreign(network.ORDERING)
+    if not env.nvshmem_flag(network.ORDERING, default=True):
+        return _RDMA.ok(name, f"off: {network.ORDERING}={text}")
     if is_ibgda:
         value = "signals are atomics of the NIC, which come after the data"
-        unless = f"not with PCI_ATOMIC_MODE=4 in its firmware: then set {_ORDERING}=0"
+        unless = f"not with PCI_ATOMIC_MODE=4 in its firmware: then set {network.ORDERING}=0"
         return _RDMA.ok(name, f"on; {value} ({unless})")
-    if has_gdrcopy:
+    if found.has_gdrcopy:
         return _RDMA.ok(name, "on; the CPU writes a signal after the data have come")
     if text is None:
         return _RDMA.ok(name, "off: epjit sets it so, for without gdrdrv a signal could pass data")
-    value = f"{_ORDERING}={text}, and without gdrdrv a signal can pass the data before it"
-    return _RDMA.wrong(name, value, f"unset {_ORDERING}, or load gdrdrv")
+    return _RDMA.wrong(name, f"on: {text}", network.why_unordered([found], "ibrc"))
 
 
-def _ibgda(ports: list[probe.Port]) -> Iterator[Check]:
+def _ibgda(ports: list[Port], is_wanted: bool) -> Iterator[Check]:
     """Needs of GPUs that drive the NIC themselves."""
-    is_wanted = wants_ibgda(ports)
-    loads = probe.loads("libmlx5.so.1")
-    remedy = "apt-get install ibverbs-providers (IBGDA works with NVIDIA's NICs only)"
-    yield _RDMA.expect("IBGDA: libmlx5.so.1", loads, "loads", "not found", remedy=remedy)
-    parameters = probe.read("/proc/driver/nvidia/params")
+    parameters = machine.read("/proc/driver/nvidia/params")
     mapping = "PeerMappingOverride=1" in parameters
     memops = bool(re.search(r"EnableStreamMemOPs:\s*1", parameters))
     value = f"PeerMappingOverride={int(mapping)}, EnableStreamMemOPs={int(memops)}"
@@ -223,26 +198,6 @@ def _ibgda(ports: list[probe.Port]) -> Iterator[Check]:
             "administrator (mlxconfig query PCI_ATOMIC_MODE), or NVSHMEM_IB_ENABLE_IBGDA=0"
         )
         yield _RDMA.warning("IBGDA: atomics", f"virtual functions: {', '.join(virtual)}", remedy)
-    yield _ibgda_is_wanted(is_wanted)
-
-
-def _ibgda_is_wanted(is_wanted: bool) -> Check:
-    """The flag, as NVSHMEM reads it, and whether epjit reads the same."""
-    from epjit import env
-
-    name, text = "IBGDA: wanted", env.foreign(IBGDA)
-    value = "yes" if is_wanted else "no"
-    if not text:
-        why = "where all ranks can" if is_wanted else f"{IBGDA}=1 turns it on"
-        return _RDMA.ok(name, f"{value}: {why}")
-    value = f"{value}: {IBGDA}={text}"
-    try:
-        agree = env.nvshmem_ib_enable_ibgda() == is_wanted
-    except ValueError:
-        agree = False
-    if agree:
-        return _RDMA.ok(name, value)
-    return _RDMA.wrong(name, f"{value}, as NVSHMEM reads it", f"say {IBGDA}=0 or {IBGDA}=1")
 
 
 def _locked_memory() -> Check:

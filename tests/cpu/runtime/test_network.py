@@ -8,70 +8,136 @@ from typing import Any
 import pytest
 
 from epjit.runtime import network
-from epjit.runtime.network import Network
+from epjit.runtime.machine import mapped
+from epjit.runtime.network import Network, Port
 
 IB = Network(links=("InfiniBand",), has_gdrcopy=True)
 NO_NIC = Network(no_ibgda="no mlx5 NIC has an active port")
 VARIABLES = (
     "NVSHMEM_IB_ENABLE_IBGDA",
+    "NVSHMEM_IBGDA_NUM_RC_PER_PE",
     "NVSHMEM_REMOTE_TRANSPORT",
+    "NVSHMEM_IB_ENABLE_RELAXED_ORDERING",
     "NVSHMEM_HCA_LIST",
+    "NVSHMEM_HCA_PE_MAPPING",
+    "NVSHMEM_HCA_PREFIX",
     "NVSHMEM_GPUNETIO_ENABLE_GDAKI",
 )
+OLD, NEW = (3, 4, 5), (3, 8, 0)
 
 
 @pytest.fixture(autouse=True)
 def clean(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in VARIABLES:
         monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(network, "can_load", lambda library: True)
 
 
-def host(root: Path, *ports: tuple[str, str, str], gdrcopy: bool = True) -> Path:
-    """The files of a host with these ports: NIC, state, kind of link."""
-    for number, (nic, state, link) in enumerate(ports, 1):
-        folder = root / "sys/class/infiniband" / nic / "ports" / str(number)
-        folder.mkdir(parents=True)
-        (folder / "state").write_text(f"{state}\n")
-        (folder / "link_layer").write_text(f"{link}\n")
-    (root / "dev").mkdir(parents=True, exist_ok=True)
+def host(root: Path, *ports: Port, gdrcopy: bool = True) -> Path:
+    """The files of a host with these ports."""
+    for each in ports:
+        nic = root / "sys/class/infiniband" / each.nic
+        folder = nic / "ports" / str(each.number)
+        kinds = folder / "gid_attrs/types"
+        for made in (nic / "device", folder / "gids", kinds, root / each.driver, root / "dev"):
+            made.mkdir(parents=True, exist_ok=True)
+        if not (nic / "device/driver").exists():
+            (nic / "device/driver").symlink_to(root / each.driver)
+        if each.is_virtual:
+            (nic / "device/physfn").mkdir(exist_ok=True)
+        (folder / "state").write_text("4: ACTIVE\n" if each.active else "1: DOWN\n")
+        (folder / "link_layer").write_text(f"{each.link}\n")
+        (folder / "rate").write_text(f"{each.rate}\n")
+        (folder / "gids/0").write_text("fe80:0000:0000:0000:0a00:27ff:fe00:0000\n")
+        (kinds / "0").write_text("IB/RoCE v1\n")
+        (folder / "gids/3").write_text("0000:0000:0000:0000:0000:ffff:0a00:0001\n")
+        (kinds / "3").write_text("RoCE v2\n" if each.routable else "IB/RoCE v1\n")
     if gdrcopy:
-        (root / "dev" / "gdrdrv").touch()
+        (root / "dev").mkdir(exist_ok=True)
+        (root / "dev/gdrdrv").touch()
     return root
 
 
-UP, DOWN = "4: ACTIVE", "1: DOWN"
-BOTH = ("Ethernet", "InfiniBand")
+def test_ports_as_the_kernel_shows_them(tmp_path: Path) -> None:
+    ports = [
+        Port("ibp3s0", rate="400 Gb/sec (4X NDR)"),
+        Port("mlx5_0", 1, link="Ethernet", is_virtual=True),
+        Port("mlx5_0", 2, link="Ethernet", is_virtual=True, routable=True),
+        Port("mlx5_1", active=False, driver="mlx5_core.sf"),
+        Port("rdmap0s6", link="Unspecified", driver="efa"),
+    ]
+    assert network.ports(host(tmp_path, *ports)) == ports
+    assert [port.is_mlx5 for port in ports] == [True, True, True, True, False]
+    assert ports[2].name == "mlx5_0:2"
+
+
+DOWN, ROCE = Port("mlx5_1", active=False), Port("mlx5_2", link="Ethernet")
+PERSISTENT = (Port("rocep24s0", link="Ethernet"), Port("rocep41s0", link="Ethernet"))
+BROADCOM = Port("bnxt_re0", link="Ethernet", driver="bnxt_en")
+BY_NAME = (
+    "NVSHMEM takes NICs by name, and here they are called rocep24s0, rocep41s0: set "
+    "NVSHMEM_HCA_PREFIX to what these names begin with, or to nothing for any name"
+)
+NONE = "no mlx5 NIC has an active port"
+IB_ALONE, ETHERNET_ALONE, BOTH = ("InfiniBand",), ("Ethernet",), ("Ethernet", "InfiniBand")
 
 
 @pytest.mark.parametrize(
-    ("ports", "loads", "links", "reason"),
+    ("ports", "variable", "version", "links", "reason"),
     [
-        ([("mlx5_0", UP, "InfiniBand"), ("mlx5_1", DOWN, "Ethernet")], True, ("InfiniBand",), ""),
-        ([("mlx5_1", UP, "InfiniBand"), ("mlx5_2", UP, "Ethernet")], True, BOTH, ""),
-        ([("mlx5_0", DOWN, "InfiniBand")], True, (), "no mlx5 NIC has an active port"),
-        ([("bnxt_re0", UP, "Ethernet")], True, ("Ethernet",), "no mlx5 NIC has an active port"),
-        ([("mlx5_0", UP, "Ethernet")], False, ("Ethernet",), "libmlx5.so.1 cannot be loaded"),
-        ([], True, (), "no mlx5 NIC has an active port"),
+        ((Port("mlx5_0"), DOWN), "", OLD, IB_ALONE, ""),
+        ((Port("mlx5_0"), ROCE), "", OLD, BOTH, ""),
+        ((DOWN,), "", OLD, (), NONE),
+        ((BROADCOM,), "", OLD, ETHERNET_ALONE, NONE),
+        ((BROADCOM,), "", NEW, ETHERNET_ALONE, NONE),
+        ((), "", OLD, (), NONE),
+        # Names that do not change with the order in which NICs are found.
+        (PERSISTENT, "", OLD, ETHERNET_ALONE, BY_NAME),
+        (PERSISTENT, "", NEW, ETHERNET_ALONE, ""),
+        (PERSISTENT, "NVSHMEM_HCA_PREFIX=rocep", OLD, ETHERNET_ALONE, ""),
+        (PERSISTENT, "NVSHMEM_HCA_PREFIX=", OLD, ETHERNET_ALONE, ""),
+        (PERSISTENT, "NVSHMEM_HCA_PREFIX=ibp", NEW, ETHERNET_ALONE, BY_NAME),
+        (PERSISTENT, "NVSHMEM_HCA_PREFIX=^roce", NEW, ETHERNET_ALONE, BY_NAME),
+        # Ports that the user names.
+        ((Port("mlx5_0"), ROCE), "NVSHMEM_HCA_LIST=mlx5_0", OLD, IB_ALONE, ""),
+        ((Port("mlx5_0"), ROCE), "NVSHMEM_HCA_LIST=^mlx5_0:1,mlx5_3", OLD, ETHERNET_ALONE, ""),
+        ((Port("mlx5_0"), ROCE), "NVSHMEM_HCA_LIST=mlx5_0:2", OLD, (), NONE),
+        ((Port("mlx5_0"), ROCE), "NVSHMEM_HCA_PE_MAPPING=mlx5_2:1:4", OLD, ETHERNET_ALONE, ""),
     ],
 )
 def test_what_a_rank_finds(
-    ports: Any, loads: bool, links: tuple[str, ...], reason: str, tmp_path: Path
+    ports: tuple[Port, ...],
+    variable: str,
+    version: Any,
+    links: tuple[str, ...],
+    reason: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    found = network.look(host(tmp_path, *ports), loads=lambda library: loads)
+    if variable:
+        monkeypatch.setenv(*variable.split("=", 1))
+    found = network.look(host(tmp_path, *ports), version=version)
     assert found == Network(links=links, no_ibgda=reason, has_gdrcopy=True)
 
 
+def test_what_a_rank_lacks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = host(tmp_path, Port("mlx5_0"), gdrcopy=False)
+    assert not network.look(root, version=OLD).has_gdrcopy
+    assert network.look(root, version=OLD, no_device_code="no code").no_ibgda == "no code"
+    monkeypatch.setattr(network, "can_load", lambda library: False)
+    assert network.look(root, version=OLD).no_ibgda.startswith("libmlx5.so.1 cannot")
+
+
 def test_what_the_user_says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    root = host(tmp_path, ("mlx5_0", UP, "InfiniBand"), gdrcopy=False)
-    for name, value in zip(VARIABLES, ("no", "UCX", "mlx5_0", "0"), strict=True):
-        monkeypatch.setenv(name, value)
-    found = network.look(root, no_device_code="no code", loads=lambda library: True)
-    assert found == Network(False, "ucx", None, "no code", has_gdrcopy=False)
+    monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "no")
+    monkeypatch.setenv("NVSHMEM_REMOTE_TRANSPORT", "UCX")
+    found = network.look(tmp_path, version=OLD)
+    assert found == Network(False, "ucx", no_ibgda=NONE)
     monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "")  # as unset, and written before NVSHMEM looks
-    assert network.look(root).ibgda is None
+    assert network.look(tmp_path, version=OLD).ibgda is None
     monkeypatch.setenv("NVSHMEM_GPUNETIO_ENABLE_GDAKI", "1")
     with pytest.raises(RuntimeError, match=r"NVSHMEM_GPUNETIO_ENABLE_GDAKI=1 lets .* unset it"):
-        network.look(root)
+        network.look(tmp_path, version=OLD)
 
 
 # ---- what all agree on
@@ -101,6 +167,7 @@ def test_ibgda_is_begun_where_every_rank_can(
     [
         ({"ibgda": True}, "disagree on NVSHMEM_IB_ENABLE_IBGDA: unset on ranks 0, 1, 3; 1 on rank"),
         ({"transport": "ucx"}, "NVSHMEM_REMOTE_TRANSPORT: unset on ranks 0, 1, 3; ucx on rank 2;"),
+        ({"num_qps": "4"}, "IBGDA_NUM_RC_PER_PE: unset on ranks 0, 1, 3; 4 on rank 2; give it"),
         ({"links": ("Ethernet",)}, "active ports: InfiniBand on ranks 0, 1, 3; Ethernet on rank 2"),
         ({"links": ()}, r"InfiniBand on ranks 0, 1, 3; none on rank 2; bring .*TRANSPORT=none"),
     ],
@@ -125,8 +192,6 @@ def test_ibgda_on_some_ranks_only_is_refused() -> None:
 
 
 def test_ports_that_nobody_uses_may_differ() -> None:
-    chosen = [IB._replace(links=None), IB._replace(links=("Ethernet",))]
-    network.check(chosen, num_hosts=2)
     over_efa = [IB._replace(transport="libfabric"), Network(transport="libfabric")]
     network.check(over_efa, num_hosts=2)
     network.check([NO_NIC] * 2, num_hosts=2)
@@ -140,12 +205,15 @@ def test_ports_that_nobody_uses_may_differ() -> None:
         (False, [True, True], None),
         (False, [True, False], "0"),
         (False, [False, False], "0"),
+        (None, [True, False], "0"),  # asked for, and it is known that it will not begin
     ],
 )
-def test_relaxed_ordering(ibgda: bool, gdrcopy: list[bool], relaxed: str | None) -> None:
+def test_relaxed_ordering(ibgda: bool | None, gdrcopy: list[bool], relaxed: str | None) -> None:
     """Off on all ranks where a signal is a plain write to any of them."""
-    networks = [IB._replace(has_gdrcopy=each) for each in gdrcopy]
-    found = network.settings(networks, ibgda=ibgda, version=(3, 4, 5), may_lose_ranks=False)
+    reason = "libmlx5.so.1 cannot be loaded" if ibgda is None else ""
+    networks = [IB._replace(has_gdrcopy=each, no_ibgda=reason) for each in gdrcopy]
+    ibgda = ibgda is not False
+    found = network.settings(networks, ibgda=ibgda, version=OLD, may_lose_ranks=False)
     assert found.get("NVSHMEM_IB_ENABLE_RELAXED_ORDERING") == relaxed
     assert found["NVSHMEM_IB_ENABLE_IBGDA"] == str(int(ibgda))
     assert found["NVSHMEM_IBGDA_NUM_FETCH_SLOTS_PER_RC"] == "32"
@@ -179,12 +247,37 @@ def test_a_rank_that_is_gone_is_given_up_early(
         (["bootstrap_uid.so.3", "transport_libfabric.so.7"], "libfabric"),
     ],
 )
-def test_the_transport_that_is_loaded(libraries: list[str], got: str, tmp_path: Path) -> None:
+def test_the_transport_that_is_loaded(
+    libraries: list[str], got: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     maps = tmp_path / "maps"
     lines = [f"7f00-7f01 r-xp 0 00:1 5   /opt/lib/nvshmem_{each}\n" for each in libraries] * 2
     maps.write_text("".join(["7f00-7f01 r-xp 0 00:1 5   /lib/libc.so.6\n", *lines]))
-    assert network.loaded(maps) == got
-    assert network.loaded(tmp_path / "none") == ""
+    monkeypatch.setattr(network, "mapped", lambda name: mapped(name, maps))
+    assert network.loaded() == got
+    assert mapped("libc.so", maps) == [Path("/lib/libc.so.6").resolve()]
+    maps.unlink()
+    assert network.loaded() == ""
+
+
+@pytest.mark.parametrize(
+    ("got", "gdrcopy", "relaxed", "refused"),
+    [
+        ("ibrc", False, None, True),
+        ("ibrc", False, "1", True),
+        ("ibrc", False, "0", False),
+        ("ibrc", True, None, False),
+        ("ibgda", False, None, False),
+        ("", False, None, False),
+    ],
+)
+def test_signals_that_could_come_before_their_data(
+    got: str, gdrcopy: bool, relaxed: str | None, refused: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if relaxed is not None:
+        monkeypatch.setenv(network.ORDERING, relaxed)
+    said = network.why_unordered([IB, IB._replace(has_gdrcopy=gdrcopy)], got)
+    assert ("NVSHMEM_IB_ENABLE_RELAXED_ORDERING=0 on all ranks" in said) == refused
 
 
 def test_ranks_that_got_different_transports() -> None:

@@ -252,7 +252,7 @@ def fake_library(root: Path, version: str = "3.4.5") -> Path:
 def loaded(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Libraries that this process has loaded, as the tests have it."""
     files: list[Path] = []
-    monkeypatch.setattr(nvshmem, "_loaded_libraries", lambda: sorted(files))
+    monkeypatch.setattr(nvshmem, "mapped", lambda name: sorted(files))
     return files
 
 
@@ -512,7 +512,19 @@ def test_kernels_are_linked_for_what_was_got(
     assert os.environ["NVSHMEM_IB_ENABLE_IBGDA"] == "0"
     levels = [record.levelname for record in caplog.records]
     assert levels == ["INFO", "WARNING" if flag else "INFO"]
-    assert ("=1, but NVSHMEM has begun ibrc: expect low rates" in caplog.text) == bool(flag)
+    assert "IBGDA was not begun: expect low rates (NVSHMEM_DEBUG=INFO says more)" in caplog.text
+
+
+def test_ibrc_in_the_place_of_ibgda_keeps_signals_behind_their_data(
+    members: list[nvshmem._Member], got: list[str]
+) -> None:
+    """Relaxed ordering is on for IBGDA, and without GDRCopy IBRC writes signals like data."""
+    got[:] = ["ibrc"] * 4
+    members[2] = members[2]._replace(network=members[2].network._replace(has_gdrcopy=False))
+    with pytest.raises(RuntimeError, match="a signal could pass the data before it: set NVSHMEM_I"):
+        raise outcome(members)
+    os.environ["NVSHMEM_IB_ENABLE_RELAXED_ORDERING"] = "0"
+    assert outcome(members).transport == "ibrc"
 
 
 @pytest.mark.parametrize(("version", "told"), [((3, 4, 5), True), ((3, 8, 0), False)])
@@ -552,7 +564,7 @@ def test_kernels_that_cannot_be_linked_with_ibgda(
         (tmp_path / "lib" / "libnvshmem_device.a").touch()
     monkeypatch.setattr(nvshmem.nvrtc, "version", lambda: (cuda, 0))
     monkeypatch.setattr(nvshmem.gpu, "arch_of", lambda device: arch)
-    assert re.match(f"{reason}(, only|$)", nvshmem._no_device_code(0))
+    assert re.match(f"{reason}(, only|$)", nvshmem.why_no_device_code(0))
 
 
 def test_a_flag_that_nvshmem_reads_otherwise(
@@ -561,6 +573,7 @@ def test_a_flag_that_nvshmem_reads_otherwise(
     """All ranks hear of it: one alone would let the others wait."""
     monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "off")
     monkeypatch.setattr(library, "nvshmemx_init_status", lambda: 0, raising=False)
+    monkeypatch.setattr(nvshmem, "_version_of", lambda library: (3, 4, 5))
     assert "'off' is not a flag" in nvshmem._introduce(None).error
 
 
