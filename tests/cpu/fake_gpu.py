@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +47,18 @@ class _Module:
         return self
 
 
+class _Driver:
+    """The driver's module: other functions work and do nothing, types and enums are mocks."""
+
+    def __init__(self, **functions: Callable[..., Any]) -> None:
+        vars(self).update(functions)
+
+    def __getattr__(self, name: str) -> Any:
+        found = mock.MagicMock(name=name) if name.startswith("CU") else lambda *_: (0,)
+        setattr(self, name, found)
+        return found
+
+
 class FakeGpu:
     """Stands in for the driver, CuPy's modules and the compiler.
 
@@ -57,6 +69,7 @@ class FakeGpu:
         failed: Name of the step that failed.
         num_steps: How many there were.
         calls: Names of the driver's functions, in order.
+        on_launch: Called at each launch.
     """
 
     def __init__(self) -> None:
@@ -68,11 +81,18 @@ class FakeGpu:
         self.calls: list[str] = []
         self._handles = itertools.count(0x1000, 0x1000)
         self._host: dict[int, Any] = {}
-        self._cuda = mock.MagicMock()
-        self._cuda.cuStreamIsCapturing = lambda stream: (0, 0)
+        self.on_launch: Callable[[], object] = lambda: None
         handle = ctypes.create_string_buffer(64)
-        self._cuda.CUipcMemHandle = lambda: SimpleNamespace(getPtr=lambda: ctypes.addressof(handle))
-        self._cuda.cuEventDestroy = lambda handle: self.call("cuEventDestroy", handle)
+        self._cuda = _Driver(
+            cuLaunchKernelEx=lambda *_: self._launch(),
+            cuStreamIsCapturing=lambda stream: (0, 0),
+            CUipcMemHandle=lambda: SimpleNamespace(getPtr=lambda: ctypes.addressof(handle)),
+            cuEventDestroy=lambda handle: self.call("cuEventDestroy", handle),
+        )
+
+    def _launch(self) -> tuple[int]:
+        self.on_launch()
+        return (0,)
 
     def step(self, what: str) -> None:
         """One that may fail."""
@@ -178,9 +198,8 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     monkeypatch.setattr(kernel, "can_start_early", lambda *_, **__: False)
     monkeypatch.setattr(launch, "_launch_shape", mock.MagicMock())
     monkeypatch.setattr(kernel, "require", lambda *_, **__: SimpleNamespace(Module=gpu.module))
-    monkeypatch.setattr(
-        streams, "high_priority_stream", lambda device: SimpleNamespace(cuda_stream=7)
-    )
+    stream = SimpleNamespace(cuda_stream=7, device_index=0)
+    monkeypatch.setattr(streams, "high_priority_stream", lambda device: stream)
     monkeypatch.setattr(
         SymmetricMemory,
         "tensor",
