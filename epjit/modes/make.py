@@ -57,5 +57,6 @@ def make_parts(setup: Setup) -> tuple[AnyStreams, AnyNormal, AnyLowLatency | Non
 
     comm = CommStream(device.index)
     setup.resources.callback(lambda _: None, comm)  # freed with its last reference
+    streams = Streams(comm, setup.resources)  # first, so that its tensors go when modes are done
     mode = Internode(setup) if setup.topology.spans_domains else Intranode(setup)
-    return Streams(comm), mode, LowLatency(setup) if wants_low_latency else None
+    return streams, mode, LowLatency(setup) if wants_low_latency else None

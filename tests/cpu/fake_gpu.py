@@ -50,8 +50,8 @@ class _Module:
 class _Driver:
     """The driver's module: other functions work and do nothing, types and enums are mocks."""
 
-    def __init__(self, **functions: Callable[..., Any]) -> None:
-        vars(self).update(functions)
+    def __init__(self, **others: Any) -> None:
+        vars(self).update(others)
 
     def __getattr__(self, name: str) -> Any:
         found = mock.MagicMock(name=name) if name.startswith("CU") else lambda *_: (0,)
@@ -88,6 +88,7 @@ class FakeGpu:
             cuStreamIsCapturing=lambda stream: (0, 0),
             CUipcMemHandle=lambda: SimpleNamespace(getPtr=lambda: ctypes.addressof(handle)),
             cuEventDestroy=lambda handle: self.call("cuEventDestroy", handle),
+            CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2),
         )
 
     def _launch(self) -> tuple[int]:
@@ -196,7 +197,7 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     monkeypatch.setattr(driver, "primary_context", lambda device: 1)
     monkeypatch.setattr(kernel, "compile_kernel", gpu.compile)
     monkeypatch.setattr(kernel, "can_start_early", lambda *_, **__: False)
-    monkeypatch.setattr(launch, "_launch_shape", mock.MagicMock())
+    monkeypatch.setattr(launch, "_launch_shape", lambda *_, **__: SimpleNamespace())
     monkeypatch.setattr(kernel, "require", lambda *_, **__: SimpleNamespace(Module=gpu.module))
     stream = SimpleNamespace(cuda_stream=7, device_index=0)
     monkeypatch.setattr(streams, "high_priority_stream", lambda device: stream)
@@ -208,7 +209,8 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     monkeypatch.setattr(torch, "zeros", on_cpu(torch.zeros, "zeros"))
     monkeypatch.setattr(torch, "tensor", on_cpu(torch.tensor, "tensor"))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 5, raising=False)
-    monkeypatch.setattr("epjit.scope.is_current", lambda device: True)
+    for module in ("epjit.scope", "epjit.event"):
+        monkeypatch.setattr(f"{module}.is_current", lambda device: True)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
