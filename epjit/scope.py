@@ -328,18 +328,15 @@ class _NoWait:
 
 
 class CurrentStream(_NoWait):
-    """The scope of a call on the stream that is current when it is made: nothing waits.
+    """The scope of a call on the caller's own stream, the same for all: nothing waits.
 
     Args:
         comm: Communication stream of the Buffer.
-        stream: Handle of another stream, for what belongs to an earlier call.
+        stream: Handle of the stream.
     """
 
-    def __init__(self, comm: CommStream, stream: int | None = None) -> None:
-        self._comm = comm
-        self.stream: int = (
-            torch._C._cuda_getCurrentRawStream(comm.device) if stream is None else stream
-        )
+    def __init__(self, comm: CommStream, stream: int) -> None:
+        self._comm, self.stream = comm, stream
 
     @property
     def owners(self) -> tuple[int, ...]:
@@ -414,6 +411,7 @@ class Streams:
         self._comm, self._kept = comm, Kept()
         resources.callback(self._kept.clear)
         self._last: int | None = None  # stream of the last call
+        self._current = CurrentStream(comm, 0)
         self._shows_comm = False  # communication_stream() was called
 
     def scope(
@@ -430,39 +428,37 @@ class Streams:
         if previous_event is not None:
             event = event_of(previous_event)
         shows = self._shows_comm and not comm.is_current()
-        scope: Scope | CurrentStream
-        if async_finish or allocate_on_comm_stream or event is not None or shows:
-            scope = Scope(
-                comm,
-                self._kept,
-                event,
-                async_finish=async_finish,
-                allocate_on_comm_stream=allocate_on_comm_stream,
-            )
-        else:
-            scope = CurrentStream(comm)
+        if not (async_finish or allocate_on_comm_stream or event is not None or shows):
+            return self.scope_on(torch._C._cuda_getCurrentRawStream(comm.device))
+        scope = Scope(
+            comm,
+            self._kept,
+            event,
+            async_finish=async_finish,
+            allocate_on_comm_stream=allocate_on_comm_stream,
+        )
         if scope.stream != self._last:
             self._follow(scope.stream, event)
         return scope
 
     def low_latency_scope(self, async_finish: bool) -> Scope | CurrentStream:
         """The scope of a low-latency call: on the caller's stream, as its hook, if it can be."""
-        scope: Scope | CurrentStream
-        if async_finish:
-            scope = Scope(
-                self._comm, self._kept, None, async_finish=True, allocate_on_comm_stream=False
-            )
-        else:
-            scope = CurrentStream(self._comm)
+        if not async_finish:
+            return self.scope_on(torch._C._cuda_getCurrentRawStream(self._comm.device))
+        scope = Scope(
+            self._comm, self._kept, None, async_finish=True, allocate_on_comm_stream=False
+        )
         if scope.stream != self._last:
             self._follow(scope.stream)
         return scope
 
     def scope_on(self, stream: int) -> CurrentStream:
-        """The scope of the rest of an earlier call, on its stream."""
+        """The scope of a call on one stream, such as the rest of an earlier one."""
         if stream != self._last:
             self._follow(stream)
-        return CurrentStream(self._comm, stream)
+        if stream != self._current.stream:
+            self._current = CurrentStream(self._comm, stream)
+        return self._current
 
     def _follow(self, stream: int, event: EventHandle | None = None) -> None:
         """Orders a call behind the one before, unless `event` covers it already."""
