@@ -257,7 +257,7 @@ def test_tensors_of_an_asynchronous_call_may_be_dropped_at_once(op: str) -> None
 
 @pytest.mark.parametrize("waits", [False, True])
 def test_memory_after_many_asynchronous_calls_of_changing_sizes(waits: bool) -> None:
-    """What was kept comes back, whether the events are waited for or not."""
+    """The memory of the tensors comes back, whether the events are waited for or not."""
 
     def body(buffer: Buffer) -> None:
         calls = Calls(buffer)
