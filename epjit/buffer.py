@@ -76,7 +76,8 @@ class Buffer(Life):
 
     Args:
         group: `torch.distributed` process group of any backend, or a DeviceMesh of one dimension.
-            Only its rank, its size and one ``all_gather_object`` are used.
+            Only its rank, its size and one ``all_gather_object`` are used; all Buffers of a group
+            meet at one store.
         num_nvl_bytes: Bytes of the NVLink buffer, a multiple of 128.
             `Config.get_nvl_buffer_size_hint` gives a good value; with less (or more) everything
             works too, in more (or fewer) rounds. About 5 MB are added.
