@@ -65,6 +65,10 @@ class Buffer(Life):
     graph that has captured calls on the stream of the other calls, or make that stream wait for the
     replay, and the replay for the calls before it; out of order, each takes the other's rows.
 
+    The tensors of a call with `async_finish` may be dropped at once: the Buffer keeps them until
+    the call is done. (Only a storage that is emptied in place, by ``resize_(0)``, has to wait for
+    the event.)
+
     Construction is collective. On a machine with a GPU the buffer lives on the current device;
     without one (or with ``EPJIT_BACKEND=cpu``) the same interface works on CPU tensors with the
     same results, and refuses what a GPU refuses. ``with Buffer(...) as buffer:`` destroys the

@@ -155,11 +155,9 @@ class Normal(Mode[DispatchShape | CombineShape]):
             "num_recv_rows": recv_x.shape[0],
         }
 
-    def _combined(
-        self, scope: AnyScope, call: Combine, num_tokens: int
-    ) -> tuple[Sums, dict[str, int]]:
-        """Outputs of a combine, and parameters for what it sums."""
-        x, topk_weights, bias_0, bias_1, _, _ = call
+    def _sums(self, scope: AnyScope, call: Combine, num_tokens: int) -> Sums:
+        """Outputs of a combine."""
+        x, topk_weights = call.x, call.topk_weights
         specs = (
             matrix(x.dtype, num_tokens, x.shape[1]),
             None
@@ -168,17 +166,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
         )
         with scope.allocating():
             combined_x, combined_weights = self._empty(specs)
-        values = {
-            "x": x.data_ptr(),
-            "topk_weights": pointer(topk_weights),
-            "bias_0": pointer(bias_0),
-            "bias_1": pointer(bias_1),
-            "combined_x": combined_x.data_ptr(),
-            "combined_topk_weights": pointer(combined_weights),
-            "num_rows": x.shape[0],
-            "num_tokens": num_tokens,
-        }
-        return (combined_x, combined_weights), values
+        return combined_x, combined_weights
 
     # ---- the host's waits, faults, the end -------------------------------------------------------
 
