@@ -2,7 +2,7 @@
 # need. Where python3 has that already (a GPU machine), it is used. PYTHON=... chooses another interpreter.
 SHELL := /bin/bash
 .DEFAULT_GOAL := help
-.PHONY: help run test test-gpu test-dist test-frameworks bench docs lint type fmt sanitize dist clean
+.PHONY: help run test test-gpu test-dist test-frameworks host bench docs lint type fmt sanitize dist clean
 
 N ?= 4
 ARGS ?=
@@ -57,6 +57,9 @@ test-dist: $(READY) ## N GPUs, one process each   (make test-dist N=4)
 
 test-frameworks: $(READY) ## files of vLLM, SGLang, Megatron, ... fetched and run on compat/
 	$(PYTHON) tests/frameworks/fetch.py && $(PYTHON) -m pytest tests/frameworks $(ARGS)
+
+host: $(READY) ## microseconds of the host a call, with the driver stubbed where there is no GPU
+	$(PYTHON) bench/host.py $(ARGS)
 
 bench: $(READY) ## times of N GPUs beside the link ceiling   (ARGS="--json out.jsonl --plot out.png")
 	$(PYTHON) -m epjit bench --ranks $(N) $(ARGS)

@@ -2,13 +2,17 @@
 
 One GPU, one rank: compiling and loading do not depend on peers. Prints JSON lines.
 
-    python bench/first_call.py
+    python bench/first_call.py [--profile]
+
+With --profile, the functions that take a first Buffer's time, with the cache that it left.
 """
 
 from __future__ import annotations
 
+import cProfile
 import json
 import os
+import pstats
 import subprocess
 import sys
 import tempfile
@@ -16,7 +20,7 @@ import time
 
 
 def measure() -> dict[str, float]:
-    """Milliseconds of the imports, of a Buffer, and of the first dispatch and combine."""
+    """Milliseconds of the imports, of two Buffers, and of the first dispatch and combine."""
     start = time.perf_counter()
     import cupy  # noqa: F401  (Buffer loads it otherwise)
     import torch
@@ -39,6 +43,10 @@ def measure() -> dict[str, float]:
     now = time.perf_counter()
     buffer = Buffer(None, 256 << 20, comm=ThreadGroup.create(1)[0])
     now = mark("buffer", now)
+    other = Buffer(None, 256 << 20, comm=ThreadGroup.create(1)[0])
+    now = mark("second_buffer", now)
+    del other
+    now = mark("its_end", now)
     per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, 256)
     recv_x, _, recv_weights, _, handle, _ = buffer.dispatch(
         x,
@@ -56,8 +64,24 @@ def measure() -> dict[str, float]:
     return {name: round(seconds * 1e3, 1) for name, seconds in marks.items()}
 
 
+def profile() -> None:
+    """Prints where a Buffer's time goes."""
+    import cupy  # noqa: F401
+    import torch
+
+    from epjit import Buffer
+    from epjit.runtime.group import ThreadGroup
+
+    torch.zeros(1, device="cuda")
+    with cProfile.Profile() as found:
+        Buffer(None, 256 << 20, comm=ThreadGroup.create(1)[0])
+    pstats.Stats(found).sort_stats("tottime").print_stats(30)
+
+
 if __name__ == "__main__":
-    if sys.argv[1:] == ["--measure"]:
+    if sys.argv[1:] == ["--profile"]:
+        profile()
+    elif sys.argv[1:] == ["--measure"]:
         print(json.dumps(measure()))
     else:
         with tempfile.TemporaryDirectory() as folder:

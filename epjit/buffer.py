@@ -65,6 +65,10 @@ class Buffer(Life):
     graph that has captured calls on the stream of the other calls, or make that stream wait for the
     replay, and the replay for the calls before it; out of order, each takes the other's rows.
 
+    The tensors of a call with `async_finish` may be dropped at once: the Buffer keeps them until
+    the call is done. (Only a storage that is emptied in place, by ``resize_(0)``, has to wait for
+    the event.)
+
     Construction is collective. On a machine with a GPU the buffer lives on the current device;
     without one (or with ``EPJIT_BACKEND=cpu``) the same interface works on CPU tensors with the
     same results, and refuses what a GPU refuses. ``with Buffer(...) as buffer:`` destroys the
@@ -76,7 +80,8 @@ class Buffer(Life):
 
     Args:
         group: `torch.distributed` process group of any backend, or a DeviceMesh of one dimension.
-            Only its rank, its size and one ``all_gather_object`` are used.
+            Only its rank, its size and one ``all_gather_object`` are used; all Buffers of a group
+            meet at one store.
         num_nvl_bytes: Bytes of the NVLink buffer, a multiple of 128.
             `Config.get_nvl_buffer_size_hint` gives a good value; with less (or more) everything
             works too, in more (or fewer) rounds. About 5 MB are added.
@@ -726,7 +731,7 @@ class Buffer(Life):
         with self._entered(), self._streams.low_latency_scope(async_finish) as scope:
             received, receive = mode.dispatch(scope, call)
             hook = receive and self._hook("low_latency_dispatch", receive, scope.stream)
-            event = scope.finish_keeping(call, received)
+            event = scope.finish_keeping((*call.given, *received))
         recv_x, recv_scales, recv_count, src_info, layout_range = received
         hidden = call.sizes.hidden
         handle = LowLatencyHandle(src_info, layout_range, max_tokens, hidden, num_experts)
@@ -788,7 +793,7 @@ class Buffer(Life):
         with self._entered(), self._streams.low_latency_scope(async_finish) as scope:
             combined_x, receive = mode.combine(scope, call)
             hook = receive and self._hook("low_latency_combine", receive, scope.stream)
-            event = scope.finish_keeping(call, (combined_x,))
+            event = scope.finish_keeping((*call.given, call.src_info, combined_x))
         return combined_x, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle: GivenLowLatencyHandle) -> Tensor:

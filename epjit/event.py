@@ -8,6 +8,9 @@ from typing import Any
 
 import torch
 
+from epjit.runtime import driver
+from epjit.runtime.stream import Event, is_current, new_event, shared_events
+
 next_number = itertools.count(1).__next__  # tells what was queued before from what came after
 
 
@@ -19,24 +22,44 @@ class EventHandle:
 
     Args:
         stream: Stream to record on; the current stream when None.
+
+    Attributes:
+        raw: The driver's event; None without a GPU.
     """
 
-    __slots__ = ("_device", "_event", "_number", "_stream")
+    # Streams by their raw handles: a torch.cuda.Stream or Event takes 2 to 8 us of the host.
+    __slots__ = ("_device", "_number", "_stream", "raw")
 
     def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
-        self._event: torch.cuda.Event | None = None
+        self.raw: Event | None = None
         if torch.cuda.is_available():
-            self._event = torch.cuda.Event()
-            stream = stream if stream is not None else torch.cuda.current_stream()
-            self._stream, self._device = stream.cuda_stream, stream.device_index
-            # Before it records: of two numbers the higher is that of the event that covers more,
-            # also when another thread queues something, and draws, in between.
-            self._number = next_number()
-            self._event.record(stream)
+            if stream is None:
+                device = torch.cuda.current_device()
+                handle = torch._C._cuda_getCurrentRawStream(device)
+            else:
+                device, handle = stream.device_index, stream.cuda_stream
+            with driver.using(device):
+                event, _ = new_event(handle, shared_events(device))
+                self._record(event, handle, device)
+
+    @classmethod
+    def on(cls, stream: int, event: Event, device: int) -> EventHandle:
+        """The same with an event from elsewhere, on a stream of the GPU that is current."""
+        made = cls.__new__(cls)
+        made._record(event, stream, device)
+        return made
+
+    def _record(self, event: Event, stream: int, device: int) -> None:
+        self._stream, self._device = stream, device
+        # Before it records: of two numbers the higher is that of the event that covers more,
+        # also when another thread queues something, and draws, in between.
+        self._number = next_number()
+        event.record(stream)
+        self.raw = event
 
     def covers(self, stream: int, number: int) -> bool:
         """Whether it stands for all that was on a stream when a number was drawn."""
-        return self._event is not None and self._stream == stream and self._number > number
+        return self.raw is not None and self._stream == stream and self._number > number
 
     def check_device(self, device: int) -> None:
         """Refuses an event of another GPU, where nothing of a call's own GPU was waited for.
@@ -44,7 +67,7 @@ class EventHandle:
         Raises:
             RuntimeError: It is one.
         """
-        if self._event is not None and self._device != device:
+        if self.raw is not None and self._device != device:
             raise RuntimeError(
                 f"previous_event was recorded on cuda:{self._device}, but this Buffer is on "
                 f"cuda:{device}: a thread starts with cuda:0 as its current device; call "
@@ -53,18 +76,29 @@ class EventHandle:
 
     def current_stream_wait(self) -> None:
         """Makes the current stream of the event's GPU wait for the event."""
-        if self._event is not None:
-            torch.cuda.current_stream(self._device).wait_event(self._event)
+        if self.raw is not None:
+            current = torch._C._cuda_getCurrentRawStream(self._device)
+            self.raw_stream_wait(current, self._device)
 
     def stream_wait(self, stream: torch.cuda.Stream | None) -> None:
         """Makes `stream` wait for the event."""
-        if self._event is not None and stream is not None:
-            stream.wait_event(self._event)
+        if stream is not None:
+            self.raw_stream_wait(stream.cuda_stream, stream.device_index)
+
+    def raw_stream_wait(self, stream: int, device: int) -> None:
+        """Makes a stream of a GPU, of which `stream` is the handle, wait for the event."""
+        if self.raw is None:
+            return
+        if is_current(device):
+            self.raw.make_wait(stream)
+        else:
+            with driver.using(device):  # each GPU has a default stream, all with the same handle
+                self.raw.make_wait(stream)
 
     def synchronize(self) -> None:
         """Blocks the host until the event has happened."""
-        if self._event is not None:
-            self._event.synchronize()
+        if self.raw is not None:
+            self.raw.synchronize()
 
 
 def event_of(previous_event: EventOverlap | EventHandle | None) -> EventHandle | None:

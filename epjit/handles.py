@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from epjit.calls import CombineSizes, DispatchSizes
-from epjit.runtime.empty import Empty, TensorSpec, matrix, vector
+from epjit.runtime.empty import Empty, TensorSpec, beginning, matrix, vector
 
 
 class IntranodeHandle(NamedTuple):
@@ -312,7 +312,7 @@ class LowLatencyDispatched(NamedTuple):
     def allocate(cls, specs: LowLatencySpecs, empty: Empty) -> LowLatencyDispatched:
         """New tensors, uninitialised, on any device."""
         recv_x, recv_scales, recv_count, words, layout_range = empty(specs.new)
-        src_info = words.as_strided(*specs.src_info)
+        src_info = beginning(words, *specs.src_info)
         return cls(recv_x, recv_scales, recv_count, src_info, layout_range)
 
 

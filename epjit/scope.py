@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import threading
+from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
 from typing import TYPE_CHECKING, TypeAlias, TypeVar
@@ -12,15 +13,20 @@ from typing import TYPE_CHECKING, TypeAlias, TypeVar
 import torch
 
 from epjit.event import EventHandle, EventOverlap, event_of, next_number
+from epjit.runtime import driver
+from epjit.runtime.host import nap
 from epjit.runtime.interrupt import synchronize
-from epjit.runtime.stream import is_current, on_device
+from epjit.runtime.stream import is_current, new_event, on_device
 
 if TYPE_CHECKING:
+    from contextlib import ExitStack
+
     from epjit.runtime.stream import CommStream, Event
 
 Record: TypeAlias = tuple[object, ...]
 """Tensors, records and anything else; often a NamedTuple of `epjit.calls`."""
 _NOWHERE = nullcontext()
+_MOST_KEPT = 64  # calls under way
 S = TypeVar("S")
 
 
@@ -52,6 +58,52 @@ class Turns:
             yield
 
 
+class Kept:
+    """Tensors of calls under way, whether the caller still has them: kept until their events.
+
+    In place of `Tensor.record_stream`, by which the allocator learns that a stream uses memory of
+    another: 1.5 us a tensor, an event when it dies, and queries in every allocation until that has
+    happened; this is one query a call. It is as safe: memory goes back when the work *is done*, as
+    there, whatever stream a tensor is of; later at most, with a later call of the Buffer. Only a
+    storage that the caller empties in place (``resize_(0)``) goes at once: not before a wait for
+    the event.
+
+    Tensors go where `take_done`'s result is dropped, which must not be within a Buffer's turn: what
+    they run as they go, such as finalizers, may take other locks.
+    """
+
+    def __init__(self) -> None:
+        self._calls: deque[tuple[Event, object]] = deque()
+
+    def keep(self, event: EventHandle, tensors: object) -> None:
+        """Keeps whatever tensors are in an object; from any thread."""
+        if event.raw is not None:
+            self._calls.append((event.raw, tensors))
+
+    def take_done(self) -> list[object]:
+        """Tensors that are not used any more; one thread at a time, with the events' GPU current.
+
+        Waits when too many calls are under way, so that a host that runs far ahead of its GPU does
+        not gather all the memory that there is.
+
+        Raises:
+            RuntimeError: The GPU is lost.
+        """
+        calls, done = self._calls, list[object]()
+        while calls:
+            with driver.relaxed():
+                while calls and calls[0][0].has_happened():
+                    done.append(calls.popleft())
+            if len(calls) < _MOST_KEPT:
+                break
+            nap()
+        return done
+
+    def clear(self) -> None:
+        """Lets everything go: nothing is under way any more."""
+        self._calls.clear()
+
+
 class Scope:
     """The streams of one call: what kernels wait for, where outputs lie, what is returned.
 
@@ -66,8 +118,8 @@ class Scope:
 
     Args:
         comm: Communication stream.
-        previous_event: Waited for by the kernels; everything queued on the current stream when it
-            holds no event.
+        kept: Gets the tensors of an asynchronous call.
+        previous: Waited for by the kernels; None: everything queued on the current stream.
         async_finish: Whether the current stream is left alone and an event is returned.
         allocate_on_comm_stream: V1's flag; with a previous event outputs are allocated there
             anyway, and without one it is refused.
@@ -80,21 +132,22 @@ class Scope:
     def __init__(
         self,
         comm: CommStream,
-        previous_event: EventOverlap | None,
+        kept: Kept,
+        previous: EventHandle | None,
         *,
         async_finish: bool,
         allocate_on_comm_stream: bool,
     ) -> None:
-        self._comm = comm
-        self._previous = event_of(previous_event)
-        self._async = async_finish
+        self._comm, self._kept, self._previous, self._async = comm, kept, previous, async_finish
+        self._done: list[object] = []  # goes with this object, when the Buffer's turn is over
         self._waits_for_event = self._is_started = False
         # The raw handle: torch.cuda.current_stream() makes a stream object, 2.5 us of a call of 25.
         self._current = torch._C._cuda_getCurrentRawStream(comm.device)
         self.stream = comm.handle
-        _check_flags(self._previous, async_finish, allocate_on_comm_stream)
-        if self._previous is not None:
-            self._previous.check_device(comm.device)
+        if allocate_on_comm_stream:
+            _check_flags(previous, async_finish)
+        if previous is not None:
+            previous.check_device(comm.device)
         elif self._current == self.stream:
             raise RuntimeError(
                 "the communication stream is current, and a stream cannot wait for itself; call "
@@ -139,63 +192,78 @@ class Scope:
 
     def _wait_for_event(self, event: EventHandle) -> None:
         if not self._waits_for_event:
-            event.stream_wait(self._comm.torch_stream)
+            event.raw_stream_wait(self.stream, self._comm.device)
             self._waits_for_event = True
 
     def wait_for(self, event: Event) -> None:
         """Makes the kernels wait for an event."""
-        self._comm.wait_event(self.stream, event)
+        event.make_wait(self.stream)
 
     def finish(self, inputs: Record = (), outputs: Record = ()) -> EventOverlap:
         """Ends the call: an event, or the current stream waits.
 
-        The allocator learns which streams use a tensor beside the one that it was allocated on, so
-        that it does not hand out the memory before these are done.
+        With an event, tensors live until it has happened, for their memory belongs to streams that
+        do not wait for the kernels. Outputs that belong to the communication stream are of use on
+        the caller's, and the allocator learns that. It also learns who uses what while a graph is
+        captured: then no event can be asked, and what is freed is given to nobody else.
 
         Args:
             inputs: Read by the kernels, allocated by the caller.
             outputs: Written by them, allocated by this call.
         """
-        event = self._end()
-        if event is not None:
-            _record(inputs, self._comm.torch_stream)
+        event, is_captured = self._end()
+        comm = self._comm
         if self._previous is not None:
-            _record(outputs, torch.cuda.current_stream(self._comm.device))
+            _record(outputs, torch.cuda.current_stream(comm.device))
+            outputs = ()
+        if is_captured:
+            _record(inputs, comm.torch_stream)
+            _record(outputs, comm.torch_stream)
         elif event is not None:
-            _record(outputs, self._comm.torch_stream)
+            self._kept.keep(event, (inputs, outputs))
+            self._done = self._kept.take_done()
         return EventOverlap(event)
 
-    def finish_keeping(self, inputs: Record, outputs: Record) -> EventOverlap:
-        """Like `finish`, but the returned object keeps the tensors; the allocator is told nothing.
+    def finish_keeping(self, tensors: tuple[torch.Tensor | None, ...]) -> EventOverlap:
+        """Like `finish`, but the returned object keeps the tensors, until the event is waited for.
 
-        So do V1's low-latency calls: memory comes back when the caller lets go of the event, not
-        when the allocator happens to ask the stream.
+        So do V1's low-latency calls: memory comes back when the caller lets go of the event. Of one
+        that was not waited for, the tensors live on until it has happened.
+
+        Args:
+            tensors: Read or written by the kernels.
         """
-        event = self._end()
+        event, is_captured = self._end()
         if event is None:
             return EventOverlap()
-        tensors = tuple(_tensors((inputs, outputs)))
-        return KeepingOverlap(event, tensors, self._comm, self._current)
+        kept = None if is_captured else self._kept
+        if kept is not None:
+            self._done = kept.take_done()
+        return KeepingOverlap(event, _given(tensors), self._comm, self._current, kept)
 
-    def _end(self) -> EventHandle | None:
-        if self._async:
-            return EventHandle(self._comm.torch_stream)
-        self._comm.make_wait(self._current)
-        return None
+    def _end(self) -> tuple[EventHandle | None, bool]:
+        """The event of the call, if it has one, and whether that is captured."""
+        comm = self._comm
+        if not self._async:
+            comm.make_wait(self._current)
+            return None, False
+        event, is_captured = new_event(comm.handle, comm.events)
+        return EventHandle.on(comm.handle, event, comm.device), is_captured
 
 
 class KeepingOverlap(EventOverlap):
     """An event that keeps the tensors of its call, also from an allocator that thinks them free.
 
     Once the stream of the call waits for the event, the tensors can go: their memory is used again
-    in the order of that stream. If this object goes before, the allocator is told that the
-    communication stream uses them.
+    in the order of that stream. If this object goes before, they live until the event has happened,
+    or, in a capture, the allocator is told that the communication stream uses them.
 
     Args:
         event: On the communication stream, behind the kernels.
         tensors: Read and written by the kernels.
         comm: The communication stream.
         current: Handle of the stream that was current in the call.
+        kept: Gets the tensors then; None in a capture.
     """
 
     def __init__(
@@ -204,9 +272,10 @@ class KeepingOverlap(EventOverlap):
         tensors: tuple[torch.Tensor, ...],
         comm: CommStream,
         current: int,
+        kept: Kept | None,
     ) -> None:
         super().__init__(event, tensors)
-        self._comm, self._current = comm, current
+        self._comm, self._current, self._kept = comm, current, kept
         self._is_waited_for, self._pid = False, os.getpid()
 
     def current_stream_wait(self) -> None:
@@ -216,8 +285,12 @@ class KeepingOverlap(EventOverlap):
         self._is_waited_for |= stream == self._current
 
     def __del__(self) -> None:
-        if not self._is_waited_for and not sys.is_finalizing() and os.getpid() == self._pid:
+        if self._is_waited_for or sys.is_finalizing() or os.getpid() != self._pid:
+            return
+        if self._kept is None:
             _record(self.extra_tensors or (), self._comm.torch_stream)
+        elif self.event is not None:
+            self._kept.keep(self.event, self.extra_tensors)
 
 
 def _tensors(record: Record) -> Iterator[torch.Tensor]:
@@ -227,6 +300,11 @@ def _tensors(record: Record) -> Iterator[torch.Tensor]:
             yield each
         elif isinstance(each, tuple):
             yield from _tensors(each)
+
+
+def _given(tensors: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor, ...]:
+    """Those that are there."""
+    return tuple([each for each in tensors if each is not None])
 
 
 def _record(record: Record, stream: torch.cuda.Stream) -> None:
@@ -250,18 +328,15 @@ class _NoWait:
 
 
 class CurrentStream(_NoWait):
-    """The scope of a call on the stream that is current when it is made: nothing waits.
+    """The scope of a call on the caller's own stream, the same for all: nothing waits.
 
     Args:
         comm: Communication stream of the Buffer.
-        stream: Handle of another stream, for what belongs to an earlier call.
+        stream: Handle of the stream.
     """
 
-    def __init__(self, comm: CommStream, stream: int | None = None) -> None:
-        self._comm = comm
-        self.stream: int = (
-            torch._C._cuda_getCurrentRawStream(comm.device) if stream is None else stream
-        )
+    def __init__(self, comm: CommStream, stream: int) -> None:
+        self._comm, self.stream = comm, stream
 
     @property
     def owners(self) -> tuple[int, ...]:
@@ -275,7 +350,7 @@ class CurrentStream(_NoWait):
 
     def wait_for(self, event: Event) -> None:
         """Makes the kernels wait for an event."""
-        self._comm.wait_event(self.stream, event)
+        event.make_wait(self.stream)
 
     def finish(self, inputs: Record = (), outputs: Record = ()) -> EventOverlap:
         """Nothing waits: memory of this stream is used again in its order."""
@@ -283,7 +358,9 @@ class CurrentStream(_NoWait):
         self._comm.last_call = next_number()
         return EventOverlap()
 
-    finish_keeping = finish
+    def finish_keeping(self, tensors: Record) -> EventOverlap:
+        """The same."""
+        return self.finish(tensors)
 
 
 class CpuScope(_NoWait):
@@ -310,11 +387,11 @@ class CpuScope(_NoWait):
         del inputs, outputs
         return EventOverlap(EventHandle() if self._async else None)
 
-    def finish_keeping(self, inputs: Record, outputs: Record) -> EventOverlap:
+    def finish_keeping(self, tensors: tuple[torch.Tensor | None, ...]) -> EventOverlap:
         """Ends the call; with an event, the returned object keeps the tensors."""
         if not self._async:
             return EventOverlap()
-        return EventOverlap(EventHandle(), tuple(_tensors((inputs, outputs))))
+        return EventOverlap(EventHandle(), _given(tensors))
 
 
 AnyScope: TypeAlias = Scope | CurrentStream | CpuScope
@@ -327,11 +404,14 @@ class Streams:
 
     Args:
         comm: Communication stream.
+        resources: Lets go of what calls under way use, when none is any more.
     """
 
-    def __init__(self, comm: CommStream) -> None:
-        self._comm = comm
+    def __init__(self, comm: CommStream, resources: ExitStack) -> None:
+        self._comm, self._kept = comm, Kept()
+        resources.callback(self._kept.clear)
         self._last: int | None = None  # stream of the last call
+        self._current = CurrentStream(comm, 0)
         self._shows_comm = False  # communication_stream() was called
 
     def scope(
@@ -348,36 +428,37 @@ class Streams:
         if previous_event is not None:
             event = event_of(previous_event)
         shows = self._shows_comm and not comm.is_current()
-        scope: Scope | CurrentStream
-        if async_finish or allocate_on_comm_stream or event is not None or shows:
-            scope = Scope(
-                comm,
-                previous_event,
-                async_finish=async_finish,
-                allocate_on_comm_stream=allocate_on_comm_stream,
-            )
-        else:
-            scope = CurrentStream(comm)
+        if not (async_finish or allocate_on_comm_stream or event is not None or shows):
+            return self.scope_on(torch._C._cuda_getCurrentRawStream(comm.device))
+        scope = Scope(
+            comm,
+            self._kept,
+            event,
+            async_finish=async_finish,
+            allocate_on_comm_stream=allocate_on_comm_stream,
+        )
         if scope.stream != self._last:
             self._follow(scope.stream, event)
         return scope
 
     def low_latency_scope(self, async_finish: bool) -> Scope | CurrentStream:
         """The scope of a low-latency call: on the caller's stream, as its hook, if it can be."""
-        scope: Scope | CurrentStream
-        if async_finish:
-            scope = Scope(self._comm, None, async_finish=True, allocate_on_comm_stream=False)
-        else:
-            scope = CurrentStream(self._comm)
+        if not async_finish:
+            return self.scope_on(torch._C._cuda_getCurrentRawStream(self._comm.device))
+        scope = Scope(
+            self._comm, self._kept, None, async_finish=True, allocate_on_comm_stream=False
+        )
         if scope.stream != self._last:
             self._follow(scope.stream)
         return scope
 
     def scope_on(self, stream: int) -> CurrentStream:
-        """The scope of the rest of an earlier call, on its stream."""
+        """The scope of a call on one stream, such as the rest of an earlier one."""
         if stream != self._last:
             self._follow(stream)
-        return CurrentStream(self._comm, stream)
+        if stream != self._current.stream:
+            self._current = CurrentStream(self._comm, stream)
+        return self._current
 
     def _follow(self, stream: int, event: EventHandle | None = None) -> None:
         """Orders a call behind the one before, unless `event` covers it already."""
@@ -420,7 +501,8 @@ class CpuStreams:
         allocate_on_comm_stream: bool,
     ) -> CpuScope:
         """The scope of a call, whose flags must go together as on a GPU."""
-        _check_flags(event_of(previous_event), async_finish, allocate_on_comm_stream)
+        if allocate_on_comm_stream:
+            _check_flags(event_of(previous_event), async_finish)
         return CpuScope(async_finish)
 
     def low_latency_scope(self, async_finish: bool) -> CpuScope:
@@ -448,10 +530,9 @@ class CpuStreams:
         """Nothing is under way."""
 
 
-def _check_flags(
-    previous: EventHandle | None, async_finish: bool, allocate_on_comm_stream: bool
-) -> None:
-    if allocate_on_comm_stream and not (previous is not None and async_finish):
+def _check_flags(previous: EventHandle | None, async_finish: bool) -> None:
+    """Of a call with `allocate_on_comm_stream`."""
+    if previous is None or not async_finish:
         raise RuntimeError(
             "allocate_on_comm_stream=True needs a previous_event that holds an event, and "
             "async_finish=True; got previous_event "

@@ -206,7 +206,8 @@ class Mode(ABC, Generic[Shape]):
         Raises:
             CommunicationError: Names operation, rank and peer.
         """
-        self._fault.raise_if_set()
+        if self._fault.state is not None and self._fault.state[0]:
+            self._fault.raise_if_set()
 
     def reset(self) -> None:
         """Forgets everything that was under way; collective.

@@ -31,7 +31,7 @@ from epjit.kernels.internode import (
     ring_slots,
 )
 from epjit.kernels.shapes import CombineShape, DispatchShape
-from epjit.modes.normal import SIGNALS_BYTES, Normal, combine_shape, dispatch_shape
+from epjit.modes.normal import SIGNALS_BYTES, Normal, combine_shape, dispatch_shape, pointer
 from epjit.runtime.group import BUFFER, Group
 from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
@@ -315,25 +315,33 @@ class Internode(Normal):
 
     def combine(self, scope: AnyScope, call: Combine) -> Sums:
         """Sums rows inside each domain, sends the sums to the ranks of their tokens."""
-        handle: InternodeHandle = call.handle
-        num_tokens, num_sms = handle.num_tokens, call.num_sms
+        x, topk_weights, bias_0, bias_1, handle, num_sms = call
+        num_tokens = handle.num_tokens
         launch = self.launch(combine_shape(call))
         config: InternodeCombineConfig = launch.kernel.config
         check_warps(config, num_sms)
-        combined, values = self._combined(scope, call, num_tokens)
+        combined_x, combined_weights = self._sums(scope, call, num_tokens)
         scope.start()
         reduce_warps = config.reduce_warps * num_sms
-        values |= {
+        launch.set(
             **self._routing(handle),
-            "recv_src_meta": handle.recv_src_meta.data_ptr(),
-            "send_domain_head": handle.send_rdma_head.data_ptr(),
-            "passing": handle.send_nvl_head.data_ptr(),
-            "num_passing": handle.num_passing,
+            x=x.data_ptr(),
+            topk_weights=pointer(topk_weights),
+            bias_0=pointer(bias_0),
+            bias_1=pointer(bias_1),
+            combined_x=combined_x.data_ptr(),
+            combined_topk_weights=pointer(combined_weights),
+            recv_src_meta=handle.recv_src_meta.data_ptr(),
+            send_domain_head=handle.send_rdma_head.data_ptr(),
+            passing=handle.send_nvl_head.data_ptr(),
+            num_rows=x.shape[0],
+            num_tokens=num_tokens,
+            num_passing=handle.num_passing,
             # As inside a domain: with few tokens several warps share the reduction of one.
-            "num_parts": max(1, min(4, 6 * reduce_warps // max(num_tokens, 1))),
-        }
-        launch.start(scope.stream, num_sms, values)
-        return combined
+            num_parts=max(1, min(4, 6 * reduce_warps // max(num_tokens, 1))),
+        )
+        launch.start(scope.stream, num_sms)
+        return combined_x, combined_weights
 
     # ---- the end ---------------------------------------------------------------------------------
 

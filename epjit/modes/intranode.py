@@ -297,24 +297,32 @@ class Intranode(Normal):
 
     def combine(self, scope: AnyScope, call: Combine) -> Sums:
         """Pushes rows back to the ranks of their tokens and sums them there."""
-        handle: IntranodeHandle = call.handle
-        num_tokens, num_sms = handle.num_tokens, call.num_sms
+        x, topk_weights, bias_0, bias_1, handle, num_sms = call
+        num_tokens = handle.num_tokens
         launch = self.launch(combine_shape(call))
         config: CombineConfig = launch.kernel.config
         check_warps(config, num_sms)
-        combined, values = self._combined(scope, call, num_tokens)
+        combined_x, combined_weights = self._sums(scope, call, num_tokens)
         scope.start()
-        values |= {
-            "recv_src_idx": handle.recv_src_idx.data_ptr(),
-            "send_head": handle.send_head.data_ptr(),
-            "rank_prefix": handle.rank_prefix_matrix.data_ptr(),
+        launch.set(
+            x=x.data_ptr(),
+            topk_weights=pointer(topk_weights),
+            bias_0=pointer(bias_0),
+            bias_1=pointer(bias_1),
+            combined_x=combined_x.data_ptr(),
+            combined_topk_weights=pointer(combined_weights),
+            recv_src_idx=handle.recv_src_idx.data_ptr(),
+            send_head=handle.send_head.data_ptr(),
+            rank_prefix=handle.rank_prefix_matrix.data_ptr(),
+            num_rows=x.shape[0],
+            num_tokens=num_tokens,
             # Several warps share a token's sum unless there are many tokens a warp: shorter units
             # end closer together (4 parts instead of 1: 128 tokens on 12 SMs 26.7 us, not 31.4,
             # 512 on 24 SMs 42.6, not 47.4; 4096 on 12 SMs 310, not 276).
-            "num_parts": max(1, min(4, 6 * config.num_warps * num_sms // max(num_tokens, 1))),
-        }
-        launch.start(scope.stream, num_sms, values)
-        return combined
+            num_parts=max(1, min(4, 6 * config.num_warps * num_sms // max(num_tokens, 1))),
+        )
+        launch.start(scope.stream, num_sms)
+        return combined_x, combined_weights
 
     # ---- the end ---------------------------------------------------------------------------------
 

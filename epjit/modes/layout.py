@@ -56,15 +56,16 @@ class Layout:
         """
         num_tokens, num_topk = topk_idx.shape
         per_rank, per_rdma_rank, per_expert, in_rank = counts
-        values = {
-            "topk_idx": topk_idx.data_ptr(),
-            "num_tokens_per_rank": per_rank.data_ptr(),
-            "num_tokens_per_rdma_rank": 0 if per_rdma_rank is None else per_rdma_rank.data_ptr(),
-            "num_tokens_per_expert": per_expert.data_ptr(),
-            "is_token_in_rank": in_rank.data_ptr(),
-            "num_tokens": num_tokens,
-            "num_topk": num_topk,
-            "num_experts": per_expert.shape[0],
-        }
+        launch = self._launches[topk_idx.dtype]
+        launch.set(
+            topk_idx=topk_idx.data_ptr(),
+            num_tokens_per_rank=per_rank.data_ptr(),
+            num_tokens_per_rdma_rank=0 if per_rdma_rank is None else per_rdma_rank.data_ptr(),
+            num_tokens_per_expert=per_expert.data_ptr(),
+            is_token_in_rank=in_rank.data_ptr(),
+            num_tokens=num_tokens,
+            num_topk=num_topk,
+            num_experts=per_expert.shape[0],
+        )
         grid = max(1, min(-(-num_tokens // 64), _MAX_BLOCKS))
-        self._launches[topk_idx.dtype].start(stream, grid, values)
+        launch.start(stream, grid)

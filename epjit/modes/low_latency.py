@@ -96,9 +96,9 @@ class _Plan(Generic[Specs]):
         outputs: As passed.
         source_tokens: Offset of the first part of the `Routes`, in bytes from `src_info`.
         source_rows: Offset of the second.
-        whole: Parameters of a launch of both phases that are the same in every call.
-        sends: Those of a launch that only sends.
-        receives: Those of a launch that only receives.
+        num_tokens: `T`.
+        max_tokens: `M`.
+        num_parts: As passed.
     """
 
     def __init__(
@@ -114,14 +114,11 @@ class _Plan(Generic[Specs]):
         self.outputs: Specs = outputs
         self.source_tokens = 4 * sizes.num_experts * sizes.max_tokens
         self.source_rows = self.source_tokens + 4 * num_ranks
-        fixed: dict[str, Any] = {
-            "num_tokens": sizes.num_tokens,
-            "max_tokens": sizes.max_tokens,
-            "num_parts": num_parts,
-        }
-        self.whole = {**fixed, "sends": True, "receives": True}
-        self.sends = {**fixed, "sends": True, "receives": False}
-        self.receives = {**fixed, "sends": False, "receives": True}
+        self.num_tokens, self.max_tokens, self.num_parts = (
+            sizes.num_tokens,
+            sizes.max_tokens,
+            num_parts,
+        )
 
 
 class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
@@ -254,24 +251,27 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         x, topk_idx, global_scale, recv_stats, cycles = call.given
         recv_x, recv_scales, recv_count, src_info, layout_range = outputs
         handle = src_info.data_ptr()
-        values = {
-            "x": x.data_ptr(),
-            "topk_idx": topk_idx.data_ptr(),
-            "global_scale": 0 if global_scale is None else global_scale.data_ptr(),
-            "recv_x": recv_x.data_ptr(),
-            "recv_scales": 0 if recv_scales is None else recv_scales.data_ptr(),
-            "recv_count": recv_count.data_ptr(),
-            "source_tokens": handle + plan.source_tokens,
-            "source_rows": handle + plan.source_rows,
-            "src_info": handle,
-            "layout_range": layout_range.data_ptr(),
-            "recv_stats": 0 if recv_stats is None else recv_stats.data_ptr(),
-            "wait_cost": 0 if cycles is None else cycles.data_ptr(),
-        }
-        if call.split:
-            return outputs, self._split(plan, scope.stream, values, (call, outputs))
-        plan.launch.start(scope.stream, plan.grid, values, plan.whole)
-        return outputs, None
+        plan.launch.set(
+            x=x.data_ptr(),
+            topk_idx=topk_idx.data_ptr(),
+            global_scale=0 if global_scale is None else global_scale.data_ptr(),
+            recv_x=recv_x.data_ptr(),
+            recv_scales=0 if recv_scales is None else recv_scales.data_ptr(),
+            recv_count=recv_count.data_ptr(),
+            source_tokens=handle + plan.source_tokens,
+            source_rows=handle + plan.source_rows,
+            src_info=handle,
+            layout_range=layout_range.data_ptr(),
+            recv_stats=0 if recv_stats is None else recv_stats.data_ptr(),
+            wait_cost=0 if cycles is None else cycles.data_ptr(),
+            num_tokens=plan.num_tokens,
+            max_tokens=plan.max_tokens,
+            num_parts=plan.num_parts,
+            sends=True,
+            receives=not call.split,
+        )
+        plan.launch.start(scope.stream, plan.grid)
+        return outputs, self._rest(plan, scope.stream, (call, outputs)) if call.split else None
 
     def _plan_dispatch(self, sizes: DispatchSizes) -> _Plan[LowLatencySpecs]:
         """Sending takes a block a token, one the counts; receiving a warp an eighth of a row."""
@@ -319,34 +319,35 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
             (out,) = self._empty(plan.outputs)
         scope.start()
         routes = call.src_info.data_ptr()
-        values = {
-            "x": x.data_ptr(),
-            "topk_idx": topk_idx.data_ptr(),
-            "topk_weights": topk_weights.data_ptr(),
-            "source_tokens": routes + plan.source_tokens,
-            "source_rows": routes + plan.source_rows,
-            "out": out.data_ptr(),
-            "wait_cost": 0 if cycles is None else cycles.data_ptr(),
-        }
-        if call.split:
-            return out, self._split(plan, scope.stream, values, (call, out))
-        plan.launch.start(scope.stream, plan.grid, values, plan.whole)
-        return out, None
+        plan.launch.set(
+            x=x.data_ptr(),
+            topk_idx=topk_idx.data_ptr(),
+            topk_weights=topk_weights.data_ptr(),
+            source_tokens=routes + plan.source_tokens,
+            source_rows=routes + plan.source_rows,
+            out=out.data_ptr(),
+            wait_cost=0 if cycles is None else cycles.data_ptr(),
+            num_tokens=plan.num_tokens,
+            max_tokens=plan.max_tokens,
+            num_parts=plan.num_parts,
+            sends=True,
+            receives=not call.split,
+        )
+        plan.launch.start(scope.stream, plan.grid)
+        return out, self._rest(plan, scope.stream, (call, out)) if call.split else None
 
     @staticmethod
-    def _split(
-        plan: _Plan[Any], stream: int, values: dict[str, int], tensors: object
-    ) -> Callable[[], None]:
-        """A launch of the first phase; what is returned launches the second.
+    def _rest(plan: _Plan[Any], stream: int, tensors: object) -> Callable[[], None]:
+        """The launch of the second phase; its other parameters are still set from the first.
 
-        Until then it holds on to `tensors`. If it is dropped instead, they are free in the order of
-        `stream`, where the first phase runs, and what only the second writes is written by nobody.
+        For no other operation of this Buffer can start before. Until then it holds on to `tensors`.
+        If it is dropped instead, they are free in the order of `stream`, where the first phase
+        runs, and what only the second writes is written by nobody.
         """
-        plan.launch.start(stream, plan.grid, values, plan.sends)
 
         def receive(kept: object = tensors) -> None:
             del kept
-            plan.launch.start(stream, plan.grid, values, plan.receives)
+            plan.launch.start(stream, plan.grid, {"sends": False, "receives": True})
 
         return receive
 

@@ -50,12 +50,22 @@ def make_parts(setup: Setup) -> tuple[AnyStreams, AnyNormal, AnyLowLatency | Non
         chosen = ChosenKernels(setup)
         on_cpu = CpuLowLatency(setup, chosen) if wants_low_latency else None
         return CpuStreams(), CpuNormal(setup, chosen), on_cpu
-    from epjit.modes.internode import Internode
-    from epjit.modes.intranode import Intranode
-    from epjit.modes.low_latency import LowLatency
     from epjit.runtime.stream import CommStream
 
     comm = CommStream(device.index)
     setup.resources.callback(lambda _: None, comm)  # freed with its last reference
-    mode = Internode(setup) if setup.topology.spans_domains else Intranode(setup)
-    return Streams(comm), mode, LowLatency(setup) if wants_low_latency else None
+    streams = Streams(comm, setup.resources)  # first, so that its tensors go when modes are done
+    mode: Internode | Intranode
+    if setup.topology.spans_domains:  # each loads kernels of its own
+        from epjit.modes.internode import Internode
+
+        mode = Internode(setup)
+    else:
+        from epjit.modes.intranode import Intranode
+
+        mode = Intranode(setup)
+    if not wants_low_latency:
+        return streams, mode, None
+    from epjit.modes.low_latency import LowLatency
+
+    return streams, mode, LowLatency(setup)

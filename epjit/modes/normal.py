@@ -7,8 +7,6 @@ from __future__ import annotations
 
 import time
 from abc import abstractmethod
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, ClassVar
 
 import torch
@@ -23,7 +21,7 @@ from epjit.modes.base import Mode
 from epjit.modes.layout import Layout
 from epjit.runtime.device import num_sms
 from epjit.runtime.empty import TensorSpec, matrix, vector
-from epjit.runtime.fault import Overflow
+from epjit.runtime.fault import OVERFLOW_AT, Overflow
 from epjit.runtime.host import PinnedArray, nap
 from epjit.runtime.kernel import KernelConfig
 
@@ -157,11 +155,9 @@ class Normal(Mode[DispatchShape | CombineShape]):
             "num_recv_rows": recv_x.shape[0],
         }
 
-    def _combined(
-        self, scope: AnyScope, call: Combine, num_tokens: int
-    ) -> tuple[Sums, dict[str, int]]:
-        """Outputs of a combine, and parameters for what it sums."""
-        x, topk_weights, bias_0, bias_1, _, _ = call
+    def _sums(self, scope: AnyScope, call: Combine, num_tokens: int) -> Sums:
+        """Outputs of a combine."""
+        x, topk_weights = call.x, call.topk_weights
         specs = (
             matrix(x.dtype, num_tokens, x.shape[1]),
             None
@@ -170,29 +166,19 @@ class Normal(Mode[DispatchShape | CombineShape]):
         )
         with scope.allocating():
             combined_x, combined_weights = self._empty(specs)
-        values = {
-            "x": x.data_ptr(),
-            "topk_weights": pointer(topk_weights),
-            "bias_0": pointer(bias_0),
-            "bias_1": pointer(bias_1),
-            "combined_x": combined_x.data_ptr(),
-            "combined_topk_weights": pointer(combined_weights),
-            "num_rows": x.shape[0],
-            "num_tokens": num_tokens,
-        }
-        return (combined_x, combined_weights), values
+        return combined_x, combined_weights
 
     # ---- the host's waits, faults, the end -------------------------------------------------------
 
     def _ask_for_counts(self, waits: bool) -> int:
         """Address for the counts of notify; with `waits`, `_wait_for_counts` reads them."""
         if waits:
-            self._host_counts.array[0] = -1
+            self._host_counts.view[0] = -1
         return self._host_counts.device_ptr + (0 if waits else 8 * self._num_counts)
 
     def _wait_for_counts(self, num_counts: int) -> list[int]:
         """Polls host memory for the counts of notify; other threads run meanwhile."""
-        counts = self._host_counts.array
+        counts = self._host_counts.view
         start = time.monotonic()
         deadline = start + 2 * self._timeout_seconds + 10
         while counts[0] < 0:
@@ -217,6 +203,9 @@ class Normal(Mode[DispatchShape | CombineShape]):
             CommunicationError: Names operation, rank and peer; or operation, rank, how many rows
                 came, and how many fit.
         """
+        state = self._fault.state
+        if state is None or not (state[0] or state[OVERFLOW_AT] or self._half_way):
+            return  # as in all calls but the last
         self._raise_failed_wait()
         overflow = self._fault.take_overflow()
         if overflow is not None:
@@ -233,14 +222,9 @@ class Normal(Mode[DispatchShape | CombineShape]):
                 rank=self._group.rank,
             )
 
-    @contextmanager
-    def _between_kernels(self) -> Iterator[None]:
+    def _between_kernels(self) -> _BetweenKernels:
         """Marks this rank as out of step if its dispatch fails in here; only reset() clears it."""
-        try:
-            yield
-        except BaseException as error:  # also an interrupt, or no memory for the outputs
-            self._half_way = repr(error)
-            raise
+        return _BetweenKernels(self)
 
     def reset(self) -> None:
         """Forgets everything that was under way; collective. See `Mode.reset`."""
@@ -271,6 +255,20 @@ class Normal(Mode[DispatchShape | CombineShape]):
                 return True
             time.sleep(0.001)
         return False
+
+
+class _BetweenKernels:
+    """The context manager of `_between_kernels`; a generator takes the host 1 us."""
+
+    def __init__(self, mode: Normal) -> None:
+        self._mode = mode
+
+    def __enter__(self) -> None:
+        """Nothing is out of step yet."""
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is not None:  # also an interrupt, or no memory for the outputs
+            self._mode._half_way = repr(error)
 
 
 def agree_on_kernel(group: Group, config: KernelConfig) -> None:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import functools
 import threading
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from typing import Any
 
 from epjit.errors import require
@@ -85,18 +84,23 @@ def bind(device: int) -> None:
         _thread.is_bound = True
 
 
-@contextmanager
-def relaxed() -> Iterator[None]:
+class _Relaxed:
+    """The context manager of `relaxed`; a class, as `_Using`."""
+
+    def __enter__(self) -> None:
+        mode = load().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
+        self._before = call("cuThreadExchangeStreamCaptureMode", mode)
+
+    def __exit__(self, *_: object) -> None:
+        call("cuThreadExchangeStreamCaptureMode", self._before)
+
+
+def relaxed() -> AbstractContextManager[None]:
     """Lets this thread copy and allocate while others capture CUDA graphs, and break none.
 
     Else the driver fails their capture, for it cannot know that the graph needs none of it.
     """
-    mode = load().CUstreamCaptureMode.CU_STREAM_CAPTURE_MODE_RELAXED
-    before = call("cuThreadExchangeStreamCaptureMode", mode)
-    try:
-        yield
-    finally:
-        call("cuThreadExchangeStreamCaptureMode", before)
+    return _Relaxed()
 
 
 class _Using:

@@ -12,11 +12,12 @@ import numpy as np
 from epjit import env
 from epjit.errors import CommunicationError
 from epjit.runtime import driver, sources
-from epjit.runtime.host import PinnedArray
+from epjit.runtime.host import PinnedArray, view_of
 from epjit.runtime.symmetric import own_stream
 
 _RECORD_WORDS = 8  # state, tag, rank, peer, index, expected, seen, epoch
 NUM_WORDS = 2 * _RECORD_WORDS  # of a wait that failed, then of an overflow
+OVERFLOW_AT = _RECORD_WORDS
 _TAGS_SOURCE = "epjit/sync.cuh"
 
 
@@ -48,20 +49,20 @@ class FaultRecord:
 
     Attributes:
         device_ptr: Address for kernels; 0 when `words` was given.
+        state: The words, for a look in every call: the first tells of a wait, `OVERFLOW_AT` of an
+            overflow. None when it is closed.
     """
 
     def __init__(self, words: np.ndarray[Any, np.dtype[np.int64]] | None = None) -> None:
         self._memory = PinnedArray(NUM_WORDS) if words is None else None
         self._words = words if self._memory is None else self._memory.array
-        # Looked at in every call: a memoryview gives an int in a third of numpy's time. It cannot
-        # read the format that ctypes gives to page-locked memory, hence the casts.
-        self._state = None if self._words is None else self._words.data.cast("B").cast("q")
+        self.state = None if self._words is None else view_of(self._words)
         self.device_ptr = 0 if self._memory is None else self._memory.device_ptr
 
     @property
     def is_set(self) -> bool:
         """Whether a wait has failed since the record was cleared."""
-        return self._state is not None and self._state[0] != 0
+        return self.state is not None and self.state[0] != 0
 
     def raise_if_set(self) -> None:
         """Raises what a wait left behind.
@@ -69,17 +70,17 @@ class FaultRecord:
         Raises:
             CommunicationError: Names the operation, the ranks and what was waited for.
         """
-        if self._state is not None and self._state[0]:
+        if self.state is not None and self.state[0]:
             assert self._words is not None
             raise decode([int(word) for word in self._words[:_RECORD_WORDS]])
 
     def take_overflow(self) -> Overflow | None:
         """The first overflow since the last call; None when there was none."""
-        state = self._state
-        if state is None or not state[_RECORD_WORDS]:
+        state = self.state
+        if state is None or not state[OVERFLOW_AT]:
             return None
-        _, tag, rank, _, _, room, came, epoch = state[_RECORD_WORDS:].tolist()
-        state[_RECORD_WORDS] = 0  # last: the device writes the next one when it sees this
+        _, tag, rank, _, _, room, came, epoch = state[OVERFLOW_AT:].tolist()
+        state[OVERFLOW_AT] = 0  # last: the device writes the next one when it sees this
         return Overflow(*_name(tag), rank=rank, came=came, room=room, epoch=epoch)
 
     def clear(self) -> None:
@@ -90,7 +91,7 @@ class FaultRecord:
     def close(self) -> None:
         """Frees the memory. Idempotent."""
         if self._memory is not None:
-            self._words, self._state, self.device_ptr = None, None, 0
+            self._words, self.state, self.device_ptr = None, None, 0
             self._memory.close()
 
 

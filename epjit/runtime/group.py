@@ -7,16 +7,19 @@ from __future__ import annotations
 
 import contextlib
 import hmac
+import itertools
 import os
 import pickle
 import secrets
 import socket
+import sys
 import threading
 import time
+import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from datetime import timedelta
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from epjit import env
 from epjit.errors import CommunicationError, require
@@ -109,8 +112,9 @@ class Group(ABC):
     def from_torch(process_group: dist.ProcessGroup) -> Group:
         """Makes a group of the ranks of a torch process group. Collective.
 
-        Uses the process group once, to agree on the address of a store that rank 0 hosts; all else
-        goes through that store, so the group still works after `destroy_process_group`.
+        Uses the process group once, to agree on a store that rank 0 hosts, the same for all groups
+        that are made of it; all else goes through that store, so the group still works after
+        `destroy_process_group`.
 
         Args:
             process_group: Any backend whose ranks are there; this process must be a member.
@@ -224,12 +228,13 @@ class _CommGroup(Group):
 
 
 class _StoreGroup(Group):
-    """Ranks that meet in a `torch.distributed.TCPStore` of their own.
+    """Ranks that meet in a `torch.distributed.TCPStore`, which all groups of these ranks share.
 
-    The store takes values from anybody who reaches its port, so each message carries a digest under
-    a key that only the ranks know; nothing else is unpickled. Waits poll the store: to wait inside
-    it would hold up an interrupt. Rank 0 sees by its lines whose process has ended, and leaves that
-    in the store for the others.
+    Each group has keys of its own there. The store takes values from anybody who reaches its port,
+    so each message carries a digest under a key that only the ranks know; nothing else is
+    unpickled. Waits poll the store: to wait inside it would hold up an interrupt. A rank that gives
+    up a group leaves that in the store; rank 0 sees by its lines whose process has ended, and
+    leaves that there, too.
     """
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
@@ -240,7 +245,7 @@ class _StoreGroup(Group):
         self._round = 0
         self._left: list[str] = []  # keys that this rank wrote in rounds that did not end
         self._gone: tuple[int, ...] = ()
-        self._store: dist.TCPStore | None = None
+        self._store: dist.PrefixStore | None = None
         self._lost = dist.DistError  # what the store raises when the connection breaks
         if dist.get_backend(process_group) == "fake":
             raise ValueError(
@@ -249,37 +254,22 @@ class _StoreGroup(Group):
             )
         if self.size == 1:
             return
-        seconds = env.timeout_seconds()
-        timeout = timedelta(seconds=seconds)
+        self._place, number = _place_of(process_group)
+        self._store = dist.PrefixStore(str(number), self._place.store)
         if self.rank == 0:
-            self._store = dist.TCPStore(
-                "localhost", 0, is_master=True, wait_for_workers=False, timeout=timeout
-            )
             self._store.set(_RESETS, "0")
-            self._key = secrets.token_bytes(32)
-            with line.listen() as listener:
-                ports = self._store.port, listener.getsockname()[1]
-                _invite(process_group, (host_id(), line.addresses(), ports, self._key))
-                self._lines = line.accept(listener, self._key, size=self.size, seconds=seconds)
-            missing = [rank for rank in range(1, self.size) if rank not in self._lines]
-            if missing:
-                raise _missing(BUFFER, 0, missing, seconds)
-        else:
-            host, addresses, ports, self._key = _invite(process_group, None)
-            if host == host_id():  # in a container of its own, localhost is another one
-                addresses = ["localhost", *addresses]
-            own = line.connect(addresses, ports[1], self._key, rank=self.rank, seconds=seconds)
-            self._lines = {0: own}
-            self._store = interruptible(
-                lambda: dist.TCPStore(
-                    own.getpeername()[0],
-                    ports[0],
-                    is_master=False,
-                    wait_for_workers=False,
-                    timeout=timeout,
-                )
-            )
-        self.barrier()
+
+    def __del__(self) -> None:
+        """Tells ranks that may wait for this one; of a process that has ended, its lines tell."""
+        store: Any = vars(self).get("_store")
+        if store is None or sys.is_finalizing() or not self._place.is_ours():
+            return
+        if self.rank and line.is_closed(self._place.lines[0]):  # torch would tell of it at length
+            return
+        name = f"{_LEFT}/{self.rank}"
+        with contextlib.suppress(self._lost):
+            store.set(name, self._digest(name, b""))
+            store.set(_LEFT, b"")
 
     def allgather(self, obj: Any, *, op: str = BUFFER) -> list[Any]:
         if self._store is None:
@@ -333,9 +323,9 @@ class _StoreGroup(Group):
             raise self._without_store("reset", error) from error
 
     def _without_store(self, op: str, error: Exception) -> CommunicationError:
+        self._place.is_lost = True
         return CommunicationError(
-            f"{op}: rank {self.rank} lost the store that rank 0 hosts: rank 0 has ended, or has "
-            f"given up its Buffer ({error})",
+            f"{op}: rank {self.rank} lost the store that rank 0 hosts: rank 0 has ended ({error})",
             op=op,
             rank=self.rank,
             peer=0,
@@ -363,7 +353,7 @@ class _StoreGroup(Group):
         return pickle.loads(data), [name, *keys]
 
     def _digest(self, name: str, data: bytes) -> bytes:
-        return hmac.digest(self._key, name.encode() + b"\0" + data, "sha256")
+        return hmac.digest(self._place.key, name.encode() + b"\0" + data, "sha256")
 
     def _wait(self, store: Any, keys: Sequence[str], by_rank: Sequence[str], op: str) -> None:
         """Waits for keys; `by_rank` has the key that each rank writes, to say who did not come."""
@@ -373,7 +363,7 @@ class _StoreGroup(Group):
             now = time.monotonic()
             if now > looked + _LOOK_SECONDS:
                 looked = now
-                gone = self._look_for_gone(store)
+                gone = sorted(self._look_for_gone(store))
                 missing = [rank for rank in gone if not store.check([by_rank[rank]])]
                 if missing:
                     raise _ended(op, self.rank, missing)
@@ -383,10 +373,17 @@ class _StoreGroup(Group):
             # The longer it takes, the less a late look matters; many ranks keep the store busy.
             time.sleep(min(max(_LEAST_NAP_SECONDS, (now - start) / 10), max(10, self.size) / 1e3))
 
-    def _look_for_gone(self, store: Any) -> tuple[int, ...]:
-        """Ranks whose process has ended, as rank 0 knows."""
+    def _look_for_gone(self, store: Any) -> set[int]:
+        """Ranks that have given up this group, or whose process has ended, as rank 0 knows."""
+        left: set[int] = set()
+        if store.check([_LEFT]):
+            for rank in range(self.size):
+                name = f"{_LEFT}/{rank}"
+                if store.check([name]) and store.get(name) == self._digest(name, b""):
+                    left.add(rank)
         if self.rank == 0:
-            gone = tuple(rank for rank, each in self._lines.items() if line.is_closed(each))
+            lines = self._place.lines
+            gone = tuple(rank for rank, each in lines.items() if line.is_closed(each))
             if gone != self._gone:
                 data = pickle.dumps(gone)
                 store.set(_GONE, self._digest(_GONE, data) + data)
@@ -396,7 +393,7 @@ class _StoreGroup(Group):
             data = value[_DIGEST_BYTES:]
             if hmac.compare_digest(value[:_DIGEST_BYTES], self._digest(_GONE, data)):
                 self._gone = pickle.loads(data)
-        return self._gone
+        return left.union(self._gone)
 
     def _finish(self, store: Any, keys: Sequence[str], names: Sequence[str], op: str) -> None:
         """The last to read deletes everything; rank 0, which hosts the store, stays until then."""
@@ -413,21 +410,132 @@ class _StoreGroup(Group):
                 store.delete_key(key)
 
 
-_RESETS, _GONE = "resets", "gone"  # keys of the store
+_RESETS, _GONE, _LEFT = "resets", "gone", "left"  # keys of the store
 
 
-def _invite(process_group: dist.ProcessGroup, invitation: Any) -> Any:
-    """Gives every rank the invitation of rank 0."""
+class _Invitation(NamedTuple):
+    """All that a rank needs to come to where rank 0 is."""
+
+    host: str
+    addresses: list[str]
+    ports: tuple[int, int]  # of the store and of the lines
+    key: bytes
+
+
+class _Place:
+    """A store and lines, by which the ranks of a process group meet for all of their Buffers.
+
+    Args:
+        key: A secret of the ranks.
+        store: Hosted by rank 0.
+        lines: To the other ranks, or to rank 0.
+
+    Attributes:
+        key: As passed.
+        store: As passed.
+        lines: As passed.
+        is_lost: Whether the store cannot be reached any more.
+    """
+
+    def __init__(
+        self, key: bytes, store: dist.TCPStore, lines: Mapping[int, socket.socket]
+    ) -> None:
+        self.key, self.store, self.lines = key, store, lines
+        self.is_lost = False
+        self._pid = os.getpid()
+        self._numbers = itertools.count(1)
+
+    def is_ours(self) -> bool:
+        """Whether this process made it; a forked child shares its connections."""
+        return os.getpid() == self._pid
+
+    def is_whole(self) -> bool:
+        """Whether everybody is there, as far as this rank can tell."""
+        return self.is_ours() and not (
+            self.is_lost or any(map(line.is_closed, self.lines.values()))
+        )
+
+    def next_number(self) -> int:
+        """Number of the next group; rank 0 tells the others."""
+        return next(self._numbers)
+
+
+_places: weakref.WeakKeyDictionary[dist.ProcessGroup, _Place] = weakref.WeakKeyDictionary()
+
+
+def _place_of(process_group: dist.ProcessGroup) -> tuple[_Place, int]:
+    """The place of a process group, and the number there of the group that is being made.
+
+    All say which place they know, and rank 0, if it knows none, where a new one is. So ranks cannot
+    come to think differently of it, whatever has gone wrong before: when one of them has lost what
+    others still know, all begin anew.
+
+    Raises:
+        CommunicationError: The store cannot be reached, or a rank does not come.
+    """
+    import torch.distributed as dist
+
+    rank, size, seconds = process_group.rank(), process_group.size(), env.timeout_seconds()
+    timeout = timedelta(seconds=seconds)
+    while True:
+        known = _places.get(process_group)
+        if known is not None and not known.is_whole():
+            known = None
+        key, number = (b"", 0) if known is None else (known.key, known.next_number())
+        if rank == 0 and known is None:
+            store = dist.TCPStore(
+                "localhost", 0, is_master=True, wait_for_workers=False, timeout=timeout
+            )
+            key = secrets.token_bytes(32)
+            with line.listen() as listener:
+                ports = store.port, listener.getsockname()[1]
+                _gather(
+                    process_group, (key, 0, _Invitation(host_id(), line.addresses(), ports, key))
+                )
+                lines = line.accept(listener, key, size=size, seconds=seconds)
+            missing = [other for other in range(1, size) if other not in lines]
+            if missing:
+                raise _missing(BUFFER, 0, missing, seconds)
+            _places[process_group] = place = _Place(key, store, lines)
+            return place, 0
+        words = _gather(process_group, (key, number, None))
+        expected, number, invitation = words[0]
+        if invitation is not None:
+            _places[process_group] = place = _join(invitation, rank=rank, timeout=timeout)
+            return place, 0
+        if known is not None and all(word[0] == expected for word in words):
+            return known, number
+        _places.pop(process_group, None)
+
+
+def _join(invitation: _Invitation, *, rank: int, timeout: timedelta) -> _Place:
+    """The place that rank 0 has made, as another rank sees it."""
+    import torch.distributed as dist
+
+    host, addresses, ports, key = invitation
+    if host == host_id():  # in a container of its own, localhost is another one
+        addresses = ["localhost", *addresses]
+    own = line.connect(addresses, ports[1], key, rank=rank, seconds=timeout.total_seconds())
+    store = interruptible(
+        lambda: dist.TCPStore(
+            own.getpeername()[0], ports[0], is_master=False, wait_for_workers=False, timeout=timeout
+        )
+    )
+    return _Place(key, store, {0: own})
+
+
+def _gather(process_group: dist.ProcessGroup, word: Any) -> list[Any]:
+    """Gives every rank the words of all, through the process group itself."""
     import torch
     import torch.distributed as dist
 
     device = torch.cuda.current_device() if torch.cuda.is_initialized() else None
-    invitations: list[Any] = [None] * process_group.size()
+    words: list[Any] = [None] * process_group.size()
 
     def gather() -> None:
         if device is not None:
             torch.cuda.set_device(device)  # each thread has its own
-        dist.all_gather_object(invitations, invitation, group=process_group)
+        dist.all_gather_object(words, word, group=process_group)
 
     try:
         interruptible(gather)  # also out of reach of a FakeTensorMode or transform of the caller
@@ -441,7 +549,7 @@ def _invite(process_group: dist.ProcessGroup, invitation: Any) -> Any:
             op=BUFFER,
             rank=process_group.rank(),
         ) from error
-    return invitations[0]
+    return words
 
 
 class ThreadGroup:

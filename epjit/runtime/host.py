@@ -6,6 +6,7 @@ import contextlib
 import ctypes
 import threading
 import time
+from typing import Any
 
 import numpy as np
 
@@ -29,6 +30,11 @@ def nap() -> None:
     time.sleep(_NAP_SECONDS)
 
 
+def view_of(words: np.ndarray[Any, np.dtype[np.int64]]) -> memoryview:
+    """Words as a memoryview; cast, for it cannot read the format that ctypes gives to memory."""
+    return words.data.cast("B").cast("q")
+
+
 class PinnedArray:
     """Zero-filled page-locked host memory, mapped for the device.
 
@@ -40,6 +46,7 @@ class PinnedArray:
 
     Attributes:
         array: The words, int64 ``[num_words]``.
+        view: The same as a memoryview, which gives an int in a third of numpy's time.
         device_ptr: Address of the words for kernels.
     """
 
@@ -72,10 +79,12 @@ class PinnedArray:
         words = (ctypes.c_int64 * num_words).from_address(self._host_ptr)
         self.array = np.ctypeslib.as_array(words)
         self.array[:] = 0
+        self.view = view_of(self.array)
 
     def close(self) -> None:
         """Frees the memory; the array must not be used any more. Idempotent."""
         if self._host_ptr:
             pointer, self._host_ptr, self.device_ptr = self._host_ptr, 0, 0
             self.array = np.empty(0, np.int64)
+            self.view = view_of(self.array)
             driver.call("cuMemFreeHost", pointer)

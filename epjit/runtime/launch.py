@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import ctypes
+import functools
 import threading
+from collections.abc import Callable
 from typing import Any, Generic
 
 from epjit.runtime import driver
 from epjit.runtime.kernel import C, Kernel, KernelConfig
-from epjit.runtime.params import fields_of
+from epjit.runtime.params import fields_of, setter_of
 
 
 class Launch(Generic[C]):
@@ -38,7 +40,6 @@ class Launch(Generic[C]):
         self._pointers = (ctypes.c_void_p * 1)(ctypes.addressof(self._record))
         self._arguments = ctypes.addressof(self._pointers)
         self._lock = threading.Lock()
-        self._fixed: dict[str, Any] | None = bound
         self._set(bound)
 
     def __call__(self, stream: int, grid: int, **values: Any) -> None:
@@ -57,6 +58,19 @@ class Launch(Generic[C]):
         """
         self.start(stream, grid, values)
 
+    @functools.cached_property
+    def set(self) -> Callable[..., None]:
+        """Sets all parameters that are not bound, by keyword, for the `start` that follows.
+
+        In a third of the time that `start` takes for its dict. One thread at a time.
+
+        Raises:
+            TypeError: As a launch.
+            ValueError: As a launch.
+        """
+        names, self._unset = sorted(self._unset), set()
+        return setter_of(self._record, names, self.kernel.config.op)
+
     def prepare(self, values: dict[str, Any]) -> None:
         """Sets parameters of the next launch that are known before it.
 
@@ -71,24 +85,18 @@ class Launch(Generic[C]):
         self,
         stream: int,
         grid: int,
-        values: dict[str, Any],
-        fixed: dict[str, Any] | None = None,
+        values: dict[str, Any] | None = None,
     ) -> None:
         """The same with the parameters in a dict, which saves the copies that `**` makes.
 
         Args:
             stream: Handle of the CUDA stream.
             grid: Number of blocks.
-            values: Parameters that change.
-            fixed: More of them, in a dict that never changes: they are set when it is another one
-                than that of the launch before.
+            values: Parameters that change; None: as they are.
         """
         with self._lock:
-            if fixed is not None and fixed is not self._fixed:
-                self._fixed = None  # an interrupt in between leaves some of both
-                self._set(fixed)
-                self._fixed = fixed
-            self._set(values)
+            if values is not None:
+                self._set(values)
             if self._unset:
                 raise TypeError(f"{self.kernel.config.op} was never given {sorted(self._unset)}")
             (status,) = self._launch(stream, grid)

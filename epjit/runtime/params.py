@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import ctypes
 import re
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from epjit.errors import CompileError
@@ -28,7 +29,7 @@ _FORMATS: dict[Any, Any] = {
     ctypes.c_uint64: "Q",
     ctypes.c_float: "f",
     ctypes.c_double: "d",
-}  # of a memoryview
+}  # of a memoryview, and of struct
 _COMMENT = re.compile(r"//[^\n]*|/\*.*?\*/", re.DOTALL)
 _FIELD = re.compile(
     r"(?:const\s+)?(?P<type>\w+)(?P<pointer>(?:\s*(?:const\s*)?\*)+(?:\s*const\b)?)?\s*\b(?P<name>[A-Za-z_]\w*)"
@@ -139,3 +140,48 @@ def fields_of(record: ctypes.Structure) -> dict[str, Any]:
             offset, size = getattr(type(record), name).offset, ctypes.sizeof(c_type)
             fields[name] = data[offset : offset + size].cast(_FORMATS[c_type])
     return fields
+
+
+def setter_of(record: ctypes.Structure, names: Iterable[str], op: str) -> Callable[..., None]:
+    """A function that sets these fields of a record by keyword, always all of them.
+
+    Written for the names, as dataclasses write theirs: neighbours go into memory together, by one
+    `struct.pack_into`, which takes a quarter of the time of a dict and a store a field.
+
+    Args:
+        record: The record.
+        names: Numbers and pointers, no arrays.
+        op: For messages.
+    """
+    kind = type(record)
+    types, at = field_types(kind), {name: getattr(kind, name).offset for name in names}
+    runs: list[list[str]] = []
+    end = -1
+    for name in sorted(at, key=at.__getitem__):
+        if at[name] != end:
+            runs.append([])
+        runs[-1].append(name)
+        end = at[name] + ctypes.sizeof(types[name])
+    fields = fields_of(record)
+
+    def explain(values: dict[str, Any]) -> None:
+        for name, value in values.items():
+            try:
+                fields[name][0] = value
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{op}: {name}={value!r}: {error}") from None
+
+    known: dict[str, Any] = {
+        "_data": memoryview(record).cast("B"),
+        "_error": struct.error,
+        "_explain": explain,
+    }
+    lines = [f"def {op}(*, {', '.join(at)}):", " try:"]
+    for i, run in enumerate(runs):
+        form = "=" + "".join(_FORMATS[types[name]] for name in run)
+        known[f"_pack{i}"] = struct.Struct(form).pack_into
+        lines.append(f"  _pack{i}(_data, {at[run[0]]}, {', '.join(run)})")
+    lines += [" except _error:", "  _explain(locals())", "  raise"]
+    exec("\n".join(lines), known)
+    made: Callable[..., None] = known[op]
+    return made

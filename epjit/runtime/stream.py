@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ import torch
 from epjit.runtime import driver
 
 _DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+_NOT_READY = 600  # CUDA_ERROR_NOT_READY
 _LEGACY = (0, 1)  # the default stream, as torch names it, and CU_STREAM_LEGACY
 
 
@@ -34,23 +36,106 @@ def on_device(device: int) -> Iterator[None]:
         yield
 
 
-class Event:
-    """All that a stream had at one time: a CUevent, of the device that is current when it is made.
+class Events:
+    """A stock of CUevents of one GPU, each used again when nobody holds it any more.
+
+    A wait keeps what its event stood for when it was queued, so nobody has to wait for a CUevent
+    that is recorded again. Threads may take at once, and events are collected on any.
+
+    Args:
+        device: Number of the GPU.
 
     Attributes:
+        device: As passed.
+    """
+
+    def __init__(self, device: int) -> None:
+        self.device, self._pid = device, os.getpid()
+        self._free: list[Any] = []
+        self._is_over = False
+
+    def take(self) -> Event:
+        """An event, to be recorded."""
+        try:
+            handle = self._free.pop()
+        except IndexError:
+            with driver.using(self.device):
+                handle = driver.call("cuEventCreate", _DISABLE_TIMING)
+        return Event(self, handle)
+
+    def give_back(self, handle: Any) -> None:
+        """The end of an event."""
+        self._free.append(handle)
+        if self._is_over:  # of objects that refer to each other, the collector took this one first
+            self.__del__()
+
+    def __del__(self) -> None:
+        self._is_over = True
+        # At the end the driver may be gone, and a forked child has none.
+        while self._free and not sys.is_finalizing() and os.getpid() == self._pid:
+            driver.load().cuEventDestroy(self._free.pop())
+
+
+class Event:
+    """All that a stream had when it was recorded; its GPU is current in all calls.
+
+    Args:
+        events: Which the CUevent goes back to.
         handle: The CUevent.
     """
 
-    handle: Any = None
+    __slots__ = ("_events", "_handle")
 
-    def __init__(self) -> None:
-        self.handle = driver.call("cuEventCreate", _DISABLE_TIMING)
-        self._pid = os.getpid()
+    def __init__(self, events: Events, handle: Any) -> None:
+        self._events, self._handle = events, handle
 
     def __del__(self) -> None:
-        # At the end the driver may be gone, and a forked child has none.
-        if self.handle is not None and not sys.is_finalizing() and os.getpid() == self._pid:
-            driver.load().cuEventDestroy(self.handle)
+        self._events.give_back(self._handle)
+
+    def record(self, stream_handle: int) -> None:
+        """Lets it stand for all that a stream has now."""
+        (status,) = driver.load().cuEventRecord(self._handle, stream_handle)
+        if status:
+            raise RuntimeError(
+                f"no event can be recorded on stream {stream_handle:#x}: {driver.describe(status)}"
+            )
+
+    def make_wait(self, stream_handle: int) -> None:
+        """Makes a stream wait for it, from now on."""
+        (status,) = driver.load().cuStreamWaitEvent(stream_handle, self._handle, 0)
+        if status:
+            raise RuntimeError(
+                f"stream {stream_handle:#x} cannot be made to wait: {driver.describe(status)}"
+            )
+
+    def has_happened(self) -> bool:
+        """Whether the stream is done with all of it.
+
+        Within `driver.relaxed`, or it breaks the capture of a graph, also of another thread.
+        """
+        (status,) = driver.load().cuEventQuery(self._handle)
+        if status and int(status) != _NOT_READY:
+            raise RuntimeError(f"an event cannot be asked: {driver.describe(status)}")
+        return not status
+
+    def synchronize(self) -> None:
+        """Blocks the host until the stream is done with all of it."""
+        driver.call("cuEventSynchronize", self._handle)
+
+
+@functools.cache
+def shared_events(device: int) -> Events:
+    """Events that belong to no Buffer."""
+    return Events(device)
+
+
+def new_event(stream_handle: int, events: Events) -> tuple[Event, bool]:
+    """An event for a stream, and whether the stream is being captured.
+
+    A graph that is being captured may hold on to its events: such a one is not used again.
+    """
+    captures = _is_capturing(stream_handle)
+    return (Events(events.device) if captures else events).take(), captures
 
 
 class BlockedStreamError(RuntimeError):
@@ -67,8 +152,8 @@ def record_event(stream_handle: int, device: int) -> Event | None:
         _check_not_blocked(stream_handle)
         if _is_capturing(stream_handle):
             return None
-        event = Event()
-        driver.call("cuEventRecord", event.handle, stream_handle)
+        event = shared_events(device).take()
+        event.record(stream_handle)
     return event
 
 
@@ -120,6 +205,7 @@ class CommStream:
         device: As passed.
         torch_stream: The same as a torch stream.
         handle: The CUstream, as an integer.
+        events: For calls that return one.
         last_call: A number that was drawn when the last call on another stream was queued.
     """
 
@@ -128,11 +214,8 @@ class CommStream:
         self.torch_stream = high_priority_stream(device)
         self.handle = int(self.torch_stream.cuda_stream)
         self.last_call = 0
-        cuda = driver.load()
-        self._record, self._wait = cuda.cuEventRecord, cuda.cuStreamWaitEvent
-        with driver.using(device):
-            # A wait keeps what its event stood for at that time, so an event can be recorded again.
-            self._before, self._after = Event(), Event()
+        self.events = Events(device)
+        self._before, self._after = self.events.take(), self.events.take()
 
     def is_current(self) -> bool:
         """Whether it is torch's current stream."""
@@ -167,18 +250,7 @@ class CommStream:
         if captures == (last not in _LEGACY and _is_capturing(last)):
             self._order(self._before, last, stream_handle)
 
-    def wait_event(self, stream_handle: int, event: Event) -> None:
-        """Makes `stream_handle` wait, from now on, for `event`."""
-        (waited,) = self._wait(stream_handle, event.handle, 0)
-        if waited:
-            raise RuntimeError(
-                f"stream {stream_handle:#x} cannot be made to wait: {driver.describe(waited)}"
-            )
-
-    def _order(self, event: Event, first: int, then: int) -> None:
-        (recorded,) = self._record(event.handle, first)
-        if recorded:
-            raise RuntimeError(
-                f"no event can be recorded on stream {first:#x}: {driver.describe(recorded)}"
-            )
-        self.wait_event(then, event)
+    @staticmethod
+    def _order(event: Event, first: int, then: int) -> None:
+        event.record(first)
+        event.make_wait(then)

@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 from typing import Any
@@ -47,6 +47,18 @@ class _Module:
         return self
 
 
+class _Driver:
+    """The driver's module: other functions work and do nothing, types and enums are mocks."""
+
+    def __init__(self, **others: Any) -> None:
+        vars(self).update(others)
+
+    def __getattr__(self, name: str) -> Any:
+        found = mock.MagicMock(name=name) if name.startswith("CU") else lambda *_: (0,)
+        setattr(self, name, found)
+        return found
+
+
 class FakeGpu:
     """Stands in for the driver, CuPy's modules and the compiler.
 
@@ -57,6 +69,7 @@ class FakeGpu:
         failed: Name of the step that failed.
         num_steps: How many there were.
         calls: Names of the driver's functions, in order.
+        on_launch: Called at each launch.
     """
 
     def __init__(self) -> None:
@@ -68,11 +81,19 @@ class FakeGpu:
         self.calls: list[str] = []
         self._handles = itertools.count(0x1000, 0x1000)
         self._host: dict[int, Any] = {}
-        self._cuda = mock.MagicMock()
-        self._cuda.cuStreamIsCapturing = lambda stream: (0, 0)
+        self.on_launch: Callable[[], object] = lambda: None
         handle = ctypes.create_string_buffer(64)
-        self._cuda.CUipcMemHandle = lambda: SimpleNamespace(getPtr=lambda: ctypes.addressof(handle))
-        self._cuda.cuEventDestroy = lambda handle: self.call("cuEventDestroy", handle)
+        self._cuda = _Driver(
+            cuLaunchKernelEx=lambda *_: self._launch(),
+            cuStreamIsCapturing=lambda stream: (0, 0),
+            CUipcMemHandle=lambda: SimpleNamespace(getPtr=lambda: ctypes.addressof(handle)),
+            cuEventDestroy=lambda handle: self.call("cuEventDestroy", handle),
+            CUstreamCaptureMode=SimpleNamespace(CU_STREAM_CAPTURE_MODE_RELAXED=2),
+        )
+
+    def _launch(self) -> tuple[int]:
+        self.on_launch()
+        return (0,)
 
     def step(self, what: str) -> None:
         """One that may fail."""
@@ -176,11 +197,10 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     monkeypatch.setattr(driver, "primary_context", lambda device: 1)
     monkeypatch.setattr(kernel, "compile_kernel", gpu.compile)
     monkeypatch.setattr(kernel, "can_start_early", lambda *_, **__: False)
-    monkeypatch.setattr(launch, "_launch_shape", mock.MagicMock())
+    monkeypatch.setattr(launch, "_launch_shape", lambda *_, **__: SimpleNamespace())
     monkeypatch.setattr(kernel, "require", lambda *_, **__: SimpleNamespace(Module=gpu.module))
-    monkeypatch.setattr(
-        streams, "high_priority_stream", lambda device: SimpleNamespace(cuda_stream=7)
-    )
+    stream = SimpleNamespace(cuda_stream=7, device_index=0)
+    monkeypatch.setattr(streams, "high_priority_stream", lambda device: stream)
     monkeypatch.setattr(
         SymmetricMemory,
         "tensor",
@@ -189,7 +209,8 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     monkeypatch.setattr(torch, "zeros", on_cpu(torch.zeros, "zeros"))
     monkeypatch.setattr(torch, "tensor", on_cpu(torch.tensor, "tensor"))
     monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda _: 5, raising=False)
-    monkeypatch.setattr("epjit.scope.is_current", lambda device: True)
+    for module in ("epjit.scope", "epjit.event"):
+        monkeypatch.setattr(f"{module}.is_current", lambda device: True)
     monkeypatch.setattr(torch.cuda, "synchronize", synchronize)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)

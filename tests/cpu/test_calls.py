@@ -100,8 +100,8 @@ class World:
             mask=self.part("mask"),
         )
         self.comm = mock.Mock(device=OURS, handle=99, last_call=0)
-        buffer._streams = Streams(self.comm)
-        call = mock.Mock(sizes=mock.Mock(hidden=HIDDEN), tensors=lambda: ())
+        buffer._streams = Streams(self.comm, buffer._resources)
+        call = mock.Mock(sizes=mock.Mock(hidden=HIDDEN), given=())
         checks: Any = mock.Mock(spec=LowLatencyChecks)
         checks.dispatch.return_value = checks.combine.return_value = call
         checks.send_buffer.return_value = (TOKENS, HIDDEN, EXPERTS)

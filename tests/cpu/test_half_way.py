@@ -7,6 +7,7 @@ from types import SimpleNamespace
 from typing import Any
 from unittest import mock
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,6 +15,7 @@ from epjit import CommunicationError
 from epjit.calls import Dispatch, Routing
 from epjit.modes.intranode import Intranode
 from epjit.runtime.empty import empty_on
+from epjit.runtime.fault import NUM_WORDS, FaultRecord
 from epjit.runtime.symmetric import SymmetricMemory
 
 
@@ -25,7 +27,8 @@ def test_an_interrupted_dispatch_leaves_a_buffer_that_wants_reset(
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     mode: Any = Intranode.__new__(Intranode)
     mode._group = SimpleNamespace(size=2, rank=1)
-    mode._fault, mode._half_way, mode._notify = mock.Mock(), "", mock.Mock()
+    mode._half_way, mode._notify = "", mock.Mock()
+    mode._fault = FaultRecord(np.zeros(NUM_WORDS, np.int64))
     mode._empty = empty_on(torch.device("cpu"))
     mode.launch, mode._ask_for_counts = mock.Mock(), mock.Mock(return_value=0)
     mode._wait_for_counts = mock.Mock()

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
@@ -17,7 +18,7 @@ from unittest import mock
 import pytest
 import torch
 
-from epjit import Buffer, life
+from epjit import Buffer, EventHandle, life
 from epjit.runtime import stream as streams
 from epjit.runtime import transport as transports
 from epjit.runtime.group import Group
@@ -118,6 +119,35 @@ def test_destroy_is_refused_during_a_capture(gpu: FakeGpu, monkeypatch: pytest.M
         buffer.destroy()
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     buffer.destroy()
+    assert not gpu.in_use
+
+
+@pytest.mark.parametrize("how", ["destroy", "del", "del in a capture"])
+def test_tensors_of_calls_under_way_go_when_the_gpu_is_done(
+    how: str, gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    buffer = make(gpu, explicitly_destroy=how == "destroy")
+    streams: Any = buffer._streams
+    event = EventHandle.on(7, streams._comm.events.take(), 0)
+    streams._kept.keep(event, tensor := torch.zeros(1))
+    weak = weakref.ref(tensor)
+    del tensor, streams
+    seen = []
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda *_: seen.append(weak() is not None))
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: "capture" in how)
+    if how == "destroy":
+        buffer.destroy()
+    del buffer
+    if "capture" in how:
+        assert weak() is not None
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+        life.give_back_left()
+    assert seen
+    assert all(seen)
+    assert weak() is None
+    assert gpu.in_use, "the event outlives the Buffer"
+    event.current_stream_wait()
+    del event
     assert not gpu.in_use
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from types import SimpleNamespace
+import weakref
 from typing import Any
 from unittest import mock
 
@@ -22,12 +22,37 @@ from epjit.scope import CpuStreams, CurrentStream, KeepingOverlap, Scope, Stream
 COMM = 99
 
 
+class RawEvent:
+    """An event of the driver."""
+
+    is_recorded = has_ended = False
+
+    def record(self, stream: int) -> None:
+        del stream
+        self.is_recorded = True
+
+    def has_happened(self) -> bool:
+        return self.has_ended
+
+
+class FakeEvents:
+    """Makes events, and says which."""
+
+    def __init__(self) -> None:
+        self.taken: list[RawEvent] = []
+
+    def take(self) -> RawEvent:
+        self.taken.append(RawEvent())
+        return self.taken[-1]
+
+
 class FakeComm:
     """Says which stream was told to follow which."""
 
     device, handle, torch_stream = 0, COMM, "comm"
 
     def __init__(self) -> None:
+        self.events = FakeEvents()
         self.followed: list[tuple[int, int]] = []
         self.waited: list[str] = []
         self.last_call = 0
@@ -55,19 +80,25 @@ class World:
         )
         self.comm = FakeComm()
         self.buffer: Any = Buffer.__new__(Buffer)
-        self.buffer._streams = self.streams = Streams(self.comm)  # type: ignore[arg-type]
+        self.resources, self.captures = contextlib.ExitStack(), False
+        comm: Any = self.comm
+        self.buffer._streams = self.streams = Streams(comm, self.resources)
         self.buffer._entered, self.buffer.runtime = Turns(None), None
         monkeypatch.setattr(torch.cuda, "stream", self.allocating_on)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: "current")
-        monkeypatch.setattr(EventHandle, "stream_wait", self.stream_wait)
+        monkeypatch.setattr(EventHandle, "raw_stream_wait", self.stream_wait)
+        monkeypatch.setattr(
+            "epjit.scope.new_event", lambda stream, events: (events.take(), self.captures)
+        )
+        monkeypatch.setattr("epjit.scope.driver.relaxed", contextlib.nullcontext)
 
     def allocating_on(self, stream: object) -> Any:
         assert stream == "comm"
         self.comm.waited.append("allocates")
         return contextlib.nullcontext()
 
-    def stream_wait(self, stream: object) -> None:
-        assert stream == "comm"
+    def stream_wait(self, stream: object, device: int) -> None:
+        assert (stream, device) == (COMM, 0)
         self.comm.waited.append("event")
 
     def scope(
@@ -81,7 +112,7 @@ class FakeEvent(EventOverlap):
 
     def __init__(self, stream: int = 1, device: int = 0) -> None:
         self.event: Any = EventHandle.__new__(EventHandle)
-        self.event._event, self.event._stream = mock.Mock(), stream
+        self.event.raw, self.event._stream = mock.Mock(), stream
         self.event._device, self.event._number = device, next_number()
 
 
@@ -93,17 +124,6 @@ class FakeTensor(torch.Tensor):
 
     def record_stream(self, stream: object) -> None:
         self.streams.append(stream)
-
-
-@pytest.fixture
-def events(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Events can be recorded, though there is no GPU."""
-
-    def make(self: Any, stream: object = None) -> None:
-        self._event, self._stream, self._device = mock.Mock(), COMM, 0
-        self._number = next_number()
-
-    monkeypatch.setattr(EventHandle, "__init__", make)
 
 
 def test_only_what_overlaps_runs_on_the_communication_stream(
@@ -183,7 +203,7 @@ def test_a_hook_follows_the_calls_in_between(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(("is_async", "on_comm"), [(False, False), (True, False), (True, True)])
 def test_with_a_previous_event_outputs_are_allocated_on_the_communication_stream(
-    monkeypatch: pytest.MonkeyPatch, events: None, is_async: bool, on_comm: bool
+    monkeypatch: pytest.MonkeyPatch, is_async: bool, on_comm: bool
 ) -> None:
     """Memory that work behind the event still uses is free on the caller's stream, and only there.
 
@@ -201,33 +221,53 @@ def test_with_a_previous_event_outputs_are_allocated_on_the_communication_stream
         given, made = FakeTensor(), FakeTensor()
         scope.finish((given, None), (made, None))
     # The stream of the call is waited for before their memory is used again, each way round.
-    assert made.streams == ["current"]
-    assert given.streams == (["comm"] if is_async else [])
+    assert (made.streams, given.streams) == (["current"], [])
+    weak = weakref.ref(given)
+    del given
+    assert (weak() is not None) == is_async
 
 
+@pytest.mark.parametrize("captures", [False, True])
 @pytest.mark.parametrize("has_event", [False, True])
-def test_the_allocator_is_told_of_every_tensor_of_a_call(
-    monkeypatch: pytest.MonkeyPatch, events: None, has_event: bool
+def test_every_tensor_of_a_call_lives_until_its_event_has_happened(
+    monkeypatch: pytest.MonkeyPatch, has_event: bool, captures: bool
 ) -> None:
-    """Those of its counts or handle, too; ints, lists of counts and None are none."""
-    world = World(monkeypatch)
-    made: list[Any] = [FakeTensor() for _ in range(18)]
-    x, scales, idx, weights, *rest = made
-    new = Dispatch(x, scales, idx, weights, Routing(*rest[:4]), 1, 0, 4)
-    cached = Dispatch(x, None, None, None, tuple(rest[4:8]), 1, 0, 4)
-    received = Dispatched(*rest[8:12], [3, 4], IntranodeHandle(*[None] * 4, *rest[12:]))
-    for call in (new, cached):
+    """Those of its counts or handle, too. In a capture the allocator is told instead."""
+    for cached in (False, True):
+        world = World(monkeypatch)
+        world.captures = captures
+        made: list[Any] = [FakeTensor() for _ in range(18)]
+        x, scales, idx, weights, *rest = made
+        call = Dispatch(x, scales, idx, weights, Routing(*rest[:4]), 1, 0, 4)
+        if cached:
+            call = Dispatch(x, scales, idx, weights, tuple(rest[:4]), 1, 0, 4)
+        received = Dispatched._make([*rest[4:8], [3, 4], IntranodeHandle(*rest[8:])])
         with world.scope(previous=FakeEvent() if has_event else None, is_async=True) as scope:
-            scope.finish(call, received)
-    outputs = ["current" if has_event else "comm"] * 2
-    assert [each.streams for each in rest[8:]] == [outputs] * 6
-    assert x.streams == ["comm"] * 2
-    assert [each.streams for each in made[1:12]] == [["comm"]] * 11
+            event = scope.finish(call, received)
+        assert event.event.raw is world.comm.events.taken[-1]
+        assert event.event.raw.is_recorded
+        outputs = ["current"] * has_event + ["comm"] * (captures and not has_event)
+        assert [each.streams for each in made[8:]] == [outputs] * 10
+        assert [each.streams for each in made[:8]] == [["comm"] * captures] * 8
+        weak = [weakref.ref(each) for each in made]
+        del x, scales, idx, weights, rest, call, received, scope
+        made.clear()
+        kept = [each() is not None for each in weak]
+        assert kept == [not captures] * 8 + [not captures and not has_event] * 10
+        world.captures = False
+        for has_ended in (False, True):
+            event.event.raw.has_ended = has_ended
+            with world.scope(is_async=True) as scope:
+                scope.finish()
+                if has_ended and not captures:  # not in the turn of the Buffer
+                    assert any(each() is not None for each in weak)
+            del scope
+            assert any(each() is not None for each in weak) == (not captures and not has_ended)
 
 
 @pytest.mark.parametrize("is_async", [False, True])
 def test_without_one_they_are_allocated_on_the_callers(
-    monkeypatch: pytest.MonkeyPatch, events: None, is_async: bool
+    monkeypatch: pytest.MonkeyPatch, is_async: bool
 ) -> None:
     world = World(monkeypatch)
     world.streams.communication_stream()
@@ -237,8 +277,49 @@ def test_without_one_they_are_allocated_on_the_callers(
         tensors = FakeTensor(), FakeTensor()
         scope.finish(tensors[:1], tensors[1:])
     assert world.comm.waited == ["all of 1"] + ["1 waits"] * (not is_async)
-    assert [tensor.streams for tensor in tensors] == [["comm"] if is_async else []] * 2
+    assert [tensor.streams for tensor in tensors] == [[], []]
     assert scope.owners == (1,)
+
+
+def test_a_host_that_runs_far_ahead_waits_for_its_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else it would gather all the memory that there is; an interrupt ends the wait."""
+    world = World(monkeypatch)
+    tensors: list[Any] = []
+
+    def call() -> None:
+        tensors.append(weakref.ref(tensor := FakeTensor()))
+        with world.scope(is_async=True) as scope:
+            scope.start()
+            scope.finish((tensor,))
+
+    def num_alive() -> int:
+        return sum(tensor() is not None for tensor in tensors)
+
+    for _ in range(63):
+        call()
+    assert num_alive() == 63
+    naps: list[int] = []
+
+    def interrupted() -> None:
+        raise KeyboardInterrupt
+
+    def later() -> None:
+        naps.append(num_alive())
+        if len(naps) == 3:
+            world.comm.events.taken[0].has_ended = True
+
+    monkeypatch.setattr("epjit.scope.nap", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert num_alive() == 64
+    assert world.comm.waited[-1] == "1 waits"  # as after any interrupt
+    monkeypatch.setattr("epjit.scope.nap", later)
+    world.comm.events.taken[1].has_ended = True
+    call()
+    assert len(naps) == 3
+    assert num_alive() == 63
+    world.resources.close()  # the end of the Buffer, whose streams are done
+    assert num_alive() == 0
 
 
 @pytest.mark.parametrize("has_event", [False, True])
@@ -271,25 +352,37 @@ def test_what_an_interrupted_call_has_queued_is_not_taken_for_covered(
     assert world.comm.followed == [(1, COMM)]
 
 
+@pytest.mark.parametrize("captures", [False, True])
+@pytest.mark.parametrize(("waits_on", "is_safe"), [(None, False), (2, False), (1, True)])
 def test_a_low_latency_event_that_goes_before_it_was_waited_for(
-    monkeypatch: pytest.MonkeyPatch, events: None
+    monkeypatch: pytest.MonkeyPatch, waits_on: int | None, is_safe: bool, captures: bool
 ) -> None:
+    """Its tensors live on until it has happened; in a capture the allocator is told instead."""
     world = World(monkeypatch)
-    for waits_on, expected in ((None, ["comm"]), (2, ["comm"]), (1, [])):
-        tensor: Any = FakeTensor()
-        world.current = 1
-        with world.streams.low_latency_scope(True) as scope:
-            scope.start()
-            event = scope.finish_keeping((tensor,), (None,))
-        assert isinstance(event, KeepingOverlap)
-        if waits_on is not None:
-            world.current = waits_on
-            monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: mock.Mock())
-            with event:
-                pass
-        assert tensor.streams == []
-        del event
-        assert tensor.streams == expected
+    monkeypatch.setattr(EventHandle, "raw_stream_wait", mock.Mock())
+    world.captures = captures
+    tensor: Any = FakeTensor()
+    with world.streams.low_latency_scope(True) as scope:
+        scope.start()
+        event = scope.finish_keeping((tensor, None))
+    assert isinstance(event, KeepingOverlap)
+    assert event.extra_tensors == (tensor,)
+    if waits_on is not None:
+        world.current = waits_on
+        with event:
+            pass
+    assert tensor.streams == []
+    del event
+    assert tensor.streams == ["comm"] * (captures and not is_safe)
+    weak = weakref.ref(tensor)
+    del tensor
+    assert (weak() is not None) == (not captures and not is_safe)
+    world.captures = False
+    world.comm.events.taken[0].has_ended = True
+    with world.streams.low_latency_scope(True) as scope:
+        scope.finish_keeping(())
+    del scope
+    assert weak() is None
 
 
 def test_an_event_draws_its_number_before_it_records(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -297,18 +390,15 @@ def test_an_event_draws_its_number_before_it_records(monkeypatch: pytest.MonkeyP
     world = World(monkeypatch)
     world.scope().finish()
 
-    class TorchEvent:
-        def record(self, stream: object) -> None:
+    class Raw(RawEvent):
+        def record(self, stream: int) -> None:
             del stream
-            self.recorded_at = next_number()
             thread = threading.Thread(target=lambda: world.scope().finish())
             thread.start()
             thread.join()
 
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "Event", TorchEvent)
-    stream: Any = SimpleNamespace(cuda_stream=1, device_index=0)
-    handle = EventHandle(stream)
+    raw: Any = Raw()
+    handle = EventHandle.on(1, raw, 0)
     assert not handle.covers(1, world.comm.last_call)
     world.scope(previous=EventOverlap(handle))
     assert world.comm.followed == [(1, COMM)]
@@ -321,16 +411,21 @@ def test_an_event_of_another_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> 
 
 
 def test_the_current_stream_of_the_events_gpu_waits(monkeypatch: pytest.MonkeyPatch) -> None:
-    World(monkeypatch)
-    asked: list[object] = []
+    """With that GPU current: default streams of all GPUs have one handle."""
+    entered: list[object] = []
 
-    def current_stream(device: object = None) -> Any:
-        asked.append(device)
-        return mock.Mock()
+    def using(device: int) -> Any:
+        entered.append(device)
+        return contextlib.nullcontext()
 
-    monkeypatch.setattr(torch.cuda, "current_stream", current_stream)
-    FakeEvent(device=3).current_stream_wait()
-    assert asked == [3]
+    monkeypatch.setattr(torch._C, "_cuda_getCurrentRawStream", lambda n: 10 * n, raising=False)
+    monkeypatch.setattr("epjit.event.driver.using", using)
+    for current in (3, 0):
+        monkeypatch.setattr("epjit.event.is_current", lambda n, at=current: n == at)
+        event = FakeEvent(device=3)
+        event.current_stream_wait()
+        event.event.raw.make_wait.assert_called_once_with(30)
+    assert entered == [3]
 
 
 class CaptureDriver:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import threading
 from typing import Any
 from unittest import mock
@@ -218,6 +219,189 @@ def test_a_low_latency_event_may_go_before_it_was_waited_for() -> None:
 
     hint = Buffer.get_low_latency_rdma_size_hint(TOKENS, HIDDEN, 1, 2)
     run_ranks(1, body, num_nvl_bytes=0, num_rdma_bytes=hint, low_latency_mode=True)
+
+
+@pytest.mark.parametrize("op", ["dispatch", "combine"])
+def test_tensors_of_an_asynchronous_call_may_be_dropped_at_once(op: str) -> None:
+    """The Buffer keeps them until the kernels have run, which the allocator is not told."""
+
+    def body(buffer: Buffer) -> None:
+        calls = Calls(buffer)
+        method = getattr(calls, op)
+        streams: Any = buffer._streams
+        comm = streams._comm.torch_stream
+        results = []
+        for sign in (1, -1, 1, -1):
+            x = sign * calls.x
+            with torch.cuda.stream(comm):
+                torch.cuda._sleep(LONG // 20)
+            with mock.patch.object(torch.Tensor, "record_stream", side_effect=AssertionError):
+                if op == "dispatch":
+                    out, *_, done = buffer.dispatch(x, calls.handle, async_finish=True)
+                else:
+                    out, _, done = method(x, async_finish=True)
+            del x
+            others = [torch.full_like(calls.x, 7) for _ in range(8)]
+            results.append((sign, out, others, done))
+        assert streams._kept._calls
+        settle(buffer)
+        for sign, out, others, done in results:
+            done.current_stream_wait()
+            assert torch.equal(out, sign * calls.x)
+            assert all(bool((other == 7).all()) for other in others)
+        method(calls.x, async_finish=True)
+        assert len(streams._kept._calls) <= 1
+
+    run_ranks(1, body)
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_memory_after_many_asynchronous_calls_of_changing_sizes(waits: bool) -> None:
+    """The memory of the tensors comes back, whether the events are waited for or not."""
+
+    def body(buffer: Buffer) -> None:
+        calls = Calls(buffer)
+        generator = torch.Generator().manual_seed(1)
+        streams: Any = buffer._streams
+
+        def call(num_tokens: int) -> None:
+            x, idx = calls.x[:num_tokens].clone(), calls.idx[:num_tokens].clone()
+            per_rank, _, per_expert, in_rank, early = buffer.get_dispatch_layout(
+                idx, calls.num_experts, async_finish=True
+            )
+            rows, _, _, _, handle, event = buffer.dispatch(
+                x,
+                None,
+                per_rank,
+                None,
+                in_rank,
+                per_expert,
+                previous_event=early,
+                async_finish=True,
+                config=Config(4),
+            )
+            event.current_stream_wait()
+            assert isinstance(rows, torch.Tensor)
+            assert handle is not None
+            out, _, event = buffer.combine(rows, handle, async_finish=True, config=Config(4))
+            if waits:
+                event.current_stream_wait()
+                assert out.shape == x.shape
+
+        sizes = torch.randint(1, TOKENS + 1, (1000,), generator=generator).tolist()
+        call(TOKENS)
+        settle(buffer)
+        call(1)
+        settle(buffer)
+        before, most = torch.cuda.memory_allocated(), 0
+        for size in sizes:
+            call(size)
+            most = max(most, torch.cuda.memory_allocated())
+            assert len(streams._kept._calls) <= 64
+        settle(buffer)
+        call(1)
+        settle(buffer)
+        row_bytes = calls.x[0].numel() * calls.x.element_size()
+        assert torch.cuda.memory_allocated() <= before + 64 * row_bytes
+        assert most <= before + 64 * 4 * TOKENS * row_bytes
+
+    run_ranks(1, body)
+
+
+def test_an_asynchronous_call_breaks_no_capture_of_another_thread() -> None:
+    """To ask for an event is refused while a thread captures in the global mode, unless relaxed."""
+
+    def body(buffer: Buffer) -> None:
+        calls = Calls(buffer)
+        for _ in range(4):  # memory that nothing has to be allocated for
+            buffer.dispatch(calls.x, calls.handle, async_finish=True)
+        settle(buffer)
+        word, side = torch.zeros(1, device=buffer.device), torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
+        begun, may_end = threading.Event(), threading.Event()
+        errors: list[Exception] = []
+
+        def capture() -> None:
+            try:
+                with torch.cuda.graph(graph, stream=side, capture_error_mode="global"):
+                    word.add_(1)
+                    begun.set()
+                    may_end.wait(30)
+            except Exception as error:
+                errors.append(error)
+                begun.set()
+
+        thread = threading.Thread(target=capture)
+        thread.start()
+        begun.wait(30)
+        try:
+            for _ in range(3):
+                rows, *_ = buffer.dispatch(calls.x, calls.handle, async_finish=True)
+        finally:
+            may_end.set()
+            thread.join()
+        assert not errors
+        settle(buffer)
+        assert torch.equal(rows, calls.x)
+        graph.replay()
+        torch.cuda.synchronize()
+        assert word.item() == 1
+
+    run_ranks(1, body)
+
+
+def test_asynchronous_calls_in_a_graph() -> None:
+    """No event that a capture records can be asked; the allocator is told who uses the tensors."""
+
+    def body(buffer: Buffer) -> None:
+        calls = Calls(buffer)
+        x, copies = calls.x.clone(), [torch.empty_like(calls.x) for _ in range(2)]
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            for copy in copies:
+                rows, *_, done = buffer.dispatch(x + 1, calls.handle, async_finish=True)
+                done.current_stream_wait()
+                out, _, done = calls.combine(rows, async_finish=True)
+                del rows
+                done.current_stream_wait()
+                copy.copy_(out)
+                del out, done
+        for sign in (1, -1):
+            x.copy_(sign * calls.x)
+            graph.replay()
+            torch.cuda.synchronize()
+            assert all(torch.equal(copy, x + 1) for copy in copies)
+        rows, *_, done = buffer.dispatch(calls.x, calls.handle, async_finish=True)
+        done.current_stream_wait()
+        settle(buffer)
+        assert torch.equal(rows, calls.x)
+
+    run_ranks(1, body)
+
+
+def test_an_event_is_waited_for_from_anywhere_and_after_its_buffer() -> None:
+    """Also a copy of it, twice, from the default stream, and when the Buffer is gone."""
+
+    def body(buffer: Buffer) -> tuple[Any, torch.Tensor, torch.Tensor]:
+        calls = Calls(buffer)
+        streams: Any = buffer._streams
+        with torch.cuda.stream(streams._comm.torch_stream):
+            torch.cuda._sleep(LONG)
+        rows, *_, done = buffer.dispatch(calls.x, calls.handle, async_finish=True)
+        handle = copy.copy(done.event)
+        del done
+        for stream in (torch.cuda.default_stream(), torch.cuda.Stream()):
+            with torch.cuda.stream(stream):
+                handle.current_stream_wait()
+                handle.current_stream_wait()
+                assert torch.equal(rows.clone(), calls.x)
+        return handle, rows, calls.x
+
+    (result,) = run_ranks(1, body)  # the Buffer is destroyed by now
+    handle, rows, want = result
+    handle.synchronize()
+    handle.current_stream_wait()
+    assert torch.equal(rows, want)
 
 
 def test_capture_on_a_blocking_stream_after_a_call_on_the_default_stream() -> None:

@@ -72,12 +72,20 @@ def main(root: Path) -> None:
     seen = params.from_buffer_copy(last.record)
     assert (last.count, seen.num, seen.x) == (3, 9, 2**64 - 1)
     last.count = 2
-    once, twice = {"num": 1, "wide": False}, {"num": 2, "wide": True}
-    for fixed in (once, once, twice, once):
-        launch.start(8, 1, {"stamp": 6}, fixed)
-        seen = params.from_buffer_copy(last.record)
-        assert (seen.num, seen.wide, seen.stamp) == (fixed["num"], fixed["wide"], 6)
-    raises(ValueError, "num=2147483648", call=lambda: launch.start(8, 1, {}, {"num": 2**31}))
+
+    other = Launch(kernel, peers=[2**63 + i for i in range(4)], factor=1.5)
+    raises(TypeError, "never given ['num', 'stamp', 'wide', 'x']", call=lambda: other.start(7, 2))
+    for missing in ({}, {"num": 1, "stamp": 2, "wide": True}, {"typo": 1}):
+        raises(TypeError, "scale() ", call=lambda given=missing: other.set(**given))
+    given = {"x": 2**64 - 1, "num": -3, "stamp": -5, "wide": True}
+    raises(ValueError, "scale: num=2147483648", call=lambda: other.set(**{**given, "num": 2**31}))
+    raises(TypeError, "scale: num='a'", call=lambda: other.set(**{**given, "num": "a"}))
+    assert last.count == 2
+    other.set(**given)
+    other.start(7, 2)
+    seen = params.from_buffer_copy(last.record)
+    assert (seen.x, seen.num, seen.stamp, seen.factor, seen.wide) == (2**64 - 1, -3, -5, 1.5, True)
+    assert list(seen.peers) == [2**63 + i for i in range(4)]
     last.count = 2
     # This thread has no context, or one of another GPU: the fake is content once one is pushed.
     for count, status in ((3, 201), (4, 400)):

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import gc
 import multiprocessing as mp
+import os
 import pickle
 import threading
 import time
+import weakref
 from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
@@ -17,6 +20,7 @@ import torch.distributed as dist
 from epjit.errors import CommunicationError
 from epjit.runtime import group as groups
 from epjit.runtime.group import Group, ThreadGroup
+from tests.harness import launch
 
 
 def run_threads(size: int, work: Callable[[Group], Any], absent: tuple[int, ...] = ()) -> list[Any]:
@@ -152,7 +156,7 @@ def exchange(rank: int, size: int, file: str, queue: Any) -> None:
 def test_torch_group_after_its_process_group_is_destroyed(tmp_path: Path) -> None:
     results = run_processes(3, tmp_path, exchange)
     assert all(all(seen) and len(seen) == 20 for seen, _ in results)
-    assert results[0][1] <= 1  # the store's own key
+    assert results[0][1] <= 4  # the store's own key, and those of ranks that have left
 
 
 def stay_away(rank: int, size: int, file: str, queue: Any) -> None:
@@ -201,6 +205,75 @@ def forge(rank: int, size: int, file: str, queue: Any) -> None:
 def test_message_from_a_stranger_is_not_unpickled(tmp_path: Path) -> None:
     results = run_processes(2, tmp_path, forge)
     assert "not from its group" in results[1]
+
+
+def several(process_group: Any) -> None:
+    """Groups at once, after one another, and after one that a rank gave up or never came to."""
+    rank, size = process_group.rank(), process_group.size()
+    first: Any = Group.from_torch(process_group)
+    second: Any = Group.from_torch(process_group)
+    assert first._place is second._place
+    for group in (first, second, first):
+        assert group.allgather((rank, id(group) == id(first))) == [
+            (r, group is first) for r in range(size)
+        ]
+    del second
+    third: Any = Group.from_torch(process_group)
+    assert third._place is first._place
+    if rank != 1:  # a round that fails is the affair of its group
+        os.environ["EPJIT_TIMEOUT_SECONDS"] = "1"
+        with pytest.raises(CommunicationError):
+            third.barrier()
+    os.environ["EPJIT_TIMEOUT_SECONDS"] = "60"
+    assert first.allgather(rank) == list(range(size))
+    # A rank that gives up a group is not waited for.
+    fourth: Any = Group.from_torch(process_group)
+    start = time.monotonic()
+    if rank == 2:
+        fourth = None
+    else:
+        with pytest.raises(CommunicationError, match="given up its Buffer") as caught:
+            fourth.barrier()
+        assert caught.value.missing == (2,)
+    assert time.monotonic() - start < 20
+    assert first.allgather(rank) == list(range(size))
+    # One rank has lost the place: all go to a new one, and groups of the old one go on.
+    if rank == 1:
+        first._place.is_lost = True
+    fifth: Any = Group.from_torch(process_group)
+    assert fifth._place is not first._place
+    assert fifth.allgather(rank) == list(range(size))
+    assert first.allgather(rank) == list(range(size))
+    place = weakref.ref(fifth._place)
+    del first, third, fifth, group
+    assert place() is not None  # for the next
+    assert Group.from_torch(process_group).allgather(rank) == list(range(size))
+
+
+def test_all_groups_of_a_process_group_meet_at_one_place() -> None:
+    launch.run(several, 3)
+
+
+def of_two_process_groups(process_group: Any) -> None:
+    """Each has a place of its own, which goes with it, but not before its groups."""
+    other: Any = dist.new_group([0, 1], backend="gloo")
+    here, there = Group.from_torch(process_group), Group.from_torch(other)
+    one: Any = here
+    two: Any = there
+    assert one._place is not two._place
+    place = weakref.ref(two._place)
+    dist.destroy_process_group(other)
+    del other
+    assert there.allgather(there.rank) == here.allgather(here.rank) == [0, 1]
+    here.barrier()
+    del there, two
+    gc.collect()
+    assert place() is None
+    here.barrier()
+
+
+def test_a_place_goes_with_its_process_group() -> None:
+    launch.run(of_two_process_groups, 2)
 
 
 def test_group_of_one_needs_no_store(tmp_path: Path) -> None:

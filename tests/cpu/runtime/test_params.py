@@ -9,7 +9,7 @@ import pytest
 
 from epjit.errors import CompileError
 from epjit.runtime import sources
-from epjit.runtime.params import field_types, params_type
+from epjit.runtime.params import field_types, params_type, setter_of
 from tests.cpu.runtime.toy_kernel import replace_in, write_tree
 
 
@@ -34,6 +34,18 @@ def test_params_type_has_the_layout_of_the_struct() -> None:
     assert ctypes.sizeof(record) == 64
     with pytest.raises(AttributeError):
         record().typo = 1
+
+
+@pytest.mark.parametrize("names", [("num", "wide"), ("stamp", "x"), ("x",)])
+def test_a_setter_touches_nothing_else(names: tuple[str, ...]) -> None:
+    """Fields between two of its own stay as they are."""
+    record = params_type("toy/scale.cu", "ScaleParams")()
+    ctypes.memset(ctypes.addressof(record), 0xFF, ctypes.sizeof(record))
+    expected = type(record).from_buffer_copy(record)
+    for name in names:
+        setattr(expected, name, 1)
+    setter_of(record, names, "scale")(**dict.fromkeys(names, 1))
+    assert bytes(record) == bytes(expected)
 
 
 @pytest.mark.parametrize(
