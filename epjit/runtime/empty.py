@@ -23,6 +23,14 @@ def matrix(dtype: torch.dtype, num_rows: int, num_columns: int) -> TensorSpec:
     return (num_rows, num_columns), (num_columns or 1, 1), dtype
 
 
+def shorten(tensor: torch.Tensor, num_rows: int) -> None:
+    """Lets a contiguous tensor end after `num_rows` of its rows, in the memory that it has.
+
+    The tensor itself, not a view: autograd lets nobody write to a view that an operator returns.
+    """
+    tensor.resize_((num_rows, *tensor.shape[1:]))
+
+
 def empty_on(device: torch.device) -> Empty:
     """A function that makes uninitialised tensors on a device.
 
