@@ -204,7 +204,8 @@ class Internode(Normal):
         assert routing.num_tokens_per_rdma_rank is not None
         num_ranks, num_tokens, waits = self._group.size, call.x.shape[0], self._waits(call)
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
-        launch = self._dispatch_launch(call)
+        shape = dispatch_shape(call)
+        launch = self._dispatch_launch(shape, call.num_sms)
         experts_per_rank = routing.num_tokens_per_expert.shape[0] // num_ranks
         specs = InternodeHandle.specs(
             num_tokens=num_tokens,
@@ -250,7 +251,8 @@ class Internode(Normal):
 
             if waits:
                 outputs, per_expert = self._receive(
-                    call,
+                    shape,
+                    num_tokens,
                     start,
                     likely=(num_ranks * num_tokens, num_domains * num_tokens),
                     experts_per_rank=experts_per_rank,
@@ -270,19 +272,21 @@ class Internode(Normal):
         self, scope: AnyScope, call: Dispatch, handle: InternodeHandle
     ) -> Dispatched:
         """Dispatches another payload along the routing of a handle."""
-        launch = self._dispatch_launch(call)
+        launch = self._dispatch_launch(dispatch_shape(call), call.num_sms)
         return self._dispatch_rows(
             scope, launch, call, handle, experts_per_rank=1, fills_handle=False
         )
 
-    def _dispatch_launch(self, call: Dispatch) -> Launch[InternodeDispatchConfig]:
-        """The launch of a call, before anything is queued.
+    def _dispatch_launch(
+        self, shape: DispatchShape, num_sms: int
+    ) -> Launch[InternodeDispatchConfig]:
+        """The launch of a shape, before anything is queued.
 
         Raises:
             ValueError: The SMs are too few.
         """
-        launch = self.launch(dispatch_shape(call))
-        check_warps(launch.kernel.config, call.num_sms)
+        launch = self.launch(shape)
+        check_warps(launch.kernel.config, num_sms)
         return launch
 
     def _dispatch_rows(

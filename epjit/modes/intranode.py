@@ -151,7 +151,8 @@ class Intranode(Normal):
         if not isinstance(routing, Routing):
             return self._cached_dispatch(scope, call, routing)
         num_ranks, num_tokens, waits = self._group.size, call.x.shape[0], self._waits(call)
-        launch = self.launch(dispatch_shape(call))
+        shape = dispatch_shape(call)
+        launch = self.launch(shape)
         experts_per_rank = routing.num_tokens_per_expert.shape[0] // num_ranks
         specs = IntranodeHandle.specs(
             num_tokens=num_tokens,
@@ -195,7 +196,11 @@ class Intranode(Normal):
 
             if waits:
                 outputs, per_expert = self._receive(
-                    call, start, likely=(num_ranks * num_tokens,), experts_per_rank=experts_per_rank
+                    shape,
+                    num_tokens,
+                    start,
+                    likely=(num_ranks * num_tokens,),
+                    experts_per_rank=experts_per_rank,
                 )
             else:
                 outputs, per_expert = start(Room((call.num_worst_tokens,))), []

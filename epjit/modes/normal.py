@@ -206,7 +206,8 @@ class Normal(Mode[DispatchShape | CombineShape]):
 
     def _receive(
         self,
-        call: Dispatch,
+        shape: DispatchShape,
+        num_tokens: int,
         start: Callable[[Room], list[Any]],
         *,
         likely: tuple[int, ...],
@@ -219,7 +220,8 @@ class Normal(Mode[DispatchShape | CombineShape]):
         the second one as for any late rank.
 
         Args:
-            call: With new counts, and notify queued.
+            shape: Of a call with new counts, whose notify is queued.
+            num_tokens: `T`.
             start: Allocates outputs and launches; returns them: five of as many rows as come, or
                 None, then one for what passes.
             likely: Sizes of the room, were there as many tokens on every rank as on this one.
@@ -228,7 +230,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
         Returns:
             Outputs, as long as what has come, and the counts of the experts.
         """
-        guess, outputs = self._guess(call, likely), None
+        guess, outputs = self._guess(shape, num_tokens, likely), None
         if guess is not None:
             try:
                 outputs = start(guess)
@@ -236,7 +238,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
                 guess = None
         counts = self._wait_for_counts(len(likely) + experts_per_rank)
         came, per_expert = tuple(counts[: len(likely)]), counts[len(likely) :]
-        self._expected[call.x.shape[0].bit_length()] = tuple(n + n // 8 for n in came)
+        self._expected[num_tokens.bit_length()] = tuple(n + n // 8 for n in came)
         if guess is None or outputs is None or not guess.fits(came):
             outputs = None  # the launch that has left does not touch them
             return start(Room(came)), per_expert
@@ -245,13 +247,13 @@ class Normal(Mode[DispatchShape | CombineShape]):
                 shorten(tensor, came[i // 5])
         return outputs, per_expert
 
-    def _guess(self, call: Dispatch, likely: tuple[int, ...]) -> Room | None:
+    def _guess(self, shape: DispatchShape, num_tokens: int, likely: tuple[int, ...]) -> Room | None:
         """Room for a dispatch whose counts nobody knows yet; None: there is nothing to go by.
 
         Outputs of more than 64 MB are a quarter larger than what they hold at most.
         """
-        small = _SMALL_BYTES // dispatch_shape(call).bytes_a_row
-        sizes = self._expected.get(call.x.shape[0].bit_length())
+        small = _SMALL_BYTES // shape.bytes_a_row
+        sizes = self._expected.get(num_tokens.bit_length())
         if likely[0] <= small:
             sizes = likely if sizes is None else tuple(map(max, likely, sizes))
         if sizes is None:
@@ -304,7 +306,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
         if self._half_way:
             raise CommunicationError(
                 f"a dispatch of rank {self._group.rank} ended half way ({self._half_way}), so that "
-                "its peers are ahead of it; call reset() on all ranks",
+                "its peers may be ahead of it; call reset() on all ranks",
                 op="dispatch",
                 rank=self._group.rank,
             )
