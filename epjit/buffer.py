@@ -559,6 +559,7 @@ class Buffer(Life):
             `recv_topk_idx` `[n, K]` (local experts, -1 for those of other ranks),
             `recv_topk_weights` `[n, K]` (0 where the index is -1), list of received selections for
             each local expert, handle, event. Cached: None for everything but `recv_x` and event.
+            Outputs begin storages that may be longer: by a quarter, or up to 64 MB in all.
 
         Raises:
             TypeError, ValueError: Arguments that do not fit; nothing was launched.

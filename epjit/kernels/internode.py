@@ -32,6 +32,7 @@ class InternodeNotifyConfig(
     """Config of the notify kernel."""
 
     threads: ClassVar[int] = 512
+    starts_early: ClassVar[bool] = True
     needs_transport: ClassVar[bool] = True
 
     num_domains: int
@@ -51,6 +52,7 @@ class InternodeDispatchConfig(
 ):
     """Config of the dispatch kernel; its fields are explained in dispatch.cu."""
 
+    starts_early: ClassVar[bool] = True
     needs_transport: ClassVar[bool] = True
 
     num_domains: int
@@ -105,6 +107,7 @@ class InternodeCombineConfig(
 ):
     """Config of the combine kernel; its fields are explained in combine.cu."""
 
+    starts_early: ClassVar[bool] = True
     needs_transport: ClassVar[bool] = True
 
     num_domains: int

@@ -24,6 +24,7 @@ _LINK_BOUND_BYTES = 300_000
 class NotifyConfig(KernelConfig, source="intranode/notify.cu", tag="intranode_r{0.num_ranks}"):
     """Config of the notify kernel."""
 
+    starts_early: ClassVar[bool] = True
     threads: ClassVar[int] = 512
 
     num_ranks: int
@@ -41,6 +42,8 @@ class DispatchConfig(
     tag="intranode_r{0.num_ranks}_h{0.hidden_bytes}_s{0.num_scales}_k{0.num_topk}",
 ):
     """Config of the dispatch kernel; its fields are explained in dispatch.cu."""
+
+    starts_early: ClassVar[bool] = True
 
     num_ranks: int
     hidden_bytes: int
@@ -102,6 +105,8 @@ class CombineConfig(
     tag="intranode_r{0.num_ranks}_h{0.hidden_bytes}_k{0.num_topk}",
 ):
     """Config of the combine kernel; its fields are explained in combine.cu."""
+
+    starts_early: ClassVar[bool] = True
 
     num_ranks: int
     hidden_bytes: int

@@ -12,6 +12,7 @@ from epjit.runtime.kernel import KernelConfig
 class LayoutConfig(KernelConfig, source="layout/layout.cu"):
     """Config of the layout kernel."""
 
+    starts_early: ClassVar[bool] = True
     threads: ClassVar[int] = 64  # one a token
     shared_bytes: ClassVar[int] = 8192 * 4  # the counts of a block
 

@@ -14,6 +14,16 @@ class DispatchShape(NamedTuple):
     num_topk: int
     topk_is_int64: bool
 
+    @property
+    def bytes_a_row(self) -> int:
+        """Bytes that a received row takes in all outputs, with 8 of the handle."""
+        return (
+            self.hidden_bytes
+            + 4 * self.num_scales
+            + (8 + 4 * self.topk_is_int64) * self.num_topk
+            + 8
+        )
+
 
 class CombineShape(NamedTuple):
     """Identifies a combine kernel within a Buffer; equal on all ranks."""

@@ -31,7 +31,14 @@ from epjit.kernels.internode import (
     ring_slots,
 )
 from epjit.kernels.shapes import CombineShape, DispatchShape
-from epjit.modes.normal import SIGNALS_BYTES, Normal, combine_shape, dispatch_shape, pointer
+from epjit.modes.normal import (
+    SIGNALS_BYTES,
+    Normal,
+    Room,
+    combine_shape,
+    dispatch_shape,
+    pointer,
+)
 from epjit.runtime.group import BUFFER, Group
 from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
@@ -197,14 +204,15 @@ class Internode(Normal):
     # ---- operations ------------------------------------------------------------------------------
 
     def dispatch(self, scope: AnyScope, call: Dispatch) -> Dispatched:
-        """Notify, then dispatch; the host waits for the counts unless there is a worst case."""
+        """Notify and dispatch; then the host waits for the counts unless there is a worst case."""
         routing = call.routing
         if not isinstance(routing, Routing):
             return self._cached_dispatch(scope, call, routing)
         assert routing.num_tokens_per_rdma_rank is not None
         num_ranks, num_tokens, waits = self._group.size, call.x.shape[0], self._waits(call)
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
-        launch = self._dispatch_launch(call)
+        shape = dispatch_shape(call)
+        launch = self._dispatch_launch(shape, call.num_sms)
         experts_per_rank = routing.num_tokens_per_expert.shape[0] // num_ranks
         specs = InternodeHandle.specs(
             num_tokens=num_tokens,
@@ -233,45 +241,59 @@ class Internode(Normal):
                 experts_per_rank=experts_per_rank,
                 expert_alignment=call.expert_alignment,
             )
-            num_rows = call.num_worst_tokens
-            num_passing = num_local * num_rows
-            per_expert: list[int] = []
+
+            def start(room: Room) -> list[Any]:
+                with scope.allocating():
+                    meta, passing = self._empty(InternodeHandle.row_specs(*room.sizes))
+                received = self._dispatch_rows(
+                    scope,
+                    launch,
+                    call,
+                    handle._replace(recv_src_meta=meta, send_nvl_head=passing),
+                    experts_per_rank=experts_per_rank,
+                    fills_handle=True,
+                    least_rows=room.least,
+                )
+                return [*received[:4], meta, passing]
+
             if waits:
-                num_rows, num_passing, *per_expert = self._wait_for_counts(2 + experts_per_rank)
-            with scope.allocating():
-                meta, passing = self._empty(InternodeHandle.row_specs(num_rows, num_passing))
+                outputs, per_expert = self._receive(
+                    shape,
+                    num_tokens,
+                    start,
+                    likely=(num_ranks * num_tokens, num_domains * num_tokens),
+                    experts_per_rank=experts_per_rank,
+                )
+            else:
+                worst = call.num_worst_tokens
+                outputs, per_expert = start(Room((worst, num_local * worst))), []
+            rows, scales, idx, weights, meta, passing = outputs
             handle = handle._replace(
                 is_token_in_rank=routing.is_token_in_rank,
                 recv_src_meta=meta,
                 send_nvl_head=passing,
             )
-            received = self._dispatch_rows(
-                scope,
-                launch,
-                call,
-                handle,
-                experts_per_rank=experts_per_rank,
-                fills_handle=True,
-            )
-        return Dispatched(*received[:4], per_expert, handle)
+        return Dispatched(rows, scales, idx, weights, per_expert, handle)
 
     def _cached_dispatch(
         self, scope: AnyScope, call: Dispatch, handle: InternodeHandle
     ) -> Dispatched:
         """Dispatches another payload along the routing of a handle."""
-        launch = self._dispatch_launch(call)
+        launch = self._dispatch_launch(dispatch_shape(call), call.num_sms)
         return self._dispatch_rows(
             scope, launch, call, handle, experts_per_rank=1, fills_handle=False
         )
 
-    def _dispatch_launch(self, call: Dispatch) -> Launch[InternodeDispatchConfig]:
-        """The launch of a call, before anything is queued.
+    def _dispatch_launch(
+        self, shape: DispatchShape, num_sms: int
+    ) -> Launch[InternodeDispatchConfig]:
+        """The launch of a shape, before anything is queued.
 
         Raises:
             ValueError: The SMs are too few.
         """
-        launch = self.launch(dispatch_shape(call))
-        check_warps(launch.kernel.config, call.num_sms)
+        launch = self.launch(shape)
+        check_warps(launch.kernel.config, num_sms)
         return launch
 
     def _dispatch_rows(
@@ -283,6 +305,7 @@ class Internode(Normal):
         *,
         experts_per_rank: int,
         fills_handle: bool,
+        least_rows: int = -1,
     ) -> Dispatched:
         """Allocates the received rows and queues the dispatch kernel."""
         specs = self._specs(handle.num_rows, call)
@@ -296,6 +319,7 @@ class Internode(Normal):
             "send_head": handle.send_head.data_ptr(),
             "recv_src_meta": handle.recv_src_meta.data_ptr() if fills_handle else 0,
             "passing": handle.send_nvl_head.data_ptr() if fills_handle else 0,
+            "least_rows": least_rows,
             "num_passing": handle.num_passing,
             "num_send_warps": launch.kernel.config.send_warps,
             "experts_per_rank": experts_per_rank,

@@ -33,6 +33,7 @@ from epjit.kernels.shapes import CombineShape, DispatchShape
 from epjit.modes.normal import (
     SIGNALS_BYTES,
     Normal,
+    Room,
     combine_shape,
     dispatch_shape,
     pointer,
@@ -145,12 +146,13 @@ class Intranode(Normal):
     # ---- operations ------------------------------------------------------------------------------
 
     def dispatch(self, scope: AnyScope, call: Dispatch) -> Dispatched:
-        """Notify, then dispatch; the host waits for the counts unless there is a worst case."""
+        """Notify and dispatch; then the host waits for the counts unless there is a worst case."""
         routing = call.routing
         if not isinstance(routing, Routing):
             return self._cached_dispatch(scope, call, routing)
         num_ranks, num_tokens, waits = self._group.size, call.x.shape[0], self._waits(call)
-        launch = self.launch(dispatch_shape(call))
+        shape = dispatch_shape(call)
+        launch = self.launch(shape)
         experts_per_rank = routing.num_tokens_per_expert.shape[0] // num_ranks
         specs = IntranodeHandle.specs(
             num_tokens=num_tokens,
@@ -177,7 +179,6 @@ class Intranode(Normal):
                 experts_per_rank=experts_per_rank,
                 expert_alignment=call.expert_alignment,
             )
-            # Done while the counts are on their way: the GPU idles from then to the launch.
             launch.prepare(
                 {
                     **self._inputs(call),
@@ -185,22 +186,34 @@ class Intranode(Normal):
                     "experts_per_rank": experts_per_rank,
                 }
             )
-            num_rows = call.num_worst_tokens
-            per_expert: list[int] = []
+
+            def start(room: Room) -> list[Any]:
+                outputs = self._allocate_outputs(
+                    scope, launch, room.sizes[0], call, with_src_idx=True
+                )
+                self._dispatch_rows(scope, launch, outputs, call.num_sms, least_rows=room.least)
+                return [*outputs.received[:4], outputs.src_idx]
+
             if waits:
-                num_rows, *per_expert = self._wait_for_counts(1 + experts_per_rank)
-            outputs = self._allocate_outputs(scope, launch, num_rows, call, with_src_idx=True)
-            self._dispatch_rows(scope, launch, outputs, num_sms=call.num_sms)
-            assert outputs.src_idx is not None
+                outputs, per_expert = self._receive(
+                    shape,
+                    num_tokens,
+                    start,
+                    likely=(num_ranks * num_tokens,),
+                    experts_per_rank=experts_per_rank,
+                )
+            else:
+                outputs, per_expert = start(Room((call.num_worst_tokens,))), []
+            rows, scales, idx, weights, src_idx = outputs
             handle = IntranodeHandle(
                 prefix,
                 source_tokens,
                 expert_counts,
-                outputs.src_idx,
+                src_idx,
                 routing.is_token_in_rank,
                 send_head,
             )
-        return Dispatched(*outputs.received[:4], per_expert, handle)
+        return Dispatched(rows, scales, idx, weights, per_expert, handle)
 
     def _cached_dispatch(
         self, scope: AnyScope, call: Dispatch, handle: IntranodeHandle
@@ -215,7 +228,7 @@ class Intranode(Normal):
             }
         )
         outputs = self._allocate_outputs(scope, launch, handle.num_rows, call, with_src_idx=False)
-        self._dispatch_rows(scope, launch, outputs, num_sms=call.num_sms)
+        self._dispatch_rows(scope, launch, outputs, call.num_sms)
         return outputs.received
 
     def _allocate_outputs(
@@ -282,7 +295,13 @@ class Intranode(Normal):
         }
 
     def _dispatch_rows(
-        self, scope: AnyScope, launch: Launch[DispatchConfig], outputs: _Outputs, *, num_sms: int
+        self,
+        scope: AnyScope,
+        launch: Launch[DispatchConfig],
+        outputs: _Outputs,
+        num_sms: int,
+        *,
+        least_rows: int = -1,
     ) -> None:
         """Queues the dispatch kernel; what it reads is prepared."""
         config = launch.kernel.config
@@ -290,6 +309,7 @@ class Intranode(Normal):
         values = {
             **self._outputs(outputs.received),
             "recv_src_idx": pointer(outputs.src_idx),
+            "least_rows": least_rows,
             "has_room": outputs.has_room,
             "num_stage_warps": config.stage_warps(num_sms, has_room=outputs.has_room),
         }

@@ -5,9 +5,11 @@ Outputs, counts that the host waits for, dispatches that end half-way, and the e
 
 from __future__ import annotations
 
+import operator
 import time
 from abc import abstractmethod
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
 
@@ -20,7 +22,7 @@ from epjit.kernels.variants import CHOICES
 from epjit.modes.base import Mode
 from epjit.modes.layout import Layout
 from epjit.runtime.device import num_sms
-from epjit.runtime.empty import TensorSpec, matrix, vector
+from epjit.runtime.empty import TensorSpec, matrix, shorten, vector
 from epjit.runtime.fault import OVERFLOW_AT, Overflow
 from epjit.runtime.host import PinnedArray, nap
 from epjit.runtime.kernel import KernelConfig
@@ -36,6 +38,24 @@ GIVE_UP_SECONDS = 1.0  # that a rank which ends by an exception waits for its pe
 # longer poll without naps starves other threads: giving the GIL away and taking it back at once
 # leaves them it only every 5 ms.
 _SPIN_SECONDS = 1e-3
+# Outputs up to this size may be of any guessed size; larger ones must be 4/5 full.
+_SMALL_BYTES = 64 << 20
+
+
+class Room(NamedTuple):
+    """Room for what a dispatch receives.
+
+    Attributes:
+        sizes: Rows; between NVLink domains also tokens that pass through this rank.
+        least: Of a guess: the fewest rows that it is for; -1 = the rows are known, or bounded.
+    """
+
+    sizes: tuple[int, ...]
+    least: int = -1
+
+    def fits(self, came: tuple[int, ...]) -> bool:
+        """Whether the launch with this guess goes on, by the rule of the kernels."""
+        return self.least <= came[0] and all(map(operator.ge, self.sizes, came))
 
 
 class Normal(Mode[DispatchShape | CombineShape]):
@@ -69,6 +89,9 @@ class Normal(Mode[DispatchShape | CombineShape]):
         self._host_counts = PinnedArray(2 * num_counts, device=device.index)
         setup.resources.callback(self._host_counts.close)
         self._half_way = ""  # why a dispatch ended between its two kernels
+        # What came to the last dispatch of about as many tokens (by the length of that number in
+        # bits), and an eighth more.
+        self._expected: dict[int, tuple[int, ...]] = {}
 
     def _common(self) -> dict[str, object]:
         return {**super()._common(), "counters": self._counters.data_ptr()}
@@ -168,6 +191,62 @@ class Normal(Mode[DispatchShape | CombineShape]):
             combined_x, combined_weights = self._empty(specs)
         return combined_x, combined_weights
 
+    def _receive(
+        self,
+        shape: DispatchShape,
+        num_tokens: int,
+        start: Callable[[Room], list[Any]],
+        *,
+        likely: tuple[int, ...],
+        experts_per_rank: int,
+    ) -> tuple[list[Any], list[int]]:
+        """Dispatches with guessed room before the counts of notify are here; again if it is wrong.
+
+        So the GPU does not wait for the host: dispatch is launched right behind notify. A launch
+        whose guess is wrong leaves at once (`cuda_src/intranode/dispatch.cu`), and peers wait for
+        the second one as for any late rank.
+
+        Args:
+            shape: Of a call with new counts, whose notify is queued.
+            num_tokens: `T`.
+            start: Allocates outputs and launches; returns them: five of as many rows as come, or
+                None, then one for what passes.
+            likely: Sizes of the room, were there as many tokens on every rank as on this one.
+            experts_per_rank: `E // R`.
+
+        Returns:
+            Outputs, as long as what has come, and the counts of the experts.
+        """
+        guess, outputs = self._guess(shape, num_tokens, likely), None
+        if guess is not None:
+            try:
+                outputs = start(guess)
+            except torch.OutOfMemoryError:  # what comes may need less
+                guess = None
+        counts = self._wait_for_counts(len(likely) + experts_per_rank)
+        came, per_expert = tuple(counts[: len(likely)]), counts[len(likely) :]
+        self._expected[num_tokens.bit_length()] = tuple(n + n // 8 for n in came)
+        if guess is None or outputs is None or not guess.fits(came):
+            outputs = None  # the launch that has left does not touch them
+            return start(Room(came)), per_expert
+        for i, tensor in enumerate(outputs):
+            if tensor is not None:
+                shorten(tensor, came[i // 5])
+        return outputs, per_expert
+
+    def _guess(self, shape: DispatchShape, num_tokens: int, likely: tuple[int, ...]) -> Room | None:
+        """Room for a dispatch whose counts nobody knows yet; None: there is nothing to go by.
+
+        Outputs of more than 64 MB are a quarter larger than what they hold at most.
+        """
+        small = _SMALL_BYTES // shape.bytes_a_row
+        sizes = self._expected.get(num_tokens.bit_length())
+        if likely[0] <= small:
+            sizes = likely if sizes is None else tuple(map(max, likely, sizes))
+        if sizes is None:
+            return None
+        return Room(sizes, 0 if sizes[0] <= small else -(-4 * sizes[0] // 5))
+
     # ---- the host's waits, faults, the end -------------------------------------------------------
 
     def _ask_for_counts(self, waits: bool) -> int:
@@ -193,7 +272,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
                     rank=self._group.rank,
                 )
             if now > start + _SPIN_SECONDS:
-                nap()  # the GPU idles until this thread has seen the counts
+                nap()  # the GPU may idle until this thread has seen the counts
         return counts[:num_counts].tolist()
 
     def raise_fault(self) -> None:
@@ -217,7 +296,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
         if self._half_way:
             raise CommunicationError(
                 f"a dispatch of rank {self._group.rank} ended half way ({self._half_way}), so that "
-                "its peers are ahead of it; call reset() on all ranks",
+                "its peers may be ahead of it; call reset() on all ranks",
                 op="dispatch",
                 rank=self._group.rank,
             )

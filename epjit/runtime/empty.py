@@ -33,6 +33,17 @@ def beginning(memory: torch.Tensor, shape: Sequence[int], strides: Sequence[int]
     return made
 
 
+def shorten(tensor: torch.Tensor, num_rows: int) -> None:
+    """Lets a contiguous vector or matrix end after `num_rows` rows, in the memory that it has.
+
+    The tensor itself, not a view: autograd lets nobody write to a view that an operator returns.
+    """
+    if tensor.ndim > 1:  # plain numbers take half of the time of a tuple
+        tensor.resize_(num_rows, tensor.shape[1])
+    else:
+        tensor.resize_(num_rows)
+
+
 def empty_on(device: torch.device) -> Empty:
     """A function that makes uninitialised tensors on a device.
 

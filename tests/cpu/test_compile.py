@@ -151,6 +151,15 @@ def test_the_kernels_are_all_there(arch: str) -> None:
     assert {"layout", "dispatch", "combine"} <= {kernel.op for kernel in kernels}
 
 
+def test_exchanges_start_early() -> None:
+    """Each waits for the kernel ahead in the stream before it reads anything."""
+    early = [each for each in configs("sm_90a") if each.starts_early]
+    ops = {each.op for each in early}
+    assert {"layout", "notify", "dispatch", "combine", "low_latency_dispatch"} <= ops
+    assert all(each.starts_early or each.op not in ops for each in configs("sm_90a"))
+    assert all("{ ptx::griddepcontrol_wait(); " in render(each, "loopback") for each in early)
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_one_of_each_leaves_out_no_kernel(arch: str) -> None:
     fewer = one_of_each(configs(arch))

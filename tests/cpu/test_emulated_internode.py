@@ -55,6 +55,7 @@ class Shape:
     num_worst_tokens: int | tuple[int, ...] = 0  # of all ranks, or of each
     hole: float = 0.2  # part of the selections that are -1
     hot: bool = False  # every token selects expert 0
+    guesses: float = 0.0  # part of the dispatches that are launched before the counts are known
 
     @property
     def num_ranks(self) -> int:
@@ -315,7 +316,6 @@ class Routing(normal.Routing):
             "passing_prefix": handle.recv_rdma_rank_prefix_sum,
             "rank_prefix": handle.recv_gbl_rank_prefix_sum,
             "num_tokens": self.shape.tokens[rank],
-            "num_recv_rows": handle.num_rows,
         }
 
     def of_dispatch(self, rank: int, *, cached: bool) -> dict[str, Any]:
@@ -330,6 +330,9 @@ class Routing(normal.Routing):
             "fits": self.fits[rank],
             "num_send_warps": 2,
         }
+
+    def num_passing(self, rank: int) -> int:
+        return self.handles[rank].num_passing
 
     def expect_handle(self, rank: int) -> None:
         handle, expected = self.handles[rank], self.expected[rank].handle
@@ -533,6 +536,25 @@ def test_more_rows_than_there_is_room_for(cut: tuple[int, int]) -> None:
             world.run(seed, slow_link=slow_link)
 
 
+@pytest.mark.parametrize("cut", [(2, 1), (2, 2)], ids=lambda c: f"{c[0]}x{c[1]}")
+def test_launches_before_the_counts_are_known(cut: tuple[int, int]) -> None:
+    """Ranks that guess, rightly or not, beside others that wait; every window has to be freed."""
+    for seed in range(8):
+        shape = Shape(
+            *cut,
+            tokens=tokens_of(cut[0] * cut[1]),
+            slots=4,
+            ring_slots=(4, 16)[seed % 2],
+            guesses=0.8,
+        )
+        world = World(shape, seed=seed)
+        routing = world.one_round()
+        routing.dispatch()
+        routing.cached_dispatch()
+        routing.dispatch()
+        world.run(seed, delay={seed % 2: 2000 * (seed // 2 % 2)})
+
+
 @pytest.mark.parametrize(("epoch", "stale"), LONG_RUNS)
 def test_signals_of_long_ago(epoch: int, stale: int) -> None:
     """Signals that only some operations raise are not new after any number of others."""
@@ -596,6 +618,7 @@ def test_random_histories(first_seed: int) -> None:
             hole=rng.choice([0, 0.2, 0.5, 0.8]),
             hot=rng.random() < 0.3,
             num_worst_tokens=rng.choice([0, 0, 600]),
+            guesses=rng.choice([0.5, 1.0]),
         )
         cached = num_ranks <= 4  # fewer kernels to compile
         World(shape, seed=seed).random_history(rng, seed, cached=cached)

@@ -23,15 +23,17 @@ from epjit.runtime.symmetric import SymmetricMemory
 def test_an_interrupted_dispatch_leaves_a_buffer_that_wants_reset(
     at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its notify runs later, and the next dispatch would take those counts for its own."""
+    """Its kernels run later, and the next dispatch would take those counts for its own."""
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     mode: Any = Intranode.__new__(Intranode)
     mode._group = SimpleNamespace(size=2, rank=1)
     mode._half_way, mode._notify = "", mock.Mock()
     mode._fault = FaultRecord(np.zeros(NUM_WORDS, np.int64))
     mode._empty = empty_on(torch.device("cpu"))
-    mode.launch, mode._ask_for_counts = mock.Mock(), mock.Mock(return_value=0)
-    mode._wait_for_counts = mock.Mock()
+    mode._ask_for_counts, mode._wait_for_counts = mock.Mock(return_value=0), mock.Mock()
+    mode._expected, config = {}, mock.Mock(direct=False)
+    launch = mock.Mock(kernel=mock.Mock(config=config))
+    mode.launch = mock.Mock(return_value=launch)
     getattr(mode, at).side_effect = KeyboardInterrupt
     scope = mock.Mock(allocating=contextlib.nullcontext)
     counts, in_rank = torch.zeros(2, dtype=torch.int32), torch.zeros((4, 2), dtype=torch.bool)
@@ -40,6 +42,7 @@ def test_an_interrupted_dispatch_leaves_a_buffer_that_wants_reset(
     with pytest.raises(KeyboardInterrupt):
         mode.dispatch(scope, call)
     assert mode._notify.called
+    assert launch.start.called == (at == "_wait_for_counts")
     with pytest.raises(CommunicationError, match=r"of rank 1 ended half way \(KeyboardInterrupt"):
         mode.raise_fault()
 

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from epjit.handles import Handle
+from epjit.modes.normal import Room
 from epjit.reference import Normal
 from epjit.reference.intranode import RankInput, rooms
 from epjit.runtime import fault
@@ -35,6 +36,9 @@ NO_SELECTIONS = dict.fromkeys(
 )
 """Parameters of a cached dispatch."""
 OPS = ("notify", "dispatch", "combine")
+RIGHT = "right"
+WRONG = FEW, MANY, FEW_PASSING = "too few rows", "too many rows", "too few that pass"
+"""Guesses of the room for what a dispatch receives."""
 
 
 class World(emulated.World):
@@ -186,13 +190,23 @@ class Routing(ABC):
     def dispatch(self) -> list[Tensor]:
         """Rows, scales and selections to where they were routed.
 
+        Of the ranks whose host waits for counts `shape.guesses` launch before these are known: some
+        with room enough, others for nothing, and then once more, late.
+
         Returns:
             The selections that each rank receives.
         """
         selections = []
         for rank in range(self.shape.num_ranks):
-            received = self._receive(rank)
-            self._queue_dispatch(rank, cached=False, **received)
+            rng = random.Random(torch.randint(1 << 30, (), generator=self.world.generator).item())
+            guesses = not self.worst[rank] and rng.random() < self.shape.guesses
+            guess = rng.choice((RIGHT, *WRONG)) if guesses else None
+            if guess in WRONG:
+                self._queue_wrong_guess(rank, guess)
+                self.world.pause(rank, rng.choice((0, 3000, 100_000)))
+            received = self._receive(rank, num_spare_rows=5 if guess == RIGHT else 0)
+            least = self.num_recv[rank] if guess == RIGHT else -1
+            self._queue_dispatch(rank, cached=False, least_rows=least, **received)
             self.expect_handle(rank)
             selections.append(received["recv_topk_idx"])
         self.world.epochs += 1
@@ -210,7 +224,7 @@ class Routing(ABC):
             expected, _ = self.reference.cached_dispatch(xs, None, handles, rank)
             recv_x = guarded(*expected.shape, dtype=torch.uint8)
             values = {**NO_SELECTIONS, "x": x, "recv_x": recv_x, "experts_per_rank": 1}
-            self._queue_dispatch(rank, cached=True, **values)
+            self._queue_dispatch(rank, cached=True, least_rows=-1, **values)
             n = self.num_recv[rank]
             world.expect(rank, "cached recv_x", recv_x[:n], expected[:n])
         world.epochs += 1
@@ -257,9 +271,33 @@ class Routing(ABC):
             shape.cached if cached else shape.dispatch,
             shape.grid,
             **self.common(rank),
-            **self.of_dispatch(rank, cached=cached),
-            **values,
+            **{
+                "num_recv_rows": len(values["recv_x"]),
+                **self.of_dispatch(rank, cached=cached),
+                **values,
+            },
         )
+
+    def _queue_wrong_guess(self, rank: int, guess: str) -> None:
+        """A launch that leaves at once, as other outputs are needed: it touches none of these."""
+        n, num_passing = self.num_recv[rank], self.num_passing(rank)
+        if (guess == FEW and n == 0) or (guess == FEW_PASSING and num_passing < 1):
+            guess = MANY
+        num_rows = n - 1 if guess == FEW else n + 2
+        outputs = self._outputs(rank, num_rows)
+        for name, output in outputs.items():
+            self.world.expect(rank, f"{name} of a wrong guess", output, output.clone())
+        least = n + 1 if guess == MANY else 0
+        passing = {} if num_passing < 0 else {"num_passing": num_passing - (guess == FEW_PASSING)}
+        room = Room((num_rows, *passing.values()), least)  # by whose rule the host goes
+        assert not room.fits((n, num_passing)[: len(room.sizes)])
+        values = {**self._sent(rank), **outputs, **passing, "least_rows": least}
+        self._queue_dispatch(rank, cached=False, **values)
+
+    def num_passing(self, rank: int) -> int:
+        """Tokens that pass through a rank; -1 in one NVLink domain, where none do."""
+        del rank
+        return -1
 
     def _input(self, rank: int) -> RankInput:
         """New tokens and selections of a rank."""
@@ -286,24 +324,31 @@ class Routing(ABC):
             num_tokens_per_expert=per_expert,
         )
 
-    def _receive(self, rank: int) -> dict[str, Any]:
+    def _receive(self, rank: int, *, num_spare_rows: int) -> dict[str, Any]:
         """Outputs of a dispatch and what they must be; the parameters for what it moves."""
-        shape, own, expected = self.shape, self.inputs[rank], self.expected[rank]
-        num_rows, n = expected.recv_x.shape[0], self.num_recv[rank]
-        assert own.scales is not None
+        expected, n = self.expected[rank], self.num_recv[rank]
+        num_rows = expected.recv_x.shape[0]
+        outputs = self._outputs(rank, num_rows + num_spare_rows)
+        for name, got in outputs.items():
+            length = num_rows if name == "recv_topk_idx" else n
+            self.world.expect(rank, name, got[:length], getattr(expected, name)[:length])
+        return {**self._sent(rank), **outputs}
+
+    def _outputs(self, rank: int, num_rows: int) -> dict[str, Tensor]:
+        """New ones, by the names of parameters and of the fields of `Dispatched`."""
+        shape, own = self.shape, self.inputs[rank]
         assert own.topk_idx is not None
-        recv_x = guarded(num_rows, HIDDEN_BYTES // 4, dtype=torch.int32)
-        recv_scales = guarded(num_rows, shape.num_scales, dtype=torch.float32)
-        recv_idx = guarded(num_rows, shape.num_topk, dtype=own.topk_idx.dtype)
-        recv_weights = guarded(num_rows, shape.num_topk, dtype=torch.float32)
-        for what, got, wanted, length in (
-            ("recv_x", recv_x, expected.recv_x, n),
-            ("recv_scales", recv_scales, expected.recv_scales, n),
-            ("recv_topk_weights", recv_weights, expected.recv_topk_weights, n),
-            ("recv_topk_idx", recv_idx, expected.recv_topk_idx, num_rows),
-        ):
-            assert wanted is not None
-            self.world.expect(rank, what, got[:length], wanted[:length])
+        return {
+            "recv_x": guarded(num_rows, HIDDEN_BYTES // 4, dtype=torch.int32),
+            "recv_scales": guarded(num_rows, shape.num_scales, dtype=torch.float32),
+            "recv_topk_idx": guarded(num_rows, shape.num_topk, dtype=own.topk_idx.dtype),
+            "recv_topk_weights": guarded(num_rows, shape.num_topk, dtype=torch.float32),
+        }
+
+    def _sent(self, rank: int) -> dict[str, Any]:
+        """Parameters for what a dispatch sends."""
+        own = self.inputs[rank]
+        assert own.scales is not None
         return {
             "x": own.x,
             "scales": own.scales,
@@ -311,10 +356,6 @@ class Routing(ABC):
             "scale_stride": own.scales.stride(1),
             "topk_idx": own.topk_idx,
             "topk_weights": own.topk_weights,
-            "recv_x": recv_x,
-            "recv_scales": recv_scales,
-            "recv_topk_idx": recv_idx,
-            "recv_topk_weights": recv_weights,
             "experts_per_rank": EXPERTS_A_RANK,
         }
 

@@ -39,6 +39,19 @@ class WriteConfig:
         return self.num_warps * 32
 
 
+class PauseParams(ctypes.Structure):
+    _fields_ = (("nanoseconds", ctypes.c_uint64),)
+
+
+@dataclass(frozen=True)
+class PauseConfig:
+    source: ClassVar[str] = "pause.cu"
+    op: ClassVar[str] = "pause"
+    shared_bytes: ClassVar[int] = 0
+    threads: ClassVar[int] = 32
+    num_warps: int = 1
+
+
 @dataclass(kw_only=True)
 class Rank:
     """One rank's memory, what is queued on it, and what that must give."""
@@ -109,6 +122,12 @@ class World:
         self.keep.append((to, values))
         params = WriteParams(to.data_ptr(), values.data_ptr(), to.nbytes // 8)
         launch = Launch(WriteConfig(), params, grid=1, rank=rank, include=build.HERE)
+        self.ranks[rank].launches.append(launch)
+
+    def pause(self, rank: int, nanoseconds: int) -> None:
+        """Lets what is queued next start that much later than the end of what was queued so far."""
+        params = PauseParams(nanoseconds)
+        launch = Launch(PauseConfig(), params, grid=1, rank=rank, include=build.HERE)
         self.ranks[rank].launches.append(launch)
 
     def expect(self, rank: int, what: str, got: Tensor, expected: Tensor) -> None:

@@ -95,6 +95,17 @@ def test_more_rows_than_there_is_room_for(captured: bool) -> None:
     run_domains(2, 2, body)
 
 
+def test_wrong_guesses() -> None:
+    """Dispatches whose first launch leaves at once, on some ranks or on all."""
+
+    def body(buffer: Buffer) -> None:
+        for seed, wrong in enumerate(((0,), (1, 2), (0, 1, 2, 3)) * 2):
+            case = Round((TOKENS, TOKENS // 2, 0, TOKENS), num_experts=8, seed=seed, num_sms=SMS[4])
+            check_round(buffer, dataclasses.replace(case, guess_wrong=wrong))
+
+    run_domains(2, 2, body)
+
+
 @pytest.mark.parametrize(("epoch", "stale"), LONG_RUNS)
 def test_signals_of_long_ago(epoch: int, stale: int) -> None:
     """After billions of operations that tell little, one that needs what they did not tell."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 
 import pytest
 import torch
 
 from epjit import Buffer, Config
+from epjit.modes import normal as normal_mode
 from tests.emulation.world import LONG_RUNS
 from tests.harness.data import ROUTING_KINDS, payload, routing, topk_weights
 from tests.harness.ranks import (
@@ -135,6 +137,54 @@ def test_signals_of_long_ago(epoch: int, stale: int, variant: str) -> None:
             check_round(buffer, dataclasses.replace(case, seed=seed))
 
     run_ranks(num_ranks, body, num_nvl_bytes=8 * num_ranks * row_bytes, timeout_seconds=5)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+def test_wrong_guesses(num_ranks: int, variant: str) -> None:
+    """Dispatches whose first launch leaves at once, on some ranks or on all."""
+    tokens = (TOKENS, TOKENS // 8, TOKENS // 2, 0)[:num_ranks]
+
+    def body(buffer: Buffer) -> None:
+        for seed, wrong in enumerate(((0,), (0, num_ranks - 1), tuple(range(num_ranks))) * 2):
+            case = Round(tokens, hidden=1024, num_experts=4 * num_ranks, seed=seed, num_sms=SMS)
+            check_round(buffer, dataclasses.replace(case, guess_wrong=wrong))
+
+    # A few rows, so that nobody's window is free before all ranks have come.
+    run_ranks(num_ranks, body, num_nvl_bytes=16 * num_ranks * 2304)
+
+
+def test_memory_after_calls_of_changing_sizes(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Outputs are a quarter larger than what they hold at most, or small; none is left over."""
+    num_calls, small, row_bytes = 20 if SMALL else 1000, 32 << 10, 1024
+    monkeypatch.setattr(normal_mode, "_SMALL_BYTES", small)
+
+    def body(buffer: Buffer) -> None:
+        num_experts = 2 * buffer.group_size
+        x = torch.ones((TOKENS, row_bytes // 2), dtype=torch.bfloat16).cuda()
+        idx = torch.arange(num_experts).repeat(TOKENS, 1)[:, ::2].contiguous().cuda()
+
+        def calls(numbers: range) -> None:
+            for number in numbers:
+                tokens = random.Random(number).choice((0, 1, TOKENS // 4, number % TOKENS, TOKENS))
+                line_up(buffer)
+                layout = layout_of(buffer, idx[:tokens], num_experts)
+                rows, _, _, _, handle, _ = buffer.dispatch(x[:tokens], **layout, config=Config(4))
+                assert rows.shape[0] == handle.num_rows == buffer.group_size * tokens
+                assert rows.untyped_storage().nbytes() <= max(rows.nbytes * 5 // 4, small)
+
+        line_up(buffer)
+        calls(range(5))
+        meet(buffer)
+        before = torch.cuda.memory_allocated()
+        meet(buffer)
+        calls(range(num_calls))
+        meet(buffer)
+        assert torch.cuda.memory_allocated() == before
+        meet(buffer)
+
+    run_ranks(2, body)
 
 
 @pytest.mark.timeout(600)

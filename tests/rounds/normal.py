@@ -13,15 +13,17 @@ import functools
 import random
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
+from unittest import mock
 
 import pytest
 import torch
 
 from epjit import Buffer, CommunicationError, Config
 from epjit.handles import Dispatched, Handle, InternodeHandle
+from epjit.modes.normal import Room
 from epjit.reference import Normal
 from epjit.reference import intranode as reference
 from tests.harness.data import (
@@ -61,6 +63,7 @@ class Round:
         num_biases: 0, 1 or 2.
         num_sms: Of dispatch and combine.
         how: sync, async (events), or comm (events, outputs on the communication stream).
+        guess_wrong: Ranks that first launch dispatch with room for another number of rows.
     """
 
     num_tokens: tuple[int, ...]
@@ -79,6 +82,7 @@ class Round:
     num_biases: int = 0
     num_sms: int = 4
     how: str = "sync"
+    guess_wrong: tuple[int, ...] = ()
 
 
 def _defined(
@@ -153,6 +157,7 @@ def random_round(num_ranks: int, seed: int, *, num_sms: int, max_tokens: int) ->
         num_biases=rng.randrange(3),
         num_sms=num_sms,
         how=rng.choice(("sync", "async", "comm")),
+        guess_wrong=tuple(rank for rank in range(num_ranks) if rng.random() < 0.4),
     )
 
 
@@ -313,19 +318,20 @@ def check_round(buffer: Buffer, case: Round) -> None:
     line_up(buffer)
     layout = call(buffer.get_dispatch_layout, idx, case.num_experts)
     per_rank, per_rdma_rank, per_expert, in_rank = layout
-    dispatched = call(
-        buffer.dispatch,
-        x if scales is None else (x, scales),
-        num_tokens_per_rank=per_rank,
-        num_tokens_per_rdma_rank=per_rdma_rank,
-        is_token_in_rank=in_rank,
-        num_tokens_per_expert=per_expert,
-        topk_idx=idx if case.with_topk else None,
-        topk_weights=weights,
-        expert_alignment=case.alignment,
-        num_worst_tokens=made.num_worst,
-        config=config,
-    )
+    with _guessing_wrong(buffer, case, made) if rank in case.guess_wrong else nullcontext():
+        dispatched = call(
+            buffer.dispatch,
+            x if scales is None else (x, scales),
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_rdma_rank,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+            topk_idx=idx if case.with_topk else None,
+            topk_weights=weights,
+            expert_alignment=case.alignment,
+            num_worst_tokens=made.num_worst,
+            config=config,
+        )
     handle = dispatched[4]
     cached = call(buffer.dispatch, other, handle=handle, config=config)
     combined = call(
@@ -356,6 +362,35 @@ def check_round(buffer: Buffer, case: Round) -> None:
     assert (combined[1] is None) == (want_weights is None)
     if want_weights is not None:
         assert_rows_equal(combined[1], want_weights, f"{prefix}: combined_topk_weights")
+
+
+@contextmanager
+def _guessing_wrong(buffer: Buffer, case: Round, made: Made) -> Iterator[None]:
+    """On a GPU: the first launch of a dispatch with new counts leaves at once, as one that follows.
+
+    It has room for a row less than comes, or a token less that passes through, or for many more.
+    """
+    mode: Any = buffer._mode
+    if buffer.device.type == "cpu" or case.worst:
+        yield
+        return
+    handle = made.handles[buffer.rank]
+    came = [int(handle.num_received(buffer.rank))]
+    if isinstance(handle, InternodeHandle):
+        came.append(handle.num_passing)
+    sizes, least = list(came), 0
+    short = case.seed % (1 + len(came))
+    if short < len(came) and came[short]:
+        sizes[short] -= 1
+    else:
+        sizes[0], least = came[0] + 100, came[0] + 1
+    room = Room(tuple(sizes), least)
+    with (
+        mock.patch.object(mode, "_guess", return_value=room),
+        mock.patch.object(mode, "_dispatch_rows", wraps=mode._dispatch_rows) as launches,
+    ):
+        yield
+    assert [each.kwargs["least_rows"] for each in launches.call_args_list] == [least, -1]
 
 
 def check_no_room(

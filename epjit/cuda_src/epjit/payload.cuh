@@ -64,6 +64,13 @@ class Payload {
   const Params& p;
 };
 
+// Whether a dispatch that was launched with guessed room for its rows has to leave at once, as
+// another number of rows comes (intranode/dispatch.cu, "guessed room").
+template <typename Params>
+__device__ __forceinline__ bool is_wrong_guess(const Params& p, int num_rows) {
+  return p.least_rows >= 0 && (num_rows < p.least_rows || num_rows > p.num_recv_rows);
+}
+
 // Calls visit(row, item, whether there is one) for each of kItems items of `num_rows` rows, all
 // lanes in step.
 template <int kItems, typename Visit>

@@ -36,6 +36,10 @@
 // at most, at every rank. By induction over the index everything moves, whatever the size of the
 // rings.
 //
+// Guessed room: as in intranode/dispatch.cu, for the rows and for the tokens that pass through. Rail
+// peers have heard nothing of a launch that has left, neither `entered` nor `ready`, so what they wait
+// for is what they wait for of any late rank, and what notify has left in `fits` stays.
+//
 // Launch: any grid of two blocks or more that is resident as a whole and has a putting warp for each
 // other domain; dispatch_threads() threads. Graph-safe.
 #include "epjit/payload.cuh"
@@ -90,6 +94,7 @@ struct InternodeDispatchParams : Operation, RailParams, RingParams {
   int32_t num_send_warps;  // of num_copy_warps, at least 1, fewer than all
   int32_t num_tokens;
   int32_t num_recv_rows;  // rows of the outputs; those beyond what arrives get topk_idx -1
+  int32_t least_rows;     // of a guess: fewer do not fit either; -1 = the rows are known or bounded
   int32_t num_passing;    // of passing; tokens beyond are not combined
   int32_t experts_per_rank;
   int32_t rank;
@@ -499,6 +504,10 @@ class InternodeDispatch {
 
 template <InternodeDispatchConfig kCfg>
 __device__ void dispatch(const InternodeDispatchParams& p) {
+  constexpr int kDomains = kCfg.num_domains, kRanks = kDomains * kCfg.num_local;
+  if (is_wrong_guess(p, p.rank_prefix[kRanks - 1]) ||
+      (p.least_rows >= 0 && p.passing_prefix[kDomains - 1] > p.num_passing))
+    return;
   InternodeDispatch<kCfg>(p).run();
 }
 

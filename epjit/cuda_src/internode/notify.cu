@@ -181,6 +181,7 @@ class InternodeNotify {
                        notify_signal(rail.waiter.signals, thread), stamp(rail.waiter.epoch, 0));
     }
     if (!__syncthreads_and(ok)) return;
+    ptx::griddepcontrol_launch_dependents();  // all peers are here: dispatch takes its places
     add_up();
   }
 

@@ -49,6 +49,19 @@
 // A place may be written to until its owner's kernel ends: the owner's stream has come past all that
 // read the memory before (BlockPool in runtime/pool.py), so the word itself is the permission.
 //
+// Guessed room: the host may launch this kernel behind notify, before it knows how many rows come,
+// with outputs of a guessed size and least_rows >= 0. A launch compares rank_prefix with these before
+// all else, and when the rows do not fit, or leave too much of the outputs unused, it leaves at once:
+// it reads no epoch, draws no ticket, tells nobody, and touches no output, so it is as if it had never
+// been. The host sees the same counts, makes other outputs, and launches again; that launch does all.
+// Each rank decides for itself. To its peers a rank between the two launches is a late one: they may
+// push into its slots, which are free since it has finished notify, and wait for its words, windows
+// and place as ever. Nothing of it waits for them: what its host does in between, such as a cudaFree
+// that waits for all kernels of its GPU, waits for notify at most, which waits for the peers' notify,
+// and no host holds that back for a dispatch. So every rank comes. (Had the first launch staged its
+// tokens, it would wait for windows that peers pull, whose hosts may sit in such a cudaFree, which
+// waits for their own first launches: a circle.)
+//
 // Launch: any grid that is resident as a whole, dispatch_threads() threads. Graph-safe.
 #include "epjit/payload.cuh"
 #include "epjit/windows.cuh"
@@ -95,6 +108,7 @@ struct DispatchParams : Operation {
   int32_t num_stage_warps;  // of a block, at least 1; fewer than all unless nothing is to be pulled
   int32_t num_tokens;
   int32_t num_recv_rows;  // rows of the outputs; those beyond what arrives get topk_idx -1
+  int32_t least_rows;     // of a guess: fewer do not fit either; -1 = the rows are known or bounded
   int32_t experts_per_rank;
   int32_t rank;
 };
@@ -503,6 +517,8 @@ class Dispatch {
 
 template <DispatchConfig kCfg>
 __device__ void dispatch(const DispatchParams& p) {
+  constexpr int kRanks = kCfg.num_ranks;
+  if (is_wrong_guess(p, p.rank_prefix[(kRanks - 1) * kRanks + p.rank])) return;
   Dispatch<kCfg>(p).run();
 }
 

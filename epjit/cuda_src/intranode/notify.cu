@@ -108,6 +108,7 @@ __device__ void exchange_counts(const NotifyParams& p, const Waiter& waiter) {
   }
   __syncthreads();
   if (!*all_ok) return;
+  ptx::griddepcontrol_launch_dependents();  // all peers are here: dispatch takes its places
   const int32_t* const messages = reinterpret_cast<const int32_t*>(p.notify[p.rank]);
 
   // Step 3: sums

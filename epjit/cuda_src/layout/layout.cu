@@ -102,6 +102,7 @@ template <LayoutConfig kCfg>
 __device__ void layout(const LayoutParams& p) {
   static_assert(kCfg.num_ranks >= 1 && kCfg.num_ranks <= kMaxGroup);
   static_assert(kCfg.num_domains >= 1 && kCfg.num_domains <= 32, "a bit a domain");
+  ptx::griddepcontrol_launch_dependents();  // waits for no peer, so it holds no place for long
   constexpr int kBatch = 8;  // selections in flight a thread
   constexpr int kDomains = kCfg.num_domains > 1 ? kCfg.num_domains : 0;
   constexpr int kFirstExpert = kCfg.num_ranks + kDomains;
