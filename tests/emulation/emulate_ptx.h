@@ -37,6 +37,14 @@ EMULATE_INLINE void st_relaxed_sys(uint64_t* ptr, uint64_t value) { emulated_sto
 EMULATE_INLINE uint32_t atom_add_acq_rel_gpu(uint32_t* ptr, uint32_t value) {
   return atomicAdd(ptr, value);
 }
+// Any lane may be elected: here the last one, on which nobody relies.
+EMULATE_INLINE OfLane elect_atom_add_gpu(uint32_t* ptr, uint32_t value) {
+  constexpr uint32_t kElected = 31;
+  __syncwarp();
+  OfLane old{0xdead, kElected};
+  if (emulate::lane() == kElected) old.value = atomicAdd(ptr, value);
+  return old;
+}
 EMULATE_INLINE uint32_t atom_cas_sys(uint32_t* ptr, uint32_t expected, uint32_t desired) {
   return atomicCAS(ptr, expected, desired);
 }

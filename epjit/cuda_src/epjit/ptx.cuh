@@ -58,6 +58,29 @@ __device__ __forceinline__ uint32_t atom_add_acq_rel_gpu(uint32_t* ptr, uint32_t
   return old;
 }
 
+// elect.sync, and in the lane that it elects atom.add.relaxed.gpu.global.u32; before sm_90 in lane 0.
+// In `if (lane == 0)` ptxas adds up what a warp's lanes want and hands out the sums: a shuffle directly
+// behind the atomic, which waits for it. Of one elected lane it knows that there is nothing to add up.
+__device__ __forceinline__ OfLane elect_atom_add_gpu(uint32_t* ptr, uint32_t value) {
+  OfLane old;
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .pred p; elect.sync %1|p, 0xffffffff; @p atom.add.relaxed.gpu.global.u32 %0, [%2], "
+      "%3;}"
+      : "=r"(old.value), "=r"(old.lane)
+      : "l"(ptr), "r"(value)
+      : "memory");
+#else
+  asm volatile(
+      "{.reg .pred p; mov.u32 %1, %%laneid; setp.eq.u32 p, %1, 0; "
+      "@p atom.add.relaxed.gpu.global.u32 %0, [%2], %3; mov.u32 %1, 0;}"
+      : "=r"(old.value), "=&r"(old.lane)
+      : "l"(ptr), "r"(value)
+      : "memory");
+#endif
+  return old;
+}
+
 // atom.cas.acq_rel.sys.global.b32
 __device__ __forceinline__ uint32_t atom_cas_sys(uint32_t* ptr, uint32_t expected,
                                                  uint32_t desired) {

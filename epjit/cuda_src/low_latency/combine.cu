@@ -126,15 +126,16 @@ class LowLatencyCombine {
     const bool pushes = p.sends && num_owners() > 0 && warp < kCfg.num_push_warps;
     // Loaded and drawn early: all of it is on its way at once.
     int tokens = pushes && lane < kRanks && is_pushed_to(lane) ? p.source_tokens[lane] : 0;
-    const uint32_t unit = pushes ? next_unit(p.counters + 1, lane) : 0;
+    Draw first;
+    if (pushes) first = Draw(p.counters + 1);
     if (!p.receives || blockIdx.x != 0) ptx::griddepcontrol_launch_dependents();
     if (__all_sync(kFullMask, aborted == 0)) {
       if constexpr (kRemote) {
         for (int owner = lane + kWarpSize; pushes && owner < kRanks; owner += kWarpSize)
           if (is_pushed_to(owner)) tokens = max(tokens, p.source_tokens[owner]);
-        if (pushes) push_between(unit, __reduce_max_sync(kFullMask, tokens));
+        if (pushes) push_between(first.unit(), __reduce_max_sync(kFullMask, tokens));
       } else {
-        if (pushes) push(unit, tokens);
+        if (pushes) push(first.unit(), tokens);
       }
       if (p.receives && goes_on()) reduce();
     }
@@ -173,12 +174,12 @@ class LowLatencyCombine {
     const uint32_t num_units = __reduce_max_sync(kFullMask, tokens) * owners * kGroups;
     while (unit < num_units) {
       // Drawn early: its latency hides behind the copy.
-      const uint32_t next = next_unit(p.counters + 1, lane);
+      const Draw next(p.counters + 1);
       const int owner = (p.rank + 1 + unit % owners) % kRanks;
       const int token = unit / owners / kGroups, group = unit / owners % kGroups;
       if (token < __shfl_sync(kFullMask, tokens, owner) && warp_may_send(waiter, owner))
         push_rows(copier, owner, token, group * kRows);
-      unit = next;
+      unit = next.unit();
     }
   }
 
@@ -223,7 +224,7 @@ class LowLatencyCombine {
     const uint32_t owners = num_owners();
     const uint32_t num_units = ceil_div(tokens * kTopk, kChunk) * owners;
     while (unit < num_units) {
-      const uint32_t next = next_unit(p.counters + 1, lane);
+      const Draw next(p.counters + 1);
       const int owner = (p.rank + 1 + unit % owners) % kRanks;
       const int first = unit / owners * kChunk;
       // Lane i has the row of selection first + i.
@@ -241,7 +242,7 @@ class LowLatencyCombine {
         const int i = max(__ffs(mine) - 1, 0);
         push_rows_between(copier, index, first + i, __shfl_sync(kFullMask, row, i), num_rows);
       }
-      unit = next;
+      unit = next.unit();
     }
   }
 
@@ -304,11 +305,11 @@ class LowLatencyCombine {
 
   __device__ void reduce() {
     const uint32_t num_units = static_cast<uint32_t>(p.num_tokens) * p.num_parts;
-    uint32_t unit = next_unit(p.counters + 2, lane);
+    uint32_t unit = Draw(p.counters + 2).unit();
     while (unit < num_units) {
-      const uint32_t next = next_unit(p.counters + 2, lane);
+      const Draw next(p.counters + 2);
       if (!reduce_token(unit / p.num_parts, unit % p.num_parts)) return;
-      unit = next;
+      unit = next.unit();
     }
   }
 

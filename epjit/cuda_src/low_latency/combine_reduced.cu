@@ -96,12 +96,13 @@ class LowLatencyReducedCombine {
     const bool has_part = lane < kRanks && (lane != p.rank || !is_whole());
     const int tokens = sends && has_part ? p.source_tokens[lane] : 0;
     const bool stays = is_staying(p);
-    uint32_t unit = sends && stays ? next_unit(p.counters + 1, lane) : 0;
+    Draw first;
+    if (sends && stays) first = Draw(p.counters + 1);
     if (p.receives && blockIdx.x != 0) ptx::griddepcontrol_launch_dependents();
     if (__all_sync(kFullMask, aborted == 0) &&
         (stays || meet_peers<kRanks>(leaving(waiter), nullptr, lane))) {
-      if (sends && !stays) unit = next_unit(p.counters + 1, lane);
-      const bool ok = !sends || send(unit, tokens);
+      if (sends && !stays) first = Draw(p.counters + 1);
+      const bool ok = !sends || send(first.unit(), tokens);
       if (ok && p.receives && (!is_herald() || meet_peers<kRanks>(waiter, p.wait_cost, lane)))
         receive();
     }
@@ -151,7 +152,7 @@ class LowLatencyReducedCombine {
     const uint32_t num_units =
         weight_units + __reduce_max_sync(kFullMask, tokens) * owners * p.num_parts;
     while (unit < num_units) {
-      const uint32_t next = next_unit(p.counters + 1, lane);
+      const Draw next(p.counters + 1);
       if (unit < weight_units) {
         send_weight(unit * kWarpSize + lane);
       } else {
@@ -161,7 +162,7 @@ class LowLatencyReducedCombine {
         if (token < __shfl_sync(kFullMask, tokens, owner) && !send_part(owner, token, part))
           return false;
       }
-      unit = next;
+      unit = next.unit();
     }
     return true;
   }
@@ -211,11 +212,11 @@ class LowLatencyReducedCombine {
 
   __device__ void receive() const {
     const uint32_t num_units = static_cast<uint32_t>(p.num_tokens) * p.num_parts;
-    uint32_t unit = next_unit(p.counters + 2, lane);
+    uint32_t unit = Draw(p.counters + 2).unit();
     while (unit < num_units) {
-      const uint32_t next = next_unit(p.counters + 2, lane);
+      const Draw next(p.counters + 2);
       if (!receive_part(unit / p.num_parts, unit % p.num_parts)) return;
-      unit = next;
+      unit = next.unit();
     }
   }
 

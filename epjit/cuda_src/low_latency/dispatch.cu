@@ -164,10 +164,9 @@ class LowLatencyDispatch {
       const bool tells = send();
       if (p.receives && plan.wait_for_counts(tells)) {
         ptx::griddepcontrol_launch_dependents();
-        uint32_t unit = 0;  // drawn early: its latency hides behind the plan
-        if (lane == 0) unit = atomicAdd(p.counters + 2, 1u);
+        const Draw first(p.counters + 2);  // its latency hides behind the plan
         plan.make(tells);
-        receive(__shfl_sync(kFullMask, unit, 0));
+        receive(first.unit());
       }
     }
     if (!is_last_block(p.counters, 3) || !p.receives) return;
@@ -374,7 +373,7 @@ class LowLatencyDispatch {
       tokens = max(tokens, plan.at(source, kExpertsARank));
     const uint32_t num_units = __reduce_max_sync(kFullMask, tokens) * kRanks * p.num_parts;
     while (unit < num_units) {
-      const uint32_t next = next_unit(p.counters + 2, lane);
+      const Draw next(p.counters + 2);
       const uint32_t row = unit / p.num_parts;
       // Each rank starts with itself, so that no source is looked at by all at once.
       const int source = (p.rank + row % kRanks) % kRanks;
@@ -383,7 +382,7 @@ class LowLatencyDispatch {
                                                       : plan.at(source, kExpertsARank);
       if (token < num_tokens && !receive_token(source, static_cast<int>(token), unit % p.num_parts))
         return;
-      unit = next;
+      unit = next.unit();
     }
   }
 
