@@ -88,13 +88,19 @@ class LowLatencyDispatchConfig(
     topk_is_int64: bool
     num_warps: int
     remote: bool = False
+    shrink: bool = False
 
     @classmethod
     def choose(
-        cls, shape: LowLatencyDispatchShape, *, num_ranks: int, remote: bool = False
+        cls,
+        shape: LowLatencyDispatchShape,
+        *,
+        num_ranks: int,
+        remote: bool = False,
+        shrink: bool = False,
     ) -> LowLatencyDispatchConfig:
         """Shape of the block: a thread for each 16 channels of a usual row."""
-        return cls(num_ranks, *shape, 16, remote)
+        return cls(num_ranks, *shape, 16, remote, shrink)
 
     @property
     def row_format(self) -> RowFormat:
@@ -136,6 +142,7 @@ class LowLatencyCombineConfig(
     num_push_warps: int
     rows_per_warp: int
     remote: bool = False
+    shrink: bool = False
 
     @classmethod
     def choose(
@@ -146,11 +153,12 @@ class LowLatencyCombineConfig(
         variant: str,
         limit: int,
         remote: bool = False,
+        shrink: bool = False,
     ) -> LowLatencyCombineConfig:
         """Shape of the block for `limit` bytes of shared memory."""
         warps = 20 if shape.num_topk <= 8 else 16  # more rows in hand need more registers
-        # Two H200s, a pair in a graph (FP8), 128 and 8 tokens: with 8 pushing warps 49.9 and 22.3 us,
-        # with 4 48.6 and 20.1, with 2 50.2 and 24.3.
+        # Two H200s, a pair in a graph (FP8) of 128 and 8 tokens: with 8 pushing warps 49.9 and
+        # 22.3 us, with 4 48.6 and 20.1, with 2 50.2 and 24.3.
         push, rows = 4, 1
         tma = variant == "tma" and not shape.logfmt
         if tma:
@@ -158,7 +166,7 @@ class LowLatencyCombineConfig(
             held = (limit - 8 * push) // (2 * shape.hidden)
             push = min(push, held)
             rows = min(max(held // push, 1), 2)
-        return cls(num_ranks, *shape, tma, warps, push, rows, remote)
+        return cls(num_ranks, *shape, tma, warps, push, rows, remote, shrink)
 
     @property
     def shared_bytes(self) -> int:
@@ -190,13 +198,14 @@ class LowLatencyReducedCombineConfig(
     num_topk: int
     topk_is_int64: bool
     num_warps: int
+    shrink: bool = False
 
     @classmethod
     def choose(
-        cls, shape: LowLatencyCombineShape, *, num_ranks: int
+        cls, shape: LowLatencyCombineShape, *, num_ranks: int, shrink: bool = False
     ) -> LowLatencyReducedCombineConfig:
         """Shape of the block: as many warps as registers hold the rows of, one a rank."""
-        return cls(num_ranks, *shape[:4], 24 if num_ranks <= 4 else 16)
+        return cls(num_ranks, *shape[:4], 24 if num_ranks <= 4 else 16, shrink)
 
     def num_parts(self, max_tokens: int) -> int:
         """Pieces of a row, the same on all ranks; each is published by itself, which takes 2 us.
@@ -280,6 +289,13 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
             for logfmt in (False, True) if (variant, num_ranks) == ("ldst", 4) else (False,):
                 combine = LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt)
                 yield config_of(combine, num_ranks, arch, remote=True, variant=variant)
+    dispatch = LowLatencyDispatchShape(256, 7168, FP8.code, 8, True)
+    combine = LowLatencyCombineShape(256, 7168, 8, True, False)
+    for remote in (False, True):
+        yield config_of(dispatch, 4, arch, remote=remote, shrink=True)
+        for variant in names:
+            if not remote or variant != "reduced":
+                yield config_of(combine, 4, arch, remote=remote, shrink=True, variant=variant)
 
 
 def warmup_shapes(
@@ -304,6 +320,7 @@ def config_of(
     arch: str,
     *,
     remote: bool,
+    shrink: bool = False,
     variant: str | None = None,
 ) -> LowLatencyDispatchConfig | LowLatencyCombineConfig | LowLatencyReducedCombineConfig:
     """The kernel of a shape, of the variant that the environment asks for.
@@ -313,18 +330,21 @@ def config_of(
         num_ranks: Size of the group.
         arch: Such as ``"sm_90a"``.
         remote: Whether the group spans several NVLink domains.
+        shrink: Whether ranks may be masked.
         variant: Takes this one instead.
     """
     if isinstance(shape, LowLatencyDispatchShape):
-        return LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks, remote=remote)
+        return LowLatencyDispatchConfig.choose(
+            shape, num_ranks=num_ranks, remote=remote, shrink=shrink
+        )
     if variant is None:
         variant = variants.resolve("low_latency_combine", arch)
     # The log format is not added up before it travels: it would have to be encoded anew.
     if variant == "reduced" and not remote and not shape.logfmt:
-        return LowLatencyReducedCombineConfig.choose(shape, num_ranks=num_ranks)
+        return LowLatencyReducedCombineConfig.choose(shape, num_ranks=num_ranks, shrink=shrink)
     limit = shared_limit(arch)
     return LowLatencyCombineConfig.choose(
-        shape, num_ranks=num_ranks, variant=variant, limit=limit, remote=remote
+        shape, num_ranks=num_ranks, variant=variant, limit=limit, remote=remote, shrink=shrink
     )
 
 
@@ -334,6 +354,7 @@ def kernels_of(
     num_ranks: int,
     arch: str,
     remote: bool,
+    shrink: bool = False,
 ) -> list[KernelConfig]:
     """Every kernel of the mode that a Buffer compiles: when it is made, and for these shapes.
 
@@ -342,6 +363,8 @@ def kernels_of(
         num_ranks: Size of the group.
         arch: Such as ``"sm_90a"``.
         remote: Whether the group spans several NVLink domains.
+        shrink: Whether ranks may be masked.
     """
     clean = CleanConfig(num_ranks, remote)
-    return [clean, *(config_of(shape, num_ranks, arch, remote=remote) for shape in shapes)]
+    found = (config_of(each, num_ranks, arch, remote=remote, shrink=shrink) for each in shapes)
+    return [clean, *found]

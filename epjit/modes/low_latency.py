@@ -193,7 +193,9 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
     # ---- launches --------------------------------------------------------------------------------
 
     def _config(self, shape: LowLatencyDispatchShape | LowLatencyCombineShape) -> KernelConfig:
-        return config_of(shape, self._group.size, self._arch, remote=self._remote)
+        return config_of(
+            shape, self._group.size, self._arch, remote=self._remote, shrink=self._shrink
+        )
 
     def _bind(self, config: Any) -> Launch[Any]:
         arena = self._arena
@@ -238,7 +240,13 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
     def _configs_on(
         self, arch: str, shapes: Iterable[LowLatencyDispatchShape | LowLatencyCombineShape]
     ) -> Iterable[KernelConfig]:
-        return kernels_of(shapes, num_ranks=self._group.size, arch=arch, remote=self._remote)
+        return kernels_of(
+            shapes,
+            num_ranks=self._group.size,
+            arch=arch,
+            remote=self._remote,
+            shrink=self._shrink,
+        )
 
     # ---- operations ------------------------------------------------------------------------------
 

@@ -355,6 +355,7 @@ class Routing:
         `then_free` is written to at once when it has sent: it is the caller's again.
         """
         shape, own = self.shape, self.inputs[rank]
+        config = replace(config, shrink=self.world.shrink)
         for sends, receives in ((True, False), (False, True)) if split else ((True, True),):
             self.world.queue(
                 rank,

@@ -153,12 +153,10 @@ __device__ __forceinline__ void draw_along(const Waiter& waiter, int peer) {
 }
 
 // From the parameters of a kernel; tells the peers that this rank has started the operation. `rank`
-// and the peers are counted among those that share the signals.
+// and the peers are counted among those that share the signals. `mask` as in Waiter.
 template <int kNumRanks, typename Params>
 __device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start_tag, int rank,
-                                                  Domains domains) {
-  uint32_t* mask = nullptr;
-  if constexpr (requires { p.mask; }) mask = p.mask;
+                                                  Domains domains, uint32_t* mask = nullptr) {
   const Waiter waiter{p.fault,      p.abort,   p.timeout_ns, p.signals[rank], rank, kNumRanks,
                       *p.epoch + 1, start_tag, mask,         domains};
   if (blockIdx.x == 0 && threadIdx.x < kNumRanks && threadIdx.x != rank) {
@@ -169,8 +167,9 @@ __device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start
 }
 
 template <int kNumRanks, typename Params>
-__device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start_tag) {
-  return start_operation<kNumRanks>(p, start_tag, p.rank, Domains{nullptr, nullptr, 0, 1});
+__device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start_tag,
+                                                  uint32_t* mask = nullptr) {
+  return start_operation<kNumRanks>(p, start_tag, p.rank, Domains{nullptr, nullptr, 0, 1}, mask);
 }
 
 // Whether a signal of this operation has come, or already one of the next: no peer is further ahead,

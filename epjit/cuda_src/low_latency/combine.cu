@@ -53,6 +53,7 @@ struct LowLatencyCombineConfig {
   int32_t num_push_warps;  // of num_warps
   int32_t rows_per_warp;   // rows of a pushing warp in shared memory
   bool remote;             // the group spans several NVLink domains
+  bool shrink;             // ranks may be masked
 };
 
 struct LowLatencyCombineParams : Operation, PeerParams, LowLatencyParams {
@@ -119,7 +120,8 @@ class LowLatencyCombine {
       : p(params),
         warp(threadIdx.x / kWarpSize),
         lane(threadIdx.x % kWarpSize),
-        waiter(start_low_latency<kRanks, kRemote, true>(p, kWaitLowLatencyCombineStart)) {}
+        waiter(start_low_latency<kRanks, kRemote, true>(p, kWaitLowLatencyCombineStart,
+                                                        kCfg.shrink ? p.mask : nullptr)) {}
 
   __device__ void run() {
     const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);

@@ -40,6 +40,7 @@ struct LowLatencyReducedCombineConfig {
   int32_t num_topk;
   bool topk_is_int64;
   int32_t num_warps;
+  bool shrink;  // ranks may be masked
 };
 
 struct LowLatencyReducedCombineParams : Operation, LowLatencyParams {
@@ -87,7 +88,8 @@ class LowLatencyReducedCombine {
   __device__ explicit LowLatencyReducedCombine(const LowLatencyReducedCombineParams& params)
       : p(params),
         lane(threadIdx.x % kWarpSize),
-        waiter(start_operation<kRanks>(p, kWaitLowLatencyCombineStart)) {}
+        waiter(start_operation<kRanks>(p, kWaitLowLatencyCombineStart,
+                                       kCfg.shrink ? p.mask : nullptr)) {}
 
   __device__ void run() {
     const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);

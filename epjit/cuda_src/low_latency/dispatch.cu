@@ -70,6 +70,7 @@ struct LowLatencyDispatchConfig {
   bool topk_is_int64;
   int32_t num_warps;
   bool remote;  // the group spans several NVLink domains
+  bool shrink;  // ranks may be masked
 };
 
 struct LowLatencyDispatchParams : Operation, PeerParams, LowLatencyParams {
@@ -152,7 +153,8 @@ class LowLatencyDispatch {
       : p(params),
         warp(threadIdx.x / kWarpSize),
         lane(threadIdx.x % kWarpSize),
-        waiter(start_low_latency<kRanks, kRemote, false>(p, kWaitLowLatencyDispatchStart)),
+        waiter(start_low_latency<kRanks, kRemote, false>(p, kWaitLowLatencyDispatchStart,
+                                                         kCfg.shrink ? p.mask : nullptr)),
         shared(reinterpret_cast<uint32_t*>(ptx::dynamic_shared())),
         plan(p, waiter, shared, shared + kExperts + kRankWords + 2) {}
 
@@ -170,7 +172,7 @@ class LowLatencyDispatch {
       }
     }
     if (!is_last_block(p.counters, 3) || !p.receives) return;
-    if (p.mask != nullptr) plan.forget_dropped(lane);
+    if (waiter.mask != nullptr) plan.forget_dropped(lane);
     if (lane == 0) *p.epoch = waiter.epoch;
   }
 

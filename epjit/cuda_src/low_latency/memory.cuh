@@ -9,7 +9,7 @@ namespace epjit {
 struct LowLatencyParams {
   uint64_t slots[kMaxRanks];  // symmetric, of each rank of the domain
   uint64_t words[kMaxRanks];  // symmetric, of each rank of the domain
-  uint32_t* mask;             // own [num_ranks], or null
+  uint32_t* mask;             // own [num_ranks], or null; see shrink
   int64_t half_bytes;         // of the slots
 };
 
