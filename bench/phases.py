@@ -46,9 +46,9 @@ MARKS: dict[str, list[tuple[str, str]]] = {
         ("nothing left to send", "      if (p.receives && plan.wait_for_counts(tells)) {\n"),
         ("counts are here", "        plan.make(tells);\n"),
         ("planned", "        receive(first.unit());\n"),
-        ("word is here", "    if (static_cast<uint32_t>(seen) == 0) {\n"),
-        ("row stored", "      if (first >= last) return true;\n"),
-        ("nothing left", "    if (!is_last_block(p.counters, 3) || !p.receives) return;\n"),
+        ("word is here", "    if (static_cast<uint32_t>(word) == 0) {\n"),
+        ("row stored", "      if (first >= last) return;\n"),
+        ("nothing left", "    if constexpr (kCfg.shrink) {\n"),
     ],
     COMBINE: [
         ("begins", "const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);\n"),
@@ -62,7 +62,7 @@ MARKS: dict[str, list[tuple[str, str]]] = {
         ("nothing left to push", "      if (p.receives && goes_on()) reduce();\n"),
         ("words are here", "    if (!all_lanes(ok)) return false;\n    if constexpr (kRemote)\n"),
         ("sum stored", "    return true;\n  }\n\n  __device__ void sum_rows"),
-        ("nothing left", "    if (is_last_block(p.counters, 3) && lane == 0 && p.receives)"),
+        ("nothing left", "    ticket.take(waiter.epoch);\n    if (ticket.is_last())"),
     ],
 }
 

@@ -111,7 +111,7 @@ class LowLatencyDispatchConfig(
     def shared_bytes(self) -> int:
         """A counter for each expert, a few words of the block."""
         a_rank = self.num_ranks if self.remote else MAX_RANKS
-        return 4 * (self.num_experts + 2 + 2 * a_rank)
+        return 4 * (self.num_experts + 3 + 2 * a_rank)
 
     @property
     def slot_bytes(self) -> int:
@@ -163,15 +163,16 @@ class LowLatencyCombineConfig(
         tma = variant == "tma" and not shape.logfmt
         if tma:
             push = 8
-            held = (limit - 8 * push) // (2 * shape.hidden)
+            held = (limit - 8 * push - 4) // (2 * shape.hidden)
             push = min(push, held)
             rows = min(max(held // push, 1), 2)
         return cls(num_ranks, *shape, tma, warps, push, rows, remote, shrink)
 
     @property
     def shared_bytes(self) -> int:
-        """Rows on their way."""
-        return copier_bytes(self.tma, self.num_push_warps, self.rows_per_warp, 2 * self.hidden)
+        """Rows on their way, and a word of the block."""
+        rows = copier_bytes(self.tma, self.num_push_warps, self.rows_per_warp, 2 * self.hidden)
+        return rows + 4
 
     @property
     def slot_bytes(self) -> int:
@@ -205,7 +206,13 @@ class LowLatencyReducedCombineConfig(
         cls, shape: LowLatencyCombineShape, *, num_ranks: int, shrink: bool = False
     ) -> LowLatencyReducedCombineConfig:
         """Shape of the block: as many warps as registers hold the rows of, one a rank."""
-        return cls(num_ranks, *shape[:4], 24 if num_ranks <= 4 else 16, shrink)
+        warps = 16 if num_ranks > 4 else 20 if shrink else 24
+        return cls(num_ranks, *shape[:4], warps, shrink)
+
+    @property
+    def shared_bytes(self) -> int:
+        """A word of the block."""
+        return 4
 
     def num_parts(self, max_tokens: int) -> int:
         """Pieces of a row, the same on all ranks; each is published by itself, which takes 2 us.

@@ -33,6 +33,7 @@ EMULATE_INLINE void emulated_store(T* ptr, T value) {
 EMULATE_INLINE void st_release_sys(uint32_t* ptr, uint32_t value) { emulated_store(ptr, value); }
 EMULATE_INLINE void st_release_sys(uint64_t* ptr, uint64_t value) { emulated_store(ptr, value); }
 EMULATE_INLINE void st_relaxed_sys(uint64_t* ptr, uint64_t value) { emulated_store(ptr, value); }
+EMULATE_INLINE void st_relaxed_gpu(uint32_t* ptr, uint32_t value) { emulated_store(ptr, value); }
 
 EMULATE_INLINE uint32_t atom_add_acq_rel_gpu(uint32_t* ptr, uint32_t value) {
   return atomicAdd(ptr, value);
@@ -44,6 +45,9 @@ EMULATE_INLINE OfLane elect_atom_add_gpu(uint32_t* ptr, uint32_t value) {
   OfLane old{0xdead, kElected};
   if (emulate::lane() == kElected) old.value = atomicAdd(ptr, value);
   return old;
+}
+EMULATE_INLINE OfLane elect_atom_add_shared(uint32_t* ptr, uint32_t value) {
+  return elect_atom_add_gpu(ptr, value);
 }
 EMULATE_INLINE uint32_t atom_cas_sys(uint32_t* ptr, uint32_t expected, uint32_t desired) {
   return atomicCAS(ptr, expected, desired);

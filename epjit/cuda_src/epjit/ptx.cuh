@@ -48,6 +48,11 @@ __device__ __forceinline__ void st_relaxed_sys(uint64_t* ptr, uint64_t value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(ptr), "l"(value) : "memory");
 }
 
+// st.relaxed.gpu.global.u32
+__device__ __forceinline__ void st_relaxed_gpu(uint32_t* ptr, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(ptr), "r"(value) : "memory");
+}
+
 // atom.add.acq_rel.gpu.global.u32
 __device__ __forceinline__ uint32_t atom_add_acq_rel_gpu(uint32_t* ptr, uint32_t value) {
   uint32_t old;
@@ -202,6 +207,28 @@ __device__ __forceinline__ char* dynamic_shared() {
 
 __device__ __forceinline__ uint32_t shared_address(const void* ptr) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(ptr));
+}
+
+// elect.sync, and in the lane that it elects atom.add.relaxed.cta.shared::cta.u32; before sm_90 in
+// lane 0
+__device__ __forceinline__ OfLane elect_atom_add_shared(uint32_t* ptr, uint32_t value) {
+  OfLane old;
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .pred p; elect.sync %1|p, 0xffffffff; "
+      "@p atom.add.relaxed.cta.shared::cta.u32 %0, [%2], %3;}"
+      : "=r"(old.value), "=r"(old.lane)
+      : "r"(shared_address(ptr)), "r"(value)
+      : "memory");
+#else
+  asm volatile(
+      "{.reg .pred p; mov.u32 %1, %%laneid; setp.eq.u32 p, %1, 0; "
+      "@p atom.add.relaxed.cta.shared::cta.u32 %0, [%2], %3; mov.u32 %1, 0;}"
+      : "=r"(old.value), "=&r"(old.lane)
+      : "r"(shared_address(ptr)), "r"(value)
+      : "memory");
+#endif
+  return old;
 }
 
 // mbarrier.init.shared::cta.b64

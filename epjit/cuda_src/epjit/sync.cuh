@@ -157,8 +157,16 @@ __device__ __forceinline__ void draw_along(const Waiter& waiter, int peer) {
 template <int kNumRanks, typename Params>
 __device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start_tag, int rank,
                                                   Domains domains, uint32_t* mask = nullptr) {
-  const Waiter waiter{p.fault,      p.abort,   p.timeout_ns, p.signals[rank], rank, kNumRanks,
-                      *p.epoch + 1, start_tag, mask,         domains};
+  const Waiter waiter{p.fault,
+                      p.abort,
+                      p.timeout_ns,
+                      p.signals[rank],
+                      rank,
+                      kNumRanks,
+                      ptx::ld_relaxed_gpu(p.epoch) + 1,
+                      start_tag,
+                      mask,
+                      domains};
   if (blockIdx.x == 0 && threadIdx.x < kNumRanks && threadIdx.x != rank) {
     ptx::st_relaxed_sys(entered_signal(p.signals[threadIdx.x], rank), stamp(waiter.epoch, 0));
     draw_along(waiter, threadIdx.x);

@@ -84,9 +84,14 @@ constexpr int low_latency_combine_threads(LowLatencyCombineConfig cfg) {
   return cfg.num_warps * kWarpSize;
 }
 
-constexpr int low_latency_combine_shared_bytes(LowLatencyCombineConfig cfg) {
+constexpr int copiers_bytes(LowLatencyCombineConfig cfg) {
   return copier_shared_bytes(cfg.tma && !cfg.logfmt, cfg.num_push_warps, cfg.rows_per_warp,
                              2 * cfg.hidden);
+}
+
+// Those of the copiers, then the block's word of the ticket.
+constexpr int low_latency_combine_shared_bytes(LowLatencyCombineConfig cfg) {
+  return copiers_bytes(cfg) + 4;
 }
 
 constexpr int low_latency_combine_slot_bytes(LowLatencyCombineConfig cfg) {
@@ -121,7 +126,8 @@ class LowLatencyCombine {
         warp(threadIdx.x / kWarpSize),
         lane(threadIdx.x % kWarpSize),
         waiter(start_low_latency<kRanks, kRemote, true>(p, kWaitLowLatencyCombineStart,
-                                                        kCfg.shrink ? p.mask : nullptr)) {}
+                                                        kCfg.shrink ? p.mask : nullptr)),
+        ticket(ticket_word(), p.counters, kCfg.num_warps) {}
 
   __device__ void run() {
     const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);
@@ -131,7 +137,8 @@ class LowLatencyCombine {
     Draw first;
     if (pushes) first = Draw(p.counters + 1);
     if (!p.receives || blockIdx.x != 0) ptx::griddepcontrol_launch_dependents();
-    if (__all_sync(kFullMask, aborted == 0)) {
+    if (threadIdx.x == 0) *ticket_word() = 0;
+    if (__syncthreads_and(aborted == 0)) {
       if constexpr (kRemote) {
         for (int owner = lane + kWarpSize; pushes && owner < kRanks; owner += kWarpSize)
           if (is_pushed_to(owner)) tokens = max(tokens, p.source_tokens[owner]);
@@ -141,10 +148,15 @@ class LowLatencyCombine {
       }
       if (p.receives && goes_on()) reduce();
     }
-    if (is_last_block(p.counters, 3) && lane == 0 && p.receives) *p.epoch = waiter.epoch;
+    ticket.take(waiter.epoch);
+    if (ticket.is_last()) end_operation(p, waiter.epoch, lane);
   }
 
  private:
+  static __device__ uint32_t* ticket_word() {
+    return reinterpret_cast<uint32_t*>(ptx::dynamic_shared() + copiers_bytes(kCfg));
+  }
+
   __device__ int own() const { return own_index<kRemote>(p); }
 
   // Rows that stay are read where they lie, and not from slots.
@@ -310,24 +322,34 @@ class LowLatencyCombine {
     uint32_t unit = Draw(p.counters + 2).unit();
     while (unit < num_units) {
       const Draw next(p.counters + 2);
-      if (!reduce_token(unit / p.num_parts, unit % p.num_parts)) return;
-      unit = next.unit();
+      const int token = unit / p.num_parts, part = unit % p.num_parts;
+      const auto draw_on = [&] {
+        unit = next.unit();
+        if (unit >= num_units) ticket.take(waiter.epoch);
+      };
+      if (!reduce_token(token, part, draw_on)) return;
     }
   }
 
-  __device__ bool reduce_token(int token, int part) const {
+  // draw_on() is called when the warp has nothing to do but to wait.
+  template <typename DrawOn>
+  __device__ bool reduce_token(int token, int part, DrawOn draw_on) const {
     // Lane k has selection k.
     bool ok = true, is_own = false, is_remote = false;
     const char* row = nullptr;
     float weight = 0.0f;
+    int e = -1;
+    int64_t stays = -1;
+    const int selection = token * kTopk + lane;
     if (lane < kTopk) {
-      const int selection = token * kTopk + lane;
-      const int e = load_choice<kCfg.topk_is_int64>(p.topk_idx, selection, kExperts);
-      const int peer = e / kExpertsARank;
+      e = load_choice<kCfg.topk_is_int64>(p.topk_idx, selection, kExperts);
       weight = p.topk_weights[selection];
-      int64_t stays = -1;
-      if (e >= 0 && peer == p.rank)
+      if (e >= 0 && e / kExpertsARank == p.rank)
         stays = p.source_rows[static_cast<int64_t>(p.rank) * p.max_tokens * kTopk + selection];
+    }
+    draw_on();
+    if (lane < kTopk) {
+      const int peer = e / kExpertsARank;
       is_own = is_whole() && stays >= 0;
       if (stays == -2) {  // of other ranks such a row does not come
         report_at_once(waiter, kWaitLowLatencyCombineSlab, selection);
@@ -397,6 +419,7 @@ class LowLatencyCombine {
   const LowLatencyCombineParams& p;
   const int warp, lane;
   const Waiter waiter;
+  Ticket ticket;
 };
 
 template <LowLatencyCombineConfig kCfg>

@@ -68,7 +68,8 @@ constexpr int low_latency_combine_threads(LowLatencyReducedCombineConfig cfg) {
   return cfg.num_warps * kWarpSize;
 }
 
-constexpr int low_latency_combine_shared_bytes(LowLatencyReducedCombineConfig) { return 0; }
+// The block's word of the ticket.
+constexpr int low_latency_combine_shared_bytes(LowLatencyReducedCombineConfig) { return 4; }
 
 template <LowLatencyReducedCombineConfig kCfg>
 class LowLatencyReducedCombine {
@@ -89,7 +90,8 @@ class LowLatencyReducedCombine {
       : p(params),
         lane(threadIdx.x % kWarpSize),
         waiter(start_operation<kRanks>(p, kWaitLowLatencyCombineStart,
-                                       kCfg.shrink ? p.mask : nullptr)) {}
+                                       kCfg.shrink ? p.mask : nullptr)),
+        ticket(ticket_word(), p.counters, kCfg.num_warps) {}
 
   __device__ void run() {
     const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);
@@ -101,17 +103,23 @@ class LowLatencyReducedCombine {
     Draw first;
     if (sends && stays) first = Draw(p.counters + 1);
     if (p.receives && blockIdx.x != 0) ptx::griddepcontrol_launch_dependents();
-    if (__all_sync(kFullMask, aborted == 0) &&
+    if (threadIdx.x == 0) *ticket_word() = 0;
+    if (__syncthreads_and(aborted == 0) &&
         (stays || meet_peers<kRanks>(leaving(waiter), nullptr, lane))) {
       if (sends && !stays) first = Draw(p.counters + 1);
       const bool ok = !sends || send(first.unit(), tokens);
       if (ok && p.receives && (!is_herald() || meet_peers<kRanks>(waiter, p.wait_cost, lane)))
         receive();
     }
-    if (is_last_block(p.counters, 3) && lane == 0 && p.receives) *p.epoch = waiter.epoch;
+    ticket.take(waiter.epoch);
+    if (ticket.is_last()) end_operation(p, waiter.epoch, lane);
   }
 
  private:
+  static __device__ uint32_t* ticket_word() {
+    return reinterpret_cast<uint32_t*>(ptx::dynamic_shared());
+  }
+
   __device__ bool is_whole() const { return p.sends && p.receives; }
   __device__ int num_owners() const { return kRanks - is_whole(); }
 
@@ -212,17 +220,23 @@ class LowLatencyReducedCombine {
     return blockIdx.x == 0 && threadIdx.x / kWarpSize == kCfg.num_warps - 1;
   }
 
-  __device__ void receive() const {
+  __device__ void receive() {
     const uint32_t num_units = static_cast<uint32_t>(p.num_tokens) * p.num_parts;
     uint32_t unit = Draw(p.counters + 2).unit();
     while (unit < num_units) {
       const Draw next(p.counters + 2);
-      if (!receive_part(unit / p.num_parts, unit % p.num_parts)) return;
-      unit = next.unit();
+      const int token = unit / p.num_parts, part = unit % p.num_parts;
+      const auto draw_on = [&] {
+        unit = next.unit();
+        if (unit >= num_units) ticket.take(waiter.epoch);
+      };
+      if (!receive_part(token, part, draw_on)) return;
     }
   }
 
-  __device__ bool receive_part(int token, int part) const {
+  // draw_on() is called when the warp has nothing to do but to wait.
+  template <typename DrawOn>
+  __device__ bool receive_part(int token, int part, DrawOn draw_on) const {
     // Lane k has selection k: of this rank its row, of others the rank.
     const int64_t selection = static_cast<int64_t>(token) * kTopk + lane;
     const int e =
@@ -236,6 +250,7 @@ class LowLatencyReducedCombine {
       stays = source_row(p.rank, token, lane);
       weight = p.topk_weights[selection];
     }
+    draw_on();
     const bool own_comes =
         !is_whole() && __any_sync(kFullMask, stays >= 0) && !__any_sync(kFullMask, stays == -2);
     // Lane r has what rank r has made of it. A peer that waits for the weights of a lost rank before
@@ -285,6 +300,7 @@ class LowLatencyReducedCombine {
   const LowLatencyReducedCombineParams& p;
   const int lane;
   const Waiter waiter;
+  Ticket ticket;
 };
 
 template <LowLatencyReducedCombineConfig kCfg>

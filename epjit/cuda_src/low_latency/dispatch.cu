@@ -116,7 +116,7 @@ constexpr int dispatch_rank_words(LowLatencyDispatchConfig cfg) {
 // Selections of each expert before a chunk, or the table of the plan; what threads tell each
 // other.
 constexpr int low_latency_dispatch_shared_bytes(LowLatencyDispatchConfig cfg) {
-  return 4 * (cfg.num_experts + 2 + 2 * dispatch_rank_words(cfg));
+  return 4 * (cfg.num_experts + 3 + 2 * dispatch_rank_words(cfg));
 }
 
 constexpr int low_latency_dispatch_slot_bytes(LowLatencyDispatchConfig cfg) {
@@ -156,11 +156,15 @@ class LowLatencyDispatch {
         waiter(start_low_latency<kRanks, kRemote, false>(p, kWaitLowLatencyDispatchStart,
                                                          kCfg.shrink ? p.mask : nullptr)),
         shared(reinterpret_cast<uint32_t*>(ptx::dynamic_shared())),
-        plan(p, waiter, shared, shared + kExperts + kRankWords + 2) {}
+        plan(p, waiter, shared, shared + kExperts + kRankWords + 3),
+        ticket(ticket_word(), p.counters, kCfg.num_warps) {}
 
   __device__ void run() {
     const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);
-    if (threadIdx.x == 0) shared_unit() = draw();
+    if (threadIdx.x == 0) {
+      shared_unit() = draw();
+      *ticket_word() = 0;
+    }
     if (__syncthreads_and(aborted == 0)) {
       if (!p.receives) ptx::griddepcontrol_launch_dependents();
       const bool tells = send();
@@ -171,9 +175,15 @@ class LowLatencyDispatch {
         receive(first.unit());
       }
     }
-    if (!is_last_block(p.counters, 3) || !p.receives) return;
-    if (waiter.mask != nullptr) plan.forget_dropped(lane);
-    if (lane == 0) *p.epoch = waiter.epoch;
+    if constexpr (kCfg.shrink) {
+      // Sources may be dropped until the end: a late ticket, which orders that.
+      if (!is_last_block(p.counters, 3)) return;
+      if (p.receives) plan.forget_dropped(lane);
+    } else {
+      ticket.take(waiter.epoch);
+      if (!ticket.is_last()) return;
+    }
+    end_operation(p, waiter.epoch, lane);
   }
 
  private:
@@ -192,11 +202,12 @@ class LowLatencyDispatch {
   }
 
   // In shared memory: selections of an expert, or the table of the plan; then the next unit, the ranks
-  // of the token, which sources have come (the plan's). Between domains the ranks are a bit for each
+  // of the token, the word of the ticket, which sources have come (the plan's). Between domains the ranks are a bit for each
   // index, and one more for those that are remote.
   __device__ uint32_t* histogram() const { return shared; }
   __device__ uint32_t& shared_unit() const { return shared[kExperts + kRankWords]; }
   __device__ uint32_t& shared_readers() const { return shared[kExperts + kRankWords + 1]; }
+  __device__ uint32_t* ticket_word() const { return shared + kExperts + kRankWords + 2; }
 
   // Global expert of a selection, -1 for none.
   __device__ int expert(int token, int k) const {
@@ -382,26 +393,36 @@ class LowLatencyDispatch {
       const uint32_t token = row / kRanks;
       const uint32_t num_tokens = kRanks <= kWarpSize ? __shfl_sync(kFullMask, tokens, source)
                                                       : plan.at(source, kExpertsARank);
-      if (token < num_tokens && !receive_token(source, static_cast<int>(token), unit % p.num_parts))
-        return;
+      const int part = unit % p.num_parts;
+      uint64_t word = 0;
+      bool has_token = token < num_tokens;
+      if (has_token && !wait_for_token(source, static_cast<int>(token), word, has_token)) return;
       unit = next.unit();
+      if (!kCfg.shrink && unit >= num_units) ticket.take(waiter.epoch);
+      if (has_token) receive_token(source, static_cast<int>(token), part, word);
     }
   }
 
-  __device__ bool receive_token(int source, int token, int part) const {
+  // False: leave. `word` is that of the token; not `has_token`: its source is masked.
+  __device__ bool wait_for_token(int source, int token, uint64_t& word, bool& has_token) const {
+    // All lanes look, so that each has acquired what the word publishes.
+    if (!comes(source, token) ||
+        all_lanes(wait_stamp(waiter, kWaitLowLatencyDispatchToken, source, token,
+                             this->word(own(), source, token), word)))
+      return true;
+    if constexpr (!kCfg.shrink) return false;
+    has_token = false;
+    const bool masked = __all_sync(kFullMask, is_masked(waiter, source));
+    if (masked && lane == 0) plan.drop(source);
+    return masked;
+  }
+
+  __device__ void receive_token(int source, int token, int part, uint64_t word) const {
     int32_t* const source_rows =
         p.source_rows + (static_cast<int64_t>(source) * p.max_tokens + token) * kTopk;
-    uint64_t seen = 0;
-    // All lanes look, so that each has acquired what the word publishes.
-    if (comes(source, token) && !all_lanes(wait_stamp(waiter, kWaitLowLatencyDispatchToken, source,
-                                                      token, word(own(), source, token), seen))) {
-      const bool masked = __all_sync(kFullMask, is_masked(waiter, source));
-      if (masked && lane == 0) plan.drop(source);
-      return masked;
-    }
-    if (static_cast<uint32_t>(seen) == 0) {
+    if (static_cast<uint32_t>(word) == 0) {
       if (part == 0 && lane < kTopk) source_rows[lane] = -1;
-      return true;
+      return;
     }
 
     if constexpr (kRemote)
@@ -441,7 +462,7 @@ class LowLatencyDispatch {
         batch.store(p.recv_x + dst_row * Row::kBytes, first, last, lane);
       }
       first += kBatch * kWarpSize;
-      if (first >= last) return true;
+      if (first >= last) return;
       batch.load(src, first, last, lane);
     }
   }
@@ -459,6 +480,7 @@ class LowLatencyDispatch {
   const Waiter waiter;
   uint32_t* const shared;
   const Plan plan;
+  Ticket ticket;
 };
 
 template <LowLatencyDispatchConfig kCfg>

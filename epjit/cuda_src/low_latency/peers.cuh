@@ -63,7 +63,7 @@ __device__ __forceinline__ Waiter start_low_latency(const Params& p, WaitTag sta
   if constexpr (!kRemote) {
     return start_operation<kNumRanks>(p, start_tag, mask);
   } else {
-    const uint32_t epoch = *p.epoch + 1;
+    const uint32_t epoch = ptx::ld_relaxed_gpu(p.epoch) + 1;
     const uint64_t half = (epoch & 1) * kNumRanks * sizeof(uint64_t);
     const uint64_t own = p.signals[p.local] + half;
     const Waiter waiter{p.fault,   p.abort, p.timeout_ns, own, p.rank,
