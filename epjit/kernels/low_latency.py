@@ -111,7 +111,7 @@ class LowLatencyDispatchConfig(
     def shared_bytes(self) -> int:
         """A counter for each expert, a few words of the block."""
         a_rank = self.num_ranks if self.remote else MAX_RANKS
-        return 4 * (self.num_experts + 3 + 2 * a_rank)
+        return 4 * (self.num_experts + 4 + 2 * a_rank)
 
     @property
     def slot_bytes(self) -> int:

@@ -116,7 +116,7 @@ constexpr int dispatch_rank_words(LowLatencyDispatchConfig cfg) {
 // Selections of each expert before a chunk, or the table of the plan; what threads tell each
 // other.
 constexpr int low_latency_dispatch_shared_bytes(LowLatencyDispatchConfig cfg) {
-  return 4 * (cfg.num_experts + 3 + 2 * dispatch_rank_words(cfg));
+  return 4 * (cfg.num_experts + 4 + 2 * dispatch_rank_words(cfg));
 }
 
 constexpr int low_latency_dispatch_slot_bytes(LowLatencyDispatchConfig cfg) {
@@ -156,15 +156,13 @@ class LowLatencyDispatch {
         waiter(start_low_latency<kRanks, kRemote, false>(p, kWaitLowLatencyDispatchStart,
                                                          kCfg.shrink ? p.mask : nullptr)),
         shared(reinterpret_cast<uint32_t*>(ptx::dynamic_shared())),
-        plan(p, waiter, shared, shared + kExperts + kRankWords + 3),
+        plan(p, waiter, shared, shared + kExperts + kRankWords + 4),
         ticket(ticket_word(), p.counters, kCfg.num_warps) {}
 
   __device__ void run() {
     const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);
-    if (threadIdx.x == 0) {
-      shared_unit() = draw();
-      *ticket_word() = 0;
-    }
+    if (threadIdx.x == 0) *ticket_word() = 0;
+    if (warp == 0) publish(0, Draw(p.counters + 1));
     if (__syncthreads_and(aborted == 0)) {
       if (!p.receives) ptx::griddepcontrol_launch_dependents();
       const bool tells = send();
@@ -201,13 +199,14 @@ class LowLatencyDispatch {
     return half_of_words(p, reader, waiter.epoch) + source * p.max_tokens + token;
   }
 
-  // In shared memory: selections of an expert, or the table of the plan; then the next unit, the ranks
-  // of the token, the word of the ticket, which sources have come (the plan's). Between domains the ranks are a bit for each
-  // index, and one more for those that are remote.
+  // In shared memory: selections of an expert, or the table of the plan; then the present unit and
+  // the next one, the ranks of the token, the word of the ticket, which sources have come (the
+  // plan's). Between domains the ranks are a bit for each index, and one more for those that are
+  // remote.
   __device__ uint32_t* histogram() const { return shared; }
-  __device__ uint32_t& shared_unit() const { return shared[kExperts + kRankWords]; }
-  __device__ uint32_t& shared_readers() const { return shared[kExperts + kRankWords + 1]; }
-  __device__ uint32_t* ticket_word() const { return shared + kExperts + kRankWords + 2; }
+  __device__ uint32_t& shared_unit(int i) const { return shared[kExperts + kRankWords + i % 2]; }
+  __device__ uint32_t& shared_readers() const { return shared[kExperts + kRankWords + 2]; }
+  __device__ uint32_t* ticket_word() const { return shared + kExperts + kRankWords + 3; }
 
   // Global expert of a selection, -1 for none.
   __device__ int expert(int token, int k) const {
@@ -221,20 +220,22 @@ class LowLatencyDispatch {
   __device__ bool send() {
     const int chunk = max(1, ceil_div(p.num_tokens, max(static_cast<int>(gridDim.x) - 1, 1)));
     const uint32_t num_units = p.sends ? 1 + ceil_div(p.num_tokens, chunk) : 0;
-    for (;;) {
-      const uint32_t unit = shared_unit();  // the first one is drawn
+    for (int i = 0;; ++i) {
+      const uint32_t unit = shared_unit(i);  // the first one is drawn
       if (unit >= num_units) return unit == num_units;
-      if (unit == 0)
-        send_counts();
-      else
-        send_chunk((unit - 1) * chunk, min(static_cast<int>(unit) * chunk, p.num_tokens));
-      __syncthreads();
-      if (threadIdx.x == 0) shared_unit() = draw();
+      const Draw next = unit == 0 ? send_counts()
+                                  : send_chunk((unit - 1) * chunk,
+                                               min(static_cast<int>(unit) * chunk, p.num_tokens));
+      if (warp == 0) publish(i + 1, next);
       __syncthreads();
     }
   }
 
-  __device__ uint32_t draw() const { return atomicAdd(p.counters + 1, 1u); }
+  // By one warp; followed by a barrier of the block.
+  __device__ void publish(int i, Draw drawn) const {
+    const uint32_t unit = drawn.unit();
+    if (lane == 0) shared_unit(i) = unit;
+  }
 
   // Counts the selections of the first `num_tokens` tokens.
   __device__ void count_selections(int num_tokens) {
@@ -247,8 +248,13 @@ class LowLatencyDispatch {
     __syncthreads();
   }
 
-  __device__ void send_counts() {
+  // Warp 0 draws the next unit as soon as its latency is hidden, by the words of this one, and not
+  // before: else early blocks would have two units where others have none.
+  __device__ Draw draw_next() const { return warp == 0 ? Draw(p.counters + 1) : Draw(); }
+
+  __device__ Draw send_counts() {
     count_selections(p.num_tokens);
+    const Draw next = draw_next();
     for (int i = threadIdx.x; i < kRanks * (kExpertsARank + 1); i += kThreads) {
       const int r = i / (kExpertsARank + 1), e = i % (kExpertsARank + 1);
       if (!may_send(waiter, r)) continue;
@@ -261,6 +267,7 @@ class LowLatencyDispatch {
         plan.staged_counts(r)[Plan::count_word(e)] = stamp(waiter.epoch, value);
     }
     if constexpr (kRemote) send_staged_counts();
+    return next;
   }
 
   __device__ void send_staged_counts() const {
@@ -286,7 +293,8 @@ class LowLatencyDispatch {
     }
   }
 
-  __device__ void send_chunk(int first, int last) {
+  __device__ Draw send_chunk(int first, int last) {
+    Draw next;
     Outgoing row;
     row.load(token_row(first));  // on its way while the block counts
     int selected = lane < kTopk ? expert(first, lane) : -1;
@@ -302,6 +310,7 @@ class LowLatencyDispatch {
       row.store(kRemote ? slots_of(readers) : readers, kFormat == kNvfp4 ? *p.global_scale : 1.0f,
                 [&](int reader) { return slot(reader, p.rank, token); });
       __syncthreads();
+      if (token + 1 == last) next = draw_next();
       if (threadIdx.x < kRanks && may_send(waiter, threadIdx.x)) {
         const int index = index_of<kRemote>(p, threadIdx.x);
         if (!kRemote || index >= 0)
@@ -310,6 +319,7 @@ class LowLatencyDispatch {
       }
     }
     if constexpr (kRemote) put_chunk(first, last);
+    return next;
   }
 
   __device__ const char* token_row(int token) const {
