@@ -168,6 +168,15 @@ class LowLatencyCombineConfig(
             rows = min(max(held // push, 1), 2)
         return cls(num_ranks, *shape, tma, warps, push, rows, remote, shrink)
 
+    def push_parts(self, max_tokens: int) -> int:
+        """Warps that share a row on its way, the same on all ranks: with few rows there are some.
+
+        A quarter of 7168 channels is one batch of loads.
+        """
+        if self.tma or self.remote:
+            return 1
+        return max(1, min(4, 512 // (max_tokens * self.num_topk)))
+
     @property
     def shared_bytes(self) -> int:
         """Rows on their way, and a word of the block."""

@@ -85,7 +85,7 @@ class _Plan(Generic[Specs]):
     Args:
         launch: Of their kernel.
         grid: Blocks.
-        num_parts: See the kernels' parameters.
+        parts: `num_parts`, `push_parts`: see the kernels' parameters.
         sizes: Of the calls.
         num_ranks: `R`.
         outputs: Specs of the tensors that they allocate.
@@ -105,7 +105,7 @@ class _Plan(Generic[Specs]):
         self,
         launch: Launch[Any],
         grid: int,
-        num_parts: int,
+        parts: dict[str, int],
         sizes: DispatchSizes | CombineSizes,
         num_ranks: int,
         outputs: Specs,
@@ -117,7 +117,7 @@ class _Plan(Generic[Specs]):
         fixed: dict[str, Any] = {
             "num_tokens": sizes.num_tokens,
             "max_tokens": sizes.max_tokens,
-            "num_parts": num_parts,
+            **parts,
         }
         self.whole = {**fixed, "sends": True, "receives": True}
         self.sends = {**fixed, "sends": True, "receives": False}
@@ -291,9 +291,9 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         config: LowLatencyDispatchConfig = launch.kernel.config
         num_slots = num_ranks * sizes.max_tokens
         grid = min(self._num_sms, max(sizes.num_tokens + 1, num_slots * 8 // config.num_warps))
-        num_parts = max(1, min(8, grid * config.num_warps // num_slots))
+        parts = {"num_parts": max(1, min(8, grid * config.num_warps // num_slots))}
         outputs = LowLatencyDispatched.specs(sizes, num_ranks)
-        plan = _Plan(launch, grid, num_parts, sizes, num_ranks, outputs)
+        plan = _Plan(launch, grid, parts, sizes, num_ranks, outputs)
         return remember(self._dispatch_plans, sizes, plan)
 
     def _plan_combine(self, sizes: CombineSizes) -> _Plan[tuple[TensorSpec]]:
@@ -301,15 +301,19 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         shape = LowLatencyCombineShape.of(sizes)
         launch = self.launch(shape, num_max_dispatch_tokens_per_rank=sizes.max_tokens)
         config: LowLatencyCombineConfig | LowLatencyReducedCombineConfig = launch.kernel.config
-        grid = min(self._num_sms, max(sizes.max_tokens * sizes.num_topk // 4, 16))
+        choices = sizes.max_tokens * sizes.num_topk
         if isinstance(config, LowLatencyReducedCombineConfig):
-            num_parts = config.num_parts(sizes.max_tokens)
+            grid = min(self._num_sms, max(choices // 4, 16))
+            parts = {"num_parts": config.num_parts(sizes.max_tokens)}
         else:
+            push_parts = config.push_parts(sizes.max_tokens)
+            blocks = choices * push_parts // config.num_push_warps  # each of their warps has a row
+            grid = min(self._num_sms, max(blocks, 16))
             steps = -(-sizes.hidden // STEP)
             steps_a_warp = -(-sizes.num_tokens * steps // (2 * grid * config.num_warps)) or 1
-            num_parts = -(-steps // steps_a_warp)
+            parts = {"num_parts": -(-steps // steps_a_warp), "push_parts": push_parts}
         outputs = (matrix(torch.bfloat16, sizes.num_tokens, sizes.hidden),)
-        plan = _Plan(launch, grid, num_parts, sizes, self._group.size, outputs)
+        plan = _Plan(launch, grid, parts, sizes, self._group.size, outputs)
         return remember(self._combine_plans, sizes, plan)
 
     def combine(

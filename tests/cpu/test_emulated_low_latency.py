@@ -59,6 +59,7 @@ class Shape:
     grid: int = 3
     num_staying: int = 1
     num_parts: int = 2
+    push_parts: int = 1
     hole: float = 0.2
     kind: str = "random"  # hot: all select expert 0; twice: an expert twice in a row
     per_domain: int = 0  # ranks of an NVLink domain; 0: all of them
@@ -143,7 +144,9 @@ class World(emulated.World):
             shape.num_ranks * shape.max_tokens * shape.dispatch.slot_bytes,
             shape.max_tokens * max(shape.num_topk, shape.num_ranks) * 2 * shape.hidden,
         )
-        self.words_stride = shape.max_tokens * max(shape.num_ranks, shape.num_topk)
+        self.words_stride = shape.max_tokens * max(
+            shape.num_ranks, shape.num_topk * shape.push_parts
+        )
         if isinstance(shape.combine, LowLatencyReducedCombineConfig):
             self.words_stride = (
                 shape.max_tokens * shape.num_ranks * (shape.num_parts + shape.num_topk)
@@ -219,6 +222,7 @@ class World(emulated.World):
             "counts_stride": self.counts_stride,
             "max_tokens": self.shape.max_tokens,
             "num_staying": self.shape.num_staying,
+            "push_parts": self.shape.push_parts,
         }
 
     def route(self) -> Routing:
@@ -441,6 +445,26 @@ def test_log_format(per_domain: int) -> None:
         routing = world.route()
         routing.combine(routing.dispatch(), split=seed % 2 == 1)
         world.run(seed)
+
+
+@pytest.mark.parametrize("logfmt", [False, True])
+def test_several_warps_push_a_row(logfmt: bool) -> None:
+    """Parts of a row and of its sum that begin at other places; also more than the row has."""
+    for seed, (push_parts, num_parts) in enumerate(((4, 2), (3, 4), (2, 1), (4, 7), (5, 3))):
+        shape = Shape(
+            num_ranks=2,
+            variant="ldst",
+            logfmt=logfmt,
+            hidden=2048,
+            tokens=(3, 4),
+            max_tokens=4,
+            push_parts=push_parts,
+            num_parts=num_parts,
+        )
+        world = World(shape, seed=seed)
+        routing = world.route()
+        routing.combine(routing.dispatch(), split=seed % 2 == 1)
+        world.run(seed, yield_percent=60)
 
 
 @pytest.mark.parametrize("variant", ["tma", "ldst", "reduced"])
@@ -852,6 +876,7 @@ def test_random_histories(first_seed: int, several: bool) -> None:
             max_tokens=30,
             grid=rng.choice([1, 2, 3, 5]),
             num_parts=rng.choice([1, 2, 3]),
+            push_parts=1 if several else rng.choice([1, 2, 3]),
             hole=rng.choice([0, 0.2, 0.5, 0.8]),
             kind=rng.choice(["random", "hot", "twice"]),
         )
