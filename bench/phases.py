@@ -53,10 +53,10 @@ MARKS: dict[str, list[tuple[str, str]]] = {
     COMBINE: [
         ("begins", "const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);\n"),
         ("epoch, abort, first draw", "    if (!p.receives || blockIdx.x != 0) ptx::griddep"),
-        ("row of x known", "    copy_rows(copier, src, dst, part);\n    // Rows are written"),
+        ("row of x known", "    copy_rows(copier, src, dst, part);\n"),
         (
             "row stored",
-            "    // Rows are written -> copy_rows -> release of any lane: cumulative.\n",
+            "      // Rows are written -> copy_group -> release of any lane: cumulative.\n",
         ),
         ("word released", "      unit = next.unit();\n    }\n  }\n\n  // A part"),
         ("nothing left to push", "      if (p.receives && goes_on()) reduce();\n"),

@@ -201,18 +201,23 @@ class LowLatencyCombine {
     const uint32_t parts = push_parts();
     const uint32_t num_units = __reduce_max_sync(kFullMask, tokens) * kGroups * parts * owners;
     while (unit < num_units) {
-      // Drawn early: its latency hides behind the copy.
-      const Draw next(p.counters + 1);
       const int owner = (p.rank + 1 + unit % owners) % kRanks, part = unit / owners % parts;
       const int group = unit / owners / parts, token = group / kGroups;
+      uint64_t* written = nullptr;
       if (token < __shfl_sync(kFullMask, tokens, owner) && warp_may_send(waiter, owner))
-        push_rows(copier, owner, token, group % kGroups * kRows, part);
+        written = copy_group(copier, owner, token, group % kGroups * kRows, part);
+      // The release hides its latency. Drawn before the copy, early warps would have two units where
+      // others have none.
+      const Draw next(p.counters + 1);
+      // Rows are written -> copy_group -> release of any lane: cumulative.
+      if (written != nullptr) ptx::st_release_sys(written, stamp(waiter.epoch, 0));
       unit = next.unit();
     }
   }
 
-  // A part of the rows of the selections first .. first + kRows - 1 of a token that are here.
-  __device__ void push_rows(Copier& copier, int owner, int token, int first, int part) const {
+  // A part of the rows of the selections first .. first + kRows - 1 of a token that are here. Lane i
+  // gets the word that says so for selection first + i, or null.
+  __device__ uint64_t* copy_group(Copier& copier, int owner, int token, int first, int part) const {
     // Lane i has selection first + i.
     const int64_t tokens_before = static_cast<int64_t>(owner) * p.max_tokens;
     const int selection = token * kTopk + first + lane;
@@ -220,12 +225,11 @@ class LowLatencyCombine {
     if (lane < kRows && first + lane < kTopk)
       row = p.source_rows[tokens_before * kTopk + selection];
     const bool has_row = row >= 0;
-    if (!__any_sync(kFullMask, has_row)) return;
+    if (!__any_sync(kFullMask, has_row)) return nullptr;
     const char* const src = has_row ? p.x + static_cast<int64_t>(row) * kRowBytes : nullptr;
     char* const dst = has_row ? slot(owner, selection) : nullptr;
     copy_rows(copier, src, dst, part);
-    // Rows are written -> copy_rows -> release of any lane: cumulative.
-    if (has_row) ptx::st_release_sys(word(owner, selection, part), stamp(waiter.epoch, 0));
+    return has_row ? word(owner, selection, part) : nullptr;
   }
 
   // Lane i < kRows has row i, or null; all lanes may publish what is written.
