@@ -135,6 +135,11 @@ class LowLatencyCombine {
                                                         kCfg.shrink ? p.mask : nullptr)),
         ticket(ticket_word(), p.counters, kCfg.num_warps) {}
 
+  // Before the kernel ahead has ended: touches nothing but shared memory.
+  static __device__ void prepare() {
+    if (threadIdx.x == 0) *ticket_word() = 0;
+  }
+
   __device__ void run() {
     const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);
     const bool pushes = p.sends && num_owners() > 0 && warp < kCfg.num_push_warps;
@@ -143,7 +148,6 @@ class LowLatencyCombine {
     Draw first;
     if (pushes) first = Draw(p.counters + 1);
     if (!p.receives || blockIdx.x != 0) ptx::griddepcontrol_launch_dependents();
-    if (threadIdx.x == 0) *ticket_word() = 0;
     if (__syncthreads_and(aborted == 0)) {
       if constexpr (kRemote) {
         for (int owner = lane + kWarpSize; pushes && owner < kRanks; owner += kWarpSize)
@@ -462,6 +466,8 @@ class LowLatencyCombine {
 
 template <LowLatencyCombineConfig kCfg>
 __device__ void low_latency_combine(const LowLatencyCombineParams& p) {
+  LowLatencyCombine<kCfg>::prepare();
+  ptx::griddepcontrol_wait();
   LowLatencyCombine<kCfg>(p).run();
 }
 

@@ -93,6 +93,11 @@ class LowLatencyReducedCombine {
                                        kCfg.shrink ? p.mask : nullptr)),
         ticket(ticket_word(), p.counters, kCfg.num_warps) {}
 
+  // Before the kernel ahead has ended: touches nothing but shared memory.
+  static __device__ void prepare() {
+    if (threadIdx.x == 0) *ticket_word() = 0;
+  }
+
   __device__ void run() {
     const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);
     const bool sends = p.sends && num_owners() > 0;
@@ -103,7 +108,6 @@ class LowLatencyReducedCombine {
     Draw first;
     if (sends && stays) first = Draw(p.counters + 1);
     if (p.receives && blockIdx.x != 0) ptx::griddepcontrol_launch_dependents();
-    if (threadIdx.x == 0) *ticket_word() = 0;
     if (__syncthreads_and(aborted == 0) &&
         (stays || meet_peers<kRanks>(leaving(waiter), nullptr, lane))) {
       if (sends && !stays) first = Draw(p.counters + 1);
@@ -305,6 +309,8 @@ class LowLatencyReducedCombine {
 
 template <LowLatencyReducedCombineConfig kCfg>
 __device__ void low_latency_combine(const LowLatencyReducedCombineParams& p) {
+  LowLatencyReducedCombine<kCfg>::prepare();
+  ptx::griddepcontrol_wait();
   LowLatencyReducedCombine<kCfg>(p).run();
 }
 

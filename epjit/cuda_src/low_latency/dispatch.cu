@@ -157,11 +157,17 @@ class LowLatencyDispatch {
                                                          kCfg.shrink ? p.mask : nullptr)),
         shared(reinterpret_cast<uint32_t*>(ptx::dynamic_shared())),
         plan(p, waiter, shared, shared + kExperts + kRankWords + 4),
-        ticket(ticket_word(), p.counters, kCfg.num_warps) {}
+        ticket(ticket_word(shared), p.counters, kCfg.num_warps) {}
+
+  // Before the kernel ahead has ended: touches nothing but shared memory.
+  static __device__ void prepare() {
+    uint32_t* const shared = reinterpret_cast<uint32_t*>(ptx::dynamic_shared());
+    for (int e = threadIdx.x; e < kExperts; e += kThreads) shared[e] = 0;
+    if (threadIdx.x == 0) *ticket_word(shared) = 0;
+  }
 
   __device__ void run() {
     const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);
-    if (threadIdx.x == 0) *ticket_word() = 0;
     if (warp == 0) publish(0, Draw(p.counters + 1));
     if (__syncthreads_and(aborted == 0)) {
       if (!p.receives) ptx::griddepcontrol_launch_dependents();
@@ -206,7 +212,9 @@ class LowLatencyDispatch {
   __device__ uint32_t* histogram() const { return shared; }
   __device__ uint32_t& shared_unit(int i) const { return shared[kExperts + kRankWords + i % 2]; }
   __device__ uint32_t& shared_readers() const { return shared[kExperts + kRankWords + 2]; }
-  __device__ uint32_t* ticket_word() const { return shared + kExperts + kRankWords + 3; }
+  static __device__ uint32_t* ticket_word(uint32_t* shared) {
+    return shared + kExperts + kRankWords + 3;
+  }
 
   // Global expert of a selection, -1 for none.
   __device__ int expert(int token, int k) const {
@@ -223,6 +231,7 @@ class LowLatencyDispatch {
     for (int i = 0;; ++i) {
       const uint32_t unit = shared_unit(i);  // the first one is drawn
       if (unit >= num_units) return unit == num_units;
+      if (i > 0) clear_histogram();
       const Draw next = unit == 0 ? send_counts()
                                   : send_chunk((unit - 1) * chunk,
                                                min(static_cast<int>(unit) * chunk, p.num_tokens));
@@ -237,10 +246,13 @@ class LowLatencyDispatch {
     if (lane == 0) shared_unit(i) = unit;
   }
 
-  // Counts the selections of the first `num_tokens` tokens.
-  __device__ void count_selections(int num_tokens) {
+  __device__ void clear_histogram() {
     for (int e = threadIdx.x; e < kExperts; e += kThreads) histogram()[e] = 0;
     __syncthreads();
+  }
+
+  // Counts the selections of the first `num_tokens` tokens.
+  __device__ void count_selections(int num_tokens) {
     for (int i = threadIdx.x; i < num_tokens * kTopk; i += kThreads) {
       const int e = expert(i / kTopk, i % kTopk);
       if (e >= 0) atomicAdd(histogram() + e, 1u);
@@ -495,6 +507,8 @@ class LowLatencyDispatch {
 
 template <LowLatencyDispatchConfig kCfg>
 __device__ void low_latency_dispatch(const LowLatencyDispatchParams& p) {
+  LowLatencyDispatch<kCfg>::prepare();
+  ptx::griddepcontrol_wait();
   LowLatencyDispatch<kCfg>(p).run();
 }
 
