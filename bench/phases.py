@@ -56,7 +56,7 @@ MARKS: dict[str, list[tuple[str, str]]] = {
         ("row of x known", "    copy_rows(copier, src, dst, part);\n"),
         (
             "row stored",
-            "      // Rows are written -> copy_group -> release of any lane: cumulative.\n",
+            "      // Rows are written -> copy_group -> release of any lane: cumulative.",
         ),
         ("word released", "      unit = next.unit();\n    }\n  }\n\n  // A part"),
         ("nothing left to push", "      if (p.receives && goes_on()) reduce();\n"),

@@ -224,7 +224,7 @@ low_latency_combine_variant: Variable[str] = Variable(
     "EPJIT_LOW_LATENCY_COMBINE_VARIANT",
     _VARIANT,
     "auto",
-    "Implementation of the low-latency combine: auto, ldst, tma or reduced.",
+    "Implementation of the low-latency combine: auto, ldst, tma, reduced or lines.",
     str,
 )
 low_latency_num_sms: Variable[int] = Variable(

@@ -18,6 +18,7 @@ from epjit.sizes import align
 
 _CAST_ELEMENTS = 16
 STEP = 256  # channels that a warp adds at a time
+LINE_UNIT = 480  # bytes of a row in 4 lines of 128
 # Of a half: one a token or a choice; for `reduced` one a piece of a row and one a weight.
 NUM_WORDS = max(MAX_LOW_LATENCY_TOKENS, MAX_LOW_LATENCY_CHOICES)
 
@@ -138,6 +139,7 @@ class LowLatencyCombineConfig(
     topk_is_int64: bool
     logfmt: bool
     tma: bool
+    lines: bool
     num_warps: int
     num_push_warps: int
     rows_per_warp: int
@@ -156,7 +158,9 @@ class LowLatencyCombineConfig(
         shrink: bool = False,
     ) -> LowLatencyCombineConfig:
         """Shape of the block for `limit` bytes of shared memory."""
-        warps = 20 if shape.num_topk <= 8 else 16  # more rows in hand need more registers
+        lines = variant == "lines" and not (shape.logfmt or remote or shrink)
+        # More rows in hand need more registers, and so do lines.
+        warps = 20 if shape.num_topk <= 8 and not lines else 16
         # Two H200s, a pair in a graph (FP8) of 128 and 8 tokens: with 8 pushing warps 49.9 and
         # 22.3 us, with 4 48.6 and 20.1, with 2 50.2 and 24.3.
         push, rows = 4, 1
@@ -166,7 +170,7 @@ class LowLatencyCombineConfig(
             held = (limit - 8 * push - 4) // (2 * shape.hidden)
             push = min(push, held)
             rows = min(max(held // push, 1), 2)
-        return cls(num_ranks, *shape, tma, warps, push, rows, remote, shrink)
+        return cls(num_ranks, *shape, tma, lines, warps, push, rows, remote, shrink)
 
     def push_parts(self, max_tokens: int) -> int:
         """Warps that share a row on its way, the same on all ranks: with few rows there are some.
@@ -178,6 +182,11 @@ class LowLatencyCombineConfig(
         return max(1, min(4, 512 // (max_tokens * self.num_topk)))
 
     @property
+    def steps(self) -> int:
+        """Into so many parts the sum of a token can be divided."""
+        return -(-2 * self.hidden // (LINE_UNIT if self.lines else 2 * STEP))
+
+    @property
     def shared_bytes(self) -> int:
         """Rows on their way, and a word of the block."""
         rows = copier_bytes(self.tma, self.num_push_warps, self.rows_per_warp, 2 * self.hidden)
@@ -186,6 +195,8 @@ class LowLatencyCombineConfig(
     @property
     def slot_bytes(self) -> int:
         """Bytes of one selection's slot."""
+        if self.lines:
+            return -(-2 * self.hidden // LINE_UNIT) * 512
         if not self.logfmt:
             return 2 * self.hidden
         return align(self.hidden // _CAST_ELEMENTS * 20 + self.hidden // LOGFMT_BLOCK * 4, 16)
@@ -300,7 +311,7 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
             shape = LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, wide)
             yield LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks, remote=True)
         for variant in names:
-            if variant == "reduced":  # of one domain only
+            if variant in ("reduced", "lines"):  # of one domain only
                 continue
             for logfmt in (False, True) if (variant, num_ranks) == ("ldst", 4) else (False,):
                 combine = LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt)
@@ -310,7 +321,7 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
     for remote in (False, True):
         yield config_of(dispatch, 4, arch, remote=remote, shrink=True)
         for variant in names:
-            if not remote or variant != "reduced":
+            if (not remote and variant != "lines") or variant in ("ldst", "tma"):
                 yield config_of(combine, 4, arch, remote=remote, shrink=True, variant=variant)
 
 

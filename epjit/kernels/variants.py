@@ -93,6 +93,7 @@ CHOICES: Mapping[str, Choice] = {
             Variant("ldst", 80, "rows are pushed by 16-byte stores"),
             Variant("tma", 90, "rows are pushed by TMA bulk copies"),
             Variant("reduced", 80, "a rank's rows are summed, and rounded, before they cross"),
+            Variant("lines", 90, "128 bytes of rows carry their own flag (NVLink)", opt_in=True),
         ),
     ),
 }

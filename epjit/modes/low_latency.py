@@ -27,7 +27,6 @@ from epjit.config import MAX_LOW_LATENCY_EXPERTS, MAX_LOW_LATENCY_TOKENS, MAX_RA
 from epjit.handles import LowLatencyDispatched, LowLatencyHandle, LowLatencySpecs, rows_in
 from epjit.kernels.low_latency import (
     NUM_WORDS,
-    STEP,
     CleanConfig,
     LowLatencyCombineConfig,
     LowLatencyCombineShape,
@@ -178,6 +177,11 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         )
         self._meet(resources)
 
+    def _control(self) -> list[torch.Tensor]:
+        """Also the slots: lines in them hold the epoch that they belong to."""
+        slots = self.memory.tensor(torch.uint8)[: self._arena.send_buffer]
+        return [*super()._control(), slots]
+
     def _reach(self) -> dict[str, object]:
         """Parameters of the kernels that reach other domains."""
         transport = self._transport
@@ -309,9 +313,15 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
             push_parts = config.push_parts(sizes.max_tokens)
             blocks = choices * push_parts // config.num_push_warps  # each of their warps has a row
             grid = min(self._num_sms, max(blocks, 16))
-            steps = -(-sizes.hidden // STEP)
-            steps_a_warp = -(-sizes.num_tokens * steps // (2 * grid * config.num_warps)) or 1
-            parts = {"num_parts": -(-steps // steps_a_warp), "push_parts": push_parts}
+            steps_a_warp = -(-sizes.num_tokens * config.steps // (2 * grid * config.num_warps)) or 1
+            parts = {"num_parts": -(-config.steps // steps_a_warp), "push_parts": push_parts}
+            room, needed = self._arena.half_bytes, choices * config.slot_bytes + 128
+            if config.lines and needed > room:
+                raise ValueError(
+                    f"low_latency_combine: {env.low_latency_combine_variant.name}=lines needs "
+                    f"num_rdma_bytes >= {4 * needed} for {sizes.max_tokens} tokens with "
+                    f"{sizes.num_topk} choices, and there are {4 * room}; take more, or ldst"
+                )
         outputs = (matrix(torch.bfloat16, sizes.num_tokens, sizes.hidden),)
         plan = _Plan(launch, grid, parts, sizes, self._group.size, outputs)
         return remember(self._combine_plans, sizes, plan)

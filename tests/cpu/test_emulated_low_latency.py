@@ -35,8 +35,8 @@ MAX_RANKS = 8
 # Of three ranks; sums are made before the links in one NVLink domain only.
 VARIANTS = pytest.mark.parametrize(
     ("variant", "per_domain"),
-    [("tma", 0), ("ldst", 0), ("reduced", 0), ("tma", 1), ("ldst", 1)],
-    ids=["tma", "ldst", "reduced", "tma-3x1", "ldst-3x1"],
+    [("tma", 0), ("ldst", 0), ("reduced", 0), ("lines", 0), ("tma", 1), ("ldst", 1)],
+    ids=["tma", "ldst", "reduced", "lines", "tma-3x1", "ldst-3x1"],
 )
 DOMAINS = pytest.mark.parametrize("per_domain", [0, 1], ids=["1x3", "3x1"])
 
@@ -105,9 +105,10 @@ class Shape:
             **self.sizes,
             logfmt=self.logfmt,
             tma=self.variant == "tma" and not self.logfmt,
+            lines=self.variant == "lines",
             num_warps=self.num_warps + 1,
             num_push_warps=2,
-            rows_per_warp=2,
+            rows_per_warp=1 if self.variant == "lines" else 2,
             remote=self.remote,
         )
 
@@ -133,7 +134,7 @@ class World(emulated.World):
     """
 
     counters = 32
-    zeroed = ("words", "counts", "signals", "meetings")
+    zeroed = ("words", "counts", "signals", "meetings", "slots")
 
     def __init__(
         self, shape: Shape, *, seed: int, timeout_ns: int = FOREVER, shrink: bool = False
@@ -143,6 +144,7 @@ class World(emulated.World):
         self.half_bytes = max(
             shape.num_ranks * shape.max_tokens * shape.dispatch.slot_bytes,
             shape.max_tokens * max(shape.num_topk, shape.num_ranks) * 2 * shape.hidden,
+            shape.max_tokens * shape.num_topk * (shape.combine.slot_bytes or 0) + 128,
         )
         self.words_stride = shape.max_tokens * max(
             shape.num_ranks, shape.num_topk * shape.push_parts
@@ -359,7 +361,10 @@ class Routing:
         `then_free` is written to at once when it has sent: it is the caller's again.
         """
         shape, own = self.shape, self.inputs[rank]
-        config = replace(config, shrink=self.world.shrink)
+        if self.world.shrink:  # which no rows in lines have
+            config = replace(
+                config, shrink=True, **{"lines": False} if hasattr(config, "lines") else {}
+            )
         for sends, receives in ((True, False), (False, True)) if split else ((True, True),):
             self.world.queue(
                 rank,
@@ -447,14 +452,14 @@ def test_log_format(per_domain: int) -> None:
         world.run(seed)
 
 
-@pytest.mark.parametrize("logfmt", [False, True])
-def test_several_warps_push_a_row(logfmt: bool) -> None:
+@pytest.mark.parametrize("how", ["", "logfmt", "lines"])
+def test_several_warps_push_a_row(how: str) -> None:
     """Parts of a row and of its sum that begin at other places; also more than the row has."""
     for seed, (push_parts, num_parts) in enumerate(((4, 2), (3, 4), (2, 1), (4, 7), (5, 3))):
         shape = Shape(
             num_ranks=2,
-            variant="ldst",
-            logfmt=logfmt,
+            variant="lines" if how == "lines" else "ldst",
+            logfmt=how == "logfmt",
             hidden=2048,
             tokens=(3, 4),
             max_tokens=4,
@@ -467,7 +472,7 @@ def test_several_warps_push_a_row(logfmt: bool) -> None:
         world.run(seed, yield_percent=60)
 
 
-@pytest.mark.parametrize("variant", ["tma", "ldst", "reduced"])
+@pytest.mark.parametrize("variant", ["tma", "ldst", "reduced", "lines"])
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 def test_numbers_of_ranks(num_ranks: int, variant: str) -> None:
     tokens = (5, 9, 0, 3, 12, 1, 7, 2)[:num_ranks]
@@ -607,8 +612,8 @@ def test_kinds_of_routing(kind: str, hole: float) -> None:
 
 def test_many_selections_and_int32() -> None:
     shape = Shape(num_topk=32, topk_is_int64=False, experts_a_rank=20, hidden=64)
-    for seed in range(2):
-        world = World(shape, seed=seed)
+    for seed, variant in enumerate(("ldst", "tma", "lines")):
+        world = World(replace(shape, variant=variant), seed=seed)
         routing = world.route()
         routing.combine(routing.dispatch())
         world.run(seed)
@@ -869,7 +874,7 @@ def test_random_histories(first_seed: int, several: bool) -> None:
             per_domain=per_domain,
             neighbours=rng.random() < 0.5,
             hidden=128,
-            variant=rng.choice(["tma", "ldst"] if several else ["tma", "ldst", "reduced"]),
+            variant=rng.choice(["tma", "ldst"] + ([] if several else ["reduced", "lines"])),
             logfmt=several and rng.random() < 0.2,
             row_format=rng.choice([BF16, FP8]),
             tokens=tuple(rng.choice([0, 1, 7, rng.randrange(30)]) for _ in range(num_ranks)),
@@ -917,7 +922,7 @@ def test_x_is_the_callers_after_the_send(variant: str, per_domain: int) -> None:
 
 
 @pytest.mark.parametrize("chooser", [0, 1])
-@pytest.mark.parametrize("variant", ["tma", "ldst", "reduced"])
+@pytest.mark.parametrize("variant", ["tma", "ldst", "reduced", "lines"])
 def test_rows_beyond_a_slab_are_missed(variant: str, chooser: int) -> None:
     """Of another rank or of the own: a sum without them is never taken for whole."""
     shape = Shape(

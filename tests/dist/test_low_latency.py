@@ -119,7 +119,7 @@ def test_withheld_peer(two_or_more: int, world: dict[str, str]) -> None:
 
 
 @pytest.mark.needs_gpu
-@pytest.mark.parametrize("variant", ["ldst", "tma", "reduced"])
+@pytest.mark.parametrize("variant", ["ldst", "tma", "reduced", "lines"])
 @pytest.mark.parametrize("num_buffers", [2, 3])
 def test_buffers_in_another_order(two_or_more: int, num_buffers: int, variant: str) -> None:
     """A kernel that waits for a peer leaves SMs to the kernel that the peer waits for."""

@@ -66,7 +66,7 @@ def run_low_latency(
 
 
 @pytest.mark.skipif(SMALL, reason="virtual ranks must line up between launches")
-@pytest.mark.parametrize("variant", ["ldst", "tma", "reduced"])
+@pytest.mark.parametrize("variant", ["ldst", "tma", "reduced", "lines"])
 def test_buffers_in_another_order(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that waits for a peer leaves SMs to the kernel that the peer waits for.
 

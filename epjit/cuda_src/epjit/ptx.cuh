@@ -153,6 +153,28 @@ __device__ __forceinline__ void st_v4(void* ptr, Vec16 v) {
                : "memory");
 }
 
+// ---- lines of 128 bytes -------------------------------------------------------------------------
+
+// By all lanes of a warp, 16 bytes a lane: eight neighbours have the line that contains their bytes. PTX
+// promises the atomicity of four bytes; low_latency/lines.cuh says who vouches for that of a line.
+
+// ld.relaxed.sys.global.v4.u32
+__device__ __forceinline__ Vec16 ld_line(const void* ptr) {
+  Vec16 v;
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(ptr)
+               : "memory");
+  return v;
+}
+
+// st.relaxed.sys.global.v4.u32
+__device__ __forceinline__ void st_line(void* ptr, Vec16 v) {
+  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(ptr), "r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 // ---- conversions --------------------------------------------------------------------------------
 
 // A bf16 is the upper half of a float: no instruction of its own is needed.

@@ -350,6 +350,28 @@ __device__ __forceinline__ bool all_lanes(bool ok) {
   return ok;
 }
 
+// A whole warp looks, until nothing is missing: look_at() gives each lane a bit for each thing that it
+// misses; lane k knows which peer writes thing k, and its index. What lanes have found they hold in
+// registers, so no memory is ordered. Without a mask.
+template <typename LookAt>
+__device__ __forceinline__ bool warp_wait(const Waiter& waiter, WaitTag tag, int peer,
+                                          uint64_t index, LookAt look_at) {
+  uint64_t start = 0;
+#pragma unroll 1
+  for (uint32_t polls = 1;; ++polls) {
+    const uint32_t missing = look_at();
+    if (!__any_sync(kFullMask, missing != 0)) return true;
+    if (polls == 1) start = ptx::globaltimer();
+    if (polls % 64 != 0) continue;
+    if (__any_sync(kFullMask, ptx::ld_relaxed_gpu(waiter.abort) != 0)) return false;
+    if (!__any_sync(kFullMask, ptx::globaltimer() - start > waiter.timeout_ns)) continue;
+    const int first = __ffs(__reduce_or_sync(kFullMask, missing)) - 1;
+    if (threadIdx.x % kWarpSize == first)
+      report_fault(waiter, tag, peer, index, stamp(waiter.epoch, 0), 0);
+    return false;
+  }
+}
+
 // One warp waits until all peers have begun, so that none of them is in an earlier operation when
 // this one ends; it adds the cycles that it waited for each to `wait_cost`, if there is one. Then it
 // lets the next kernel in.

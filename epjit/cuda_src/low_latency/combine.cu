@@ -26,6 +26,9 @@
 // Reduce  the other warps, and all when nothing is left to push: wait for the words of a token's
 //         selections (acquire), add their rows
 //
+// With `lines` rows travel in lines (lines.cuh) instead, which say themselves that they are here: there
+// are no words and no releases, and whoever adds looks at the rows.
+//
 // Progress: pushing waits for nothing and is drawn from one counter, so the blocks that run do all
 // of it; the grid need not be resident as a whole. While a peer is late, few blocks wait for it
 // (sync.cuh, "blocks that leave"). Halves are free for the reason that dispatch.cu gives: the last
@@ -37,6 +40,7 @@
 #include "epjit/copy.cuh"
 #include "epjit/sum.cuh"
 #include "epjit/topk.cuh"
+#include "low_latency/lines.cuh"
 #include "low_latency/memory.cuh"
 #include "low_latency/peers.cuh"
 
@@ -50,6 +54,7 @@ struct LowLatencyCombineConfig {
   bool topk_is_int64;
   bool logfmt;  // rows travel in the log format
   bool tma;     // rows are pushed by bulk copies, else through registers
+  bool lines;   // rows travel in lines
   int32_t num_warps;
   int32_t num_push_warps;  // of num_warps
   int32_t rows_per_warp;   // rows of a pushing warp in shared memory
@@ -98,6 +103,7 @@ constexpr int low_latency_combine_shared_bytes(LowLatencyCombineConfig cfg) {
 }
 
 constexpr int low_latency_combine_slot_bytes(LowLatencyCombineConfig cfg) {
+  if (cfg.lines) return line_slot_bytes(2 * cfg.hidden);
   return align_up(cfg.logfmt ? log_row_bytes(cfg.hidden) : 2 * cfg.hidden, 16);
 }
 
@@ -110,8 +116,11 @@ class LowLatencyCombine {
   static constexpr int kRows = kCfg.rows_per_warp;
   static constexpr int kRowBytes = 2 * kCfg.hidden;
   static constexpr int kVecs = kRowBytes / 16;
-  // Of a row: 16 bytes, or what a lane encodes.
-  static constexpr int kPieces = kCfg.logfmt ? kCfg.hidden / kCastElements : kVecs;
+  static constexpr bool kLines = kCfg.lines;
+  // Of a row: 16 bytes, or what a lane encodes, or a unit of lines.
+  static constexpr int kPieces = kLines        ? line_units(kRowBytes)
+                                 : kCfg.logfmt ? kCfg.hidden / kCastElements
+                                               : kVecs;
   static constexpr int kSlotBytes = low_latency_combine_slot_bytes(kCfg);
   static constexpr int kGroups = ceil_div(kTopk, kRows);
   static constexpr bool kRemote = kCfg.remote;
@@ -123,6 +132,7 @@ class LowLatencyCombine {
   static_assert(!kCfg.logfmt || kCfg.hidden % kLogBlock == 0);
   static_assert(kCfg.num_push_warps >= 1 && kCfg.num_push_warps < kCfg.num_warps,
                 "someone must reduce from the start");
+  static_assert(!kLines || (!kRemote && !kCfg.shrink && !kCfg.logfmt && !kCfg.tma && kRows == 1));
   static constexpr bool kTma = kCfg.tma && !kCfg.logfmt;
   using Copier = RowCopier<kTma, kCfg.num_push_warps, kRows, kRowBytes>;
 
@@ -176,7 +186,9 @@ class LowLatencyCombine {
 
   // Of selection token * kTopk + k of an owner of this domain, by its index in `slots`.
   __device__ char* slot(int owner, int selection) const {
-    return half_of_slots(p, owner, waiter.epoch) + static_cast<int64_t>(selection) * kSlotBytes;
+    uint64_t half = reinterpret_cast<uint64_t>(half_of_slots(p, owner, waiter.epoch));
+    if constexpr (kLines) half = (half + 127) / 128 * 128;
+    return reinterpret_cast<char*>(half) + static_cast<int64_t>(selection) * kSlotBytes;
   }
 
   __device__ uint64_t* word(int owner, int selection, int part = 0) const {
@@ -187,6 +199,7 @@ class LowLatencyCombine {
 
   // Of the pieces of a row, shared by `num_parts` warps.
   static __device__ int part_pieces(int num_parts) {
+    if constexpr (kLines) return ceil_div(kPieces, num_parts);
     return align_up(ceil_div(kPieces, num_parts), kWarpSize);
   }
 
@@ -213,8 +226,8 @@ class LowLatencyCombine {
       // The release hides its latency. Drawn before the copy, early warps would have two units where
       // others have none.
       const Draw next(p.counters + 1);
-      // Rows are written -> copy_group -> release of any lane: cumulative.
-      if (written != nullptr) ptx::st_release_sys(written, stamp(waiter.epoch, 0));
+      // Rows are written -> copy_group -> release of any lane: cumulative. Lines need none.
+      if (!kLines && written != nullptr) ptx::st_release_sys(written, stamp(waiter.epoch, 0));
       unit = next.unit();
     }
   }
@@ -306,7 +319,18 @@ class LowLatencyCombine {
 
   // Pieces begin .. end - 1 of a row, by all lanes.
   __device__ void copy_pieces(const char* src, char* dst, int begin, int end) const {
-    if constexpr (kCfg.logfmt) {
+    if constexpr (kLines) {
+      constexpr int kBatch = 8;
+      for (int first = begin; first < end; first += kBatch) {
+        LineUnit<kRowBytes> units[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+          if (first + i < end) units[i].load(src, first + i, lane);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+          if (first + i < end) units[i].send(dst, first + i, waiter.epoch, lane);
+      }
+    } else if constexpr (kCfg.logfmt) {
       encode_items(src, dst, begin, end);
     } else {
       for (int at = begin * 16; at < end * 16; at += kPieceBytes<8>)
@@ -400,15 +424,27 @@ class LowLatencyCombine {
     if constexpr (kRemote)
       if (__any_sync(kFullMask, is_remote)) warp_received(p.transport, lane);
     char* const out = p.out + static_cast<int64_t>(token) * kRowBytes;
-    if constexpr (kCfg.logfmt)
+    if constexpr (kLines)
+      return sum_lines(row, __ballot_sync(kFullMask, is_own), e / kExpertsARank, selection, weight,
+                       out, begin, end);
+    else if constexpr (kCfg.logfmt)
       sum_log(row, __ballot_sync(kFullMask, is_own), weight, out, begin, end);
     else
       sum_rows(row, weight, out, begin, end);
     return true;
   }
 
-  // Waits for the words of pieces begin .. end - 1.
+  // Waits for the words of pieces begin .. end - 1. Of lines, when there are many rows, for one flag of
+  // the row, or else every warp would read all of its rows again and again while they come.
   __device__ bool wait_for_row(int peer, int selection, int begin, int end) const {
+    if constexpr (kLines) {
+      if (push_parts() > 1 || begin >= end) return true;
+      const uint64_t flag = line_flag(waiter.epoch);
+      uint64_t seen;
+      return wait_until(waiter, kWaitLowLatencyCombineRow, peer, selection, flag,
+                        last_flag(slot(own(), selection), end - 1), seen,
+                        [&](uint64_t value) { return value == flag; });
+    }
     const int pieces = part_pieces(push_parts());
     for (int part = begin / pieces; part * pieces < end; ++part) {
       uint64_t seen;
@@ -426,6 +462,51 @@ class LowLatencyCombine {
       const Vec16 sum = weighted_sum<8>(row, weight, rows, vec, vec < end);
       if (vec < end) ptx::st_v4(out + vec * 16, sum);
     }
+  }
+
+  // Looks at units begin .. end - 1 of each row and adds them. Lane k has row k, its selection and weight,
+  // and the rank that it comes from; `own`: bit k: row k is one of this rank, and not in lines. False: leave.
+  __device__ bool sum_lines(const char* row, uint32_t own, int peer, int selection, float weight,
+                            char* out, int begin, int end) const {
+    constexpr int kBatch = 8;
+    const uint32_t rows = __ballot_sync(kFullMask, row != nullptr);
+    for (int unit = begin; unit < end; ++unit) {
+      float sum[8] = {};
+      uint32_t left = rows;
+      while (left != 0) {
+        LineUnit<kRowBytes> units[kBatch];
+        const uint32_t before = left;
+        const auto look_at = [&] {
+          uint32_t missing = 0;
+          left = before;
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            if (left == 0) break;
+            const int k = __ffs(left) - 1;
+            left &= left - 1;
+            const char* const src = of_lane(row, k);
+            if ((own >> k & 1) != 0) {
+              units[i].load(src, unit, lane);
+            } else {
+              units[i].look(src, unit, lane);
+              if (!units[i].is_here(waiter.epoch, lane)) missing |= 1u << k;
+            }
+          }
+          return missing;
+        };
+        if (!warp_wait(waiter, kWaitLowLatencyCombineRow, peer, selection, look_at)) return false;
+        uint32_t loaded = before;
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (loaded == 0) break;
+          const int k = __ffs(loaded) - 1;
+          loaded &= loaded - 1;
+          add_weighted(sum, __shfl_sync(kFullMask, weight, k), units[i].v);
+        }
+      }
+      LineUnit<kRowBytes>{to_bf16(sum)}.store(out, unit, lane);
+    }
+    return true;
   }
 
   // `own`: bit k: row k is one of this rank, which nobody has encoded yet.
