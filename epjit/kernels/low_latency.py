@@ -90,6 +90,7 @@ class LowLatencyDispatchConfig(
     num_warps: int
     remote: bool = False
     shrink: bool = False
+    lines: bool = False
 
     @classmethod
     def choose(
@@ -99,9 +100,11 @@ class LowLatencyDispatchConfig(
         num_ranks: int,
         remote: bool = False,
         shrink: bool = False,
+        variant: str = "words",
     ) -> LowLatencyDispatchConfig:
         """Shape of the block: a thread for each 16 channels of a usual row."""
-        return cls(num_ranks, *shape, 16, remote, shrink)
+        lines = variant == "lines" and not (remote or shrink)
+        return cls(num_ranks, *shape, 16, remote, shrink, lines)
 
     @property
     def row_format(self) -> RowFormat:
@@ -112,11 +115,20 @@ class LowLatencyDispatchConfig(
     def shared_bytes(self) -> int:
         """A counter for each expert, a few words of the block."""
         a_rank = self.num_ranks if self.remote else MAX_RANKS
-        return 4 * (self.num_experts + 4 + 2 * a_rank)
+        words = 4 * (self.num_experts + 4 + 2 * a_rank)
+        return align(words, 16) + self._line_bytes if self.lines else words
+
+    @property
+    def _line_bytes(self) -> int:
+        """Bytes that travel in lines: selections, row, scales."""
+        scales = align(self.row_format.num_scale_bytes(self.hidden), 16)
+        return align(8 * self.num_topk, 16) + self.row_format.row_bytes(self.hidden) + scales
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of one token's slot."""
+        if self.lines:
+            return -(-self._line_bytes // LINE_UNIT) * 512
         scales = align(self.row_format.num_scale_bytes(self.hidden), 8)
         return align(self.row_format.row_bytes(self.hidden) + scales + 8 * self.num_topk)
 
@@ -293,7 +305,8 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         wide = num_ranks != 3
         for row_format in formats:
             shape = LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, wide)
-            yield LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks)
+            for variant in variants.names("low_latency_dispatch", arch):
+                yield config_of(shape, num_ranks, arch, remote=False, variant=variant)
         for variant in names:
             # The log format has one kernel, whatever the variant.
             for logfmt in (False, True) if variant == "ldst" and hidden != 24 else (False,):
@@ -319,7 +332,7 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
     dispatch = LowLatencyDispatchShape(256, 7168, FP8.code, 8, True)
     combine = LowLatencyCombineShape(256, 7168, 8, True, False)
     for remote in (False, True):
-        yield config_of(dispatch, 4, arch, remote=remote, shrink=True)
+        yield config_of(dispatch, 4, arch, remote=remote, shrink=True, variant="words")
         for variant in names:
             if (not remote and variant != "lines") or variant in ("ldst", "tma"):
                 yield config_of(combine, 4, arch, remote=remote, shrink=True, variant=variant)
@@ -361,8 +374,10 @@ def config_of(
         variant: Takes this one instead.
     """
     if isinstance(shape, LowLatencyDispatchShape):
+        if variant is None:
+            variant = variants.resolve("low_latency_dispatch", arch)
         return LowLatencyDispatchConfig.choose(
-            shape, num_ranks=num_ranks, remote=remote, shrink=shrink
+            shape, num_ranks=num_ranks, remote=remote, shrink=shrink, variant=variant
         )
     if variant is None:
         variant = variants.resolve("low_latency_combine", arch)

@@ -294,6 +294,7 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         launch = self.launch(shape, num_max_dispatch_tokens_per_rank=sizes.max_tokens)
         config: LowLatencyDispatchConfig = launch.kernel.config
         num_slots = num_ranks * sizes.max_tokens
+        self._check_room(config, num_slots)
         grid = min(self._num_sms, max(sizes.num_tokens + 1, num_slots * 8 // config.num_warps))
         parts = {"num_parts": max(1, min(8, grid * config.num_warps // num_slots))}
         outputs = LowLatencyDispatched.specs(sizes, num_ranks)
@@ -315,16 +316,26 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
             grid = min(self._num_sms, max(blocks, 16))
             steps_a_warp = -(-sizes.num_tokens * config.steps // (2 * grid * config.num_warps)) or 1
             parts = {"num_parts": -(-config.steps // steps_a_warp), "push_parts": push_parts}
-            room, needed = self._arena.half_bytes, choices * config.slot_bytes + 128
-            if config.lines and needed > room:
-                raise ValueError(
-                    f"low_latency_combine: {env.low_latency_combine_variant.name}=lines needs "
-                    f"num_rdma_bytes >= {4 * needed} for {sizes.max_tokens} tokens with "
-                    f"{sizes.num_topk} choices, and there are {4 * room}; take more, or ldst"
-                )
+            self._check_room(config, choices)
         outputs = (matrix(torch.bfloat16, sizes.num_tokens, sizes.hidden),)
         plan = _Plan(launch, grid, parts, sizes, self._group.size, outputs)
         return remember(self._combine_plans, sizes, plan)
+
+    def _check_room(
+        self, config: LowLatencyDispatchConfig | LowLatencyCombineConfig, num_slots: int
+    ) -> None:
+        """Whether a half has room for slots in lines, which are larger than others.
+
+        Raises:
+            ValueError: It has not.
+        """
+        room, needed = self._arena.half_bytes, num_slots * config.slot_bytes + 128
+        if config.lines and needed > room:
+            raise ValueError(
+                f"{config.op}: {num_slots} slots in lines need num_rdma_bytes >= {4 * needed}, and "
+                f"there are {4 * room}; take more, or leave {env.low_latency_dispatch_variant.name}"
+                f" and {env.low_latency_combine_variant.name} alone"
+            )
 
     def combine(
         self, scope: AnyScope, call: LowLatencyCombine

@@ -95,6 +95,7 @@ class Shape:
             format=self.row_format.code,
             num_warps=self.num_warps,
             remote=self.remote,
+            lines=self.variant == "lines",
         )
 
     @property
@@ -142,7 +143,7 @@ class World(emulated.World):
         super().__init__(seed=seed, timeout_ns=timeout_ns)
         self.shape, self.shrink = shape, shrink
         self.half_bytes = max(
-            shape.num_ranks * shape.max_tokens * shape.dispatch.slot_bytes,
+            shape.num_ranks * shape.max_tokens * shape.dispatch.slot_bytes + 128,
             shape.max_tokens * max(shape.num_topk, shape.num_ranks) * 2 * shape.hidden,
             shape.max_tokens * shape.num_topk * (shape.combine.slot_bytes or 0) + 128,
         )
@@ -423,11 +424,17 @@ def _routes(src_info: Tensor, shape: Shape) -> dict[str, Tensor]:
 # ---- tests --------------------------------------------------------------------------------------
 
 
-@DOMAINS
+@pytest.mark.parametrize(
+    ("variant", "per_domain"),
+    [("tma", 0), ("tma", 1), ("lines", 0)],
+    ids=["1x3", "3x1", "lines"],
+)
 @pytest.mark.parametrize("row_format", FORMATS, ids=lambda each: each.name)
-def test_dispatch_of_every_format(row_format: RowFormat, per_domain: int) -> None:
+def test_dispatch_of_every_format(row_format: RowFormat, variant: str, per_domain: int) -> None:
     for seed, num_parts in enumerate((1, 2, 4)):
-        shape = Shape(row_format=row_format, num_parts=num_parts, per_domain=per_domain)
+        shape = Shape(
+            row_format=row_format, num_parts=num_parts, per_domain=per_domain, variant=variant
+        )
         world = World(shape, seed=seed)
         world.route().dispatch()
         world.run(seed)
@@ -616,6 +623,18 @@ def test_many_selections_and_int32() -> None:
         world = World(replace(shape, variant=variant), seed=seed)
         routing = world.route()
         routing.combine(routing.dispatch())
+        world.run(seed)
+
+
+def test_many_tokens_in_lines() -> None:
+    """So many that a warp waits for one line of a slot before it looks at the others."""
+    shape = Shape(
+        num_ranks=2, tokens=(70, 9), max_tokens=70, hidden=128, variant="lines", row_format=FP8
+    )
+    for seed in range(2):
+        world = World(shape, seed=seed)
+        routing = world.route()
+        routing.combine(routing.dispatch(split=seed == 1))
         world.run(seed)
 
 

@@ -124,6 +124,8 @@ def test_withheld_peer(two_or_more: int, world: dict[str, str]) -> None:
 def test_buffers_in_another_order(two_or_more: int, num_buffers: int, variant: str) -> None:
     """A kernel that waits for a peer leaves SMs to the kernel that the peer waits for."""
     environ = {"EPJIT_LOW_LATENCY_COMBINE_VARIANT": variant}
+    if variant == "lines":
+        environ["EPJIT_LOW_LATENCY_DISPATCH_VARIANT"] = variant
     launch.run(low_latency.crossed, two_or_more, environ, num_buffers, timeout=200)
 
 

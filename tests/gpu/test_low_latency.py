@@ -73,6 +73,8 @@ def test_buffers_in_another_order(variant: str, monkeypatch: pytest.MonkeyPatch)
     A kernel of each rank takes all SMs; two of them fill the GPU.
     """
     monkeypatch.setenv("EPJIT_LOW_LATENCY_COMBINE_VARIANT", variant)
+    if variant == "lines":
+        monkeypatch.setenv("EPJIT_LOW_LATENCY_DISPATCH_VARIANT", variant)
 
     def body(*buffers: Buffer) -> None:
         streams = [next_stream() for _ in buffers]

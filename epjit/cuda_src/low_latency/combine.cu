@@ -186,9 +186,8 @@ class LowLatencyCombine {
 
   // Of selection token * kTopk + k of an owner of this domain, by its index in `slots`.
   __device__ char* slot(int owner, int selection) const {
-    uint64_t half = reinterpret_cast<uint64_t>(half_of_slots(p, owner, waiter.epoch));
-    if constexpr (kLines) half = (half + 127) / 128 * 128;
-    return reinterpret_cast<char*>(half) + static_cast<int64_t>(selection) * kSlotBytes;
+    char* const half = half_of_slots(p, owner, waiter.epoch);
+    return (kLines ? whole_lines(half) : half) + static_cast<int64_t>(selection) * kSlotBytes;
   }
 
   __device__ uint64_t* word(int owner, int selection, int part = 0) const {

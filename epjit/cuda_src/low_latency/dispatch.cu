@@ -32,6 +32,10 @@
 // counts of all ranks and adds them up, one of them for the outputs. Then the warps draw (token,
 // source, part) and copy it from its slot to its experts.
 //
+// With `lines` a slot is the same in lines (lines.cuh), selections first, and there are no words: whoever
+// copies looks at the slot itself, at its first unit for the selections. Of a token that does not go to d
+// there is that unit alone, with no selections of d's experts.
+//
 // Progress: what is sent waits for nothing, and a block waits only after every unit of sending has
 // been drawn by a block that runs. So the grid need not be resident as a whole, and nothing is asked of what else runs on
 // the GPU. Nor is it held up: while a peer is late, few blocks wait for its counts (sync.cuh, "blocks
@@ -56,6 +60,7 @@
 // Launch: any grid, low_latency_dispatch_threads() threads. Graph-safe.
 #include "epjit/topk.cuh"
 #include "epjit/work.cuh"
+#include "low_latency/lines.cuh"
 #include "low_latency/plan.cuh"
 #include "low_latency/rows.cuh"
 
@@ -71,6 +76,7 @@ struct LowLatencyDispatchConfig {
   int32_t num_warps;
   bool remote;  // the group spans several NVLink domains
   bool shrink;  // ranks may be masked
+  bool lines;   // rows travel in lines
 };
 
 struct LowLatencyDispatchParams : Operation, PeerParams, LowLatencyParams {
@@ -113,13 +119,29 @@ constexpr int dispatch_rank_words(LowLatencyDispatchConfig cfg) {
   return cfg.remote ? cfg.num_ranks : kMaxRanks;
 }
 
+// Of what travels in lines: selections, row, scales.
+constexpr int dispatch_line_header_bytes(LowLatencyDispatchConfig cfg) {
+  return align_up(8 * cfg.num_topk, 16);
+}
+
+constexpr int dispatch_line_bytes(LowLatencyDispatchConfig cfg) {
+  return dispatch_line_header_bytes(cfg) + format_row_bytes(cfg.format, cfg.hidden) +
+         align_up(format_row_scale_bytes(cfg.format, cfg.hidden), 16);
+}
+
 // Selections of each expert before a chunk, or the table of the plan; what threads tell each
-// other.
-constexpr int low_latency_dispatch_shared_bytes(LowLatencyDispatchConfig cfg) {
+// other; a token before it is put into lines.
+constexpr int dispatch_shared_words_bytes(LowLatencyDispatchConfig cfg) {
   return 4 * (cfg.num_experts + 4 + 2 * dispatch_rank_words(cfg));
 }
 
+constexpr int low_latency_dispatch_shared_bytes(LowLatencyDispatchConfig cfg) {
+  const int words = dispatch_shared_words_bytes(cfg);
+  return cfg.lines ? align_up(words, 16) + dispatch_line_bytes(cfg) : words;
+}
+
 constexpr int low_latency_dispatch_slot_bytes(LowLatencyDispatchConfig cfg) {
+  if (cfg.lines) return line_slot_bytes(dispatch_line_bytes(cfg));
   return align_up(format_row_bytes(cfg.format, cfg.hidden) +
                       align_up(format_row_scale_bytes(cfg.format, cfg.hidden), 8) +
                       8 * cfg.num_topk,
@@ -138,7 +160,16 @@ class LowLatencyDispatch {
   static constexpr int kSlotBytes = low_latency_dispatch_slot_bytes(kCfg);
   static constexpr int kThreads = low_latency_dispatch_threads(kCfg);
   static constexpr bool kRemote = kCfg.remote;
+  static constexpr bool kLines = kCfg.lines;
+  static constexpr int kHeader = dispatch_line_header_bytes(kCfg);
+  static constexpr int kUnits = line_units(dispatch_line_bytes(kCfg));
+  static constexpr int kScaleUnit =
+      (kHeader + Row::kBytes) / kLineUnitData;  // with the first scale
+  using Unit = LineUnit<dispatch_line_bytes(kCfg)>;
+  static_assert(!kLines || (!kRemote && !kCfg.shrink));
   static constexpr int kRankWords = dispatch_rank_words(kCfg);
+  static constexpr int kFewTokens =
+      128;  // of which every warp that copies looks at its lines at once
   // Pieces of 16 bytes in flight a thread; a body of transport.cuh wants registers, too.
   static constexpr int kBatch = kRemote ? 4 : 8;
   using Outgoing = OutgoingRow<kFormat, kCfg.hidden, kThreads>;
@@ -197,7 +228,8 @@ class LowLatencyDispatch {
 
   // Of a reader of this domain, by its index in `slots`.
   __device__ char* slot(int reader, int source, int token) const {
-    return half_of_slots(p, reader, waiter.epoch) +
+    char* const half = half_of_slots(p, reader, waiter.epoch);
+    return (kLines ? whole_lines(half) : half) +
            (static_cast<int64_t>(source) * p.max_tokens + token) * kSlotBytes;
   }
 
@@ -214,6 +246,11 @@ class LowLatencyDispatch {
   __device__ uint32_t& shared_readers() const { return shared[kExperts + kRankWords + 2]; }
   static __device__ uint32_t* ticket_word(uint32_t* shared) {
     return shared + kExperts + kRankWords + 3;
+  }
+
+  // In shared memory, too: a token as it goes into lines.
+  static __device__ char* staged() {
+    return ptx::dynamic_shared() + align_up(dispatch_shared_words_bytes(kCfg), 16);
   }
 
   // Global expert of a selection, -1 for none.
@@ -319,6 +356,15 @@ class LowLatencyDispatch {
       if (warp == 0) send_selections(token, selected);
       __syncthreads();
       const uint32_t readers = shared_readers();
+      if constexpr (kLines) {
+        row.template store<true>(1, kFormat == kNvfp4 ? *p.global_scale : 1.0f,
+                                 [&](int) { return staged() + kHeader; });
+        __syncthreads();
+        if (token + 1 == last) next = draw_next();
+        send_lines(token, readers);
+        __syncthreads();
+        continue;
+      }
       row.store(kRemote ? slots_of(readers) : readers, kFormat == kNvfp4 ? *p.global_scale : 1.0f,
                 [&](int reader) { return slot(reader, p.rank, token); });
       __syncthreads();
@@ -332,6 +378,20 @@ class LowLatencyDispatch {
     }
     if constexpr (kRemote) put_chunk(first, last);
     return next;
+  }
+
+  // What is staged; to ranks that get nothing of it a unit that says so.
+  __device__ void send_lines(int token, uint32_t readers) const {
+    for (int unit = warp; unit < kUnits; unit += kCfg.num_warps) {
+      Unit each;
+      each.load_shared(staged(), unit, lane);
+      for (uint32_t left = readers; left != 0; left &= left - 1)
+        each.send(slot(__ffs(left) - 1, p.rank, token), unit, waiter.epoch, lane);
+    }
+    const Unit none{{~0u, ~0u, ~0u, ~0u}};
+    if (warp == kCfg.num_warps - 1)
+      for (uint32_t left = ~readers & ((1u << kRanks) - 1); left != 0; left &= left - 1)
+        none.send(slot(__ffs(left) - 1, p.rank, token), 0, waiter.epoch, lane);
   }
 
   __device__ const char* token_row(int token) const {
@@ -393,8 +453,8 @@ class LowLatencyDispatch {
   }
 
   __device__ void write_selection(int reader, int token, int e, uint32_t position) const {
-    uint32_t* const selection =
-        reinterpret_cast<uint32_t*>(slot(reader, p.rank, token) + kSelections) + 2 * lane;
+    char* const place = kLines ? staged() : slot(reader, p.rank, token) + kSelections;
+    uint32_t* const selection = reinterpret_cast<uint32_t*>(place) + 2 * lane;
     selection[0] = static_cast<uint32_t>(e);
     selection[1] = position;
   }
@@ -416,12 +476,138 @@ class LowLatencyDispatch {
       const uint32_t num_tokens = kRanks <= kWarpSize ? __shfl_sync(kFullMask, tokens, source)
                                                       : plan.at(source, kExpertsARank);
       const int part = unit % p.num_parts;
+      if constexpr (kLines) {
+        const auto draw_on = [&] {
+          unit = next.unit();
+          if (unit >= num_units) ticket.take(waiter.epoch);
+        };
+        if (token >= num_tokens)
+          draw_on();
+        else if (!receive_lines(source, static_cast<int>(token), part, draw_on))
+          return;
+        continue;
+      }
       uint64_t word = 0;
       bool has_token = token < num_tokens;
       if (has_token && !wait_for_token(source, static_cast<int>(token), word, has_token)) return;
       unit = next.unit();
       if (!kCfg.shrink && unit >= num_units) ticket.take(waiter.epoch);
       if (has_token) receive_token(source, static_cast<int>(token), part, word);
+    }
+  }
+
+  // A part of a token's units, from the lines to the rows of its experts. draw_on() is called when the
+  // first of them are here. False: leave.
+  template <typename DrawOn>
+  __device__ bool receive_lines(int source, int token, int part, DrawOn draw_on) const {
+    constexpr int kBatch = 8;
+    const char* const src = slot(own(), source, token);
+    const int units = ceil_div(kUnits, p.num_parts), last = min(kUnits, (part + 1) * units);
+    int first = part * units;
+    if (kRanks * p.max_tokens > kFewTokens) {
+      // Or else every warp would read all of its lines again and again while they come.
+      const uint64_t flag = line_flag(waiter.epoch);
+      uint64_t seen;
+      if (!all_lanes(wait_until(waiter, kWaitLowLatencyDispatchToken, source, token, flag,
+                                last_flag(src, 0), seen,
+                                [&](uint64_t value) { return value == flag; })))
+        return false;
+    }
+    Unit batch[kBatch];
+    int row = -1;
+    uint32_t here = 0;
+    const auto look_at_batch = [&] {
+      uint32_t missing = 0;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (first + i >= last) break;
+        batch[i].look(src, first + i, lane);
+        if (!batch[i].is_here(waiter.epoch, lane)) missing = 1;
+      }
+      return missing;
+    };
+    const auto look_at = [&] {
+      Unit head;
+      head.look(src, 0, lane);
+      const uint32_t missing = look_at_batch();
+      if (!__all_sync(kFullMask, head.is_here(waiter.epoch, lane))) return 1u;
+      row = row_of_selection(head, source);
+      here = __ballot_sync(kFullMask, row >= 0);
+      return here == 0 ? 0 : missing;
+    };
+    if (!warp_wait(waiter, kWaitLowLatencyDispatchToken, source, token, look_at)) return false;
+    draw_on();
+    if (part == 0) {
+      if (lane < kTopk)
+        p.source_rows[(static_cast<int64_t>(source) * p.max_tokens + token) * kTopk + lane] = row;
+      if (row >= 0) p.src_info[row] = token;
+    }
+    while (here != 0) {
+      for (uint32_t left = here; left != 0; left &= left - 1) {
+        const int dst = __shfl_sync(kFullMask, row, __ffs(left) - 1);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+          if (first + i < last) store_bytes(batch[i], first + i, dst);
+      }
+      for (int index = max(first, kScaleUnit); index < min(last, first + kBatch); ++index) {
+        Unit unit = batch[0];
+#pragma unroll
+        for (int i = 1; i < kBatch; ++i)
+          if (first + i == index) unit = batch[i];
+        for (uint32_t left = here; left != 0; left &= left - 1)
+          store_scales(unit, index, __shfl_sync(kFullMask, row, __ffs(left) - 1));
+      }
+      first += kBatch;
+      if (first >= last) break;
+      if (!warp_wait(waiter, kWaitLowLatencyDispatchToken, source, token, look_at_batch))
+        return false;
+    }
+    return true;
+  }
+
+  // Lane k gets where selection k goes, of the first unit of a token; -1 = to another rank, -2 = beyond
+  // its slab.
+  __device__ int row_of_selection(const Unit& head, int source) const {
+    const int piece = lane / 2, holder = piece + piece / 7;  // of two selections
+    const uint32_t x = __shfl_sync(kFullMask, head.v.x, holder),
+                   y = __shfl_sync(kFullMask, head.v.y, holder),
+                   z = __shfl_sync(kFullMask, head.v.z, holder),
+                   w = __shfl_sync(kFullMask, head.v.w, holder);
+    const int expert = static_cast<int>(lane % 2 == 0 ? x : z);
+    return lane < kTopk ? place_of(source, expert, lane % 2 == 0 ? y : w) : -1;
+  }
+
+  // Row of x of a selection, counted over all slabs.
+  __device__ int place_of(int source, int expert, uint32_t position) const {
+    const int e = expert - p.rank * kExpertsARank;
+    if (expert < 0 || e < 0 || e >= kExpertsARank) return -1;
+    position += plan.at(source, e);
+    return position < plan.rows_a_slab() ? static_cast<int>(e * plan.rows_a_slab() + position) : -2;
+  }
+
+  // The lane's bytes of a unit to a row, if they are of one.
+  __device__ void store_bytes(const Unit& unit, int index, int row) const {
+    const int at = Unit::offset(index, lane) - kHeader;
+    if (at < 0 || at >= Row::kBytes) return;
+    char* const dst = p.recv_x + static_cast<int64_t>(row) * Row::kBytes + at;
+    if (Unit::has_flag(lane))
+      *reinterpret_cast<uint64_t*>(dst) = static_cast<uint64_t>(unit.v.y) << 32 | unit.v.x;
+    else
+      ptx::st_v4(dst, unit.v);
+  }
+
+  // The same, if they are scales.
+  __device__ void store_scales(const Unit& unit, int index, int row) const {
+    const int at = Unit::offset(index, lane) - kHeader - Row::kBytes;
+    if (Row::kScaleUnits == 0 || at < 0) return;
+    constexpr int kInAWord = 4 / static_cast<int>(sizeof(typename Row::ScaleUnit));
+    const uint32_t words[4] = {unit.v.x, unit.v.y, unit.v.z, unit.v.w};
+#pragma unroll
+    for (int i = 0; i < 4 * kInAWord; ++i) {
+      const int scale = at / 4 * kInAWord + i;
+      if (scale < Row::kScaleUnits && (i < 2 * kInAWord || !Unit::has_flag(lane)))
+        Row::store_scale(p.recv_scales, row, plan.rows_a_slab(), scale,
+                         words[i / kInAWord] >> i % kInAWord * 8);
     }
   }
 
@@ -463,12 +649,7 @@ class LowLatencyDispatch {
     if (lane < kTopk) {
       const int32_t* const selection =
           reinterpret_cast<const int32_t*>(src + kSelections) + 2 * lane;
-      const int e = selection[0] - p.rank * kExpertsARank;
-      if (selection[0] >= 0 && e >= 0 && e < kExpertsARank) {
-        const uint32_t position = plan.at(source, e) + selection[1];
-        row = position < plan.rows_a_slab() ? static_cast<int>(e * plan.rows_a_slab() + position)
-                                            : -2;
-      }
+      row = place_of(source, selection[0], selection[1]);
     }
     const uint32_t here = __ballot_sync(kFullMask, row >= 0);
     if (part == 0) {

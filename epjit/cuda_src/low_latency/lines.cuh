@@ -62,6 +62,15 @@ struct LineUnit {
     }
   }
 
+  // From shared memory.
+  __device__ void load_shared(const char* row, int unit, int lane) {
+    const int at = offset(unit, lane);
+    if (at >= kRowBytes) return;
+    const auto words = reinterpret_cast<const uint32_t*>(row + at);
+    v.x = words[0], v.y = words[1];
+    if (!has_flag(lane)) v.z = words[2], v.w = words[3];
+  }
+
   __device__ void store(char* row, int unit, int lane) const {
     const int at = offset(unit, lane);
     if (at >= kRowBytes) return;

@@ -21,6 +21,11 @@ __device__ __forceinline__ char* half_of_slots(const Params& p, int index, uint3
   return reinterpret_cast<char*>(p.slots[index]) + half * p.half_bytes;
 }
 
+// From there on, the first line of 128 bytes; a half has room for it.
+__device__ __forceinline__ char* whole_lines(char* half) {
+  return reinterpret_cast<char*>((reinterpret_cast<uint64_t>(half) + 127) / 128 * 128);
+}
+
 template <typename Params>
 __device__ __forceinline__ uint64_t* half_of_words(const Params& p, int index, uint32_t epoch) {
   const int half = epoch & 1;
