@@ -166,6 +166,19 @@ def test_random_rounds(num_ranks: int, domain: int | None) -> None:
     run_low_latency(num_ranks, body, domain=domain, num_nvl_bytes=16 << 20, timeout=580)
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_random_rounds_in_lines(num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PTX does not promise of lines of 128 bytes holds here, or rows are wrong."""
+    for op in ("DISPATCH", "COMBINE"):
+        monkeypatch.setenv(f"EPJIT_LOW_LATENCY_{op}_VARIANT", "lines")
+
+    def body(buffer: Buffer) -> None:
+        low_latency.rounds(buffer, 10 if SMALL else 300, TOKENS, num_sms=4)
+
+    run_low_latency(num_ranks, body, num_nvl_bytes=16 << 20, timeout=580)
+
+
 @worlds(1, 2, 4)
 @pytest.mark.parametrize("use_hooks", [False, True])
 def test_graph(num_ranks: int, domain: int | None, use_hooks: bool) -> None:
