@@ -220,11 +220,18 @@ combine_variant: Variable[str] = Variable(
 permute_variant: Variable[str] = Variable(
     "EPJIT_PERMUTE_VARIANT", _VARIANT, "auto", "Implementation of permute: auto, tma or ldst.", str
 )
+low_latency_dispatch_variant: Variable[str] = Variable(
+    "EPJIT_LOW_LATENCY_DISPATCH_VARIANT",
+    _VARIANT,
+    "auto",
+    "Implementation of the low-latency dispatch: auto, words or lines.",
+    str,
+)
 low_latency_combine_variant: Variable[str] = Variable(
     "EPJIT_LOW_LATENCY_COMBINE_VARIANT",
     _VARIANT,
     "auto",
-    "Implementation of the low-latency combine: auto, ldst, tma or reduced.",
+    "Implementation of the low-latency combine: auto, ldst, tma, reduced or lines.",
     str,
 )
 low_latency_num_sms: Variable[int] = Variable(

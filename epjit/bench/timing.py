@@ -68,7 +68,7 @@ def timed(
 
 def eager(fn: Callable[[], Any], group: dist.ProcessGroup, *, device: str = "cuda") -> float:
     """Microseconds a call, back to back: what an eager user sees."""
-    synchronize: Callable[[], None] = _nothing if device == "cpu" else torch.cuda.synchronize
+    synchronize: Callable[[], None] = nothing if device == "cpu" else torch.cuda.synchronize
     calls, warmup = (2, 1) if device == "cpu" else (EAGER_CALLS, WARMUP_CALLS)
     for _ in range(warmup):
         fn()
@@ -175,5 +175,5 @@ def _rank(rank: int, worker: Callable[..., None], *args: Any) -> None:
     worker(rank, *args)
 
 
-def _nothing() -> None:
-    """The CPU has nothing under way."""
+def nothing() -> None:
+    """Does nothing, as where the CPU has nothing under way."""

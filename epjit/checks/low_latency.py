@@ -342,9 +342,9 @@ def check_variant(num_domains: int) -> None:
         ValueError: It does not work between NVLink domains.
     """
     variable = env.low_latency_combine_variant
-    if num_domains > 1 and variable() == "reduced":
+    if num_domains > 1 and variable() in ("reduced", "lines"):
         raise ValueError(
-            f"{variable.name}=reduced works in one NVLink domain only, and these ranks span "
+            f"{variable.name}={variable()} works in one NVLink domain only, and these ranks span "
             f"{num_domains}; unset it, or take ldst or tma"
         )
 

@@ -18,6 +18,7 @@ from epjit.sizes import align
 
 _CAST_ELEMENTS = 16
 STEP = 256  # channels that a warp adds at a time
+LINE_UNIT = 480  # bytes of a row in 4 lines of 128
 # Of a half: one a token or a choice; for `reduced` one a piece of a row and one a weight.
 NUM_WORDS = max(MAX_LOW_LATENCY_TOKENS, MAX_LOW_LATENCY_CHOICES)
 
@@ -88,13 +89,22 @@ class LowLatencyDispatchConfig(
     topk_is_int64: bool
     num_warps: int
     remote: bool = False
+    shrink: bool = False
+    lines: bool = False
 
     @classmethod
     def choose(
-        cls, shape: LowLatencyDispatchShape, *, num_ranks: int, remote: bool = False
+        cls,
+        shape: LowLatencyDispatchShape,
+        *,
+        num_ranks: int,
+        remote: bool = False,
+        shrink: bool = False,
+        variant: str = "words",
     ) -> LowLatencyDispatchConfig:
         """Shape of the block: a thread for each 16 channels of a usual row."""
-        return cls(num_ranks, *shape, 16, remote)
+        lines = variant == "lines" and not (remote or shrink)
+        return cls(num_ranks, *shape, 16, remote, shrink, lines)
 
     @property
     def row_format(self) -> RowFormat:
@@ -105,11 +115,20 @@ class LowLatencyDispatchConfig(
     def shared_bytes(self) -> int:
         """A counter for each expert, a few words of the block."""
         a_rank = self.num_ranks if self.remote else MAX_RANKS
-        return 4 * (self.num_experts + 2 + 2 * a_rank)
+        words = 4 * (self.num_experts + 4 + 2 * a_rank)
+        return align(words, 16) + self._line_bytes if self.lines else words
+
+    @property
+    def _line_bytes(self) -> int:
+        """Bytes that travel in lines: selections, row, scales."""
+        scales = align(self.row_format.num_scale_bytes(self.hidden), 16)
+        return align(8 * self.num_topk, 16) + self.row_format.row_bytes(self.hidden) + scales
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of one token's slot."""
+        if self.lines:
+            return -(-self._line_bytes // LINE_UNIT) * 512
         scales = align(self.row_format.num_scale_bytes(self.hidden), 8)
         return align(self.row_format.row_bytes(self.hidden) + scales + 8 * self.num_topk)
 
@@ -132,10 +151,12 @@ class LowLatencyCombineConfig(
     topk_is_int64: bool
     logfmt: bool
     tma: bool
+    lines: bool
     num_warps: int
     num_push_warps: int
     rows_per_warp: int
     remote: bool = False
+    shrink: bool = False
 
     @classmethod
     def choose(
@@ -146,25 +167,48 @@ class LowLatencyCombineConfig(
         variant: str,
         limit: int,
         remote: bool = False,
+        shrink: bool = False,
     ) -> LowLatencyCombineConfig:
         """Shape of the block for `limit` bytes of shared memory."""
-        warps = 20 if shape.num_topk <= 8 else 16  # more rows in hand need more registers
-        push, rows = 8, 1
+        lines = variant == "lines" and not (shape.logfmt or remote or shrink)
+        # More rows in hand need more registers, and so do lines.
+        warps = 20 if shape.num_topk <= 8 and not lines else 16
+        # Two H200s, a pair in a graph (FP8) of 128 and 8 tokens: with 8 pushing warps 49.9 and
+        # 22.3 us, with 4 48.6 and 20.1, with 2 50.2 and 24.3.
+        push, rows = 4, 1
         tma = variant == "tma" and not shape.logfmt
         if tma:
-            held = (limit - 8 * push) // (2 * shape.hidden)
+            push = 8
+            held = (limit - 8 * push - 4) // (2 * shape.hidden)
             push = min(push, held)
             rows = min(max(held // push, 1), 2)
-        return cls(num_ranks, *shape, tma, warps, push, rows, remote)
+        return cls(num_ranks, *shape, tma, lines, warps, push, rows, remote, shrink)
+
+    def push_parts(self, max_tokens: int) -> int:
+        """Warps that share a row on its way, the same on all ranks: with few rows there are some.
+
+        A quarter of 7168 channels is one batch of loads.
+        """
+        if self.tma or self.remote:
+            return 1
+        return max(1, min(4, 512 // (max_tokens * self.num_topk)))
+
+    @property
+    def steps(self) -> int:
+        """Into so many parts the sum of a token can be divided."""
+        return -(-2 * self.hidden // (LINE_UNIT if self.lines else 2 * STEP))
 
     @property
     def shared_bytes(self) -> int:
-        """Rows on their way."""
-        return copier_bytes(self.tma, self.num_push_warps, self.rows_per_warp, 2 * self.hidden)
+        """Rows on their way, and a word of the block."""
+        rows = copier_bytes(self.tma, self.num_push_warps, self.rows_per_warp, 2 * self.hidden)
+        return rows + 4
 
     @property
     def slot_bytes(self) -> int:
         """Bytes of one selection's slot."""
+        if self.lines:
+            return -(-2 * self.hidden // LINE_UNIT) * 512
         if not self.logfmt:
             return 2 * self.hidden
         return align(self.hidden // _CAST_ELEMENTS * 20 + self.hidden // LOGFMT_BLOCK * 4, 16)
@@ -187,13 +231,20 @@ class LowLatencyReducedCombineConfig(
     num_topk: int
     topk_is_int64: bool
     num_warps: int
+    shrink: bool = False
 
     @classmethod
     def choose(
-        cls, shape: LowLatencyCombineShape, *, num_ranks: int
+        cls, shape: LowLatencyCombineShape, *, num_ranks: int, shrink: bool = False
     ) -> LowLatencyReducedCombineConfig:
         """Shape of the block: as many warps as registers hold the rows of, one a rank."""
-        return cls(num_ranks, *shape[:4], 24 if num_ranks <= 4 else 16)
+        warps = 16 if num_ranks > 4 else 20 if shrink else 24
+        return cls(num_ranks, *shape[:4], warps, shrink)
+
+    @property
+    def shared_bytes(self) -> int:
+        """A word of the block."""
+        return 4
 
     def num_parts(self, max_tokens: int) -> int:
         """Pieces of a row, the same on all ranks; each is published by itself, which takes 2 us.
@@ -254,7 +305,8 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         wide = num_ranks != 3
         for row_format in formats:
             shape = LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, wide)
-            yield LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks)
+            for variant in variants.names("low_latency_dispatch", arch):
+                yield config_of(shape, num_ranks, arch, remote=False, variant=variant)
         for variant in names:
             # The log format has one kernel, whatever the variant.
             for logfmt in (False, True) if variant == "ldst" and hidden != 24 else (False,):
@@ -272,11 +324,18 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
             shape = LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, wide)
             yield LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks, remote=True)
         for variant in names:
-            if variant == "reduced":  # of one domain only
+            if variant in ("reduced", "lines"):  # of one domain only
                 continue
             for logfmt in (False, True) if (variant, num_ranks) == ("ldst", 4) else (False,):
                 combine = LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt)
                 yield config_of(combine, num_ranks, arch, remote=True, variant=variant)
+    dispatch = LowLatencyDispatchShape(256, 7168, FP8.code, 8, True)
+    combine = LowLatencyCombineShape(256, 7168, 8, True, False)
+    for remote in (False, True):
+        yield config_of(dispatch, 4, arch, remote=remote, shrink=True, variant="words")
+        for variant in names:
+            if (not remote and variant != "lines") or variant in ("ldst", "tma"):
+                yield config_of(combine, 4, arch, remote=remote, shrink=True, variant=variant)
 
 
 def warmup_shapes(
@@ -301,6 +360,7 @@ def config_of(
     arch: str,
     *,
     remote: bool,
+    shrink: bool = False,
     variant: str | None = None,
 ) -> LowLatencyDispatchConfig | LowLatencyCombineConfig | LowLatencyReducedCombineConfig:
     """The kernel of a shape, of the variant that the environment asks for.
@@ -310,18 +370,23 @@ def config_of(
         num_ranks: Size of the group.
         arch: Such as ``"sm_90a"``.
         remote: Whether the group spans several NVLink domains.
+        shrink: Whether ranks may be masked.
         variant: Takes this one instead.
     """
     if isinstance(shape, LowLatencyDispatchShape):
-        return LowLatencyDispatchConfig.choose(shape, num_ranks=num_ranks, remote=remote)
+        if variant is None:
+            variant = variants.resolve("low_latency_dispatch", arch)
+        return LowLatencyDispatchConfig.choose(
+            shape, num_ranks=num_ranks, remote=remote, shrink=shrink, variant=variant
+        )
     if variant is None:
         variant = variants.resolve("low_latency_combine", arch)
     # The log format is not added up before it travels: it would have to be encoded anew.
     if variant == "reduced" and not remote and not shape.logfmt:
-        return LowLatencyReducedCombineConfig.choose(shape, num_ranks=num_ranks)
+        return LowLatencyReducedCombineConfig.choose(shape, num_ranks=num_ranks, shrink=shrink)
     limit = shared_limit(arch)
     return LowLatencyCombineConfig.choose(
-        shape, num_ranks=num_ranks, variant=variant, limit=limit, remote=remote
+        shape, num_ranks=num_ranks, variant=variant, limit=limit, remote=remote, shrink=shrink
     )
 
 
@@ -331,6 +396,7 @@ def kernels_of(
     num_ranks: int,
     arch: str,
     remote: bool,
+    shrink: bool = False,
 ) -> list[KernelConfig]:
     """Every kernel of the mode that a Buffer compiles: when it is made, and for these shapes.
 
@@ -339,6 +405,8 @@ def kernels_of(
         num_ranks: Size of the group.
         arch: Such as ``"sm_90a"``.
         remote: Whether the group spans several NVLink domains.
+        shrink: Whether ranks may be masked.
     """
     clean = CleanConfig(num_ranks, remote)
-    return [clean, *(config_of(shape, num_ranks, arch, remote=remote) for shape in shapes)]
+    found = (config_of(each, num_ranks, arch, remote=remote, shrink=shrink) for each in shapes)
+    return [clean, *found]

@@ -85,6 +85,13 @@ CHOICES: Mapping[str, Choice] = {
             Variant("ldst", 80, "rows are copied by 16-byte loads and stores"),
         ),
     ),
+    "low_latency_dispatch": Choice(
+        env.low_latency_dispatch_variant,
+        (
+            Variant("words", 80, "each row is followed by a word that says that it is here"),
+            Variant("lines", 90, "128 bytes of rows carry their own flag (NVLink)", opt_in=True),
+        ),
+    ),
     "low_latency_combine": Choice(
         env.low_latency_combine_variant,
         (
@@ -93,6 +100,7 @@ CHOICES: Mapping[str, Choice] = {
             Variant("ldst", 80, "rows are pushed by 16-byte stores"),
             Variant("tma", 90, "rows are pushed by TMA bulk copies"),
             Variant("reduced", 80, "a rank's rows are summed, and rounded, before they cross"),
+            Variant("lines", 90, "128 bytes of rows carry their own flag (NVLink)", opt_in=True),
         ),
     ),
 }

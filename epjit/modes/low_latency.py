@@ -27,7 +27,6 @@ from epjit.config import MAX_LOW_LATENCY_EXPERTS, MAX_LOW_LATENCY_TOKENS, MAX_RA
 from epjit.handles import LowLatencyDispatched, LowLatencyHandle, LowLatencySpecs, rows_in
 from epjit.kernels.low_latency import (
     NUM_WORDS,
-    STEP,
     CleanConfig,
     LowLatencyCombineConfig,
     LowLatencyCombineShape,
@@ -85,7 +84,7 @@ class _Plan(Generic[Specs]):
     Args:
         launch: Of their kernel.
         grid: Blocks.
-        num_parts: See the kernels' parameters.
+        parts: `num_parts`, `push_parts`: see the kernels' parameters.
         sizes: Of the calls.
         num_ranks: `R`.
         outputs: Specs of the tensors that they allocate.
@@ -98,14 +97,14 @@ class _Plan(Generic[Specs]):
         source_rows: Offset of the second.
         num_tokens: `T`.
         max_tokens: `M`.
-        num_parts: As passed.
+        parts: As passed.
     """
 
     def __init__(
         self,
         launch: Launch[Any],
         grid: int,
-        num_parts: int,
+        parts: dict[str, int],
         sizes: DispatchSizes | CombineSizes,
         num_ranks: int,
         outputs: Specs,
@@ -114,11 +113,7 @@ class _Plan(Generic[Specs]):
         self.outputs: Specs = outputs
         self.source_tokens = 4 * sizes.num_experts * sizes.max_tokens
         self.source_rows = self.source_tokens + 4 * num_ranks
-        self.num_tokens, self.max_tokens, self.num_parts = (
-            sizes.num_tokens,
-            sizes.max_tokens,
-            num_parts,
-        )
+        self.num_tokens, self.max_tokens, self.parts = sizes.num_tokens, sizes.max_tokens, parts
 
 
 class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
@@ -175,6 +170,11 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         )
         self._meet(resources)
 
+    def _control(self) -> list[torch.Tensor]:
+        """Also the slots: lines in them hold the epoch that they belong to."""
+        slots = self.memory.tensor(torch.uint8)[: self._arena.send_buffer]
+        return [*super()._control(), slots]
+
     def _reach(self) -> dict[str, object]:
         """Parameters of the kernels that reach other domains."""
         transport = self._transport
@@ -190,7 +190,9 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
     # ---- launches --------------------------------------------------------------------------------
 
     def _config(self, shape: LowLatencyDispatchShape | LowLatencyCombineShape) -> KernelConfig:
-        return config_of(shape, self._group.size, self._arch, remote=self._remote)
+        return config_of(
+            shape, self._group.size, self._arch, remote=self._remote, shrink=self._shrink
+        )
 
     def _bind(self, config: Any) -> Launch[Any]:
         arena = self._arena
@@ -235,7 +237,13 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
     def _configs_on(
         self, arch: str, shapes: Iterable[LowLatencyDispatchShape | LowLatencyCombineShape]
     ) -> Iterable[KernelConfig]:
-        return kernels_of(shapes, num_ranks=self._group.size, arch=arch, remote=self._remote)
+        return kernels_of(
+            shapes,
+            num_ranks=self._group.size,
+            arch=arch,
+            remote=self._remote,
+            shrink=self._shrink,
+        )
 
     # ---- operations ------------------------------------------------------------------------------
 
@@ -266,9 +274,9 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
             wait_cost=0 if cycles is None else cycles.data_ptr(),
             num_tokens=plan.num_tokens,
             max_tokens=plan.max_tokens,
-            num_parts=plan.num_parts,
             sends=True,
             receives=not call.split,
+            **plan.parts,
         )
         plan.launch.start(scope.stream, plan.grid)
         return outputs, self._rest(plan, scope.stream, (call, outputs)) if call.split else None
@@ -282,10 +290,11 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         launch = self.launch(shape, num_max_dispatch_tokens_per_rank=sizes.max_tokens)
         config: LowLatencyDispatchConfig = launch.kernel.config
         num_slots = num_ranks * sizes.max_tokens
+        self._check_room(config, num_slots)
         grid = min(self._num_sms, max(sizes.num_tokens + 1, num_slots * 8 // config.num_warps))
-        num_parts = max(1, min(8, grid * config.num_warps // num_slots))
+        parts = {"num_parts": max(1, min(8, grid * config.num_warps // num_slots))}
         outputs = LowLatencyDispatched.specs(sizes, num_ranks)
-        plan = _Plan(launch, grid, num_parts, sizes, num_ranks, outputs)
+        plan = _Plan(launch, grid, parts, sizes, num_ranks, outputs)
         return remember(self._dispatch_plans, sizes, plan)
 
     def _plan_combine(self, sizes: CombineSizes) -> _Plan[tuple[TensorSpec]]:
@@ -293,16 +302,36 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         shape = LowLatencyCombineShape.of(sizes)
         launch = self.launch(shape, num_max_dispatch_tokens_per_rank=sizes.max_tokens)
         config: LowLatencyCombineConfig | LowLatencyReducedCombineConfig = launch.kernel.config
-        grid = min(self._num_sms, max(sizes.max_tokens * sizes.num_topk // 4, 16))
+        choices = sizes.max_tokens * sizes.num_topk
         if isinstance(config, LowLatencyReducedCombineConfig):
-            num_parts = config.num_parts(sizes.max_tokens)
+            grid = min(self._num_sms, max(choices // 4, 16))
+            parts = {"num_parts": config.num_parts(sizes.max_tokens)}
         else:
-            steps = -(-sizes.hidden // STEP)
-            steps_a_warp = -(-sizes.num_tokens * steps // (2 * grid * config.num_warps)) or 1
-            num_parts = -(-steps // steps_a_warp)
+            push_parts = config.push_parts(sizes.max_tokens)
+            blocks = choices * push_parts // config.num_push_warps  # each of their warps has a row
+            grid = min(self._num_sms, max(blocks, 16))
+            steps_a_warp = -(-sizes.num_tokens * config.steps // (2 * grid * config.num_warps)) or 1
+            parts = {"num_parts": -(-config.steps // steps_a_warp), "push_parts": push_parts}
+            self._check_room(config, choices)
         outputs = (matrix(torch.bfloat16, sizes.num_tokens, sizes.hidden),)
-        plan = _Plan(launch, grid, num_parts, sizes, self._group.size, outputs)
+        plan = _Plan(launch, grid, parts, sizes, self._group.size, outputs)
         return remember(self._combine_plans, sizes, plan)
+
+    def _check_room(
+        self, config: LowLatencyDispatchConfig | LowLatencyCombineConfig, num_slots: int
+    ) -> None:
+        """Whether a half has room for slots in lines, which are larger than others.
+
+        Raises:
+            ValueError: It has not.
+        """
+        room, needed = self._arena.half_bytes, num_slots * config.slot_bytes + 128
+        if config.lines and needed > room:
+            raise ValueError(
+                f"{config.op}: {num_slots} slots in lines need num_rdma_bytes >= {4 * needed}, and "
+                f"there are {4 * room}; take more, or leave {env.low_latency_dispatch_variant.name}"
+                f" and {env.low_latency_combine_variant.name} alone"
+            )
 
     def combine(
         self, scope: AnyScope, call: LowLatencyCombine
@@ -329,9 +358,9 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
             wait_cost=0 if cycles is None else cycles.data_ptr(),
             num_tokens=plan.num_tokens,
             max_tokens=plan.max_tokens,
-            num_parts=plan.num_parts,
             sends=True,
             receives=not call.split,
+            **plan.parts,
         )
         plan.launch.start(scope.stream, plan.grid)
         return out, self._rest(plan, scope.stream, (call, out)) if call.split else None

@@ -144,6 +144,18 @@ def test_every_kernel_compiles_within_budget(cuda: str, arch: str) -> None:
     assert not wrong, json.dumps(wrong, indent=2)
 
 
+def test_kernels_that_start_early_wait_before_they_begin() -> None:
+    """Before the wait they have but the shared memory of the block."""
+    for kernel in configs("sm_90a"):
+        text = (ROOT / "epjit" / "cuda_src" / kernel.source).read_text()
+        waits = re.search(
+            rf"__device__ void {kernel.op}\(const \w+& p\) {{\n"
+            r"  \w+<kCfg>::prepare\(\);\n  ptx::griddepcontrol_wait\(\);\n",
+            text,
+        )
+        assert bool(waits) == kernel.starts_early, kernel
+
+
 @pytest.mark.parametrize("arch", ARCHS)
 def test_the_kernels_are_all_there(arch: str) -> None:
     kernels = configs(arch)

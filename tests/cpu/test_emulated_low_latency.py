@@ -35,8 +35,8 @@ MAX_RANKS = 8
 # Of three ranks; sums are made before the links in one NVLink domain only.
 VARIANTS = pytest.mark.parametrize(
     ("variant", "per_domain"),
-    [("tma", 0), ("ldst", 0), ("reduced", 0), ("tma", 1), ("ldst", 1)],
-    ids=["tma", "ldst", "reduced", "tma-3x1", "ldst-3x1"],
+    [("tma", 0), ("ldst", 0), ("reduced", 0), ("lines", 0), ("tma", 1), ("ldst", 1)],
+    ids=["tma", "ldst", "reduced", "lines", "tma-3x1", "ldst-3x1"],
 )
 DOMAINS = pytest.mark.parametrize("per_domain", [0, 1], ids=["1x3", "3x1"])
 
@@ -59,6 +59,7 @@ class Shape:
     grid: int = 3
     num_staying: int = 1
     num_parts: int = 2
+    push_parts: int = 1
     hole: float = 0.2
     kind: str = "random"  # hot: all select expert 0; twice: an expert twice in a row
     per_domain: int = 0  # ranks of an NVLink domain; 0: all of them
@@ -94,6 +95,7 @@ class Shape:
             format=self.row_format.code,
             num_warps=self.num_warps,
             remote=self.remote,
+            lines=self.variant == "lines",
         )
 
     @property
@@ -104,9 +106,10 @@ class Shape:
             **self.sizes,
             logfmt=self.logfmt,
             tma=self.variant == "tma" and not self.logfmt,
+            lines=self.variant == "lines",
             num_warps=self.num_warps + 1,
             num_push_warps=2,
-            rows_per_warp=2,
+            rows_per_warp=1 if self.variant == "lines" else 2,
             remote=self.remote,
         )
 
@@ -132,7 +135,7 @@ class World(emulated.World):
     """
 
     counters = 32
-    zeroed = ("words", "counts", "signals", "meetings")
+    zeroed = ("words", "counts", "signals", "meetings", "slots")
 
     def __init__(
         self, shape: Shape, *, seed: int, timeout_ns: int = FOREVER, shrink: bool = False
@@ -140,10 +143,13 @@ class World(emulated.World):
         super().__init__(seed=seed, timeout_ns=timeout_ns)
         self.shape, self.shrink = shape, shrink
         self.half_bytes = max(
-            shape.num_ranks * shape.max_tokens * shape.dispatch.slot_bytes,
+            shape.num_ranks * shape.max_tokens * shape.dispatch.slot_bytes + 128,
             shape.max_tokens * max(shape.num_topk, shape.num_ranks) * 2 * shape.hidden,
+            shape.max_tokens * shape.num_topk * (shape.combine.slot_bytes or 0) + 128,
         )
-        self.words_stride = shape.max_tokens * max(shape.num_ranks, shape.num_topk)
+        self.words_stride = shape.max_tokens * max(
+            shape.num_ranks, shape.num_topk * shape.push_parts
+        )
         if isinstance(shape.combine, LowLatencyReducedCombineConfig):
             self.words_stride = (
                 shape.max_tokens * shape.num_ranks * (shape.num_parts + shape.num_topk)
@@ -219,6 +225,7 @@ class World(emulated.World):
             "counts_stride": self.counts_stride,
             "max_tokens": self.shape.max_tokens,
             "num_staying": self.shape.num_staying,
+            "push_parts": self.shape.push_parts,
         }
 
     def route(self) -> Routing:
@@ -355,6 +362,10 @@ class Routing:
         `then_free` is written to at once when it has sent: it is the caller's again.
         """
         shape, own = self.shape, self.inputs[rank]
+        if self.world.shrink:  # which no rows in lines have
+            config = replace(
+                config, shrink=True, **{"lines": False} if hasattr(config, "lines") else {}
+            )
         for sends, receives in ((True, False), (False, True)) if split else ((True, True),):
             self.world.queue(
                 rank,
@@ -413,11 +424,17 @@ def _routes(src_info: Tensor, shape: Shape) -> dict[str, Tensor]:
 # ---- tests --------------------------------------------------------------------------------------
 
 
-@DOMAINS
+@pytest.mark.parametrize(
+    ("variant", "per_domain"),
+    [("tma", 0), ("tma", 1), ("lines", 0)],
+    ids=["1x3", "3x1", "lines"],
+)
 @pytest.mark.parametrize("row_format", FORMATS, ids=lambda each: each.name)
-def test_dispatch_of_every_format(row_format: RowFormat, per_domain: int) -> None:
+def test_dispatch_of_every_format(row_format: RowFormat, variant: str, per_domain: int) -> None:
     for seed, num_parts in enumerate((1, 2, 4)):
-        shape = Shape(row_format=row_format, num_parts=num_parts, per_domain=per_domain)
+        shape = Shape(
+            row_format=row_format, num_parts=num_parts, per_domain=per_domain, variant=variant
+        )
         world = World(shape, seed=seed)
         world.route().dispatch()
         world.run(seed)
@@ -442,7 +459,27 @@ def test_log_format(per_domain: int) -> None:
         world.run(seed)
 
 
-@pytest.mark.parametrize("variant", ["tma", "ldst", "reduced"])
+@pytest.mark.parametrize("how", ["", "logfmt", "lines"])
+def test_several_warps_push_a_row(how: str) -> None:
+    """Parts of a row and of its sum that begin at other places; also more than the row has."""
+    for seed, (push_parts, num_parts) in enumerate(((4, 2), (3, 4), (2, 1), (4, 7), (5, 3))):
+        shape = Shape(
+            num_ranks=2,
+            variant="lines" if how == "lines" else "ldst",
+            logfmt=how == "logfmt",
+            hidden=2048,
+            tokens=(3, 4),
+            max_tokens=4,
+            push_parts=push_parts,
+            num_parts=num_parts,
+        )
+        world = World(shape, seed=seed)
+        routing = world.route()
+        routing.combine(routing.dispatch(), split=seed % 2 == 1)
+        world.run(seed, yield_percent=60)
+
+
+@pytest.mark.parametrize("variant", ["tma", "ldst", "reduced", "lines"])
 @pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
 def test_numbers_of_ranks(num_ranks: int, variant: str) -> None:
     tokens = (5, 9, 0, 3, 12, 1, 7, 2)[:num_ranks]
@@ -582,10 +619,22 @@ def test_kinds_of_routing(kind: str, hole: float) -> None:
 
 def test_many_selections_and_int32() -> None:
     shape = Shape(num_topk=32, topk_is_int64=False, experts_a_rank=20, hidden=64)
+    for seed, variant in enumerate(("ldst", "tma", "lines")):
+        world = World(replace(shape, variant=variant), seed=seed)
+        routing = world.route()
+        routing.combine(routing.dispatch())
+        world.run(seed)
+
+
+def test_many_tokens_in_lines() -> None:
+    """So many that a warp waits for one line of a slot before it looks at the others."""
+    shape = Shape(
+        num_ranks=2, tokens=(70, 9), max_tokens=70, hidden=128, variant="lines", row_format=FP8
+    )
     for seed in range(2):
         world = World(shape, seed=seed)
         routing = world.route()
-        routing.combine(routing.dispatch())
+        routing.combine(routing.dispatch(split=seed == 1))
         world.run(seed)
 
 
@@ -844,13 +893,14 @@ def test_random_histories(first_seed: int, several: bool) -> None:
             per_domain=per_domain,
             neighbours=rng.random() < 0.5,
             hidden=128,
-            variant=rng.choice(["tma", "ldst"] if several else ["tma", "ldst", "reduced"]),
+            variant=rng.choice(["tma", "ldst"] + ([] if several else ["reduced", "lines"])),
             logfmt=several and rng.random() < 0.2,
             row_format=rng.choice([BF16, FP8]),
             tokens=tuple(rng.choice([0, 1, 7, rng.randrange(30)]) for _ in range(num_ranks)),
             max_tokens=30,
             grid=rng.choice([1, 2, 3, 5]),
             num_parts=rng.choice([1, 2, 3]),
+            push_parts=1 if several else rng.choice([1, 2, 3]),
             hole=rng.choice([0, 0.2, 0.5, 0.8]),
             kind=rng.choice(["random", "hot", "twice"]),
         )
@@ -891,7 +941,7 @@ def test_x_is_the_callers_after_the_send(variant: str, per_domain: int) -> None:
 
 
 @pytest.mark.parametrize("chooser", [0, 1])
-@pytest.mark.parametrize("variant", ["tma", "ldst", "reduced"])
+@pytest.mark.parametrize("variant", ["tma", "ldst", "reduced", "lines"])
 def test_rows_beyond_a_slab_are_missed(variant: str, chooser: int) -> None:
     """Of another rank or of the own: a sum without them is never taken for whole."""
     shape = Shape(

@@ -1,4 +1,4 @@
-"""bench/stages.py edits the kernels' text: every edit must still apply and compile."""
+"""bench/stages.py and phases.py edit the kernels' text: every edit must still apply and compile."""
 
 from __future__ import annotations
 
@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from epjit.kernels import intranode
+from epjit.kernels import intranode, low_latency
 from epjit.runtime.kernel import KernelConfig, compile_kernel
 
 sys.path.insert(0, str(Path(__file__).parents[2] / "bench"))
 
+import phases
 import stages
 
 ARCH = "sm_90a"
@@ -34,6 +35,17 @@ def test_edit_applies_and_compiles(op: str, name: str) -> None:
     with stages.edited(stages.CASES[op][name]):
         edited = compile_kernel(config_of(op), arch=ARCH)
     assert (edited.cubin == whole.cubin) == (not stages.CASES[op][name])
+
+
+@pytest.mark.parametrize("source", phases.MARKS)
+def test_stamps_apply_and_compile(source: str) -> None:
+    config = next(each for each in low_latency.example_configs(ARCH) if each.source == source)
+    whole = compile_kernel(config, arch=ARCH)
+    with stages.edited(phases.stamped(source, 1)):
+        stamped = compile_kernel(config, arch=ARCH)
+    assert phases.CLOCK.encode() in stamped.cubin
+    assert phases.CLOCK.encode() not in whole.cubin
+    assert len(phases.MARKS[source]) <= phases.PHASES
 
 
 def test_edit_that_no_longer_applies_says_so() -> None:

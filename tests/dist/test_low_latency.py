@@ -26,6 +26,10 @@ TIMEOUT_SECONDS = 2.0
 # Environment of the ranks.
 WORLDS = {
     "one-domain": {},
+    "lines": {
+        "EPJIT_LOW_LATENCY_DISPATCH_VARIANT": "lines",
+        "EPJIT_LOW_LATENCY_COMBINE_VARIANT": "lines",
+    },
     "nvshmem": {"EPJIT_NVLINK_DOMAIN": "1", "EPJIT_TRANSPORT": "nvshmem"},
     "nvshmem-ibgda": {
         "EPJIT_NVLINK_DOMAIN": "1",
@@ -119,11 +123,14 @@ def test_withheld_peer(two_or_more: int, world: dict[str, str]) -> None:
 
 
 @pytest.mark.needs_gpu
-@pytest.mark.parametrize("variant", ["ldst", "tma", "reduced"])
+@pytest.mark.parametrize("variant", ["ldst", "tma", "reduced", "lines"])
 @pytest.mark.parametrize("num_buffers", [2, 3])
 def test_buffers_in_another_order(two_or_more: int, num_buffers: int, variant: str) -> None:
     """A kernel that waits for a peer leaves SMs to the kernel that the peer waits for."""
-    environ = {"EPJIT_LOW_LATENCY_COMBINE_VARIANT": variant}
+    environ = {
+        **(WORLDS["lines"] if variant == "lines" else {}),
+        "EPJIT_LOW_LATENCY_COMBINE_VARIANT": variant,
+    }
     launch.run(low_latency.crossed, two_or_more, environ, num_buffers, timeout=200)
 
 

@@ -33,9 +33,21 @@ EMULATE_INLINE void emulated_store(T* ptr, T value) {
 EMULATE_INLINE void st_release_sys(uint32_t* ptr, uint32_t value) { emulated_store(ptr, value); }
 EMULATE_INLINE void st_release_sys(uint64_t* ptr, uint64_t value) { emulated_store(ptr, value); }
 EMULATE_INLINE void st_relaxed_sys(uint64_t* ptr, uint64_t value) { emulated_store(ptr, value); }
+EMULATE_INLINE void st_relaxed_gpu(uint32_t* ptr, uint32_t value) { emulated_store(ptr, value); }
 
 EMULATE_INLINE uint32_t atom_add_acq_rel_gpu(uint32_t* ptr, uint32_t value) {
   return atomicAdd(ptr, value);
+}
+// Any lane may be elected: here the last one, on which nobody relies.
+EMULATE_INLINE OfLane elect_atom_add_gpu(uint32_t* ptr, uint32_t value) {
+  constexpr uint32_t kElected = 31;
+  __syncwarp();
+  OfLane old{0xdead, kElected};
+  if (emulate::lane() == kElected) old.value = atomicAdd(ptr, value);
+  return old;
+}
+EMULATE_INLINE OfLane elect_atom_add_shared(uint32_t* ptr, uint32_t value) {
+  return elect_atom_add_gpu(ptr, value);
 }
 EMULATE_INLINE uint32_t atom_cas_sys(uint32_t* ptr, uint32_t expected, uint32_t desired) {
   return atomicCAS(ptr, expected, desired);
@@ -64,6 +76,45 @@ EMULATE_INLINE void st_v4(void* ptr, Vec16 v) {
     emulate::fail("st_v4 to %p, which is not 16-byte aligned", ptr);
   *static_cast<Vec16*>(ptr) = v;
 }
+
+// ---- lines of 128 bytes -------------------------------------------------------------------------
+
+struct EmulatedLane {
+  void* ptr;
+  Vec16 v;
+};
+
+// One lane moves the lines of all, and other fibers may run between two lines, not within one.
+EMULATE_INLINE Vec16 emulated_lines(EmulatedLane lane, bool is_store) {
+  if (reinterpret_cast<uintptr_t>(lane.ptr) % 16)
+    emulate::fail("a line at %p, which is not 16-byte aligned", lane.ptr);
+  const uint64_t* lanes =
+      emulate::meet(emulate::kShuffle, kFullMask, reinterpret_cast<uint64_t>(&lane), is_store);
+  if (emulate::lane() == 0) {
+    EmulatedLane* each[kWarpSize];
+    for (int i = 0; i < kWarpSize; ++i) each[i] = reinterpret_cast<EmulatedLane*>(lanes[i]);
+    for (int first = 0; first < kWarpSize; first += 8) {
+      emulate::poll();
+      const bool before = emulate::is_preemptible;
+      emulate::is_preemptible = false;
+      const uintptr_t line = reinterpret_cast<uintptr_t>(each[first]->ptr) / 128;
+      for (int i = first; i < first + 8; ++i) {
+        if (reinterpret_cast<uintptr_t>(each[i]->ptr) != line * 128 + (i - first) * 16)
+          emulate::fail("lane %d moves %p, which is not its place of a line", i, each[i]->ptr);
+        Vec16& there = *static_cast<Vec16*>(each[i]->ptr);
+        is_store ? there = each[i]->v : each[i]->v = there;
+      }
+      emulate::is_preemptible = before;
+    }
+  }
+  emulate::meet(emulate::kSync, kFullMask, 0, 2 + is_store);
+  return lane.v;
+}
+
+EMULATE_INLINE Vec16 ld_line(const void* ptr) {
+  return emulated_lines({const_cast<void*>(ptr), {}}, false);
+}
+EMULATE_INLINE void st_line(void* ptr, Vec16 v) { emulated_lines({ptr, v}, true); }
 
 // ---- conversions: to nearest even; a NaN becomes 0x7fff, as cvt.rn does -------------------------
 

@@ -74,13 +74,15 @@ def run_low_latency(
 
 
 @pytest.mark.skipif(SMALL, reason="virtual ranks must line up between launches")
-@pytest.mark.parametrize("variant", ["ldst", "tma", "reduced"])
+@pytest.mark.parametrize("variant", ["ldst", "tma", "reduced", "lines"])
 def test_buffers_in_another_order(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that waits for a peer leaves SMs to the kernel that the peer waits for.
 
     A kernel of each rank takes all SMs; two of them fill the GPU.
     """
     monkeypatch.setenv("EPJIT_LOW_LATENCY_COMBINE_VARIANT", variant)
+    if variant == "lines":
+        monkeypatch.setenv("EPJIT_LOW_LATENCY_DISPATCH_VARIANT", variant)
 
     def body(*buffers: Buffer) -> None:
         streams = [next_stream() for _ in buffers]
@@ -170,6 +172,19 @@ def test_random_rounds(num_ranks: int, domain: int | None) -> None:
         low_latency.rounds(buffer, num_rounds, TOKENS, num_sms=4)
 
     run_low_latency(num_ranks, body, domain=domain, num_nvl_bytes=16 << 20, timeout=580)
+
+
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_random_rounds_in_lines(num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What PTX does not promise of lines of 128 bytes holds here, or rows are wrong."""
+    for op in ("DISPATCH", "COMBINE"):
+        monkeypatch.setenv(f"EPJIT_LOW_LATENCY_{op}_VARIANT", "lines")
+
+    def body(buffer: Buffer) -> None:
+        low_latency.rounds(buffer, 10 if SMALL else 300, TOKENS, num_sms=4)
+
+    run_low_latency(num_ranks, body, num_nvl_bytes=16 << 20, timeout=580)
 
 
 @worlds(1, 2, 4)

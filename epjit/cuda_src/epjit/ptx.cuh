@@ -48,6 +48,11 @@ __device__ __forceinline__ void st_relaxed_sys(uint64_t* ptr, uint64_t value) {
   asm volatile("st.relaxed.sys.global.u64 [%0], %1;" ::"l"(ptr), "l"(value) : "memory");
 }
 
+// st.relaxed.gpu.global.u32
+__device__ __forceinline__ void st_relaxed_gpu(uint32_t* ptr, uint32_t value) {
+  asm volatile("st.relaxed.gpu.global.u32 [%0], %1;" ::"l"(ptr), "r"(value) : "memory");
+}
+
 // atom.add.acq_rel.gpu.global.u32
 __device__ __forceinline__ uint32_t atom_add_acq_rel_gpu(uint32_t* ptr, uint32_t value) {
   uint32_t old;
@@ -55,6 +60,29 @@ __device__ __forceinline__ uint32_t atom_add_acq_rel_gpu(uint32_t* ptr, uint32_t
                : "=r"(old)
                : "l"(ptr), "r"(value)
                : "memory");
+  return old;
+}
+
+// elect.sync, and in the lane that it elects atom.add.relaxed.gpu.global.u32; before sm_90 in lane 0.
+// In `if (lane == 0)` ptxas adds up what a warp's lanes want and hands out the sums: a shuffle directly
+// behind the atomic, which waits for it. Of one elected lane it knows that there is nothing to add up.
+__device__ __forceinline__ OfLane elect_atom_add_gpu(uint32_t* ptr, uint32_t value) {
+  OfLane old;
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .pred p; elect.sync %1|p, 0xffffffff; @p atom.add.relaxed.gpu.global.u32 %0, [%2], "
+      "%3;}"
+      : "=r"(old.value), "=r"(old.lane)
+      : "l"(ptr), "r"(value)
+      : "memory");
+#else
+  asm volatile(
+      "{.reg .pred p; mov.u32 %1, %%laneid; setp.eq.u32 p, %1, 0; "
+      "@p atom.add.relaxed.gpu.global.u32 %0, [%2], %3; mov.u32 %1, 0;}"
+      : "=r"(old.value), "=&r"(old.lane)
+      : "l"(ptr), "r"(value)
+      : "memory");
+#endif
   return old;
 }
 
@@ -125,6 +153,28 @@ __device__ __forceinline__ void st_v4(void* ptr, Vec16 v) {
                : "memory");
 }
 
+// ---- lines of 128 bytes -------------------------------------------------------------------------
+
+// By all lanes of a warp, 16 bytes a lane: eight neighbours have the line that contains their bytes. PTX
+// promises the atomicity of four bytes; low_latency/lines.cuh says who vouches for that of a line.
+
+// ld.relaxed.sys.global.v4.u32
+__device__ __forceinline__ Vec16 ld_line(const void* ptr) {
+  Vec16 v;
+  asm volatile("ld.relaxed.sys.global.v4.u32 {%0, %1, %2, %3}, [%4];"
+               : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+               : "l"(ptr)
+               : "memory");
+  return v;
+}
+
+// st.relaxed.sys.global.v4.u32
+__device__ __forceinline__ void st_line(void* ptr, Vec16 v) {
+  asm volatile("st.relaxed.sys.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(ptr), "r"(v.x),
+               "r"(v.y), "r"(v.z), "r"(v.w)
+               : "memory");
+}
+
 // ---- conversions --------------------------------------------------------------------------------
 
 // A bf16 is the upper half of a float: no instruction of its own is needed.
@@ -179,6 +229,28 @@ __device__ __forceinline__ char* dynamic_shared() {
 
 __device__ __forceinline__ uint32_t shared_address(const void* ptr) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(ptr));
+}
+
+// elect.sync, and in the lane that it elects atom.add.relaxed.cta.shared::cta.u32; before sm_90 in
+// lane 0
+__device__ __forceinline__ OfLane elect_atom_add_shared(uint32_t* ptr, uint32_t value) {
+  OfLane old;
+#if __CUDA_ARCH__ >= 900
+  asm volatile(
+      "{.reg .pred p; elect.sync %1|p, 0xffffffff; "
+      "@p atom.add.relaxed.cta.shared::cta.u32 %0, [%2], %3;}"
+      : "=r"(old.value), "=r"(old.lane)
+      : "r"(shared_address(ptr)), "r"(value)
+      : "memory");
+#else
+  asm volatile(
+      "{.reg .pred p; mov.u32 %1, %%laneid; setp.eq.u32 p, %1, 0; "
+      "@p atom.add.relaxed.cta.shared::cta.u32 %0, [%2], %3; mov.u32 %1, 0;}"
+      : "=r"(old.value), "=&r"(old.lane)
+      : "r"(shared_address(ptr)), "r"(value)
+      : "memory");
+#endif
+  return old;
 }
 
 // mbarrier.init.shared::cta.b64

@@ -153,14 +153,20 @@ __device__ __forceinline__ void draw_along(const Waiter& waiter, int peer) {
 }
 
 // From the parameters of a kernel; tells the peers that this rank has started the operation. `rank`
-// and the peers are counted among those that share the signals.
+// and the peers are counted among those that share the signals. `mask` as in Waiter.
 template <int kNumRanks, typename Params>
 __device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start_tag, int rank,
-                                                  Domains domains) {
-  uint32_t* mask = nullptr;
-  if constexpr (requires { p.mask; }) mask = p.mask;
-  const Waiter waiter{p.fault,      p.abort,   p.timeout_ns, p.signals[rank], rank, kNumRanks,
-                      *p.epoch + 1, start_tag, mask,         domains};
+                                                  Domains domains, uint32_t* mask = nullptr) {
+  const Waiter waiter{p.fault,
+                      p.abort,
+                      p.timeout_ns,
+                      p.signals[rank],
+                      rank,
+                      kNumRanks,
+                      ptx::ld_relaxed_gpu(p.epoch) + 1,
+                      start_tag,
+                      mask,
+                      domains};
   if (blockIdx.x == 0 && threadIdx.x < kNumRanks && threadIdx.x != rank) {
     ptx::st_relaxed_sys(entered_signal(p.signals[threadIdx.x], rank), stamp(waiter.epoch, 0));
     draw_along(waiter, threadIdx.x);
@@ -169,8 +175,9 @@ __device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start
 }
 
 template <int kNumRanks, typename Params>
-__device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start_tag) {
-  return start_operation<kNumRanks>(p, start_tag, p.rank, Domains{nullptr, nullptr, 0, 1});
+__device__ __forceinline__ Waiter start_operation(const Params& p, WaitTag start_tag,
+                                                  uint32_t* mask = nullptr) {
+  return start_operation<kNumRanks>(p, start_tag, p.rank, Domains{nullptr, nullptr, 0, 1}, mask);
 }
 
 // Whether a signal of this operation has come, or already one of the next: no peer is further ahead,
@@ -341,6 +348,28 @@ __device__ __forceinline__ bool all_lanes(bool ok) {
   ok = __all_sync(kFullMask, ok);
   __syncwarp();
   return ok;
+}
+
+// A whole warp looks, until nothing is missing: look_at() gives each lane a bit for each thing that it
+// misses; lane k knows which peer writes thing k, and its index. What lanes have found they hold in
+// registers, so no memory is ordered. Without a mask.
+template <typename LookAt>
+__device__ __forceinline__ bool warp_wait(const Waiter& waiter, WaitTag tag, int peer,
+                                          uint64_t index, LookAt look_at) {
+  uint64_t start = 0;
+#pragma unroll 1
+  for (uint32_t polls = 1;; ++polls) {
+    const uint32_t missing = look_at();
+    if (!__any_sync(kFullMask, missing != 0)) return true;
+    if (polls == 1) start = ptx::globaltimer();
+    if (polls % 64 != 0) continue;
+    if (__any_sync(kFullMask, ptx::ld_relaxed_gpu(waiter.abort) != 0)) return false;
+    if (!__any_sync(kFullMask, ptx::globaltimer() - start > waiter.timeout_ns)) continue;
+    const int first = __ffs(__reduce_or_sync(kFullMask, missing)) - 1;
+    if (threadIdx.x % kWarpSize == first)
+      report_fault(waiter, tag, peer, index, stamp(waiter.epoch, 0), 0);
+    return false;
+  }
 }
 
 // One warp waits until all peers have begun, so that none of them is in an earlier operation when

@@ -225,13 +225,13 @@ class InternodeCombine {
     const int source = rail.rank_of(n, owner);
     const int begin = row_start(source), end = row_start(source + 1);
     const uint32_t num_units = ceil_div(max(end - begin, 0), unit_rows);
-    uint32_t unit = next_unit(push_counter(channel), lane);
+    uint32_t unit = Draw(push_counter(channel)).unit();
     while (unit < num_units) {
       // Drawn early: its latency hides behind the copy.
-      const uint32_t next = next_unit(push_counter(channel), lane);
+      const Draw next(push_counter(channel));
       const int first = begin + static_cast<int>(unit) * unit_rows;
       if (!push_rows(copier, n, owner, first, min(unit_rows, end - first))) return false;
-      unit = next;
+      unit = next.unit();
     }
     return true;
   }
@@ -311,11 +311,11 @@ class InternodeCombine {
       const int n = (p.domain + 1 + (first + i) % (kDomains - 1)) % kDomains;
       const int num_tokens = p.channel_tokens[n * kLocal + p.local];
       const uint32_t num_chunks = ceil_div(num_tokens, kChunk);
-      uint32_t chunk = next_unit(sum_counter(n), lane);
+      uint32_t chunk = Draw(sum_counter(n)).unit();
       while (chunk < num_chunks) {
-        const uint32_t next = next_unit(sum_counter(n), lane);
+        const Draw next(sum_counter(n));
         if (!sum_chunk(n, static_cast<int>(chunk) * kChunk, num_tokens)) return false;
-        chunk = next;
+        chunk = next.unit();
       }
     }
     return true;
@@ -380,11 +380,11 @@ class InternodeCombine {
 
   __device__ void reduce() {
     const uint32_t num_units = static_cast<uint32_t>(p.num_tokens) * p.num_parts;
-    uint32_t unit = next_unit(p.counters + 1, lane);
+    uint32_t unit = Draw(p.counters + 1).unit();
     while (unit < num_units) {
-      const uint32_t next = next_unit(p.counters + 1, lane);
+      const Draw next(p.counters + 1);
       if (!reduce_token(unit / p.num_parts, unit % p.num_parts)) return;
-      unit = next;
+      unit = next.unit();
     }
   }
 

@@ -437,14 +437,14 @@ class InternodeDispatch {
             min(window_tokens(), kWarpSize));
     const uint32_t num_chunks = static_cast<uint32_t>(ceil_div(most_tokens, rows)) * (kRanks - 1);
     const int own = p.domain * kLocal + p.local;
-    uint32_t chunk = next_unit(p.counters + 1, lane);
+    uint32_t chunk = Draw(p.counters + 1).unit();
     while (chunk < num_chunks) {
       // Drawn early: its latency hides behind the copy.
-      const uint32_t next = next_unit(p.counters + 1, lane);
+      const Draw next(p.counters + 1);
       // Each rank starts with another channel, so that no rank is asked by all at once.
       const int channel = (own + 1 + chunk % (kRanks - 1)) % kRanks;
       if (!pull_chunk(copier, channel, chunk / (kRanks - 1) * rows, rows)) return;
-      chunk = next;
+      chunk = next.unit();
     }
   }
 

@@ -152,13 +152,13 @@ class Combine {
       const int begin = row_start(owner), end = row_start(owner + 1);
       const uint32_t num_units = ceil_div(max(end - begin, 0), unit_rows);
       uint32_t* const counter = p.counters + 4 + owner;
-      uint32_t unit = next_unit(counter, lane);
+      uint32_t unit = Draw(counter).unit();
       while (unit < num_units) {
         // Drawn early: its latency hides behind the copy.
-        const uint32_t next = next_unit(counter, lane);
+        const Draw next(counter);
         const int first = begin + static_cast<int>(unit) * unit_rows;
         if (!push_rows(copier, owner, first, min(unit_rows, end - first))) return false;
-        unit = next;
+        unit = next.unit();
       }
     }
     return true;
@@ -185,13 +185,13 @@ class Combine {
     const uint32_t num_units = static_cast<uint32_t>(p.num_tokens) * p.num_parts;
     // Lane r has the rows of this rank's tokens on rank r.
     const uint32_t num_rows = lane < kRanks ? max(segment_rows(p.rank, lane), 0) : 0;
-    uint32_t unit = next_unit(p.counters + 1, lane);
+    uint32_t unit = Draw(p.counters + 1).unit();
     while (unit < num_units) {
-      const uint32_t next = next_unit(p.counters + 1, lane);
+      const Draw next(p.counters + 1);
       const int token = unit / p.num_parts;
       if (!reduce_token(token, unit % p.num_parts, num_rows)) return;
       if (p.num_tokens > p.num_slots && !release_slots(token)) return;
-      unit = next;
+      unit = next.unit();
     }
   }
 

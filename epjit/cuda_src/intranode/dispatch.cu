@@ -442,14 +442,14 @@ class Dispatch {
     const int rows = chunk_rows(most_tokens * (kRanks - 1), gridDim.x * kCfg.num_warps);
     const uint32_t num_chunks = static_cast<uint32_t>(ceil_div(most_tokens, rows)) * (kRanks - 1);
 
-    uint32_t chunk = next_unit(p.counters + 1, lane);
+    uint32_t chunk = Draw(p.counters + 1).unit();
     while (chunk < num_chunks) {
       // Drawn early: its latency hides behind the copy.
-      const uint32_t next = next_unit(p.counters + 1, lane);
+      const Draw next(p.counters + 1);
       // Each rank starts with another source, so that no source is asked by all at once.
       const int source = (p.rank + 1 + chunk % (kRanks - 1)) % kRanks;
       if (!pull_chunk(source, chunk / (kRanks - 1) * rows, rows)) return;
-      chunk = next;
+      chunk = next.unit();
     }
   }
 

@@ -61,7 +61,7 @@ __device__ void clean(const CleanParams& p) {
   constexpr bool kRemote = kCfg.remote;
   static_assert(kRanks >= 1 && (kRemote || kRanks <= kMaxRanks));
   const int peer = threadIdx.x;
-  Waiter waiter = start_low_latency<kRanks, kRemote, false>(p, kWaitCleanStart);
+  Waiter waiter = start_low_latency<kRanks, kRemote, false>(p, kWaitCleanStart, p.mask);
   if constexpr (kRemote) waiter.num_ranks = 0;  // a record asks for no `entered`
   const uint32_t own_epoch = *p.epoch, number = p.state[0] + 1;
   uint32_t epoch = own_epoch;

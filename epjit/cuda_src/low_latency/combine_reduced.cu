@@ -40,6 +40,7 @@ struct LowLatencyReducedCombineConfig {
   int32_t num_topk;
   bool topk_is_int64;
   int32_t num_warps;
+  bool shrink;  // ranks may be masked
 };
 
 struct LowLatencyReducedCombineParams : Operation, LowLatencyParams {
@@ -67,7 +68,8 @@ constexpr int low_latency_combine_threads(LowLatencyReducedCombineConfig cfg) {
   return cfg.num_warps * kWarpSize;
 }
 
-constexpr int low_latency_combine_shared_bytes(LowLatencyReducedCombineConfig) { return 0; }
+// The block's word of the ticket.
+constexpr int low_latency_combine_shared_bytes(LowLatencyReducedCombineConfig) { return 4; }
 
 template <LowLatencyReducedCombineConfig kCfg>
 class LowLatencyReducedCombine {
@@ -87,7 +89,14 @@ class LowLatencyReducedCombine {
   __device__ explicit LowLatencyReducedCombine(const LowLatencyReducedCombineParams& params)
       : p(params),
         lane(threadIdx.x % kWarpSize),
-        waiter(start_operation<kRanks>(p, kWaitLowLatencyCombineStart)) {}
+        waiter(start_operation<kRanks>(p, kWaitLowLatencyCombineStart,
+                                       kCfg.shrink ? p.mask : nullptr)),
+        ticket(ticket_word(), p.counters, kCfg.num_warps) {}
+
+  // Before the kernel ahead has ended: touches nothing but shared memory.
+  static __device__ void prepare() {
+    if (threadIdx.x == 0) *ticket_word() = 0;
+  }
 
   __device__ void run() {
     const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);
@@ -96,19 +105,25 @@ class LowLatencyReducedCombine {
     const bool has_part = lane < kRanks && (lane != p.rank || !is_whole());
     const int tokens = sends && has_part ? p.source_tokens[lane] : 0;
     const bool stays = is_staying(p);
-    uint32_t unit = sends && stays ? next_unit(p.counters + 1, lane) : 0;
+    Draw first;
+    if (sends && stays) first = Draw(p.counters + 1);
     if (p.receives && blockIdx.x != 0) ptx::griddepcontrol_launch_dependents();
-    if (__all_sync(kFullMask, aborted == 0) &&
+    if (__syncthreads_and(aborted == 0) &&
         (stays || meet_peers<kRanks>(leaving(waiter), nullptr, lane))) {
-      if (sends && !stays) unit = next_unit(p.counters + 1, lane);
-      const bool ok = !sends || send(unit, tokens);
+      if (sends && !stays) first = Draw(p.counters + 1);
+      const bool ok = !sends || send(first.unit(), tokens);
       if (ok && p.receives && (!is_herald() || meet_peers<kRanks>(waiter, p.wait_cost, lane)))
         receive();
     }
-    if (is_last_block(p.counters, 3) && lane == 0 && p.receives) *p.epoch = waiter.epoch;
+    ticket.take(waiter.epoch);
+    if (ticket.is_last()) end_operation(p, waiter.epoch, lane);
   }
 
  private:
+  static __device__ uint32_t* ticket_word() {
+    return reinterpret_cast<uint32_t*>(ptx::dynamic_shared());
+  }
+
   __device__ bool is_whole() const { return p.sends && p.receives; }
   __device__ int num_owners() const { return kRanks - is_whole(); }
 
@@ -151,7 +166,7 @@ class LowLatencyReducedCombine {
     const uint32_t num_units =
         weight_units + __reduce_max_sync(kFullMask, tokens) * owners * p.num_parts;
     while (unit < num_units) {
-      const uint32_t next = next_unit(p.counters + 1, lane);
+      const Draw next(p.counters + 1);
       if (unit < weight_units) {
         send_weight(unit * kWarpSize + lane);
       } else {
@@ -161,7 +176,7 @@ class LowLatencyReducedCombine {
         if (token < __shfl_sync(kFullMask, tokens, owner) && !send_part(owner, token, part))
           return false;
       }
-      unit = next;
+      unit = next.unit();
     }
     return true;
   }
@@ -209,17 +224,23 @@ class LowLatencyReducedCombine {
     return blockIdx.x == 0 && threadIdx.x / kWarpSize == kCfg.num_warps - 1;
   }
 
-  __device__ void receive() const {
+  __device__ void receive() {
     const uint32_t num_units = static_cast<uint32_t>(p.num_tokens) * p.num_parts;
-    uint32_t unit = next_unit(p.counters + 2, lane);
+    uint32_t unit = Draw(p.counters + 2).unit();
     while (unit < num_units) {
-      const uint32_t next = next_unit(p.counters + 2, lane);
-      if (!receive_part(unit / p.num_parts, unit % p.num_parts)) return;
-      unit = next;
+      const Draw next(p.counters + 2);
+      const int token = unit / p.num_parts, part = unit % p.num_parts;
+      const auto draw_on = [&] {
+        unit = next.unit();
+        if (unit >= num_units) ticket.take(waiter.epoch);
+      };
+      if (!receive_part(token, part, draw_on)) return;
     }
   }
 
-  __device__ bool receive_part(int token, int part) const {
+  // draw_on() is called when the warp has nothing to do but to wait.
+  template <typename DrawOn>
+  __device__ bool receive_part(int token, int part, DrawOn draw_on) const {
     // Lane k has selection k: of this rank its row, of others the rank.
     const int64_t selection = static_cast<int64_t>(token) * kTopk + lane;
     const int e =
@@ -233,6 +254,7 @@ class LowLatencyReducedCombine {
       stays = source_row(p.rank, token, lane);
       weight = p.topk_weights[selection];
     }
+    draw_on();
     const bool own_comes =
         !is_whole() && __any_sync(kFullMask, stays >= 0) && !__any_sync(kFullMask, stays == -2);
     // Lane r has what rank r has made of it. A peer that waits for the weights of a lost rank before
@@ -282,10 +304,13 @@ class LowLatencyReducedCombine {
   const LowLatencyReducedCombineParams& p;
   const int lane;
   const Waiter waiter;
+  Ticket ticket;
 };
 
 template <LowLatencyReducedCombineConfig kCfg>
 __device__ void low_latency_combine(const LowLatencyReducedCombineParams& p) {
+  LowLatencyReducedCombine<kCfg>::prepare();
+  ptx::griddepcontrol_wait();
   LowLatencyReducedCombine<kCfg>(p).run();
 }
 

@@ -32,6 +32,10 @@
 // counts of all ranks and adds them up, one of them for the outputs. Then the warps draw (token,
 // source, part) and copy it from its slot to its experts.
 //
+// With `lines` a slot is the same in lines (lines.cuh), selections first, and there are no words: whoever
+// copies looks at the slot itself, at its first unit for the selections. Of a token that does not go to d
+// there is that unit alone, with no selections of d's experts.
+//
 // Progress: what is sent waits for nothing, and a block waits only after every unit of sending has
 // been drawn by a block that runs. So the grid need not be resident as a whole, and nothing is asked of what else runs on
 // the GPU. Nor is it held up: while a peer is late, few blocks wait for its counts (sync.cuh, "blocks
@@ -56,6 +60,7 @@
 // Launch: any grid, low_latency_dispatch_threads() threads. Graph-safe.
 #include "epjit/topk.cuh"
 #include "epjit/work.cuh"
+#include "low_latency/lines.cuh"
 #include "low_latency/plan.cuh"
 #include "low_latency/rows.cuh"
 
@@ -70,6 +75,8 @@ struct LowLatencyDispatchConfig {
   bool topk_is_int64;
   int32_t num_warps;
   bool remote;  // the group spans several NVLink domains
+  bool shrink;  // ranks may be masked
+  bool lines;   // rows travel in lines
 };
 
 struct LowLatencyDispatchParams : Operation, PeerParams, LowLatencyParams {
@@ -112,13 +119,29 @@ constexpr int dispatch_rank_words(LowLatencyDispatchConfig cfg) {
   return cfg.remote ? cfg.num_ranks : kMaxRanks;
 }
 
+// Of what travels in lines: selections, row, scales.
+constexpr int dispatch_line_header_bytes(LowLatencyDispatchConfig cfg) {
+  return align_up(8 * cfg.num_topk, 16);
+}
+
+constexpr int dispatch_line_bytes(LowLatencyDispatchConfig cfg) {
+  return dispatch_line_header_bytes(cfg) + format_row_bytes(cfg.format, cfg.hidden) +
+         align_up(format_row_scale_bytes(cfg.format, cfg.hidden), 16);
+}
+
 // Selections of each expert before a chunk, or the table of the plan; what threads tell each
-// other.
+// other; a token before it is put into lines.
+constexpr int dispatch_shared_words_bytes(LowLatencyDispatchConfig cfg) {
+  return 4 * (cfg.num_experts + 4 + 2 * dispatch_rank_words(cfg));
+}
+
 constexpr int low_latency_dispatch_shared_bytes(LowLatencyDispatchConfig cfg) {
-  return 4 * (cfg.num_experts + 2 + 2 * dispatch_rank_words(cfg));
+  const int words = dispatch_shared_words_bytes(cfg);
+  return cfg.lines ? align_up(words, 16) + dispatch_line_bytes(cfg) : words;
 }
 
 constexpr int low_latency_dispatch_slot_bytes(LowLatencyDispatchConfig cfg) {
+  if (cfg.lines) return line_slot_bytes(dispatch_line_bytes(cfg));
   return align_up(format_row_bytes(cfg.format, cfg.hidden) +
                       align_up(format_row_scale_bytes(cfg.format, cfg.hidden), 8) +
                       8 * cfg.num_topk,
@@ -137,7 +160,16 @@ class LowLatencyDispatch {
   static constexpr int kSlotBytes = low_latency_dispatch_slot_bytes(kCfg);
   static constexpr int kThreads = low_latency_dispatch_threads(kCfg);
   static constexpr bool kRemote = kCfg.remote;
+  static constexpr bool kLines = kCfg.lines;
+  static constexpr int kHeader = dispatch_line_header_bytes(kCfg);
+  static constexpr int kUnits = line_units(dispatch_line_bytes(kCfg));
+  static constexpr int kScaleUnit =
+      (kHeader + Row::kBytes) / kLineUnitData;  // with the first scale
+  using Unit = LineUnit<dispatch_line_bytes(kCfg)>;
+  static_assert(!kLines || (!kRemote && !kCfg.shrink));
   static constexpr int kRankWords = dispatch_rank_words(kCfg);
+  static constexpr int kFewTokens =
+      128;  // of which every warp that copies looks at its lines at once
   // Pieces of 16 bytes in flight a thread; a body of transport.cuh wants registers, too.
   static constexpr int kBatch = kRemote ? 4 : 8;
   using Outgoing = OutgoingRow<kFormat, kCfg.hidden, kThreads>;
@@ -152,27 +184,41 @@ class LowLatencyDispatch {
       : p(params),
         warp(threadIdx.x / kWarpSize),
         lane(threadIdx.x % kWarpSize),
-        waiter(start_low_latency<kRanks, kRemote, false>(p, kWaitLowLatencyDispatchStart)),
+        waiter(start_low_latency<kRanks, kRemote, false>(p, kWaitLowLatencyDispatchStart,
+                                                         kCfg.shrink ? p.mask : nullptr)),
         shared(reinterpret_cast<uint32_t*>(ptx::dynamic_shared())),
-        plan(p, waiter, shared, shared + kExperts + kRankWords + 2) {}
+        plan(p, waiter, shared, shared + kExperts + kRankWords + 4),
+        ticket(ticket_word(shared), p.counters, kCfg.num_warps) {}
+
+  // Before the kernel ahead has ended: touches nothing but shared memory.
+  static __device__ void prepare() {
+    uint32_t* const shared = reinterpret_cast<uint32_t*>(ptx::dynamic_shared());
+    for (int e = threadIdx.x; e < kExperts; e += kThreads) shared[e] = 0;
+    if (threadIdx.x == 0) *ticket_word(shared) = 0;
+  }
 
   __device__ void run() {
     const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);
-    if (threadIdx.x == 0) shared_unit() = draw();
+    if (warp == 0) publish(0, Draw(p.counters + 1));
     if (__syncthreads_and(aborted == 0)) {
       if (!p.receives) ptx::griddepcontrol_launch_dependents();
       const bool tells = send();
       if (p.receives && plan.wait_for_counts(tells)) {
         ptx::griddepcontrol_launch_dependents();
-        uint32_t unit = 0;  // drawn early: its latency hides behind the plan
-        if (lane == 0) unit = atomicAdd(p.counters + 2, 1u);
+        const Draw first(p.counters + 2);  // its latency hides behind the plan
         plan.make(tells);
-        receive(__shfl_sync(kFullMask, unit, 0));
+        receive(first.unit());
       }
     }
-    if (!is_last_block(p.counters, 3) || !p.receives) return;
-    if (p.mask != nullptr) plan.forget_dropped(lane);
-    if (lane == 0) *p.epoch = waiter.epoch;
+    if constexpr (kCfg.shrink) {
+      // Sources may be dropped until the end: a late ticket, which orders that.
+      if (!is_last_block(p.counters, 3)) return;
+      if (p.receives) plan.forget_dropped(lane);
+    } else {
+      ticket.take(waiter.epoch);
+      if (!ticket.is_last()) return;
+    }
+    end_operation(p, waiter.epoch, lane);
   }
 
  private:
@@ -182,7 +228,8 @@ class LowLatencyDispatch {
 
   // Of a reader of this domain, by its index in `slots`.
   __device__ char* slot(int reader, int source, int token) const {
-    return half_of_slots(p, reader, waiter.epoch) +
+    char* const half = half_of_slots(p, reader, waiter.epoch);
+    return (kLines ? whole_lines(half) : half) +
            (static_cast<int64_t>(source) * p.max_tokens + token) * kSlotBytes;
   }
 
@@ -190,12 +237,21 @@ class LowLatencyDispatch {
     return half_of_words(p, reader, waiter.epoch) + source * p.max_tokens + token;
   }
 
-  // In shared memory: selections of an expert, or the table of the plan; then the next unit, the ranks
-  // of the token, which sources have come (the plan's). Between domains the ranks are a bit for each
-  // index, and one more for those that are remote.
+  // In shared memory: selections of an expert, or the table of the plan; then the present unit and
+  // the next one, the ranks of the token, the word of the ticket, which sources have come (the
+  // plan's). Between domains the ranks are a bit for each index, and one more for those that are
+  // remote.
   __device__ uint32_t* histogram() const { return shared; }
-  __device__ uint32_t& shared_unit() const { return shared[kExperts + kRankWords]; }
-  __device__ uint32_t& shared_readers() const { return shared[kExperts + kRankWords + 1]; }
+  __device__ uint32_t& shared_unit(int i) const { return shared[kExperts + kRankWords + i % 2]; }
+  __device__ uint32_t& shared_readers() const { return shared[kExperts + kRankWords + 2]; }
+  static __device__ uint32_t* ticket_word(uint32_t* shared) {
+    return shared + kExperts + kRankWords + 3;
+  }
+
+  // In shared memory, too: a token as it goes into lines.
+  static __device__ char* staged() {
+    return ptx::dynamic_shared() + align_up(dispatch_shared_words_bytes(kCfg), 16);
+  }
 
   // Global expert of a selection, -1 for none.
   __device__ int expert(int token, int k) const {
@@ -209,25 +265,31 @@ class LowLatencyDispatch {
   __device__ bool send() {
     const int chunk = max(1, ceil_div(p.num_tokens, max(static_cast<int>(gridDim.x) - 1, 1)));
     const uint32_t num_units = p.sends ? 1 + ceil_div(p.num_tokens, chunk) : 0;
-    for (;;) {
-      const uint32_t unit = shared_unit();  // the first one is drawn
+    for (int i = 0;; ++i) {
+      const uint32_t unit = shared_unit(i);  // the first one is drawn
       if (unit >= num_units) return unit == num_units;
-      if (unit == 0)
-        send_counts();
-      else
-        send_chunk((unit - 1) * chunk, min(static_cast<int>(unit) * chunk, p.num_tokens));
-      __syncthreads();
-      if (threadIdx.x == 0) shared_unit() = draw();
+      if (i > 0) clear_histogram();
+      const Draw next = unit == 0 ? send_counts()
+                                  : send_chunk((unit - 1) * chunk,
+                                               min(static_cast<int>(unit) * chunk, p.num_tokens));
+      if (warp == 0) publish(i + 1, next);
       __syncthreads();
     }
   }
 
-  __device__ uint32_t draw() const { return atomicAdd(p.counters + 1, 1u); }
+  // By one warp; followed by a barrier of the block.
+  __device__ void publish(int i, Draw drawn) const {
+    const uint32_t unit = drawn.unit();
+    if (lane == 0) shared_unit(i) = unit;
+  }
+
+  __device__ void clear_histogram() {
+    for (int e = threadIdx.x; e < kExperts; e += kThreads) histogram()[e] = 0;
+    __syncthreads();
+  }
 
   // Counts the selections of the first `num_tokens` tokens.
   __device__ void count_selections(int num_tokens) {
-    for (int e = threadIdx.x; e < kExperts; e += kThreads) histogram()[e] = 0;
-    __syncthreads();
     for (int i = threadIdx.x; i < num_tokens * kTopk; i += kThreads) {
       const int e = expert(i / kTopk, i % kTopk);
       if (e >= 0) atomicAdd(histogram() + e, 1u);
@@ -235,8 +297,13 @@ class LowLatencyDispatch {
     __syncthreads();
   }
 
-  __device__ void send_counts() {
+  // Warp 0 draws the next unit as soon as its latency is hidden, by the words of this one, and not
+  // before: else early blocks would have two units where others have none.
+  __device__ Draw draw_next() const { return warp == 0 ? Draw(p.counters + 1) : Draw(); }
+
+  __device__ Draw send_counts() {
     count_selections(p.num_tokens);
+    const Draw next = draw_next();
     for (int i = threadIdx.x; i < kRanks * (kExpertsARank + 1); i += kThreads) {
       const int r = i / (kExpertsARank + 1), e = i % (kExpertsARank + 1);
       if (!may_send(waiter, r)) continue;
@@ -249,6 +316,7 @@ class LowLatencyDispatch {
         plan.staged_counts(r)[Plan::count_word(e)] = stamp(waiter.epoch, value);
     }
     if constexpr (kRemote) send_staged_counts();
+    return next;
   }
 
   __device__ void send_staged_counts() const {
@@ -274,7 +342,8 @@ class LowLatencyDispatch {
     }
   }
 
-  __device__ void send_chunk(int first, int last) {
+  __device__ Draw send_chunk(int first, int last) {
+    Draw next;
     Outgoing row;
     row.load(token_row(first));  // on its way while the block counts
     int selected = lane < kTopk ? expert(first, lane) : -1;
@@ -287,9 +356,19 @@ class LowLatencyDispatch {
       if (warp == 0) send_selections(token, selected);
       __syncthreads();
       const uint32_t readers = shared_readers();
+      if constexpr (kLines) {
+        row.template store<true>(1, kFormat == kNvfp4 ? *p.global_scale : 1.0f,
+                                 [&](int) { return staged() + kHeader; });
+        __syncthreads();
+        if (token + 1 == last) next = draw_next();
+        send_lines(token, readers);
+        __syncthreads();
+        continue;
+      }
       row.store(kRemote ? slots_of(readers) : readers, kFormat == kNvfp4 ? *p.global_scale : 1.0f,
                 [&](int reader) { return slot(reader, p.rank, token); });
       __syncthreads();
+      if (token + 1 == last) next = draw_next();
       if (threadIdx.x < kRanks && may_send(waiter, threadIdx.x)) {
         const int index = index_of<kRemote>(p, threadIdx.x);
         if (!kRemote || index >= 0)
@@ -298,6 +377,21 @@ class LowLatencyDispatch {
       }
     }
     if constexpr (kRemote) put_chunk(first, last);
+    return next;
+  }
+
+  // What is staged; to ranks that get nothing of it a unit that says so.
+  __device__ void send_lines(int token, uint32_t readers) const {
+    for (int unit = warp; unit < kUnits; unit += kCfg.num_warps) {
+      Unit each;
+      each.load_shared(staged(), unit, lane);
+      for (uint32_t left = readers; left != 0; left &= left - 1)
+        each.send(slot(__ffs(left) - 1, p.rank, token), unit, waiter.epoch, lane);
+    }
+    const Unit none{{~0u, ~0u, ~0u, ~0u}};
+    if (warp == kCfg.num_warps - 1)
+      for (uint32_t left = ~readers & ((1u << kRanks) - 1); left != 0; left &= left - 1)
+        none.send(slot(__ffs(left) - 1, p.rank, token), 0, waiter.epoch, lane);
   }
 
   __device__ const char* token_row(int token) const {
@@ -359,8 +453,8 @@ class LowLatencyDispatch {
   }
 
   __device__ void write_selection(int reader, int token, int e, uint32_t position) const {
-    uint32_t* const selection =
-        reinterpret_cast<uint32_t*>(slot(reader, p.rank, token) + kSelections) + 2 * lane;
+    char* const place = kLines ? staged() : slot(reader, p.rank, token) + kSelections;
+    uint32_t* const selection = reinterpret_cast<uint32_t*>(place) + 2 * lane;
     selection[0] = static_cast<uint32_t>(e);
     selection[1] = position;
   }
@@ -374,33 +468,169 @@ class LowLatencyDispatch {
       tokens = max(tokens, plan.at(source, kExpertsARank));
     const uint32_t num_units = __reduce_max_sync(kFullMask, tokens) * kRanks * p.num_parts;
     while (unit < num_units) {
-      const uint32_t next = next_unit(p.counters + 2, lane);
+      const Draw next(p.counters + 2);
       const uint32_t row = unit / p.num_parts;
       // Each rank starts with itself, so that no source is looked at by all at once.
       const int source = (p.rank + row % kRanks) % kRanks;
       const uint32_t token = row / kRanks;
       const uint32_t num_tokens = kRanks <= kWarpSize ? __shfl_sync(kFullMask, tokens, source)
                                                       : plan.at(source, kExpertsARank);
-      if (token < num_tokens && !receive_token(source, static_cast<int>(token), unit % p.num_parts))
-        return;
-      unit = next;
+      const int part = unit % p.num_parts;
+      if constexpr (kLines) {
+        const auto draw_on = [&] {
+          unit = next.unit();
+          if (unit >= num_units) ticket.take(waiter.epoch);
+        };
+        if (token >= num_tokens)
+          draw_on();
+        else if (!receive_lines(source, static_cast<int>(token), part, draw_on))
+          return;
+        continue;
+      }
+      uint64_t word = 0;
+      bool has_token = token < num_tokens;
+      if (has_token && !wait_for_token(source, static_cast<int>(token), word, has_token)) return;
+      unit = next.unit();
+      if (!kCfg.shrink && unit >= num_units) ticket.take(waiter.epoch);
+      if (has_token) receive_token(source, static_cast<int>(token), part, word);
     }
   }
 
-  __device__ bool receive_token(int source, int token, int part) const {
+  // A part of a token's units, from the lines to the rows of its experts. draw_on() is called when the
+  // first of them are here. False: leave.
+  template <typename DrawOn>
+  __device__ bool receive_lines(int source, int token, int part, DrawOn draw_on) const {
+    constexpr int kBatch = 8;
+    const char* const src = slot(own(), source, token);
+    const int units = ceil_div(kUnits, p.num_parts), last = min(kUnits, (part + 1) * units);
+    int first = part * units;
+    if (kRanks * p.max_tokens > kFewTokens) {
+      // Or else every warp would read all of its lines again and again while they come.
+      const uint64_t flag = line_flag(waiter.epoch);
+      uint64_t seen;
+      if (!all_lanes(wait_until(waiter, kWaitLowLatencyDispatchToken, source, token, flag,
+                                last_flag(src, 0), seen,
+                                [&](uint64_t value) { return value == flag; })))
+        return false;
+    }
+    Unit batch[kBatch];
+    int row = -1;
+    uint32_t here = 0;
+    const auto look_at_batch = [&] {
+      uint32_t missing = 0;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (first + i >= last) break;
+        batch[i].look(src, first + i, lane);
+        if (!batch[i].is_here(waiter.epoch, lane)) missing = 1;
+      }
+      return missing;
+    };
+    const auto look_at = [&] {
+      Unit head;
+      head.look(src, 0, lane);
+      const uint32_t missing = look_at_batch();
+      if (!__all_sync(kFullMask, head.is_here(waiter.epoch, lane))) return 1u;
+      row = row_of_selection(head, source);
+      here = __ballot_sync(kFullMask, row >= 0);
+      return here == 0 ? 0 : missing;
+    };
+    if (!warp_wait(waiter, kWaitLowLatencyDispatchToken, source, token, look_at)) return false;
+    draw_on();
+    if (part == 0) {
+      if (lane < kTopk)
+        p.source_rows[(static_cast<int64_t>(source) * p.max_tokens + token) * kTopk + lane] = row;
+      if (row >= 0) p.src_info[row] = token;
+    }
+    while (here != 0) {
+      for (uint32_t left = here; left != 0; left &= left - 1) {
+        const int dst = __shfl_sync(kFullMask, row, __ffs(left) - 1);
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i)
+          if (first + i < last) store_bytes(batch[i], first + i, dst);
+      }
+      for (int index = max(first, kScaleUnit); index < min(last, first + kBatch); ++index) {
+        Unit unit = batch[0];
+#pragma unroll
+        for (int i = 1; i < kBatch; ++i)
+          if (first + i == index) unit = batch[i];
+        for (uint32_t left = here; left != 0; left &= left - 1)
+          store_scales(unit, index, __shfl_sync(kFullMask, row, __ffs(left) - 1));
+      }
+      first += kBatch;
+      if (first >= last) break;
+      if (!warp_wait(waiter, kWaitLowLatencyDispatchToken, source, token, look_at_batch))
+        return false;
+    }
+    return true;
+  }
+
+  // Lane k gets where selection k goes, of the first unit of a token; -1 = to another rank, -2 = beyond
+  // its slab.
+  __device__ int row_of_selection(const Unit& head, int source) const {
+    const int piece = lane / 2, holder = piece + piece / 7;  // of two selections
+    const uint32_t x = __shfl_sync(kFullMask, head.v.x, holder),
+                   y = __shfl_sync(kFullMask, head.v.y, holder),
+                   z = __shfl_sync(kFullMask, head.v.z, holder),
+                   w = __shfl_sync(kFullMask, head.v.w, holder);
+    const int expert = static_cast<int>(lane % 2 == 0 ? x : z);
+    return lane < kTopk ? place_of(source, expert, lane % 2 == 0 ? y : w) : -1;
+  }
+
+  // Row of x of a selection, counted over all slabs.
+  __device__ int place_of(int source, int expert, uint32_t position) const {
+    const int e = expert - p.rank * kExpertsARank;
+    if (expert < 0 || e < 0 || e >= kExpertsARank) return -1;
+    position += plan.at(source, e);
+    return position < plan.rows_a_slab() ? static_cast<int>(e * plan.rows_a_slab() + position) : -2;
+  }
+
+  // The lane's bytes of a unit to a row, if they are of one.
+  __device__ void store_bytes(const Unit& unit, int index, int row) const {
+    const int at = Unit::offset(index, lane) - kHeader;
+    if (at < 0 || at >= Row::kBytes) return;
+    char* const dst = p.recv_x + static_cast<int64_t>(row) * Row::kBytes + at;
+    if (Unit::has_flag(lane))
+      *reinterpret_cast<uint64_t*>(dst) = static_cast<uint64_t>(unit.v.y) << 32 | unit.v.x;
+    else
+      ptx::st_v4(dst, unit.v);
+  }
+
+  // The same, if they are scales.
+  __device__ void store_scales(const Unit& unit, int index, int row) const {
+    const int at = Unit::offset(index, lane) - kHeader - Row::kBytes;
+    if (Row::kScaleUnits == 0 || at < 0) return;
+    constexpr int kInAWord = 4 / static_cast<int>(sizeof(typename Row::ScaleUnit));
+    const uint32_t words[4] = {unit.v.x, unit.v.y, unit.v.z, unit.v.w};
+#pragma unroll
+    for (int i = 0; i < 4 * kInAWord; ++i) {
+      const int scale = at / 4 * kInAWord + i;
+      if (scale < Row::kScaleUnits && (i < 2 * kInAWord || !Unit::has_flag(lane)))
+        Row::store_scale(p.recv_scales, row, plan.rows_a_slab(), scale,
+                         words[i / kInAWord] >> i % kInAWord * 8);
+    }
+  }
+
+  // False: leave. `word` is that of the token; not `has_token`: its source is masked.
+  __device__ bool wait_for_token(int source, int token, uint64_t& word, bool& has_token) const {
+    // All lanes look, so that each has acquired what the word publishes.
+    if (!comes(source, token) ||
+        all_lanes(wait_stamp(waiter, kWaitLowLatencyDispatchToken, source, token,
+                             this->word(own(), source, token), word)))
+      return true;
+    if constexpr (!kCfg.shrink) return false;
+    has_token = false;
+    const bool masked = __all_sync(kFullMask, is_masked(waiter, source));
+    if (masked && lane == 0) plan.drop(source);
+    return masked;
+  }
+
+  __device__ void receive_token(int source, int token, int part, uint64_t word) const {
     int32_t* const source_rows =
         p.source_rows + (static_cast<int64_t>(source) * p.max_tokens + token) * kTopk;
-    uint64_t seen = 0;
-    // All lanes look, so that each has acquired what the word publishes.
-    if (comes(source, token) && !all_lanes(wait_stamp(waiter, kWaitLowLatencyDispatchToken, source,
-                                                      token, word(own(), source, token), seen))) {
-      const bool masked = __all_sync(kFullMask, is_masked(waiter, source));
-      if (masked && lane == 0) plan.drop(source);
-      return masked;
-    }
-    if (static_cast<uint32_t>(seen) == 0) {
+    if (static_cast<uint32_t>(word) == 0) {
       if (part == 0 && lane < kTopk) source_rows[lane] = -1;
-      return true;
+      return;
     }
 
     if constexpr (kRemote)
@@ -419,12 +649,7 @@ class LowLatencyDispatch {
     if (lane < kTopk) {
       const int32_t* const selection =
           reinterpret_cast<const int32_t*>(src + kSelections) + 2 * lane;
-      const int e = selection[0] - p.rank * kExpertsARank;
-      if (selection[0] >= 0 && e >= 0 && e < kExpertsARank) {
-        const uint32_t position = plan.at(source, e) + selection[1];
-        row = position < plan.rows_a_slab() ? static_cast<int>(e * plan.rows_a_slab() + position)
-                                            : -2;
-      }
+      row = place_of(source, selection[0], selection[1]);
     }
     const uint32_t here = __ballot_sync(kFullMask, row >= 0);
     if (part == 0) {
@@ -440,7 +665,7 @@ class LowLatencyDispatch {
         batch.store(p.recv_x + dst_row * Row::kBytes, first, last, lane);
       }
       first += kBatch * kWarpSize;
-      if (first >= last) return true;
+      if (first >= last) return;
       batch.load(src, first, last, lane);
     }
   }
@@ -458,10 +683,13 @@ class LowLatencyDispatch {
   const Waiter waiter;
   uint32_t* const shared;
   const Plan plan;
+  Ticket ticket;
 };
 
 template <LowLatencyDispatchConfig kCfg>
 __device__ void low_latency_dispatch(const LowLatencyDispatchParams& p) {
+  LowLatencyDispatch<kCfg>::prepare();
+  ptx::griddepcontrol_wait();
   LowLatencyDispatch<kCfg>(p).run();
 }
 

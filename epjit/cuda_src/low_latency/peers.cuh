@@ -58,15 +58,16 @@ __device__ __forceinline__ int pe_of(int index) { return -1 - index; }
 
 // start_operation(), of a group that may have remote ranks; kTellsRemote: also these.
 template <int kNumRanks, bool kRemote, bool kTellsRemote, typename Params>
-__device__ __forceinline__ Waiter start_low_latency(const Params& p, WaitTag start_tag) {
+__device__ __forceinline__ Waiter start_low_latency(const Params& p, WaitTag start_tag,
+                                                    uint32_t* mask) {
   if constexpr (!kRemote) {
-    return start_operation<kNumRanks>(p, start_tag);
+    return start_operation<kNumRanks>(p, start_tag, mask);
   } else {
-    const uint32_t epoch = *p.epoch + 1;
+    const uint32_t epoch = ptx::ld_relaxed_gpu(p.epoch) + 1;
     const uint64_t half = (epoch & 1) * kNumRanks * sizeof(uint64_t);
     const uint64_t own = p.signals[p.local] + half;
-    const Waiter waiter{p.fault,   p.abort, p.timeout_ns, own,   p.rank,
-                        kNumRanks, epoch,   start_tag,    p.mask};
+    const Waiter waiter{p.fault,   p.abort, p.timeout_ns, own, p.rank,
+                        kNumRanks, epoch,   start_tag,    mask};
     for (int peer = threadIdx.x; blockIdx.x == 0 && peer < kNumRanks; peer += blockDim.x) {
       const int index = p.peers[peer];
       draw_along(waiter, peer);

@@ -74,11 +74,11 @@ class Plan {
           p.wait_cost[source] += static_cast<int64_t>(ptx::clock64() - start);
       }
       if (!__syncthreads_and(!is_late || is_masked(waiter, source))) return false;
-      if (p.mask == nullptr) continue;
+      if (waiter.mask == nullptr) continue;
       if (is_late) arrived_[source] = 0;
       __syncthreads();
     }
-    if (p.mask != nullptr) {
+    if (waiter.mask != nullptr) {
       if (threadIdx.x < kRanks) {
         const bool mine = arrived_[threadIdx.x] != 0;
         arrived_[threadIdx.x] = !decide(threadIdx.x) ? 0 : mine ? 1 : 2;

@@ -23,6 +23,17 @@ struct RowOf {
   using ScaleUnit = typename ScaleUnitOf<kScaleBytes % 4 == 0>::Type;
   static constexpr int kScaleUnits = kScaleBytes / static_cast<int>(sizeof(ScaleUnit));
   static constexpr bool kScalesByColumn = kFormat >= kFp8 && kFormat <= kFp8Ue8m0;
+
+  // Scale `unit` to row `row` of the slabs, of rows_a_slab rows each.
+  static __device__ void store_scale(char* recv_scales, int row, uint32_t rows_a_slab, int unit,
+                                     uint32_t value) {
+    const int64_t slab = row / rows_a_slab, position = row % rows_a_slab;
+    reinterpret_cast<ScaleUnit*>(
+        recv_scales)[kScalesByColumn ? (slab * kScaleUnits + unit) * rows_a_slab + position
+                                     : static_cast<int64_t>(row) * kScaleUnits + unit] =
+        static_cast<ScaleUnit>(value);
+  }
+
   static_assert(kBytes % 16 == 0, "a row is moved in pieces of 16 bytes");
   static_assert(kFormat == kBf16 || kHidden % format_block(kFormat) == 0);
   static_assert(!kScalesByColumn || kScaleBytes % 4 == 0);
@@ -49,15 +60,15 @@ class OutgoingRow {
     }
   }
 
-  // To slot(reader) of each bit in `readers`, with its scales.
-  template <typename Slot>
+  // To slot(reader) of each bit in `readers`, with its scales; kShared: in shared memory.
+  template <bool kShared = false, typename Slot>
   __device__ void store(uint32_t readers, [[maybe_unused]] float global_scale, Slot slot) const {
 #pragma unroll
     for (int i = 0; i < kItemsAThread; ++i) {
       const int item = i * kThreads + threadIdx.x;
       if constexpr (kFormat == kBf16) {
         for (uint32_t left = readers; left != 0 && item < kItems; left &= left - 1)
-          ptx::st_v4(slot(__ffs(left) - 1) + item * 16, pieces_[i][0]);
+          put<kShared>(slot(__ffs(left) - 1) + item * 16, pieces_[i][0]);
       } else {
         // All lanes take part: neighbours share a scale.
         const CastItem cast = cast_item<kFormat>(pieces_[i], global_scale);
@@ -69,8 +80,8 @@ class OutgoingRow {
             *reinterpret_cast<uint64_t*>(row + item * 8) =
                 static_cast<uint64_t>(cast.words[1]) << 32 | cast.words[0];
           else
-            ptx::st_v4(row + item * 16,
-                       {cast.words[0], cast.words[1], cast.words[2], cast.words[3]});
+            put<kShared>(row + item * 16,
+                         {cast.words[0], cast.words[1], cast.words[2], cast.words[3]});
           if (!has_scale) continue;
           if constexpr (format_scale_bytes(kFormat) == 4)
             reinterpret_cast<uint32_t*>(row + kRowBytes)[item / kLanes] = cast.scale;
@@ -82,6 +93,14 @@ class OutgoingRow {
   }
 
  private:
+  template <bool kShared>
+  static __device__ void put(char* dst, Vec16 v) {
+    if constexpr (kShared)
+      *reinterpret_cast<Vec16*>(dst) = v;
+    else
+      ptx::st_v4(dst, v);
+  }
+
   Vec16 pieces_[kItemsAThread][kPieces];
 };
 
@@ -121,16 +140,11 @@ class IncomingRow {
 
   // To row `row` of the slabs, of rows_a_slab rows each.
   __device__ void store_scales(char* recv_scales, int row, uint32_t rows_a_slab, int lane) const {
-    ScaleUnit* const dst = reinterpret_cast<ScaleUnit*>(recv_scales);
-    const int64_t slab = row / rows_a_slab, position = row % rows_a_slab;
 #pragma unroll
     for (int i = 0; i < kUnitsALane; ++i) {
       const int unit = i * kWarpSize + lane;
-      if (unit >= Row::kScaleUnits) continue;
-      if constexpr (Row::kScalesByColumn)
-        dst[(slab * Row::kScaleUnits + unit) * rows_a_slab + position] = scales_[i];
-      else
-        dst[static_cast<int64_t>(row) * Row::kScaleUnits + unit] = scales_[i];
+      if (unit < Row::kScaleUnits)
+        Row::store_scale(recv_scales, row, rows_a_slab, unit, scales_[i]);
     }
   }
 
