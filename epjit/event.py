@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -19,11 +20,15 @@ class EventHandle:
 
     Args:
         stream: Stream to record on; the current stream when None.
+
+    Attributes:
+        tensors_to_record: Tensors that must live as long as this object.
     """
 
-    __slots__ = ("_device", "_event", "_number", "_stream")
+    __slots__ = ("_device", "_event", "_number", "_stream", "tensors_to_record")
 
     def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
+        self.tensors_to_record: tuple[Any, ...] = ()
         self._event: torch.cuda.Event | None = None
         if torch.cuda.is_available():
             self._event = torch.cuda.Event()
@@ -78,7 +83,15 @@ class EventOverlap:
     Args:
         event: The event, or None when there is nothing to wait for.
         extra_tensors: Tensors that must live as long as this object.
+
+    Attributes:
+        event: As passed.
+        extra_tensors: As passed.
+        hook_after_wait: Called once, after the next wait, or None.
     """
+
+    hook_after_wait: Callable[[], Any] | None = None
+    _releases = False
 
     def __init__(
         self, event: EventHandle | None = None, extra_tensors: tuple[Any, ...] | None = None
@@ -86,8 +99,23 @@ class EventOverlap:
         self.event = event
         self.extra_tensors = extra_tensors
 
-    def current_stream_wait(self) -> None:
-        """Makes the current stream of the event's GPU wait for the event.
+    def register_hook_after_wait(self, hook: Callable[[], Any]) -> None:
+        """Sets what the next wait calls when the current stream waits, instead of any before."""
+        self.hook_after_wait = hook
+
+    def __call__(self, release_handle: bool = False) -> EventOverlap:
+        """This object, for a ``with`` statement whose end waits with `release_handle`."""
+        self._releases = release_handle
+        return self
+
+    def current_stream_wait(self, release_handle: bool = False) -> Any:
+        """Makes the current stream of the event's GPU wait for the event, then calls the hook.
+
+        Args:
+            release_handle: Let go of the event and of all tensors that are kept with it.
+
+        Returns:
+            What the hook returns; None without one.
 
         Raises:
             AssertionError: There is no event: the operation was not asynchronous.
@@ -98,6 +126,10 @@ class EventOverlap:
                 "(pass async_finish=True), so there is nothing to wait for"
             )
         self.event.current_stream_wait()
+        hook, self.hook_after_wait = self.hook_after_wait, None
+        if release_handle:
+            self.event = self.extra_tensors = None
+        return None if hook is None else hook()
 
     def __enter__(self) -> EventOverlap:
         """Starts the overlapped part."""
@@ -111,4 +143,4 @@ class EventOverlap:
     ) -> None:
         """Makes the current stream wait for the event, if there is one."""
         if self.event is not None:
-            self.current_stream_wait()
+            self.current_stream_wait(self._releases)

@@ -62,9 +62,22 @@ class IntranodeHandle(NamedTuple):
         """`n or N`."""
         return self.recv_src_idx.shape[0]
 
+    @property
+    def recv_tokens(self) -> Tensor:
+        """int32 `[n or N]`: source token of each received row."""
+        return self.recv_src_idx
+
     def num_received(self, rank: int) -> Tensor:
         """`n`, int32 `[1]`, on the device; `rank` is the one that this handle is of."""
         return self.rank_prefix_matrix[-1, rank : rank + 1]
+
+    def source_ends(self, rank: int) -> Tensor:
+        """int32 `[R]`: where the rows of each source end; `rank` as in `num_received`."""
+        return self.rank_prefix_matrix[:, rank]
+
+    def cut(self, num_rows: int) -> IntranodeHandle:
+        """The same for the first rows alone, among which must be all that arrived."""
+        return self._replace(recv_src_idx=self.recv_src_idx[:num_rows])
 
     @staticmethod
     def specs(
@@ -143,6 +156,11 @@ class InternodeHandle(NamedTuple):
         return self.recv_src_meta.shape[0]
 
     @property
+    def recv_tokens(self) -> Tensor:
+        """int32 `[n or N]`: source token of each received row."""
+        return self.recv_src_meta.view(torch.int32)[:, 1]
+
+    @property
     def num_passing(self) -> int:
         """`m`."""
         return self.send_nvl_head.shape[0]
@@ -151,6 +169,15 @@ class InternodeHandle(NamedTuple):
         """`n`, int32 `[1]`, on the device; `rank` is the one that this handle is of."""
         del rank
         return self.recv_gbl_rank_prefix_sum[-1:]
+
+    def source_ends(self, rank: int) -> Tensor:
+        """int32 `[R]`: where the rows of each source end; `rank` as in `num_received`."""
+        del rank
+        return self.recv_gbl_rank_prefix_sum
+
+    def cut(self, num_rows: int) -> InternodeHandle:
+        """The same for the first rows alone, among which must be all that arrived."""
+        return self._replace(recv_src_meta=self.recv_src_meta[:num_rows])
 
     @staticmethod
     def specs(
@@ -243,7 +270,7 @@ class Placement(NamedTuple):
 
 @dataclass(eq=False)
 class EPHandle:
-    """What an `ElasticBuffer.dispatch` leaves for its combines, and for cached dispatches.
+    """The handle of an `ElasticBuffer.dispatch`, for its combines, and for cached dispatches.
 
     A plain object whose fields may be read and set: the tensors are the state. Combine and cached
     dispatches read `recv_src_metadata` and `topk_idx` at each call, so that rows which were moved

@@ -7,7 +7,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
@@ -129,6 +129,14 @@ class Scope:
         self._wait_for_event(self._previous)
         return torch.cuda.stream(self._comm.torch_stream)
 
+    def running(self) -> AbstractContextManager[object]:
+        """Surrounds work of torch among the kernels, after `start`."""
+        return torch.cuda.stream(self._comm.torch_stream)
+
+    def hand_over(self, outputs: Record) -> None:
+        """Takes tensors that were allocated in `running` for outputs: the caller will use them."""
+        _record(outputs, torch.cuda.current_stream(self._comm.device))
+
     def start(self) -> None:
         """Makes the communication stream wait for the inputs and the outputs."""
         self._is_started = True
@@ -209,15 +217,22 @@ class KeepingOverlap(EventOverlap):
         self._comm, self._current = comm, current
         self._is_waited_for, self._pid = False, os.getpid()
 
-    def current_stream_wait(self) -> None:
+    def current_stream_wait(self, release_handle: bool = False) -> Any:
         """Makes the stream that is current now wait for the event."""
-        super().current_stream_wait()
         stream = torch._C._cuda_getCurrentRawStream(self._comm.device)
-        self._is_waited_for |= stream == self._current
+        if self.event is not None:
+            self._is_waited_for |= stream == self._current
+        if release_handle and not self._is_waited_for:
+            self._tell()
+        return super().current_stream_wait(release_handle)
+
+    def _tell(self) -> None:
+        """Tells the allocator who uses the tensors that are about to go."""
+        _record(self.extra_tensors or (), self._comm.torch_stream)
 
     def __del__(self) -> None:
         if not self._is_waited_for and not sys.is_finalizing() and os.getpid() == self._pid:
-            _record(self.extra_tensors or (), self._comm.torch_stream)
+            self._tell()
 
 
 def _tensors(record: Record) -> Iterator[torch.Tensor]:
@@ -247,6 +262,13 @@ class _NoWait:
 
     def start(self) -> None:
         """Nothing to wait for."""
+
+    def running(self) -> AbstractContextManager[object]:
+        """Surrounds work of torch among the kernels."""
+        return _NOWHERE
+
+    def hand_over(self, outputs: Record) -> None:
+        """Nothing: what was allocated in `running` is like any tensor."""
 
 
 class CurrentStream(_NoWait):

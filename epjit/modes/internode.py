@@ -250,7 +250,6 @@ class Internode(Normal):
                 launch,
                 call,
                 handle,
-                experts_per_rank=experts_per_rank,
                 fills_handle=True,
             )
         return Dispatched(*received[:4], per_expert, handle)
@@ -260,9 +259,7 @@ class Internode(Normal):
     ) -> Dispatched:
         """Dispatches another payload along the routing of a handle."""
         launch = self._dispatch_launch(call)
-        return self._dispatch_rows(
-            scope, launch, call, handle, experts_per_rank=1, fills_handle=False
-        )
+        return self._dispatch_rows(scope, launch, call, handle, fills_handle=False)
 
     def _dispatch_launch(self, call: Dispatch) -> Launch[InternodeDispatchConfig]:
         """The launch of a call, before anything is queued.
@@ -281,7 +278,6 @@ class Internode(Normal):
         call: Dispatch,
         handle: InternodeHandle,
         *,
-        experts_per_rank: int,
         fills_handle: bool,
     ) -> Dispatched:
         """Allocates the received rows and queues the dispatch kernel."""
@@ -298,7 +294,7 @@ class Internode(Normal):
             "passing": handle.send_nvl_head.data_ptr() if fills_handle else 0,
             "num_passing": handle.num_passing,
             "num_send_warps": launch.kernel.config.send_warps,
-            "experts_per_rank": experts_per_rank,
+            "experts_per_rank": handle.recv_expert_counts.shape[0],
         }
         launch.start(scope.stream, call.num_sms, values)
         return received

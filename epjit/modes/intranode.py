@@ -211,7 +211,7 @@ class Intranode(Normal):
             {
                 **self._inputs(call),
                 **self._routing(handle.rank_prefix_matrix, handle.source_tokens, handle.send_head),
-                "experts_per_rank": 1,
+                "experts_per_rank": handle.recv_expert_counts.shape[0],
             }
         )
         outputs = self._allocate_outputs(scope, launch, handle.num_rows, call, with_src_idx=False)

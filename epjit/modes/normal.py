@@ -161,7 +161,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
         self, scope: AnyScope, call: Combine, num_tokens: int
     ) -> tuple[Sums, dict[str, int]]:
         """Outputs of a combine, and parameters for what it sums."""
-        x, topk_weights, bias_0, bias_1, _, _ = call
+        x, topk_weights, bias_0, bias_1, *_ = call
         specs = (
             matrix(x.dtype, num_tokens, x.shape[1]),
             None
