@@ -313,7 +313,7 @@ class Internode(Normal):
         """Sums rows inside each domain, sends the sums to the ranks of their tokens."""
         handle: InternodeHandle = call.handle
         num_tokens, num_sms = handle.num_tokens, call.num_sms
-        launch = self.launch(combine_shape(call))
+        launch = self.launch(combine_shape(call)._replace(choice_bits=0))
         config: InternodeCombineConfig = launch.kernel.config
         check_warps(config, num_sms)
         combined, values = self._combined(scope, call, num_tokens)

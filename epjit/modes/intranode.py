@@ -121,13 +121,15 @@ class Intranode(Normal):
         return config_of(shape, self._group.size, self._arch, gpu=gpu)
 
     def _bind(self, config: Any) -> Launch[Any]:
-        own: dict[str, list[int]] = {}
+        own: dict[str, Any] = {}
         if isinstance(config, DispatchConfig):
             # Places count from the start of the memory, so that 0 is none.
             own = {
                 "places": self._everywhere(self._arena.places),
                 "outputs": self._everywhere(0),
             }
+        elif not config.choice_bits:
+            own = dict.fromkeys(("topk_idx", "num_choices", "experts_per_rank"), 0)
         return Launch(
             self._kernel(config),
             **self._common(),
@@ -313,6 +315,11 @@ class Intranode(Normal):
             # 512 on 24 SMs 42.6, not 47.4; 4096 on 12 SMs 310, not 276).
             "num_parts": max(1, min(4, 6 * config.num_warps * num_sms // max(num_tokens, 1))),
         }
+        if call.order is not None:
+            choices, num_experts = call.order
+            values["topk_idx"] = choices.data_ptr()
+            values["num_choices"] = choices.shape[1]
+            values["experts_per_rank"] = num_experts // self._group.size
         launch.start(scope.stream, num_sms, values)
         return combined
 

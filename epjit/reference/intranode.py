@@ -240,7 +240,7 @@ def combine(
     ascending order, each once; it is rounded once, to nearest even, to the dtype of `x`. A rank
     that did not receive the token adds nothing, not even a zero.
 
-    With `order` the ranks of each token come in the order of the last choice that it has there.
+    With `order` the ranks of each row come in the order of the last choice of the token there.
 
     Args:
         xs: Each rank's `[n or N, H]`, bfloat16, float16 or float32.
@@ -259,15 +259,15 @@ def combine(
     """
     where, tokens = returned_rows(xs, handles, rank)
 
-    def total(rows_of_ranks: Sequence[Tensor], bias: Bias) -> Tensor:
+    def total(rows_of_ranks: Sequence[Tensor], bias: Bias, order: Order | None) -> Tensor:
         acc = start_sum(bias, (handles[rank].num_tokens, rows_of_ranks[rank].shape[1]))
         for peer, chosen in _passes(order, tokens):
             rows = rows_of_ranks[peer][where[peer]][chosen].to(torch.float32)
             acc[tokens[peer][chosen]] += rows  # a token is once among a rank's rows
         return acc
 
-    combined_x = total(xs, bias).to(xs[rank].dtype)
-    return combined_x, None if topk_weights is None else total(topk_weights, None)
+    combined_x = total(xs, bias, order).to(xs[rank].dtype)
+    return combined_x, None if topk_weights is None else total(topk_weights, None, None)
 
 
 def _passes(order: Order | None, tokens: Sequence[Tensor]) -> Iterator[tuple[int, Tensor | slice]]:
