@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from epjit.buffer import Buffer
     from epjit.config import Config
     from epjit.elastic import ElasticBuffer
+    from epjit.ep import EPBuffer
     from epjit.errors import CommunicationError
     from epjit.event import EventHandle, EventOverlap
     from epjit.handles import EPHandle
@@ -28,6 +29,7 @@ __all__ = [
     "Buffer",
     "CommunicationError",
     "Config",
+    "EPBuffer",
     "EPHandle",
     "ElasticBuffer",
     "EventHandle",
@@ -40,6 +42,7 @@ _MODULES = {
     "Buffer": "epjit.buffer",
     "CommunicationError": "epjit.errors",
     "Config": "epjit.config",
+    "EPBuffer": "epjit.ep",
     "EPHandle": "epjit.handles",
     "ElasticBuffer": "epjit.elastic",
     "EventHandle": "epjit.event",

@@ -555,6 +555,10 @@ def _not_served(name: str, instead: str) -> Callable[..., NoReturn]:
 
 
 _INSTEAD = {
+    "torch.distributed.broadcast for weights of experts": (
+        "lb_prefetch_weights",
+        "lb_reduce_grads",
+    ),
     "torch.distributed.all_to_all_single for rows of other ranks": (
         "engram_write",
         "engram_fetch",

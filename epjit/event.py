@@ -131,6 +131,10 @@ class EventOverlap:
             self.event = self.extra_tensors = None
         return None if hook is None else hook()
 
+    def wait(self, release_handle: bool = False) -> Any:
+        """The same, by its name in DeepEP 2.5."""
+        return self.current_stream_wait(release_handle)
+
     def __enter__(self) -> EventOverlap:
         """Starts the overlapped part."""
         return self

@@ -13,7 +13,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from epjit import Buffer, ElasticBuffer, EventHandle, EventOverlap, elastic
+from epjit import Buffer, ElasticBuffer, EPBuffer, EventHandle, EventOverlap, elastic
 from epjit.reference.expert_major import unpermute as reference_unpermute
 from epjit.sizes import align
 from tests.harness import launch
@@ -412,3 +412,45 @@ def of_processes(group: dist.ProcessGroup) -> int:
 
 def test_processes() -> None:
     assert launch.run(of_processes, 2) == [10, 10]
+
+
+# ---- DeepEP 2.5 ----------------------------------------------------------------------------------
+
+
+def test_the_names_of_2_5() -> None:
+    def worker(comm: Any) -> None:
+        old = ElasticBuffer(None, SIZE, comm=comm)
+        new = EPBuffer(None, SIZE, num_max_tokens_per_rank=16, sl_idx=None, comm=comm)
+        x, rows, want_idx, want_weights, handle, _ = step(old)
+        want, _, _ = old.combine(rows, handle)
+        idx = handle.topk_idx
+        options: dict[str, Any] = {"num_experts": 8, "async_with_compute_stream": True}
+        event = new.dispatch(x, idx, num_experts=8, defer_epilogue=False)[-1]  # type: ignore[index]
+        assert event.event is None
+        waiting = new.dispatch(x, idx, defer_epilogue=True, **options)
+        assert isinstance(waiting, EventOverlap)
+        got, got_idx, got_weights, own = waiting.current_stream_wait()
+        assert torch.equal(got, rows)
+        assert torch.equal(got_idx, want_idx)
+        assert got_weights is None
+        assert own.topk_idx is idx
+        waiting = new.combine(
+            got, own, topk_weights=want_weights, async_with_compute_stream=True, defer_epilogue=True
+        )
+        assert isinstance(waiting, EventOverlap)
+        combined, weights = waiting.wait()
+        assert torch.equal(combined, want)
+        assert weights.shape == idx.shape
+        new.barrier(wait_comm_stream=False, with_cpu_sync=True, sequential=True, context_idx=1)
+
+    launch.run_threads(worker, 2)
+
+
+def test_refused_by_2_5() -> None:
+    buffer = EPBuffer(None, SIZE, 8, comm=launch.Alone())
+    with pytest.raises(AssertionError, match="do_handle_copy must be False"):
+        buffer.dispatch(X, IDX, num_experts=4, do_handle_copy=True)
+    with pytest.raises(AssertionError, match="needs async_with_compute_stream=True"):
+        buffer.dispatch(X, IDX, num_experts=4, defer_epilogue=True)
+    with pytest.raises(NotImplementedError, match="must be 0"):
+        EPBuffer(None, SIZE, lb_allocation_plan_or_num_bytes=1 << 21, comm=launch.Alone())
