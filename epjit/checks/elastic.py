@@ -81,7 +81,7 @@ class ElasticChecks(NormalChecks):
         if recv_stats is not None:
             name, num_local = "cumulative_local_expert_recv_stats", num_experts // self.num_ranks
             self._check(name, recv_stats, (num_local,), torch.int32, "one count a local expert")
-        waits = handle is None and do_cpu_sync is not False
+        waits = handle is None and (do_cpu_sync is None or bool(do_cpu_sync))
         if waits and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
             raise RuntimeError(
                 "dispatch must read the number of received rows on the host, which a CUDA graph "
