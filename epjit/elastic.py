@@ -397,7 +397,7 @@ class ElasticBuffer:
             do_cpu_sync: Whether the host waits for the counts; None is True without a handle.
             do_expand: Rows by expert.
             do_zero_padding: Rows between those of experts are zeros. They always are.
-            use_tma_aligned_col_major_sf: Scales come as `[rows, S]` with strides
+            use_tma_aligned_col_major_sf: Scales, if there are any, come as `[rows, S]` with strides
                 ``(1, align(rows, 4))``, else row-major.
 
         Returns:

@@ -58,10 +58,6 @@ class ElasticChecks(NormalChecks):
         """
         rows, scales = rows_and_scales(x)
         self._payload(rows, scales)
-        if column_major_scales and scales is None:
-            raise ValueError(
-                "use_tma_aligned_col_major_sf=True needs scales: pass x=(rows, scales)"
-            )
         if do_zero_padding and not do_expand:
             raise AssertionError("do_zero_padding=True needs do_expand=True: else there is none")
         if handle is not None:

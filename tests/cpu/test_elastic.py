@@ -331,7 +331,6 @@ REFUSED: list[tuple[type[Exception], str, dict[str, Any]]] = [
     (TypeError, "topk_weights has dtype", {"topk_weights": IDX}),
     (ValueError, "num_sms is 999", {"num_sms": 999}),
     (AssertionError, "do_zero_padding", {"do_zero_padding": True}),
-    (ValueError, "needs scales", {"use_tma_aligned_col_major_sf": True}),
     (
         ValueError,
         "recv_stats has shape",
