@@ -319,10 +319,10 @@ def check_round(buffer: ElasticBuffer, case: Round) -> None:
     prefix, want = f"rank {rank}, seed {case.seed}", made.want[rank]
     assert (handle.topk_idx is idx) == (not case.copies)
     assert cached[-1] is again[-1] is handle
-    _compare(f"{prefix}: first", first, want, column_major=case.column_major)
-    _compare(f"{prefix}: again", again, want, column_major=case.column_major)
+    compare(f"{prefix}: first", first, want, column_major=case.column_major)
+    compare(f"{prefix}: again", again, want, column_major=case.column_major)
     other_want = made.want_others[rank]._replace(recv_topk_weights=None)
-    _compare(f"{prefix}: cached", cached, other_want, column_major=False)
+    compare(f"{prefix}: cached", cached, other_want, column_major=False)
     _compare_handles(prefix, handle, want.handle, own.topk_idx)
     counts = want.handle.num_unaligned_recv_tokens_per_expert
     assert_rows_equal(stats, counts + 7, f"{prefix}: stats")
@@ -345,7 +345,7 @@ def _as_bias(biases: tuple[Tensor, ...]) -> Any:
     return (None, *biases, biases)[len(biases)] if len(biases) < 2 else biases
 
 
-def _compare(
+def compare(
     prefix: str, got: Sequence[Any], want: ElasticDispatched, *, column_major: bool
 ) -> None:
     """The rows that arrived, and by expert the padding between them; and shapes, strides."""
