@@ -140,6 +140,40 @@ class ElasticDispatch(NamedTuple):
     column_major_scales: bool
 
 
+class Describe(NamedTuple):
+    """A dispatch of the normal mode, and the tensors of the handle that is to be filled from it.
+
+    Attributes:
+        topk_idx: `[T, K]`.
+        send_head: int32 `[T, R]`, of the mode's handle.
+        source_ends: int32 `[R]`, likewise, with a stride.
+        recv_tokens: int32 `[n or N]`, likewise.
+        recv_topk_idx: `[n or N, K]`, local experts.
+        columns: int32 `[n or N, K]`, rows by expert, or None.
+        counts: int32 `[E // R]`, choices of each expert.
+        rank_ends: int32 `[R]`, to be filled, as are all that follow.
+        expert_ends: int32 `[E // R]`.
+        recv_stats: int32 `[E // R]`, to which the counts are added, or None.
+        metadata: int32 `[n or N, K + 2]`.
+        slots: int32 `[T, K]`.
+        choices: As `topk_idx`, a copy, or None.
+    """
+
+    topk_idx: Tensor
+    send_head: Tensor
+    source_ends: Tensor
+    recv_tokens: Tensor
+    recv_topk_idx: Tensor
+    columns: Tensor | None
+    counts: Tensor
+    rank_ends: Tensor
+    expert_ends: Tensor
+    recv_stats: Tensor | None
+    metadata: Tensor
+    slots: Tensor
+    choices: Tensor | None
+
+
 class ElasticCombine(NamedTuple):
     """`ElasticBuffer.combine`."""
 

@@ -1,8 +1,8 @@
 """DeepEP 2's dispatch and combine: the calls of a normal mode, and what is said about their rows.
 
 A dispatch is a layout and a dispatch of the mode; by expert a copy follows, and before a combine by
-expert the rows of a token are summed on their rank. What a handle says beside (where tokens came
-from, where they lie, how many) is worked out on the device by torch, behind the rows.
+expert the rows of a token are summed on their rank. Whatever else a handle says (where tokens came
+from, where they lie, how many) one kernel works out behind the rows.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from torch import Tensor
 from epjit.calls import (
     Combine,
     Counts,
+    Describe,
     Dispatch,
     ElasticCombine,
     ElasticDispatch,
@@ -25,8 +26,11 @@ from epjit.calls import (
     Sums,
 )
 from epjit.handles import Dispatched, ElasticDispatched, EPHandle, Handle
+from epjit.kernels.elastic import DescribeConfig
 from epjit.modes import expert_major
-from epjit.reference.elastic import row_bound
+from epjit.modes.normal import pointer
+from epjit.reference import elastic as reference
+from epjit.runtime.device import num_sms
 from epjit.runtime.empty import Empty, TensorSpec, matrix, vector
 from epjit.sizes import align
 
@@ -83,46 +87,50 @@ class Elastic:
             num_expanded = sum(per_expert)
             if not call.waits:
                 sizes = (self.num_ranks, call.max_tokens, num_topk, num_local)
-                num_expanded = row_bound(*sizes, call.expert_alignment)
+                num_expanded = reference.row_bound(*sizes, call.expert_alignment)
         with scope.allocating():
-            rank_ends, expert_ends, metadata, slots = self.empty(
+            rank_ends, expert_ends, metadata, slots, choices = self.empty(
                 (
                     vector(torch.int32, self.num_ranks),
                     vector(torch.int32, num_local),
                     matrix(torch.int32, num_rows, num_topk + 2),
                     matrix(torch.int32, *call.topk_idx.shape),
+                    matrix(call.topk_idx.dtype, *call.topk_idx.shape)
+                    if call.copies_choices
+                    else None,
                 )
             )
-            choices = call.topk_idx
-            if call.copies_choices:
-                (choices,) = self.empty((matrix(choices.dtype, *choices.shape),))
-        with scope.running():
-            if choices is not call.topk_idx:
-                choices.copy_(call.topk_idx)
-            if call.recv_stats is not None:
-                call.recv_stats.add_(routing.recv_expert_counts)
-            _describe_counts(
-                routing.recv_expert_counts,
-                expert_ends,
-                alignment=call.expert_alignment,
-                do_expand=call.do_expand,
-            )
-            rank_ends.copy_(routing.source_ends(self.rank))
-            self._describe_sent(call, routing, slots)
-            columns = idx
-            if call.do_expand:
+        scope.start()
+        columns = None
+        if call.do_expand:
+            with scope.running():
                 columns, source, ends, _ = expert_major.place(
                     idx, num_local, alignment=call.expert_alignment, num_rows=num_expanded
                 )
                 received = _by_expert(received, source, ends, num_topk)
-            self._describe_received(call, routing, rank_ends, idx, columns, metadata)
+        described = Describe(
+            call.topk_idx,
+            routing.send_head,
+            routing.source_ends(self.rank),
+            routing.recv_tokens,
+            idx,
+            columns,
+            routing.recv_expert_counts,
+            rank_ends,
+            expert_ends,
+            call.recv_stats,
+            metadata,
+            slots,
+            choices,
+        )
+        self._describe(scope, described, call)
         handle = EPHandle(
             do_expand=call.do_expand,
             num_experts=call.num_experts,
             expert_alignment=call.expert_alignment,
             num_max_tokens_per_rank=call.max_tokens,
             num_sms=call.num_sms,
-            topk_idx=choices,
+            topk_idx=call.topk_idx if choices is None else choices,
             psum_num_recv_tokens_per_scaleup_rank=rank_ends,
             psum_num_recv_tokens_per_expert=expert_ends,
             num_unaligned_recv_tokens_per_expert=routing.recv_expert_counts,
@@ -133,7 +141,7 @@ class Elastic:
             num_expanded_tokens=num_expanded,
             routing=routing,
         )
-        return self._results(scope, call, received, handle), (sent, idx, received)
+        return self._results(scope, call, received, handle), (sent, described, received)
 
     def _dispatch(
         self,
@@ -196,32 +204,29 @@ class Elastic:
             weights = None
         return ElasticDispatched(rows, scales, idx, weights, handle)
 
-    def _describe_sent(self, call: ElasticDispatch, routing: Handle, slots: Tensor) -> None:
-        """Fills `EPHandle.dst_buffer_slot_idx`."""
-        ranks = _ranks_of(call.topk_idx, call.num_experts, self.num_ranks)
-        place = routing.send_head.gather(1, ranks.clamp(min=0)) + self.rank * call.max_tokens
-        is_last = (ranks >= 0) & ~_comes_again(ranks)
-        slots.copy_(torch.where(is_last, place, -1))
-
-    def _describe_received(
-        self,
-        call: ElasticDispatch,
-        routing: Handle,
-        rank_ends: Tensor,
-        idx: Tensor,
-        columns: Tensor,
-        metadata: Tensor,
-    ) -> None:
-        """Fills `EPHandle.recv_src_metadata`."""
-        num_rows, num_topk = idx.shape
-        row = torch.arange(num_rows, dtype=torch.int32, device=idx.device)
-        source = torch.bucketize(row, rank_ends, out_int32=True, right=True)
-        k = torch.arange(num_topk, dtype=torch.int32, device=idx.device)
-        last = torch.where(idx >= 0, k, -1).amax(dim=1)
-        arrived = row < rank_ends[-1]
-        metadata[:, 0] = torch.where(arrived, source * call.max_tokens + routing.recv_tokens, -1)
-        metadata[:, 1] = torch.where(arrived, source * num_topk + last, -1)
-        metadata[:, 2:] = columns
+    def _describe(self, scope: AnyScope, what: Describe, call: ElasticDispatch) -> None:
+        """Fills the tensors of a handle."""
+        device, sizes = call.x.device, (call.max_tokens, call.expert_alignment)
+        if device.type != "cuda":
+            reference.describe(what, self.rank, max_tokens=sizes[0], alignment=sizes[1])
+            return
+        (num_tokens, num_topk), num_rows = what.topk_idx.shape, what.recv_topk_idx.shape[0]
+        config = DescribeConfig(num_topk, what.topk_idx.dtype == torch.int64)
+        num_warps = config.threads // 32
+        grid = min(-(-max(num_rows, num_tokens, 1) // num_warps), 4 * num_sms(device.index))
+        values = {name: pointer(tensor) for name, tensor in what._asdict().items()}
+        values |= {
+            "source_stride": what.source_ends.stride(0),
+            "token_stride": what.recv_tokens.stride(0),
+            "num_tokens": num_tokens,
+            "num_rows": num_rows,
+            "num_ranks": self.num_ranks,
+            "num_local": what.counts.shape[0],
+            "rank": self.rank,
+            "max_tokens": call.max_tokens,
+            "alignment": call.expert_alignment,
+        }
+        expert_major._launch(config, device.index).start(scope.stream, grid, values)
 
     # ---- combine ---------------------------------------------------------------------------------
 
@@ -308,29 +313,6 @@ class Elastic:
         counts = self.mode.layout(scope, Layout(choices, self.num_ranks))
         sent = Dispatch(carrier, None, None, None, Routing(*counts), 1, 1, num_sms)
         return sent, self.mode.dispatch(scope, sent)
-
-
-def _describe_counts(
-    counts: Tensor, expert_ends: Tensor, *, alignment: int, do_expand: bool
-) -> None:
-    """Fills `EPHandle.psum_num_recv_tokens_per_expert`."""
-    padding = (-counts) % alignment
-    torch.cumsum(counts + padding, dim=0, dtype=torch.int32, out=expert_ends)
-    if do_expand:
-        expert_ends.sub_(padding)
-
-
-def _ranks_of(topk_idx: Tensor, num_experts: int, num_ranks: int) -> Tensor:
-    """Rank of each choice, -1 for none."""
-    is_choice = (topk_idx >= 0) & (topk_idx < num_experts)
-    ranks = topk_idx.to(torch.int64).div(num_experts // num_ranks, rounding_mode="floor")
-    return ranks.masked_fill(~is_choice, -1)
-
-
-def _comes_again(ranks: Tensor) -> Tensor:
-    """Whether a later choice of the token is of the same rank: bool `[T, K]`."""
-    same = ranks[:, :, None] == ranks[:, None, :]
-    return same.triu(diagonal=1).any(dim=2)
 
 
 def _source_of(columns: Tensor, num_rows: int) -> Tensor:

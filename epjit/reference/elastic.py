@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from epjit.calls import Bias
+from epjit.calls import Bias, Describe
 from epjit.handles import ElasticDispatched, EPHandle
 from epjit.reference.intranode import experts_per_rank, start_sum
 from epjit.sizes import align
@@ -212,6 +212,45 @@ def combine(
     for token, _, addend in sorted(parts, key=lambda part: part[:2]):
         acc[token] += addend.float()
     return acc.to(dtype), weights
+
+
+def describe(call: Describe, rank: int, *, max_tokens: int, alignment: int) -> None:
+    """Fills the tensors of a handle of `rank`, from what its dispatch in the normal mode has left.
+
+    Args:
+        call: See `Describe`.
+        rank: This rank.
+        max_tokens: `M`.
+        alignment: Of each expert's rows and counts.
+    """
+    (num_rows, num_topk), num_ranks = call.recv_topk_idx.shape, call.source_ends.shape[0]
+    counts = call.counts
+    padding = -counts % alignment
+    call.expert_ends.copy_((counts + padding).cumsum(dim=0))
+    if call.columns is not None:
+        call.expert_ends.sub_(padding)
+    if call.recv_stats is not None:
+        call.recv_stats.add_(counts)
+    call.rank_ends.copy_(call.source_ends)
+    if call.choices is not None:
+        call.choices.copy_(call.topk_idx)
+
+    row = torch.arange(num_rows, dtype=torch.int32, device="cpu")
+    source = torch.bucketize(row, call.rank_ends, out_int32=True, right=True)
+    k = torch.arange(num_topk, dtype=torch.int32, device="cpu")
+    last = torch.where(call.recv_topk_idx >= 0, k, -1).amax(dim=1)
+    call.metadata[:, 0] = source * max_tokens + call.recv_tokens
+    call.metadata[:, 1] = source * num_topk + last
+    call.metadata[:, 2:] = call.recv_topk_idx if call.columns is None else call.columns
+    call.metadata[int(call.rank_ends[-1]) :] = -1
+
+    num_experts = num_ranks * counts.shape[0]
+    is_choice = (call.topk_idx >= 0) & (call.topk_idx < num_experts)
+    ranks = call.topk_idx.to(torch.int64).div(counts.shape[0], rounding_mode="floor")
+    ranks.masked_fill_(~is_choice, -1)
+    comes_again = (ranks[:, :, None] == ranks[:, None, :]).triu(diagonal=1).any(dim=2)
+    place = call.send_head.gather(1, ranks.clamp(min=0)) + rank * max_tokens
+    call.slots.copy_(torch.where((ranks >= 0) & ~comes_again, place, -1))
 
 
 def _received(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
+import shutil
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -14,8 +15,17 @@ import torch
 import torch.distributed as dist
 
 from epjit import Buffer, ElasticBuffer, EPBuffer, EventHandle, EventOverlap, elastic
+from epjit.calls import Describe
+from epjit.handles import IntranodeHandle
+from epjit.kernels.elastic import DescribeConfig
+from epjit.reference import elastic as reference
+from epjit.reference import intranode
 from epjit.reference.expert_major import unpermute as reference_unpermute
 from epjit.sizes import align
+from tests.cpu.test_expert_major import copied
+from tests.cpu.test_expert_major import run as run_emulated
+from tests.emulation import build
+from tests.emulation.build import guarded
 from tests.harness import launch
 from tests.rounds.elastic import Round, check_round, random_round
 
@@ -72,6 +82,79 @@ def test_edges(multiple_reduction: bool) -> None:
             check_round(buffer, replace(case, num_experts=3 * case.num_experts))
 
     launch.run_threads(worker, 3)
+
+
+# ---- the kernel ----------------------------------------------------------------------------------
+
+DESCRIBED = [(1, 1, 40), (3, 5, 4), (8, 32, 5)]  # ranks, choices, experts of a rank
+
+
+@pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="needs g++")
+@pytest.mark.parametrize("expand", [False, True])
+@pytest.mark.parametrize(
+    ("num_ranks", "num_topk", "num_local"), [(1, 1, 40), (3, 5, 4), (8, 32, 5)]
+)
+def test_describe_kernel(num_ranks: int, num_topk: int, num_local: int, expand: bool) -> None:
+    wide, num_experts, max_tokens = num_topk != 5, num_ranks * num_local, 20
+    generator = torch.Generator().manual_seed(num_topk)
+    inputs = []
+    for rank in range(num_ranks):
+        num_tokens = (19, 0, 7)[rank % 3]
+        scores = torch.rand(num_tokens, num_experts, generator=generator)
+        idx = scores.argsort(dim=1)[:, :num_topk].to(torch.int64 if wide else torch.int32)
+        idx[torch.rand(idx.shape, generator=generator) < 0.3] = -1
+        _, per_expert, in_rank = intranode.layout(idx, num_experts, num_ranks)
+        x, weights = torch.zeros(num_tokens, 8), torch.zeros(idx.shape)
+        inputs.append(intranode.RankInput(x, None, copied(idx), weights, in_rank, per_expert))
+    rank, num_rows = num_ranks - 1, 0 if expand else num_ranks * max_tokens
+    sent = intranode.dispatch(inputs, rank, num_experts=num_experts, num_worst_tokens=num_rows)
+    handle, recv_idx = sent.handle, sent.recv_topk_idx
+    assert isinstance(handle, IntranodeHandle)
+    assert recv_idx is not None
+    columns = torch.arange(recv_idx.numel(), dtype=torch.int32).view(recv_idx.shape)
+    columns.masked_fill_(recv_idx < 0, -1)
+    topk_idx = inputs[rank].topk_idx
+    assert topk_idx is not None
+
+    def filled() -> Describe:
+        ints = {"dtype": torch.int32}
+        return Describe(
+            topk_idx,
+            copied(handle.send_head),
+            copied(handle.rank_prefix_matrix)[:, rank],
+            copied(handle.recv_src_idx),
+            copied(recv_idx),
+            copied(columns) if expand else None,
+            copied(handle.recv_expert_counts),
+            guarded(num_ranks, **ints),
+            guarded(num_local, **ints),
+            copied(torch.arange(num_local, dtype=torch.int32)) if expand else None,
+            guarded(len(recv_idx), num_topk + 2, **ints),
+            guarded(*topk_idx.shape, **ints),
+            guarded(*topk_idx.shape, dtype=topk_idx.dtype) if expand else None,
+        )
+
+    want, got = filled(), filled()
+    reference.describe(want, rank, max_tokens=max_tokens, alignment=8)
+    run_emulated(
+        DescribeConfig(num_topk, wide),
+        3,
+        1,
+        **{name: 0 if tensor is None else tensor for name, tensor in got._asdict().items()},
+        source_stride=num_ranks,
+        token_stride=1,
+        num_tokens=len(topk_idx),
+        num_rows=len(recv_idx),
+        num_ranks=num_ranks,
+        num_local=num_local,
+        rank=rank,
+        max_tokens=max_tokens,
+        alignment=8,
+    )
+    for name, mine, theirs in zip(want._fields, got, want, strict=True):
+        assert (mine is None) == (theirs is None), name
+        if theirs is not None:
+            assert torch.equal(mine, theirs), name
 
 
 # ---- the tensors of a handle are its state -------------------------------------------------------

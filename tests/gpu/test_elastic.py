@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from epjit import Buffer, ElasticBuffer
+from epjit.kernels.elastic import DescribeConfig
 from epjit.modes import expert_major
 from tests.harness.ranks import SMALL, SMS, meet, num_random_rounds, run_ranks
 from tests.rounds.elastic import Round, check_round, random_round
@@ -39,11 +40,13 @@ def run_elastic(
 
 
 def load(case: Round) -> None:
-    """Loads the kernels that order rows by expert, for which nobody meets.
+    """Loads the kernels that describe rows and order them by expert, for which nobody meets.
 
     What is first loaded while another rank's kernel spins waits for that kernel.
     """
     num_local, num_topk = case.num_experts // len(case.num_tokens), case.num_topk
+    config = DescribeConfig(num_topk, case.index_dtype == torch.int64)
+    expert_major._launch(config, torch.cuda.current_device())
     idx = torch.zeros((1, num_topk), dtype=case.index_dtype, device="cuda")
     placed = expert_major.place(idx, num_local, alignment=1, num_rows=num_topk)
     dtype = torch.bfloat16 if case.fp8 is None else torch.float8_e4m3fn
