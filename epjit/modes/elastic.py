@@ -76,7 +76,7 @@ class Elastic:
         sent = self._dispatch(
             scope, call, Routing(*counts), call.topk_idx, call.topk_weights, num_worst_tokens
         )
-        received = self.mode.dispatch(scope, sent)
+        received = whole = self.mode.dispatch(scope, sent)
         routing, idx = received.handle, received.recv_topk_idx
         per_expert = received.num_recv_tokens_per_expert_list
         assert routing is not None
@@ -141,7 +141,7 @@ class Elastic:
             num_expanded_tokens=num_expanded,
             routing=routing,
         )
-        return self._results(scope, call, received, handle), (sent, described, received)
+        return self._results(scope, call, received, handle), (sent, described, whole)
 
     def _dispatch(
         self,
@@ -175,8 +175,7 @@ class Elastic:
         needs_choices = not call.do_expand or call.topk_weights is not None
         choices = handle.topk_idx if needs_choices else None
         sent = self._dispatch(scope, call, handle.routing, choices, call.topk_weights, 0)
-        received = self.mode.dispatch(scope, sent)
-        whole = received
+        received = whole = self.mode.dispatch(scope, sent)
         if call.do_expand:
             num_topk = handle.topk_idx.shape[1]
             with scope.running():
@@ -185,7 +184,7 @@ class Elastic:
                 num_rows = handle.psum_num_recv_tokens_per_expert[-1:] + (call.expert_alignment - 1)
                 ends = num_rows - num_rows % call.expert_alignment
                 received = _by_expert(received, source, ends, num_topk)
-        return self._results(scope, call, received, handle), (sent, whole, received)
+        return self._results(scope, call, received, handle), (sent, whole, *_read(handle))
 
     def _results(
         self, scope: AnyScope, call: ElasticDispatch, received: Dispatched, handle: EPHandle
@@ -195,6 +194,7 @@ class Elastic:
         if scales is not None and call.column_major_scales:
             with scope.allocating():
                 (by_column,) = self.empty((_column_major(scales),))
+            scope.start()
             with scope.running():
                 scales = by_column.copy_(scales)
         if call.do_expand:
@@ -257,7 +257,7 @@ class Elastic:
             call.num_sms,
             Order(handle.topk_idx, handle.num_experts),
         )
-        return self.mode.combine(scope, returned), (returned, x)
+        return self.mode.combine(scope, returned), (returned, *_read(handle))
 
     def _combine_each_row(
         self, scope: AnyScope, call: ElasticCombine, handle: EPHandle
@@ -289,6 +289,7 @@ class Elastic:
         rows, row_weights = self.mode.combine(scope, returned)
         with scope.allocating():
             (combined,) = self.empty((matrix(x.dtype, num_tokens, x.shape[1]),))
+        scope.start()
         with scope.running():
             total = torch.zeros(combined.shape, dtype=torch.float32, device=x.device)
             for addend in (
@@ -299,8 +300,7 @@ class Elastic:
             combined.copy_(total)
         if row_weights is not None:
             row_weights = row_weights.view(num_tokens, num_topk)
-        used = (counts, sent, received, returned, rows)
-        return (combined, row_weights), used
+        return (combined, row_weights), (sent, received, returned, rows, *_read(handle))
 
     # ---- barrier ---------------------------------------------------------------------------------
 
@@ -313,6 +313,11 @@ class Elastic:
         counts = self.mode.layout(scope, Layout(choices, self.num_ranks))
         sent = Dispatch(carrier, None, None, None, Routing(*counts), 1, 1, num_sms)
         return sent, self.mode.dispatch(scope, sent)
+
+
+def _read(handle: EPHandle) -> Record:
+    """Tensors of a handle that a call reads, beside those of the mode's call."""
+    return handle.recv_src_metadata, handle.psum_num_recv_tokens_per_expert, handle.topk_idx
 
 
 def _source_of(columns: Tensor, num_rows: int) -> Tensor:
