@@ -414,6 +414,50 @@ def xtuner_op(group: Any) -> None:
     assert torch.equal(x.grad, factor.expand_as(case.x).bfloat16())
 
 
+def torchtitan_elastic(group: Any) -> None:
+    """torchtitan: its custom ops over DeepEP 2, training with gradients and inference."""
+    case = Case(group)
+    target = "torchtitan.distributed.deepep.deepep"
+    with Island(FOLDER / "torchtitan", "torchtitan", real=(target,)):
+        module = importlib.import_module(target)
+    if case.x.device.type == "cpu":
+        for op in ("dispatch", "combine"):
+            torch.library.impl(module._lib, op, "CPU")(getattr(module, f"_{op}_op_impl"))
+    module.get_buffer(group, hidden=HIDDEN, num_max_tokens_per_rank=TOKENS, num_topk=TOPK)
+    first = case.rank * EXPERTS_A_RANK
+
+    def layer(x: Tensor, weights: Tensor, *, cudagraphable: bool) -> Tensor:
+        rows, counts, state = module.dispatch_tokens(
+            x,
+            case.topk_idx,
+            weights,
+            EXPERTS_A_RANK,
+            case.num_experts,
+            num_tokens_per_rank=TOKENS,
+            cudagraphable=cudagraphable,
+        )
+        factor = (1 + first + torch.arange(EXPERTS_A_RANK)).repeat_interleave(counts)
+        y = rows[: len(factor)] * factor[:, None].bfloat16()
+        if len(y) < len(rows):  # by expert, with room for more rows
+            y = torch.cat([y, torch.full_like(rows[len(y) :], float("nan"))])
+        out = module.combine_tokens(y, state)
+        module.sync_combine()
+        return out
+
+    with torch.no_grad():
+        case.check(layer(case.x, case.weights, cudagraphable=True))
+    x, weights = case.x.clone().requires_grad_(), case.weights.clone().requires_grad_()
+    out = layer(x, weights, cudagraphable=True)  # compact where gradients are recorded
+    case.check(out)
+    out.float().sum().backward()
+    factor = (case.weights * (1 + case.topk_idx)).sum(1, keepdim=True)
+    assert x.grad is not None
+    assert torch.equal(x.grad, factor.expand_as(case.x).bfloat16())
+    assert weights.grad is not None
+    wanted = (1 + case.topk_idx) * case.x.float().sum(1, keepdim=True)
+    assert torch.allclose(weights.grad, wanted, rtol=2**-7, atol=1.0)
+
+
 def vllm_low_latency(group: Any) -> None:
     """vLLM: DeepEPLLPrepareAndFinalize with hooks, bfloat16 and FP8 of the dispatch kernel."""
     case = Case(group)
