@@ -15,8 +15,11 @@ if TYPE_CHECKING:
 
     from epjit.buffer import Buffer
     from epjit.config import Config
+    from epjit.elastic import ElasticBuffer
+    from epjit.ep import EPBuffer
     from epjit.errors import CommunicationError
     from epjit.event import EventHandle, EventOverlap
+    from epjit.handles import EPHandle
 
     topk_idx_t: torch.dtype
 
@@ -26,6 +29,9 @@ __all__ = [
     "Buffer",
     "CommunicationError",
     "Config",
+    "EPBuffer",
+    "EPHandle",
+    "ElasticBuffer",
     "EventHandle",
     "EventOverlap",
     "__version__",
@@ -36,6 +42,9 @@ _MODULES = {
     "Buffer": "epjit.buffer",
     "CommunicationError": "epjit.errors",
     "Config": "epjit.config",
+    "EPBuffer": "epjit.ep",
+    "EPHandle": "epjit.handles",
+    "ElasticBuffer": "epjit.elastic",
     "EventHandle": "epjit.event",
     "EventOverlap": "epjit.event",
 }

@@ -15,6 +15,7 @@ from torch import Tensor
 from epjit.formats import RowFormat
 
 if TYPE_CHECKING:
+    from epjit.handles import EPHandle
     from epjit.runtime.group import Group
     from epjit.runtime.topology import Topology
 
@@ -81,7 +82,7 @@ class Routing(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-    """`dispatch`, along new counts or, cached, along a handle: without choices and weights."""
+    """`dispatch`, along new counts or along a handle (cached: in V1 without choices, weights)."""
 
     x: Tensor
     scales: Tensor | None
@@ -94,13 +95,93 @@ class Dispatch(NamedTuple):
 
 
 class Combine(NamedTuple):
-    """`combine`."""
+    """`combine`; with `order`, in DeepEP 2's order of additions."""
 
     x: Tensor
     topk_weights: Tensor | None
     bias_0: Tensor | None
     bias_1: Tensor | None
     handle: OwnHandle
+    num_sms: int
+    order: Order | None = None
+
+
+class Order(NamedTuple):
+    """Ranks are added by the last choice that a token has there, not by their numbers.
+
+    Attributes:
+        topk_idx: `[T, K]`, of the owner of the tokens.
+        num_experts: `E`.
+    """
+
+    topk_idx: Tensor
+    num_experts: int
+
+
+# ---- DeepEP 2's interface ------------------------------------------------------------------------
+
+
+class ElasticDispatch(NamedTuple):
+    """`ElasticBuffer.dispatch`: cached exactly when there is a handle, whose choices are taken."""
+
+    x: Tensor
+    scales: Tensor | None
+    topk_idx: Tensor
+    topk_weights: Tensor | None
+    recv_stats: Tensor | None
+    handle: EPHandle | None
+    num_experts: int
+    max_tokens: int
+    expert_alignment: int
+    num_sms: int
+    waits: bool
+    do_expand: bool
+    copies_choices: bool
+    column_major_scales: bool
+
+
+class Describe(NamedTuple):
+    """A dispatch of the normal mode, and the tensors of the handle that is to be filled from it.
+
+    Attributes:
+        topk_idx: `[T, K]`.
+        send_head: int32 `[T, R]`, of the mode's handle.
+        source_ends: int32 `[R]`, likewise, with a stride.
+        recv_tokens: int32 `[n or N]`, likewise.
+        recv_topk_idx: `[n or N, K]`, local experts.
+        columns: int32 `[n or N, K]`, rows by expert, or None.
+        counts: int32 `[E // R]`, choices of each expert.
+        rank_ends: int32 `[R]`, to be filled, as are all that follow.
+        expert_ends: int32 `[E // R]`.
+        recv_stats: int32 `[E // R]`, to which the counts are added, or None.
+        metadata: int32 `[n or N, K + 2]`.
+        slots: int32 `[T, K]`.
+        choices: As `topk_idx`, a copy, or None.
+    """
+
+    topk_idx: Tensor
+    send_head: Tensor
+    source_ends: Tensor
+    recv_tokens: Tensor
+    recv_topk_idx: Tensor
+    columns: Tensor | None
+    counts: Tensor
+    rank_ends: Tensor
+    expert_ends: Tensor
+    recv_stats: Tensor | None
+    metadata: Tensor
+    slots: Tensor
+    choices: Tensor | None
+
+
+class ElasticCombine(NamedTuple):
+    """`ElasticBuffer.combine`."""
+
+    x: Tensor
+    topk_weights: Tensor | None
+    bias_0: Tensor | None
+    bias_1: Tensor | None
+    handle: EPHandle
     num_sms: int
 
 

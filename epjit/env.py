@@ -263,6 +263,14 @@ topk_idx_bits: Variable[int] = Variable(
     "Width of an expert index; decides what `epjit.topk_idx_t` is.",
     _index_bits,
 )
+deep_ep_v1: Variable[bool] = Variable(
+    "EPJIT_DEEP_EP_V1",
+    _FLAG,
+    False,
+    "Hides the names of DeepEP 2 in the drop-in package `deep_ep`, so that frameworks which look "
+    "for them take V1's.",
+    _flag,
+)
 transport: Variable[str] = Variable(
     "EPJIT_TRANSPORT",
     "'auto', 'nvshmem' or 'loopback'",

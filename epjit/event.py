@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any
 
@@ -25,12 +26,14 @@ class EventHandle:
 
     Attributes:
         raw: The driver's event; None without a GPU.
+        tensors_to_record: Tensors that must live as long as this object.
     """
 
     # Streams by their raw handles: a torch.cuda.Stream or Event takes 2 to 8 us of the host.
-    __slots__ = ("_device", "_number", "_stream", "raw")
+    __slots__ = ("_device", "_number", "_stream", "raw", "tensors_to_record")
 
     def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
+        self.tensors_to_record: tuple[Any, ...] = ()
         self.raw: Event | None = None
         if torch.cuda.is_available():
             if stream is None:
@@ -46,6 +49,7 @@ class EventHandle:
     def on(cls, stream: int, event: Event, device: int) -> EventHandle:
         """The same with an event from elsewhere, on a stream of the GPU that is current."""
         made = cls.__new__(cls)
+        made.tensors_to_record = ()
         made._record(event, stream, device)
         return made
 
@@ -112,7 +116,15 @@ class EventOverlap:
     Args:
         event: The event, or None when there is nothing to wait for.
         extra_tensors: Tensors that must live as long as this object.
+
+    Attributes:
+        event: As passed.
+        extra_tensors: As passed.
+        hook_after_wait: Called once, after the next wait, or None.
     """
+
+    hook_after_wait: Callable[[], Any] | None = None
+    _releases = False
 
     def __init__(
         self, event: EventHandle | None = None, extra_tensors: tuple[Any, ...] | None = None
@@ -120,8 +132,23 @@ class EventOverlap:
         self.event = event
         self.extra_tensors = extra_tensors
 
-    def current_stream_wait(self) -> None:
-        """Makes the current stream of the event's GPU wait for the event.
+    def register_hook_after_wait(self, hook: Callable[[], Any]) -> None:
+        """Sets what the next wait calls when the current stream waits, instead of any before."""
+        self.hook_after_wait = hook
+
+    def __call__(self, release_handle: bool = False) -> EventOverlap:
+        """This object, for a ``with`` statement whose end waits with `release_handle`."""
+        self._releases = release_handle
+        return self
+
+    def current_stream_wait(self, release_handle: bool = False) -> Any:
+        """Makes the current stream of the event's GPU wait for the event, then calls the hook.
+
+        Args:
+            release_handle: Let go of the event and of all tensors that are kept with it.
+
+        Returns:
+            What the hook returns; None without one.
 
         Raises:
             AssertionError: There is no event: the operation was not asynchronous.
@@ -132,6 +159,14 @@ class EventOverlap:
                 "(pass async_finish=True), so there is nothing to wait for"
             )
         self.event.current_stream_wait()
+        hook, self.hook_after_wait = self.hook_after_wait, None
+        if release_handle:
+            self.event = self.extra_tensors = None
+        return None if hook is None else hook()
+
+    def wait(self, release_handle: bool = False) -> Any:
+        """The same, by its name in DeepEP 2.5."""
+        return self.current_stream_wait(release_handle)
 
     def __enter__(self) -> EventOverlap:
         """Starts the overlapped part."""
@@ -145,4 +180,4 @@ class EventOverlap:
     ) -> None:
         """Makes the current stream wait for the event, if there is one."""
         if self.event is not None:
-            self.current_stream_wait()
+            self.current_stream_wait(self._releases)

@@ -11,6 +11,7 @@ calls `M`, the most tokens of a rank.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
@@ -61,9 +62,22 @@ class IntranodeHandle(NamedTuple):
         """`n or N`."""
         return self.recv_src_idx.shape[0]
 
+    @property
+    def recv_tokens(self) -> Tensor:
+        """int32 `[n or N]`: source token of each received row."""
+        return self.recv_src_idx
+
     def num_received(self, rank: int) -> Tensor:
         """`n`, int32 `[1]`, on the device; `rank` is the one that this handle is of."""
         return self.rank_prefix_matrix[-1, rank : rank + 1]
+
+    def source_ends(self, rank: int) -> Tensor:
+        """int32 `[R]`: where the rows of each source end; `rank` as in `num_received`."""
+        return self.rank_prefix_matrix[:, rank]
+
+    def cut(self, num_rows: int) -> IntranodeHandle:
+        """The same for the first rows alone, among which must be all that arrived."""
+        return self._replace(recv_src_idx=self.recv_src_idx[:num_rows])
 
     @staticmethod
     def specs(
@@ -142,6 +156,11 @@ class InternodeHandle(NamedTuple):
         return self.recv_src_meta.shape[0]
 
     @property
+    def recv_tokens(self) -> Tensor:
+        """int32 `[n or N]`: source token of each received row."""
+        return self.recv_src_meta.view(torch.int32)[:, 1]
+
+    @property
     def num_passing(self) -> int:
         """`m`."""
         return self.send_nvl_head.shape[0]
@@ -150,6 +169,15 @@ class InternodeHandle(NamedTuple):
         """`n`, int32 `[1]`, on the device; `rank` is the one that this handle is of."""
         del rank
         return self.recv_gbl_rank_prefix_sum[-1:]
+
+    def source_ends(self, rank: int) -> Tensor:
+        """int32 `[R]`: where the rows of each source end; `rank` as in `num_received`."""
+        del rank
+        return self.recv_gbl_rank_prefix_sum
+
+    def cut(self, num_rows: int) -> InternodeHandle:
+        """The same for the first rows alone, among which must be all that arrived."""
+        return self._replace(recv_src_meta=self.recv_src_meta[:num_rows])
 
     @staticmethod
     def specs(
@@ -235,6 +263,79 @@ class Placement(NamedTuple):
             vector(torch.int32, num_experts),
             vector(torch.int32, num_experts),
         )
+
+
+# ---- DeepEP 2's interface ------------------------------------------------------------------------
+
+
+@dataclass(eq=False)
+class EPHandle:
+    """The handle of an `ElasticBuffer.dispatch`, for its combines, and for cached dispatches.
+
+    A plain object whose fields may be read and set: the tensors are the state. Combine and cached
+    dispatches read `recv_src_metadata` and `topk_idx` at each call, so that rows which were moved
+    are found where the caller's metadata says. `M` is `num_max_tokens_per_rank`.
+
+    Attributes:
+        do_expand: Whether rows are by expert: what `combine` takes.
+        num_experts: `E`.
+        expert_alignment: Of each expert's rows and counts.
+        num_max_tokens_per_rank: `M` of the dispatch.
+        num_sms: Of the dispatch.
+        topk_idx: `[T, K]`: what this rank chose.
+        psum_num_recv_tokens_per_scaleup_rank: int32 `[R]`: rows from the ranks `0..s`, one a token.
+        psum_num_recv_tokens_per_expert: int32 `[E // R]`: aligned counts of the experts `0..e`;
+            by expert the end of the rows of `e`, without its padding.
+        num_unaligned_recv_tokens_per_expert: int32 `[E // R]`: choices of each expert.
+        num_recv_tokens_per_expert_list: Aligned counts; empty when the host did not wait.
+        recv_src_metadata: int32 `[n or R * M, K + 2]`, a row for each received token: its number
+            ``source rank * M + token``, ``source rank * K + k`` of its last choice here, and for
+            each `k` the row by expert; not by expert, its local expert. -1 = not here.
+        dst_buffer_slot_idx: int32 `[T, K]`: ``this rank * M`` + the token's place among those that
+            this rank sends to the rank of the choice, at the last choice of that rank; else -1.
+        num_recv_tokens: Rows, one a token, as allocated.
+        num_expanded_tokens: Rows by expert, as allocated; 0 when they are not.
+        routing: How the tokens travel: a handle of the Buffer beneath. Opaque.
+        token_metadata_at_forward: DeepEP's, between its domains; None.
+        channel_linked_list: Likewise.
+    """
+
+    do_expand: bool
+    num_experts: int
+    expert_alignment: int
+    num_max_tokens_per_rank: int
+    num_sms: int
+    topk_idx: Tensor
+    psum_num_recv_tokens_per_scaleup_rank: Tensor
+    psum_num_recv_tokens_per_expert: Tensor
+    num_unaligned_recv_tokens_per_expert: Tensor
+    num_recv_tokens_per_expert_list: list[int]
+    recv_src_metadata: Tensor
+    dst_buffer_slot_idx: Tensor
+    num_recv_tokens: int
+    num_expanded_tokens: int
+    routing: Handle | None = None
+    token_metadata_at_forward: None = None
+    channel_linked_list: None = None
+
+
+class ElasticDispatched(NamedTuple):
+    """Results of `ElasticBuffer.dispatch`; rows behind those that arrived are undefined.
+
+    Attributes:
+        recv_x: `[rows, H]`, by source rank and token, or by expert.
+        recv_scales: `[rows, S]`, or None.
+        recv_topk_idx: `[rows, K]`: local expert or -1; None by expert.
+        recv_topk_weights: float32 `[rows, K]`, 0.0 where the index is -1; by expert `[rows]`; None
+            when no weights were given.
+        handle: Of the routing.
+    """
+
+    recv_x: Tensor
+    recv_scales: Tensor | None
+    recv_topk_idx: Tensor | None
+    recv_topk_weights: Tensor | None
+    handle: EPHandle
 
 
 # ---- low latency ---------------------------------------------------------------------------------

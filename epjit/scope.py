@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 
 import torch
 
@@ -182,6 +182,14 @@ class Scope:
         self._wait_for_event(self._previous)
         return torch.cuda.stream(self._comm.torch_stream)
 
+    def running(self) -> AbstractContextManager[object]:
+        """Surrounds work of torch among the kernels, after `start`."""
+        return torch.cuda.stream(self._comm.torch_stream)
+
+    def hand_over(self, outputs: Record) -> None:
+        """Takes tensors that were allocated in `running` for outputs: the caller will use them."""
+        _record(outputs, torch.cuda.current_stream(self._comm.device))
+
     def start(self) -> None:
         """Makes the communication stream wait for the inputs and the outputs."""
         self._is_started = True
@@ -278,19 +286,25 @@ class KeepingOverlap(EventOverlap):
         self._comm, self._current, self._kept = comm, current, kept
         self._is_waited_for, self._pid = False, os.getpid()
 
-    def current_stream_wait(self) -> None:
+    def current_stream_wait(self, release_handle: bool = False) -> Any:
         """Makes the stream that is current now wait for the event."""
-        super().current_stream_wait()
         stream = torch._C._cuda_getCurrentRawStream(self._comm.device)
-        self._is_waited_for |= stream == self._current
+        if self.event is not None:
+            self._is_waited_for |= stream == self._current
+        if release_handle and not self._is_waited_for:
+            self._let_go()
+        return super().current_stream_wait(release_handle)
 
-    def __del__(self) -> None:
-        if self._is_waited_for or sys.is_finalizing() or os.getpid() != self._pid:
-            return
+    def _let_go(self) -> None:
+        """The tensors are about to go, and the event may not have happened."""
         if self._kept is None:
             _record(self.extra_tensors or (), self._comm.torch_stream)
         elif self.event is not None:
             self._kept.keep(self.event, self.extra_tensors)
+
+    def __del__(self) -> None:
+        if not self._is_waited_for and not sys.is_finalizing() and os.getpid() == self._pid:
+            self._let_go()
 
 
 def _tensors(record: Record) -> Iterator[torch.Tensor]:
@@ -325,6 +339,13 @@ class _NoWait:
 
     def start(self) -> None:
         """Nothing to wait for."""
+
+    def running(self) -> AbstractContextManager[object]:
+        """Surrounds work of torch among the kernels."""
+        return _NOWHERE
+
+    def hand_over(self, outputs: Record) -> None:
+        """Nothing: what was allocated in `running` is like any tensor."""
 
 
 class CurrentStream(_NoWait):

@@ -84,7 +84,7 @@ class NormalChecks(Checks):
         after: EventOverlap | None,
     ) -> calls.Dispatch:
         """Everything that `dispatch` takes; `counts` in the order of `calls.Routing`."""
-        rows, scales = _rows_and_scales(x)
+        rows, scales = rows_and_scales(x)
         if handle is None:
             per_rank, per_rdma_rank, per_expert, in_rank = counts
             if not self.spans_domains:
@@ -144,7 +144,7 @@ class NormalChecks(Checks):
         """Everything that `combine` takes."""
         own = self._handle(handle, num_tokens=None)
         num_tokens = own.num_tokens
-        bias_0, bias_1 = _pair(bias) if isinstance(bias, tuple) else (bias, None)
+        bias_0, bias_1 = pair(bias) if isinstance(bias, tuple) else (bias, None)
         self._returned(x, topk_weights, bias_0, bias_1, own.num_rows, num_tokens)
         num_sms = self._sms(config, self.combine_config, x, num_tokens)
         call = calls.Combine(x, topk_weights, bias_0, bias_1, own, num_sms)
@@ -371,7 +371,8 @@ def part_of(
     return view[: size.numel()].view(size)
 
 
-def _rows_and_scales(x: Payload) -> tuple[torch.Tensor, torch.Tensor | None]:
+def rows_and_scales(x: Payload) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """A payload in its parts."""
     if not isinstance(x, tuple):
         return x, None
     if len(x) != 2:
@@ -381,9 +382,10 @@ def _rows_and_scales(x: Payload) -> tuple[torch.Tensor, torch.Tensor | None]:
     return x
 
 
-def _pair(
+def pair(
     bias: tuple[torch.Tensor | None, torch.Tensor | None],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """A tuple of biases, which must be two."""
     if len(bias) != 2:
         raise ValueError(f"bias is a tuple of {len(bias)}, expected one tensor or a tuple of two")
     return bias

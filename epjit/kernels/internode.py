@@ -135,7 +135,7 @@ class InternodeCombineConfig(
         # Copies through registers, and many rows in hand, need more registers.
         warps, sums, put = (8, 2, 2) if not tma else (20, 4, 4) if num_local <= 2 else (16, 3, 3)
         return cls(
-            num_domains, num_local, *shape, tma, warps, push, sums, put, rows, _TOKENS_PER_CHUNK
+            num_domains, num_local, *shape[:3], tma, warps, push, sums, put, rows, _TOKENS_PER_CHUNK
         )
 
     @property

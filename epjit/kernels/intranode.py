@@ -112,6 +112,7 @@ class CombineConfig(
     hidden_bytes: int
     num_topk: int
     is_f16: bool
+    choice_bits: int
     tma: bool
     num_warps: int
     num_push_warps: int
@@ -170,7 +171,9 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
             yield config_of(dispatch, num_ranks, arch, variant=variant)
         for variant in variants.names("combine", arch) if num_scales == 0 else ():
             combine = CombineShape(hidden_bytes, num_topk, is_f16=num_ranks == 2)
-            yield config_of(combine, num_ranks, arch, variant=variant)
+            for bits in (0, 32 if num_ranks == 3 else 64):
+                ordered = combine._replace(choice_bits=bits)
+                yield config_of(ordered, num_ranks, arch, variant=variant)
 
 
 def config_of(

@@ -26,11 +26,15 @@ class DispatchShape(NamedTuple):
 
 
 class CombineShape(NamedTuple):
-    """Identifies a combine kernel within a Buffer; equal on all ranks."""
+    """Identifies a combine kernel within a Buffer; equal on all ranks.
+
+    `choice_bits` is the width of the choices that order the ranks in DeepEP 2's way; 0 = none do.
+    """
 
     hidden_bytes: int
     num_topk: int
     is_f16: bool
+    choice_bits: int = 0
 
 
 def warmup_shapes(

@@ -37,7 +37,7 @@ from epjit.handles import (
 )
 from epjit.modes.normal import combine_shape, dispatch_shape, no_room
 from epjit.reference import Normal, internode, low_latency
-from epjit.reference.intranode import RankInput
+from epjit.reference.intranode import RankInput, local_choices
 from epjit.runtime.empty import empty_on
 from epjit.runtime.fault import Overflow
 
@@ -121,7 +121,7 @@ class CpuNormal:
         self._chosen.check(dispatch_shape(call), call.num_sms)
         x, scales, topk_idx, topk_weights, routing, *_ = call
         if not isinstance(routing, Routing):
-            return self._cached_dispatch(x, scales, routing)
+            return self._cached_dispatch(call, routing)
         num_experts = routing.num_tokens_per_expert.shape[0]
         worlds = _exchange(
             self._group,
@@ -181,35 +181,47 @@ class CpuNormal:
         if came > room:
             self._overflow = Overflow("dispatch", what, self._group.rank, came=came, room=room)
 
-    def _cached_dispatch(self, x: Tensor, scales: Tensor | None, handle: Handle) -> Dispatched:
+    def _cached_dispatch(self, call: Dispatch, handle: Handle) -> Dispatched:
         """Sends another payload along the routing of `handle`."""
-        op = "cached dispatch"
-        facts = {**_payload_facts(x, scales), **self._handle_facts(handle)}
-        worlds = _exchange(self._group, op, facts, (x, scales, *handle))
-        handles = self._handles_of_one_dispatch(op, worlds)
-        rows = [tensors[0] for tensors in worlds]
-        row_scales = None if scales is None else [tensors[1] for tensors in worlds]
-        return Dispatched(
-            *self._reference.cached_dispatch(rows, row_scales, handles, self._group.rank)
+        op, rank = "cached dispatch", self._group.rank
+        x, scales, topk_idx, topk_weights, *_ = call
+        facts = {
+            **_payload_facts(x, scales),
+            "num_topk": None if topk_idx is None else topk_idx.shape[1],
+            **self._handle_facts(handle),
+        }
+        worlds = _exchange(self._group, op, facts, (x, scales, topk_idx, topk_weights, *handle))
+        handles = self._handles_of_one_dispatch(op, [tensors[4:] for tensors in worlds])
+        xs, all_scales, choices, weights = ([each[i] for each in worlds] for i in range(4))
+        rows, row_scales = self._reference.cached_dispatch(
+            xs, None if scales is None else all_scales, handles, rank
         )
+        if topk_idx is None:
+            return Dispatched(rows, row_scales)
+        idx, row_weights = self._reference.cached_dispatch(choices, weights, handles, rank)
+        assert row_weights is not None
+        num_local = handle.recv_expert_counts.shape[0]
+        local_idx, local_weights = local_choices(idx, row_weights, rank, num_local)
+        local_idx[int(handle.num_received(rank)) :] = -1
+        return Dispatched(rows, row_scales, local_idx, local_weights)
 
     @torch.no_grad()
     def combine(self, scope: AnyScope, call: Combine) -> Sums:
         """Brings rows back to the ranks of their tokens and sums them."""
         del scope
         self._chosen.check(combine_shape(call), call.num_sms)
-        x, topk_weights, bias_0, bias_1, handle, _ = call
+        x, topk_weights, bias_0, bias_1, handle, _, order = call
         facts = {
             **_payload_facts(x, None),
             "num_topk": None if topk_weights is None else topk_weights.shape[1],
             **self._handle_facts(handle),
         }
         worlds = _exchange(self._group, "combine", facts, (x, topk_weights, *handle))
-        handles = self._handles_of_one_dispatch("combine", worlds)
+        handles = self._handles_of_one_dispatch("combine", [tensors[2:] for tensors in worlds])
         xs = [tensors[0] for tensors in worlds]
         weights = None if topk_weights is None else [tensors[1] for tensors in worlds]
         rank, biases = self._group.rank, (bias_0, bias_1)
-        return self._reference.combine(xs, handles, rank, weights, biases)
+        return self._reference.combine(xs, handles, rank, weights, biases, order)
 
     def _handle_facts(self, handle: Handle) -> dict[str, object]:
         """Facts that the handles of one dispatch have in common on all ranks."""
@@ -223,8 +235,8 @@ class CpuNormal:
     def _handles_of_one_dispatch(self, op: str, worlds: list[tuple[Any, ...]]) -> list[Any]:
         """The handles of all ranks, once they are known to belong together."""
         if not self._reference.spans_domains:
-            return [IntranodeHandle(*tensors[2:]) for tensors in worlds]
-        handles = [InternodeHandle(*tensors[2:]) for tensors in worlds]
+            return [IntranodeHandle(*tensors) for tensors in worlds]
+        handles = [InternodeHandle(*tensors) for tensors in worlds]
         # [source, receiver]
         sent = torch.stack([handle.is_token_in_rank.sum(dim=0) for handle in handles])
         for receiver, handle in enumerate(handles):

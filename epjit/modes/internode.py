@@ -250,7 +250,6 @@ class Internode(Normal):
                     launch,
                     call,
                     handle._replace(recv_src_meta=meta, send_nvl_head=passing),
-                    experts_per_rank=experts_per_rank,
                     fills_handle=True,
                     least_rows=room.least,
                 )
@@ -280,9 +279,7 @@ class Internode(Normal):
     ) -> Dispatched:
         """Dispatches another payload along the routing of a handle."""
         launch = self._dispatch_launch(dispatch_shape(call), call.num_sms)
-        return self._dispatch_rows(
-            scope, launch, call, handle, experts_per_rank=1, fills_handle=False
-        )
+        return self._dispatch_rows(scope, launch, call, handle, fills_handle=False)
 
     def _dispatch_launch(
         self, shape: DispatchShape, num_sms: int
@@ -303,7 +300,6 @@ class Internode(Normal):
         call: Dispatch,
         handle: InternodeHandle,
         *,
-        experts_per_rank: int,
         fills_handle: bool,
         least_rows: int = -1,
     ) -> Dispatched:
@@ -322,7 +318,7 @@ class Internode(Normal):
             "least_rows": least_rows,
             "num_passing": handle.num_passing,
             "num_send_warps": launch.kernel.config.send_warps,
-            "experts_per_rank": experts_per_rank,
+            "experts_per_rank": handle.recv_expert_counts.shape[0],
         }
         launch.start(scope.stream, call.num_sms, values)
         return received
@@ -339,9 +335,10 @@ class Internode(Normal):
 
     def combine(self, scope: AnyScope, call: Combine) -> Sums:
         """Sums rows inside each domain, sends the sums to the ranks of their tokens."""
-        x, topk_weights, bias_0, bias_1, handle, num_sms = call
-        num_tokens = handle.num_tokens
-        launch = self.launch(combine_shape(call))
+        x, topk_weights, bias_0, bias_1, *_ = call
+        handle: InternodeHandle = call.handle
+        num_tokens, num_sms = handle.num_tokens, call.num_sms
+        launch = self.launch(combine_shape(call)._replace(choice_bits=0))
         config: InternodeCombineConfig = launch.kernel.config
         check_warps(config, num_sms)
         combined_x, combined_weights = self._sums(scope, call, num_tokens)

@@ -122,7 +122,7 @@ class Intranode(Normal):
         return config_of(shape, self._group.size, self._arch, gpu=gpu)
 
     def _bind(self, config: Any) -> Launch[Any]:
-        own: dict[str, list[int]] = {}
+        own: dict[str, Any] = {}
         if isinstance(config, DispatchConfig):
             # Places count from the start of the memory, so that 0 is none.
             own = {
@@ -224,7 +224,7 @@ class Intranode(Normal):
             {
                 **self._inputs(call),
                 **self._routing(handle.rank_prefix_matrix, handle.source_tokens, handle.send_head),
-                "experts_per_rank": 1,
+                "experts_per_rank": handle.recv_expert_counts.shape[0],
             }
         )
         outputs = self._allocate_outputs(scope, launch, handle.num_rows, call, with_src_idx=False)
@@ -317,7 +317,8 @@ class Intranode(Normal):
 
     def combine(self, scope: AnyScope, call: Combine) -> Sums:
         """Pushes rows back to the ranks of their tokens and sums them there."""
-        x, topk_weights, bias_0, bias_1, handle, num_sms = call
+        x, topk_weights, bias_0, bias_1, handle, num_sms, order = call
+        choices, num_experts = order or (None, 0)
         num_tokens = handle.num_tokens
         launch = self.launch(combine_shape(call))
         config: CombineConfig = launch.kernel.config
@@ -340,6 +341,9 @@ class Intranode(Normal):
             # end closer together (4 parts instead of 1: 128 tokens on 12 SMs 26.7 us, not 31.4,
             # 512 on 24 SMs 42.6, not 47.4; 4096 on 12 SMs 310, not 276).
             num_parts=max(1, min(4, 6 * config.num_warps * num_sms // max(num_tokens, 1))),
+            topk_idx=0 if choices is None else choices.data_ptr(),
+            num_choices=0 if choices is None else choices.shape[1],
+            experts_per_rank=num_experts // self._group.size,
         )
         launch.start(scope.stream, num_sms)
         return combined_x, combined_weights

@@ -403,6 +403,7 @@ def dispatch_shape(call: Dispatch) -> DispatchShape:
 
 def combine_shape(call: Combine) -> CombineShape:
     """The shape of a combine."""
-    x, weights = call.x, call.topk_weights
+    x, weights, order = call.x, call.topk_weights, call.order
     num_topk = 0 if weights is None else weights.shape[1]
-    return CombineShape(row_bytes(x), num_topk, is_f16=x.dtype == torch.float16)
+    choice_bits = 0 if order is None else 8 * order.topk_idx.element_size()
+    return CombineShape(row_bytes(x), num_topk, x.dtype == torch.float16, choice_bits)

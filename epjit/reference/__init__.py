@@ -13,7 +13,7 @@ from typing import Any
 
 from torch import Tensor
 
-from epjit.calls import Bias, Counts, Sums
+from epjit.calls import Bias, Counts, Order, Sums
 from epjit.handles import Dispatched
 from epjit.reference import internode, intranode
 from epjit.reference.internode import Domains
@@ -70,8 +70,9 @@ class Normal:
         rank: int,
         topk_weights: Sequence[Tensor] | None = None,
         bias: Bias = None,
+        order: Order | None = None,
     ) -> Sums:
-        """Sums, and summed weights, for the tokens of `rank`."""
+        """Sums, and summed weights, for the tokens of `rank`; `order` is that of one domain."""
         if self.spans_domains:
             return internode.combine(xs, handles, rank, self.domains, topk_weights, bias)
-        return intranode.combine(xs, handles, rank, topk_weights, bias)
+        return intranode.combine(xs, handles, rank, topk_weights, bias, order)

@@ -12,13 +12,13 @@ of a rank is received once there. All tensors are CPU tensors.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from epjit.calls import Bias
+from epjit.calls import Bias, Order
 from epjit.handles import Dispatched, IntranodeHandle
 from epjit.sizes import align
 
@@ -123,10 +123,9 @@ def dispatch(
     if own.topk_idx is not None and own.topk_weights is not None:
         idx = _gather([_given("topk_idx", each.topk_idx) for each in inputs], tokens)
         weights = _gather([_given("topk_weights", each.topk_weights) for each in inputs], tokens)
-        is_local = (idx >= first_expert) & (idx < first_expert + num_local)
-        local_idx = (idx - first_expert).masked_fill(~is_local, -1)
+        local_idx, local_weights = local_choices(idx, weights, rank, num_local)
         recv_topk_idx = pad_rows(local_idx, num_rows, value=-1)
-        recv_topk_weights = pad_rows(weights.masked_fill(~is_local, 0.0), num_rows)
+        recv_topk_weights = pad_rows(local_weights, num_rows)
 
     recv_expert_counts = torch.stack([each.num_tokens_per_expert for each in inputs])[
         :, first_expert : first_expert + num_local
@@ -154,6 +153,15 @@ def dispatch(
         num_recv_tokens_per_expert_list=[] if worst else aligned_counts,
         handle=handle,
     )
+
+
+def local_choices(
+    topk_idx: Tensor, topk_weights: Tensor, rank: int, num_local: int
+) -> tuple[Tensor, Tensor]:
+    """Choices as the local experts of `rank`, and their weights: -1 and 0 for those of others."""
+    local_idx = topk_idx - rank * num_local
+    is_other = (local_idx < 0) | (local_idx >= num_local)
+    return local_idx.masked_fill(is_other, -1), topk_weights.masked_fill(is_other, 0.0)
 
 
 def rooms(num_worst_tokens: int | Sequence[int], num_ranks: int) -> list[int]:
@@ -224,6 +232,7 @@ def combine(
     rank: int,
     topk_weights: Sequence[Tensor] | None = None,
     bias: Bias = None,
+    order: Order | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Sums for the tokens of `rank`: of each, over the ranks that received it.
 
@@ -231,12 +240,15 @@ def combine(
     ascending order, each once; it is rounded once, to nearest even, to the dtype of `x`. A rank
     that did not receive the token adds nothing, not even a zero.
 
+    With `order` the ranks of each row come in the order of the last choice of the token there.
+
     Args:
         xs: Each rank's `[n or N, H]`, bfloat16, float16 or float32.
         handles: Each rank's handle, all of one dispatch.
         rank: The owner of the tokens.
         topk_weights: Each rank's float32 `[n or N, K]`, or None.
         bias: None, `[T, H]`, or a pair of them (either may be None), dtype of `x`.
+        order: The choices of `rank`, or None.
 
     Returns:
         `combined_x` `[T, H]`, and `combined_topk_weights` float32 `[T, K]` (elementwise sum from
@@ -247,14 +259,30 @@ def combine(
     """
     where, tokens = returned_rows(xs, handles, rank)
 
-    def total(rows_of_ranks: Sequence[Tensor], bias: Bias) -> Tensor:
+    def total(rows_of_ranks: Sequence[Tensor], bias: Bias, order: Order | None) -> Tensor:
         acc = start_sum(bias, (handles[rank].num_tokens, rows_of_ranks[rank].shape[1]))
-        for rows, own, token in zip(rows_of_ranks, where, tokens, strict=True):
-            acc[token] += rows[own].to(torch.float32)  # a token is once among a rank's rows
+        for peer, chosen in _passes(order, tokens):
+            rows = rows_of_ranks[peer][where[peer]][chosen].to(torch.float32)
+            acc[tokens[peer][chosen]] += rows  # a token is once among a rank's rows
         return acc
 
-    combined_x = total(xs, bias).to(xs[rank].dtype)
-    return combined_x, None if topk_weights is None else total(topk_weights, None)
+    combined_x = total(xs, bias, order).to(xs[rank].dtype)
+    return combined_x, None if topk_weights is None else total(topk_weights, None, None)
+
+
+def _passes(order: Order | None, tokens: Sequence[Tensor]) -> Iterator[tuple[int, Tensor | slice]]:
+    """Ranks in the order in which they are added, each with those of its rows that are added."""
+    num_ranks = len(tokens)
+    if order is None:
+        yield from ((peer, slice(None)) for peer in range(num_ranks))
+        return
+    num_local = order.num_experts // num_ranks
+    last = torch.full((order.topk_idx.shape[0], num_ranks), -1, device="cpu")
+    for k, expert in enumerate(order.topk_idx.to(torch.int64).unbind(dim=1)):
+        (token,) = torch.nonzero((expert >= 0) & (expert < order.num_experts), as_tuple=True)
+        last[token, expert[token] // num_local] = k
+    for turn in last.argsort(dim=1).unbind(dim=1):
+        yield from ((peer, turn[token] == peer) for peer, token in enumerate(tokens))
 
 
 def returned_rows(

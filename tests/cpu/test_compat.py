@@ -4,34 +4,74 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 
 import deep_ep
 import deep_ep.buffer
 import deep_ep.utils
 import deep_ep_cpp
 import epjit
-from deep_ep.utils import math
+from deep_ep.utils import gate, math, refs
+from epjit.reference import elastic
+from tests.harness import launch
 
 ROOT = Path(__file__).resolve().parents[2]
 
 UNION = {  # spec-v1.md part C: what the surveyed frameworks import
-    "deep_ep": ["Buffer", "Config", "EventHandle", "EventOverlap", "topk_idx_t"],
+    "deep_ep": [
+        "Buffer",
+        "Config",
+        "EPBuffer",
+        "EPHandle",
+        "ElasticBuffer",
+        "EventHandle",
+        "EventOverlap",
+        "__version__",
+        "get_logical_domain_size",
+        "get_physical_domain_size",
+        "topk_idx_t",
+    ],
     "deep_ep.buffer": ["Buffer"],
+    "deep_ep.buffers.elastic": ["EPHandle", "ElasticBuffer"],
+    "deep_ep.buffers.ep": ["EPBuffer", "EPHandle"],
+    "deep_ep.buffers.legacy": ["Buffer"],
     "deep_ep.utils": ["EventHandle", "EventOverlap", "check_nvlink_connections"],
-    "deep_ep.utils.envs": ["init_dist"],
+    "deep_ep.utils.envs": [
+        "dist_print",
+        "get_global_seed",
+        "get_local_seed",
+        "get_nvlink_gbs",
+        "get_rdma_gbs",
+        "init_dist",
+        "init_seed",
+    ],
+    "deep_ep.utils.event": ["EventHandle", "EventOverlap"],
+    "deep_ep.utils.gate": ["get_unbalanced_scores"],
     "deep_ep.utils.math": [
+        "align",
         "calc_diff",
+        "ceil_div",
+        "count_bytes",
         "create_grouped_scores",
         "hash_tensor",
+        "hash_tensors",
         "inplace_unique",
         "per_token_cast_back",
         "per_token_cast_to_fp8",
+        "safe_div",
+    ],
+    "deep_ep.utils.refs": [
+        "combine",
+        "dispatch",
+        "generate_pre_combine_data",
+        "ordered_accumulate",
     ],
     "deep_ep.utils.testing": ["bench", "bench_kineto"],
     "deep_ep_cpp": [
@@ -44,7 +84,14 @@ UNION = {  # spec-v1.md part C: what the surveyed frameworks import
     ],
 }
 
-MODULES = ["deep_ep", "deep_ep.utils", "deep_ep.buffer", "deep_ep_cpp"]
+MODULES = [
+    "deep_ep",
+    "deep_ep.utils",
+    "deep_ep.buffer",
+    "deep_ep.buffers.elastic",
+    "deep_ep.buffers.legacy",
+    "deep_ep_cpp",
+]
 
 
 def run(code: str, **environment: str) -> str:
@@ -86,9 +133,39 @@ def test_names_are_those_of_epjit() -> None:
     assert hint == epjit.Buffer.get_low_latency_rdma_size_hint(128, 7168, 8, 256)
 
 
-def test_names_of_deepep_2_are_absent() -> None:
-    for name in ("ElasticBuffer", "EPBuffer", "HybridEPBuffer", "EPHandle"):
-        assert not hasattr(deep_ep, name), name
+OF_2 = ["ElasticBuffer", "EPBuffer", "EPHandle", "get_logical_domain_size", "__version__"]
+
+
+def test_names_of_deepep_2_stand_beside_those_of_v1() -> None:
+    assert deep_ep.ElasticBuffer is epjit.ElasticBuffer
+    assert deep_ep.EPBuffer is epjit.EPBuffer
+    assert deep_ep.__version__ == "2.1.0"
+    assert set(OF_2) <= set(dir(deep_ep))
+    assert not hasattr(deep_ep, "HybridEPBuffer")
+
+
+def test_names_of_deepep_2_can_be_hidden() -> None:
+    run(
+        "import deep_ep\n"
+        f"assert not [name for name in {OF_2} if hasattr(deep_ep, name) or name in dir(deep_ep)]\n"
+        "import deep_ep.buffers.legacy\n"
+        "try:\n    import deep_ep.buffers.elastic\n"
+        "except ImportError:\n    pass\nelse:\n    raise AssertionError\n"
+        "deep_ep.Buffer",
+        EPJIT_DEEP_EP_V1="1",
+    )
+
+
+def test_half_of_another_distribution_is_refused(tmp_path: Path) -> None:
+    """As when pip has put sgl-deep-ep and epjit-deep-ep into one folder."""
+    shutil.copytree(ROOT / "compat/deep_ep", tmp_path / "deep_ep")
+    (tmp_path / "deep_ep/_C.cpython-311-x86_64-linux-gnu.so").touch()
+    said = run(
+        f"import sys; sys.path.insert(0, {str(tmp_path)!r})\n"
+        "try:\n    import deep_ep\nexcept ImportError as error:\n    print(error)\n"
+    )
+    assert "has _C.cpython-311-x86_64-linux-gnu.so, which is not of epjit-deep-ep" in said
+    assert "Uninstall both" in said
 
 
 def test_find_spec_sees_real_modules() -> None:
@@ -165,3 +242,74 @@ def test_helpers_of_the_test_scripts() -> None:
     assert scores.tolist() == [[0, 0, 1, 1]]
     t = torch.arange(12.0)
     assert math.hash_tensor(t) == math.hash_tensor(t.view(6, 2).flip(0))
+
+
+def test_arithmetic_of_deepep_2() -> None:
+    assert (math.align(5, 4), math.ceil_div(5, 4)) == (8, 2)
+    assert (math.safe_div(0, 0), math.safe_div(3, 2)) == (0, 1.5)
+    x = torch.zeros(3, 4, dtype=torch.bfloat16)
+    assert math.count_bytes(x, None, (x, [x])) == 72
+    t = torch.arange(4.0)
+    assert math.hash_tensors(t, (t, None)) == 0
+
+
+@pytest.mark.parametrize("precise", [False, True])
+@pytest.mark.parametrize("ratio", [1.0, 2.0, 4.0])
+def test_the_first_rank_gets_more_tokens(ratio: float, precise: bool) -> None:
+    torch.manual_seed(3)
+    scores = gate.get_unbalanced_scores(8000, 64, 8, 4, ratio, precise)
+    assert (scores.shape, scores.dtype) == ((8000, 64), torch.float32)
+    rank = scores.topk(4, dim=1).indices // 8
+    tokens = [int((rank == r).any(dim=1).sum()) for r in range(8)]
+    others = sum(tokens[1:]) / 7
+    assert tokens[0] / others == pytest.approx(min(ratio, 8000 / others), rel=0.05)
+
+
+def refs_of_rank(group: dist.ProcessGroup) -> None:
+    """DeepEP's references against ours: written apart, they say the same."""
+    rank = dist.get_rank()
+    generator = torch.Generator().manual_seed(5)
+    given = []
+    for tokens in (7, 4):
+        idx = torch.rand(tokens, 8, generator=generator).argsort(dim=1)[:, :3].contiguous()
+        idx[torch.rand(idx.shape, generator=generator) < 0.2] = -1
+        x = torch.randn(tokens, 16, generator=generator).to(torch.bfloat16)
+        w = torch.rand(tokens, 3, generator=generator)
+        given.append(elastic.RankInput(x, None, idx, w))
+    own = given[rank]
+    rows, idx, weights, number, per_rank = refs.dispatch(
+        own.x, own.topk_idx, own.topk_weights, 8, 8
+    )
+    got = [elastic.dispatch(given, r, num_experts=8, max_tokens=8) for r in range(2)]
+    want = got[rank]
+    assert torch.equal(rows, want.recv_x)
+    assert torch.equal(idx, want.recv_topk_idx)
+    assert torch.equal(weights.masked_fill(idx < 0, 0), want.recv_topk_weights)
+    assert torch.equal(number, want.handle.recv_src_metadata[:, 0])
+    ends = want.handle.psum_num_recv_tokens_per_scaleup_rank
+    assert torch.equal(per_rank.cumsum(dim=0).to(torch.int32), ends)
+
+    bias = torch.randn(own.x.shape, generator=generator).to(torch.bfloat16)
+    y = refs.generate_pre_combine_data(8 * rank + torch.arange(len(own.x)), 8, 3, 16)
+    y[own.topk_idx < 0] = 0
+    for multiple in (True, False):
+        expanded = [
+            elastic.dispatch(given, r, num_experts=8, max_tokens=8, do_expand=True)
+            for r in range(2)
+        ]
+        xs = []
+        for each in expanded:
+            metadata = each.handle.recv_src_metadata
+            made = refs.generate_pre_combine_data(metadata[:, 0], 8, 3, 16)
+            x = torch.zeros(len(each.recv_x), 16, dtype=torch.bfloat16)
+            place, k = torch.nonzero(metadata[:, 2:] >= 0, as_tuple=True)
+            x[metadata[place, 2 + k].long()] = made[place, k]
+            xs.append(x)
+        handles = [each.handle for each in expanded]
+        want_x, _ = elastic.combine(xs, handles, rank, None, bias, multiple_reduction=multiple)
+        got_x = refs.combine(y, own.topk_idx, 1, 2, 8, bias, multiple, False)
+        assert torch.equal(got_x, want_x)
+
+
+def test_references_of_deepep_2() -> None:
+    launch.run(refs_of_rank, 2)

@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 
 from epjit.bench import ceiling, peers
-from epjit.kernels import expert_major, internode, intranode, low_latency
+from epjit.kernels import elastic, expert_major, internode, intranode, low_latency
 from epjit.runtime import device, nvrtc, nvshmem_device
 from epjit.runtime.kernel import KernelConfig, render, unit_sources
 
@@ -37,7 +37,7 @@ INTERPRETERS = {
 
 def configs(arch: str) -> list[KernelConfig]:
     """One config of each kernel, variant and shape class that this architecture can run."""
-    modes = (intranode, internode, low_latency, expert_major, ceiling)
+    modes = (intranode, internode, low_latency, expert_major, elastic, ceiling)
     configs = [config for mode in modes for config in mode.example_configs(arch)]
     return [*configs, peers.ChaseConfig()]
 

@@ -341,12 +341,14 @@ def public_names() -> set[str]:
     import epjit
     from epjit import moe
 
-    classes = {"Buffer": epjit.Buffer, "Config": epjit.Config, "EventOverlap": epjit.EventOverlap}
+    names = ("Buffer", "Config", "ElasticBuffer", "EventOverlap")
+    classes = {name: getattr(epjit, name) for name in names}
     methods = {
         f"epjit.{name}.{method}"
         for name, found in classes.items()
         for method in vars(found)
         if method[0] != "_" and callable(getattr(found, method))
+        if not (getattr(found, method).__doc__ or "").startswith("Not served")
     }
     names = {f"epjit.{name}" for name in epjit.__all__} | {f"epjit.moe.{n}" for n in moe.__all__}
     return (names | methods) - {"epjit.__version__", "epjit.topk_idx_t"}

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from epjit.calls import Order
 from epjit.handles import IntranodeHandle
 from epjit.kernels.intranode import CombineConfig, DispatchConfig, NotifyConfig
 from epjit.kernels.layout import LayoutConfig
@@ -48,6 +49,7 @@ class Shape:
     hot: bool = False  # every token selects expert 0
     guesses: float = 0.0  # part of the dispatches that are launched before the counts are known
     no_room: float = 0.0  # direct: part of the dispatches whose outputs peers cannot reach
+    ordered: bool = False  # combine orders the ranks by choices
 
     @property
     def domains(self) -> list[range]:
@@ -56,6 +58,10 @@ class Shape:
     @property
     def num_experts(self) -> int:
         return self.num_ranks * EXPERTS_A_RANK
+
+    @property
+    def choice_bits(self) -> int:
+        return 0 if not self.ordered else 64 if self.topk_is_int64 else 32
 
     @property
     def notify(self) -> NotifyConfig:
@@ -99,6 +105,7 @@ class Shape:
             hidden_bytes=HIDDEN_BYTES,
             num_topk=self.num_topk,
             is_f16=self.is_f16,
+            choice_bits=self.choice_bits,
             tma=self.variant != "ldst",
             num_warps=4,
             num_push_warps=2,
@@ -276,6 +283,17 @@ class Routing(normal.Routing):
             "num_stage_warps": config.num_warps if has_room else 1 if cached else 2,
         }
 
+    def order(self, rank: int) -> Order | None:
+        idx = self.inputs[rank].topk_idx
+        return Order(idx, self.shape.num_experts) if self.shape.ordered else None
+
+    def _random_rows(self, num_rows: int) -> Tensor:
+        rows = super()._random_rows(num_rows)
+        if self.shape.ordered:  # sums that tell in which order they were added
+            rows.copy_((4 * rows).round().remainder(3) - 1)
+            rows[:, ::2] *= 2.0**24
+        return rows
+
     def expect_handle(self, rank: int) -> None:
         n, got = self.num_recv[rank], self.handles[rank].recv_src_idx
         wanted = self.expected[rank].handle.recv_src_idx
@@ -288,6 +306,9 @@ class Routing(normal.Routing):
             "recv_src_idx": handle.recv_src_idx,
             "send_head": handle.send_head,
             "rank_prefix": handle.rank_prefix_matrix,
+            "topk_idx": self.inputs[rank].topk_idx if self.shape.choice_bits else None,
+            "num_choices": self.shape.num_topk,
+            "experts_per_rank": EXPERTS_A_RANK,
             "num_slots": self.world.ranks[0].slots.numel() // row_bytes // 2 * 2,
         }
 
@@ -364,6 +385,24 @@ def test_few_tokens(tokens: tuple[int, ...], variant: str) -> None:
         world = World(Shape(variant=variant, tokens=tokens, grid=grid), seed=grid)
         world.one_round(num_biases=1, num_parts=8)
         world.run(grid)
+
+
+@pytest.mark.parametrize("variant", ["tma", "ldst"])
+@pytest.mark.parametrize("num_ranks", [1, 3, 8])
+def test_ranks_in_the_order_of_the_choices(num_ranks: int, variant: str) -> None:
+    """As DeepEP 2 adds them."""
+    for seed in range(2):
+        shape = Shape(
+            num_ranks=num_ranks,
+            variant=variant,
+            tokens=TOKENS[num_ranks],
+            num_topk=min(8, 3 * num_ranks),
+            topk_is_int64=bool(seed),
+            ordered=True,
+        )
+        world = World(shape, seed=seed)
+        world.one_round(num_biases=seed, num_parts=1 + seed)
+        world.run(seed)
 
 
 @VARIANTS

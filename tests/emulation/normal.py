@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from epjit.calls import Order
 from epjit.handles import Handle
 from epjit.modes.normal import Room
 from epjit.reference import Normal
@@ -187,6 +188,11 @@ class Routing(ABC):
     def of_combine(self, rank: int) -> dict[str, Any]:
         """Parameters of a combine."""
 
+    def order(self, rank: int) -> Order | None:
+        """How a combine orders the ranks of its addends."""
+        del rank
+        return None
+
     def dispatch(self) -> list[Tensor]:
         """Rows, scales and selections to where they were routed.
 
@@ -240,7 +246,7 @@ class Routing(ABC):
             drawn = [self._random_rows(shape.tokens[rank]) for _ in range(num_biases)]
             first, second = [*drawn, None, None][:2]
             wanted_x, wanted_weights = self.reference.combine(
-                xs, handles, rank, weights, (first, second)
+                xs, handles, rank, weights, (first, second), self.order(rank)
             )
             assert wanted_weights is not None
             combined_x = guarded(*wanted_x.shape, dtype=wanted_x.dtype)

@@ -414,6 +414,143 @@ def xtuner_op(group: Any) -> None:
     assert torch.equal(x.grad, factor.expand_as(case.x).bfloat16())
 
 
+def torchtitan_elastic(group: Any) -> None:
+    """torchtitan: its custom ops over DeepEP 2, training with gradients and inference."""
+    case = Case(group)
+    target = "torchtitan.distributed.deepep.deepep"
+    with Island(FOLDER / "torchtitan", "torchtitan", real=(target,)):
+        module = importlib.import_module(target)
+    if case.x.device.type == "cpu":
+        for op in ("dispatch", "combine"):
+            torch.library.impl(module._lib, op, "CPU")(getattr(module, f"_{op}_op_impl"))
+    module.get_buffer(group, hidden=HIDDEN, num_max_tokens_per_rank=TOKENS, num_topk=TOPK)
+    first = case.rank * EXPERTS_A_RANK
+
+    def layer(x: Tensor, weights: Tensor, *, cudagraphable: bool) -> Tensor:
+        rows, counts, state = module.dispatch_tokens(
+            x,
+            case.topk_idx,
+            weights,
+            EXPERTS_A_RANK,
+            case.num_experts,
+            num_tokens_per_rank=TOKENS,
+            cudagraphable=cudagraphable,
+        )
+        factor = (1 + first + torch.arange(EXPERTS_A_RANK)).repeat_interleave(counts)
+        y = rows[: len(factor)] * factor[:, None].bfloat16()
+        if len(y) < len(rows):  # by expert, with room for more rows
+            y = torch.cat([y, torch.full_like(rows[len(y) :], float("nan"))])
+        out = module.combine_tokens(y, state)
+        module.sync_combine()
+        return out
+
+    with torch.no_grad():
+        case.check(layer(case.x, case.weights, cudagraphable=True))
+    x, weights = case.x.clone().requires_grad_(), case.weights.clone().requires_grad_()
+    out = layer(x, weights, cudagraphable=True)  # compact where gradients are recorded
+    case.check(out)
+    out.float().sum().backward()
+    factor = (case.weights * (1 + case.topk_idx)).sum(1, keepdim=True)
+    assert x.grad is not None
+    assert torch.equal(x.grad, factor.expand_as(case.x).bfloat16())
+    assert weights.grad is not None
+    wanted = (1 + case.topk_idx) * case.x.float().sum(1, keepdim=True)
+    assert torch.allclose(weights.grad, wanted, rtol=2**-7, atol=1.0)
+
+
+def lightllm_elastic(group: Any) -> None:
+    """LightLLM: prefill on DeepEP 2, whose metadata it rewrites, beside V1's low-latency buffer."""
+    case = Case(group)
+    import deep_ep
+
+    size = deep_ep.Buffer.get_low_latency_rdma_size_hint(16, HIDDEN, case.size, case.num_experts)
+    low_latency = deep_ep.Buffer(group, 0, size, low_latency_mode=True)
+    buffer = deep_ep.ElasticBuffer(
+        group, num_max_tokens_per_rank=TOKENS, hidden=HIDDEN, num_topk=TOPK, use_fp8_dispatch=True
+    )
+    case.only_powers_of_two(HIDDEN)
+
+    def forward(
+        *,
+        num_unaligned_recv_tokens_per_expert: Tensor,
+        recv_x: Any,
+        recv_topk_weights: Tensor,
+        recv_src_metadata: Tensor,
+        **_: Any,
+    ) -> Tensor:
+        """The products of LightLLM: by expert, then summed a token, whose row they leave first."""
+        values, scales = recv_x
+        assert scales.stride() == (1, -(-len(scales) // 4) * 4)
+        rows = dequantised(values, scales)
+        local = torch.zeros(len(rows), dtype=torch.int64)
+        ends = 0
+        for expert, count in enumerate(num_unaligned_recv_tokens_per_expert.tolist()):
+            local[ends : ends + count] = expert
+            ends = -(-(ends + count) // 128) * 128
+        factor = (1 + local + case.rank * EXPERTS_A_RANK) * recv_topk_weights
+        made = rows.float() * factor[:, None]
+        columns = recv_src_metadata[:, 2:]
+        taken = made[columns.clamp(min=0).long()] * (columns >= 0)[:, :, None]
+        columns.fill_(-1)
+        columns[:, 0] = torch.arange(len(columns), dtype=torch.int32)
+        return taken.sum(dim=1).bfloat16()
+
+    moe = "lightllm.common.basemodel"
+    target = f"{moe}.layer_weights.meta_weights.fused_moe.impl.deepgemm_impl"
+    given = {
+        "lightllm.distributed": {
+            "dist_group_manager": SimpleNamespace(
+                ep_buffer=buffer,
+                ep_low_latency_buffer=low_latency,
+                get_deep_ep_prefill_moe_workspace=lambda _: None,
+            )
+        },
+        "lightllm.utils.envs_utils": {
+            "get_deepep_num_max_dispatch_tokens_per_rank_prefill": lambda: TOKENS,
+            "get_deepep_num_max_dispatch_tokens_per_rank_decode": lambda: TOKENS,
+        },
+        f"{moe}.triton_kernel.fused_moe.grouped_fused_moe_ep": {
+            "get_ep_num_sms": lambda: 4,
+            "chunked_expanded_moe_forward": forward,
+        },
+    }
+    with Island(FOLDER / "lightllm", "lightllm", real=(target,), given=given):
+        module = importlib.import_module(target)
+    layer = module.FuseMoeDeepGEMM
+    own = SimpleNamespace(
+        total_expert_num_contain_redundancy=case.num_experts,
+        quant_method=SimpleNamespace(block_size=128),
+    )
+    weight = SimpleNamespace(weight=torch.empty(1, HIDDEN), weight_scale=None)
+    for _ in range(2):
+        rows, idx, weights, counts, handle, hook = layer.dispatch(
+            own, quantised(case.x), case.topk_idx, case.weights, deep_ep.ElasticBuffer.capture()
+        )
+        hook()
+        gathered = layer.prefilled_group_gemm(
+            own,
+            counts,
+            handle.num_unaligned_recv_tokens_per_expert,
+            handle.recv_src_metadata,
+            rows,
+            idx,
+            weights,
+            weight,
+            weight,
+        )
+        out, hook = layer.combine(own, gathered, handle, deep_ep.ElasticBuffer.capture())
+        hook()
+        case.check(out)
+        # Decoding stays on V1's mode, in the same process.
+        packed, _, low, _, _ = low_latency.low_latency_dispatch(
+            case.x, case.topk_idx, 16, case.num_experts, use_fp8=False
+        )
+        y = case.slab_experts(packed, None)
+        out, hook = layer.low_latency_combine(own, y, case.topk_idx, case.weights, low)
+        hook()
+        case.check(out)
+
+
 def vllm_low_latency(group: Any) -> None:
     """vLLM: DeepEPLLPrepareAndFinalize with hooks, bfloat16 and FP8 of the dispatch kernel."""
     case = Case(group)

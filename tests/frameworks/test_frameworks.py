@@ -32,6 +32,8 @@ def needs(framework: str) -> None:
         ("lmdeploy", scenarios.lmdeploy_normal),
         ("lmdeploy", scenarios.lmdeploy_low_latency),
         ("xtuner", scenarios.xtuner_op),
+        ("torchtitan", scenarios.torchtitan_elastic),
+        ("lightllm", scenarios.lightllm_elastic),
     ],
 )
 def test_calls(framework: str, body: Callable[..., None]) -> None:

@@ -1,18 +1,51 @@
 """Arithmetic of DeepEP's own test scripts."""
 
+from typing import Any
+
 import torch
 
 __all__ = [
+    "align",
     "calc_diff",
+    "ceil_div",
+    "count_bytes",
     "create_grouped_scores",
     "hash_tensor",
+    "hash_tensors",
     "inplace_unique",
     "per_token_cast_back",
     "per_token_cast_to_fp8",
+    "safe_div",
 ]
 
 _COLUMNS_PER_SCALE = 128
 _FP8_MAX = 448.0
+
+
+def ceil_div(x: int, y: int) -> int:
+    """`x / y`, rounded up."""
+    return -(-x // y)
+
+
+def align(x: int, y: int) -> int:
+    """The next multiple of `y`."""
+    return ceil_div(x, y) * y
+
+
+def safe_div(a: float, b: float) -> float:
+    """`a / b`, where 0 / 0 is 0."""
+    return 0.0 if a == b == 0 else a / b
+
+
+def count_bytes(*tensors: Any) -> int:
+    """Bytes of tensors, also in tuples and lists; None has none."""
+    total = 0
+    for each in tensors:
+        if isinstance(each, tuple | list):
+            total += count_bytes(*each)
+        elif each is not None:
+            total += each.numel() * each.element_size()
+    return total
 
 
 def calc_diff(x: torch.Tensor, y: torch.Tensor) -> float:
@@ -110,3 +143,14 @@ def _columns(blocks: torch.Tensor, hidden: int) -> torch.Tensor:
 def hash_tensor(t: torch.Tensor) -> int:
     """A checksum of the bytes that ignores the order of 8-byte words."""
     return int(t.contiguous().view(torch.int64).sum())
+
+
+def hash_tensors(*tensors: Any) -> int:
+    """The exclusive or of the checksums of tensors, also in tuples and lists."""
+    total = 0
+    for each in tensors:
+        if isinstance(each, tuple | list):
+            total ^= hash_tensors(*each)
+        elif each is not None:
+            total ^= hash_tensor(each)
+    return total

@@ -53,8 +53,10 @@ def bench_kineto(
     num_tests: int = 30,
     suppress_kineto_output: bool = False,
     trace_path: str | None = None,
+    flush_l2: bool = True,
     barrier_comm_profiling: bool = False,
     num_kernels_per_period: int = 1,
+    barrier: Callable[[], Any] | None = None,
 ) -> Any:
     """Times kernels by name with torch's profiler.
 
@@ -64,8 +66,10 @@ def bench_kineto(
         num_tests: profiled calls.
         suppress_kineto_output: accepted; nothing is printed here.
         trace_path: where to write a Chrome trace.
+        flush_l2: overwrite the L2 before each call.
         barrier_comm_profiling: line the ranks up by a long kernel and an all-reduce first.
         num_kernels_per_period: launches of one name a call; above 1 their times stay apart.
+        barrier: meets the ranks instead of the all-reduce.
 
     Returns:
         Mean seconds of the kernel, or a list of `num_kernels_per_period` means; for several names
@@ -74,11 +78,16 @@ def bench_kineto(
     Raises:
         RuntimeError: a name matches no kernel, or launches that fill no whole period.
     """
+    flushed = torch.empty(_FLUSH_BYTES if flush_l2 else 0, dtype=torch.int8, device="cuda")
     with profile(activities=[ProfilerActivity.CUDA], acc_events=True) as profiler:
         if barrier_comm_profiling:
             torch.cuda._sleep(int(2e7))
-            dist.all_reduce(torch.ones(1, dtype=torch.float32, device="cuda"))
+            if barrier is not None:
+                barrier()
+            else:
+                dist.all_reduce(torch.ones(1, dtype=torch.float32, device="cuda"))
         for _ in range(num_tests):
+            flushed.zero_()
             fn()
         torch.cuda.synchronize()
     if trace_path is not None:

@@ -5,7 +5,8 @@
 //   combined_topk_weights[t, k] = sum over ranks r of topk_weights_r[row of t on r, k]
 //
 // over r in ascending order, in fp32, with one rounding at the end; the sum starts from bias_0, or
-// from +0.0. No weight is applied to x.
+// from +0.0. No weight is applied to x. With `choice_bits` the ranks of x come in another order (DeepEP
+// 2's): by the last choice that the token has on each, as the owner's topk_idx says.
 //
 // The rank that holds an expert's output pushes each row to the rank that owns the token; the owner
 // adds. A row crosses NVLink once and is written once; the owner reads it from its own memory. Own
@@ -32,6 +33,7 @@
 // Launch: any grid that is resident as a whole and has a pushing warp for each peer,
 // combine_threads() threads. Graph-safe.
 #include "epjit/sum.cuh"
+#include "epjit/topk.cuh"
 #include "epjit/windows.cuh"
 
 namespace epjit {
@@ -41,6 +43,7 @@ struct CombineConfig {
   int32_t hidden_bytes;  // of a row
   int32_t num_topk;      // 0 = no weights
   bool is_f16;           // else bf16
+  int32_t choice_bits;   // width of topk_idx, which orders the ranks; 0 = they are ascending
   bool tma;              // rows are pushed by bulk copies, else through registers
   int32_t num_warps;
   int32_t num_push_warps;  // of num_warps
@@ -55,6 +58,7 @@ struct CombineParams : Operation {
   const int32_t* recv_src_idx;   // [as x]: token of the owner
   const int32_t* send_head;      // [num_tokens, num_ranks]: position in r's segment, -1 = none
   const int32_t* rank_prefix;    // [num_ranks, num_ranks]: inclusive over sources (rows)
+  const void* topk_idx;          // [num_tokens, num_choices], with choice_bits
   char* combined_x;              // [num_tokens, hidden]
   float* combined_topk_weights;  // [num_tokens, num_topk]
   uint64_t slots[kMaxRanks];     // symmetric, of each rank
@@ -67,6 +71,8 @@ struct CombineParams : Operation {
   int32_t num_tokens;
   int32_t num_parts;  // warps that share the sum of one token
   int32_t rank;
+  int32_t num_choices;  // of a token, at most 32
+  int32_t experts_per_rank;
 };
 
 constexpr int combine_threads(CombineConfig cfg) { return cfg.num_warps * kWarpSize; }
@@ -220,6 +226,10 @@ class Combine {
     if (!all_lanes(ok)) return false;
 
     const char* rows[kRanks];
+    if constexpr (kCfg.choice_bits > 0) {
+      const int turn = rank_of_turn(token);
+      row = of_lane(row, turn);
+    }
 #pragma unroll
     for (int r = 0; r < kRanks; ++r) rows[r] = of_lane(row, r);
     const int64_t out = static_cast<int64_t>(token) * kCfg.hidden_bytes;
@@ -263,6 +273,29 @@ class Combine {
       }
     }
     return true;
+  }
+
+  // Lane i has the rank that is added as number i; behind the last one a lane that has no row.
+  __device__ int rank_of_turn(int token) const {
+    const int64_t choice = static_cast<int64_t>(token) * p.num_choices + lane;
+    const int expert = lane < p.num_choices ? load_choice<kCfg.choice_bits == 64>(
+                                                  p.topk_idx, choice, kRanks * p.experts_per_rank)
+                                            : -1;
+    const int rank = expert < 0 ? kRanks : expert / p.experts_per_rank;
+    uint32_t last = 0;  // lanes whose choice is the last one of its rank
+#pragma unroll
+    for (int r = 0; r < kRanks; ++r) {
+      const uint32_t of_rank = __ballot_sync(kFullMask, rank == r);
+      if (of_rank != 0) last |= 1u << (kWarpSize - 1 - __clz(of_rank));
+    }
+    int turn = kRanks;
+#pragma unroll
+    for (int i = 0; i < kRanks; ++i) {
+      const int of_turn = __shfl_sync(kFullMask, rank, __ffs(last) - 1);
+      if (lane == i && last != 0) turn = of_turn;
+      last &= last - 1;
+    }
+    return turn;
   }
 
   __device__ bool release_slots(int token) const {

@@ -1,0 +1,1 @@
+"""DeepEP 2's package of buffers."""

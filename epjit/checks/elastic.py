@@ -1,0 +1,239 @@
+"""The preconditions of DeepEP 2's calls, checked before anything is launched."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from epjit.calls import Bias, ElasticCombine, ElasticDispatch, Layout, Payload
+from epjit.checks.match import check_topk
+from epjit.checks.normal import NormalChecks, pair, rows_and_scales
+from epjit.config import MAX_TOKENS
+from epjit.handles import EPHandle
+from epjit.numbers import as_int
+
+if TYPE_CHECKING:
+    from epjit.event import EventOverlap
+
+_INT32_MAX = (1 << 31) - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class ElasticChecks(NormalChecks):
+    """Checks of an `ElasticBuffer`'s calls; they raise before anything is launched.
+
+    Attributes:
+        max_tokens: `M` of calls that are given none; 0 when the buffer was given none either.
+    """
+
+    max_tokens: int
+
+    # ---- calls -----------------------------------------------------------------------------------
+
+    def elastic_dispatch(
+        self,
+        x: Payload,
+        topk_idx: torch.Tensor | None,
+        topk_weights: torch.Tensor | None,
+        recv_stats: torch.Tensor | None,
+        handle: EPHandle | None,
+        *,
+        num_experts: int | None,
+        max_tokens: int | None,
+        expert_alignment: int | None,
+        num_sms: int,
+        do_cpu_sync: bool | None,
+        do_expand: bool,
+        do_zero_padding: bool,
+        do_handle_copy: bool,
+        column_major_scales: bool,
+        after: EventOverlap | None,
+    ) -> ElasticDispatch:
+        """Everything that `ElasticBuffer.dispatch` takes; `num_sms` is not 0.
+
+        Raises:
+            RuntimeError: The host would have to wait, while a CUDA graph is captured.
+        """
+        rows, scales = rows_and_scales(x)
+        self._payload(rows, scales)
+        if do_zero_padding and not do_expand:
+            raise AssertionError("do_zero_padding=True needs do_expand=True: else there is none")
+        if handle is not None:
+            self._cached(rows, topk_idx, recv_stats, handle, do_cpu_sync, do_expand=do_expand)
+            given = (num_experts, max_tokens, expert_alignment)
+            num_experts, max_tokens, expert_alignment = self._of_handle(handle, *given)
+            topk_idx = handle.topk_idx
+        num_experts, max_tokens, expert_alignment = self._sizes(
+            rows, num_experts, max_tokens, expert_alignment
+        )
+        if topk_idx is None:
+            raise AssertionError("dispatch without a handle needs topk_idx")
+        self._check_topk_idx(topk_idx, x=rows)
+        if topk_weights is not None:
+            shape = tuple(topk_idx.shape)
+            self._check("topk_weights", topk_weights, shape, torch.float32, "as topk_idx")
+        if recv_stats is not None:
+            name, num_local = "cumulative_local_expert_recv_stats", num_experts // self.num_ranks
+            self._check(name, recv_stats, (num_local,), torch.int32, "one count a local expert")
+        waits = handle is None and (do_cpu_sync is None or bool(do_cpu_sync))
+        if waits and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
+            raise RuntimeError(
+                "dispatch must read the number of received rows on the host, which a CUDA graph "
+                "cannot; pass do_cpu_sync=False, or a handle"
+            )
+        if self.values is not None and handle is None:
+            self.values.layout(Layout(topk_idx, num_experts), after=after)
+        return ElasticDispatch(
+            rows,
+            scales,
+            topk_idx,
+            topk_weights,
+            recv_stats,
+            handle,
+            num_experts,
+            max_tokens,
+            expert_alignment,
+            self.sms(num_sms),
+            waits=waits,
+            do_expand=bool(do_expand),
+            copies_choices=bool(do_handle_copy),
+            column_major_scales=bool(column_major_scales),
+        )
+
+    def elastic_combine(
+        self,
+        x: torch.Tensor,
+        handle: EPHandle,
+        topk_weights: torch.Tensor | None,
+        bias: Bias,
+        *,
+        num_sms: int,
+    ) -> ElasticCombine:
+        """Everything that `ElasticBuffer.combine` takes."""
+        self._tensors_of(handle)
+        bias_0, bias_1 = pair(bias) if isinstance(bias, tuple) else (bias, None)
+        num_tokens, num_topk = handle.topk_idx.shape
+        num_rows: Any = "num_rows"
+        if not handle.do_expand:
+            num_rows = handle.recv_src_metadata.shape[0]
+            if x.shape[0] == handle.num_recv_tokens:  # the metadata was cut to what arrived
+                num_rows = handle.num_recv_tokens
+        self._returned(x, None, bias_0, bias_1, num_rows, num_tokens)
+        if topk_weights is not None:
+            shape = (x.shape[0],) if handle.do_expand else (x.shape[0], num_topk)
+            why = "a weight for each row" if handle.do_expand else "a row for each row of x"
+            self._check("topk_weights", topk_weights, shape, torch.float32, why)
+        sms = self.sms(num_sms or handle.num_sms)
+        return ElasticCombine(x, topk_weights, bias_0, bias_1, handle, sms)
+
+    # ---- their parts -----------------------------------------------------------------------------
+
+    def sms(self, num_sms: int) -> int:
+        """A number of SMs that a kernel can take: an odd one is rounded up, as in DeepEP 2.5."""
+        num_sms = as_int("num_sms", num_sms, least=1)
+        if num_sms > self.num_sms:
+            raise ValueError(f"num_sms is {num_sms}, but {self.device} has {self.num_sms}")
+        return min(num_sms + num_sms % 2, self.num_sms // 2 * 2)
+
+    def _sizes(
+        self,
+        rows: torch.Tensor,
+        num_experts: int | None,
+        max_tokens: int | None,
+        expert_alignment: int | None,
+    ) -> tuple[int, int, int]:
+        if num_experts is None:
+            raise AssertionError("dispatch without a handle needs num_experts")
+        num_experts = as_int("num_experts", num_experts)
+        self._experts(num_experts)
+        max_tokens = self.max_tokens if max_tokens is None else max_tokens
+        max_tokens = as_int("num_max_tokens_per_rank", max_tokens)
+        if not 1 <= max_tokens <= MAX_TOKENS or max_tokens * self.num_ranks > _INT32_MAX:
+            raise ValueError(
+                f"num_max_tokens_per_rank is {max_tokens}, but must be at least 1, at most "
+                f"{min(MAX_TOKENS, _INT32_MAX // self.num_ranks)}; pass it to the buffer or to "
+                "dispatch, the same on all ranks"
+            )
+        if rows.shape[0] > max_tokens:
+            raise ValueError(
+                f"x has {rows.shape[0]} tokens, but num_max_tokens_per_rank is {max_tokens}"
+            )
+        alignment = 1 if expert_alignment is None else expert_alignment
+        return num_experts, max_tokens, as_int("expert_alignment", alignment, least=1)
+
+    def _cached(
+        self,
+        rows: torch.Tensor,
+        topk_idx: torch.Tensor | None,
+        recv_stats: torch.Tensor | None,
+        handle: EPHandle,
+        do_cpu_sync: bool | None,
+        *,
+        do_expand: bool,
+    ) -> None:
+        """Arguments of a dispatch along a handle, and those that it does not take."""
+        self._tensors_of(handle)
+        if topk_idx is not None:
+            raise AssertionError("a cached dispatch (handle=...) takes no topk_idx")
+        if recv_stats is not None:
+            raise AssertionError(
+                "a cached dispatch (handle=...) takes no cumulative_local_expert_recv_stats"
+            )
+        if do_cpu_sync:
+            raise AssertionError(
+                "do_cpu_sync=True has nothing to wait for in a cached dispatch (handle=...), whose "
+                "rows are those of the first one"
+            )
+        if do_expand and not handle.do_expand:
+            raise ValueError(
+                "do_expand=True needs a handle of a dispatch with do_expand=True: this one does "
+                "not say where the rows of an expert lie"
+            )
+        num_tokens = handle.topk_idx.shape[0]
+        if rows.shape[0] != num_tokens:
+            raise ValueError(
+                f"x has {rows.shape[0]} tokens, but the handle routes {num_tokens}: a cached "
+                "dispatch sends a row for each token of the first one"
+            )
+
+    def _of_handle(self, handle: EPHandle, *given: int | None) -> list[int]:
+        names = ("num_experts", "num_max_tokens_per_rank", "expert_alignment")
+        values = []
+        for name, value in zip(names, given, strict=True):
+            own = getattr(handle, name)
+            if value is not None and value != own:
+                raise ValueError(
+                    f"{name} is {value}, but that of the handle is {own}; leave it out in a cached "
+                    "dispatch"
+                )
+            values.append(own)
+        return values
+
+    def _tensors_of(self, handle: EPHandle) -> None:
+        """The fields of a handle that are read; a wrapper that has them is as good."""
+        routing = getattr(handle, "routing", None)
+        if routing is None:
+            raise TypeError(
+                f"handle is a {type(handle).__name__}, expected what ElasticBuffer.dispatch "
+                "returned, or an object that forwards its fields"
+            )
+        own = self._handle(routing, num_tokens=None)
+        topk_idx, metadata = handle.topk_idx, handle.recv_src_metadata
+        self._check_topk_idx(topk_idx)
+        if topk_idx.shape[0] != own.num_tokens:
+            raise ValueError(
+                f"handle.topk_idx has {topk_idx.shape[0]} tokens, but the handle routes "
+                f"{own.num_tokens}; set it to what dispatch returned"
+            )
+        num_columns = topk_idx.shape[1] + 2
+        shape, why = ("num_tokens", num_columns), "a row for each received token"
+        name = "handle.recv_src_metadata"
+        self._check(name, metadata, shape, torch.int32, why, contiguous=False)
+        check_topk(topk_idx)
+        if metadata.shape[0] > own.num_rows:
+            raise ValueError(
+                f"{name} has {metadata.shape[0]} rows, but {own.num_rows} were dispatched; it may "
+                "be cut, not grown"
+            )

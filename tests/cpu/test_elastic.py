@@ -1,0 +1,538 @@
+"""`ElasticBuffer` on the CPU backend, ranks being threads, against the brute-force reference."""
+
+from __future__ import annotations
+
+import copy
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from epjit import Buffer, ElasticBuffer, EPBuffer, EventHandle, EventOverlap, elastic
+from epjit.calls import Describe
+from epjit.handles import IntranodeHandle
+from epjit.kernels.elastic import DescribeConfig
+from epjit.reference import elastic as reference
+from epjit.reference import intranode
+from epjit.reference.expert_major import unpermute as reference_unpermute
+from epjit.sizes import align
+from tests.cpu.test_expert_major import copied
+from tests.cpu.test_expert_major import run as run_emulated
+from tests.emulation import build
+from tests.emulation.build import guarded
+from tests.harness import launch
+from tests.rounds.elastic import Round, check_round, random_round
+
+SIZE = 2 << 20
+
+
+def rounds_of(comm: Any, first: int, num_rounds: int, multiple_reduction: bool = True) -> None:
+    buffer = ElasticBuffer(None, SIZE, comm=comm, allow_multiple_reduction=multiple_reduction)
+    for seed in range(first, first + num_rounds):
+        check_round(buffer, random_round(buffer.num_ranks, seed, num_sms=4, max_tokens=24))
+
+
+@pytest.mark.parametrize(("num_ranks", "num_rounds"), [(1, 60), (2, 80), (3, 60), (8, 20)])
+def test_random_rounds(num_ranks: int, num_rounds: int) -> None:
+    launch.run_threads(rounds_of, num_ranks, 100 * num_ranks, num_rounds, timeout=200)
+
+
+@pytest.mark.parametrize(("num_ranks", "num_rounds"), [(1, 20), (2, 30), (4, 30)])
+def test_random_rounds_in_which_each_row_travels(num_ranks: int, num_rounds: int) -> None:
+    launch.run_threads(rounds_of, num_ranks, 7000 + 100 * num_ranks, num_rounds, False, timeout=200)
+
+
+def domains(comm: Any, num_rounds: int) -> None:
+    buffer = ElasticBuffer(None, SIZE, comm=comm)
+    assert buffer.get_physical_domain_size() == buffer.get_logical_domain_size() == (2, 2)
+    assert (buffer.scaleout_rank_idx, buffer.scaleup_rank_idx) == divmod(buffer.rank_idx, 2)
+    for seed in range(num_rounds):
+        case = random_round(4, 9000 + seed, num_sms=8, max_tokens=24)
+        check_round(buffer, replace(case, is_exact=True))
+
+
+def test_random_rounds_between_domains(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All as in one domain, but for the order of additions: these sums are exact."""
+    monkeypatch.setenv("EPJIT_NVLINK_DOMAIN", "2")
+    launch.run_threads(domains, 4, 30, timeout=120)
+
+
+EDGES = [
+    Round((0, 0, 0)),
+    Round((5, 0, 1), kind="all_holes", num_biases=1),
+    Round((0, 32, 3), kind="hot_expert", expand=True, alignment=8),
+    Round((4, 4, 4), kind="empty_rank", expand=True, waits=False, num_experts=24),
+    Round((0, 0, 0), expand=True, waits=False, fp8="padded", column_major=True),
+    Round((0, 0, 0), expand=True, fp8="column_major", column_major=True),
+    Round((1, 0, 0), waits=False, max_tokens=1),
+]
+
+
+@pytest.mark.parametrize("multiple_reduction", [True, False])
+def test_edges(multiple_reduction: bool) -> None:
+    def worker(comm: Any) -> None:
+        buffer = ElasticBuffer(None, SIZE, comm=comm, allow_multiple_reduction=multiple_reduction)
+        for case in EDGES:
+            check_round(buffer, replace(case, num_experts=3 * case.num_experts))
+
+    launch.run_threads(worker, 3)
+
+
+# ---- the kernel ----------------------------------------------------------------------------------
+
+DESCRIBED = [(1, 1, 40), (3, 5, 4), (8, 32, 5)]  # ranks, choices, experts of a rank
+
+
+@pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="needs g++")
+@pytest.mark.parametrize("expand", [False, True])
+@pytest.mark.parametrize(
+    ("num_ranks", "num_topk", "num_local"), [(1, 1, 40), (3, 5, 4), (8, 32, 5)]
+)
+def test_describe_kernel(num_ranks: int, num_topk: int, num_local: int, expand: bool) -> None:
+    wide, num_experts, max_tokens = num_topk != 5, num_ranks * num_local, 20
+    generator = torch.Generator().manual_seed(num_topk)
+    inputs = []
+    for rank in range(num_ranks):
+        num_tokens = (19, 0, 7)[rank % 3]
+        scores = torch.rand(num_tokens, num_experts, generator=generator)
+        idx = scores.argsort(dim=1)[:, :num_topk].to(torch.int64 if wide else torch.int32)
+        idx[torch.rand(idx.shape, generator=generator) < 0.3] = -1
+        _, per_expert, in_rank = intranode.layout(idx, num_experts, num_ranks)
+        x, weights = torch.zeros(num_tokens, 8), torch.zeros(idx.shape)
+        inputs.append(intranode.RankInput(x, None, copied(idx), weights, in_rank, per_expert))
+    rank, num_rows = num_ranks - 1, 0 if expand else num_ranks * max_tokens
+    sent = intranode.dispatch(inputs, rank, num_experts=num_experts, num_worst_tokens=num_rows)
+    handle, recv_idx = sent.handle, sent.recv_topk_idx
+    assert isinstance(handle, IntranodeHandle)
+    assert recv_idx is not None
+    columns = torch.arange(recv_idx.numel(), dtype=torch.int32).view(recv_idx.shape)
+    columns.masked_fill_(recv_idx < 0, -1)
+    topk_idx = inputs[rank].topk_idx
+    assert topk_idx is not None
+
+    def filled() -> Describe:
+        ints = {"dtype": torch.int32}
+        return Describe(
+            topk_idx,
+            copied(handle.send_head),
+            copied(handle.rank_prefix_matrix)[:, rank],
+            copied(handle.recv_src_idx),
+            copied(recv_idx),
+            copied(columns) if expand else None,
+            copied(handle.recv_expert_counts),
+            guarded(num_ranks, **ints),
+            guarded(num_local, **ints),
+            copied(torch.arange(num_local, dtype=torch.int32)) if expand else None,
+            guarded(len(recv_idx), num_topk + 2, **ints),
+            guarded(*topk_idx.shape, **ints),
+            guarded(*topk_idx.shape, dtype=topk_idx.dtype) if expand else None,
+        )
+
+    want, got = filled(), filled()
+    reference.describe(want, rank, max_tokens=max_tokens, alignment=8)
+    run_emulated(
+        DescribeConfig(num_topk, wide),
+        3,
+        1,
+        **{name: 0 if tensor is None else tensor for name, tensor in got._asdict().items()},
+        source_stride=num_ranks,
+        token_stride=1,
+        num_tokens=len(topk_idx),
+        num_rows=len(recv_idx),
+        num_ranks=num_ranks,
+        num_local=num_local,
+        rank=rank,
+        max_tokens=max_tokens,
+        alignment=8,
+    )
+    for name, mine, theirs in zip(want._fields, got, want, strict=True):
+        assert (mine is None) == (theirs is None), name
+        if theirs is not None:
+            assert torch.equal(mine, theirs), name
+
+
+# ---- the tensors of a handle are its state -------------------------------------------------------
+
+
+def step(buffer: ElasticBuffer, seed: int = 0, **options: Any) -> Any:
+    """A dispatch of ten tokens: what it returns, with the rows of the experts as they came."""
+    generator = torch.Generator().manual_seed(seed + buffer.rank_idx)
+    x = torch.randn(10, 64, generator=generator).to(torch.bfloat16)
+    idx = torch.rand(10, 8, generator=generator).argsort(dim=1)[:, :3].contiguous()
+    weights = torch.rand(10, 3, generator=generator)
+    options = {"num_experts": 8, "num_max_tokens_per_rank": 16, **options}
+    return x, *buffer.dispatch(x, idx, weights, **options)
+
+
+def with_buffer(body: Callable[[ElasticBuffer], None], num_ranks: int = 2, **options: Any) -> None:
+    def worker(comm: Any) -> None:
+        body(ElasticBuffer(None, SIZE, comm=comm, **options))
+
+    launch.run_threads(worker, num_ranks)
+
+
+def test_rows_that_were_moved_are_found_by_the_metadata() -> None:
+    """As LightLLM does: its product leaves a row a token, and it rewrites the metadata."""
+
+    def body(buffer: ElasticBuffer) -> None:
+        _, rows, _, _, handle, _ = step(buffer, do_expand=True, expert_alignment=8)
+        want, _, _ = buffer.combine(rows, handle)
+        metadata = handle.recv_src_metadata
+        sums = reference_unpermute(rows, metadata[:, 2:].contiguous())
+        metadata[:, 2:] = -1
+        metadata[:, 2] = torch.arange(len(metadata), dtype=torch.int32)
+        assert sums.shape != rows.shape
+        got, _, _ = buffer.combine(sums, handle)
+        assert torch.equal(got, want)
+
+    with_buffer(body)
+
+
+@pytest.mark.parametrize("expand", [False, True])
+def test_a_handle_may_be_cut_copied_and_wrapped(expand: bool) -> None:
+    """As DeepEP's test cuts the metadata, and Automodel saves and restores all tensors."""
+
+    class Wrapper:
+        def __init__(self, handle: Any) -> None:
+            self.handle = handle
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(self.handle, name)
+
+    def body(buffer: ElasticBuffer) -> None:
+        x, rows, _, weights, handle, _ = step(buffer, do_expand=expand, do_cpu_sync=False)
+        want, want_weights, _ = buffer.combine(rows, handle, weights)
+        again, *_ = buffer.dispatch(x, handle=handle, do_expand=expand)
+        num_received = int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
+
+        def same(other: Any) -> None:
+            cached, _, _, got, _ = buffer.dispatch(x, handle=other, do_expand=expand)
+            assert got is other
+            end = num_received if not expand else int(handle.psum_num_recv_tokens_per_expert[-1])
+            assert torch.equal(cached[:end], again[:end])
+            out, out_weights, _ = buffer.combine(rows, other, weights)
+            assert torch.equal(out, want)
+            assert torch.equal(out_weights, want_weights)
+
+        same(copy.copy(handle))
+        same(Wrapper(handle))
+        saved = {name: v for name, v in vars(handle).items() if isinstance(v, torch.Tensor)}
+        for name in saved:
+            setattr(handle, name, None)
+        for name, tensor in saved.items():
+            setattr(handle, name, tensor.clone())
+        same(handle)
+        handle.recv_src_metadata = handle.recv_src_metadata[:num_received]
+        same(handle)
+        if not expand:  # nor are rows needed that nothing arrived for
+            out, _, _ = buffer.combine(rows[:num_received], handle)
+            assert torch.equal(out, want)
+
+    with_buffer(body)
+
+
+def test_an_expanded_handle_without_do_expand_gives_compact_rows() -> None:
+    def body(buffer: ElasticBuffer) -> None:
+        x, want, want_idx, _, _, _ = step(buffer)
+        *_, handle, _ = step(buffer, do_expand=True)
+        rows, idx, weights, _, _ = buffer.dispatch(x, handle=handle)
+        assert torch.equal(rows, want)
+        assert torch.equal(idx, want_idx)
+        assert weights is None
+
+    with_buffer(body)
+
+
+def test_a_handle_outlives_other_dispatches_and_may_be_used_in_any_order() -> None:
+    def body(buffer: ElasticBuffer) -> None:
+        kept = [step(buffer, seed=10 * i, do_expand=bool(i % 2)) for i in range(4)]
+        want = [buffer.combine(each[1], each[4])[0] for each in kept]
+        for i in (2, 0, 3, 1, 2):
+            assert torch.equal(buffer.combine(kept[i][1], kept[i][4])[0], want[i])
+
+    with_buffer(body)
+
+
+def test_sums_with_one_rounding_do_not_depend_on_the_ranks() -> None:
+    """24 tokens, cut among 1, 2, 4 and 8 ranks: the same bits."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(24, 128, generator=generator).to(torch.bfloat16)
+    idx = torch.rand(24, 16, generator=generator).argsort(dim=1)[:, :6].contiguous()
+    weights = torch.rand(24, 6, generator=generator)
+    scale = torch.rand(16, generator=generator)
+
+    def worker(comm: Any) -> torch.Tensor:
+        buffer = ElasticBuffer(None, SIZE, comm=comm, allow_multiple_reduction=False)
+        rank, num_ranks = buffer.rank_idx, buffer.num_ranks
+        own = slice(rank * 24 // num_ranks, (rank + 1) * 24 // num_ranks)
+        rows, _, row_weights, handle, _ = buffer.dispatch(
+            x[own].contiguous(),
+            idx[own].contiguous(),
+            weights[own].contiguous(),
+            num_experts=16,
+            num_max_tokens_per_rank=24,
+            do_expand=True,
+        )
+        counts = handle.num_unaligned_recv_tokens_per_expert
+        local = torch.arange(16 // num_ranks).repeat_interleave(counts)
+        out = rows.float() * (row_weights * scale[rank * 16 // num_ranks + local])[:, None]
+        return buffer.combine(out.to(torch.bfloat16), handle)[0]
+
+    sums = {n: torch.cat(launch.run_threads(worker, n)) for n in (1, 2, 4, 8)}
+    for n in (2, 4, 8):
+        assert torch.equal(sums[n], sums[1]), n
+    assert bool((sums[1] != 0).any())
+
+
+# ---- events, streams, the life of a buffer -------------------------------------------------------
+
+
+def test_events() -> None:
+    def body(buffer: ElasticBuffer) -> None:
+        event = buffer.capture()
+        assert isinstance(event, EventHandle)
+        assert isinstance(ElasticBuffer.capture(), EventHandle)
+        assert event.tensors_to_record == ()
+        for previous in (event, EventOverlap(event), EventOverlap()):
+            *_, handle, done = step(
+                buffer,
+                previous_event=previous,
+                previous_event_before_epilogue=event,
+                allocate_on_comm_stream=True,
+            )
+            assert done.event is None
+        *_, done = step(buffer, allocate_on_comm_stream=True)
+        with pytest.raises(AssertionError, match="holds no event"):
+            done.current_stream_wait()
+        with pytest.raises(AssertionError, match="allocate_on_comm_stream=True"):
+            step(buffer, previous_event=event)
+        *_, done = buffer.dispatch(
+            torch.zeros(10, 64), handle=handle, async_with_compute_stream=True
+        )
+        assert isinstance(done.event, EventHandle)
+        assert done(release_handle=True) is done
+        called = []
+        done.register_hook_after_wait(lambda: called.append(1))
+        with done:
+            assert not called
+        assert called == [1]
+        assert done.event is None
+        assert done.hook_after_wait is None
+
+    with_buffer(body)
+
+
+def test_life() -> None:
+    def body(buffer: ElasticBuffer) -> None:
+        assert buffer.runtime is not None
+        assert "rank" in repr(buffer)
+        buffer.barrier()
+        buffer.barrier(use_comm_stream=False, with_cpu_sync=True, sequential=False)
+        if not buffer.explicitly_destroy:
+            with pytest.raises(AssertionError, match="explicitly_destroy=True"):
+                buffer.destroy()
+            return
+        buffer.destroy()
+        assert buffer.runtime is None
+        buffer.destroy()
+        with pytest.raises(RuntimeError, match="destroyed"):
+            buffer.barrier()
+
+    with_buffer(body)
+    with_buffer(body, explicitly_destroy=True)
+
+
+def test_a_barrier_waits_for_all_ranks() -> None:
+    arrived = []
+
+    def body(buffer: ElasticBuffer) -> None:
+        buffer.barrier()
+        if buffer.rank_idx == 1:
+            time.sleep(0.2)
+        arrived.append(buffer.rank_idx)
+        buffer.barrier()
+        assert len(arrived) == 3
+
+    with_buffer(body, 3)
+
+
+def test_sizes_and_suggestions(monkeypatch: pytest.MonkeyPatch) -> None:
+    def body(buffer: ElasticBuffer) -> None:
+        assert buffer.num_bytes % SIZE == 0
+        assert (buffer.num_ranks, buffer.num_max_tokens_per_rank) == (2, 128)
+        assert buffer.get_theoretical_num_sms(64, 8) % 2 == 0
+        assert buffer.num_allocated_qps == 17
+        assert buffer.get_theoretical_num_qps(24) == 9
+        assert buffer.get_theoretical_num_qps(4) == 4
+        with pytest.raises(NotImplementedError, match="all_to_all_single"):
+            buffer.engram_fetch(None)  # type: ignore[attr-defined]
+
+    with_buffer(body, num_max_tokens_per_rank=128, hidden=512)
+    sizes = {"num_max_tokens_per_rank": 128, "hidden": 512, "prefer_overlap_with_compute": False}
+
+    def alone(comm: Any) -> None:
+        assert ElasticBuffer(None, comm=comm, **sizes).get_theoretical_num_sms(64, 8) == 64
+
+    launch.run_threads(alone, 1)
+
+    class Group:
+        def size(self) -> int:
+            return 8
+
+    monkeypatch.setattr(elastic, "as_process_group", lambda group: group)
+    # DeepEP's: 8 * 4096 * (14336 + 8 * 8 + 4 * 9, to 32 bytes) for a dispatch.
+    hint = ElasticBuffer.get_buffer_size_hint(Group(), 4096, 7168, 8)
+    assert hint == align(8 * 4096 * (14336 + 128), SIZE)
+    fp8 = ElasticBuffer.get_buffer_size_hint(Group(), 4096, 7168, 8, use_fp8_dispatch=True)
+    assert fp8 == align(8 * 4096 * (14336 + 64), SIZE)  # what comes back is larger
+    with pytest.raises(AssertionError, match="must be given"):
+        ElasticBuffer.get_buffer_size_hint(Group(), 0, 7168)
+    with pytest.raises(ValueError, match="multiple of 2097152"):
+        ElasticBuffer(None, 1 << 20, comm=launch.Alone())
+    with pytest.raises(NotImplementedError, match="engram"):
+        ElasticBuffer(None, SIZE, 1, comm=launch.Alone())
+
+
+# ---- calls that are refused ----------------------------------------------------------------------
+
+X = torch.zeros(4, 64, dtype=torch.bfloat16)
+IDX = torch.tensor([[0, 2]] * 4)
+REFUSED: list[tuple[type[Exception], str, dict[str, Any]]] = [
+    (AssertionError, "needs topk_idx", {"topk_idx": None}),
+    (AssertionError, "needs num_experts", {"num_experts": None}),
+    (ValueError, "positive multiple of the 1 ranks", {"num_experts": 0}),
+    (ValueError, "x has 4 tokens, but num_max_tokens_per_rank is 3", {"m": 3}),
+    (ValueError, "num_max_tokens_per_rank is 0, but must be", {"m": 0}),
+    (ValueError, "expert_alignment", {"expert_alignment": 0}),
+    (ValueError, "topk_idx has shape", {"topk_idx": IDX[:3]}),
+    (TypeError, "topk_weights has dtype", {"topk_weights": IDX}),
+    (ValueError, "num_sms is 999", {"num_sms": 999}),
+    (AssertionError, "do_zero_padding", {"do_zero_padding": True}),
+    (
+        ValueError,
+        "recv_stats has shape",
+        {"cumulative_local_expert_recv_stats": torch.zeros(3, dtype=torch.int32)},
+    ),
+    (TypeError, "one byte an element", {"x": (X, torch.zeros(4, 1))}),
+]
+
+
+@pytest.mark.parametrize(("error", "match", "options"), REFUSED, ids=[each[1] for each in REFUSED])
+def test_refused(error: type[Exception], match: str, options: dict[str, Any]) -> None:
+    buffer = ElasticBuffer(None, SIZE, comm=launch.Alone())
+    options = dict(options)
+    m = options.pop("m", 8)
+    call: dict[str, Any] = {"x": X, "topk_idx": IDX, "num_experts": 4, **options}
+    with pytest.raises(error, match=match):
+        buffer.dispatch(**call, num_max_tokens_per_rank=m)
+
+
+def test_refused_with_a_handle() -> None:
+    buffer = ElasticBuffer(None, SIZE, comm=launch.Alone(), num_max_tokens_per_rank=8)
+    rows, _, _, handle, _ = buffer.dispatch(X, IDX, num_experts=4, expert_alignment=2)
+    for error, match, options in (
+        (AssertionError, "no topk_idx", {"topk_idx": IDX}),
+        (AssertionError, "nothing to wait for", {"do_cpu_sync": True}),
+        (ValueError, "num_experts is 8, but that of the handle is 4", {"num_experts": 8}),
+        (ValueError, "expert_alignment is 1", {"expert_alignment": 1}),
+        (ValueError, "num_max_tokens_per_rank is 9", {"num_max_tokens_per_rank": 9}),
+        (ValueError, "do_expand=True needs a handle", {"do_expand": True}),
+        (ValueError, "x has 3 tokens, but the handle routes 4", {"x": X[:3]}),
+        (TypeError, "handle is a tuple", {"handle": (1, 2)}),
+    ):
+        with pytest.raises(error, match=match):  # type: ignore[arg-type]
+            buffer.dispatch(**{"x": X, "handle": handle, **options})  # type: ignore[dict-item]
+    buffer.dispatch(X, handle=handle, num_experts=4, expert_alignment=2, num_max_tokens_per_rank=8)
+    for error, match, given in (
+        (ValueError, "x has shape", (rows[:3], handle)),
+        (TypeError, "x has dtype", (rows.float(), handle)),
+        (ValueError, "topk_weights has shape", (rows, handle, torch.zeros(4, 3))),
+        (ValueError, "bias_0 has shape", (rows, handle, None, X[:3])),
+        (TypeError, "handle is a list", (rows, [])),
+    ):
+        with pytest.raises(error, match=match):  # type: ignore[arg-type]
+            buffer.combine(*given)  # type: ignore[arg-type]
+
+
+def test_beside_the_low_latency_mode_of_a_buffer() -> None:
+    def worker(comm: Any) -> None:
+        size = Buffer.get_low_latency_rdma_size_hint(16, 512, 2, 8)
+        low_latency = Buffer(None, 0, size, True, comm=comm)
+        buffer = ElasticBuffer(None, SIZE, comm=comm)
+        for seed in range(3):
+            x, rows, _, _, handle, _ = step(buffer, seed=seed)
+            idx = handle.topk_idx
+            wide = x.repeat(1, 8)
+            packed, _, low, _, _ = low_latency.low_latency_dispatch(wide, idx, 16, 8, use_fp8=False)
+            out, _, _ = buffer.combine(rows, handle)
+            weights = torch.ones(idx.shape)
+            back, _, _ = low_latency.low_latency_combine(packed, idx, weights, low)
+            num_ranks = torch.tensor([len({e // 4 for e in row}) for row in idx.tolist()])
+            assert torch.equal(out, (num_ranks[:, None] * x.float()).to(torch.bfloat16))
+            assert torch.equal(back, (3 * wide.float()).to(torch.bfloat16))
+
+    launch.run_threads(worker, 2)
+
+
+def of_processes(group: dist.ProcessGroup) -> int:
+    os.environ["EPJIT_BACKEND"] = "cpu"
+    hint = ElasticBuffer.get_buffer_size_hint(group, 24, 1024)
+    buffer = ElasticBuffer(group, num_max_tokens_per_rank=24, hidden=1024, explicitly_destroy=True)
+    assert buffer.group is group
+    assert buffer.num_bytes == hint
+    for seed in range(10):
+        check_round(buffer, random_round(buffer.num_ranks, seed, num_sms=4, max_tokens=24))
+    buffer.destroy()
+    return 10
+
+
+def test_processes() -> None:
+    assert launch.run(of_processes, 2) == [10, 10]
+
+
+# ---- DeepEP 2.5 ----------------------------------------------------------------------------------
+
+
+def test_the_names_of_2_5() -> None:
+    def worker(comm: Any) -> None:
+        old = ElasticBuffer(None, SIZE, comm=comm)
+        new = EPBuffer(None, SIZE, num_max_tokens_per_rank=16, sl_idx=None, comm=comm)
+        x, rows, want_idx, want_weights, handle, _ = step(old)
+        want, _, _ = old.combine(rows, handle)
+        idx = handle.topk_idx
+        options: dict[str, Any] = {"num_experts": 8, "async_with_compute_stream": True}
+        event = new.dispatch(x, idx, num_experts=8, defer_epilogue=False)[-1]  # type: ignore[index]
+        assert event.event is None
+        waiting = new.dispatch(x, idx, defer_epilogue=True, **options)
+        assert isinstance(waiting, EventOverlap)
+        got, got_idx, got_weights, own = waiting.current_stream_wait()
+        assert torch.equal(got, rows)
+        assert torch.equal(got_idx, want_idx)
+        assert got_weights is None
+        assert own.topk_idx is idx
+        waiting = new.combine(
+            got, own, topk_weights=want_weights, async_with_compute_stream=True, defer_epilogue=True
+        )
+        assert isinstance(waiting, EventOverlap)
+        combined, weights = waiting.wait()
+        assert torch.equal(combined, want)
+        assert weights.shape == idx.shape
+        new.barrier(wait_comm_stream=False, with_cpu_sync=True, sequential=True, context_idx=1)
+
+    launch.run_threads(worker, 2)
+
+
+def test_refused_by_2_5() -> None:
+    buffer = EPBuffer(None, SIZE, 8, comm=launch.Alone())
+    with pytest.raises(AssertionError, match="do_handle_copy must be False"):
+        buffer.dispatch(X, IDX, num_experts=4, do_handle_copy=True)
+    with pytest.raises(AssertionError, match="needs async_with_compute_stream=True"):
+        buffer.dispatch(X, IDX, num_experts=4, defer_epilogue=True)
+    with pytest.raises(NotImplementedError, match="must be 0"):
+        EPBuffer(None, SIZE, lb_allocation_plan_or_num_bytes=1 << 21, comm=launch.Alone())
