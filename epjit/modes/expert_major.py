@@ -26,20 +26,6 @@ _INT32_MAX = (1 << 31) - 1
 SUM_DTYPES = (torch.bfloat16, torch.float16)  # that the unpermute kernel adds
 
 
-def row_bound(num_tokens: int, num_topk: int, num_experts: int, alignment: int) -> int:
-    """Rows that are always enough: every selection of every token here, and all paddings.
-
-    Args:
-        num_tokens: `n`; may be symbolic.
-        num_topk: `K`.
-        num_experts: `E` of this rank.
-        alignment: Of each expert's rows.
-    """
-    # All of a token's selections may be here, also more than there are experts: one may repeat.
-    rows = num_tokens * num_topk + num_experts * (alignment - 1)
-    return (rows + alignment - 1) // alignment * alignment
-
-
 def place(topk_idx: Tensor, num_experts: int, *, alignment: int, num_rows: int) -> Placement:
     """Numbers the selections by expert, then by token, then by `k`; the host does not wait.
 

@@ -14,9 +14,17 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from epjit import calls
-from epjit.calls import Combine, Counts, Dispatch, Setup, Sums
+from epjit.calls import (
+    Combine,
+    Counts,
+    Dispatch,
+    ExpertCombine,
+    ExpertDispatch,
+    Setup,
+    Sums,
+)
 from epjit.errors import CommunicationError
-from epjit.handles import Dispatched
+from epjit.handles import Dispatched, ExpertDispatched
 from epjit.kernels.shapes import CombineShape, DispatchShape
 from epjit.kernels.variants import CHOICES
 from epjit.modes.base import Mode
@@ -106,6 +114,28 @@ class Normal(Mode[DispatchShape | CombineShape]):
     @abstractmethod
     def combine(self, scope: AnyScope, call: Combine) -> Sums:
         """Brings rows back and sums them."""
+
+    def expert_dispatch(self, scope: AnyScope, call: ExpertDispatch) -> ExpertDispatched:
+        """Sends a row for each choice, along new choices or along a handle.
+
+        Raises:
+            NotImplementedError: No kernel does it yet.
+        """
+        raise NotImplementedError(
+            "expert_dispatch has no kernel for this group yet; epjit.moe.dispatch(..., "
+            "expert_major=True) gives the same rows on a GPU, in two passes"
+        )
+
+    def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> Sums:
+        """Brings rows by expert back and sums them.
+
+        Raises:
+            NotImplementedError: No kernel does it yet.
+        """
+        raise NotImplementedError(
+            "expert_combine has no kernel for this group yet; epjit.moe.combine takes rows by "
+            "expert on a GPU, in two passes"
+        )
 
     @staticmethod
     def _waits(call: Dispatch) -> bool:

@@ -27,7 +27,14 @@ import torch
 from torch import Tensor
 
 from epjit.checks.match import check_dry_rows, check_no_transform, is_dry
-from epjit.handles import GivenHandle, Handle, Placement, handle_type
+from epjit.handles import (
+    ExpertHandle,
+    GivenHandle,
+    Handle,
+    Placement,
+    handle_type,
+    row_bound,
+)
 from epjit.modes import expert_major as by_expert
 from epjit.moe.buffers import (
     GroupLike,
@@ -79,13 +86,6 @@ class Dispatched(NamedTuple):
     topk_weights: Tensor
     tokens_per_expert: Tensor
     handle: Handle
-
-
-class ExpertHandle(NamedTuple):
-    """The handle of an expert-major dispatch, for `combine`."""
-
-    routing: Handle
-    placement: Placement
 
 
 class ExpertRows(NamedTuple):
@@ -328,7 +328,7 @@ def permute(
     alignment = _size("alignment", alignment, least=1)
     num_rows = _size("num_rows", num_rows, least=0)
     n, num_topk = topk_idx.shape
-    num_rows = num_rows or by_expert.row_bound(n, num_topk, num_experts, alignment)
+    num_rows = num_rows or row_bound(n, num_topk, num_experts, alignment)
     placement = Placement(*torch.ops.epjit.place(topk_idx, num_experts, alignment, num_rows))
     return _by_expert(x, topk_weights, placement, placement)
 

@@ -21,6 +21,7 @@ from epjit.handles import (
     IntranodeHandle,
     Placement,
     handle_type,
+    row_bound,
 )
 from epjit.modes import expert_major as by_expert
 from epjit.moe.buffers import buffer_of, count_ranks
@@ -122,7 +123,7 @@ def _dispatch(
         local = num_experts // buffer.group_size
         if num_worst_tokens:
             n, num_topk = recv_idx.shape
-            bound = by_expert.row_bound(n, num_topk, local, expert_alignment)
+            bound = row_bound(n, num_topk, local, expert_alignment)
             num_rows = num_expert_rows or bound
         else:
             num_rows = sum(counts or ())
@@ -152,7 +153,7 @@ def _(
     n: Any = num_worst_tokens or torch.library.get_ctx().new_dynamic_size()
     placement = [x.new_empty(0, dtype=torch.int32) for _ in range(3)]
     if expert_alignment:
-        num_rows: Any = num_expert_rows or by_expert.row_bound(n, num_topk, local, expert_alignment)
+        num_rows: Any = num_expert_rows or row_bound(n, num_topk, local, expert_alignment)
         if not num_worst_tokens:
             num_rows = torch.library.get_ctx().new_dynamic_size()
         specs = Placement.specs(

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from epjit.handles import row_bound
 from epjit.kernels.expert_major import BlankConfig, PermuteConfig, PlaceConfig, UnpermuteConfig
 from epjit.modes import expert_major
-from epjit.modes.expert_major import row_bound
 from epjit.reference import expert_major as reference
 from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.params import params_type

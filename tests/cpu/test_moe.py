@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
 
 from epjit import Buffer, moe
-from epjit.handles import handle_type
+from epjit.handles import handle_type, row_bound
 from epjit.modes import expert_major
 from epjit.runtime.group import ThreadGroup
 from tests.harness.launch import run
@@ -269,7 +269,7 @@ def test_numbers_of_other_kinds(name: str) -> None:
         expert_major=True,
         expert_alignment=np.int64(4),  # type: ignore[arg-type]
     )
-    assert got.x.shape[0] == expert_major.row_bound(8, 2, 4, 4)
+    assert got.x.shape[0] == row_bound(8, 2, 4, 4)
     for option in ("num_worst_tokens", "expert_alignment", "num_expert_rows"):
         with pytest.raises(TypeError, match=rf"{option} is 2\.5, a float, but must be an int"):
             moe.dispatch(
@@ -373,7 +373,7 @@ def test_layer_of_shapes_alone(name: str) -> None:
 
 
 def test_import_does_not_touch_cuda() -> None:
-    assert expert_major.row_bound(10, 8, 4, 16) == 144
+    assert row_bound(10, 8, 4, 16) == 144
     assert not torch.cuda.is_initialized()
 
 
