@@ -729,8 +729,8 @@ class Buffer(Life):
             self._entered(),
             self._streams.scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
         ):
-            received = self._mode.expert_dispatch(scope, call)
-            event = scope.finish(call, received)
+            received, used = self._mode.expert_dispatch(scope, call)
+            event = scope.finish(call, (received, used))
         rows, scales, weights, made = received
         return _payload(rows, scales), weights, made, event
 

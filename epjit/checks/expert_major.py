@@ -11,7 +11,7 @@ from epjit import calls
 from epjit.calls import Bias, Payload
 from epjit.checks.match import as_handle, check_topk, remember, signature
 from epjit.checks.normal import NormalChecks, pair_of, rows_and_scales
-from epjit.config import Config, check_row_bytes
+from epjit.config import MAX_EXPERTS_BY_EXPERT, Config, check_row_bytes
 from epjit.formats import CASTS, NVFP4, RowFormat
 from epjit.handles import ExpertHandle, GivenExpertHandle, Placement, row_bound
 
@@ -179,6 +179,11 @@ class ExpertChecks(NormalChecks):
             )
         self._check_topk_idx(topk_idx, x=rows)
         self._experts(num_experts)
+        if num_experts > MAX_EXPERTS_BY_EXPERT:
+            raise ValueError(
+                f"num_experts is {num_experts}, but rows by expert are for at most "
+                f"{MAX_EXPERTS_BY_EXPERT}; use dispatch"
+            )
         if num_expert_rows and not num_worst_tokens:
             raise ValueError(
                 f"num_expert_rows is {num_expert_rows}, which needs num_worst_tokens: without it "

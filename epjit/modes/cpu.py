@@ -41,7 +41,13 @@ from epjit.handles import (
     row_bound,
     rows_in,
 )
-from epjit.modes.normal import combine_shape, dispatch_shape, no_room
+from epjit.modes.normal import (
+    combine_shape,
+    dispatch_shape,
+    expert_combine_shape,
+    expert_dispatch_shape,
+    no_room,
+)
 from epjit.reference import Normal, expert_major, internode, low_latency
 from epjit.reference.intranode import RankInput
 from epjit.runtime.empty import empty_on
@@ -219,7 +225,9 @@ class CpuNormal:
         return self._reference.combine(xs, handles, rank, weights, biases)
 
     @torch.no_grad()
-    def expert_dispatch(self, scope: AnyScope, call: ExpertDispatch) -> ExpertDispatched:
+    def expert_dispatch(
+        self, scope: AnyScope, call: ExpertDispatch
+    ) -> tuple[ExpertDispatched, tuple[Tensor, ...]]:
         """Sends a row for each choice, along new choices or along a handle."""
         del scope
         x, scales, topk_idx, topk_weights, handle, num_experts, *_ = call
@@ -231,14 +239,17 @@ class CpuNormal:
         }
         if row_format is not None:
             x, scales = low_latency.encode(x, row_format, global_scale)
+        shape = expert_dispatch_shape(call._replace(x=x, scales=scales))
+        self._chosen.check(shape, call.num_sms)
         facts |= _payload_facts(x, scales)
         if handle is not None:
-            return self._cached_expert_dispatch(
+            cached = self._cached_expert_dispatch(
                 facts,
                 (x, scales, topk_weights),
                 handle,
                 column_major_scales=call.column_major_scales,
             )
+            return cached, ()
         assert topk_idx is not None
         facts |= {
             "num_experts": num_experts,
@@ -270,7 +281,9 @@ class CpuNormal:
             column_major_scales=call.column_major_scales,
         )
         self._check_rooms(inputs, dispatched.handle.routing)
-        return dispatched if topk_weights is not None else dispatched._replace(weights=None)
+        if topk_weights is None:
+            dispatched = dispatched._replace(weights=None)
+        return dispatched, ()
 
     def _cached_expert_dispatch(
         self,
@@ -295,6 +308,7 @@ class CpuNormal:
     def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> Sums:
         """Brings rows by expert back and sums them."""
         del scope
+        self._chosen.check(expert_combine_shape(call), call.num_sms)
         rows, row_weights, topk_weights, bias_0, bias_1, handle, _ = call
         facts = {
             **_payload_facts(rows, None),

@@ -25,9 +25,14 @@ from epjit.calls import (
 )
 from epjit.errors import CommunicationError
 from epjit.handles import Dispatched, ExpertDispatched
-from epjit.kernels.shapes import CombineShape, DispatchShape
+from epjit.kernels.shapes import (
+    CombineShape,
+    DispatchShape,
+    ExpertCombineShape,
+    ExpertDispatchShape,
+)
 from epjit.kernels.variants import CHOICES
-from epjit.modes.base import Mode
+from epjit.modes.base import Mode, Shape
 from epjit.modes.layout import Layout
 from epjit.runtime.device import num_sms
 from epjit.runtime.empty import TensorSpec, matrix, vector
@@ -48,7 +53,7 @@ GIVE_UP_SECONDS = 1.0  # that a rank which ends by an exception waits for its pe
 _SPIN_SECONDS = 1e-3
 
 
-class Normal(Mode[DispatchShape | CombineShape]):
+class Normal(Mode[Shape]):
     """Base of the normal modes. Collective to make.
 
     Args:
@@ -115,14 +120,19 @@ class Normal(Mode[DispatchShape | CombineShape]):
     def combine(self, scope: AnyScope, call: Combine) -> Sums:
         """Brings rows back and sums them."""
 
-    def expert_dispatch(self, scope: AnyScope, call: ExpertDispatch) -> ExpertDispatched:
+    def expert_dispatch(
+        self, scope: AnyScope, call: ExpertDispatch
+    ) -> tuple[ExpertDispatched, tuple[torch.Tensor, ...]]:
         """Sends a row for each choice, along new choices or along a handle.
 
+        Returns:
+            The results, and tensors that only the kernels use.
+
         Raises:
-            NotImplementedError: No kernel does it yet.
+            NotImplementedError: No kernel does it.
         """
         raise NotImplementedError(
-            "expert_dispatch has no kernel for this group yet; epjit.moe.dispatch(..., "
+            "expert_dispatch has no kernel between NVLink domains yet; epjit.moe.dispatch(..., "
             "expert_major=True) gives the same rows on a GPU, in two passes"
         )
 
@@ -130,15 +140,15 @@ class Normal(Mode[DispatchShape | CombineShape]):
         """Brings rows by expert back and sums them.
 
         Raises:
-            NotImplementedError: No kernel does it yet.
+            NotImplementedError: No kernel does it.
         """
         raise NotImplementedError(
-            "expert_combine has no kernel for this group yet; epjit.moe.combine takes rows by "
-            "expert on a GPU, in two passes"
+            "expert_combine has no kernel between NVLink domains yet; epjit.moe.combine takes rows "
+            "by expert on a GPU, in two passes"
         )
 
     @staticmethod
-    def _waits(call: Dispatch) -> bool:
+    def _waits(call: Dispatch | ExpertDispatch) -> bool:
         """Whether the host has to wait for counts, which it cannot in a capture."""
         waits = call.num_worst_tokens == 0
         if waits and torch.cuda.is_current_stream_capturing():
@@ -359,3 +369,30 @@ def combine_shape(call: Combine) -> CombineShape:
     x, weights = call.x, call.topk_weights
     num_topk = 0 if weights is None else weights.shape[1]
     return CombineShape(row_bytes(x), num_topk, is_f16=x.dtype == torch.float16)
+
+
+def expert_dispatch_shape(call: ExpertDispatch) -> ExpertDispatchShape:
+    """The shape of a dispatch by expert."""
+    x, scales, topk_idx, topk_weights, handle, *_ = call
+    choices = topk_idx if handle is None else handle.placement.row_of
+    assert choices is not None
+    return ExpertDispatchShape(
+        row_bytes(x),
+        0 if scales is None else scales.shape[1] * scales.element_size() // 4,
+        choices.shape[1],
+        topk_idx is None or topk_idx.dtype == torch.int64,
+        handle is not None,
+        topk_weights is not None,
+    )
+
+
+def expert_combine_shape(call: ExpertCombine) -> ExpertCombineShape:
+    """The shape of a combine of rows by expert."""
+    rows, row_weights, topk_weights, _, _, handle, _ = call
+    return ExpertCombineShape(
+        row_bytes(rows),
+        handle.placement.row_of.shape[1],
+        rows.dtype == torch.float16,
+        row_weights is not None,
+        topk_weights is not None,
+    )

@@ -90,7 +90,7 @@ class World:
             "layout": (ints, None, ints, ints),
             "dispatch": Dispatched(ints, None, None, None, [], IntranodeHandle(*[ints] * 6)),
             "combine": (ints, None),
-            "expert_dispatch": (ints, None, None, mock.Mock()),
+            "expert_dispatch": ((ints, None, None, mock.Mock()), ()),
             "expert_combine": (ints, None),
         }
         buffer._mode = self.part("mode", **parts, memory=self.part("memory"))

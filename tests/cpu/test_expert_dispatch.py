@@ -246,10 +246,14 @@ def test_ranks_that_disagree_are_told() -> None:
     def body(comm: Any) -> None:
         buffer = Buffer(None, 1 << 20, comm=comm)
         x, idx = torch.zeros(3, 256, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64)
+        some = topk_weights(3, 2, seed=0)
+        for weights in (None, some):  # else the ranks would disagree on a kernel
+            buffer.expert_dispatch(x, idx, weights, num_experts=4)
+        buffer.expert_dispatch(x, idx, num_experts=4, cast="fp8")
         cast = "fp8" if buffer.rank else None
         with pytest.raises(ValueError, match="disagree on cast: rank 0 has None, rank 1 has fp8"):
             buffer.expert_dispatch(x, idx, num_experts=4, cast=cast)
-        weights = topk_weights(3, 2, seed=0) if buffer.rank else None
+        weights = some if buffer.rank else None
         with pytest.raises(ValueError, match="disagree on topk_weights"):
             buffer.expert_dispatch(x, idx, weights, num_experts=4)
 

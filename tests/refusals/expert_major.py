@@ -21,6 +21,9 @@ EXPERT_DISPATCH: dict[str, Refusal] = {
     "experts odd": value_error(
         lambda b: b.expert_dispatch(num_experts=7), r"num_experts is 7.*multiple of the 2 ranks"
     ),
+    "experts many": value_error(
+        lambda b: b.expert_dispatch(num_experts=4096), r"num_experts is 4096.*at most 2048"
+    ),
     "experts no int": type_error(
         lambda b: b.expert_dispatch(num_experts=8.5), r"num_experts is 8\.5, a float"
     ),

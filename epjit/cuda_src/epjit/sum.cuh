@@ -16,6 +16,11 @@ class Sum8 {
     each(v, [](float& x, float y) { return x + y; });
   }
 
+  // The product is rounded, then the sum.
+  __device__ __forceinline__ void add(Vec16 v, float weight) {
+    each(v, [weight](float x, float y) { return __fadd_rn(x, __fmul_rn(weight, y)); });
+  }
+
   // To nearest even.
   __device__ __forceinline__ Vec16 rounded() const {
     return {pack(sum_[0]), pack(sum_[1]), pack(sum_[2]), pack(sum_[3])};
@@ -38,6 +43,41 @@ class Sum8 {
 
   Float2 sum_[4] = {};
 };
+
+// Adds rows to the sums of kUnroll pieces, the first of which is `vec`, each a warp's width behind the
+// one before, up to `last`: lane k has row and weight of selection k, of those whose bit in `rows` is
+// set, k ascending. The loads of kBatch rows are in flight at once. By a whole warp.
+template <int kBatch, bool kWeighted, bool kIsF16, int kUnroll>
+__device__ __forceinline__ void add_rows(Sum8<kIsF16> (&sums)[kUnroll], const char* row,
+                                         float weight, uint32_t rows, int vec, int last) {
+  while (rows != 0) {
+    Vec16 v[kBatch][kUnroll];
+    uint32_t loaded = rows;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (rows == 0) break;
+      const char* const src = of_lane(row, __ffs(rows) - 1);
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i)
+        if (vec + i * kWarpSize < last) v[j][i] = ptx::ld_v4(src + (vec + i * kWarpSize) * 16);
+      rows &= rows - 1;
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (loaded == 0) break;
+      const float w = kWeighted ? __shfl_sync(kFullMask, weight, __ffs(loaded) - 1) : 0.0f;
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        if (vec + i * kWarpSize >= last) continue;
+        if constexpr (kWeighted)
+          sums[i].add(v[j][i], w);
+        else
+          sums[i].add(v[j][i]);
+      }
+      loaded &= loaded - 1;
+    }
+  }
+}
 
 // Adds weight * y: the product is rounded, then the sum.
 __device__ __forceinline__ void add_weighted(float& sum, float weight, float y) {

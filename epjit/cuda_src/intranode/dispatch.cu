@@ -30,6 +30,11 @@
 //   words[d]  [num_ranks, num_slots]              row (s, .) on rank d is written by s: which token
 //             lies in the slot, and its position among those that go to d, or that it does not
 //
+// With by_expert the outputs are rows by expert (by_expert.cuh): a token is loaded once, and stored
+// once for each of its selections here. What follows it is then { scales, expert [num_topk] i32,
+// position [num_topk] i32, topk_weights [num_topk] f32 }; a cached dispatch knows the first two from
+// row_of, and sends none. Padding is filled by warps that have nothing else to do any more.
+//
 // Stage   the first warps of a block: wait until the slots are free; x -> slots, and own tokens ->
 //         recv_x; then the word of each token to each peer (release)
 // Pull    all warps, when they have nothing to stage: wait for the words of a chunk of tokens
@@ -50,6 +55,7 @@
 // read the memory before (BlockPool in runtime/pool.py), so the word itself is the permission.
 //
 // Launch: any grid that is resident as a whole, dispatch_threads() threads. Graph-safe.
+#include "epjit/by_expert.cuh"
 #include "epjit/payload.cuh"
 #include "epjit/windows.cuh"
 
@@ -66,6 +72,9 @@ struct DispatchConfig {
   bool tma;     // rows move by bulk copies, else through registers
   int32_t num_warps;
   int32_t rows_per_warp;  // rows of a warp in shared memory, the most that it moves at a time
+  bool by_expert;         // rows by expert; num_topk is not 0
+  bool is_cached;         // by_expert: along row_of of an earlier dispatch
+  bool has_weights;       // by_expert: topk_weights travel
 };
 
 struct DispatchParams : Operation {
@@ -87,8 +96,18 @@ struct DispatchParams : Operation {
   uint64_t words[kMaxRanks];     // symmetric, of each rank
   uint64_t places[kMaxRanks];    // symmetric, of each rank; direct only
   uint64_t outputs[kMaxRanks];   // symmetric, of each rank: what places count from; direct only
-  // own [2 + 2 * num_ranks]: ticket, next chunk, tokens pulled of (source, window & 1); zero on
-  // entry and on exit
+  // The next ones are for by_expert alone; recv_x, its scales and weights are [num_expert_rows] then.
+  const uint16_t* local_position;  // [num_tokens, num_topk], from layout; null when cached
+  const int32_t* block_base;       // [blocks, num_experts], from notify; null when cached
+  const int32_t* row_base;         // [num_ranks, experts_per_rank], from notify; null when cached
+  const int32_t* ends;             // [experts_per_rank], from notify
+  const int32_t* expert_counts;    // [experts_per_rank], from notify
+  int32_t* row_of;                 // [num_recv_rows, num_topk]; read when cached, else written
+  int32_t* source;                 // [num_expert_rows]; null when cached
+  int64_t recv_scale_row_stride;   // of recv_scales, in elements
+  int64_t recv_scale_stride;
+  // own [2 + 2 * num_ranks, one more by_expert]: ticket, next chunk, tokens pulled of (source, window
+  // & 1), next part of the padding; zero on entry and on exit
   uint32_t* counters;
   bool has_room;            // the outputs lie in symmetric memory: peers write them; direct only
   int32_t num_slots;        // even, at least 2
@@ -96,6 +115,8 @@ struct DispatchParams : Operation {
   int32_t num_tokens;
   int32_t num_recv_rows;  // rows of the outputs; those beyond what arrives get topk_idx -1
   int32_t experts_per_rank;
+  int32_t num_expert_rows;  // by_expert
+  bool zero_padding;        // by_expert: padding becomes zeros
   int32_t rank;
 };
 
@@ -105,8 +126,15 @@ constexpr int dispatch_shared_bytes(DispatchConfig cfg) {
   return copier_shared_bytes(cfg.tma, cfg.num_warps, cfg.rows_per_warp, cfg.hidden_bytes);
 }
 
+// Words that travel with a selection.
+constexpr int dispatch_choice_words(DispatchConfig cfg) {
+  if (!cfg.by_expert) return 2;
+  return (cfg.is_cached ? 0 : 2) + cfg.has_weights;
+}
+
 constexpr int dispatch_slot_bytes(DispatchConfig cfg) {
-  return align_up(cfg.hidden_bytes + 4 * cfg.num_scales + 8 * cfg.num_topk, 128);
+  const int words = cfg.num_scales + dispatch_choice_words(cfg) * cfg.num_topk;
+  return align_up(cfg.hidden_bytes + 4 * words, 128);
 }
 
 // The outputs of a peer that has room; named as in DispatchParams.
@@ -130,17 +158,25 @@ class Dispatch {
   static constexpr int kMostRows = kRows > 4 ? kRows : 4 / kRows * kRows;  // of a chunk
   static constexpr int kScales = kCfg.num_scales;
   static constexpr int kTopk = kCfg.num_topk;
-  // Items that travel beside a row; a selection is an index and a weight.
-  static constexpr int kItems = kScales + kTopk;
+  static constexpr bool kByExpert = kCfg.by_expert;
+  // Items that travel beside a row; a selection is one. By expert selections go first, alone: they
+  // say which rows there are.
+  static constexpr int kChoices = kByExpert && dispatch_choice_words(kCfg) > 0 ? kTopk : 0;
+  static constexpr int kItems = kByExpert ? kScales : kScales + kTopk;
+  static constexpr bool kPlaces = kByExpert && !kCfg.is_cached;
+  static constexpr int kWeightsAt = kScales + (kPlaces ? 2 * kTopk : 0);  // by expert, in a slot
   static constexpr int kSlotBytes = dispatch_slot_bytes(kCfg);
   static_assert(kRanks >= 1 && kRanks <= kMaxRanks);
   static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
   static constexpr bool kDirect = kCfg.direct && kRanks > 1;
   static_assert(kRanks == 1 || kCfg.num_warps > 1, "someone must pull from the start");
   static_assert(!kCfg.direct || kCfg.push, "who has no room is pushed to");
+  static_assert(!kByExpert || (kTopk > 0 && !kCfg.direct),
+                "a peer would store each row over the links");
   template <typename Params>
   using PayloadOf = Payload<kScales, kTopk, kCfg.topk_is_int64, Params>;
   using Copier = RowCopier<kCfg.tma, kCfg.num_warps, kRows, kCfg.hidden_bytes>;
+  using Experts = ByExpert<kScales, kTopk, kCfg.has_weights, kCfg.hidden_bytes, DispatchParams>;
 
  public:
   __device__ Dispatch(const DispatchParams& params)
@@ -149,6 +185,7 @@ class Dispatch {
         lane(threadIdx.x % kWarpSize),
         waiter(start_operation<kRanks>(p, kWaitDispatchStart)),
         payload(p),
+        experts(p),
         copier(ptx::dynamic_shared(), warp, lane) {}
 
   __device__ void run() {
@@ -156,14 +193,18 @@ class Dispatch {
     if (__all_sync(kFullMask, ptx::ld_relaxed_gpu(p.abort) == 0)) {
       if constexpr (kDirect) publish_place();
       const int num_rows = segment_start(p.rank, kRanks);
-      payload.fill_unused_rows(num_rows);
+      if constexpr (!kByExpert)
+        payload.fill_unused_rows(num_rows);
+      else if constexpr (kPlaces)
+        experts.fill_unused_rows(num_rows);
       if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1)
         report_overflow(p, waiter.epoch, kRoomDispatchRows, p.num_recv_rows, num_rows);
       if (warp >= p.num_stage_warps || stage())
         if constexpr (kRanks > 1) pull();
       copier.drain();
+      if constexpr (kByExpert) experts.fill_padding(p.counters + 2 + 2 * kRanks, lane, kPlaces);
     }
-    const bool last = finish_operation<kRanks>(p, waiter, 2 + 2 * kRanks);
+    const bool last = finish_operation<kRanks>(p, waiter, 2 + 2 * kRanks + kByExpert);
     if (kDirect && last && p.has_room)
       wait_finished<kRanks>(waiter, kWaitDispatchRows, lane, waiter.epoch);
   }
@@ -332,11 +373,9 @@ class Dispatch {
       if (last_window >= 2) copier.acquired();
 
       const int token = chunk.first + lane;
-      char* const own = chunk.own_row >= 0
-                            ? p.recv_x + static_cast<int64_t>(chunk.own_row) * kCfg.hidden_bytes
-                            : nullptr;
+      if constexpr (kChoices > 0) stage_choices(chunk);
       for (int first = 0; first < chunk.num_rows; first += kRows) {
-        copier.store(first, own);
+        store_here(first, chunk.own_row);
         for_each_slot([&](int reader) {
           copier.store(first, is_written(chunk, reader) ? destination(reader, token) : nullptr);
         });
@@ -365,6 +404,48 @@ class Dispatch {
     return true;
   }
 
+  // Rows of this rank, a lane each: to their place in the order of the sources, or to all that their
+  // selections have.
+  __device__ void store_here(int first, int row) {
+    if constexpr (kByExpert)
+      copier.template store_each<kTopk>(first, [&](int k) { return experts.address(row, k); });
+    else
+      copier.store(first,
+                   row >= 0 ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
+  }
+
+  // By expert: selections of the tokens of a chunk, to their slots, and placed where they are this
+  // rank's. Behind it, all lanes may look at row_of.
+  __device__ void stage_choices(const Chunk& chunk) const {
+    constexpr int kExperts = kScales, kPositions = kScales + kTopk;
+    for_each_item<kChoices>(chunk.num_rows, lane, [&](int row_lane, int k, bool valid) {
+      const int row_own = __shfl_sync(kFullMask, chunk.own_row, row_lane % kWarpSize);
+      const uint32_t readers = __shfl_sync(kFullMask, chunk.readers, row_lane % kWarpSize);
+      if (!valid) return;
+      const Chunk token{chunk.first + row_lane, 1, row_own, readers};
+      const float weight = kCfg.has_weights ? payload.load_weight(token.first, k) : 0.0f;
+      int expert = -1, position = -1;
+      if constexpr (kPlaces) {
+        expert = payload.load_expert(token.first, k);
+        position = experts.position(kRanks * p.experts_per_rank, token.first, k, expert);
+        experts.place(row_own, k, p.rank, expert, position, weight);
+      } else {
+        experts.store_weight(row_own, k, weight);
+      }
+      for_each_slot([&](int reader) {
+        if (!is_written(token, reader)) return;
+        uint32_t* const items =
+            reinterpret_cast<uint32_t*>(slot(reader, p.rank, token.first) + kCfg.hidden_bytes);
+        if constexpr (kPlaces) {
+          items[kExperts + k] = static_cast<uint32_t>(expert);
+          items[kPositions + k] = static_cast<uint32_t>(position);
+        }
+        if constexpr (kCfg.has_weights) reinterpret_cast<float*>(items)[kWeightsAt + k] = weight;
+      });
+    });
+    __syncwarp();
+  }
+
   // Rows and items are written -> flush (each lane its own, then __syncwarp) -> release of any
   // lane: cumulative.
   __device__ void publish(const Chunk& chunk) {
@@ -380,15 +461,22 @@ class Dispatch {
     }
   }
 
+  __device__ void store_scale(int64_t row, int i, uint32_t scale) const {
+    if constexpr (kByExpert)
+      experts.store_scale(row, i, scale);
+    else
+      payload.store_scale(row, i, scale);
+  }
+
   // Scales, then selections, of one token to its slots and to the own row.
   __device__ void stage_item(const Chunk& token, int item) const {
     uint32_t scale = 0;
     int expert = 0;
     float weight = 0.0f;
     const int k = item - kScales;
-    if (item < kScales) {
+    if (kByExpert || item < kScales) {
       scale = payload.load_scale(token.first, item);
-      if (token.own_row >= 0) payload.store_scale(token.own_row, item, scale);
+      if (token.own_row >= 0) store_scale(token.own_row, item, scale);
     } else {
       expert = payload.load_expert(token.first, k);
       weight = payload.load_weight(token.first, k);
@@ -401,7 +489,7 @@ class Dispatch {
         const PayloadOf<DispatchOutputs> theirs(outputs);
         const int64_t row = final_row(reader, token.first);
         if (!outputs.has(row)) return;
-        if (item < kScales)
+        if (kByExpert || item < kScales)
           theirs.store_scale(row, item, scale);
         else
           theirs.store_selection(row, k, expert, weight);
@@ -409,7 +497,7 @@ class Dispatch {
       }
       uint32_t* const items =
           reinterpret_cast<uint32_t*>(slot(reader, p.rank, token.first) + kCfg.hidden_bytes);
-      if (item < kScales) {
+      if (kByExpert || item < kScales) {
         items[item] = scale;
       } else {
         items[kScales + k] = static_cast<uint32_t>(expert);
@@ -446,13 +534,14 @@ class Dispatch {
 
     // Lane i has token first + i.
     const int token = first + lane;
-    bool ok = true;
+    bool ok = true, is_here = false;
     int row = -1;
     if (lane < num_rows) {
       uint64_t found;
       ok = wait_word(waiter, kWaitDispatchToken, source, token, token / window_tokens(),
                      word(p.rank, source, token), found);
-      if (word_value(found) != kNoRow)
+      is_here = word_value(found) != kNoRow;
+      if (is_here)
         row = row_or_none(segment_start(p.rank, source) + static_cast<int>(word_value(found)));
     }
     if (!all_lanes(ok)) return false;
@@ -460,15 +549,22 @@ class Dispatch {
 
     const bool has_row = lane < num_rows && row >= 0;
     const char* const src = has_row ? slot(p.rank, source, token) : nullptr;
-    char* const out = has_row ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr;
     copier.load(0, src);
+    if constexpr (kChoices > 0) {
+      const uint32_t here = __ballot_sync(kFullMask, is_here);
+      for_each_item<kChoices>(num_rows, lane, [&](int row_lane, int k, bool valid) {
+        const int dst = __shfl_sync(kFullMask, row, row_lane % kWarpSize);
+        if (valid && (here >> row_lane & 1) != 0) pull_choice(source, first + row_lane, k, dst);
+      });
+      __syncwarp();
+    }
     for_each_item<kItems>(num_rows, lane, [&](int row_lane, int item, bool valid) {
       const int64_t dst = __shfl_sync(kFullMask, row, row_lane % kWarpSize);
       if (valid && dst >= 0) pull_item(source, first + row_lane, item, dst);
     });
     if (p.recv_src_idx != nullptr && has_row) p.recv_src_idx[row] = token;
     for (int first_row = 0; first_row < num_rows; first_row += kRows) {
-      copier.store(first_row, out);
+      store_here(first_row, row);
       if (first_row + kRows < num_rows) copier.load(first_row + kRows, src);
     }
 
@@ -481,11 +577,24 @@ class Dispatch {
     return true;
   }
 
+  // By expert: one selection, placed by what came with it; in a cached dispatch only its weight.
+  __device__ void pull_choice(int source, int token, int k, int64_t row) const {
+    const uint32_t* const items =
+        reinterpret_cast<const uint32_t*>(slot(p.rank, source, token) + kCfg.hidden_bytes);
+    float weight = 0.0f;
+    if constexpr (kCfg.has_weights) weight = reinterpret_cast<const float*>(items)[kWeightsAt + k];
+    if constexpr (kPlaces)
+      experts.place(row, k, source, static_cast<int32_t>(items[kScales + k]),
+                    static_cast<int32_t>(items[kScales + kTopk + k]), weight);
+    else
+      experts.store_weight(row, k, weight);
+  }
+
   __device__ void pull_item(int source, int token, int item, int64_t row) const {
     const uint32_t* const items =
         reinterpret_cast<const uint32_t*>(slot(p.rank, source, token) + kCfg.hidden_bytes);
-    if (item < kScales) {
-      payload.store_scale(row, item, items[item]);
+    if (kByExpert || item < kScales) {
+      store_scale(row, item, items[item]);
     } else {
       const int k = item - kScales;
       payload.store_selection(row, k, static_cast<int32_t>(items[kScales + k]),
@@ -497,6 +606,7 @@ class Dispatch {
   const int warp, lane;
   const Waiter waiter;
   const PayloadOf<DispatchParams> payload;
+  const Experts experts;
   Copier copier;
   uint32_t with_room = 0;  // bit r: peer r takes its rows at their final place
 };
