@@ -12,6 +12,10 @@ class Sum8 {
     each(v, [](float&, float y) { return y; });
   }
 
+  __device__ __forceinline__ void start(Vec16 v, float weight) {
+    each(v, [weight](float, float y) { return __fmul_rn(weight, y); });
+  }
+
   __device__ __forceinline__ void add(Vec16 v) {
     each(v, [](float& x, float y) { return x + y; });
   }
@@ -43,6 +47,20 @@ class Sum8 {
 
   Float2 sum_[4] = {};
 };
+
+// Adds the products of eight elements one by one; each product and each sum is rounded.
+template <bool kIsF16>
+__device__ __forceinline__ float add_products(float sum, Vec16 a, Vec16 b) {
+  const uint32_t of_a[4] = {a.x, a.y, a.z, a.w}, of_b[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const Float2 x = kIsF16 ? ptx::f16x2_to_float2(of_a[i]) : ptx::bf16x2_to_float2(of_a[i]);
+    const Float2 y = kIsF16 ? ptx::f16x2_to_float2(of_b[i]) : ptx::bf16x2_to_float2(of_b[i]);
+    sum = __fadd_rn(sum, __fmul_rn(x.x, y.x));
+    sum = __fadd_rn(sum, __fmul_rn(x.y, y.y));
+  }
+  return sum;
+}
 
 // Adds rows to the sums of kUnroll pieces, the first of which is `vec`, each a warp's width behind the
 // one before, up to `last`: lane k has row and weight of selection k, of those whose bit in `rows` is
