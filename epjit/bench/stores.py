@@ -6,7 +6,6 @@ or by 16-byte stores. The numbers depend on the GPU and its links alone, not on 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -14,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from epjit.bench import ceiling
-from epjit.bench.normal import Say, Settings, require, start
+from epjit.bench.normal import Settings, require, start
 from epjit.bench.timing import Row, free_port, run_ranks, timed
 from epjit.runtime import device as gpu
 from epjit.runtime.group import Group
@@ -47,74 +46,104 @@ def run(settings: Settings, *, on_row: Callable[[Row], None]) -> list[Row]:
     return run_ranks(worker, settings.ranks, settings, free_port(), on_row=on_row)
 
 
+class Fan:
+    """Rows of every rank that it and the rank before load once and store several times.
+
+    Args:
+        group: The ranks, a GPU each.
+        row_bytes: Of a row, a multiple of 128.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, row_bytes: int) -> None:
+        self._group, self._row_bytes = group, row_bytes
+        self._device = torch.cuda.current_device()
+        self.num_sms = gpu.num_sms(self._device)
+        self._rank, self._size = dist.get_rank(group), dist.get_world_size(group)
+        self._memory = SymmetricMemory(
+            NUM_ROWS * row_bytes, group=Group.from_torch(group), device=self._device
+        )
+        words = NUM_ROWS * row_bytes // 4
+        ints: Any = {"dtype": torch.int32, "device": self._device}
+        self._sent = self._memory.tensor(torch.int32)[:words]
+        self._sent.copy_(torch.arange(words, **ints) * 8 + self._rank)
+        self._taken = torch.empty(max(STORES) * words, **ints)
+        self._launches: dict[tuple[int, bool], Launch[ceiling.FanConfig]] = {}
+        torch.cuda.synchronize()
+        dist.barrier(group)
+
+    def us(self, num_stores: int, peer_halves: int, sms: int, *, bulk: bool = True) -> float:
+        """Microseconds of the slowest rank; what was stored is compared first.
+
+        Args:
+            num_stores: Of each row.
+            peer_halves: 0, 1, 2: none, half or all of the rows are the next rank's.
+            sms: Blocks.
+            bulk: Stores are bulk copies, else 16 bytes a lane.
+
+        Raises:
+            RuntimeError: A row is wrong.
+        """
+        launch = self._launch(num_stores, bulk)
+
+        def copy() -> None:
+            launch(torch.cuda.current_stream().cuda_stream, sms, peer_halves=peer_halves)
+
+        self._taken.fill_(-1)
+        copy()
+        torch.cuda.synchronize()
+        stored = self._taken[: num_stores * self._sent.numel()].view(num_stores, -1)
+        source = stored % 8
+        is_known = (source == self._rank) | (source == (self._rank + 1) % self._size)
+        is_row = stored - source == self._sent - self._rank
+        require("a row that was stored several times", bool((is_row & is_known).all()))
+        return timed(copy, self._group)[0]
+
+    def stored_bytes(self, num_stores: int) -> int:
+        """Bytes that a rank stores."""
+        return num_stores * NUM_ROWS * self._row_bytes
+
+    def _launch(self, num_stores: int, bulk: bool) -> Launch[ceiling.FanConfig]:
+        launch = self._launches.get((num_stores, bulk))
+        if launch is None:
+            arch = gpu.arch_of(self._device)
+            config = ceiling.fan_config(
+                arch, num_stores=num_stores, bulk=bulk, row_bytes=self._row_bytes
+            )
+            launch = Launch(
+                Kernel(config, device=self._device),
+                own=self._memory.ptr,
+                peer=self._memory.peer_ptrs[(self._rank + 1) % self._size],
+                taken=self._taken.data_ptr(),
+                num_rows=NUM_ROWS,
+            )
+            self._launches[num_stores, bulk] = launch
+        return launch
+
+    def close(self) -> None:
+        """Gives the memory back; collective."""
+        torch.cuda.synchronize()
+        dist.barrier(self._group)
+        self._memory.close()
+
+
 def worker(rank: int, settings: Settings, port: int, queue: Any) -> None:
     """One rank: measures, and rank 0 reports."""
     group, say = start(rank, settings, port, queue)
-    row_bytes, device = 2 * settings.hidden, torch.cuda.current_device()
-    links = Group.from_torch(group)
-    memory = SymmetricMemory(NUM_ROWS * row_bytes, group=links, device=device)
-    sent = memory.tensor(torch.int32)[: NUM_ROWS * row_bytes // 4]
-    sent.copy_(torch.arange(sent.numel(), dtype=torch.int32, device=device) * 8 + rank)
-    taken = torch.empty(max(STORES) * sent.numel(), dtype=torch.int32, device=device)
-    torch.cuda.synchronize()
-    dist.barrier(group)
-    next_rank = (rank + 1) % settings.ranks
-    halves = range(3 if settings.ranks > 1 else 1)
+    fan = Fan(group, 2 * settings.hidden)
+    all_sms = sorted({min(each, fan.num_sms) for each in SMS})
     for num_stores in STORES:
         for bulk in (True, False):
-            config = ceiling.fan_config(
-                gpu.arch_of(device), num_stores=num_stores, bulk=bulk, row_bytes=row_bytes
-            )
-            launch = Launch(
-                Kernel(config, device=device),
-                own=memory.ptr,
-                peer=memory.peer_ptrs[next_rank],
-                taken=taken.data_ptr(),
-                num_rows=NUM_ROWS,
-            )
-            for peer_halves in halves:
-                _measure(launch, peer_halves, group, say, sent=sent, taken=taken)
-    torch.cuda.synchronize()
-    dist.barrier(group)
-    memory.close()
+            for peer_halves in range(3 if settings.ranks > 1 else 1):
+                for sms in all_sms:
+                    us = fan.us(num_stores, peer_halves, sms, bulk=bulk)
+                    rate = fan.stored_bytes(num_stores) / us / 1e3
+                    say(
+                        op=f"ceiling 1 load, {num_stores} stores, {_FROM[peer_halves]}",
+                        dtype="bulk" if bulk else "16 bytes a lane",
+                        sms=sms,
+                        us=us,
+                        stored_GBps=round(rate, 1),
+                        stored_GBps_an_sm=round(rate / sms, 1),
+                    )
+    fan.close()
     dist.destroy_process_group()
-
-
-def _measure(
-    launch: Launch[ceiling.FanConfig],
-    peer_halves: int,
-    group: dist.ProcessGroup,
-    say: Say,
-    *,
-    sent: torch.Tensor,
-    taken: torch.Tensor,
-) -> None:
-    """One kernel and one place that rows come from, for all numbers of SMs."""
-    config = launch.kernel.config
-    most = gpu.num_sms(sent.device.index)
-    rank, size = dist.get_rank(group), dist.get_world_size(group)
-    for sms in sorted({min(each, most) for each in SMS}):
-
-        def copy(sms: int = sms) -> None:
-            stream = torch.cuda.current_stream().cuda_stream
-            launch(stream, sms, peer_halves=peer_halves)
-
-        taken.fill_(-1)
-        copy()
-        torch.cuda.synchronize()
-        first = taken[: config.num_stores * sent.numel()].view(config.num_stores, -1)
-        source = first[0] % 8
-        is_known = (source == rank) | (source == (rank + 1) % size)
-        rest = (first - source) == (sent - rank)
-        require("a row that was stored several times", bool((rest & is_known).all()))
-        us, _ = timed(functools.partial(copy), group)
-        stored = config.num_stores * NUM_ROWS * config.row_bytes
-        way = "bulk" if config.bulk else "16 bytes a lane"
-        say(
-            op=f"ceiling 1 load, {config.num_stores} stores, {_FROM[peer_halves]}",
-            dtype=way,
-            sms=sms,
-            us=us,
-            stored_GBps=round(stored / us / 1e3, 1),
-            stored_GBps_an_sm=round(stored / us / 1e3 / sms, 1),
-        )
