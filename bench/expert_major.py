@@ -142,6 +142,7 @@ def by_sms(
     num_selected, num_padded = int(placed.counts.sum()), int(placed.ends[-1])
     say(op="rows here, with padding", us=0, rows=num_selected, padded=num_padded)
     stores = max(1, min(4, round(num_selected / max(len(plain), 1))))
+    fp8 = normal.to_fp8(x)
     weights = torch.rand(len(rows), device=rows.device, dtype=torch.float32)
     for sms in args.sms:
         config = epjit.Config(sms)
@@ -154,6 +155,12 @@ def by_sms(
                 rows, handle, row_weights=weights, config=c
             ),
         }
+        calls["dispatch by expert, cached, cast=fp8"] = lambda c=config: buffer.expert_dispatch(
+            x, handle=handle, cast="fp8", config=c
+        )
+        calls["dispatch by expert, cached, of fp8 rows"] = lambda c=config: buffer.expert_dispatch(
+            fp8, handle=handle, config=c
+        )
         for zeros in (True, False):
             calls[f"dispatch by expert, cached, zero_padding={zeros}"] = (
                 lambda c=config, zeros=zeros: buffer.expert_dispatch(
@@ -163,11 +170,11 @@ def by_sms(
         for name, call in calls.items():
             us, host_us = timing.timed(call, group)
             facts = {"sms": sms, "us": us, "host_us": host_us}
-            if "dispatch by" in name:
+            if "zero_padding" in name:
                 number = num_padded if "True" in name else num_selected
                 facts["stores_us"] = number * normal.row_bytes(rows) / rate
             best = max(ceilings[sms].values())
-            if best:
+            if best and "fp8" not in name:
                 facts["links_us"] = case.remote_rows * normal.row_bytes(rows) / best / 1e3
             say(op=f"{name}, timed", **facts)
     fan.close()

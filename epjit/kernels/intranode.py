@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from epjit import tuned
 from epjit.config import MAX_RANKS
+from epjit.formats import CASTS, FP8
 from epjit.kernels import variants
 from epjit.kernels.layout import LayoutConfig
 from epjit.kernels.shapes import (
@@ -35,6 +36,7 @@ DISPATCH_OF_EXPERTS = dict.fromkeys(
     (
         *("local_position", "block_base", "row_base", "ends", "expert_counts", "row_of", "source"),
         *("recv_scale_row_stride", "recv_scale_stride", "num_expert_rows", "zero_padding"),
+        "global_scale",
     ),
     0,
 )
@@ -79,6 +81,8 @@ class DispatchConfig(
     by_expert: bool = False
     is_cached: bool = False
     has_weights: bool = False
+    format: int = 0
+    is_f16: bool = False
 
     @classmethod
     def choose_by_expert(
@@ -90,7 +94,12 @@ class DispatchConfig(
             DispatchShape(*shape[:4]), num_ranks=num_ranks, variant=variant, limit=limit
         )
         return replace(
-            config, by_expert=True, is_cached=shape.is_cached, has_weights=shape.has_weights
+            config,
+            by_expert=True,
+            is_cached=shape.is_cached,
+            has_weights=shape.has_weights,
+            format=shape.format,
+            is_f16=shape.is_f16,
         )
 
     @classmethod
@@ -240,6 +249,20 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
                     *(hidden_bytes, num_scales, num_topk, True, is_cached), num_ranks != 3
                 )
                 yield config_of(rows_of, num_ranks, arch, variant=variant)
+        for row_format in CASTS.values() if num_ranks == 4 else ():
+            shape = ExpertDispatchShape(
+                row_format.row_bytes(7168),
+                row_format.num_scale_bytes(7168) // 4,
+                num_topk,
+                topk_is_int64=True,
+                is_cached=False,
+                has_weights=True,
+                format=row_format.code,
+                is_f16=row_format is FP8,
+            )
+            for variant in ("tma", "ldst"):
+                if variant in variants.names("dispatch", arch):
+                    yield config_of(shape, num_ranks, arch, variant=variant)
         if num_scales == 0:
             for is_weighted in (False, True):
                 sums = ExpertCombineShape(

@@ -33,6 +33,8 @@ class ExpertDispatchShape(NamedTuple):
         topk_is_int64: Their width; True when cached.
         is_cached: Whether rows go along a handle.
         has_weights: Whether weights travel.
+        format: Code of the format that rows are cast to; 0 = they stay as they are.
+        is_f16: With a format: rows are float16 before, else bfloat16.
     """
 
     hidden_bytes: int
@@ -41,6 +43,8 @@ class ExpertDispatchShape(NamedTuple):
     topk_is_int64: bool
     is_cached: bool
     has_weights: bool
+    format: int = 0
+    is_f16: bool = False
 
 
 class ExpertCombineShape(NamedTuple):

@@ -237,10 +237,9 @@ class CpuNormal:
             "global_scale": None if global_scale is None else float(global_scale),
             "topk_weights": "some" if topk_weights is not None else "none",
         }
+        self._chosen.check(expert_dispatch_shape(call), call.num_sms)
         if row_format is not None:
             x, scales = low_latency.encode(x, row_format, global_scale)
-        shape = expert_dispatch_shape(call._replace(x=x, scales=scales))
-        self._chosen.check(shape, call.num_sms)
         facts |= _payload_facts(x, scales)
         if handle is not None:
             cached = self._cached_expert_dispatch(

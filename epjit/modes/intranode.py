@@ -339,11 +339,6 @@ class Intranode(Normal[AnyShape]):
         self, scope: AnyScope, call: ExpertDispatch
     ) -> tuple[ExpertDispatched, tuple[torch.Tensor, ...]]:
         """Layout and notify number the selections, dispatch stores each row where it belongs."""
-        if call.row_format is not None:
-            raise NotImplementedError(
-                f"cast={call.row_format.name!r}: no kernel of expert_dispatch casts yet; cast the "
-                "rows before the call, and pass them with their scales"
-            )
         if call.handle is not None:
             return self._cached_expert_dispatch(scope, call, call.handle), ()
         topk_idx, num_experts, waits = call.topk_idx, call.num_experts, self._waits(call)
@@ -464,6 +459,7 @@ class Intranode(Normal[AnyShape]):
             "topk_weights": pointer(topk_weights),
             "num_tokens": x.shape[0],
             "zero_padding": call.zero_padding,
+            "global_scale": pointer(call.global_scale),
             "has_room": False,
             "recv_topk_idx": 0,
         }
@@ -473,19 +469,27 @@ class Intranode(Normal[AnyShape]):
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """New rows, scales and weights."""
         x, scales, _, topk_weights, *_ = call
+        dtype, columns = x.dtype, x.shape[1]
+        scale_dtype, num_scales = None, 0
+        if call.row_format is not None:
+            dtype, scale_dtype = call.row_format.x_dtype, call.row_format.scale_dtype
+            num_scales = call.row_format.num_scale_columns(columns)
+            columns = call.row_format.num_columns(columns)
+        elif scales is not None:
+            scale_dtype, num_scales = scales.dtype, scales.shape[1]
         of_scales = None
-        if scales is not None:
-            of_scales = matrix(scales.dtype, num_rows, scales.shape[1])
+        if scale_dtype is not None:
+            of_scales = matrix(scale_dtype, num_rows, num_scales)
             if call.column_major_scales:  # a column is padded to 16 bytes
-                of_scales = matrix(scales.dtype, scales.shape[1], align(num_rows, 4))
+                of_scales = matrix(scale_dtype, num_scales, align(num_rows, 4))
         rows, row_scales, weights = self._empty(
             (
-                matrix(x.dtype, num_rows, x.shape[1]),
+                matrix(dtype, num_rows, columns),
                 of_scales,
                 None if topk_weights is None else vector(torch.float32, num_rows),
             )
         )
-        if scales is not None and call.column_major_scales:
+        if call.column_major_scales:
             row_scales = row_scales[:, :num_rows].t()
         return rows, row_scales, weights
 
@@ -499,11 +503,16 @@ class Intranode(Normal[AnyShape]):
     ) -> None:
         """Queues the kernel; what it reads is prepared."""
         rows, scales, weights, (routing, placed) = received
+        strides = (0, 0)  # in words
+        if scales is not None and scales.element_size() == 1:
+            strides = (scales.shape[1] // 4, 1)
+        elif scales is not None:
+            strides = scales.stride(0), scales.stride(1)
         values |= {
             "recv_x": rows.data_ptr(),
             "recv_scales": pointer(scales),
-            "recv_scale_row_stride": 0 if scales is None else scales.stride(0),
-            "recv_scale_stride": 0 if scales is None else scales.stride(1),
+            "recv_scale_row_stride": strides[0],
+            "recv_scale_stride": strides[1],
             "recv_topk_weights": pointer(weights),
             "row_of": placed.row_of.data_ptr(),
             "num_recv_rows": routing.num_rows,

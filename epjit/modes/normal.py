@@ -376,13 +376,19 @@ def expert_dispatch_shape(call: ExpertDispatch) -> ExpertDispatchShape:
     x, scales, topk_idx, topk_weights, handle, *_ = call
     choices = topk_idx if handle is None else handle.placement.row_of
     assert choices is not None
+    of_row = row_bytes(x), 0 if scales is None else scales.shape[1]
+    code, row_format = 0, call.row_format
+    if row_format is not None:
+        code, hidden = row_format.code, x.shape[1]
+        of_row = row_format.row_bytes(hidden), row_format.num_scale_bytes(hidden) // 4
     return ExpertDispatchShape(
-        row_bytes(x),
-        0 if scales is None else scales.shape[1] * scales.element_size() // 4,
+        *of_row,
         choices.shape[1],
         topk_idx is None or topk_idx.dtype == torch.int64,
         handle is not None,
         topk_weights is not None,
+        code,
+        code != 0 and x.dtype == torch.float16,
     )
 
 

@@ -17,6 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from epjit.formats import CASTS, NVFP4, RowFormat
 from epjit.handles import ExpertDispatched, ExpertHandle, IntranodeHandle, Placement
 from epjit.kernels.intranode import CombineConfig, DispatchConfig, NotifyConfig
 from epjit.kernels.layout import LayoutConfig
@@ -25,8 +26,9 @@ from tests.cpu import test_emulated_intranode as intranode
 from tests.cpu.test_emulated_intranode import TOKENS
 from tests.emulation import build, normal
 from tests.emulation.build import guarded
-from tests.emulation.normal import EXPERTS_A_RANK, HIDDEN_BYTES
+from tests.emulation.normal import EXPERTS_A_RANK
 from tests.emulation.world import copy
+from tests.rounds.low_latency import rough_rows
 
 pytestmark = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="needs g++")
 
@@ -42,6 +44,8 @@ class Shape(intranode.Shape):
     column_major: bool = False
     repeats: float = 0.0  # part of the tokens that select an expert twice
     is_weighted: bool = True
+    cast: str | None = None  # name of a format
+    cast_f16: bool = False  # rows are fp16 before
 
     @property
     def notify(self) -> NotifyConfig:
@@ -52,8 +56,26 @@ class Shape(intranode.Shape):
         return LayoutConfig(self.num_ranks, self.topk_is_int64, by_expert=True)
 
     @property
+    def row_format(self) -> RowFormat | None:
+        return None if self.cast is None else CASTS[self.cast]
+
+    @property
+    def hidden(self) -> int:
+        """Channels of rows that are cast."""
+        return 512 if self.cast == "fp8_ue8m0" else 256
+
+    @property
     def dispatch(self) -> DispatchConfig:
-        return dataclasses.replace(super().dispatch, by_expert=True, has_weights=self.has_weights)
+        config = dataclasses.replace(super().dispatch, by_expert=True, has_weights=self.has_weights)
+        if self.row_format is None:
+            return config
+        return dataclasses.replace(
+            config,
+            hidden_bytes=self.row_format.row_bytes(self.hidden),
+            num_scales=self.row_format.num_scale_bytes(self.hidden) // 4,
+            format=self.row_format.code,
+            is_f16=self.cast_f16,
+        )
 
     @property
     def cached(self) -> DispatchConfig:
@@ -65,6 +87,8 @@ class Shape(intranode.Shape):
             num_warps=3,
             rows_per_warp=2,
             is_cached=True,
+            format=0,
+            is_f16=False,
         )
 
     @property
@@ -95,13 +119,20 @@ class Routing(intranode.Routing):
         super().__init__(world)
 
     @functools.cached_property
+    def global_scale(self) -> Tensor | None:
+        """Of the cast."""
+        return copy(torch.tensor([0.05])) if self.shape.row_format is NVFP4 else None
+
+    @functools.cached_property
     def by_expert(self) -> list[ExpertDispatched]:
         """Results of every rank."""
-        shape = self.shape
+        shape, sent = self.shape, self.inputs
+        if shape.row_format is not None:
+            sent = [reference.cast(each, shape.row_format, self.global_scale) for each in sent]
         return [
             reference.dispatch(
                 self.reference,
-                self.inputs,
+                sent,
                 rank,
                 num_experts=shape.num_experts,
                 expert_alignment=shape.alignment,
@@ -118,6 +149,11 @@ class Routing(intranode.Routing):
         again = torch.rand(len(idx), generator=self.world.generator) < shape.repeats
         idx[again, -1] = idx[again, 0]
         _, _, per_expert, in_rank = self.reference.layout(idx, shape.num_experts)
+        if shape.row_format is not None:
+            dtype = torch.float16 if shape.cast_f16 else torch.bfloat16
+            seed = int(torch.randint(1 << 30, (1,), generator=self.world.generator))
+            x = rough_rows(len(idx), shape.hidden, seed=seed).to(dtype)
+            given = dataclasses.replace(given, x=copy(x))
         return dataclasses.replace(
             given, is_token_in_rank=copy(in_rank), num_tokens_per_expert=per_expert
         )
@@ -226,21 +262,25 @@ class Routing(intranode.Routing):
 
     def _receive(self, rank: int) -> dict[str, Any]:
         shape, own, expected = self.shape, self.inputs[rank], self.by_expert[rank]
-        assert own.scales is not None
+        scales = own.scales
+        assert scales is not None
         placed, wanted = self.placements[rank], expected.handle.placement
         num_rows = wanted.source.shape[0]
-        recv_x = guarded(num_rows, HIDDEN_BYTES // 4, dtype=torch.int32)
+        recv_x = guarded(num_rows, expected.rows.shape[1], dtype=expected.rows.dtype)
+        # As words: four scales of a byte each are one.
+        num_words = shape.dispatch.num_scales
         if shape.column_major:
-            memory = guarded(shape.num_scales, -(-num_rows // 4) * 4, dtype=torch.float32)
+            memory = guarded(num_words, -(-num_rows // 4) * 4, dtype=torch.int32)
             recv_scales = memory[:, :num_rows].t()
         else:
-            recv_scales = guarded(num_rows, shape.num_scales, dtype=torch.float32)
+            recv_scales = guarded(num_rows, num_words, dtype=torch.int32)
         recv_weights = guarded(num_rows, dtype=torch.float32)
         defined = self._defined(rank)
         self.expect_at(rank, "recv_x", recv_x, expected.rows, defined)
-        if shape.num_scales:
+        if num_words:
             assert expected.scales is not None
-            self.expect_at(rank, "recv_scales", recv_scales, expected.scales, defined)
+            words = expected.scales.contiguous().view(torch.int32).view(num_rows, num_words)
+            self.expect_at(rank, "recv_scales", recv_scales, words, defined)
         if shape.has_weights:
             assert expected.weights is not None
             self.world.expect(rank, "weights", recv_weights, expected.weights)
@@ -248,9 +288,10 @@ class Routing(intranode.Routing):
         self.world.expect(rank, "source", placed.source, wanted.source)
         return {
             "x": own.x,
-            "scales": own.scales,
-            "scale_token_stride": own.scales.stride(0),
-            "scale_stride": own.scales.stride(1),
+            "scales": scales,
+            "scale_token_stride": scales.stride(0),
+            "scale_stride": scales.stride(1),
+            "global_scale": self.global_scale,
             "topk_idx": own.topk_idx,
             "topk_weights": own.topk_weights,
             "recv_x": recv_x,
@@ -274,8 +315,11 @@ class Routing(intranode.Routing):
 
     def expect_at(self, rank: int, what: str, got: Tensor, wanted: Tensor, defined: Tensor) -> None:
         """Notes what rows must be; the others must be as they were."""
-        before = got.clone()
-        whole = torch.where(defined[:, None], wanted.to(got.dtype), before)
+        whole = got.clone()
+        if whole.element_size() == 1:  # not every dtype has an indexing kernel
+            whole.view(torch.uint8)[defined] = wanted.view(torch.uint8)[defined]
+        else:
+            whole[defined] = wanted[defined]
         self.world.expect(rank, what, got, whole)
 
     def cached_dispatch(self) -> None:
@@ -385,6 +429,26 @@ def test_dispatches_follow_each_other(variant: str) -> None:
         first.cached_dispatch()
         second.cached_dispatch()
         first.dispatch()
+        world.run(seed)
+
+
+@VARIANTS
+@pytest.mark.parametrize("cast", CASTS)
+def test_casts(cast: str, variant: str) -> None:
+    """On the way to peers and to this rank's own rows, from bfloat16 and float16."""
+    for seed, num_ranks in enumerate((1, 3)):
+        shape = Shape(
+            num_ranks=num_ranks,
+            variant=variant,
+            tokens=TOKENS[num_ranks],
+            cast=cast,
+            cast_f16=seed == 1,
+            column_major=cast in ("fp8", "fp8_ue8m0"),
+        )
+        world = World(shape, seed=seed)
+        route = world.route()
+        route.dispatch()
+        route.cached_dispatch()
         world.run(seed)
 
 

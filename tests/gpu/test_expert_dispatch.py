@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from epjit import Buffer, CommunicationError, Config
+from epjit.formats import CASTS
 from epjit.reference import Normal
 from tests.harness.data import ROUTING_KINDS, assert_rows_equal, to_device
 from tests.harness.ranks import SMALL, SMS, capture, line_up, meet, run_ranks, settle
@@ -38,9 +39,7 @@ def test_random_rounds(num_ranks: int, variant: str) -> None:
 
     def body(buffer: Buffer) -> None:
         for seed in range(rounds):
-            case = random_expert_round(
-                num_ranks, 1000 + seed, num_sms=SMS, max_tokens=TOKENS, casts=False
-            )
+            case = random_expert_round(num_ranks, 1000 + seed, num_sms=SMS, max_tokens=TOKENS)
             check_expert_round(buffer, case)
 
     run_ranks(num_ranks, body)
@@ -67,6 +66,30 @@ def test_model_shapes(num_ranks: int, variant: str) -> None:
             check_expert_round(buffer, case)
 
     run_ranks(num_ranks, body, num_nvl_bytes=32 << 20)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize("cast", CASTS)
+def test_casts(cast: str, num_ranks: int, variant: str) -> None:
+    """Rows of a model, from both dtypes."""
+    hidden = 512 if SMALL else 7168
+
+    def body(buffer: Buffer) -> None:
+        for seed, dtype in enumerate((torch.bfloat16, torch.float16)):
+            case = ExpertRound(
+                num_tokens=(TOKENS,) * num_ranks,
+                hidden=hidden,
+                num_experts=8 * num_ranks,
+                num_topk=8,
+                seed=seed,
+                cast=cast,
+                column_major=cast in ("fp8", "fp8_ue8m0") and seed == 0,
+                combine_dtype=dtype,
+                num_sms=SMS,
+            )
+            check_expert_round(buffer, case)
+
+    run_ranks(num_ranks, body)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])

@@ -102,16 +102,10 @@ _SHAPES: tuple[tuple[int, int, str | None, torch.dtype, torch.dtype], ...] = (
 )
 
 
-def random_expert_round(
-    num_ranks: int, seed: int, *, num_sms: int, max_tokens: int, casts: bool = True
-) -> ExpertRound:
-    """A round that differs from others in its routing and in much else; deterministic in `seed`.
-
-    Without `casts`, no rows are cast on the way.
-    """
+def random_expert_round(num_ranks: int, seed: int, *, num_sms: int, max_tokens: int) -> ExpertRound:
+    """A round that differs from others in its routing and in much else; deterministic in `seed`."""
     rng = random.Random(seed)
-    shapes = [each for each in _SHAPES if casts or each[2] not in CASTS]
-    hidden, num_topk, what, index_dtype, combine_dtype = rng.choice(shapes)
+    hidden, num_topk, what, index_dtype, combine_dtype = rng.choice(_SHAPES)
     num_tokens = tuple(
         0 if rng.random() < 0.1 else rng.randint(1, max_tokens) for _ in range(num_ranks)
     )

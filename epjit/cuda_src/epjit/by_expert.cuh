@@ -64,6 +64,17 @@ class ByExpert {
     }
   }
 
+  __device__ void store_scale_at(int64_t row, int i, uint32_t scale) const {
+    p.recv_scales[row * p.recv_scale_row_stride + i * p.recv_scale_stride] = scale;
+  }
+
+  // The same for scales of one byte, four a word.
+  __device__ void store_scale_byte(int64_t row, int i, uint32_t byte) const {
+    uint32_t* const word =
+        p.recv_scales + row * p.recv_scale_row_stride + i / 4 * p.recv_scale_stride;
+    reinterpret_cast<unsigned char*>(word)[i % 4] = static_cast<unsigned char>(byte);
+  }
+
   // Worst-case outputs have more tokens than the `num_rows` that arrive. By all threads of the grid.
   __device__ void fill_unused_rows(int num_rows) const {
     const int64_t last = static_cast<int64_t>(p.num_recv_rows) * kTopk;
@@ -83,7 +94,8 @@ class ByExpert {
       const int expert = unit / kParts, part = unit % kParts;
       const int start = expert == 0 ? 0 : p.ends[expert - 1];
       const int end = min(p.ends[expert], p.num_expert_rows);
-      for (int row = start + p.expert_counts[expert] + part; row < end; row += kParts) {
+      const int first = max(start + p.expert_counts[expert], 0);  // whatever a handle says
+      for (int row = first + part; row < end; row += kParts) {
         if (lane == 0) mark_unused(row, places);
         if (!p.zero_padding) continue;
         char* const zeros = p.recv_x + static_cast<int64_t>(row) * kRowBytes;
@@ -107,10 +119,6 @@ class ByExpert {
   __device__ void mark_unused(int row, bool places) const {
     if (places) p.source[row] = -1;
     if constexpr (kWeighted) p.recv_topk_weights[row] = 0.0f;
-  }
-
-  __device__ void store_scale_at(int64_t row, int i, uint32_t scale) const {
-    p.recv_scales[row * p.recv_scale_row_stride + i * p.recv_scale_stride] = scale;
   }
 
   const Params& p;

@@ -35,6 +35,10 @@
 // position [num_topk] i32, topk_weights [num_topk] f32 }; a cached dispatch knows the first two from
 // row_of, and sends none. Padding is filled by warps that have nothing else to do any more.
 //
+// With a format, rows of bf16 or fp16 are cast by the warps that stage them (cast.cuh), through registers:
+// the links carry cast rows and their scales, and so do slots. hidden_bytes and num_scales (words)
+// are of these.
+//
 // Stage   the first warps of a block: wait until the slots are free; x -> slots, and own tokens ->
 //         recv_x; then the word of each token to each peer (release)
 // Pull    all warps, when they have nothing to stage: wait for the words of a chunk of tokens
@@ -56,6 +60,7 @@
 //
 // Launch: any grid that is resident as a whole, dispatch_threads() threads. Graph-safe.
 #include "epjit/by_expert.cuh"
+#include "epjit/cast.cuh"
 #include "epjit/payload.cuh"
 #include "epjit/windows.cuh"
 
@@ -75,10 +80,12 @@ struct DispatchConfig {
   bool by_expert;         // rows by expert; num_topk is not 0
   bool is_cached;         // by_expert: along row_of of an earlier dispatch
   bool has_weights;       // by_expert: topk_weights travel
+  int32_t format;  // by_expert: that rows are cast to (cast.cuh); kBf16: they stay as they are
+  bool is_f16;     // rows that are cast are fp16, else bf16
 };
 
 struct DispatchParams : Operation {
-  const char* x;           // [num_tokens, hidden_bytes]
+  const char* x;           // [num_tokens, hidden_bytes], or what is cast to that
   const uint32_t* scales;  // [num_tokens, num_scales], strides below, in elements
   int64_t scale_token_stride;
   int64_t scale_stride;
@@ -106,6 +113,7 @@ struct DispatchParams : Operation {
   int32_t* source;                 // [num_expert_rows]; null when cached
   int64_t recv_scale_row_stride;   // of recv_scales, in elements
   int64_t recv_scale_stride;
+  const float* global_scale;  // [1], for kNvfp4
   // own [2 + 2 * num_ranks, one more by_expert]: ticket, next chunk, tokens pulled of (source, window
   // & 1), next part of the padding; zero on entry and on exit
   uint32_t* counters;
@@ -159,6 +167,8 @@ class Dispatch {
   static constexpr int kScales = kCfg.num_scales;
   static constexpr int kTopk = kCfg.num_topk;
   static constexpr bool kByExpert = kCfg.by_expert;
+  static constexpr bool kCasts = kCfg.format != kBf16;
+  static_assert(!kCasts || kByExpert);
   // Items that travel beside a row; a selection is one. By expert selections go first, alone: they
   // say which rows there are.
   static constexpr int kChoices = kByExpert && dispatch_choice_words(kCfg) > 0 ? kTopk : 0;
@@ -363,7 +373,7 @@ class Dispatch {
     const int num_warps = gridDim.x * p.num_stage_warps;
     const int rows = chunk_rows(p.num_tokens, num_warps);
     Chunk chunk = chunk_at((warp * gridDim.x + blockIdx.x) * rows, rows, own_start);
-    if (chunk.num_rows > 0) load_rows(chunk, 0);
+    if (!kCasts && chunk.num_rows > 0) load_rows(chunk, 0);
     if (!wait_for_places()) return false;
     if constexpr (kDirect) copier.acquired();
     while (chunk.num_rows > 0) {
@@ -374,18 +384,20 @@ class Dispatch {
 
       const int token = chunk.first + lane;
       if constexpr (kChoices > 0) stage_choices(chunk);
-      for (int first = 0; first < chunk.num_rows; first += kRows) {
+      if constexpr (kCasts) stage_casts(chunk);
+      for (int first = 0; !kCasts && first < chunk.num_rows; first += kRows) {
         store_here(first, chunk.own_row);
         for_each_slot([&](int reader) {
           copier.store(first, is_written(chunk, reader) ? destination(reader, token) : nullptr);
         });
         if (first + kRows < chunk.num_rows) load_rows(chunk, first + kRows);
       }
-      for_each_item<kItems>(chunk.num_rows, lane, [&](int row_lane, int item, bool valid) {
-        const int row_own = __shfl_sync(kFullMask, chunk.own_row, row_lane % kWarpSize);
-        const uint32_t readers = __shfl_sync(kFullMask, chunk.readers, row_lane % kWarpSize);
-        if (valid) stage_item({chunk.first + row_lane, 1, row_own, readers}, item);
-      });
+      for_each_item<kCasts ? 0 : kItems>(
+          chunk.num_rows, lane, [&](int row_lane, int item, bool valid) {
+            const int row_own = __shfl_sync(kFullMask, chunk.own_row, row_lane % kWarpSize);
+            const uint32_t readers = __shfl_sync(kFullMask, chunk.readers, row_lane % kWarpSize);
+            if (valid) stage_item({chunk.first + row_lane, 1, row_own, readers}, item);
+          });
       if (p.recv_src_idx != nullptr && chunk.own_row >= 0) p.recv_src_idx[chunk.own_row] = token;
       for_each_slot([&](int reader) {
         if (!has_room(reader) || !is_written(chunk, reader)) return;
@@ -397,7 +409,7 @@ class Dispatch {
       // The next rows are on their way while these are written and published. (Loading needs no
       // free slot, so nothing is waited for with tokens in hand that a peer may wait for.)
       const Chunk next = chunk_at(chunk.first + num_warps * rows, rows, own_start);
-      if (next.num_rows > 0) load_rows(next, 0);
+      if (!kCasts && next.num_rows > 0) load_rows(next, 0);
       if constexpr (kRanks > 1) publish(chunk);
       chunk = next;
     }
@@ -412,6 +424,56 @@ class Dispatch {
     else
       copier.store(first,
                    row >= 0 ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
+  }
+
+  // Rows of a chunk, cast: to their slots, and to the rows that their selections have here. A lane has
+  // 16 elements at a time, neighbours share a scale.
+  __device__ void stage_casts(const Chunk& chunk) const {
+    constexpr int kFormat = kCfg.format;
+    constexpr int kHidden = kCfg.hidden_bytes * (kFormat == kNvfp4 ? 2 : 1);
+    constexpr int kCastItems = kHidden / kCastElements;
+    constexpr int kLanes = kCasts ? format_block(kFormat) / kCastElements : 1;
+    constexpr bool kBytes = format_scale_bytes(kFormat) == 1;
+    static_assert(!kCasts || format_row_scale_bytes(kFormat, kHidden) == 4 * kScales);
+    const float global_scale = kFormat == kNvfp4 ? *p.global_scale : 0.0f;
+    for (int i = 0; i < chunk.num_rows; ++i) {
+      const Chunk token{chunk.first + i, 1, __shfl_sync(kFullMask, chunk.own_row, i),
+                        __shfl_sync(kFullMask, chunk.readers, i)};
+      if (token.own_row < 0 && token.readers == 0) continue;
+      const char* const x = p.x + static_cast<int64_t>(token.first) * (2 * kHidden);
+      const int own_row = lane < kTopk ? experts.row(token.own_row, lane) : -1;
+      const uint32_t own_rows = __ballot_sync(kFullMask, own_row >= 0);
+#pragma unroll 2
+      for (int item = lane; item - lane < kCastItems; item += kWarpSize) {
+        const bool is_one = item < kCastItems;
+        Vec16 pieces[2] = {};
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          if (is_one) pieces[j] = ptx::ld_v4(x + item * 32 + j * 16);
+        const CastItem cast = cast_item<kFormat, kCfg.is_f16>(pieces, global_scale);
+        const bool has_scale = is_one && item % kLanes == 0;
+        const int block = item / kLanes;
+        for_each_slot([&](int reader) {
+          if (!is_written(token, reader) || !is_one) return;
+          char* const to = slot(reader, p.rank, token.first);
+          store_cast<kFormat>(to, item, cast);
+          if (!has_scale) return;
+          if constexpr (kBytes)
+            to[kCfg.hidden_bytes + block] = static_cast<char>(cast.scale);
+          else
+            reinterpret_cast<uint32_t*>(to + kCfg.hidden_bytes)[block] = cast.scale;
+        });
+        for (uint32_t left = own_rows; left != 0; left &= left - 1) {
+          const int64_t row = __shfl_sync(kFullMask, own_row, __ffs(left) - 1);
+          if (is_one) store_cast<kFormat>(p.recv_x + row * kCfg.hidden_bytes, item, cast);
+          if (!has_scale) continue;
+          if constexpr (kBytes)
+            experts.store_scale_byte(row, block, cast.scale);
+          else
+            experts.store_scale_at(row, block, cast.scale);
+        }
+      }
+    }
   }
 
   // By expert: selections of the tokens of a chunk, to their slots, and placed where they are this
