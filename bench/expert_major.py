@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -112,8 +113,67 @@ def worker(
         config = configs.get(name.split(",")[0]) if part is not layer else None
         rates = case.rates(x, us, max(ceilings[config.num_sms].values())) if config else {}
         say(op=name, us=us, **rates)
+    if device == "cuda":
+        by_sms(case, settings, args, say, rows=got.x, handle=got.handle)
     moe.free_buffers()
     torch.distributed.destroy_process_group()
+
+
+def by_sms(
+    case: normal.Case,
+    settings: normal.Settings,
+    args: argparse.Namespace,
+    say: normal.Say,
+    *,
+    rows: Tensor,
+    handle: Any,
+) -> None:
+    """Cached dispatches by expert and combines, by SMs, beside both ceilings of the same run."""
+    import epjit
+    from epjit import moe
+    from epjit.bench.stores import Fan
+
+    group = case.group
+    buffer = moe.get_buffer(group, normal.row_bytes(rows))
+    x = torch.randn((args.tokens, args.hidden), device=rows.device, dtype=rows.dtype)
+    plain = buffer.dispatch(x, handle=handle.routing)[0]
+    ceilings = normal.measure_ceilings(group, settings, args.sms, say)
+    fan = Fan(group, normal.row_bytes(rows))
+    placed = handle.placement
+    num_selected, num_padded = int(placed.counts.sum()), int(placed.ends[-1])
+    say(op="rows here, with padding", us=0, rows=num_selected, padded=num_padded)
+    stores = max(1, min(4, round(num_selected / max(len(plain), 1))))
+    fp8 = normal.to_fp8(x)
+    weights = torch.rand(len(rows), device=rows.device, dtype=torch.float32)
+    for sms in args.sms:
+        config = epjit.Config(sms)
+        rate = fan.stored_bytes(stores) / fan.us(stores, min(settings.ranks - 1, 1), sms)
+        calls: dict[str, Callable[[], Any]] = {
+            "dispatch": partial(buffer.dispatch, x, handle=handle.routing, config=config),
+            "combine": partial(buffer.combine, plain, handle.routing, config=config),
+            "combine by expert": partial(buffer.expert_combine, rows, handle, config=config),
+            "combine by expert, weights": partial(
+                buffer.expert_combine, rows, handle, row_weights=weights, config=config
+            ),
+        }
+        by_expert = partial(buffer.expert_dispatch, handle=handle, config=config)
+        calls["dispatch by expert, cached, cast=fp8"] = partial(by_expert, x, cast="fp8")
+        calls["dispatch by expert, cached, of fp8 rows"] = partial(by_expert, fp8)
+        for zeros in (True, False):
+            calls[f"dispatch by expert, cached, zero_padding={zeros}"] = partial(
+                by_expert, x, zero_padding=zeros
+            )
+        for name, call in calls.items():
+            us, host_us = timing.timed(call, group)
+            facts = {"sms": sms, "us": us, "host_us": host_us}
+            if "zero_padding" in name:
+                number = num_padded if "True" in name else num_selected
+                facts["stores_us"] = number * normal.row_bytes(rows) / rate
+            best = max(ceilings[sms].values())
+            if best and "fp8" not in name:
+                facts["links_us"] = case.remote_rows * normal.row_bytes(rows) / best / 1e3
+            say(op=f"{name}, timed", **facts)
+    fan.close()
 
 
 def show(row: timing.Row) -> None:
@@ -124,7 +184,14 @@ def show(row: timing.Row) -> None:
     sms = f", {row['sms']} SMs" if "sms" in row else ""
     rate = f": {row['remote_GBps']} GB/s" if "remote_GBps" in row else ""
     ratio = f", {row['ratio']} of the ceiling" if row.get("ratio") else ""
-    print(f"{row['us']:10.1f} us  {row['op']}{sms}{rate}{ratio}", flush=True)
+    beside = [
+        f"{name} {row[key]:.0f} us"
+        for name, key in (("stores", "stores_us"), ("links", "links_us"))
+        if key in row
+    ]
+    beside += [f"{row['rows']} rows, {row['padded']} with padding"] if "rows" in row else []
+    ceilings = f"; {', '.join(beside)}" if beside else ""
+    print(f"{row['us']:10.1f} us  {row['op']}{sms}{rate}{ratio}{ceilings}", flush=True)
 
 
 def main() -> None:
@@ -137,6 +204,7 @@ def main() -> None:
     parser.add_argument("--topk", type=int, default=8)
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--alignment", type=int, default=128)
+    parser.add_argument("--sms", type=int, nargs="+", default=[20, 24, 32, 48])
     args = parser.parse_args()
     try:
         ranks, device = timing.ranks_and_device(args.ranks)

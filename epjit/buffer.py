@@ -13,6 +13,7 @@ from epjit import env, signatures, tuned
 from epjit.buffer_runtime import BufferRuntime
 from epjit.calls import Bias, CombineTensors, DispatchTensors, Payload, Settings, Setup
 from epjit.checks.construction import agree_on_settings, check_settings, check_topology
+from epjit.checks.expert_major import ExpertChecks
 from epjit.checks.low_latency import (
     LowLatencyChecks,
     check_flags,
@@ -20,7 +21,7 @@ from epjit.checks.low_latency import (
     check_rank,
 )
 from epjit.checks.match import check_runs
-from epjit.checks.normal import NormalChecks, check_warmup, part_of
+from epjit.checks.normal import check_warmup, part_of
 from epjit.checks.values import ValueChecks
 from epjit.config import (
     Config,
@@ -30,7 +31,14 @@ from epjit.config import (
 )
 from epjit.event import EventHandle, EventOverlap
 from epjit.formats import choose_format
-from epjit.handles import GivenHandle, GivenLowLatencyHandle, Handle, LowLatencyHandle
+from epjit.handles import (
+    ExpertHandle,
+    GivenExpertHandle,
+    GivenHandle,
+    GivenLowLatencyHandle,
+    Handle,
+    LowLatencyHandle,
+)
 from epjit.kernels import low_latency
 from epjit.kernels.shapes import warmup_shapes
 from epjit.life import Life, Resources, give_back_left, watch
@@ -222,7 +230,7 @@ class Buffer(Life):
             "device": self.device,
             "values": values,
         }
-        self._checks = NormalChecks(
+        self._checks = ExpertChecks(
             **common,
             num_sms=self._mode.num_sms,
             dispatch_config=self.get_dispatch_config,
@@ -639,6 +647,149 @@ class Buffer(Life):
     # V1's names for a group that spans nodes; there `dispatch` and `combine` lead to them.
     internode_dispatch = dispatch
     internode_combine = combine
+
+    # ---- rows by expert --------------------------------------------------------------------------
+
+    def expert_dispatch(
+        self,
+        x: Payload,
+        topk_idx: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        *,
+        num_experts: int | None = None,
+        handle: GivenExpertHandle | None = None,
+        expert_alignment: int = 1,
+        num_worst_tokens: int = 0,
+        num_expert_rows: int = 0,
+        zero_padding: bool = False,
+        column_major_scales: bool = False,
+        cast: str | None = None,
+        global_scale: Tensor | None = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Payload, Tensor | None, ExpertHandle, EventOverlap]:
+        """Sends each token to each expert it chose: rows in the order that a grouped product takes.
+
+        The rows of expert 0, padding up to a multiple of the alignment, the rows of expert 1, ...;
+        of an expert by source rank, then by token, then by choice. A repeated choice has a row of
+        its own. A token still crosses the links once a rank. With `handle` (a cached dispatch)
+        another payload goes to the rows of an earlier dispatch, by `handle.placement.row_of`.
+
+        Args:
+            x: As in `dispatch`; bfloat16 or float16 `[T, H]` with `cast`.
+            topk_idx: int64 or int32 `[T, K]`, `K <= 32`; anything outside `[0, E)` is no choice.
+            topk_weights: float32 `[T, K]`, or None on all ranks.
+            num_experts: `E`, a multiple of `R`; with `topk_idx`.
+            handle: From an earlier expert dispatch; then no `topk_idx` and no sizes.
+            expert_alignment: Each expert's rows are padded to a multiple of it.
+            num_worst_tokens: 0: the host waits for the number of rows. Or tokens that there is room
+                for, as in `dispatch`; then sizes are static and the host does not wait.
+            num_expert_rows: With `num_worst_tokens`: rows of the outputs. Choices that do not fit
+                are dropped, and `handle.placement.counts` counts them too. 0 = always enough.
+            zero_padding: Rows and scales of the padding are zeros; else undefined.
+            column_major_scales: Scales of 4 bytes lie column by column, each padded to 16 bytes.
+            cast: None, or the format that rows are cast to before they cross the links: ``"fp8"``,
+                ``"fp8_round"``, ``"fp8_ue8m0"``, ``"mxfp8"``, ``"nvfp4"`` (`epjit.formats`).
+            global_scale: float32 `[1]`, greater than 0, with nvfp4 only, the same on all ranks.
+            config: Only `num_sms` matters; None is `get_dispatch_config`.
+            previous_event: Waited for instead of the current stream. Outputs then belong to
+                the communication stream, and torch's allocator knows who else uses them.
+            async_finish: Return an event instead of making the current stream wait.
+            allocate_on_comm_stream: V1's flag, which `previous_event` includes.
+
+        Returns:
+            Rows `[m, H]` (with scales: a tuple with `[m, S]`), weights float32 `[m]` (0 where no
+            choice is) or None, the handle, the event. Behind the last expert, whose end is
+            `handle.placement.ends[-1]`, rows and scales are undefined. A cached one returns the
+            handle that it was given.
+
+        Raises:
+            TypeError, ValueError: Arguments that do not fit; nothing was launched.
+            NotImplementedError: No kernel does it on this GPU.
+            RuntimeError: Needs the host to wait, while a CUDA graph is captured.
+            CommunicationError: A peer did not come, now or in an earlier operation.
+        """
+        self._check_alive()
+        sizes = (
+            as_int("expert_alignment", expert_alignment, least=1),
+            as_int("num_worst_tokens", num_worst_tokens, least=0),
+            as_int("num_expert_rows", num_expert_rows, least=0),
+        )
+        call = self._checks.expert_dispatch(
+            x,
+            handle,
+            topk_idx,
+            topk_weights,
+            None if num_experts is None else as_int("num_experts", num_experts),
+            sizes,
+            zero_padding=zero_padding,
+            column_major_scales=column_major_scales,
+            cast=cast,
+            global_scale=global_scale,
+            config=config,
+            after=previous_event,
+        )
+        with (
+            self._entered(),
+            self._streams.scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
+        ):
+            received, used = self._mode.expert_dispatch(scope, call)
+            event = scope.finish(call, (received, used))
+        rows, scales, weights, made = received
+        return _payload(rows, scales), weights, made, event
+
+    def expert_combine(
+        self,
+        rows: Tensor,
+        handle: GivenExpertHandle,
+        *,
+        row_weights: Tensor | None = None,
+        topk_weights: Tensor | None = None,
+        bias: Bias = None,
+        config: Config | None = None,
+        previous_event: EventOverlap | None = None,
+        async_finish: bool = False,
+        allocate_on_comm_stream: bool = False,
+    ) -> tuple[Tensor, Tensor | None, EventOverlap]:
+        """Brings rows by expert back to the ranks of their tokens and sums them.
+
+        Each rank adds the rows that a token has there in fp32, in the order of its choices, and
+        rounds the sum once; these sums are added as `combine` adds rows. The host does not wait.
+
+        Args:
+            rows: bfloat16 or float16 `[m, H]`, of any length: only the rows that
+                `handle.placement.row_of` names are read.
+            handle: From the expert dispatch; it stays valid.
+            row_weights: float32, one a row, which the rows are multiplied with, or None.
+            topk_weights: float32, one a row, which comes back as it is, or None.
+            bias: `[T, H]` of the dtype of `rows`, or a pair of them, or None.
+            config: Only `num_sms` matters; None is `get_combine_config`.
+            previous_event: Waited for instead of the current stream. Outputs then belong to
+                the communication stream, and torch's allocator knows who else uses them.
+            async_finish: Return an event instead of making the current stream wait.
+            allocate_on_comm_stream: V1's flag, which `previous_event` includes.
+
+        Returns:
+            `[T, H]`; float32 `[T, K]` with what `topk_weights` has for each choice (0 where it has
+            no row), or None; the event.
+
+        Raises:
+            TypeError, ValueError: Arguments that do not fit; nothing was launched.
+            NotImplementedError: No kernel does it on this GPU.
+            CommunicationError: An earlier operation of this buffer failed.
+        """
+        self._check_alive()
+        call = self._checks.expert_combine(
+            rows, handle, row_weights, topk_weights, bias, config, after=previous_event
+        )
+        with (
+            self._entered(),
+            self._streams.scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
+        ):
+            combined = self._mode.expert_combine(scope, call)
+            return *combined, scope.finish(call, combined)
 
     # ---- low latency -----------------------------------------------------------------------------
 

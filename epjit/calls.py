@@ -185,6 +185,37 @@ class ElasticCombine(NamedTuple):
     num_sms: int
 
 
+class ExpertDispatch(NamedTuple):
+    """`expert_dispatch`, along new choices or, with `handle`, cached: without `topk_idx`."""
+
+    x: Tensor
+    scales: Tensor | None
+    topk_idx: Tensor | None
+    topk_weights: Tensor | None
+    handle: OwnHandle | None
+    num_experts: int
+    expert_alignment: int
+    num_worst_tokens: int
+    num_expert_rows: int
+    zero_padding: bool
+    column_major_scales: bool
+    row_format: RowFormat | None  # that rows are cast to; None: they stay as they are
+    global_scale: Tensor | None
+    num_sms: int
+
+
+class ExpertCombine(NamedTuple):
+    """`expert_combine`."""
+
+    rows: Tensor
+    row_weights: Tensor | None
+    topk_weights: Tensor | None
+    bias_0: Tensor | None
+    bias_1: Tensor | None
+    handle: OwnHandle
+    num_sms: int
+
+
 # ---- low latency --------------------------------------------------------------------------------
 
 

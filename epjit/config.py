@@ -14,6 +14,9 @@ from epjit.sizes import align
 MAX_RANKS = topology.MAX_LOCAL  # of one NVLink domain
 MAX_DOMAINS = topology.MAX_DOMAINS
 MAX_GROUP = MAX_RANKS * MAX_DOMAINS
+MAX_EXPERTS_BY_EXPERT = (
+    2048  # of all ranks, in calls on rows by expert (layout.cu: masks in shared)
+)
 MAX_TOKENS = (1 << 24) - 2  # a word of the protocol has 24 bits for a position (sync.cuh)
 MAX_TOPK = 32  # one lane of a warp a choice
 MAX_ROW_BYTES = 32768

@@ -1,8 +1,9 @@
-"""Formats of the rows that low-latency dispatch delivers: sizes, dtypes, formulas, `dequantize`.
+"""Formats of the rows that a dispatch delivers: sizes, dtypes, formulas, `dequantize`.
 
-A row of `H` bfloat16 channels is cast by the sender. Blocks of neighbouring channels share a scale;
-`amax` is the largest magnitude of a block. Every step below is one IEEE operation in float32
-(round to nearest even, subnormals kept), so a result is defined bit for bit for finite rows:
+A row of `H` bfloat16 (in `expert_dispatch` also float16) channels is cast by the sender. Blocks of
+neighbouring channels share a scale; `amax` is the largest magnitude of a block. Every step below is
+one IEEE operation in float32 (round to nearest even, subnormals kept), so a result is defined bit
+for bit for finite rows:
 
 - `e4m3(v)` and `e2m1(v)` round to nearest even and saturate at 448 and 6; zeros keep their sign.
 - `up(v)` is the least power of two that is not below `v`: bits `(b + 0x7fffff) & 0x7f800000`.
@@ -148,6 +149,9 @@ NVFP4 = RowFormat(
 
 FORMATS = (BF16, FP8, FP8_ROUND, FP8_UE8M0, MXFP8, NVFP4)
 """All formats, by code."""
+
+CASTS = {each.name: each for each in FORMATS if each is not BF16}
+"""The formats that `expert_dispatch` casts rows to, by name."""
 
 _QUANTIZATIONS = {each.name: each for each in (MXFP8, NVFP4)}
 

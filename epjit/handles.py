@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple, TypeAlias
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -263,6 +263,60 @@ class Placement(NamedTuple):
             vector(torch.int32, num_experts),
             vector(torch.int32, num_experts),
         )
+
+
+def row_bound(num_tokens: int, num_topk: int, num_experts: int, alignment: int) -> int:
+    """Rows that are always enough: every selection of every token here, and all paddings.
+
+    Args:
+        num_tokens: `n`; may be symbolic.
+        num_topk: `K`.
+        num_experts: `E` of this rank.
+        alignment: Of each expert's rows.
+    """
+    # All of a token's selections may be here, also more than there are experts: one may repeat.
+    rows = num_tokens * num_topk + num_experts * (alignment - 1)
+    return (rows + alignment - 1) // alignment * alignment
+
+
+class ExpertHandle(NamedTuple):
+    """The handle of an expert dispatch, for its combine and for a cached one; all state is tensors.
+
+    Attributes:
+        routing: Of the tokens: the handle that a dispatch in the order of the sources has.
+        placement: Of their choices. A cached dispatch and a combine go by `row_of` alone.
+    """
+
+    routing: Handle
+    placement: Placement
+
+    @property
+    def num_rows(self) -> int:
+        """`M`."""
+        return self.placement.source.shape[0]
+
+
+GivenExpertHandle: TypeAlias = Sequence[Any]
+"""As callers may pass it: also lists, or tuples without names."""
+
+
+class ExpertDispatched(NamedTuple):
+    """Results of an expert dispatch on one rank: `M` rows, by expert, source rank, token, choice.
+
+    Attributes:
+        rows: `[M, H]` as they were sent, or `[M, num_columns]` of the format that they were cast
+            to. Padding is zeros if that was asked for, else undefined; so is what lies behind the
+            last expert.
+        scales: `[M, S]` or None, likewise; row by row, or column by column, each padded to 16
+            bytes.
+        weights: float32 `[M]`, 0 where no choice is; or None.
+        handle: Of the routing.
+    """
+
+    rows: Tensor
+    scales: Tensor | None
+    weights: Tensor | None
+    handle: ExpertHandle
 
 
 # ---- DeepEP 2's interface ------------------------------------------------------------------------

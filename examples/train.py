@@ -47,8 +47,8 @@ class Layer(nn.Module):
             x, *self.route(x), num_experts=self.num_experts, group=self.group, **static
         )
         y = F.silu(moe.grouped_mm(got.x, self.up, got.ends))
-        y = moe.grouped_mm(y, self.down, got.ends) * got.weights[:, None]
-        return moe.combine(y, got.handle, group=self.group)
+        y = moe.grouped_mm(y, self.down, got.ends)
+        return moe.combine(y, got.handle, weights=got.weights, group=self.group)
 
     def dense(self, x: Tensor) -> Tensor:
         """The same with the experts of all ranks here, one after the other."""

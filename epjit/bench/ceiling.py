@@ -1,4 +1,4 @@
-"""The link ceiling: what a plain bulk copy to all peers at once reaches with the same SMs."""
+"""Ceilings: plain copies to all peers at once, and rows that are loaded once and stored often."""
 
 from __future__ import annotations
 
@@ -60,11 +60,51 @@ def copy_config(arch: str, *, num_ranks: int, pull: bool) -> CopyConfig:
     )
 
 
-def example_configs(arch: str) -> list[CopyConfig]:
+@dataclass(frozen=True, kw_only=True)
+class FanConfig(KernelConfig, source="bench/fan.cu", tag="bench_k{0.num_stores}"):
+    """Compile-time values of `bench/fan.cu`.
+
+    Attributes:
+        num_warps: warps of a block; each has two rows of shared memory.
+        row_bytes: bytes of a row, a multiple of 128.
+        num_stores: of each row.
+        bulk: stores are bulk copies, else 16 bytes a lane.
+    """
+
+    num_warps: int
+    row_bytes: int
+    num_stores: int
+    bulk: bool
+
+    @property
+    def shared_bytes(self) -> int:
+        """Dynamic shared memory of a block."""
+        return self.num_warps * _STAGES * (self.row_bytes + _MBARRIER_BYTES)
+
+
+def fan_config(arch: str, *, num_stores: int, bulk: bool, row_bytes: int = 14336) -> FanConfig:
+    """As many warps as shared memory has rows for.
+
+    Args:
+        arch: `sm_90` or newer.
+        num_stores: of each row.
+        bulk: stores are bulk copies.
+        row_bytes: bytes of a row.
+    """
+    fitting = gpu.shared_limit(arch) // (_STAGES * (row_bytes + _MBARRIER_BYTES))
+    return FanConfig(
+        num_warps=min(16, fitting), row_bytes=row_bytes, num_stores=num_stores, bulk=bulk
+    )
+
+
+def example_configs(arch: str) -> list[CopyConfig | FanConfig]:
     """Kernels for the compile test; none where there are no bulk copies (before sm_90)."""
     if arch_number(arch) < 90:
         return []
-    return [copy_config(arch, num_ranks=4, pull=pull) for pull in (False, True)]
+    return [
+        *[copy_config(arch, num_ranks=4, pull=pull) for pull in (False, True)],
+        *[fan_config(arch, num_stores=4, bulk=bulk) for bulk in (False, True)],
+    ]
 
 
 class LinkCopy:

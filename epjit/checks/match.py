@@ -9,14 +9,20 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from epjit.config import MAX_ROW_BYTES, MAX_TOPK, check_row_bytes
-from epjit.handles import InternodeHandle, IntranodeHandle, LowLatencyHandle
+from epjit.handles import (
+    ExpertHandle,
+    InternodeHandle,
+    IntranodeHandle,
+    LowLatencyHandle,
+    Placement,
+)
 
 if TYPE_CHECKING:
     from epjit.checks.values import ValueChecks
 
 K = TypeVar("K")
 V = TypeVar("V")
-H = TypeVar("H", IntranodeHandle, InternodeHandle, LowLatencyHandle)
+H = TypeVar("H", IntranodeHandle, InternodeHandle, LowLatencyHandle, ExpertHandle, Placement)
 INDEX_DTYPES = (torch.int64, torch.int32)
 MOST_REMEMBERED = 4096  # a few MB
 

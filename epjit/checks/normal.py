@@ -144,7 +144,7 @@ class NormalChecks(Checks):
         """Everything that `combine` takes."""
         own = self._handle(handle, num_tokens=None)
         num_tokens = own.num_tokens
-        bias_0, bias_1 = pair(bias) if isinstance(bias, tuple) else (bias, None)
+        bias_0, bias_1 = pair_of(bias) if isinstance(bias, tuple) else (bias, None)
         self._returned(x, topk_weights, bias_0, bias_1, own.num_rows, num_tokens)
         num_sms = self._sms(config, self.combine_config, x, num_tokens)
         call = calls.Combine(x, topk_weights, bias_0, bias_1, own, num_sms)
@@ -219,11 +219,7 @@ class NormalChecks(Checks):
         """The tensors of a combine along with a handle of so many rows and tokens."""
         arguments = (signature(x, topk_weights, bias_0, bias_1), num_rows, num_tokens)
         if arguments in self._passed:
-            check_aligned("x", x)
-            if bias_0 is not None:
-                check_aligned("bias_0", bias_0)
-            if bias_1 is not None:
-                check_aligned("bias_1", bias_1)
+            self._addresses(x=x, bias_0=bias_0, bias_1=bias_1)
             return
         floats = (torch.bfloat16, torch.float16)
         self._rows("x", x, num_rows, floats, "one row for each row of the dispatch")
@@ -231,11 +227,27 @@ class NormalChecks(Checks):
             shape, why = (num_rows, "num_topk"), "one row for each row of x"
             self._check("topk_weights", topk_weights, shape, torch.float32, why)
             check_topk(topk_weights)
-        for name, value in (("bias_0", bias_0), ("bias_1", bias_1)):
+        self._biases((bias_0, bias_1), x, num_tokens)
+        remember(self._passed, arguments, True)
+
+    def _biases(
+        self,
+        biases: tuple[torch.Tensor | None, torch.Tensor | None],
+        x: torch.Tensor,
+        num_tokens: int,
+    ) -> None:
+        """Biases of sums of rows like those of x."""
+        for name, value in zip(("bias_0", "bias_1"), biases, strict=True):
             if value is not None:
                 why = "one row for each token of this rank"
                 self._rows(name, value, num_tokens, (x.dtype,), why, x.shape[1])
-        remember(self._passed, arguments, True)
+
+    @staticmethod
+    def _addresses(**rows: torch.Tensor | None) -> None:
+        """Checks the addresses of rows that have passed: nothing else is looked at again."""
+        for name, each in rows.items():
+            if each is not None:
+                check_aligned(name, each)
 
     def _handle(self, handle: GivenHandle, *, num_tokens: int | None) -> OwnHandle:
         """The handle with names, of the type of this Buffer's mode."""
@@ -382,10 +394,10 @@ def rows_and_scales(x: Payload) -> tuple[torch.Tensor, torch.Tensor | None]:
     return x
 
 
-def pair(
+def pair_of(
     bias: tuple[torch.Tensor | None, torch.Tensor | None],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """A tuple of biases, which must be two."""
+    """A tuple of biases, which has two."""
     if len(bias) != 2:
         raise ValueError(f"bias is a tuple of {len(bias)}, expected one tensor or a tuple of two")
     return bias

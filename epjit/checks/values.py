@@ -16,7 +16,14 @@ import torch
 
 from epjit import calls, env
 from epjit.event import EventOverlap
-from epjit.handles import Handle, InternodeHandle, IntranodeHandle, dispatched_sizes, routes
+from epjit.handles import (
+    ExpertHandle,
+    Handle,
+    InternodeHandle,
+    IntranodeHandle,
+    dispatched_sizes,
+    routes,
+)
 from epjit.reference import internode, intranode
 from epjit.runtime.topology import Topology
 
@@ -89,6 +96,29 @@ class ValueChecks:
     def combine(self, call: calls.Combine, *, after: EventOverlap | None) -> None:
         """A handle of the normal mode."""
         self._check_handle(call.handle, self._on_host(after, *call.handle))
+
+    def expert_dispatch(self, call: calls.ExpertDispatch, *, after: EventOverlap | None) -> None:
+        """Choices and weights; or a handle. Rows that are cast are finite."""
+        if call.handle is not None:
+            self._check_expert_handle(call.handle, after)
+        for rows, idx, weights in self._on_host(after, call.x, call.topk_idx, call.topk_weights):
+            if idx is not None:
+                _check_choices(idx, call.num_experts)
+            if idx is not None and weights is not None:
+                _check_finite("topk_weights", weights, idx >= 0)
+            if call.row_format is not None:
+                _check_finite("x", rows)
+
+    def expert_combine(self, call: calls.ExpertCombine, *, after: EventOverlap | None) -> None:
+        """A handle of rows by expert."""
+        self._check_expert_handle(call.handle, after)
+
+    def _check_expert_handle(self, handle: ExpertHandle, after: EventOverlap | None) -> None:
+        routing, (row_of, source, _, _) = handle
+        self._check_handle(routing, self._on_host(after, *routing))
+        for rows, selections in self._on_host(after, row_of, source):
+            _check_range("handle.placement.row_of", rows, -1, len(source) - 1)
+            _check_range("handle.placement.source", selections, -1, row_of.numel() - 1)
 
     def low_latency_dispatch(self, call: calls.LowLatencyDispatch) -> None:
         """Rows and choices."""

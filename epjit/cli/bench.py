@@ -21,6 +21,8 @@ _COLUMNS = {
     "us": "us",
     "host_us": "host us",
     "remote_GBps": "NVLink GB/s",
+    "stored_GBps": "stored GB/s",
+    "stored_GBps_an_sm": "an SM",
     "ratio": "of ceiling",
     "speedup": "epjit faster",
 }
@@ -37,6 +39,10 @@ def bench(
     ] = None,
     low_latency: Annotated[
         bool, typer.Option("--low-latency", help="The low-latency calls instead.")
+    ] = False,
+    stores: Annotated[
+        bool,
+        typer.Option("--stores", help="The ceiling of rows by expert instead: several stores."),
     ] = False,
     sms: Annotated[list[int], typer.Option(help="Even; once for each.")] = [24, 12],  # noqa: B006
     sweep: Annotated[bool, typer.Option(help="4 to 32 SMs at the most tokens.")] = False,
@@ -56,6 +62,7 @@ def bench(
     """Time every operation; on the CPU backend where there is no GPU."""
     from epjit.bench import low_latency as low_latency_bench
     from epjit.bench import normal
+    from epjit.bench import stores as stores_bench
     from epjit.bench.timing import ranks_and_device
 
     num_ranks, device = ranks_and_device(ranks)
@@ -75,15 +82,18 @@ def bench(
     )
     # Whatever a run of minutes would end with is tried before it starts.
     check_modules(settings.compare)
+    if low_latency and stores:
+        raise ValueError("--low-latency and --stores are two runs; pass one of them")
     if plot is not None:
-        if low_latency:
-            raise ValueError("--plot draws GB/s against SMs, which --low-latency does not vary")
+        if low_latency or stores:
+            raise ValueError("--plot draws what the normal mode sends, which this does not measure")
         new_figure()[0].savefig(plot)
     if json_file is not None:
         json_file.write_text("")
     if device == "cpu":
         typer.echo("this is the CPU backend, whose times say nothing", err=True)
-    rows = measured(low_latency_bench.run if low_latency else normal.run, settings, json_file)
+    run = low_latency_bench.run if low_latency else stores_bench.run if stores else normal.run
+    rows = measured(run, settings, json_file)
     print_table(rows)
     if plot is not None:
         draw(rows, plot)

@@ -63,6 +63,16 @@ class UnpermuteConfig(
 
 
 @dataclass(frozen=True)
+class WeighConfig(KernelConfig, source="expert_major/weigh.cu", tag="moe_h{0.row_bytes}"):
+    """Config of the weigh kernel."""
+
+    threads: ClassVar[int] = 512
+
+    row_bytes: int
+    is_f16: bool
+
+
+@dataclass(frozen=True)
 class BlankConfig(KernelConfig, source="expert_major/blank.cu", tag="moe"):
     """Config of the blank kernel."""
 
@@ -82,6 +92,7 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
     for row_bytes in (16, 7168, 14336, MAX_ROW_BYTES):
         for variant in variants.names("permute", arch):
             yield PermuteConfig.choose(row_bytes, variant=variant, limit=limit)
+        yield WeighConfig(row_bytes, is_f16=row_bytes == 7168)
         for num_topk in (1, 8, MAX_TOPK):
             yield UnpermuteConfig(row_bytes, num_topk, is_f16=num_topk == 1)
 
@@ -103,6 +114,7 @@ def kernels_of(
         PlaceConfig(num_experts, topk_is_int64),
         permute_config(row_bytes, arch),
         UnpermuteConfig(row_bytes, num_topk, is_f16),
+        WeighConfig(row_bytes, is_f16),
         BlankConfig(),
     ]
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 
 class DispatchShape(NamedTuple):
@@ -35,6 +35,52 @@ class CombineShape(NamedTuple):
     num_topk: int
     is_f16: bool
     choice_bits: int = 0
+
+
+class ExpertDispatchShape(NamedTuple):
+    """Identifies a kernel of dispatch by expert; equal on all ranks.
+
+    Attributes:
+        hidden_bytes: Of a row as it travels.
+        num_scales: Words of scales a token.
+        num_topk: Choices a token.
+        topk_is_int64: Their width; True when cached.
+        is_cached: Whether rows go along a handle.
+        has_weights: Whether weights travel.
+        format: Code of the format that rows are cast to; 0 = they stay as they are.
+        is_f16: With a format: rows are float16 before, else bfloat16.
+    """
+
+    hidden_bytes: int
+    num_scales: int
+    num_topk: int
+    topk_is_int64: bool
+    is_cached: bool
+    has_weights: bool
+    format: int = 0
+    is_f16: bool = False
+
+
+class ExpertCombineShape(NamedTuple):
+    """Identifies a kernel of combine of rows by expert; equal on all ranks.
+
+    Attributes:
+        hidden_bytes: Of a row.
+        num_topk: Choices a token.
+        is_f16: float16 rows, else bfloat16.
+        is_weighted: Whether rows are multiplied with weights.
+        has_weights: Whether weights go back.
+    """
+
+    hidden_bytes: int
+    num_topk: int
+    is_f16: bool
+    is_weighted: bool
+    has_weights: bool
+
+
+AnyShape: TypeAlias = DispatchShape | CombineShape | ExpertDispatchShape | ExpertCombineShape
+"""Of the normal mode in one NVLink domain."""
 
 
 def warmup_shapes(

@@ -20,6 +20,8 @@ from epjit.calls import (
     CombineSizes,
     Counts,
     Dispatch,
+    ExpertCombine,
+    ExpertDispatch,
     LowLatencyCombine,
     LowLatencyDispatch,
     Routing,
@@ -28,15 +30,25 @@ from epjit.calls import (
 )
 from epjit.handles import (
     Dispatched,
+    ExpertDispatched,
+    ExpertHandle,
     Handle,
     InternodeHandle,
     IntranodeHandle,
     LowLatencyDispatched,
     LowLatencyHandle,
+    Placement,
+    row_bound,
     rows_in,
 )
-from epjit.modes.normal import combine_shape, dispatch_shape, no_room
-from epjit.reference import Normal, internode, low_latency
+from epjit.modes.normal import (
+    combine_shape,
+    dispatch_shape,
+    expert_combine_shape,
+    expert_dispatch_shape,
+    no_room,
+)
+from epjit.reference import Normal, expert_major, internode, low_latency
 from epjit.reference.intranode import RankInput, local_choices
 from epjit.runtime.empty import empty_on
 from epjit.runtime.fault import Overflow
@@ -149,18 +161,7 @@ class CpuNormal:
             expert_alignment=call.expert_alignment,
             num_worst_tokens=[int(tensors[-1]) for tensors in worlds],
         )
-        handle = received.handle
-        if isinstance(handle, InternodeHandle):
-            self._check_room(
-                "tokens pass into the NVLink domain through",
-                came=int(handle.recv_rdma_rank_prefix_sum[-1]),
-                room=handle.num_passing,
-            )
-        self._check_room(
-            "rows come to",
-            came=sum(int(each.is_token_in_rank[:, rank].sum()) for each in inputs),
-            room=received.recv_x.shape[0],
-        )
+        self._check_rooms(inputs, received.handle)
         return received
 
     def _check_counts(self, routing: Routing) -> None:
@@ -175,6 +176,18 @@ class CpuNormal:
                     f"{name}={count.tolist()} contradicts is_token_in_rank, which says "
                     f"{sent.sum(dim=0).tolist()}; pass both from one get_dispatch_layout call"
                 )
+
+    def _check_rooms(self, inputs: list[RankInput], handle: Handle | None) -> None:
+        """Remembers what more came than there was room for."""
+        assert handle is not None
+        if isinstance(handle, InternodeHandle):
+            self._check_room(
+                "tokens pass into the NVLink domain through",
+                came=int(handle.recv_rdma_rank_prefix_sum[-1]),
+                room=handle.num_passing,
+            )
+        came = sum(int(each.is_token_in_rank[:, self._group.rank].sum()) for each in inputs)
+        self._check_room("rows come to", came=came, room=handle.num_rows)
 
     def _check_room(self, what: str, *, came: int, room: int) -> None:
         """Remembers what a kernel would report (`WaitTag` of sync.cuh)."""
@@ -222,6 +235,129 @@ class CpuNormal:
         weights = None if topk_weights is None else [tensors[1] for tensors in worlds]
         rank, biases = self._group.rank, (bias_0, bias_1)
         return self._reference.combine(xs, handles, rank, weights, biases, order)
+
+    @torch.no_grad()
+    def expert_dispatch(
+        self, scope: AnyScope, call: ExpertDispatch
+    ) -> tuple[ExpertDispatched, tuple[Tensor, ...]]:
+        """Sends a row for each choice, along new choices or along a handle."""
+        del scope
+        x, scales, topk_idx, topk_weights, handle, num_experts, *_ = call
+        row_format, global_scale = call.row_format, call.global_scale
+        facts: dict[str, object] = {
+            "cast": None if row_format is None else row_format.name,
+            "global_scale": None if global_scale is None else float(global_scale),
+            "topk_weights": "some" if topk_weights is not None else "none",
+        }
+        self._chosen.check(expert_dispatch_shape(call), call.num_sms)
+        if row_format is not None:
+            x, scales = low_latency.encode(x, row_format, global_scale)
+        facts |= _payload_facts(x, scales)
+        if handle is not None:
+            cached = self._cached_expert_dispatch(
+                facts,
+                (x, scales, topk_weights),
+                handle,
+                column_major_scales=call.column_major_scales,
+            )
+            return cached, ()
+        assert topk_idx is not None
+        facts |= {
+            "num_experts": num_experts,
+            "num_topk": topk_idx.shape[1],
+            "topk_idx dtype": topk_idx.dtype,
+        }
+        room = torch.tensor(call.num_worst_tokens, device="cpu")
+        worlds = _exchange(
+            self._group, "expert_dispatch", facts, (x, scales, topk_idx, topk_weights, room)
+        )
+        inputs = []
+        for each_x, each_scales, idx, weights, _ in worlds:
+            _, _, per_expert, in_rank = self._reference.layout(idx, num_experts)
+            some = torch.zeros(idx.shape, device="cpu") if weights is None else weights
+            inputs.append(RankInput(each_x, each_scales, idx, some, in_rank, per_expert))
+        rank, num_rows = self._group.rank, call.num_expert_rows
+        if call.num_worst_tokens and not num_rows:
+            local = num_experts // self._group.size
+            sizes = call.num_worst_tokens, topk_idx.shape[1], local, call.expert_alignment
+            num_rows = row_bound(*sizes)
+        dispatched = expert_major.dispatch(
+            self._reference,
+            inputs,
+            rank,
+            num_experts=num_experts,
+            expert_alignment=call.expert_alignment,
+            num_worst_tokens=[int(tensors[-1]) for tensors in worlds],
+            num_rows=num_rows,
+            column_major_scales=call.column_major_scales,
+        )
+        self._check_rooms(inputs, dispatched.handle.routing)
+        if topk_weights is None:
+            dispatched = dispatched._replace(weights=None)
+        return dispatched, ()
+
+    def _cached_expert_dispatch(
+        self,
+        facts: dict[str, object],
+        payload: tuple[Tensor, Tensor | None, Tensor | None],
+        handle: ExpertHandle,
+        *,
+        column_major_scales: bool,
+    ) -> ExpertDispatched:
+        """Sends another payload, cast already, along a handle."""
+        worlds, handles = self._exchange_along("cached expert_dispatch", facts, payload, handle)
+        dispatched = expert_major.cached_dispatch(
+            self._reference,
+            worlds,
+            handles,
+            self._group.rank,
+            column_major_scales=column_major_scales,
+        )
+        return dispatched._replace(handle=handle)
+
+    @torch.no_grad()
+    def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> Sums:
+        """Brings rows by expert back and sums them."""
+        del scope
+        self._chosen.check(expert_combine_shape(call), call.num_sms)
+        rows, row_weights, topk_weights, bias_0, bias_1, handle, _ = call
+        facts = {
+            **_payload_facts(rows, None),
+            "row_weights": "some" if row_weights is not None else "none",
+            "topk_weights": "some" if topk_weights is not None else "none",
+        }
+        given = (rows, row_weights, topk_weights)
+        worlds, handles = self._exchange_along("expert_combine", facts, given, handle)
+        return expert_major.combine(
+            self._reference,
+            [tensors[0] for tensors in worlds],
+            handles,
+            self._group.rank,
+            row_weights=None if row_weights is None else [tensors[1] for tensors in worlds],
+            topk_weights=None if topk_weights is None else [tensors[2] for tensors in worlds],
+            bias=(bias_0, bias_1),
+        )
+
+    def _exchange_along(
+        self,
+        op: str,
+        facts: dict[str, object],
+        given: tuple[Tensor | None, ...],
+        handle: ExpertHandle,
+    ) -> tuple[list[tuple[Any, ...]], list[ExpertHandle]]:
+        """The tensors of every rank, and its handle."""
+        first, last = len(given), len(given) + len(handle.routing)
+        facts |= {
+            **self._handle_facts(handle.routing),
+            "the handle's top-k": handle.placement.row_of.shape[1],
+        }
+        tensors = (*given, *handle.routing, *handle.placement)
+        worlds = _exchange(self._group, op, facts, tensors)
+        routings = self._handles_of_one_dispatch(op, [each[first:last] for each in worlds])
+        return [each[:first] for each in worlds], [
+            ExpertHandle(routing, Placement(*each[last:]))
+            for routing, each in zip(routings, worlds, strict=True)
+        ]
 
     def _handle_facts(self, handle: Handle) -> dict[str, object]:
         """Facts that the handles of one dispatch have in common on all ranks."""

@@ -15,7 +15,13 @@ from torch import Tensor
 from epjit.checks.match import INDEX_DTYPES, check, check_rows, check_topk
 from epjit.config import MAX_LOCAL_EXPERTS
 from epjit.handles import Placement
-from epjit.kernels.expert_major import BlankConfig, PlaceConfig, UnpermuteConfig, permute_config
+from epjit.kernels.expert_major import (
+    BlankConfig,
+    PlaceConfig,
+    UnpermuteConfig,
+    WeighConfig,
+    permute_config,
+)
 from epjit.reference import expert_major as reference
 from epjit.runtime.device import arch_of, num_sms
 from epjit.runtime.empty import empty_on
@@ -24,20 +30,6 @@ from epjit.runtime.launch import Launch
 
 _INT32_MAX = (1 << 31) - 1
 SUM_DTYPES = (torch.bfloat16, torch.float16)  # that the unpermute kernel adds
-
-
-def row_bound(num_tokens: int, num_topk: int, num_experts: int, alignment: int) -> int:
-    """Rows that are always enough: every selection of every token here, and all paddings.
-
-    Args:
-        num_tokens: `n`; may be symbolic.
-        num_topk: `K`.
-        num_experts: `E` of this rank.
-        alignment: Of each expert's rows.
-    """
-    # All of a token's selections may be here, also more than there are experts: one may repeat.
-    rows = num_tokens * num_topk + num_experts * (alignment - 1)
-    return (rows + alignment - 1) // alignment * alignment
 
 
 def place(topk_idx: Tensor, num_experts: int, *, alignment: int, num_rows: int) -> Placement:
@@ -160,6 +152,46 @@ def unpermute(rows: Tensor, row_of: Tensor) -> Tensor:
             num_tokens=num_tokens,
         )
     return out
+
+
+def weigh(grad: Tensor, rows: Tensor, row_weights: Tensor, source: Tensor) -> tuple[Tensor, Tensor]:
+    """Gradients of rows that a combine multiplied with weights, by that of their sums.
+
+    Args:
+        grad: bfloat16 or float16 `[M, H]`, by a cached dispatch by expert, zeros where no choice
+            is; on the GPU it is written to.
+        rows: Likewise, as they were combined.
+        row_weights: float32 `[M]`.
+        source: int32 `[M]`, of the handle.
+
+    Returns:
+        Of the rows `[M, H]`; of the weights float32 `[M]`, 0 where `source` is -1.
+
+    Raises:
+        TypeError, ValueError: Arguments that do not fit; nothing was launched.
+    """
+    check("grad", grad, ("num_rows", "hidden"), SUM_DTYPES)
+    num_rows = grad.shape[0]
+    check("rows", rows, tuple(grad.shape), grad.dtype, grad.device)
+    check("row_weights", row_weights, (num_rows,), torch.float32, grad.device)
+    check("source", source, (num_rows,), torch.int32, grad.device)
+    if grad.device.type != "cuda":
+        return reference.weigh_backward(grad, rows, row_weights, source)
+    check_rows("rows", rows)
+    config = WeighConfig(check_rows("grad", grad), grad.dtype == torch.float16)
+    grad_weights = torch.empty(num_rows, dtype=torch.float32, device=grad.device)
+    if num_rows:
+        _launch(config, grad.device.index)(
+            _stream(grad.device),
+            2 * num_sms(grad.device.index),
+            grad=grad.data_ptr(),
+            rows=rows.data_ptr(),
+            row_weights=row_weights.data_ptr(),
+            source=source.data_ptr(),
+            grad_weights=grad_weights.data_ptr(),
+            num_rows=num_rows,
+        )
+    return grad, grad_weights
 
 
 def blank(rows: Tensor, count: Tensor) -> None:

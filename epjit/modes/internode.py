@@ -100,7 +100,7 @@ class _Rings:
         self.total = align(self.notify_stage + num_domains * self.notify_stride * 4)
 
 
-class Internode(Normal):
+class Internode(Normal[DispatchShape | CombineShape]):
     """Everything one rank needs for the operations between NVLink domains.
 
     Collective: all ranks construct it together.

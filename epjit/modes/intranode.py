@@ -16,30 +16,43 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from epjit import env
-from epjit.calls import Combine, Dispatch, Routing, Setup, Sums
+from epjit.calls import Combine, Dispatch, ExpertCombine, ExpertDispatch, Routing, Setup, Sums
 from epjit.config import MAX_LOCAL_EXPERTS, MAX_RANKS
-from epjit.handles import Dispatched, IntranodeHandle
+from epjit.handles import (
+    Dispatched,
+    ExpertDispatched,
+    ExpertHandle,
+    IntranodeHandle,
+    Placement,
+    row_bound,
+)
 from epjit.kernels.intranode import (
+    COMBINE_OF_EXPERTS,
+    DISPATCH_OF_EXPERTS,
     MAX_SLOTS,
+    NOTIFY_OF_EXPERTS,
     CombineConfig,
     DispatchConfig,
     NotifyConfig,
     check_warps,
     config_of,
     kernels_of,
+    num_parts,
     num_slots,
 )
-from epjit.kernels.shapes import CombineShape, DispatchShape
+from epjit.kernels.shapes import AnyShape
 from epjit.modes.normal import (
     SIGNALS_BYTES,
     Normal,
     Room,
     combine_shape,
     dispatch_shape,
+    expert_combine_shape,
+    expert_dispatch_shape,
     pointer,
 )
-from epjit.runtime.empty import TensorSpec
-from epjit.runtime.kernel import KernelConfig
+from epjit.runtime.empty import TensorSpec, matrix, vector
+from epjit.runtime.kernel import Kernel, KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.pool import BlockPool, NoRoomError
 from epjit.runtime.stream import record_event
@@ -76,7 +89,7 @@ class _Outputs(NamedTuple):
     has_room: bool
 
 
-class Intranode(Normal):
+class Intranode(Normal[AnyShape]):
     """Everything one rank needs for the operations of one NVLink domain.
 
     Collective: all ranks construct it together.
@@ -107,28 +120,37 @@ class Intranode(Normal):
             # The memory lives as long as a tensor over one of the blocks, after the end too.
             end = weakref.finalize(self._pool, self.memory.close)
             end.atexit = False
-        self._notify = Launch(
-            notify_kernel,
+        self._notify = self._notify_launch(notify_kernel)
+        self._expert_notify: Launch[NotifyConfig] | None = None
+        self._meet(resources)
+
+    def _notify_launch(self, kernel: Kernel[NotifyConfig]) -> Launch[NotifyConfig]:
+        return Launch(
+            kernel,
             **self._common(),
+            **NOTIFY_OF_EXPERTS,
             notify=self._everywhere(self._arena.notify),
             notify_stride=self._arena.notify_stride,
         )
-        self._meet(resources)
 
     # ---- launches --------------------------------------------------------------------------------
 
-    def _config(self, shape: DispatchShape | CombineShape) -> KernelConfig:
+    def _config(self, shape: AnyShape) -> KernelConfig:
         gpu = torch.cuda.get_device_name(self._device)
         return config_of(shape, self._group.size, self._arch, gpu=gpu)
 
     def _bind(self, config: Any) -> Launch[Any]:
-        own: dict[str, Any] = {}
+        own: dict[str, Any] = COMBINE_OF_EXPERTS
         if isinstance(config, DispatchConfig):
             # Places count from the start of the memory, so that 0 is none.
-            own = {
+            own = DISPATCH_OF_EXPERTS | {
                 "places": self._everywhere(self._arena.places),
                 "outputs": self._everywhere(0),
             }
+            if config.by_expert and not config.is_cached and self._expert_notify is None:
+                self._layout.load_by_expert()
+                kernel = self._kernel(NotifyConfig(self._group.size, by_expert=True))
+                self._expert_notify = self._notify_launch(kernel)
         return Launch(
             self._kernel(config),
             **self._common(),
@@ -138,9 +160,7 @@ class Intranode(Normal):
             num_slots=num_slots(config, self._arena.slots_bytes),
         )
 
-    def _configs_on(
-        self, arch: str, shapes: Iterable[DispatchShape | CombineShape]
-    ) -> list[KernelConfig]:
+    def _configs_on(self, arch: str, shapes: Iterable[AnyShape]) -> list[KernelConfig]:
         return kernels_of(shapes, num_ranks=self._group.size, arch=arch)
 
     # ---- operations ------------------------------------------------------------------------------
@@ -337,16 +357,238 @@ class Intranode(Normal):
             rank_prefix=handle.rank_prefix_matrix.data_ptr(),
             num_rows=x.shape[0],
             num_tokens=num_tokens,
-            # Several warps share a token's sum unless there are many tokens a warp: shorter units
-            # end closer together (4 parts instead of 1: 128 tokens on 12 SMs 26.7 us, not 31.4,
-            # 512 on 24 SMs 42.6, not 47.4; 4096 on 12 SMs 310, not 276).
-            num_parts=max(1, min(4, 6 * config.num_warps * num_sms // max(num_tokens, 1))),
+            num_parts=num_parts(config, num_sms, num_tokens),
             topk_idx=0 if choices is None else choices.data_ptr(),
             num_choices=0 if choices is None else choices.shape[1],
             experts_per_rank=num_experts // self._group.size,
         )
         launch.start(scope.stream, num_sms)
         return combined_x, combined_weights
+
+    # ---- rows by expert --------------------------------------------------------------------------
+
+    def expert_dispatch(
+        self, scope: AnyScope, call: ExpertDispatch
+    ) -> tuple[ExpertDispatched, tuple[torch.Tensor, ...]]:
+        """Layout and notify number the selections, dispatch stores each row where it belongs."""
+        if call.handle is not None:
+            return self._cached_expert_dispatch(scope, call, call.handle), ()
+        topk_idx, num_experts, waits = call.topk_idx, call.num_experts, self._waits(call)
+        assert topk_idx is not None
+        launch = self.launch(expert_dispatch_shape(call))
+        assert self._expert_notify is not None
+        num_ranks, (num_tokens, num_topk) = self._group.size, topk_idx.shape
+        local, num_blocks = num_experts // num_ranks, max(1, -(-num_tokens // 64))
+        specs = IntranodeHandle.specs(
+            num_tokens=num_tokens, num_ranks=num_ranks, num_domains=1, experts_per_rank=local
+        )
+        int32 = torch.int32
+        with scope.allocating():
+            prefix, source_tokens, counts, _, _, send_head = self._empty(specs)
+            ends, in_rank, *used = self._empty(
+                (
+                    vector(int32, local),
+                    matrix(torch.bool, num_tokens, num_ranks),
+                    vector(int32, num_ranks),
+                    vector(int32, num_experts),
+                    matrix(torch.int16, num_tokens, num_topk),
+                    matrix(int32, num_blocks, num_experts),
+                    matrix(int32, num_ranks, local),
+                )
+            )
+        per_rank, per_expert, local_position, block_base, row_base = used
+        shared = self._routing(prefix, source_tokens, send_head)
+        of_experts = {
+            "ends": ends.data_ptr(),
+            "expert_counts": counts.data_ptr(),
+            "row_base": row_base.data_ptr(),
+            "block_base": block_base.data_ptr(),
+        }
+        scope.start()
+        with self._between_kernels():
+            layout = (per_rank, None, per_expert, in_rank)
+            self._layout.by_expert(scope.stream, topk_idx, layout, local_position, block_base)
+            num_rows = call.num_expert_rows
+            if not waits and not num_rows:
+                num_rows = row_bound(call.num_worst_tokens, num_topk, local, call.expert_alignment)
+            self._expert_notify(
+                scope.stream,
+                1 + num_ranks + -(-num_experts // NotifyConfig.threads),
+                num_tokens_per_rank=per_rank.data_ptr(),
+                num_tokens_per_expert=per_expert.data_ptr(),
+                is_token_in_rank=in_rank.data_ptr(),
+                **shared,
+                **of_experts,
+                host_counts=self._ask_for_counts(waits),
+                num_blocks=num_blocks,
+                num_expert_rows=num_rows,
+                num_tokens=num_tokens,
+                num_recv_rows=call.num_worst_tokens,
+                experts_per_rank=local,
+                expert_alignment=call.expert_alignment,
+            )
+            launch.prepare(
+                {
+                    **self._inputs_by_expert(call),
+                    **shared,
+                    **of_experts,
+                    "local_position": local_position.data_ptr(),
+                    "experts_per_rank": local,
+                }
+            )
+            num_tokens = call.num_worst_tokens
+            if waits:
+                num_tokens, *aligned = self._wait_for_counts(1 + local)
+                num_rows = sum(aligned)
+            with scope.allocating():
+                (src_idx,) = self._empty(IntranodeHandle.row_specs(num_tokens))
+                row_of, source = self._empty(
+                    (matrix(int32, num_tokens, num_topk), vector(int32, num_rows))
+                )
+                rows, scales, weights = self._rows_by_expert(num_rows, call)
+            routing = IntranodeHandle(prefix, source_tokens, counts, src_idx, in_rank, send_head)
+            handle = ExpertHandle(routing, Placement(row_of, source, ends, counts))
+            received = ExpertDispatched(rows, scales, weights, handle)
+            values = {"recv_src_idx": src_idx.data_ptr(), "source": source.data_ptr()}
+            self._store_by_expert(scope, launch, received, call, values)
+        return received, tuple(used)
+
+    def _cached_expert_dispatch(
+        self, scope: AnyScope, call: ExpertDispatch, handle: ExpertHandle
+    ) -> ExpertDispatched:
+        """Sends another payload to the rows that a handle names."""
+        launch = self.launch(expert_dispatch_shape(call))
+        routing, placed = handle
+        assert isinstance(routing, IntranodeHandle)
+        launch.prepare(
+            {
+                **self._inputs_by_expert(call),
+                **self._routing(
+                    routing.rank_prefix_matrix, routing.source_tokens, routing.send_head
+                ),
+                "ends": placed.ends.data_ptr(),
+                "expert_counts": placed.counts.data_ptr(),
+                "experts_per_rank": placed.ends.shape[0],
+            }
+        )
+        with scope.allocating():
+            outputs = self._rows_by_expert(handle.num_rows, call)
+        received = ExpertDispatched(*outputs, handle)
+        scope.start()
+        self._store_by_expert(scope, launch, received, call, {"recv_src_idx": 0, "source": 0})
+        return received
+
+    @staticmethod
+    def _inputs_by_expert(call: ExpertDispatch) -> dict[str, int]:
+        """Parameters for what a dispatch by expert reads, and how its padding is."""
+        x, scales, topk_idx, topk_weights, *_ = call
+        return {
+            "x": x.data_ptr(),
+            "scales": pointer(scales),
+            "scale_token_stride": 0 if scales is None else scales.stride(0),
+            "scale_stride": 0 if scales is None else scales.stride(1),
+            "topk_idx": pointer(topk_idx),
+            "topk_weights": pointer(topk_weights),
+            "num_tokens": x.shape[0],
+            "zero_padding": call.zero_padding,
+            "least_rows": -1,
+            "global_scale": pointer(call.global_scale),
+            "has_room": False,
+            "recv_topk_idx": 0,
+        }
+
+    def _rows_by_expert(
+        self, num_rows: int, call: ExpertDispatch
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """New rows, scales and weights."""
+        x, scales, _, topk_weights, *_ = call
+        dtype, columns = x.dtype, x.shape[1]
+        scale_dtype, num_scales = None, 0
+        if call.row_format is not None:
+            dtype, scale_dtype = call.row_format.x_dtype, call.row_format.scale_dtype
+            num_scales = call.row_format.num_scale_columns(columns)
+            columns = call.row_format.num_columns(columns)
+        elif scales is not None:
+            scale_dtype, num_scales = scales.dtype, scales.shape[1]
+        of_scales = None
+        if scale_dtype is not None:
+            of_scales = matrix(scale_dtype, num_rows, num_scales)
+            if call.column_major_scales:  # a column is padded to 16 bytes
+                of_scales = matrix(scale_dtype, num_scales, align(num_rows, 4))
+        rows, row_scales, weights = self._empty(
+            (
+                matrix(dtype, num_rows, columns),
+                of_scales,
+                None if topk_weights is None else vector(torch.float32, num_rows),
+            )
+        )
+        if call.column_major_scales:
+            row_scales = row_scales[:, :num_rows].t()
+        return rows, row_scales, weights
+
+    def _store_by_expert(
+        self,
+        scope: AnyScope,
+        launch: Launch[DispatchConfig],
+        received: ExpertDispatched,
+        call: ExpertDispatch,
+        values: dict[str, int],
+    ) -> None:
+        """Queues the kernel; what it reads is prepared."""
+        rows, scales, weights, (routing, placed) = received
+        strides = (0, 0)  # in words
+        if scales is not None and scales.element_size() == 1:
+            strides = (scales.shape[1] // 4, 1)
+        elif scales is not None:
+            strides = scales.stride(0), scales.stride(1)
+        values |= {
+            "recv_x": rows.data_ptr(),
+            "recv_scales": pointer(scales),
+            "recv_scale_row_stride": strides[0],
+            "recv_scale_stride": strides[1],
+            "recv_topk_weights": pointer(weights),
+            "row_of": placed.row_of.data_ptr(),
+            "num_recv_rows": routing.num_rows,
+            "num_expert_rows": rows.shape[0],
+            "num_stage_warps": launch.kernel.config.stage_warps(call.num_sms),
+        }
+        launch.start(scope.stream, call.num_sms, values)
+
+    def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> Sums:
+        """Sums a token's rows while they are read, and pushes the sums."""
+        rows, row_weights, topk_weights, bias_0, bias_1, (routing, placed), num_sms = call
+        launch = self.launch(expert_combine_shape(call))
+        config: CombineConfig = launch.kernel.config
+        check_warps(config, num_sms)
+        num_tokens, num_topk = routing.num_tokens, placed.row_of.shape[1]
+        with scope.allocating():
+            combined, weights = self._empty(
+                (
+                    matrix(rows.dtype, num_tokens, rows.shape[1]),
+                    None if topk_weights is None else matrix(torch.float32, num_tokens, num_topk),
+                )
+            )
+        scope.start()
+        values = {
+            "x": rows.data_ptr(),
+            "topk_weights": pointer(topk_weights),
+            "row_weights": pointer(row_weights),
+            "bias_0": pointer(bias_0),
+            "bias_1": pointer(bias_1),
+            "recv_src_idx": routing.recv_src_idx.data_ptr(),
+            "send_head": routing.send_head.data_ptr(),
+            "rank_prefix": routing.rank_prefix_matrix.data_ptr(),
+            "row_of": placed.row_of.data_ptr(),
+            **dict.fromkeys(("topk_idx", "num_choices", "experts_per_rank"), 0),
+            "combined_x": combined.data_ptr(),
+            "combined_topk_weights": pointer(weights),
+            "num_rows": routing.num_rows,
+            "num_expert_rows": rows.shape[0],
+            "num_tokens": num_tokens,
+            "num_parts": num_parts(config, num_sms, num_tokens),
+        }
+        launch.start(scope.stream, num_sms, values)
+        return combined, weights
 
     # ---- the end ---------------------------------------------------------------------------------
 

@@ -14,12 +14,25 @@ from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 import torch
 
 from epjit import calls
-from epjit.calls import Combine, Counts, Dispatch, Setup, Sums
+from epjit.calls import (
+    Combine,
+    Counts,
+    Dispatch,
+    ExpertCombine,
+    ExpertDispatch,
+    Setup,
+    Sums,
+)
 from epjit.errors import CommunicationError
-from epjit.handles import Dispatched
-from epjit.kernels.shapes import CombineShape, DispatchShape
+from epjit.handles import Dispatched, ExpertDispatched
+from epjit.kernels.shapes import (
+    CombineShape,
+    DispatchShape,
+    ExpertCombineShape,
+    ExpertDispatchShape,
+)
 from epjit.kernels.variants import CHOICES
-from epjit.modes.base import Mode
+from epjit.modes.base import Mode, Shape
 from epjit.modes.layout import Layout
 from epjit.runtime.device import num_sms
 from epjit.runtime.empty import TensorSpec, matrix, shorten, vector
@@ -58,7 +71,7 @@ class Room(NamedTuple):
         return self.least <= came[0] and all(map(operator.ge, self.sizes, came))
 
 
-class Normal(Mode[DispatchShape | CombineShape]):
+class Normal(Mode[Shape]):
     """Base of the normal modes. Collective to make.
 
     Args:
@@ -128,8 +141,35 @@ class Normal(Mode[DispatchShape | CombineShape]):
     def combine(self, scope: AnyScope, call: Combine) -> Sums:
         """Brings rows back and sums them."""
 
+    def expert_dispatch(
+        self, scope: AnyScope, call: ExpertDispatch
+    ) -> tuple[ExpertDispatched, tuple[torch.Tensor, ...]]:
+        """Sends a row for each choice, along new choices or along a handle.
+
+        Returns:
+            The results, and tensors that only the kernels use.
+
+        Raises:
+            NotImplementedError: No kernel does it.
+        """
+        raise NotImplementedError(
+            "expert_dispatch has no kernel between NVLink domains yet; epjit.moe.dispatch(..., "
+            "expert_major=True) gives the same rows on a GPU, in two passes"
+        )
+
+    def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> Sums:
+        """Brings rows by expert back and sums them.
+
+        Raises:
+            NotImplementedError: No kernel does it.
+        """
+        raise NotImplementedError(
+            "expert_combine has no kernel between NVLink domains yet; epjit.moe.combine takes rows "
+            "by expert on a GPU, in two passes"
+        )
+
     @staticmethod
-    def _waits(call: Dispatch) -> bool:
+    def _waits(call: Dispatch | ExpertDispatch) -> bool:
         """Whether the host has to wait for counts, which it cannot in a capture."""
         waits = call.num_worst_tokens == 0
         if waits and torch.cuda.is_current_stream_capturing():
@@ -339,7 +379,7 @@ class Normal(Mode[DispatchShape | CombineShape]):
 class _BetweenKernels:
     """The context manager of `_between_kernels`; a generator takes the host 1 us."""
 
-    def __init__(self, mode: Normal) -> None:
+    def __init__(self, mode: Normal[Any]) -> None:
         self._mode = mode
 
     def __enter__(self) -> None:
@@ -407,3 +447,36 @@ def combine_shape(call: Combine) -> CombineShape:
     num_topk = 0 if weights is None else weights.shape[1]
     choice_bits = 0 if order is None else 8 * order.topk_idx.element_size()
     return CombineShape(row_bytes(x), num_topk, x.dtype == torch.float16, choice_bits)
+
+
+def expert_dispatch_shape(call: ExpertDispatch) -> ExpertDispatchShape:
+    """The shape of a dispatch by expert."""
+    x, scales, topk_idx, topk_weights, handle, *_ = call
+    choices = topk_idx if handle is None else handle.placement.row_of
+    assert choices is not None
+    of_row = row_bytes(x), 0 if scales is None else scales.shape[1]
+    code, row_format = 0, call.row_format
+    if row_format is not None:
+        code, hidden = row_format.code, x.shape[1]
+        of_row = row_format.row_bytes(hidden), row_format.num_scale_bytes(hidden) // 4
+    return ExpertDispatchShape(
+        *of_row,
+        choices.shape[1],
+        topk_idx is None or topk_idx.dtype == torch.int64,
+        handle is not None,
+        topk_weights is not None,
+        code,
+        code != 0 and x.dtype == torch.float16,
+    )
+
+
+def expert_combine_shape(call: ExpertCombine) -> ExpertCombineShape:
+    """The shape of a combine of rows by expert."""
+    rows, row_weights, topk_weights, _, _, handle, _ = call
+    return ExpertCombineShape(
+        row_bytes(rows),
+        handle.placement.row_of.shape[1],
+        rows.dtype == torch.float16,
+        row_weights is not None,
+        topk_weights is not None,
+    )

@@ -27,7 +27,15 @@ import torch
 from torch import Tensor
 
 from epjit.checks.match import check_dry_rows, check_no_transform, is_dry
-from epjit.handles import GivenHandle, Handle, Placement, handle_type
+from epjit.handles import (
+    ExpertHandle,
+    GivenHandle,
+    Handle,
+    IntranodeHandle,
+    Placement,
+    handle_type,
+    row_bound,
+)
 from epjit.modes import expert_major as by_expert
 from epjit.moe.buffers import (
     GroupLike,
@@ -79,13 +87,6 @@ class Dispatched(NamedTuple):
     topk_weights: Tensor
     tokens_per_expert: Tensor
     handle: Handle
-
-
-class ExpertHandle(NamedTuple):
-    """The handle of an expert-major dispatch, for `combine`."""
-
-    routing: Handle
-    placement: Placement
 
 
 class ExpertRows(NamedTuple):
@@ -182,6 +183,7 @@ def dispatch(
     expert_major: Literal[True],
     expert_alignment: int = ...,
     num_expert_rows: int = ...,
+    zero_padding: bool = ...,
 ) -> ExpertRows: ...
 def dispatch(
     x: Tensor,
@@ -194,6 +196,7 @@ def dispatch(
     expert_major: bool = False,
     expert_alignment: int = 1,
     num_expert_rows: int = 0,
+    zero_padding: bool = True,
 ) -> Dispatched | ExpertRows:
     """Sends each token to the ranks of its experts; the gradient comes back by a combine.
 
@@ -216,6 +219,8 @@ def dispatch(
         expert_alignment: With `expert_major`: each expert's rows are padded to a multiple of it.
         num_expert_rows: With `expert_major` and `num_worst_tokens`: `M`; choices that do not fit
             are dropped. 0 = always enough.
+        zero_padding: With `expert_major`: False leaves the padding undefined, which saves the time
+            of writing it, where no gradients are recorded.
 
     Returns:
         `Dispatched`, or `ExpertRows` with `expert_major`.
@@ -247,6 +252,24 @@ def dispatch(
         if dry:
             check_dry_rows(x, num_worst_tokens)
     num_domains = count_domains(name, dry=dry)
+    if expert_major and num_domains == 1:
+        needs_zeros = torch.is_grad_enabled()
+        rows, row_weights, row_of, source, ends, *tensors = torch.ops.epjit.expert_dispatch(
+            x,
+            topk_idx,
+            topk_weights,
+            num_experts,
+            num_worst_tokens,
+            expert_alignment,
+            num_expert_rows,
+            zero_padding or needs_zeros,
+            needs_zeros,
+            name,
+        )
+        routing: Handle = IntranodeHandle(*tensors)
+        counts = routing.recv_expert_counts
+        placement = Placement(row_of, source, ends, counts)
+        return ExpertRows(rows, row_weights, ends, counts, ExpertHandle(routing, placement))
     recv_x, recv_idx, recv_weights, row_of, source, ends, *tensors = torch.ops.epjit.dispatch(
         x,
         topk_idx,
@@ -267,8 +290,14 @@ def dispatch(
     return _by_expert(recv_x, recv_weights, placement, ExpertHandle(routing, placement))
 
 
-def combine(x: Tensor, handle: GivenHandle | ExpertHandle, *, group: GroupLike) -> Tensor:
-    """Brings rows back to the ranks of their tokens and sums them; nothing is weighted.
+def combine(
+    x: Tensor,
+    handle: GivenHandle | ExpertHandle,
+    *,
+    weights: Tensor | None = None,
+    group: GroupLike,
+) -> Tensor:
+    """Brings rows back to the ranks of their tokens and sums them.
 
     Collective, forward and backward: the gradient travels by a cached dispatch.
 
@@ -276,6 +305,8 @@ def combine(x: Tensor, handle: GivenHandle | ExpertHandle, *, group: GroupLike) 
         x: bfloat16 or float16, one row for each row of the dispatch: `[n, H]`, or `[M, H]` by
             expert.
         handle: From the dispatch.
+        weights: For rows by expert: float32 `[M]`, such as the weights of the dispatch, which the
+            rows are multiplied with on their way; gets a gradient. None multiplies with nothing.
         group: As in the dispatch.
 
     Returns:
@@ -292,8 +323,20 @@ def combine(x: Tensor, handle: GivenHandle | ExpertHandle, *, group: GroupLike) 
         )
     x = _rows(x)
     if isinstance(handle, ExpertHandle):
-        x = unpermute(x, handle.placement)
-        handle = handle.routing
+        routing, placement = handle
+        if isinstance(routing, IntranodeHandle):
+            summed: Tensor = torch.ops.epjit.expert_combine(
+                x, weights, *placement[:-1], *routing, name_of(group)
+            )
+            return summed
+        if weights is not None:
+            x = (weights[:, None] * x).to(x.dtype)
+        x, handle = unpermute(x, placement), routing
+    elif weights is not None:
+        raise ValueError(
+            "weights are for rows by expert; multiply other rows before combine, each with the sum "
+            "of its weights"
+        )
     result: Tensor = torch.ops.epjit.combine(x, *padded(handle), name_of(group))
     return result
 
@@ -328,7 +371,7 @@ def permute(
     alignment = _size("alignment", alignment, least=1)
     num_rows = _size("num_rows", num_rows, least=0)
     n, num_topk = topk_idx.shape
-    num_rows = num_rows or by_expert.row_bound(n, num_topk, num_experts, alignment)
+    num_rows = num_rows or row_bound(n, num_topk, num_experts, alignment)
     placement = Placement(*torch.ops.epjit.place(topk_idx, num_experts, alignment, num_rows))
     return _by_expert(x, topk_weights, placement, placement)
 

@@ -15,12 +15,14 @@ from torch import Tensor
 
 from epjit.checks.match import check
 from epjit.handles import (
+    ExpertHandle,
     GivenHandle,
     Handle,
     InternodeHandle,
     IntranodeHandle,
     Placement,
     handle_type,
+    row_bound,
 )
 from epjit.modes import expert_major as by_expert
 from epjit.moe.buffers import buffer_of, count_ranks
@@ -71,6 +73,20 @@ def _as_handle(tensors: Any) -> Handle:
     return (IntranodeHandle if len(given) == _LEAST else InternodeHandle)(*given)
 
 
+def _check_domains(buffer: Any, num_domains: int, group: str) -> None:
+    """Checks that the group is what it was when the call was traced.
+
+    Raises:
+        RuntimeError: It spans another number of NVLink domains.
+    """
+    if buffer.runtime is not None and buffer.runtime.get_num_rdma_ranks() != num_domains:
+        raise RuntimeError(
+            f"this was traced for {num_domains} NVLink domains, but the group {group!r} has "
+            f"{buffer.runtime.get_num_rdma_ranks()}; call epjit.moe.get_buffer(group, "
+            "hidden_bytes) on all ranks, then trace"
+        )
+
+
 def _new(x: Tensor, spec: TensorSpec | None) -> Any:
     """A tensor of this shape and dtype where `x` is; also a fake one."""
     return None if spec is None else x.new_empty(spec[0], dtype=spec[2])
@@ -95,12 +111,7 @@ def _dispatch(
     """Received rows, their choices and weights; a placement (or three empty tensors); a handle."""
     x, buffer = _moved(x), buffer_of(group, x)
     topk_idx, topk_weights = topk_idx.contiguous(), topk_weights.contiguous()
-    if buffer.runtime is not None and buffer.runtime.get_num_rdma_ranks() != num_domains:
-        raise RuntimeError(
-            f"this was traced for {num_domains} NVLink domains, but the group {group!r} has "
-            f"{buffer.runtime.get_num_rdma_ranks()}; call epjit.moe.get_buffer(group, "
-            "hidden_bytes) on all ranks, then trace"
-        )
+    _check_domains(buffer, num_domains, group)
     per_rank, per_domain, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, num_experts)
     recv_x, recv_idx, recv_weights, counts, handle, _ = buffer.dispatch(
         x,
@@ -122,7 +133,7 @@ def _dispatch(
         local = num_experts // buffer.group_size
         if num_worst_tokens:
             n, num_topk = recv_idx.shape
-            bound = by_expert.row_bound(n, num_topk, local, expert_alignment)
+            bound = row_bound(n, num_topk, local, expert_alignment)
             num_rows = num_expert_rows or bound
         else:
             num_rows = sum(counts or ())
@@ -152,7 +163,7 @@ def _(
     n: Any = num_worst_tokens or torch.library.get_ctx().new_dynamic_size()
     placement = [x.new_empty(0, dtype=torch.int32) for _ in range(3)]
     if expert_alignment:
-        num_rows: Any = num_expert_rows or by_expert.row_bound(n, num_topk, local, expert_alignment)
+        num_rows: Any = num_expert_rows or row_bound(n, num_topk, local, expert_alignment)
         if not num_worst_tokens:
             num_rows = torch.library.get_ctx().new_dynamic_size()
         specs = Placement.specs(
@@ -266,6 +277,196 @@ def _grad_combine(ctx: Any, grad: Tensor) -> Any:
 
 _dispatch.register_autograd(_grad_dispatch, setup_context=_setup_dispatch)
 _combine.register_autograd(_grad_combine, setup_context=_setup_combine)
+
+
+# ---- operators: communication of rows by expert, in one NVLink domain ---------------------------
+
+# Of a placement, without its counts, which the handle has.
+_PLACED = ", ".join(f"Tensor {name}" for name in Placement._fields[:-1])
+_EXPERT_HANDLE = f"{_PLACED}, " + ", ".join(f"Tensor h{i}" for i in range(_LEAST))
+_NUM_PLACED = len(Placement._fields) - 1
+
+
+def _as_expert_handle(tensors: Any) -> ExpertHandle:
+    """The handle among the arguments of an operator."""
+    row_of, source, ends, *handle = tensors
+    routing = IntranodeHandle(*handle)
+    return ExpertHandle(routing, Placement(row_of, source, ends, routing.recv_expert_counts))
+
+
+@_operator(
+    "(Tensor x, Tensor topk_idx, Tensor topk_weights, int num_experts, int num_worst_tokens, "
+    "int expert_alignment, int num_expert_rows, bool zero_padding, bool blank, str group) "
+    f"-> ({', '.join(['Tensor'] * (2 + _NUM_PLACED + _LEAST))})"
+)
+def _expert_dispatch(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    num_experts: int,
+    num_worst_tokens: int,
+    expert_alignment: int,
+    num_expert_rows: int,
+    zero_padding: bool,
+    blank: bool,
+    group: str,
+) -> tuple[Tensor, ...]:
+    """Rows by expert and their weights; a placement; a handle.
+
+    With `blank` there are zeros behind the last expert's rows.
+    """
+    buffer = buffer_of(group, x)
+    _check_domains(buffer, 1, group)
+    rows, weights, handle, _ = buffer.expert_dispatch(
+        _moved(x),
+        topk_idx.contiguous(),
+        topk_weights.contiguous(),
+        num_experts=num_experts,
+        num_worst_tokens=num_worst_tokens,
+        expert_alignment=expert_alignment,
+        num_expert_rows=num_expert_rows,
+        zero_padding=zero_padding,
+    )
+    assert isinstance(rows, Tensor)
+    assert weights is not None
+    *placed, _ = handle.placement
+    if blank and num_worst_tokens:
+        by_expert.blank(rows, handle.placement.ends[-1:])
+    return (rows, weights, *placed, *handle.routing)
+
+
+@_expert_dispatch.register_fake
+def _(
+    x: Tensor,
+    topk_idx: Tensor,
+    topk_weights: Tensor,
+    num_experts: int,
+    num_worst_tokens: int,
+    expert_alignment: int,
+    num_expert_rows: int,
+    zero_padding: bool,
+    blank: bool,
+    group: str,
+) -> tuple[Tensor, ...]:
+    num_topk, ranks = topk_idx.shape[1], count_ranks(group)
+    local = num_experts // ranks
+    n: Any = num_worst_tokens or torch.library.get_ctx().new_dynamic_size()
+    num_rows: Any = num_expert_rows or row_bound(n, num_topk, local, expert_alignment)
+    if not num_worst_tokens:
+        num_rows = torch.library.get_ctx().new_dynamic_size()
+    specs = Placement.specs(num_tokens=n, num_topk=num_topk, num_rows=num_rows, num_experts=local)
+    return (
+        x.new_empty((num_rows, x.shape[1])),
+        topk_weights.new_empty(num_rows),
+        *[_new(x, spec) for spec in specs[:_NUM_PLACED]],
+        *_fake_handle(x, n, 0, ranks, 1, local)[:_LEAST],
+    )
+
+
+@_operator(f"(Tensor x, Tensor? row_weights, {_EXPERT_HANDLE}, str group) -> Tensor")
+def _expert_combine(x: Tensor, row_weights: Tensor | None, *handle_and_group: Any) -> Tensor:
+    """Rows by expert back to their ranks, weighted and summed: `[T, H]`."""
+    *tensors, group = handle_and_group
+    if row_weights is not None:
+        row_weights = row_weights.contiguous()
+    combined, _, _ = buffer_of(group, x).expert_combine(
+        _moved(x), _as_expert_handle(tensors), row_weights=row_weights
+    )
+    return combined
+
+
+@_expert_combine.register_fake
+def _(x: Tensor, row_weights: Tensor | None, *handle_and_group: Any) -> Tensor:
+    handle = _as_expert_handle(handle_and_group[:-1])
+    return x.new_empty((handle.routing.num_tokens, x.shape[1]))
+
+
+@_operator(f"(Tensor grad_x, Tensor grad_weights, {_EXPERT_HANDLE}, str group) -> (Tensor, Tensor)")
+def _expert_dispatch_backward(
+    grad_x: Tensor, grad_weights: Tensor, *handle_and_group: Any
+) -> tuple[Tensor, Tensor]:
+    """A token gets the sum of the gradients of its rows, a choice that of its row's weight."""
+    *tensors, group = handle_and_group
+    x, weights, _ = buffer_of(group, grad_x).expert_combine(
+        _moved(grad_x), _as_expert_handle(tensors), topk_weights=grad_weights.contiguous()
+    )
+    assert weights is not None
+    return x, weights
+
+
+@_expert_dispatch_backward.register_fake
+def _(grad_x: Tensor, grad_weights: Tensor, *handle_and_group: Any) -> tuple[Tensor, Tensor]:
+    handle = _as_expert_handle(handle_and_group[:-1])
+    num_tokens, num_topk = handle.routing.num_tokens, handle.placement.row_of.shape[1]
+    return (
+        grad_x.new_empty((num_tokens, grad_x.shape[1])),
+        grad_weights.new_empty((num_tokens, num_topk)),
+    )
+
+
+@_operator(
+    f"(Tensor grad, Tensor x, Tensor? row_weights, {_EXPERT_HANDLE}, str group) -> (Tensor, Tensor)"
+)
+def _expert_combine_backward(
+    grad: Tensor, x: Tensor, row_weights: Tensor | None, *handle_and_group: Any
+) -> tuple[Tensor, Tensor]:
+    """Every row that was added gets the gradient of the sum, times its weight.
+
+    A weight gets the product of the gradient and its row; without weights there are none.
+    """
+    *tensors, group = handle_and_group
+    handle = _as_expert_handle(tensors)
+    rows, *_ = buffer_of(group, grad).expert_dispatch(
+        _moved(grad), handle=handle, zero_padding=True
+    )
+    assert isinstance(rows, Tensor)
+    by_expert.blank(rows, handle.placement.ends[-1:])
+    if row_weights is None:
+        return rows, grad.new_empty(0, dtype=torch.float32)
+    return by_expert.weigh(rows, _moved(x), row_weights.contiguous(), handle.placement.source)
+
+
+@_expert_combine_backward.register_fake
+def _(
+    grad: Tensor, x: Tensor, row_weights: Tensor | None, *handle_and_group: Any
+) -> tuple[Tensor, Tensor]:
+    num_rows = _as_expert_handle(handle_and_group[:-1]).num_rows
+    num_weights = 0 if row_weights is None else num_rows
+    return (
+        grad.new_empty((num_rows, grad.shape[1])),
+        grad.new_empty(num_weights, dtype=torch.float32),
+    )
+
+
+def _setup_expert_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+    ctx.group = inputs[-1]
+    ctx.save_for_backward(*output[2:])
+
+
+def _grad_expert_dispatch(ctx: Any, grad_x: Tensor, grad_weights: Tensor, *others: Any) -> Any:
+    x, weights = torch.ops.epjit.expert_dispatch_backward(
+        grad_x, grad_weights.float(), *ctx.saved_tensors, ctx.group
+    )
+    return x, None, weights, *[None] * 7
+
+
+def _setup_expert_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    x, row_weights, *handle, ctx.group = inputs
+    # Without weights the gradient does not depend on the rows.
+    ctx.save_for_backward(handle[0] if row_weights is None else x, row_weights, *handle)
+
+
+def _grad_expert_combine(ctx: Any, grad: Tensor) -> Any:
+    x, row_weights, *handle = ctx.saved_tensors
+    of_x, of_weights = torch.ops.epjit.expert_combine_backward(
+        grad, x, row_weights, *handle, ctx.group
+    )
+    others = [None] * (_NUM_PLACED + _LEAST + 1)
+    return of_x, None if row_weights is None else of_weights, *others
+
+
+_expert_dispatch.register_autograd(_grad_expert_dispatch, setup_context=_setup_expert_dispatch)
+_expert_combine.register_autograd(_grad_expert_combine, setup_context=_setup_expert_combine)
 
 
 # ---- operators: the order of the experts --------------------------------------------------------

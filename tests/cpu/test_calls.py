@@ -16,8 +16,8 @@ import torch
 
 from epjit import Buffer
 from epjit.buffer_runtime import BufferRuntime
+from epjit.checks.expert_major import ExpertChecks
 from epjit.checks.low_latency import LowLatencyChecks
-from epjit.checks.normal import NormalChecks
 from epjit.handles import Dispatched, IntranodeHandle, LowLatencyDispatched
 from epjit.life import Resources
 from epjit.runtime import driver
@@ -90,6 +90,8 @@ class World:
             "layout": (ints, None, ints, ints),
             "dispatch": Dispatched(ints, None, None, None, [], IntranodeHandle(*[ints] * 6)),
             "combine": (ints, None),
+            "expert_dispatch": ((ints, None, None, mock.Mock()), ()),
+            "expert_combine": (ints, None),
         }
         buffer._mode = self.part("mode", **parts, memory=self.part("memory"))
         buffer._low_latency = self.part(
@@ -106,8 +108,8 @@ class World:
         checks.dispatch.return_value = checks.combine.return_value = call
         checks.send_buffer.return_value = (TOKENS, HIDDEN, EXPERTS)
         buffer._low_latency_checks = checks
-        normal_checks: Any = mock.Mock(spec=NormalChecks)
-        for operation in ("layout", "dispatch", "combine"):
+        normal_checks: Any = mock.Mock(spec=ExpertChecks)
+        for operation in ("layout", "dispatch", "combine", "expert_dispatch", "expert_combine"):
             getattr(normal_checks, operation).return_value = call
         buffer._checks = normal_checks
         buffer.runtime = BufferRuntime(buffer)
@@ -199,6 +201,10 @@ CALLS: dict[str, list[Call]] = {
         Call(lambda b: b.dispatch(X, HANDLE), "mode.dispatch"),
     ],
     "combine": [Call(lambda b: b.combine(X, HANDLE), "mode.combine")],
+    "expert_dispatch": [
+        Call(lambda b: b.expert_dispatch(X, IDX, num_experts=EXPERTS), "mode.expert_dispatch")
+    ],
+    "expert_combine": [Call(lambda b: b.expert_combine(X, [HANDLE, []]), "mode.expert_combine")],
     "low_latency_dispatch": [
         Call(lambda b: b.low_latency_dispatch(X, IDX, TOKENS, EXPERTS), "low_latency.dispatch"),
         Call(_hook, "hook"),
@@ -306,6 +312,16 @@ INTERRUPTED: dict[str, tuple[str, str, Callable[[Buffer], object]]] = {
     "dispatch": ("_mode", "dispatch", lambda b: b.dispatch(X, **LAYOUT, async_finish=True)),
     "cached": ("_mode", "dispatch", lambda b: b.dispatch(X, HANDLE, async_finish=True)),
     "combine": ("_mode", "combine", lambda b: b.combine(X, HANDLE, async_finish=True)),
+    "expert_dispatch": (
+        "_mode",
+        "expert_dispatch",
+        lambda b: b.expert_dispatch(X, IDX, num_experts=EXPERTS, async_finish=True),
+    ),
+    "expert_combine": (
+        "_mode",
+        "expert_combine",
+        lambda b: b.expert_combine(X, [HANDLE, []], async_finish=True),
+    ),
     "low_latency_dispatch": (
         "_low_latency",
         "dispatch",

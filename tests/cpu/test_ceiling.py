@@ -7,7 +7,7 @@ import shutil
 import pytest
 import torch
 
-from epjit.bench.ceiling import CopyConfig
+from epjit.bench.ceiling import CopyConfig, FanConfig
 from epjit.bench.peers import ChaseConfig
 from epjit.runtime.params import params_type
 from tests.emulation import build
@@ -47,6 +47,28 @@ def test_every_row_arrives_and_nothing_else_changes(
                 assert bool((memory[1, peer] == 0xEE).all())
             else:
                 assert torch.equal(memory[1, peer], sent[peer][rank])
+
+
+@pytest.mark.parametrize("bulk", [False, True])
+@pytest.mark.parametrize("num_stores", [1, 3])
+@pytest.mark.parametrize("peer_halves", [0, 1, 2])
+def test_every_store_has_its_row(bulk: bool, num_stores: int, peer_halves: int) -> None:
+    """Of the rank that it was to come from, by the place of the row in its warp."""
+    config = FanConfig(num_warps=2, row_bytes=640, num_stores=num_stores, bulk=bulk)
+    generator, num_rows, grid = torch.Generator().manual_seed(1), 29, 3
+    sources = []
+    for _ in range(2):
+        source = guarded(num_rows, config.row_bytes, dtype=torch.uint8)
+        source.copy_(torch.randint(0, 256, source.shape, generator=generator, dtype=torch.uint8))
+        sources.append(source)
+    taken = guarded(num_stores, num_rows, config.row_bytes, dtype=torch.uint8)
+    record = params_type(config.source, "FanParams")
+    addresses = [each.data_ptr() for each in (*sources, taken)]
+    emulate([Launch(config, record(*addresses, num_rows, peer_halves), grid=grid)], seed=3)
+    place = torch.arange(num_rows) // (grid * config.num_warps)
+    wanted = torch.where((place % 2 < peer_halves)[:, None], sources[1], sources[0])
+    for each in taken:
+        assert torch.equal(each, wanted)
 
 
 def test_the_chain_is_followed_to_its_end() -> None:

@@ -794,7 +794,9 @@ def test_sizes_are_refused_before_it_starts(
         (["--json", "/proc/nothing.json"], "No such file or directory"),
         (["--plot", "/proc/nothing.png"], "No such file or directory"),
         (["--plot", "out.nothing"], "is not supported"),
-        (["--plot", "x.png", "--low-latency"], "which --low-latency does not vary"),
+        (["--plot", "x.png", "--low-latency"], "which this does not measure"),
+        (["--stores", "--low-latency"], "are two runs; pass one of them"),
+        (["--stores"], "measures GPUs, and this is the CPU backend"),
         (["--low-latency", "--tokens", 1 << 20], "num_max_dispatch_tokens_per_rank is 1048576"),
     ],
 )

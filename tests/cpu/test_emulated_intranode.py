@@ -19,8 +19,15 @@ from torch import Tensor
 
 from epjit.calls import Order
 from epjit.handles import IntranodeHandle
-from epjit.kernels.intranode import CombineConfig, DispatchConfig, NotifyConfig
-from epjit.kernels.layout import LayoutConfig
+from epjit.kernels.intranode import (
+    COMBINE_OF_EXPERTS,
+    DISPATCH_OF_EXPERTS,
+    NOTIFY_OF_EXPERTS,
+    CombineConfig,
+    DispatchConfig,
+    NotifyConfig,
+)
+from epjit.kernels.layout import OF_EXPERTS, LayoutConfig
 from epjit.reference import intranode as reference
 from tests.emulation import build, normal
 from tests.emulation import world as emulated
@@ -170,6 +177,7 @@ class World(normal.World):
             "slots": [each.slots for each in self.ranks],
             "words": [each.words for each in self.ranks],
             "notify": [each.notify for each in self.ranks],
+            **(OF_EXPERTS | NOTIFY_OF_EXPERTS | DISPATCH_OF_EXPERTS | COMBINE_OF_EXPERTS),
         }
 
 

@@ -9,9 +9,15 @@ import pytest
 import torch
 from torch import Tensor
 
-from epjit.kernels.expert_major import BlankConfig, PermuteConfig, PlaceConfig, UnpermuteConfig
+from epjit.handles import row_bound
+from epjit.kernels.expert_major import (
+    BlankConfig,
+    PermuteConfig,
+    PlaceConfig,
+    UnpermuteConfig,
+    WeighConfig,
+)
 from epjit.modes import expert_major
-from epjit.modes.expert_major import row_bound
 from epjit.reference import expert_major as reference
 from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.params import params_type
@@ -201,6 +207,34 @@ def test_unpermute_kernel(
         num_tokens=tokens,
     )
     assert torch.equal(got, reference.unpermute(values, placed.row_of))
+
+
+@needs_gxx
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("num_rows", "hidden"), [(0, 8), (1, 8), (37, 264), (19, 2048)])
+def test_weigh_kernel(dtype: torch.dtype, num_rows: int, hidden: int) -> None:
+    generator = torch.Generator().manual_seed(num_rows)
+    grad, rows = (torch.randn(num_rows, hidden, generator=generator).to(dtype) for _ in range(2))
+    weights = torch.rand(num_rows, generator=generator)
+    source = torch.arange(num_rows, dtype=torch.int32)
+    unused = torch.rand(num_rows, generator=generator) < 0.3
+    source, grad = source.masked_fill(unused, -1), grad.masked_fill(unused[:, None], 0)
+    rows = rows.masked_fill(unused[:, None], torch.nan)
+    wanted = expert_major.weigh(grad, rows, weights, source)
+    got, got_weights = copied(grad), guarded(num_rows, dtype=torch.float32)
+    run(
+        WeighConfig(hidden * 2, dtype == torch.float16),
+        2,
+        num_rows,
+        grad=got,
+        rows=copied(rows),
+        row_weights=copied(weights),
+        source=copied(source),
+        grad_weights=got_weights,
+        num_rows=num_rows,
+    )
+    assert torch.equal(got, wanted[0])
+    assert torch.equal(got_weights, wanted[1])
 
 
 @needs_gxx

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
 
 from epjit import Buffer, moe
-from epjit.handles import handle_type
+from epjit.handles import handle_type, row_bound
 from epjit.modes import expert_major
 from epjit.runtime.group import ThreadGroup
 from tests.harness.launch import run
@@ -35,6 +35,7 @@ def test_compiled_in_one_graph(backend: str, quick: bool) -> None:
 def spoil() -> None:
     """Rows that nothing arrived for or that no expert has are NaN, as they may be on a GPU."""
     real, real_permute, real_grouped_mm = Buffer.dispatch, expert_major.permute, F.grouped_mm
+    real_expert_dispatch = Buffer.expert_dispatch
 
     def dispatch(self: Buffer, *args: Any, **kwargs: Any) -> Any:
         rows, *rest = real(self, *args, **kwargs)
@@ -42,6 +43,11 @@ def spoil() -> None:
         kind = handle_type(self.runtime.get_num_rdma_ranks())
         rows[int(kind(*handle).num_received(self.rank)) :] = torch.nan  # type: ignore[index]
         return rows, *rest
+
+    def expert_dispatch(self: Buffer, *args: Any, **kwargs: Any) -> Any:
+        rows, weights, handle, event = real_expert_dispatch(self, *args, **kwargs)
+        rows[int(handle.placement.ends[-1]) :] = torch.nan  # type: ignore[index]
+        return rows, weights, handle, event
 
     def permute(x: Any, source: Any, ends: Any, **options: Any) -> Any:
         rows = real_permute(x, source, ends, **options)
@@ -56,6 +62,7 @@ def spoil() -> None:
 
     # Of this process, which ends.
     Buffer.dispatch = dispatch  # type: ignore[method-assign]
+    Buffer.expert_dispatch = expert_dispatch  # type: ignore[method-assign]
     expert_major.permute, F.grouped_mm = permute, grouped_mm
 
 
@@ -166,6 +173,14 @@ def test_opcheck_of_dispatch(name: str, worst: int, alignment: int) -> None:
     opcheck(torch.ops.epjit.dispatch, (x, idx, weights, 4, worst, alignment, 0, 1, name))
 
 
+@pytest.mark.parametrize("worst", [0, 8])
+def test_opcheck_of_dispatch_by_expert(name: str, worst: int) -> None:
+    x, idx, weights = tensors()
+    opcheck(
+        torch.ops.epjit.expert_dispatch, (x, idx, weights, 4, worst, 4, 0, True, worst > 0, name)
+    )
+
+
 def test_opcheck_of_the_other_operators(name: str) -> None:
     x, idx, weights = tensors()
     got = moe.dispatch(x, idx, weights, num_experts=4, group=name, expert_major=True)
@@ -180,6 +195,13 @@ def test_opcheck_of_the_other_operators(name: str) -> None:
         torch.ops.epjit.dispatch_backward,
         (recv.detach(), torch.rand(recv.shape[0], 2), *padded, name),
     )
+    by_expert = (row_of, source, ends, *routing, name)
+    factors = torch.rand(source.shape[0])
+    for given in (None, factors.clone().requires_grad_()):
+        opcheck(torch.ops.epjit.expert_combine, (rows.clone().requires_grad_(), given, *by_expert))
+    sums = torch.randn(6, 16).bfloat16()
+    opcheck(torch.ops.epjit.expert_combine_backward, (sums, rows, factors, *by_expert))
+    opcheck(torch.ops.epjit.expert_dispatch_backward, (rows, factors, *by_expert))
     opcheck(torch.ops.epjit.place, (idx, 4, 8, 64))
     for blank in (False, True):
         leaf = recv.detach().requires_grad_()
@@ -269,7 +291,7 @@ def test_numbers_of_other_kinds(name: str) -> None:
         expert_major=True,
         expert_alignment=np.int64(4),  # type: ignore[arg-type]
     )
-    assert got.x.shape[0] == expert_major.row_bound(8, 2, 4, 4)
+    assert got.x.shape[0] == row_bound(8, 2, 4, 4)
     for option in ("num_worst_tokens", "expert_alignment", "num_expert_rows"):
         with pytest.raises(TypeError, match=rf"{option} is 2\.5, a float, but must be an int"):
             moe.dispatch(
@@ -373,7 +395,7 @@ def test_layer_of_shapes_alone(name: str) -> None:
 
 
 def test_import_does_not_touch_cuda() -> None:
-    assert expert_major.row_bound(10, 8, 4, 16) == 144
+    assert row_bound(10, 8, 4, 16) == 144
     assert not torch.cuda.is_initialized()
 
 

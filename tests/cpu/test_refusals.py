@@ -62,13 +62,21 @@ def test_names_are_unique() -> None:
 def test_right_arguments_reach_the_backend(bench: Bench) -> None:
     """Else the table would prove nothing: each call is refused for what was changed in it."""
     calls = (bench.layout, bench.dispatch, bench.cached, bench.combine)
+    calls += (bench.expert_dispatch, bench.expert_cached, bench.expert_combine)
     calls += (bench.dispatch_between, bench.cached_between, bench.combine_between)
     for call in (*calls, bench.ll_dispatch, bench.ll_combine, bench.ll_clean):
         with pytest.raises(ReachedError):
             call()
     with pytest.raises(ReachedError):
         bench.combine(topk_weights=bench.recv_weights, bias=(bench.x, bench.x))
+    for cast in ("fp8", "fp8_round", "mxfp8"):
+        with pytest.raises(ReachedError):
+            bench.expert_dispatch(x=bench.ll_x, cast=cast)
+    with pytest.raises(ReachedError):
+        bench.expert_combine(row_weights=bench.row_weights, topk_weights=bench.row_weights)
     scale = bench.full(1, dtype=torch.float32)
+    with pytest.raises(ReachedError):
+        bench.expert_dispatch(x=bench.ll_x, cast="nvfp4", global_scale=scale)
     with pytest.raises(ReachedError):
         bench.ll_dispatch(quantization="nvfp4", global_scale=scale)
     with pytest.raises(ReachedError):

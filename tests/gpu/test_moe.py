@@ -5,8 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
+from epjit.handles import row_bound
 from epjit.modes import expert_major
-from epjit.modes.expert_major import row_bound
 from epjit.reference import expert_major as reference
 from tests.harness.launch import run
 from tests.harness.ranks import SMALL

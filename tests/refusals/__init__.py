@@ -6,7 +6,7 @@ reached nothing.
 
 from __future__ import annotations
 
-from tests.refusals import between_domains, construction, low_latency, normal
+from tests.refusals import between_domains, construction, expert_major, low_latency, normal
 from tests.refusals.table import Refusal
 
 GROUPS: dict[str, dict[str, Refusal]] = {
@@ -16,6 +16,9 @@ GROUPS: dict[str, dict[str, Refusal]] = {
     "dispatch": normal.DISPATCH,
     "cached dispatch": normal.CACHED,
     "combine": normal.COMBINE,
+    "expert dispatch": expert_major.EXPERT_DISPATCH,
+    "cached expert dispatch": expert_major.EXPERT_CACHED,
+    "expert combine": expert_major.EXPERT_COMBINE,
     "between domains": between_domains.BETWEEN_DOMAINS,
     "members": normal.MEMBERS,
     "low latency dispatch": low_latency.LOW_LATENCY_DISPATCH,

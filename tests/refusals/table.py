@@ -14,7 +14,7 @@ from epjit import Buffer
 from epjit.calls import DispatchSizes
 from epjit.formats import BF16
 from epjit.handles import LowLatencyDispatched
-from epjit.reference import internode, low_latency
+from epjit.reference import Normal, expert_major, internode, low_latency
 from epjit.reference import intranode as reference
 from epjit.runtime.empty import empty_on
 from tests.harness.data import to_device
@@ -108,6 +108,14 @@ class Bench:
             "num_tokens_per_expert": self.per_expert,
         }
         self.handle = tuple(to_device(each, self.device) for each in dispatched.handle)
+        by_expert = expert_major.dispatch(
+            Normal((range(NUM_RANKS),)), world, self.buffer.rank, num_experts=NUM_EXPERTS
+        )
+        self.expert_handle = tuple(
+            tuple(to_device(each, self.device) for each in part) for part in by_expert.handle
+        )
+        self.rows = to_device(by_expert.rows, self.device)
+        self.row_weights = to_device(by_expert.weights, self.device)
         self.recv_x = to_device(dispatched.recv_x, self.device)
         self.recv_weights = to_device(dispatched.recv_topk_weights, self.device)
         other = reference.dispatch(make_world(_case(3)), 0, num_experts=2 * 3).handle
@@ -164,6 +172,26 @@ class Bench:
     def combine(self, **changes: Any) -> object:
         """Combine without anything optional."""
         return self.buffer.combine(**{"x": self.recv_x, "handle": self.handle, **changes})
+
+    def expert_dispatch(self, **changes: Any) -> object:
+        """Dispatch by expert, with top-k."""
+        choices = {"topk_idx": self.idx, "topk_weights": self.weights, "num_experts": NUM_EXPERTS}
+        return self.buffer.expert_dispatch(**{"x": self.x, **choices, **changes})
+
+    def expert_cached(self, **changes: Any) -> object:
+        """The same with a handle."""
+        given = {"x": self.x, "handle": self.expert_handle}
+        return self.buffer.expert_dispatch(**{**given, **changes})
+
+    def expert_combine(self, **changes: Any) -> object:
+        """Combine of rows by expert, without anything optional."""
+        given = {"rows": self.rows, "handle": self.expert_handle}
+        return self.buffer.expert_combine(**{**given, **changes})
+
+    def placed(self, index: int, value: object) -> tuple[Any, ...]:
+        """The handle of an expert dispatch with another entry of its placement."""
+        routing, placed = self.expert_handle
+        return routing, (*placed[:index], value, *placed[index + 1 :])
 
     def dispatch_between(self, **changes: Any) -> object:
         """Dispatch between NVLink domains."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -125,8 +126,8 @@ def row_major(case: Case, **options: Any) -> Callable[..., Tensor]:
     return layer
 
 
-def by_expert(case: Case, **options: Any) -> Callable[..., Tensor]:
-    """Rows by expert, one grouped product."""
+def by_expert(case: Case, *, weighted: bool = False, **options: Any) -> Callable[..., Tensor]:
+    """Rows by expert, one grouped product; with `weighted`, combine multiplies the rows."""
     name = case.group.group_name
 
     def layer(x: Tensor, idx: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
@@ -141,9 +142,14 @@ def by_expert(case: Case, **options: Any) -> Callable[..., Tensor]:
             **options,
         )
         y = moe.grouped_mm(got.x, experts, got.ends).tanh()
+        if weighted:
+            return moe.combine(y, got.handle, weights=got.weights, group=name)
         return moe.combine((y * got.weights[:, None]).to(x.dtype), got.handle, group=name)
 
     return layer
+
+
+weighted_by_expert = functools.partial(by_expert, weighted=True)
 
 
 def eager(group: Any) -> None:
@@ -153,7 +159,8 @@ def eager(group: Any) -> None:
         worst = 9 * case.size
         for options in ({}, {"num_worst_tokens": worst}):
             case.check(row_major(case, **options))
-            case.check(by_expert(case, **options))
+            for weighted in (False, True):
+                case.check(by_expert(case, weighted=weighted, **options))
         case.check(by_expert(case, num_worst_tokens=worst, num_expert_rows=worst * TOPK + 24))
 
     as_megatron(group)
@@ -283,7 +290,7 @@ def compiled(group: Any, backend: str, quick: bool = False) -> None:
     torch._dynamo.config.capture_dynamic_output_shape_ops = True
     case = Case(group, 9)
     for options in ({"num_worst_tokens": 9 * case.size}, *([] if quick else [{}])):
-        for build in (by_expert, *([] if quick else [row_major])):
+        for build in (weighted_by_expert, *([] if quick else [row_major])):
             torch._dynamo.reset()
             layer = torch.compile(build(case, **options), fullgraph=True, backend=backend)
             case.check(layer)
@@ -309,7 +316,7 @@ def checkpointed(group: Any) -> None:
     assert len(calls) == 2
 
     dispatched = []
-    keep = (torch.ops.epjit.dispatch.default, torch.ops.epjit.combine.default)
+    keep = (torch.ops.epjit.expert_dispatch.default, torch.ops.epjit.expert_combine.default)
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op in keep and not context.is_recompute:
@@ -350,7 +357,7 @@ def exported(group: Any) -> None:
     for options in ({}, {"num_worst_tokens": 9 * case.size}):
         program = torch.export.export(Layer(case, **options), arguments)
         names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
-        assert {"epjit.dispatch.default", "epjit.combine.default"} <= names
+        assert {"epjit.expert_dispatch.default", "epjit.expert_combine.default"} <= names
         wanted = by_expert(case, **options)(*arguments)
         assert torch.equal(program.module()(*arguments), wanted)
     moe.free_buffers()
@@ -416,7 +423,7 @@ def outgrown(group: Any) -> None:
 def replayed(group: Any) -> None:
     """A graph is replayed after its Buffer was outgrown, twice (on GPUs only)."""
     case = Case(group, 9)
-    layer = by_expert(case, num_worst_tokens=9 * case.size)
+    layer = weighted_by_expert(case, num_worst_tokens=9 * case.size)
     arguments = [case.x, case.topk_idx, case.topk_weights, case.experts]
     arguments = [each.detach().clone() for each in arguments]
     stream = torch.cuda.Stream()

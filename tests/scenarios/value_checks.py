@@ -11,10 +11,16 @@ import torch
 from epjit import Buffer
 from tests.harness.data import ROUTING_KINDS
 from tests.harness.ranks import settle
+from tests.rounds.expert_major import ExpertRound, check_expert_round
 from tests.rounds.low_latency import LowLatencyRound, check_low_latency_round
 from tests.rounds.normal import Round, check_round, layout_of
 
 TOKENS, HIDDEN, TOPK = 6, 256, 4
+
+
+def _has_experts(buffer: Buffer) -> bool:
+    """Whether there are kernels for rows by expert."""
+    return buffer.device.type == "cpu" or not buffer.topology.spans_domains
 
 
 def accepts(buffer: Buffer) -> None:
@@ -23,6 +29,8 @@ def accepts(buffer: Buffer) -> None:
     for seed, kind in enumerate(ROUTING_KINDS[:-1]):
         how, worst = ("sync", "async", "comm")[seed % 3], seed % 2 == 1
         check_round(buffer, Round(**sizes, kind=kind, seed=seed, how=how, worst=worst, num_sms=4))
+        if _has_experts(buffer):
+            check_expert_round(buffer, ExpertRound(**sizes, kind=kind, seed=seed, worst=worst))
         if buffer.low_latency_mode:
             how = ("sync", "async", "hook")[seed % 3]
             check_low_latency_round(buffer, LowLatencyRound(**sizes, kind=kind, seed=seed, how=how))
@@ -98,6 +106,7 @@ def refuses(buffer: Buffer) -> None:
             ),
         ),
     ]
+    wrong += _by_expert(buffer, x, idx, weights, num_experts)
     if per_domain is not None:
         wrong.append(
             (
@@ -111,6 +120,38 @@ def refuses(buffer: Buffer) -> None:
         with pytest.raises(ValueError, match=says):
             call()
     check_round(buffer, Round(num_tokens=(5,) * num_ranks, num_experts=12, kind="holes", num_sms=4))
+
+
+def _by_expert(
+    buffer: Buffer, x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor, num_experts: int
+) -> list[tuple[str, Callable[[], object]]]:
+    """Wrong values of the calls on rows by expert."""
+    if not _has_experts(buffer):
+        return []
+    rows, _, handle, _ = buffer.expert_dispatch(x, idx, weights, num_experts=num_experts)
+    assert isinstance(rows, torch.Tensor)
+    beyond, infinite, broken = idx.clone(), x.clone(), weights.clone()
+    beyond[3, 0], infinite[1, 7], broken[0, 2] = num_experts, torch.inf, torch.nan
+    row_of, source, *rest = handle.placement
+    far_rows, far_source = row_of.clone(), source.clone()
+    far_rows[0, 0], far_source[0] = len(source), row_of.numel()
+
+    def dispatch(*given: Any, **options: Any) -> Callable[[], object]:
+        return lambda: buffer.expert_dispatch(*given, num_experts=num_experts, **options)
+
+    return [
+        (rf"topk_idx\[3, 0\] is {num_experts}", dispatch(x, beyond, weights)),
+        (r"topk_weights\[0, 2\] is nan", dispatch(x, idx, broken)),
+        (r"x\[1, 7\] is inf", dispatch(infinite, idx, weights, cast="fp8")),
+        (
+            r"handle\.placement\.row_of: entry \[0, 0\] is",
+            lambda: buffer.expert_combine(rows, (handle.routing, (far_rows, source, *rest))),
+        ),
+        (
+            r"handle\.placement\.source: entry \[0\] is",
+            lambda: buffer.expert_dispatch(x, handle=(handle.routing, (row_of, far_source, *rest))),
+        ),
+    ]
 
 
 def _low_latency(

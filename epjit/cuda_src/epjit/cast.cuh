@@ -1,6 +1,6 @@
-// Casts of a row on its way: what the low-latency dispatch sends, and the log format of its combine.
+// Casts of a row on its way: what a dispatch sends, and the log format of its combine.
 //
-// Block formats (x in bf16; a block has one scale; sat = to the largest finite value, to nearest
+// Block formats (x in bf16 or fp16; a block has one scale; sat = to the largest finite value, to nearest
 // even):
 //   kFp8       blocks of 128: amax = max(|x|, 1e-4), scale = amax / 448, q = e4m3(x * (448 / amax))
 //   kFp8Round  scale = the power of two from amax / 448 upward, q = e4m3(x * (1 / scale))
@@ -78,7 +78,7 @@ struct CastItem {
   uint32_t scale;     // its bits, in format_scale_bytes()
 };
 
-template <int kFormat>
+template <int kFormat, bool kIsF16 = false>
 __device__ __forceinline__ CastItem cast_item(const Vec16 (&pieces)[2], float global_scale) {
   const uint32_t pairs[8] = {pieces[0].x, pieces[0].y, pieces[0].z, pieces[0].w,
                              pieces[1].x, pieces[1].y, pieces[1].z, pieces[1].w};
@@ -86,7 +86,7 @@ __device__ __forceinline__ CastItem cast_item(const Vec16 (&pieces)[2], float gl
   float amax = 0.0f;
 #pragma unroll
   for (int i = 0; i < 8; ++i) {
-    const Float2 pair = ptx::bf16x2_to_float2(pairs[i]);
+    const Float2 pair = kIsF16 ? ptx::f16x2_to_float2(pairs[i]) : ptx::bf16x2_to_float2(pairs[i]);
     x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
     amax = fmaxf(amax, fmaxf(fabsf(pair.x), fabsf(pair.y)));
   }
@@ -124,6 +124,19 @@ __device__ __forceinline__ CastItem cast_item(const Vec16 (&pieces)[2], float gl
                            << 16 * (i / 2 % 2);
   }
   return item;
+}
+
+// To `row`, of which this is item `item`; kShared: in shared memory.
+template <int kFormat, bool kShared = false>
+__device__ __forceinline__ void store_cast(char* row, int item, const CastItem& cast) {
+  if constexpr (kFormat == kNvfp4)
+    *reinterpret_cast<uint64_t*>(row + item * 8) =
+        static_cast<uint64_t>(cast.words[1]) << 32 | cast.words[0];
+  else if constexpr (kShared)
+    *reinterpret_cast<Vec16*>(row + item * 16) = {cast.words[0], cast.words[1], cast.words[2],
+                                                  cast.words[3]};
+  else
+    ptx::st_v4(row + item * 16, {cast.words[0], cast.words[1], cast.words[2], cast.words[3]});
 }
 
 // ---- the log format -----------------------------------------------------------------------------

@@ -28,6 +28,7 @@ template <bool kTma, int kNumWarps, int kRows, int kRowBytes>
 class RowCopier {
   static_assert(kRowBytes > 0 && kRowBytes % 16 == 0, "a row is moved in pieces of 16 bytes");
   static_assert(kRows >= 1 && kRows <= kWarpSize, "one lane a row");
+  static constexpr int kLdstUnroll = 8;
 
  public:
   // shared: copier_shared_bytes() bytes, the same address in all warps. Followed by a __syncwarp of
@@ -84,8 +85,35 @@ class RowCopier {
       for (int i = first; i < first + kRows; ++i) {
         char* const row_dst = of_lane(dst, i);
         const char* const row_src = of_lane(src_, i);
-        for (int at = 0; row_dst != nullptr && at < kRowBytes; at += kPieceBytes<8>)
-          copy_piece<8>(row_dst + at, row_src + at, kRowBytes - at, lane_);
+        for (int at = 0; row_dst != nullptr && at < kRowBytes; at += kPieceBytes<kLdstUnroll>)
+          copy_piece<kLdstUnroll>(row_dst + at, row_src + at, kRowBytes - at, lane_);
+      }
+    }
+  }
+
+  // Writes each of these rows to up to kNum places, for one load: target(k) is a place of this lane's
+  // row, or null.
+  template <int kNum, typename Target>
+  __device__ void store_each(int first, Target target) {
+    constexpr int kBatch = kNum < 8 ? kNum : 8;  // places that are looked up at once
+    if constexpr (kTma) {
+      for (int k = 0; k < kNum; k += kBatch) {
+        char* to[kBatch];
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) to[i] = k + i < kNum ? target(k + i) : nullptr;
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) store(first, to[i]);
+      }
+    } else {
+      for (int i = first; i < first + kRows; ++i) {
+        const char* const from = of_lane(src_, i);
+        for (int at = 0; from != nullptr && at < kRowBytes; at += kPieceBytes<kLdstUnroll>) {
+          const auto piece = load_piece<kLdstUnroll>(from + at, kRowBytes - at, lane_);
+          for (int k = 0; k < kNum; ++k) {
+            char* const to = of_lane(target(k), i);
+            if (to != nullptr) store_piece(to + at, piece, kRowBytes - at, lane_);
+          }
+        }
       }
     }
   }

@@ -8,20 +8,36 @@ namespace epjit {
 template <int kUnroll>
 constexpr int kPieceBytes = kUnroll * kWarpSize * 16;
 
+template <int kUnroll>
+struct Piece {
+  Vec16 v[kUnroll];
+};
+
 // The piece at src, `bytes` of it at most (a multiple of 16). By a whole warp.
 template <int kUnroll>
+__device__ __forceinline__ Piece<kUnroll> load_piece(const char* src, uint64_t bytes, int lane) {
+  Piece<kUnroll> piece;
+#pragma unroll
+  for (int i = 0; i < kUnroll; ++i) {
+    const uint64_t at = (i * kWarpSize + lane) * 16;
+    if (at < bytes) piece.v[i] = ptx::ld_v4(src + at);
+  }
+  return piece;
+}
+
+template <int kUnroll>
+__device__ __forceinline__ void store_piece(char* dst, const Piece<kUnroll>& piece, uint64_t bytes,
+                                            int lane) {
+#pragma unroll
+  for (int i = 0; i < kUnroll; ++i) {
+    const uint64_t at = (i * kWarpSize + lane) * 16;
+    if (at < bytes) ptx::st_v4(dst + at, piece.v[i]);
+  }
+}
+
+template <int kUnroll>
 __device__ __forceinline__ void copy_piece(char* dst, const char* src, uint64_t bytes, int lane) {
-  Vec16 v[kUnroll];
-#pragma unroll
-  for (int i = 0; i < kUnroll; ++i) {
-    const uint64_t at = (i * kWarpSize + lane) * 16;
-    if (at < bytes) v[i] = ptx::ld_v4(src + at);
-  }
-#pragma unroll
-  for (int i = 0; i < kUnroll; ++i) {
-    const uint64_t at = (i * kWarpSize + lane) * 16;
-    if (at < bytes) ptx::st_v4(dst + at, v[i]);
-  }
+  store_piece(dst, load_piece<kUnroll>(src, bytes, lane), bytes, lane);
 }
 
 }  // namespace epjit

@@ -12,8 +12,17 @@ class Sum8 {
     each(v, [](float&, float y) { return y; });
   }
 
+  __device__ __forceinline__ void start(Vec16 v, float weight) {
+    each(v, [weight](float, float y) { return __fmul_rn(weight, y); });
+  }
+
   __device__ __forceinline__ void add(Vec16 v) {
     each(v, [](float& x, float y) { return x + y; });
+  }
+
+  // The product is rounded, then the sum.
+  __device__ __forceinline__ void add(Vec16 v, float weight) {
+    each(v, [weight](float x, float y) { return __fadd_rn(x, __fmul_rn(weight, y)); });
   }
 
   // To nearest even.
@@ -38,6 +47,55 @@ class Sum8 {
 
   Float2 sum_[4] = {};
 };
+
+// Adds the products of eight elements one by one; each product and each sum is rounded.
+template <bool kIsF16>
+__device__ __forceinline__ float add_products(float sum, Vec16 a, Vec16 b) {
+  const uint32_t of_a[4] = {a.x, a.y, a.z, a.w}, of_b[4] = {b.x, b.y, b.z, b.w};
+#pragma unroll
+  for (int i = 0; i < 4; ++i) {
+    const Float2 x = kIsF16 ? ptx::f16x2_to_float2(of_a[i]) : ptx::bf16x2_to_float2(of_a[i]);
+    const Float2 y = kIsF16 ? ptx::f16x2_to_float2(of_b[i]) : ptx::bf16x2_to_float2(of_b[i]);
+    sum = __fadd_rn(sum, __fmul_rn(x.x, y.x));
+    sum = __fadd_rn(sum, __fmul_rn(x.y, y.y));
+  }
+  return sum;
+}
+
+// Adds rows to the sums of kUnroll pieces, the first of which is `vec`, each a warp's width behind the
+// one before, up to `last`: lane k has row and weight of selection k, of those whose bit in `rows` is
+// set, k ascending. The loads of kBatch rows are in flight at once. By a whole warp.
+template <int kBatch, bool kWeighted, bool kIsF16, int kUnroll>
+__device__ __forceinline__ void add_rows(Sum8<kIsF16> (&sums)[kUnroll], const char* row,
+                                         float weight, uint32_t rows, int vec, int last) {
+  while (rows != 0) {
+    Vec16 v[kBatch][kUnroll];
+    uint32_t loaded = rows;
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (rows == 0) break;
+      const char* const src = of_lane(row, __ffs(rows) - 1);
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i)
+        if (vec + i * kWarpSize < last) v[j][i] = ptx::ld_v4(src + (vec + i * kWarpSize) * 16);
+      rows &= rows - 1;
+    }
+#pragma unroll
+    for (int j = 0; j < kBatch; ++j) {
+      if (loaded == 0) break;
+      const float w = kWeighted ? __shfl_sync(kFullMask, weight, __ffs(loaded) - 1) : 0.0f;
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        if (vec + i * kWarpSize >= last) continue;
+        if constexpr (kWeighted)
+          sums[i].add(v[j][i], w);
+        else
+          sums[i].add(v[j][i]);
+      }
+      loaded &= loaded - 1;
+    }
+  }
+}
 
 // Adds weight * y: the product is rounded, then the sum.
 __device__ __forceinline__ void add_weighted(float& sum, float weight, float y) {

@@ -13,6 +13,11 @@
 // rows are read where they lie. A position behind the segment of its source in rank_prefix is a row
 // that its rank had no room for: it is left out of the sum.
 //
+// With by_expert x are rows by expert, and row of t on r is the sum of the rows that row_of names for
+// it, in fp32 in the order of k, each multiplied with its weight if there are row_weights, rounded
+// once: it is summed while it is read, and pushed by 16-byte stores. topk_weights are one a row then;
+// what comes back for selection k is that of its row.
+//
 //   slots[s]  [num_ranks, num_slots, slot_bytes]  of owner s; row (r, .) is written by r. Token t
 //             lies in slot t % num_slots: { row [hidden_bytes], topk_weights [num_topk] f32 }
 //   words[s]  [num_ranks, num_slots]              row (r, .) is written by r, after the row
@@ -48,11 +53,14 @@ struct CombineConfig {
   int32_t num_warps;
   int32_t num_push_warps;  // of num_warps
   int32_t rows_per_warp;   // rows of a pushing warp in shared memory
+  bool by_expert;          // rows by expert; num_topk is not 0, tma is false
+  bool is_weighted;        // by_expert: rows are multiplied with row_weights
+  bool has_weights;        // by_expert: topk_weights go back
 };
 
 struct CombineParams : Operation {
   const char* x;                 // [num_rows, hidden], num_rows >= rank_prefix[num_ranks - 1, rank]
-  const float* topk_weights;     // [as x, num_topk]
+  const float* topk_weights;     // [as x, num_topk]; by_expert [num_expert_rows]
   const char* bias_0;            // [num_tokens, hidden] or null
   const char* bias_1;            // [num_tokens, hidden] or null
   const int32_t* recv_src_idx;   // [as x]: token of the owner
@@ -63,11 +71,14 @@ struct CombineParams : Operation {
   float* combined_topk_weights;  // [num_tokens, num_topk]
   uint64_t slots[kMaxRanks];     // symmetric, of each rank
   uint64_t words[kMaxRanks];     // symmetric, of each rank
+  const int32_t* row_of;         // [num_rows, num_topk]: rows of x, none outside; by_expert
+  const float* row_weights;      // [num_expert_rows]; by_expert
   // own [4 + num_ranks]: ticket, next reduce unit, units reduced of (window & 1), next push
   // units; zero on entry and on exit
   uint32_t* counters;
-  int32_t num_slots;  // even, at least 2
-  int32_t num_rows;   // nothing beyond is read, whatever rank_prefix and send_head say
+  int32_t num_slots;        // even, at least 2
+  int32_t num_rows;         // nothing beyond is read, whatever rank_prefix and send_head say
+  int32_t num_expert_rows;  // of x; by_expert
   int32_t num_tokens;
   int32_t num_parts;  // warps that share the sum of one token
   int32_t rank;
@@ -81,19 +92,27 @@ constexpr int combine_shared_bytes(CombineConfig cfg) {
   return copier_shared_bytes(cfg.tma, cfg.num_push_warps, cfg.rows_per_warp, cfg.hidden_bytes);
 }
 
+// Weights that go back with a row.
+constexpr int combine_weights(CombineConfig cfg) {
+  return cfg.by_expert && !cfg.has_weights ? 0 : cfg.num_topk;
+}
+
 constexpr int combine_slot_bytes(CombineConfig cfg) {
-  return align_up(cfg.hidden_bytes + 4 * cfg.num_topk, 128);
+  return align_up(cfg.hidden_bytes + 4 * combine_weights(cfg), 128);
 }
 
 template <CombineConfig kCfg>
 class Combine {
   static constexpr int kRanks = kCfg.num_ranks;
   static constexpr int kRows = kCfg.rows_per_warp;
-  static constexpr int kTopk = kCfg.num_topk;
+  static constexpr int kTopk = combine_weights(kCfg);
+  static constexpr bool kByExpert = kCfg.by_expert;
+  static constexpr int kRowBatch = 4;  // rows by expert that are read at once
   static constexpr int kSlotBytes = combine_slot_bytes(kCfg);
   static constexpr int kVecs = kCfg.hidden_bytes / 16;
   static_assert(kRanks >= 1 && kRanks <= kMaxRanks);
-  static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
+  static_assert(kTopk >= 0 && kCfg.num_topk <= kMaxTopk);
+  static_assert(!kByExpert || (kCfg.num_topk > 0 && !kCfg.tma), "rows are summed on their way");
   static_assert(kCfg.num_push_warps >= 1 && kCfg.num_push_warps < kCfg.num_warps,
                 "someone must reduce from the start");
   using Copier = RowCopier<kCfg.tma, kCfg.num_push_warps, kRows, kCfg.hidden_bytes>;
@@ -175,10 +194,71 @@ class Combine {
     const auto wait = [&](int window) {
       return window < 2 || wait_window(waiter, kWaitCombineWindow, owner, window);
     };
-    return epjit::push_rows<kCfg.hidden_bytes, kTopk>(
-        p, waiter.epoch, copier, first, num_rows, token, wait,
-        [&](int token) { return slot(owner, p.rank, token); },
-        [&](int token) { return word(owner, p.rank, token); });
+    if constexpr (kByExpert)
+      return push_sums(owner, first, num_rows, token, wait);
+    else
+      return epjit::push_rows<kCfg.hidden_bytes, kTopk>(
+          p, waiter.epoch, copier, first, num_rows, token, wait,
+          [&](int token) { return slot(owner, p.rank, token); },
+          [&](int token) { return word(owner, p.rank, token); });
+  }
+
+  // Rows by expert of one token, lane k that of selection k.
+  struct ExpertRows {
+    const char* row = nullptr;
+    float weight = 0.0f;  // that it is multiplied with
+    float back = 0.0f;    // that goes back
+    uint32_t chosen = 0;  // bit k: selection k has a row
+  };
+
+  // Of row `row` in the order of the sources; none where that is negative.
+  __device__ ExpertRows expert_rows(int64_t row) const {
+    ExpertRows found;
+    int at = -1;
+    if (row >= 0 && lane < kCfg.num_topk) at = p.row_of[row * kCfg.num_topk + lane];
+    const bool exists = static_cast<uint32_t>(at) < static_cast<uint32_t>(p.num_expert_rows);
+    if (exists) {
+      found.row = p.x + static_cast<int64_t>(at) * kCfg.hidden_bytes;
+      if constexpr (kCfg.is_weighted) found.weight = p.row_weights[at];
+      if constexpr (kTopk > 0) found.back = p.topk_weights[at];
+    }
+    found.chosen = __ballot_sync(kFullMask, exists);
+    return found;
+  }
+
+  // As epjit::push_rows, for rows that are sums: of tokens in slots of one window at a time.
+  template <typename Wait>
+  __device__ bool push_sums(int owner, int first, int num_rows, int token, Wait wait) const {
+    constexpr int kUnroll = 2;
+    const int window = window_of(token);
+    uint32_t pending = __ballot_sync(kFullMask, lane < num_rows);
+    while (pending != 0) {
+      const int current = __shfl_sync(kFullMask, window, __ffs(pending) - 1);
+      const bool mine = (pending >> lane & 1) != 0 && window == current;
+      const uint32_t movers = __ballot_sync(kFullMask, mine);
+      pending &= ~movers;
+      if (!all_lanes(lane != 0 || wait(current))) return false;
+      for (uint32_t left = movers; left != 0; left &= left - 1) {
+        const int mover = __ffs(left) - 1;
+        char* const to = slot(owner, p.rank, __shfl_sync(kFullMask, token, mover));
+        const ExpertRows rows = expert_rows(first + mover);
+#pragma unroll 1
+        for (int vec = lane; vec - lane < kVecs; vec += kUnroll * kWarpSize) {
+          Sum8<kCfg.is_f16> sums[kUnroll];
+          add_rows<kRowBatch, kCfg.is_weighted>(sums, rows.row, rows.weight, rows.chosen, vec,
+                                                kVecs);
+#pragma unroll
+          for (int i = 0; i < kUnroll; ++i)
+            if (vec + i * kWarpSize < kVecs)
+              ptx::st_v4(to + (vec + i * kWarpSize) * 16, sums[i].rounded());
+        }
+        if constexpr (kTopk > 0)
+          if (lane < kTopk) slot_weights(to)[lane] = rows.back;
+      }
+      __syncwarp();  // all lanes have stored; the release is cumulative
+      if (mine) ptx::st_release_sys(word(owner, p.rank, token), make_word(waiter.epoch, window, 0));
+    }
+    return true;
   }
 
   __device__ static float* slot_weights(char* slot) {
@@ -206,12 +286,15 @@ class Combine {
     bool ok = true;
     const char* row = nullptr;
     const float* weights = nullptr;
+    int own_row_at = -1;  // by expert, in lane `rank`
     if (lane < kRanks) {
       const int position = p.send_head[static_cast<int64_t>(token) * kRanks + lane];
       const bool has_row = static_cast<uint32_t>(position) < num_rows;  // not -1 either
       if (has_row && lane == p.rank) {
         const int64_t own_row = row_start(p.rank) + static_cast<int64_t>(position);
-        if (own_row < p.num_rows) {
+        if (kByExpert && own_row < p.num_rows) {
+          own_row_at = static_cast<int>(own_row);
+        } else if (own_row < p.num_rows) {
           row = p.x + own_row * kCfg.hidden_bytes;
           if constexpr (kTopk > 0) weights = p.topk_weights + own_row * kTopk;
         }
@@ -225,6 +308,13 @@ class Combine {
     }
     if (!all_lanes(ok)) return false;
 
+    ExpertRows own;
+    bool has_own = false;
+    if constexpr (kByExpert) {
+      own_row_at = __shfl_sync(kFullMask, own_row_at, p.rank);
+      own = expert_rows(own_row_at);
+      has_own = own_row_at >= 0;
+    }
     const char* rows[kRanks];
     if constexpr (kCfg.choice_bits > 0) {
       const int turn = rank_of_turn(token);
@@ -237,9 +327,19 @@ class Combine {
     const int part_vecs = align_up(ceil_div(kVecs, p.num_parts), kWarpSize);
     const int last = min(kVecs, (part + 1) * part_vecs);
     // Up to eight loads of 16 bytes in flight a thread; the rest is up to the number of warps.
-    constexpr int kUnroll = 8 / kRanks;
+    constexpr int kUnroll = kByExpert && kRanks < 4 ? 2 : 8 / kRanks;
+    constexpr int kOwnBatch = kRanks > 2 ? 2 : kRowBatch;  // more would spill
 #pragma unroll 1
-    for (int first = part * part_vecs + lane; first < last; first += kUnroll * kWarpSize) {
+    for (int first = part * part_vecs + lane; (kByExpert ? first - lane : first) < last;
+         first += kUnroll * kWarpSize) {
+      Vec16 own_sums[kUnroll];
+      if constexpr (kByExpert)
+        if (has_own) {
+          Sum8<kCfg.is_f16> sums[kUnroll];
+          add_rows<kOwnBatch, kCfg.is_weighted>(sums, own.row, own.weight, own.chosen, first, last);
+#pragma unroll
+          for (int i = 0; i < kUnroll; ++i) own_sums[i] = sums[i].rounded();
+        }
       Vec16 v[kUnroll][kRanks];
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i)
@@ -256,7 +356,10 @@ class Combine {
         if (p.bias_1 != nullptr) sum.add(ptx::ld_v4(p.bias_1 + out + offset));
 #pragma unroll
         for (int r = 0; r < kRanks; ++r)
-          if (rows[r] != nullptr) sum.add(v[i][r]);
+          if (rows[r] != nullptr)
+            sum.add(v[i][r]);
+          else if (kByExpert && has_own && r == p.rank)
+            sum.add(own_sums[i]);
         ptx::st_v4(p.combined_x + out + offset, sum.rounded());
       }
     }
@@ -268,6 +371,7 @@ class Combine {
         for (int r = 0; r < kRanks; ++r) {
           const float* const of_rank = of_lane(weights, r);
           if (of_rank != nullptr && lane < kTopk) sum += of_rank[lane];
+          if (kByExpert && r == p.rank) sum += own.back;
         }
         if (lane < kTopk) p.combined_topk_weights[static_cast<int64_t>(token) * kTopk + lane] = sum;
       }

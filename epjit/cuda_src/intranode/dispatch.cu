@@ -30,6 +30,15 @@
 //   words[d]  [num_ranks, num_slots]              row (s, .) on rank d is written by s: which token
 //             lies in the slot, and its position among those that go to d, or that it does not
 //
+// With by_expert the outputs are rows by expert (by_expert.cuh): a token is loaded once, and stored
+// once for each of its selections here. What follows it is then { scales, expert [num_topk] i32,
+// position [num_topk] i32, topk_weights [num_topk] f32 }; a cached dispatch knows the first two from
+// row_of, and sends none. Padding is filled by warps that have nothing else to do any more.
+//
+// With a format, rows of bf16 or fp16 are cast by the warps that stage them (cast.cuh), through registers:
+// the links carry cast rows and their scales, and so do slots. hidden_bytes and num_scales (words)
+// are of these.
+//
 // Stage   the first warps of a block: wait until the slots are free; x -> slots, and own tokens ->
 //         recv_x; then the word of each token to each peer (release)
 // Pull    all warps, when they have nothing to stage: wait for the words of a chunk of tokens
@@ -63,6 +72,8 @@
 // waits for their own first launches: a circle.)
 //
 // Launch: any grid that is resident as a whole, dispatch_threads() threads. Graph-safe.
+#include "epjit/by_expert.cuh"
+#include "epjit/cast.cuh"
 #include "epjit/payload.cuh"
 #include "epjit/windows.cuh"
 
@@ -79,10 +90,15 @@ struct DispatchConfig {
   bool tma;     // rows move by bulk copies, else through registers
   int32_t num_warps;
   int32_t rows_per_warp;  // rows of a warp in shared memory, the most that it moves at a time
+  bool by_expert;         // rows by expert; num_topk is not 0
+  bool is_cached;         // by_expert: along row_of of an earlier dispatch
+  bool has_weights;       // by_expert: topk_weights travel
+  int32_t format;  // by_expert: that rows are cast to (cast.cuh); kBf16: they stay as they are
+  bool is_f16;     // rows that are cast are fp16, else bf16
 };
 
 struct DispatchParams : Operation {
-  const char* x;           // [num_tokens, hidden_bytes]
+  const char* x;           // [num_tokens, hidden_bytes], or what is cast to that
   const uint32_t* scales;  // [num_tokens, num_scales], strides below, in elements
   int64_t scale_token_stride;
   int64_t scale_stride;
@@ -100,8 +116,19 @@ struct DispatchParams : Operation {
   uint64_t words[kMaxRanks];     // symmetric, of each rank
   uint64_t places[kMaxRanks];    // symmetric, of each rank; direct only
   uint64_t outputs[kMaxRanks];   // symmetric, of each rank: what places count from; direct only
-  // own [2 + 2 * num_ranks]: ticket, next chunk, tokens pulled of (source, window & 1); zero on
-  // entry and on exit
+  // The next ones are for by_expert alone; recv_x, its scales and weights are [num_expert_rows] then.
+  const uint16_t* local_position;  // [num_tokens, num_topk], from layout; null when cached
+  const int32_t* block_base;       // [blocks, num_experts], from notify; null when cached
+  const int32_t* row_base;         // [num_ranks, experts_per_rank], from notify; null when cached
+  const int32_t* ends;             // [experts_per_rank], from notify
+  const int32_t* expert_counts;    // [experts_per_rank], from notify
+  int32_t* row_of;                 // [num_recv_rows, num_topk]; read when cached, else written
+  int32_t* source;                 // [num_expert_rows]; null when cached
+  int64_t recv_scale_row_stride;   // of recv_scales, in elements
+  int64_t recv_scale_stride;
+  const float* global_scale;  // [1], for kNvfp4
+  // own [2 + 2 * num_ranks, one more by_expert]: ticket, next chunk, tokens pulled of (source, window
+  // & 1), next part of the padding; zero on entry and on exit
   uint32_t* counters;
   bool has_room;            // the outputs lie in symmetric memory: peers write them; direct only
   int32_t num_slots;        // even, at least 2
@@ -110,6 +137,8 @@ struct DispatchParams : Operation {
   int32_t num_recv_rows;  // rows of the outputs; those beyond what arrives get topk_idx -1
   int32_t least_rows;     // of a guess: fewer do not fit either; -1 = the rows are known or bounded
   int32_t experts_per_rank;
+  int32_t num_expert_rows;  // by_expert
+  bool zero_padding;        // by_expert: padding becomes zeros
   int32_t rank;
 };
 
@@ -119,8 +148,15 @@ constexpr int dispatch_shared_bytes(DispatchConfig cfg) {
   return copier_shared_bytes(cfg.tma, cfg.num_warps, cfg.rows_per_warp, cfg.hidden_bytes);
 }
 
+// Words that travel with a selection.
+constexpr int dispatch_choice_words(DispatchConfig cfg) {
+  if (!cfg.by_expert) return 2;
+  return (cfg.is_cached ? 0 : 2) + cfg.has_weights;
+}
+
 constexpr int dispatch_slot_bytes(DispatchConfig cfg) {
-  return align_up(cfg.hidden_bytes + 4 * cfg.num_scales + 8 * cfg.num_topk, 128);
+  const int words = cfg.num_scales + dispatch_choice_words(cfg) * cfg.num_topk;
+  return align_up(cfg.hidden_bytes + 4 * words, 128);
 }
 
 // The outputs of a peer that has room; named as in DispatchParams.
@@ -144,17 +180,27 @@ class Dispatch {
   static constexpr int kMostRows = kRows > 4 ? kRows : 4 / kRows * kRows;  // of a chunk
   static constexpr int kScales = kCfg.num_scales;
   static constexpr int kTopk = kCfg.num_topk;
-  // Items that travel beside a row; a selection is an index and a weight.
-  static constexpr int kItems = kScales + kTopk;
+  static constexpr bool kByExpert = kCfg.by_expert;
+  static constexpr bool kCasts = kCfg.format != kBf16;
+  static_assert(!kCasts || kByExpert);
+  // Items that travel beside a row; a selection is one. By expert selections go first, alone: they
+  // say which rows there are.
+  static constexpr int kChoices = kByExpert && dispatch_choice_words(kCfg) > 0 ? kTopk : 0;
+  static constexpr int kItems = kByExpert ? kScales : kScales + kTopk;
+  static constexpr bool kPlaces = kByExpert && !kCfg.is_cached;
+  static constexpr int kWeightsAt = kScales + (kPlaces ? 2 * kTopk : 0);  // by expert, in a slot
   static constexpr int kSlotBytes = dispatch_slot_bytes(kCfg);
   static_assert(kRanks >= 1 && kRanks <= kMaxRanks);
   static_assert(kTopk >= 0 && kTopk <= kMaxTopk);
   static constexpr bool kDirect = kCfg.direct && kRanks > 1;
   static_assert(kRanks == 1 || kCfg.num_warps > 1, "someone must pull from the start");
   static_assert(!kCfg.direct || kCfg.push, "who has no room is pushed to");
+  static_assert(!kByExpert || (kTopk > 0 && !kCfg.direct),
+                "a peer would store each row over the links");
   template <typename Params>
   using PayloadOf = Payload<kScales, kTopk, kCfg.topk_is_int64, Params>;
   using Copier = RowCopier<kCfg.tma, kCfg.num_warps, kRows, kCfg.hidden_bytes>;
+  using Experts = ByExpert<kScales, kTopk, kCfg.has_weights, kCfg.hidden_bytes, DispatchParams>;
 
  public:
   __device__ Dispatch(const DispatchParams& params)
@@ -163,6 +209,7 @@ class Dispatch {
         lane(threadIdx.x % kWarpSize),
         waiter(start_operation<kRanks>(p, kWaitDispatchStart)),
         payload(p),
+        experts(p),
         copier(ptx::dynamic_shared(), warp, lane) {}
 
   __device__ void run() {
@@ -170,14 +217,18 @@ class Dispatch {
     if (__all_sync(kFullMask, ptx::ld_relaxed_gpu(p.abort) == 0)) {
       if constexpr (kDirect) publish_place();
       const int num_rows = segment_start(p.rank, kRanks);
-      payload.fill_unused_rows(num_rows);
+      if constexpr (!kByExpert)
+        payload.fill_unused_rows(num_rows);
+      else if constexpr (kPlaces)
+        experts.fill_unused_rows(num_rows);
       if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1)
         report_overflow(p, waiter.epoch, kRoomDispatchRows, p.num_recv_rows, num_rows);
       if (warp >= p.num_stage_warps || stage())
         if constexpr (kRanks > 1) pull();
       copier.drain();
+      if constexpr (kByExpert) experts.fill_padding(p.counters + 2 + 2 * kRanks, lane, kPlaces);
     }
-    const bool last = finish_operation<kRanks>(p, waiter, 2 + 2 * kRanks);
+    const bool last = finish_operation<kRanks>(p, waiter, 2 + 2 * kRanks + kByExpert);
     if (kDirect && last && p.has_room)
       wait_finished<kRanks>(waiter, kWaitDispatchRows, lane, waiter.epoch);
   }
@@ -336,7 +387,7 @@ class Dispatch {
     const int num_warps = gridDim.x * p.num_stage_warps;
     const int rows = chunk_rows(p.num_tokens, num_warps);
     Chunk chunk = chunk_at((warp * gridDim.x + blockIdx.x) * rows, rows, own_start);
-    if (chunk.num_rows > 0) load_rows(chunk, 0);
+    if (!kCasts && chunk.num_rows > 0) load_rows(chunk, 0);
     if (!wait_for_places()) return false;
     if constexpr (kDirect) copier.acquired();
     while (chunk.num_rows > 0) {
@@ -346,21 +397,21 @@ class Dispatch {
       if (last_window >= 2) copier.acquired();
 
       const int token = chunk.first + lane;
-      char* const own = chunk.own_row >= 0
-                            ? p.recv_x + static_cast<int64_t>(chunk.own_row) * kCfg.hidden_bytes
-                            : nullptr;
-      for (int first = 0; first < chunk.num_rows; first += kRows) {
-        copier.store(first, own);
+      if constexpr (kChoices > 0) stage_choices(chunk);
+      if constexpr (kCasts) stage_casts(chunk);
+      for (int first = 0; !kCasts && first < chunk.num_rows; first += kRows) {
+        store_here(first, chunk.own_row);
         for_each_slot([&](int reader) {
           copier.store(first, is_written(chunk, reader) ? destination(reader, token) : nullptr);
         });
         if (first + kRows < chunk.num_rows) load_rows(chunk, first + kRows);
       }
-      for_each_item<kItems>(chunk.num_rows, lane, [&](int row_lane, int item, bool valid) {
-        const int row_own = __shfl_sync(kFullMask, chunk.own_row, row_lane % kWarpSize);
-        const uint32_t readers = __shfl_sync(kFullMask, chunk.readers, row_lane % kWarpSize);
-        if (valid) stage_item({chunk.first + row_lane, 1, row_own, readers}, item);
-      });
+      for_each_item<kCasts ? 0 : kItems>(
+          chunk.num_rows, lane, [&](int row_lane, int item, bool valid) {
+            const int row_own = __shfl_sync(kFullMask, chunk.own_row, row_lane % kWarpSize);
+            const uint32_t readers = __shfl_sync(kFullMask, chunk.readers, row_lane % kWarpSize);
+            if (valid) stage_item({chunk.first + row_lane, 1, row_own, readers}, item);
+          });
       if (p.recv_src_idx != nullptr && chunk.own_row >= 0) p.recv_src_idx[chunk.own_row] = token;
       for_each_slot([&](int reader) {
         if (!has_room(reader) || !is_written(chunk, reader)) return;
@@ -372,11 +423,103 @@ class Dispatch {
       // The next rows are on their way while these are written and published. (Loading needs no
       // free slot, so nothing is waited for with tokens in hand that a peer may wait for.)
       const Chunk next = chunk_at(chunk.first + num_warps * rows, rows, own_start);
-      if (next.num_rows > 0) load_rows(next, 0);
+      if (!kCasts && next.num_rows > 0) load_rows(next, 0);
       if constexpr (kRanks > 1) publish(chunk);
       chunk = next;
     }
     return true;
+  }
+
+  // Rows of this rank, a lane each: to their place in the order of the sources, or to all that their
+  // selections have.
+  __device__ void store_here(int first, int row) {
+    if constexpr (kByExpert)
+      copier.template store_each<kTopk>(first, [&](int k) { return experts.address(row, k); });
+    else
+      copier.store(first,
+                   row >= 0 ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
+  }
+
+  // Rows of a chunk, cast: to their slots, and to the rows that their selections have here. A lane has
+  // 16 elements at a time, neighbours share a scale.
+  __device__ void stage_casts(const Chunk& chunk) const {
+    constexpr int kFormat = kCfg.format;
+    constexpr int kHidden = kCfg.hidden_bytes * (kFormat == kNvfp4 ? 2 : 1);
+    constexpr int kCastItems = kHidden / kCastElements;
+    constexpr int kLanes = kCasts ? format_block(kFormat) / kCastElements : 1;
+    constexpr bool kBytes = format_scale_bytes(kFormat) == 1;
+    static_assert(!kCasts || format_row_scale_bytes(kFormat, kHidden) == 4 * kScales);
+    const float global_scale = kFormat == kNvfp4 ? *p.global_scale : 0.0f;
+    for (int i = 0; i < chunk.num_rows; ++i) {
+      const Chunk token{chunk.first + i, 1, __shfl_sync(kFullMask, chunk.own_row, i),
+                        __shfl_sync(kFullMask, chunk.readers, i)};
+      if (token.own_row < 0 && token.readers == 0) continue;
+      const char* const x = p.x + static_cast<int64_t>(token.first) * (2 * kHidden);
+      const int own_row = lane < kTopk ? experts.row(token.own_row, lane) : -1;
+      const uint32_t own_rows = __ballot_sync(kFullMask, own_row >= 0);
+#pragma unroll 2
+      for (int item = lane; item - lane < kCastItems; item += kWarpSize) {
+        const bool is_one = item < kCastItems;
+        Vec16 pieces[2] = {};
+#pragma unroll
+        for (int j = 0; j < 2; ++j)
+          if (is_one) pieces[j] = ptx::ld_v4(x + item * 32 + j * 16);
+        const CastItem cast = cast_item<kFormat, kCfg.is_f16>(pieces, global_scale);
+        const bool has_scale = is_one && item % kLanes == 0;
+        const int block = item / kLanes;
+        for_each_slot([&](int reader) {
+          if (!is_written(token, reader) || !is_one) return;
+          char* const to = slot(reader, p.rank, token.first);
+          store_cast<kFormat>(to, item, cast);
+          if (!has_scale) return;
+          if constexpr (kBytes)
+            to[kCfg.hidden_bytes + block] = static_cast<char>(cast.scale);
+          else
+            reinterpret_cast<uint32_t*>(to + kCfg.hidden_bytes)[block] = cast.scale;
+        });
+        for (uint32_t left = own_rows; left != 0; left &= left - 1) {
+          const int64_t row = __shfl_sync(kFullMask, own_row, __ffs(left) - 1);
+          if (is_one) store_cast<kFormat>(p.recv_x + row * kCfg.hidden_bytes, item, cast);
+          if (!has_scale) continue;
+          if constexpr (kBytes)
+            experts.store_scale_byte(row, block, cast.scale);
+          else
+            experts.store_scale_at(row, block, cast.scale);
+        }
+      }
+    }
+  }
+
+  // By expert: selections of the tokens of a chunk, to their slots, and placed where they are this
+  // rank's. Behind it, all lanes may look at row_of.
+  __device__ void stage_choices(const Chunk& chunk) const {
+    constexpr int kExperts = kScales, kPositions = kScales + kTopk;
+    for_each_item<kChoices>(chunk.num_rows, lane, [&](int row_lane, int k, bool valid) {
+      const int row_own = __shfl_sync(kFullMask, chunk.own_row, row_lane % kWarpSize);
+      const uint32_t readers = __shfl_sync(kFullMask, chunk.readers, row_lane % kWarpSize);
+      if (!valid) return;
+      const Chunk token{chunk.first + row_lane, 1, row_own, readers};
+      const float weight = kCfg.has_weights ? payload.load_weight(token.first, k) : 0.0f;
+      int expert = -1, position = -1;
+      if constexpr (kPlaces) {
+        expert = payload.load_expert(token.first, k);
+        position = experts.position(kRanks * p.experts_per_rank, token.first, k, expert);
+        experts.place(row_own, k, p.rank, expert, position, weight);
+      } else {
+        experts.store_weight(row_own, k, weight);
+      }
+      for_each_slot([&](int reader) {
+        if (!is_written(token, reader)) return;
+        uint32_t* const items =
+            reinterpret_cast<uint32_t*>(slot(reader, p.rank, token.first) + kCfg.hidden_bytes);
+        if constexpr (kPlaces) {
+          items[kExperts + k] = static_cast<uint32_t>(expert);
+          items[kPositions + k] = static_cast<uint32_t>(position);
+        }
+        if constexpr (kCfg.has_weights) reinterpret_cast<float*>(items)[kWeightsAt + k] = weight;
+      });
+    });
+    __syncwarp();
   }
 
   // Rows and items are written -> flush (each lane its own, then __syncwarp) -> release of any
@@ -394,15 +537,22 @@ class Dispatch {
     }
   }
 
+  __device__ void store_scale(int64_t row, int i, uint32_t scale) const {
+    if constexpr (kByExpert)
+      experts.store_scale(row, i, scale);
+    else
+      payload.store_scale(row, i, scale);
+  }
+
   // Scales, then selections, of one token to its slots and to the own row.
   __device__ void stage_item(const Chunk& token, int item) const {
     uint32_t scale = 0;
     int expert = 0;
     float weight = 0.0f;
     const int k = item - kScales;
-    if (item < kScales) {
+    if (kByExpert || item < kScales) {
       scale = payload.load_scale(token.first, item);
-      if (token.own_row >= 0) payload.store_scale(token.own_row, item, scale);
+      if (token.own_row >= 0) store_scale(token.own_row, item, scale);
     } else {
       expert = payload.load_expert(token.first, k);
       weight = payload.load_weight(token.first, k);
@@ -415,7 +565,7 @@ class Dispatch {
         const PayloadOf<DispatchOutputs> theirs(outputs);
         const int64_t row = final_row(reader, token.first);
         if (!outputs.has(row)) return;
-        if (item < kScales)
+        if (kByExpert || item < kScales)
           theirs.store_scale(row, item, scale);
         else
           theirs.store_selection(row, k, expert, weight);
@@ -423,7 +573,7 @@ class Dispatch {
       }
       uint32_t* const items =
           reinterpret_cast<uint32_t*>(slot(reader, p.rank, token.first) + kCfg.hidden_bytes);
-      if (item < kScales) {
+      if (kByExpert || item < kScales) {
         items[item] = scale;
       } else {
         items[kScales + k] = static_cast<uint32_t>(expert);
@@ -460,13 +610,14 @@ class Dispatch {
 
     // Lane i has token first + i.
     const int token = first + lane;
-    bool ok = true;
+    bool ok = true, is_here = false;
     int row = -1;
     if (lane < num_rows) {
       uint64_t found;
       ok = wait_word(waiter, kWaitDispatchToken, source, token, token / window_tokens(),
                      word(p.rank, source, token), found);
-      if (word_value(found) != kNoRow)
+      is_here = word_value(found) != kNoRow;
+      if (is_here)
         row = row_or_none(segment_start(p.rank, source) + static_cast<int>(word_value(found)));
     }
     if (!all_lanes(ok)) return false;
@@ -474,15 +625,22 @@ class Dispatch {
 
     const bool has_row = lane < num_rows && row >= 0;
     const char* const src = has_row ? slot(p.rank, source, token) : nullptr;
-    char* const out = has_row ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr;
     copier.load(0, src);
+    if constexpr (kChoices > 0) {
+      const uint32_t here = __ballot_sync(kFullMask, is_here);
+      for_each_item<kChoices>(num_rows, lane, [&](int row_lane, int k, bool valid) {
+        const int dst = __shfl_sync(kFullMask, row, row_lane % kWarpSize);
+        if (valid && (here >> row_lane & 1) != 0) pull_choice(source, first + row_lane, k, dst);
+      });
+      __syncwarp();
+    }
     for_each_item<kItems>(num_rows, lane, [&](int row_lane, int item, bool valid) {
       const int64_t dst = __shfl_sync(kFullMask, row, row_lane % kWarpSize);
       if (valid && dst >= 0) pull_item(source, first + row_lane, item, dst);
     });
     if (p.recv_src_idx != nullptr && has_row) p.recv_src_idx[row] = token;
     for (int first_row = 0; first_row < num_rows; first_row += kRows) {
-      copier.store(first_row, out);
+      store_here(first_row, row);
       if (first_row + kRows < num_rows) copier.load(first_row + kRows, src);
     }
 
@@ -495,11 +653,24 @@ class Dispatch {
     return true;
   }
 
+  // By expert: one selection, placed by what came with it; in a cached dispatch only its weight.
+  __device__ void pull_choice(int source, int token, int k, int64_t row) const {
+    const uint32_t* const items =
+        reinterpret_cast<const uint32_t*>(slot(p.rank, source, token) + kCfg.hidden_bytes);
+    float weight = 0.0f;
+    if constexpr (kCfg.has_weights) weight = reinterpret_cast<const float*>(items)[kWeightsAt + k];
+    if constexpr (kPlaces)
+      experts.place(row, k, source, static_cast<int32_t>(items[kScales + k]),
+                    static_cast<int32_t>(items[kScales + kTopk + k]), weight);
+    else
+      experts.store_weight(row, k, weight);
+  }
+
   __device__ void pull_item(int source, int token, int item, int64_t row) const {
     const uint32_t* const items =
         reinterpret_cast<const uint32_t*>(slot(p.rank, source, token) + kCfg.hidden_bytes);
-    if (item < kScales) {
-      payload.store_scale(row, item, items[item]);
+    if (kByExpert || item < kScales) {
+      store_scale(row, item, items[item]);
     } else {
       const int k = item - kScales;
       payload.store_selection(row, k, static_cast<int32_t>(items[kScales + k]),
@@ -511,6 +682,7 @@ class Dispatch {
   const int warp, lane;
   const Waiter waiter;
   const PayloadOf<DispatchParams> payload;
+  const Experts experts;
   Copier copier;
   uint32_t with_room = 0;  // bit r: peer r takes its rows at their final place
 };

@@ -6,6 +6,15 @@
 //                                                        domain_of[r] == n)
 //   num_tokens_per_expert[e]     = sum over t, k of (topk_idx[t, k] == e)
 //
+// With by_expert each selection is numbered as well, among those of its expert in the same block,
+// whose counts are kept, so that notify only has to add up the blocks:
+//
+//   local_position[t, k] = selections (t', k') before (t, k) in its block, topk_idx[t', k'] == e
+//   block_counts[b, e]   = selections of e in block b
+//
+// A bit a token and expert says who selects what; a position counts bits. Only where a token selects
+// an expert twice, all choices of the block before it are looked at instead.
+//
 // An index outside [0, num_experts) is no selection. Everything is local: no peer is waited for.
 // The shape is a run-time argument, so that the kernel is loaded with the Buffer: ranks need not
 // meet for a compile that only some of them reach.
@@ -16,7 +25,7 @@
 //   counters  ticket, then [num_ranks], [num_domains] (none for one domain), [num_experts]; zero on
 //             entry and on exit
 //
-// Launch: any grid, layout_threads() threads.
+// Launch: any grid, layout_threads() threads; with by_expert a block for each 64 tokens.
 #include "epjit/topk.cuh"
 
 namespace epjit {
@@ -25,6 +34,7 @@ struct LayoutConfig {
   int32_t num_ranks;
   bool topk_is_int64;
   int32_t num_domains;  // 1: they are not counted
+  bool by_expert;
 };
 
 struct LayoutParams {
@@ -35,6 +45,8 @@ struct LayoutParams {
   int32_t* num_tokens_per_expert;     // [num_experts]
   bool* is_token_in_rank;             // [num_tokens, num_ranks]
   uint32_t* counters;                 // own, see above
+  uint16_t* local_position;           // [num_tokens, num_topk]; by_expert
+  int32_t* block_counts;              // [blocks, num_experts]; by_expert
   int32_t num_tokens;
   int32_t num_topk;
   int32_t num_experts;
@@ -98,9 +110,37 @@ struct RankSet {
   uint32_t words[kWords] = {};
 };
 
+// The selections of this thread's token, among those of the block.
+template <LayoutConfig kCfg>
+__device__ void number_selections(const LayoutParams& p, const uint32_t* masks, bool repeats) {
+  constexpr int kWords = layout_threads(kCfg) / 32;
+  const int first = blockIdx.x * blockDim.x, token = first + threadIdx.x;
+  if (token >= p.num_tokens) return;
+  const auto choice = [&](int64_t i) {
+    return load_choice<kCfg.topk_is_int64>(p.topk_idx, i, p.num_experts);
+  };
+  const int64_t own = static_cast<int64_t>(token) * p.num_topk;
+  for (int k = 0; k < p.num_topk; ++k) {
+    const int expert = choice(own + k);
+    int position = 0;
+    if (expert >= 0 && !repeats) {
+      const uint32_t* const mask = masks + kWords * expert;
+      const int word = threadIdx.x / 32;
+      for (int w = 0; w < word; ++w) position += __popc(mask[w]);
+      position += __popc(mask[word] & ((1u << threadIdx.x % 32) - 1));
+    } else if (expert >= 0) {
+      for (int64_t i = static_cast<int64_t>(first) * p.num_topk; i < own + k; ++i)
+        position += choice(i) == expert;
+    }
+    p.local_position[own + k] = static_cast<uint16_t>(position);
+  }
+}
+
 template <LayoutConfig kCfg>
 __device__ void layout(const LayoutParams& p) {
   static_assert(kCfg.num_ranks >= 1 && kCfg.num_ranks <= kMaxGroup);
+  static_assert(!kCfg.by_expert || kCfg.num_domains == 1,
+                "notify of one domain adds up the blocks");
   static_assert(kCfg.num_domains >= 1 && kCfg.num_domains <= 32, "a bit a domain");
   ptx::griddepcontrol_launch_dependents();  // waits for no peer, so it holds no place for long
   constexpr int kBatch = 8;  // selections in flight a thread
@@ -109,14 +149,18 @@ __device__ void layout(const LayoutParams& p) {
   const uint32_t experts_per_rank = p.num_experts / kCfg.num_ranks;
   const int num_counts = kFirstExpert + p.num_experts;
   const bool counts_in_shared = num_counts <= kMaxSharedCounts;
+  constexpr int kMaskWords = layout_threads(kCfg) / 32;  // of an expert, behind the counts
 
   uint32_t* const sums = p.counters + 1;
   uint32_t* const shared = reinterpret_cast<uint32_t*>(ptx::dynamic_shared());
   uint32_t* const counts = counts_in_shared ? shared : sums;
   if (counts_in_shared) {
-    for (int i = threadIdx.x; i < num_counts; i += blockDim.x) shared[i] = 0;
+    const int num_masks = kCfg.by_expert ? kMaskWords * p.num_experts : 0;
+    for (int i = threadIdx.x; i < num_counts + num_masks; i += blockDim.x) shared[i] = 0;
     __syncthreads();
   }
+  uint32_t* const masks = shared + num_counts;
+  bool repeats = false;  // this thread's token selects an expert twice
 
   const int num_threads = gridDim.x * blockDim.x;
   for (int t = blockIdx.x * blockDim.x + threadIdx.x; t < p.num_tokens; t += num_threads) {
@@ -135,6 +179,10 @@ __device__ void layout(const LayoutParams& p) {
         if (expert[k] < 0) continue;
         const uint32_t e = expert[k];
         atomicAdd(counts + kFirstExpert + e, 1u);
+        if constexpr (kCfg.by_expert) {
+          const uint32_t bit = 1u << threadIdx.x % 32;
+          repeats |= (atomicOr(masks + kMaskWords * e + threadIdx.x / 32, bit) & bit) != 0;
+        }
         in_rank.add(e / experts_per_rank);
       }
     }
@@ -148,7 +196,15 @@ __device__ void layout(const LayoutParams& p) {
       atomicAdd(counts + kCfg.num_ranks + __ffs(static_cast<int>(in_domain)) - 1, 1u);
   }
 
-  __syncthreads();
+  if constexpr (kCfg.by_expert) {
+    repeats = __syncthreads_or(repeats) != 0;
+    number_selections<kCfg>(p, masks, repeats);
+    for (int e = threadIdx.x; e < p.num_experts; e += blockDim.x)
+      p.block_counts[static_cast<int64_t>(blockIdx.x) * p.num_experts + e] =
+          static_cast<int>(counts[kFirstExpert + e]);
+  } else {
+    __syncthreads();
+  }
   if (counts_in_shared) {
     for (int i = threadIdx.x; i < num_counts; i += blockDim.x)
       if (shared[i] != 0) atomicAdd(sums + i, shared[i]);
