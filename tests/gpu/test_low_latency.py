@@ -177,7 +177,7 @@ def test_random_rounds(num_ranks: int, domain: int | None) -> None:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("num_ranks", [2, 4, 8])
 def test_random_rounds_in_lines(num_ranks: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What PTX does not promise of lines of 128 bytes holds here, or rows are wrong."""
+    """Lines of 128 bytes arrive whole, which PTX does not promise, or rows are wrong."""
     for op in ("DISPATCH", "COMBINE"):
         monkeypatch.setenv(f"EPJIT_LOW_LATENCY_{op}_VARIANT", "lines")
 

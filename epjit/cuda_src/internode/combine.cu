@@ -509,6 +509,7 @@ class InternodeCombine {
 
 template <InternodeCombineConfig kCfg>
 __device__ void combine(const InternodeCombineParams& p) {
+  ptx::griddepcontrol_wait();
   InternodeCombine<kCfg>(p).run();
 }
 

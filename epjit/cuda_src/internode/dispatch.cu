@@ -504,6 +504,7 @@ class InternodeDispatch {
 
 template <InternodeDispatchConfig kCfg>
 __device__ void dispatch(const InternodeDispatchParams& p) {
+  ptx::griddepcontrol_wait();
   constexpr int kDomains = kCfg.num_domains, kRanks = kDomains * kCfg.num_local;
   if (is_wrong_guess(p, p.rank_prefix[kRanks - 1]) ||
       (p.least_rows >= 0 && p.passing_prefix[kDomains - 1] > p.num_passing))

@@ -270,6 +270,7 @@ class InternodeNotify {
 
 template <InternodeNotifyConfig kCfg>
 __device__ void notify(const InternodeNotifyParams& p) {
+  ptx::griddepcontrol_wait();
   InternodeNotify<kCfg>(p).run();
 }
 

@@ -421,6 +421,7 @@ class Combine {
 
 template <CombineConfig kCfg>
 __device__ void combine(const CombineParams& p) {
+  ptx::griddepcontrol_wait();
   Combine<kCfg>(p).run();
 }
 

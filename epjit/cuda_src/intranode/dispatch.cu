@@ -689,6 +689,7 @@ class Dispatch {
 
 template <DispatchConfig kCfg>
 __device__ void dispatch(const DispatchParams& p) {
+  ptx::griddepcontrol_wait();
   constexpr int kRanks = kCfg.num_ranks;
   if (is_wrong_guess(p, p.rank_prefix[(kRanks - 1) * kRanks + p.rank])) return;
   Dispatch<kCfg>(p).run();

@@ -209,6 +209,7 @@ __device__ void exchange_counts(const NotifyParams& p, const Waiter& waiter) {
 
 template <NotifyConfig kCfg>
 __device__ void notify(const NotifyParams& p) {
+  ptx::griddepcontrol_wait();
   static_assert(kCfg.num_ranks >= 1 && kCfg.num_ranks <= kMaxRanks);
   const Waiter waiter = start_operation<kCfg.num_ranks>(p, kWaitNotifyStart);
   if (blockIdx.x == 0)

@@ -138,6 +138,7 @@ __device__ void number_selections(const LayoutParams& p, const uint32_t* masks, 
 
 template <LayoutConfig kCfg>
 __device__ void layout(const LayoutParams& p) {
+  ptx::griddepcontrol_wait();
   static_assert(kCfg.num_ranks >= 1 && kCfg.num_ranks <= kMaxGroup);
   static_assert(!kCfg.by_expert || kCfg.num_domains == 1,
                 "notify of one domain adds up the blocks");
