@@ -10,6 +10,7 @@ import enum
 import importlib
 import itertools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -318,6 +319,79 @@ def sglang_auto(group: Any) -> None:
                 assert got.masked_m.shape == (EXPERTS_A_RANK,)
                 y = case.slab_experts(rows, scales)
             case.check(dispatcher.combine((y, got.topk_ids, got.topk_weights)))
+
+
+def sglang_elastic(group: Any) -> None:
+    """SGLang: DeepEPv2Dispatcher, prefill in both orders of rows and decoding, an idle rank."""
+    case = Case(group)
+    case.only_powers_of_two(HIDDEN)
+    is_extend, expands_prefill = True, False
+
+    def setting(value: Callable[[], Any]) -> Any:
+        return SimpleNamespace(get=value)
+
+    def cast(x: Tensor, _: int, *, column_major_scales: bool, **__: Any) -> tuple[Tensor, Tensor]:
+        values, scales = quantised(x)
+        return values, scales.t().contiguous().t() if column_major_scales else scales
+
+    buffers: dict[str, Any] = {}
+    moe = "sglang.srt.layers.moe"
+    target, formats = f"{moe}.token_dispatcher.deepep_v2", SimpleNamespace(DEEPEP_V2="deepep_v2")
+    given: dict[str, dict[str, Any]] = {
+        "sglang.srt.environ": {
+            "envs": SimpleNamespace(
+                SGLANG_DEEPEP_V2_NUM_SMS=setting(lambda: 4),
+                SGLANG_DEEPEP_V2_NUM_MAX_DISPATCH_TOKENS_PER_RANK=setting(lambda: 16),
+                SGLANG_DEEPEP_V2_ENABLE_PREFILL_EXPAND=setting(lambda: expands_prefill),
+            )
+        },
+        "sglang.srt.layers.dp_attention": {"get_is_extend_in_batch": lambda: is_extend},
+        f"{moe}.token_dispatcher.base": {
+            "BaseDispatcher": object,
+            "CombineInput": type,
+            "CombineInputFormat": formats,
+            "DispatchOutput": type,
+            "DispatchOutputFormat": formats,
+            "RoutewiseLayout": object,
+        },
+        f"{moe}.utils": {
+            "get_deepep_v2_fp8_scale_format": lambda: SimpleNamespace(ue8m0=False, tma_aligned=True)
+        },
+        "sglang.srt.runtime_context": {
+            "get_exec": lambda: SimpleNamespace(moe=SimpleNamespace(deepep_v2_mode="direct")),
+            "get_parallel": lambda: SimpleNamespace(attn_dp_size=2),
+            "get_resources": lambda: SimpleNamespace(buffers=buffers),
+        },
+        "sglang.kernels.ops.quantization.fp8_kernel": {"sglang_per_token_group_quant_fp8": cast},
+    }
+    with Island(FOLDER / "sglang", "sglang", real=(target,), given=given):
+        module = importlib.import_module(target)
+    assert module.use_deepep_v2
+    sizes = (group, TOPK, case.num_experts, EXPERTS_A_RANK, HIDDEN, torch.bfloat16)
+    for use_fp8, mode in itertools.product(
+        (False, True), ("compact", "expanded", "decode", "idle")
+    ):
+        is_extend, expands_prefill = mode != "decode", mode == "expanded"
+        dispatcher = module.DeepEPv2Dispatcher(*sizes, use_fp8)
+        num_tokens = 0 if mode == "idle" and case.rank else TOKENS
+        topk = SimpleNamespace(
+            topk_ids=case.topk_idx[:num_tokens], topk_weights=case.weights[:num_tokens]
+        )
+        got = dispatcher.dispatch(case.x[:num_tokens], topk)
+        rows = got.hidden_states
+        if use_fp8:
+            rows = dequantised(rows, got.hidden_states_scale)
+        if got.is_expanded:
+            expert, end = torch.zeros(len(rows), dtype=torch.int64), 0
+            for each, last in enumerate(got.psum_num_recv_tokens_per_expert.tolist()):
+                expert[end:last] = each
+                end = -(-last // 128) * 128
+            factor = (1 + expert + case.rank * EXPERTS_A_RANK) * got.topk_weights
+            y = (rows.float() * factor[:, None]).bfloat16()
+        else:
+            y = case.experts(rows, got.topk_ids, got.topk_weights)
+        out = dispatcher.combine(module.DeepEPv2CombineInput(y, None))
+        assert torch.equal(out, case.wanted[:num_tokens])
 
 
 def lmdeploy() -> Any:

@@ -29,6 +29,7 @@ def needs(framework: str) -> None:
         ("vllm", scenarios.vllm_low_latency),
         ("sglang", scenarios.sglang_normal),
         ("sglang", scenarios.sglang_auto),
+        ("sglang", scenarios.sglang_elastic),
         ("lmdeploy", scenarios.lmdeploy_normal),
         ("lmdeploy", scenarios.lmdeploy_low_latency),
         ("xtuner", scenarios.xtuner_op),
