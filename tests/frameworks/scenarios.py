@@ -9,14 +9,18 @@ from __future__ import annotations
 import enum
 import importlib
 import itertools
+import runpy
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from tests.frameworks.fetch import FOLDER
 from tests.frameworks.island import Island
@@ -24,6 +28,52 @@ from tests.scenarios.moe import device_of
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, EXPERTS_A_RANK, TOPK, TOKENS = 256, 2, 2, 12
+
+
+class ToCpu(TorchFunctionMode):
+    """Tensors that are asked for on a GPU are made on the CPU."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), options: Any = None
+    ) -> Any:
+        options = dict(options or {})
+        if str(options.get("device")).startswith("cuda"):
+            options["device"] = "cpu"
+        return function(*args, **options)
+
+
+def deepep_elastic(group: Any, options: list[str]) -> None:
+    """DeepEP: its tests/elastic/test_ep.py, unmodified, in the place of one of its processes."""
+    sys.path.insert(0, str(ROOT / "compat"))
+    device = device_of(group)
+    from deep_ep.utils import envs
+
+    def init_dist(local_rank: int, num_local_ranks: int, seed: int = 0) -> Any:
+        assert (local_rank, num_local_ranks) == (group.rank(), group.size())
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device(device)
+        envs.init_seed(seed)
+        return group.rank(), group.size(), group
+
+    def spawn(body: Callable[..., None], args: tuple[Any, ...], nprocs: int) -> None:
+        assert nprocs == group.size()
+        body(group.rank(), *args)
+
+    sizes = "--num-tokens 24 --hidden 512 --num-experts 16 --num-topk 4 --num-sms 12".split()
+    ranks = ["--num-processes", str(group.size())]
+    argv = ["test_ep.py", "--skip-perf-test", *ranks, *sizes, *options]
+    with ExitStack() as patched:
+        for target, name, value in (
+            (envs, "init_dist", init_dist),
+            (torch.multiprocessing, "spawn", spawn),
+            (torch.distributed, "destroy_process_group", lambda: None),
+            (sys, "argv", argv),
+        ):
+            patched.enter_context(mock.patch.object(target, name, value))
+        if device.type == "cpu":
+            patched.enter_context(mock.patch.object(torch.cuda, "synchronize"))
+            patched.enter_context(ToCpu())
+        runpy.run_path(str(FOLDER / "deepep/tests/elastic/test_ep.py"), run_name="__main__")
 
 
 class Case:

@@ -40,3 +40,21 @@ def needs(framework: str) -> None:
 def test_calls(framework: str, body: Callable[..., None]) -> None:
     needs(framework)
     run(body, NUM_RANKS)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "--do-cpu-sync 0",
+        "--masked-ratio 0.3",
+        "--deterministic",
+        "--unbalanced-ratio 4",
+        "--allow-multiple-reduction 0",
+    ],
+)
+def test_deepep_2_runs_its_own_test(options: str) -> None:
+    """144 cases each, of which every tensor is compared bit for bit."""
+    needs("deepep")
+    run(scenarios.deepep_elastic, NUM_RANKS, options.split(), timeout=600)
