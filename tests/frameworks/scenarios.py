@@ -252,6 +252,78 @@ def vllm_high_throughput(group: Any) -> None:
     buffer.destroy()
 
 
+def vllm_elastic(group: Any) -> None:
+    """vLLM: DeepEPV2PrepareAndFinalize, prefill by expert and decoding, bfloat16 and block FP8."""
+    case = Case(group)
+    layers = "vllm.model_executor.layers.fused_moe"
+    target = f"{layers}.prepare_finalize.deepep_v2"
+    real = (target, f"{layers}.modular_kernel", f"{layers}.topk_weight_and_reduce")
+    real += ("vllm.v1.worker.ubatching", "vllm.utils.math_utils")
+    given = {
+        "vllm.utils.torch_utils": {"PIN_MEMORY": False},
+        "vllm.forward_context": {"get_forward_context": lambda: SimpleNamespace(dp_metadata=None)},
+        f"{layers}.utils": {"moe_kernel_quantize_input": quantised},
+    }
+    with Island(FOLDER / "vllm", "vllm", real=real, given=given):
+        module = importlib.import_module(target)
+        reduce = importlib.import_module(f"{layers}.topk_weight_and_reduce")
+    import deep_ep
+
+    def global_ids(idx: Tensor, ends: Tensor, offset: int, num_experts: int) -> Tensor:
+        """What vLLM's Triton kernel does, in place as well."""
+        arrived = torch.arange(len(idx))[:, None] < ends[-1]
+        valid = (idx >= 0) & (idx + offset < num_experts) & arrived
+        return idx.copy_(torch.where(valid, idx + offset, -1))
+
+    module._globalize_recv_topk_idx = global_ids
+    buffer = deep_ep.ElasticBuffer(
+        group,
+        num_max_tokens_per_rank=64,
+        hidden=HIDDEN,
+        num_topk=TOPK,
+        num_gpu_timeout_secs=1800,
+        num_cpu_timeout_secs=1800,
+        explicitly_destroy=True,
+    )
+    offset = case.rank * EXPERTS_A_RANK
+    quant = SimpleNamespace(
+        is_block_quantized=False,
+        quant_dtype=None,
+        a1_scale=None,
+        a1_gscale=None,
+        per_act_token_quant=False,
+        block_shape=None,
+        is_scale_swizzled=False,
+        mx_alignment=0,
+    )
+    start = (case.x, case.weights, case.topk_idx, case.num_experts, None, False, quant)
+    for is_decode, is_async, is_fp8 in itertools.product((False, True), repeat=3):
+        both = module.DeepEPV2PrepareAndFinalize(
+            buffer,
+            num_dispatchers=case.size,
+            dp_size=case.size,
+            rank_expert_offset=offset,
+            num_experts=case.num_experts,
+            num_topk=TOPK,
+            use_cudagraph=is_decode,
+        )
+        quant.is_block_quantized = is_fp8
+        received = both.prepare_async(*start, not is_fp8)()
+        rows, scales, _, ids, weights = received
+        if is_fp8:
+            rows = dequantised(rows, scales)
+        local = torch.where(ids >= 0, ids - offset, -1)
+        y = case.experts(rows, local, weights.masked_fill(local < 0, 0))
+        out = torch.empty_like(case.x)
+        end = (out, y, weights, ids, False, reduce.TopKWeightAndReduceNoOP())
+        if is_async:
+            both.finalize_async(*end)()
+        else:
+            both.finalize(*end)
+        case.check(out)
+    buffer.destroy()
+
+
 class SGLang:
     """SGLang's deepep.py, and what it asks the rest of SGLang for.
 

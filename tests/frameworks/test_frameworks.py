@@ -27,6 +27,7 @@ def needs(framework: str) -> None:
         ("megatron-core", scenarios.megatron_flex_dispatcher),
         ("vllm", scenarios.vllm_high_throughput),
         ("vllm", scenarios.vllm_low_latency),
+        ("vllm", scenarios.vllm_elastic),
         ("sglang", scenarios.sglang_normal),
         ("sglang", scenarios.sglang_auto),
         ("sglang", scenarios.sglang_elastic),
