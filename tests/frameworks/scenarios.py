@@ -270,7 +270,7 @@ def vllm_elastic(group: Any) -> None:
     import deep_ep
 
     def global_ids(idx: Tensor, ends: Tensor, offset: int, num_experts: int) -> Tensor:
-        """What vLLM's Triton kernel does, in place as well."""
+        """As vLLM's Triton kernel, in place as well."""
         arrived = torch.arange(len(idx))[:, None] < ends[-1]
         valid = (idx >= 0) & (idx + offset < num_experts) & arrived
         return idx.copy_(torch.where(valid, idx + offset, -1))
