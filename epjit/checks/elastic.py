@@ -9,7 +9,7 @@ import torch
 
 from epjit.calls import Bias, ElasticCombine, ElasticDispatch, Layout, Payload
 from epjit.checks.match import check_aligned, remember, signature
-from epjit.checks.normal import NormalChecks, pair, rows_and_scales
+from epjit.checks.normal import NormalChecks, pair_of, rows_and_scales
 from epjit.config import MAX_TOKENS
 from epjit.handles import EPHandle
 from epjit.numbers import as_int
@@ -116,7 +116,7 @@ class ElasticChecks(NormalChecks):
     ) -> ElasticCombine:
         """Everything that `ElasticBuffer.combine` takes."""
         self._tensors_of(handle)
-        bias_0, bias_1 = pair(bias) if isinstance(bias, tuple) else (bias, None)
+        bias_0, bias_1 = pair_of(bias) if isinstance(bias, tuple) else (bias, None)
         num_tokens, num_topk = handle.topk_idx.shape
         num_rows: Any = "num_rows"
         if not handle.do_expand:

@@ -144,7 +144,7 @@ class NormalChecks(Checks):
         """Everything that `combine` takes."""
         own = self._handle(handle, num_tokens=None)
         num_tokens = own.num_tokens
-        bias_0, bias_1 = pair(bias) if isinstance(bias, tuple) else (bias, None)
+        bias_0, bias_1 = pair_of(bias) if isinstance(bias, tuple) else (bias, None)
         self._returned(x, topk_weights, bias_0, bias_1, own.num_rows, num_tokens)
         num_sms = self._sms(config, self.combine_config, x, num_tokens)
         call = calls.Combine(x, topk_weights, bias_0, bias_1, own, num_sms)
@@ -366,7 +366,7 @@ def part_of(
 
 
 def rows_and_scales(x: Payload) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A payload in its parts."""
+    """The two parts of a payload."""
     if not isinstance(x, tuple):
         return x, None
     if len(x) != 2:
@@ -376,10 +376,10 @@ def rows_and_scales(x: Payload) -> tuple[torch.Tensor, torch.Tensor | None]:
     return x
 
 
-def pair(
+def pair_of(
     bias: tuple[torch.Tensor | None, torch.Tensor | None],
 ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """A tuple of biases, which must be two."""
+    """A tuple of biases, which has two."""
     if len(bias) != 2:
         raise ValueError(f"bias is a tuple of {len(bias)}, expected one tensor or a tuple of two")
     return bias

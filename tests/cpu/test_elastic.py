@@ -125,7 +125,7 @@ def test_describe_kernel(num_ranks: int, num_topk: int, num_local: int, expand: 
             copied(handle.send_head),
             copied(handle.rank_prefix_matrix)[:, rank],
             copied(handle.recv_src_idx),
-            copied(recv_idx),
+            None if expand else copied(recv_idx),
             copied(columns) if expand else None,
             copied(handle.recv_expert_counts),
             guarded(num_ranks, **ints),
