@@ -107,11 +107,11 @@ class CombineConfig(
     hidden_bytes: int
     num_topk: int
     is_f16: bool
-    choice_bits: int
     tma: bool
     num_warps: int
     num_push_warps: int
     rows_per_warp: int
+    choice_bits: int = 0
 
     @classmethod
     def choose(
@@ -124,7 +124,7 @@ class CombineConfig(
         # more of these (28 warps leave 72 a thread, 24 leave 80, 20 leave 96, 16 leave 128; sm_120
         # spills with 72).
         warps = 16 if not tma else 20 if num_ranks > 4 else 24 if limit < 160 << 10 else 28
-        return cls(num_ranks, *shape, tma, warps, push, rows)
+        return cls(num_ranks, *shape[:3], tma, warps, push, rows, shape.choice_bits)
 
     @property
     def shared_bytes(self) -> int:

@@ -43,11 +43,11 @@ struct CombineConfig {
   int32_t hidden_bytes;  // of a row
   int32_t num_topk;      // 0 = no weights
   bool is_f16;           // else bf16
-  int32_t choice_bits;   // width of topk_idx, which orders the ranks; 0 = they are ascending
   bool tma;              // rows are pushed by bulk copies, else through registers
   int32_t num_warps;
   int32_t num_push_warps;  // of num_warps
   int32_t rows_per_warp;   // rows of a pushing warp in shared memory
+  int32_t choice_bits;     // width of topk_idx, which orders the ranks; 0 = they are ascending
 };
 
 struct CombineParams : Operation {
