@@ -148,8 +148,8 @@ class Describe(NamedTuple):
         send_head: int32 `[T, R]`, of the mode's handle.
         source_ends: int32 `[R]`, likewise, with a stride.
         recv_tokens: int32 `[n or N]`, likewise.
-        recv_topk_idx: `[n or N, K]`, local experts.
-        columns: int32 `[n or N, K]`, rows by expert, or None.
+        recv_topk_idx: `[n or N, K]`, local experts; None by expert.
+        columns: int32 `[n or N, K]`, rows by expert, or None; -1 = not here.
         counts: int32 `[E // R]`, choices of each expert.
         rank_ends: int32 `[R]`, to be filled, as are all that follow.
         expert_ends: int32 `[E // R]`.
@@ -163,7 +163,7 @@ class Describe(NamedTuple):
     send_head: Tensor
     source_ends: Tensor
     recv_tokens: Tensor
-    recv_topk_idx: Tensor
+    recv_topk_idx: Tensor | None
     columns: Tensor | None
     counts: Tensor
     rank_ends: Tensor

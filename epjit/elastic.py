@@ -26,7 +26,8 @@ if TYPE_CHECKING:
     from epjit.scope import AnyScope
 
 AnyEvent: TypeAlias = "EventHandle | EventOverlap | None"
-Received: TypeAlias = tuple[Payload, "Tensor | None", "Tensor | None", EPHandle, EventOverlap]
+Received: TypeAlias = tuple[Any, "Tensor | None", "Tensor | None", EPHandle, EventOverlap]
+"""Rows as they were passed (a tensor, or a tuple with scales), indices, weights, handle, event."""
 
 _SIZE_UNIT = 2 << 20
 _LEAST_SMS_ALONE = 64  # where nothing computes beside

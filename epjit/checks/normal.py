@@ -384,7 +384,7 @@ def part_of(
 
 
 def rows_and_scales(x: Payload) -> tuple[torch.Tensor, torch.Tensor | None]:
-    """A payload in its parts."""
+    """The two parts of a payload."""
     if not isinstance(x, tuple):
         return x, None
     if len(x) != 2:

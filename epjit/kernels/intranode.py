@@ -164,11 +164,11 @@ class CombineConfig(
     hidden_bytes: int
     num_topk: int
     is_f16: bool
-    choice_bits: int
     tma: bool
     num_warps: int
     num_push_warps: int
     rows_per_warp: int
+    choice_bits: int = 0
     by_expert: bool = False
     is_weighted: bool = False
     has_weights: bool = False
@@ -179,7 +179,6 @@ class CombineConfig(
         hidden_bytes, num_topk, is_f16, is_weighted, has_weights = shape
         return cls(
             *(num_ranks, hidden_bytes, num_topk, is_f16),
-            choice_bits=0,
             tma=False,
             num_warps=16,
             num_push_warps=8,
@@ -200,7 +199,7 @@ class CombineConfig(
         # more of these (28 warps leave 72 a thread, 24 leave 80, 20 leave 96, 16 leave 128; sm_120
         # spills with 72).
         warps = 16 if not tma else 20 if num_ranks > 4 else 24 if limit < 160 << 10 else 28
-        return cls(num_ranks, *shape, tma, warps, push, rows)
+        return cls(num_ranks, *shape[:3], tma, warps, push, rows, shape.choice_bits)
 
     @property
     def shared_bytes(self) -> int:

@@ -113,7 +113,7 @@ class Elastic:
             routing.send_head,
             routing.source_ends(self.rank),
             routing.recv_tokens,
-            idx,
+            None if call.do_expand else idx,
             columns,
             routing.recv_expert_counts,
             rank_ends,
@@ -210,7 +210,7 @@ class Elastic:
         if device.type != "cuda":
             reference.describe(what, self.rank, max_tokens=sizes[0], alignment=sizes[1])
             return
-        (num_tokens, num_topk), num_rows = what.topk_idx.shape, what.recv_topk_idx.shape[0]
+        (num_tokens, num_topk), num_rows = what.topk_idx.shape, what.metadata.shape[0]
         config = DescribeConfig(num_topk, what.topk_idx.dtype == torch.int64)
         num_warps = config.threads // 32
         grid = min(-(-max(num_rows, num_tokens, 1) // num_warps), 4 * num_sms(device.index))

@@ -223,7 +223,9 @@ def describe(call: Describe, rank: int, *, max_tokens: int, alignment: int) -> N
         max_tokens: `M`.
         alignment: Of each expert's rows and counts.
     """
-    (num_rows, num_topk), num_ranks = call.recv_topk_idx.shape, call.source_ends.shape[0]
+    columns = call.recv_topk_idx if call.columns is None else call.columns
+    assert columns is not None
+    (num_rows, num_topk), num_ranks = columns.shape, call.source_ends.shape[0]
     counts = call.counts
     padding = -counts % alignment
     call.expert_ends.copy_((counts + padding).cumsum(dim=0))
@@ -238,10 +240,10 @@ def describe(call: Describe, rank: int, *, max_tokens: int, alignment: int) -> N
     row = torch.arange(num_rows, dtype=torch.int32, device="cpu")
     source = torch.bucketize(row, call.rank_ends, out_int32=True, right=True)
     k = torch.arange(num_topk, dtype=torch.int32, device="cpu")
-    last = torch.where(call.recv_topk_idx >= 0, k, -1).amax(dim=1)
+    last = torch.where(columns >= 0, k, -1).amax(dim=1)
     call.metadata[:, 0] = source * max_tokens + call.recv_tokens
     call.metadata[:, 1] = source * num_topk + last
-    call.metadata[:, 2:] = call.recv_topk_idx if call.columns is None else call.columns
+    call.metadata[:, 2:] = columns
     call.metadata[int(call.rank_ends[-1]) :] = -1
 
     num_experts = num_ranks * counts.shape[0]

@@ -434,6 +434,22 @@ def test_doctor_stays_with_the_cuda_of_torch(monkeypatch: pytest.MonkeyPatch) ->
     assert mixed.remedy.startswith("take those of CUDA 12: pip uninstall -y cupy-cuda13x, then ")
 
 
+def test_doctor_sees_two_owners_of_deep_ep(monkeypatch: pytest.MonkeyPatch) -> None:
+    """One has the other's files over its own, whichever came last."""
+    installed = {"epjit-deep-ep": "0.1.0"}
+    version = probe.version
+    monkeypatch.setattr(
+        probe,
+        "version",
+        lambda name: installed.get(name) or (None if "deep" in name else version(name)),
+    )
+    assert "deep_ep" not in {check.name for check in software.check_packages()}
+    installed["sgl-deep-ep"] = "0.1.2"
+    found = {check.name: check for check in software.check_packages()}["deep_ep"]
+    assert found.value == "epjit-deep-ep and sgl-deep-ep"
+    assert found.remedy.startswith("pip uninstall epjit-deep-ep sgl-deep-ep")
+
+
 def test_the_verdict_names_gpus_and_variants(monkeypatch: pytest.MonkeyPatch) -> None:
     from epjit.modes import make
     from epjit.runtime import device

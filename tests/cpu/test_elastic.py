@@ -18,9 +18,11 @@ from epjit import Buffer, ElasticBuffer, EPBuffer, EventHandle, EventOverlap, el
 from epjit.calls import Describe
 from epjit.handles import IntranodeHandle
 from epjit.kernels.elastic import DescribeConfig
+from epjit.modes.cpu import CpuNormal
 from epjit.reference import elastic as reference
 from epjit.reference import intranode
 from epjit.reference.expert_major import unpermute as reference_unpermute
+from epjit.scope import CpuScope, _tensors
 from epjit.sizes import align
 from tests.cpu.test_expert_major import copied
 from tests.cpu.test_expert_major import run as run_emulated
@@ -123,7 +125,7 @@ def test_describe_kernel(num_ranks: int, num_topk: int, num_local: int, expand: 
             copied(handle.send_head),
             copied(handle.rank_prefix_matrix)[:, rank],
             copied(handle.recv_src_idx),
-            copied(recv_idx),
+            None if expand else copied(recv_idx),
             copied(columns) if expand else None,
             copied(handle.recv_expert_counts),
             guarded(num_ranks, **ints),
@@ -326,6 +328,47 @@ def test_events() -> None:
         assert done.hook_after_wait is None
 
     with_buffer(body)
+
+
+@pytest.mark.parametrize("multiple_reduction", [True, False])
+@pytest.mark.parametrize("expand", [False, True])
+def test_the_allocator_hears_of_all_tensors(
+    expand: bool, multiple_reduction: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of what the mode has made, also where a copy of it is returned, and of the handle."""
+    made: list[torch.Tensor] = []
+    told: set[int] = set()
+    dispatch, finish = CpuNormal.dispatch, CpuScope.finish
+
+    def noting(self: CpuNormal, *args: Any) -> Any:
+        result = dispatch(self, *args)
+        made.extend(each for each in _tensors(result))
+        return result
+
+    def telling(self: CpuScope, inputs: Any = (), outputs: Any = ()) -> Any:
+        told.update(id(each) for each in _tensors((inputs, outputs)))
+        return finish(self, inputs, outputs)
+
+    monkeypatch.setattr(CpuNormal, "dispatch", noting)
+    monkeypatch.setattr(CpuScope, "finish", telling)
+    buffer = ElasticBuffer(
+        None, SIZE, comm=launch.Alone(), allow_multiple_reduction=multiple_reduction
+    )
+
+    def check(*tensors: torch.Tensor) -> None:
+        assert not [each.shape for each in (*made, *tensors) if id(each) not in told]
+        made.clear()
+        told.clear()
+
+    x, rows, _, weights, handle, _ = step(buffer, do_expand=expand)
+    fields = [each for each in vars(handle).values() if isinstance(each, torch.Tensor)]
+    assert len(fields) == 6
+    check(x, rows, weights, *fields)
+    again, *_ = buffer.dispatch(x, handle=handle, do_expand=expand)
+    check(again, handle.topk_idx, handle.recv_src_metadata)
+    out, out_weights, _ = buffer.combine(rows, handle, weights)
+    assert out_weights is not None
+    check(rows, out, out_weights, handle.topk_idx, handle.recv_src_metadata)
 
 
 def test_life() -> None:

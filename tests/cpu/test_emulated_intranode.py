@@ -112,11 +112,11 @@ class Shape:
             hidden_bytes=HIDDEN_BYTES,
             num_topk=self.num_topk,
             is_f16=self.is_f16,
-            choice_bits=self.choice_bits,
             tma=self.variant != "ldst",
             num_warps=4,
             num_push_warps=2,
             rows_per_warp=3,
+            choice_bits=self.choice_bits,
         )
 
 

@@ -5,6 +5,7 @@ From the package registry by pip, without dependencies; what is not there from a
     python tests/frameworks/fetch.py
     python tests/frameworks/fetch.py megatron-core vllm==0.11.0
     python tests/frameworks/fetch.py --git xtuner=https://github.com/InternLM/xtuner
+    python tests/frameworks/fetch.py --git deepep=https://github.com/deepseek-ai/DeepEP
     python tests/frameworks/fetch.py --git torchtitan=https://github.com/pytorch/torchtitan
     python tests/frameworks/fetch.py --git lightllm=https://github.com/ModelTC/LightLLM
 """
@@ -32,6 +33,7 @@ KEPT = {
     ),
     "sglang": ("sglang/srt/environ.py", "sglang/srt/layers/moe/"),
     "lmdeploy": ("lmdeploy/pytorch/backends/", "lmdeploy/pytorch/envs.py"),
+    "deepep": ("tests/elastic/",),
     "torchtitan": ("torchtitan/distributed/deepep/",),
     "lightllm": ("lightllm/common/basemodel/layer_weights/meta_weights/fused_moe/impl/",),
     "xtuner": ("xtuner/v1/module/dispatcher/", "xtuner/v1/ops/"),

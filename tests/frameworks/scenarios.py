@@ -9,13 +9,18 @@ from __future__ import annotations
 import enum
 import importlib
 import itertools
+import runpy
 import sys
+from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from tests.frameworks.fetch import FOLDER
 from tests.frameworks.island import Island
@@ -23,6 +28,52 @@ from tests.scenarios.moe import device_of
 
 ROOT = Path(__file__).resolve().parents[2]
 HIDDEN, EXPERTS_A_RANK, TOPK, TOKENS = 256, 2, 2, 12
+
+
+class ToCpu(TorchFunctionMode):
+    """Tensors that are asked for on a GPU are made on the CPU."""
+
+    def __torch_function__(
+        self, function: Any, types: Any, args: Any = (), options: Any = None
+    ) -> Any:
+        options = dict(options or {})
+        if str(options.get("device")).startswith("cuda"):
+            options["device"] = "cpu"
+        return function(*args, **options)
+
+
+def deepep_elastic(group: Any, options: list[str]) -> None:
+    """DeepEP: its tests/elastic/test_ep.py, unmodified, in the place of one of its processes."""
+    sys.path.insert(0, str(ROOT / "compat"))
+    device = device_of(group)
+    from deep_ep.utils import envs
+
+    def init_dist(local_rank: int, num_local_ranks: int, seed: int = 0) -> Any:
+        assert (local_rank, num_local_ranks) == (group.rank(), group.size())
+        torch.set_default_dtype(torch.bfloat16)
+        torch.set_default_device(device)
+        envs.init_seed(seed)
+        return group.rank(), group.size(), group
+
+    def spawn(body: Callable[..., None], args: tuple[Any, ...], nprocs: int) -> None:
+        assert nprocs == group.size()
+        body(group.rank(), *args)
+
+    sizes = "--num-tokens 24 --hidden 512 --num-experts 16 --num-topk 4 --num-sms 12".split()
+    ranks = ["--num-processes", str(group.size())]
+    argv = ["test_ep.py", "--skip-perf-test", *ranks, *sizes, *options]
+    with ExitStack() as patched:
+        for target, name, value in (
+            (envs, "init_dist", init_dist),
+            (torch.multiprocessing, "spawn", spawn),
+            (torch.distributed, "destroy_process_group", lambda: None),
+            (sys, "argv", argv),
+        ):
+            patched.enter_context(mock.patch.object(target, name, value))
+        if device.type == "cpu":
+            patched.enter_context(mock.patch.object(torch.cuda, "synchronize"))
+            patched.enter_context(ToCpu())
+        runpy.run_path(str(FOLDER / "deepep/tests/elastic/test_ep.py"), run_name="__main__")
 
 
 class Case:
@@ -201,6 +252,78 @@ def vllm_high_throughput(group: Any) -> None:
     buffer.destroy()
 
 
+def vllm_elastic(group: Any) -> None:
+    """vLLM: DeepEPV2PrepareAndFinalize, prefill by expert and decoding, bfloat16 and block FP8."""
+    case = Case(group)
+    layers = "vllm.model_executor.layers.fused_moe"
+    target = f"{layers}.prepare_finalize.deepep_v2"
+    real = (target, f"{layers}.modular_kernel", f"{layers}.topk_weight_and_reduce")
+    real += ("vllm.v1.worker.ubatching", "vllm.utils.math_utils")
+    given = {
+        "vllm.utils.torch_utils": {"PIN_MEMORY": False},
+        "vllm.forward_context": {"get_forward_context": lambda: SimpleNamespace(dp_metadata=None)},
+        f"{layers}.utils": {"moe_kernel_quantize_input": quantised},
+    }
+    with Island(FOLDER / "vllm", "vllm", real=real, given=given):
+        module = importlib.import_module(target)
+        reduce = importlib.import_module(f"{layers}.topk_weight_and_reduce")
+    import deep_ep
+
+    def global_ids(idx: Tensor, ends: Tensor, offset: int, num_experts: int) -> Tensor:
+        """As vLLM's Triton kernel, in place as well."""
+        arrived = torch.arange(len(idx))[:, None] < ends[-1]
+        valid = (idx >= 0) & (idx + offset < num_experts) & arrived
+        return idx.copy_(torch.where(valid, idx + offset, -1))
+
+    module._globalize_recv_topk_idx = global_ids
+    buffer = deep_ep.ElasticBuffer(
+        group,
+        num_max_tokens_per_rank=64,
+        hidden=HIDDEN,
+        num_topk=TOPK,
+        num_gpu_timeout_secs=1800,
+        num_cpu_timeout_secs=1800,
+        explicitly_destroy=True,
+    )
+    offset = case.rank * EXPERTS_A_RANK
+    quant = SimpleNamespace(
+        is_block_quantized=False,
+        quant_dtype=None,
+        a1_scale=None,
+        a1_gscale=None,
+        per_act_token_quant=False,
+        block_shape=None,
+        is_scale_swizzled=False,
+        mx_alignment=0,
+    )
+    start = (case.x, case.weights, case.topk_idx, case.num_experts, None, False, quant)
+    for is_decode, is_async, is_fp8 in itertools.product((False, True), repeat=3):
+        both = module.DeepEPV2PrepareAndFinalize(
+            buffer,
+            num_dispatchers=case.size,
+            dp_size=case.size,
+            rank_expert_offset=offset,
+            num_experts=case.num_experts,
+            num_topk=TOPK,
+            use_cudagraph=is_decode,
+        )
+        quant.is_block_quantized = is_fp8
+        received = both.prepare_async(*start, not is_fp8)()
+        rows, scales, _, ids, weights = received
+        if is_fp8:
+            rows = dequantised(rows, scales)
+        local = torch.where(ids >= 0, ids - offset, -1)
+        y = case.experts(rows, local, weights.masked_fill(local < 0, 0))
+        out = torch.empty_like(case.x)
+        end = (out, y, weights, ids, False, reduce.TopKWeightAndReduceNoOP())
+        if is_async:
+            both.finalize_async(*end)()
+        else:
+            both.finalize(*end)
+        case.check(out)
+    buffer.destroy()
+
+
 class SGLang:
     """SGLang's deepep.py, and what it asks the rest of SGLang for.
 
@@ -318,6 +441,79 @@ def sglang_auto(group: Any) -> None:
                 assert got.masked_m.shape == (EXPERTS_A_RANK,)
                 y = case.slab_experts(rows, scales)
             case.check(dispatcher.combine((y, got.topk_ids, got.topk_weights)))
+
+
+def sglang_elastic(group: Any) -> None:
+    """SGLang: DeepEPv2Dispatcher, prefill in both orders of rows and decoding, an idle rank."""
+    case = Case(group)
+    case.only_powers_of_two(HIDDEN)
+    is_extend, expands_prefill = True, False
+
+    def setting(value: Callable[[], Any]) -> Any:
+        return SimpleNamespace(get=value)
+
+    def cast(x: Tensor, _: int, *, column_major_scales: bool, **__: Any) -> tuple[Tensor, Tensor]:
+        values, scales = quantised(x)
+        return values, scales.t().contiguous().t() if column_major_scales else scales
+
+    buffers: dict[str, Any] = {}
+    moe = "sglang.srt.layers.moe"
+    target, formats = f"{moe}.token_dispatcher.deepep_v2", SimpleNamespace(DEEPEP_V2="deepep_v2")
+    given: dict[str, dict[str, Any]] = {
+        "sglang.srt.environ": {
+            "envs": SimpleNamespace(
+                SGLANG_DEEPEP_V2_NUM_SMS=setting(lambda: 4),
+                SGLANG_DEEPEP_V2_NUM_MAX_DISPATCH_TOKENS_PER_RANK=setting(lambda: 16),
+                SGLANG_DEEPEP_V2_ENABLE_PREFILL_EXPAND=setting(lambda: expands_prefill),
+            )
+        },
+        "sglang.srt.layers.dp_attention": {"get_is_extend_in_batch": lambda: is_extend},
+        f"{moe}.token_dispatcher.base": {
+            "BaseDispatcher": object,
+            "CombineInput": type,
+            "CombineInputFormat": formats,
+            "DispatchOutput": type,
+            "DispatchOutputFormat": formats,
+            "RoutewiseLayout": object,
+        },
+        f"{moe}.utils": {
+            "get_deepep_v2_fp8_scale_format": lambda: SimpleNamespace(ue8m0=False, tma_aligned=True)
+        },
+        "sglang.srt.runtime_context": {
+            "get_exec": lambda: SimpleNamespace(moe=SimpleNamespace(deepep_v2_mode="direct")),
+            "get_parallel": lambda: SimpleNamespace(attn_dp_size=2),
+            "get_resources": lambda: SimpleNamespace(buffers=buffers),
+        },
+        "sglang.kernels.ops.quantization.fp8_kernel": {"sglang_per_token_group_quant_fp8": cast},
+    }
+    with Island(FOLDER / "sglang", "sglang", real=(target,), given=given):
+        module = importlib.import_module(target)
+    assert module.use_deepep_v2
+    sizes = (group, TOPK, case.num_experts, EXPERTS_A_RANK, HIDDEN, torch.bfloat16)
+    for use_fp8, mode in itertools.product(
+        (False, True), ("compact", "expanded", "decode", "idle")
+    ):
+        is_extend, expands_prefill = mode != "decode", mode == "expanded"
+        dispatcher = module.DeepEPv2Dispatcher(*sizes, use_fp8)
+        num_tokens = 0 if mode == "idle" and case.rank else TOKENS
+        topk = SimpleNamespace(
+            topk_ids=case.topk_idx[:num_tokens], topk_weights=case.weights[:num_tokens]
+        )
+        got = dispatcher.dispatch(case.x[:num_tokens], topk)
+        rows = got.hidden_states
+        if use_fp8:
+            rows = dequantised(rows, got.hidden_states_scale)
+        if got.is_expanded:
+            expert, end = torch.zeros(len(rows), dtype=torch.int64), 0
+            for each, last in enumerate(got.psum_num_recv_tokens_per_expert.tolist()):
+                expert[end:last] = each
+                end = -(-last // 128) * 128
+            factor = (1 + expert + case.rank * EXPERTS_A_RANK) * got.topk_weights
+            y = (rows.float() * factor[:, None]).bfloat16()
+        else:
+            y = case.experts(rows, got.topk_ids, got.topk_weights)
+        out = dispatcher.combine(module.DeepEPv2CombineInput(y, None))
+        assert torch.equal(out, case.wanted[:num_tokens])
 
 
 def lmdeploy() -> Any:

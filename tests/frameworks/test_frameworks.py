@@ -27,8 +27,10 @@ def needs(framework: str) -> None:
         ("megatron-core", scenarios.megatron_flex_dispatcher),
         ("vllm", scenarios.vllm_high_throughput),
         ("vllm", scenarios.vllm_low_latency),
+        ("vllm", scenarios.vllm_elastic),
         ("sglang", scenarios.sglang_normal),
         ("sglang", scenarios.sglang_auto),
+        ("sglang", scenarios.sglang_elastic),
         ("lmdeploy", scenarios.lmdeploy_normal),
         ("lmdeploy", scenarios.lmdeploy_low_latency),
         ("xtuner", scenarios.xtuner_op),
@@ -39,3 +41,21 @@ def needs(framework: str) -> None:
 def test_calls(framework: str, body: Callable[..., None]) -> None:
     needs(framework)
     run(body, NUM_RANKS)
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize(
+    "options",
+    [
+        "",
+        "--do-cpu-sync 0",
+        "--masked-ratio 0.3",
+        "--deterministic",
+        "--unbalanced-ratio 4",
+        "--allow-multiple-reduction 0",
+    ],
+)
+def test_deepep_2_runs_its_own_test(options: str) -> None:
+    """144 cases each, of which every tensor is compared bit for bit."""
+    needs("deepep")
+    run(scenarios.deepep_elastic, NUM_RANKS, options.split(), timeout=600)

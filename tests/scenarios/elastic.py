@@ -1,4 +1,4 @@
-"""What the ranks of a test do with an `ElasticBuffer`."""
+"""Things that the ranks of a test do with an `ElasticBuffer`."""
 
 from __future__ import annotations
 

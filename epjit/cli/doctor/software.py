@@ -17,6 +17,7 @@ from epjit.remedy import cuda_major, install_command, upgrade_command
 _PLATFORM, _PACKAGES = Section("platform"), Section("packages")
 _COMPILER, _ENVIRONMENT = Section("compiler"), Section("environment")
 _CUPY_PACKAGES = ("cupy-cuda13x", "cupy-cuda12x", "cupy")
+_OWNERS_OF_DEEP_EP = ("epjit-deep-ep", "deep_ep", "sgl-deep-ep", "deepinfer-ep")
 _OF_TESTS = ("EPJIT_TEST_", "EPJIT_DEEPEP_TESTS")
 
 
@@ -43,6 +44,10 @@ def check_packages() -> Iterator[Check]:
     else:
         yield _gpu_module("cupy", installed[0] if installed else f"cupy-cuda{cuda_major() or 13}x")
     yield _cuda_versions()
+    owners = [name for name in _OWNERS_OF_DEEP_EP if probe.version(name)]
+    if len(owners) > 1 and "epjit-deep-ep" in owners:  # pip has put one's files over the other's
+        remedy = f"pip uninstall {' '.join(owners)}; then install one, or see compat/README.md"
+        yield _PACKAGES.wrong("deep_ep", " and ".join(owners), remedy)
 
 
 def check_compiler() -> Iterator[Check]:

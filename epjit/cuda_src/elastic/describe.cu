@@ -30,7 +30,7 @@ struct DescribeParams {
   const int32_t* send_head;    // [num_tokens, num_ranks]
   const int32_t* source_ends;  // [num_ranks], source_stride apart
   const int32_t* recv_tokens;  // [num_rows], token_stride apart
-  const void* recv_topk_idx;   // [num_rows, num_topk], local experts
+  const void* recv_topk_idx;   // [num_rows, num_topk], local experts; null with columns
   const int32_t* columns;      // [num_rows, num_topk] or null
   const int32_t* counts;       // [num_local]
   int32_t* rank_ends;          // [num_ranks]
@@ -113,19 +113,20 @@ class Describe {
     unsigned num_before = 0;  // ranks whose rows end before this one
     for (int s = lane; s < p.num_ranks; s += kWarpSize) num_before += source_end(s) <= row;
     const int source = static_cast<int>(__reduce_add_sync(kFullMask, num_before));
-    const int expert = arrived ? choice_of_lane(p.recv_topk_idx, row, p.num_local) : -1;
-    const uint32_t here = __ballot_sync(kFullMask, expert >= 0);
+    const int column = arrived ? column_of_lane(row) : -1;
+    const uint32_t here = __ballot_sync(kFullMask, column >= 0);
     if (lane == 0) {
       const int token = arrived ? p.recv_tokens[static_cast<int64_t>(row) * p.token_stride] : 0;
       out[0] = arrived ? source * p.max_tokens + token : -1;
       out[1] = arrived ? source * kTopk + (kWarpSize - 1 - __clz(here)) : -1;
     }
-    if (lane < kTopk) {
-      int column = expert;
-      if (p.columns != nullptr && expert >= 0)
-        column = p.columns[static_cast<int64_t>(row) * kTopk + lane];
-      out[2 + lane] = column;
-    }
+    if (lane < kTopk) out[2 + lane] = column;
+  }
+
+  // Lane k has the row by expert of choice k, else its local expert; -1 if it is not here.
+  __device__ int column_of_lane(int row) const {
+    if (p.columns == nullptr) return choice_of_lane(p.recv_topk_idx, row, p.num_local);
+    return lane < kTopk ? p.columns[static_cast<int64_t>(row) * kTopk + lane] : -1;
   }
 
   __device__ void describe_token(int token) const {

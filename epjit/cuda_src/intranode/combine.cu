@@ -48,11 +48,11 @@ struct CombineConfig {
   int32_t hidden_bytes;  // of a row
   int32_t num_topk;      // 0 = no weights
   bool is_f16;           // else bf16
-  int32_t choice_bits;   // width of topk_idx, which orders the ranks; 0 = they are ascending
   bool tma;              // rows are pushed by bulk copies, else through registers
   int32_t num_warps;
   int32_t num_push_warps;  // of num_warps
   int32_t rows_per_warp;   // rows of a pushing warp in shared memory
+  int32_t choice_bits;     // width of topk_idx, which orders the ranks; 0 = they are ascending
   bool by_expert;          // rows by expert; num_topk is not 0, tma is false
   bool is_weighted;        // by_expert: rows are multiplied with row_weights
   bool has_weights;        // by_expert: topk_weights go back
