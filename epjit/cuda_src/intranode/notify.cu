@@ -18,7 +18,8 @@
 // also go to host memory: first host_counts[1 + e] (rounded up to the alignment), then, released,
 // the total in host_counts[0], which the host polls.
 //
-// Launch: 1 + num_ranks blocks of notify_threads() threads.
+// Launch: 1 + num_ranks blocks of notify_threads() threads. Dispatch may be queued behind it at once
+// (dispatch.cu, "guessed room"), and takes its places when the counts of all ranks are here.
 #include "epjit/numbering.cuh"
 #include "epjit/sync.cuh"
 

@@ -102,13 +102,15 @@ template <LayoutConfig kCfg>
 __device__ void layout(const LayoutParams& p) {
   static_assert(kCfg.num_ranks >= 1 && kCfg.num_ranks <= kMaxGroup);
   static_assert(kCfg.num_domains >= 1 && kCfg.num_domains <= 32, "a bit a domain");
-  ptx::griddepcontrol_launch_dependents();  // waits for no peer, so it holds no place for long
   constexpr int kBatch = 8;  // selections in flight a thread
   constexpr int kDomains = kCfg.num_domains > 1 ? kCfg.num_domains : 0;
   constexpr int kFirstExpert = kCfg.num_ranks + kDomains;
   const uint32_t experts_per_rank = p.num_experts / kCfg.num_ranks;
   const int num_counts = kFirstExpert + p.num_experts;
   const bool counts_in_shared = num_counts <= kMaxSharedCounts;
+
+  // This kernel waits for no peer, so the next one holds its places for a short time only.
+  ptx::griddepcontrol_launch_dependents();
 
   uint32_t* const sums = p.counters + 1;
   uint32_t* const shared = reinterpret_cast<uint32_t*>(ptx::dynamic_shared());
