@@ -209,7 +209,7 @@ class Routing(ABC):
             guess = rng.choice((RIGHT, *WRONG)) if guesses else None
             if guess in WRONG:
                 self._queue_wrong_guess(rank, guess)
-                self.world.pause(rank, rng.choice((0, 3000, 100_000)))
+                self.world.pause(rank, rng.choice((0, 3000, 30_000)))
             received = self._receive(rank, num_spare_rows=5 if guess == RIGHT else 0)
             least = self.num_recv[rank] if guess == RIGHT else -1
             self._queue_dispatch(rank, cached=False, least_rows=least, **received)

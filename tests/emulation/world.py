@@ -40,7 +40,7 @@ class WriteConfig:
 
 
 class PauseParams(ctypes.Structure):
-    _fields_ = (("nanoseconds", ctypes.c_uint64),)
+    _fields_ = (("nanoseconds", ctypes.c_uint64), ("word", ctypes.c_uint64))
 
 
 @dataclass(frozen=True)
@@ -126,7 +126,7 @@ class World:
 
     def pause(self, rank: int, nanoseconds: int) -> None:
         """Lets what is queued next start that much later than the end of what was queued so far."""
-        params = PauseParams(nanoseconds)
+        params = PauseParams(nanoseconds, self.ranks[rank].fault.data_ptr())
         launch = Launch(PauseConfig(), params, grid=1, rank=rank, include=build.HERE)
         self.ranks[rank].launches.append(launch)
 

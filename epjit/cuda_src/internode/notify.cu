@@ -23,7 +23,9 @@
 // host_counts[1], the tokens that pass through; then, released, the rows in host_counts[0], which
 // the host polls.
 //
-// Launch: 1 + ranks + num_domains blocks of notify_threads() threads. Graph-safe.
+// Launch: 1 + ranks + num_domains blocks of notify_threads() threads. Graph-safe. Dispatch may be
+// queued behind it at once (intranode/dispatch.cu, "guessed room"), and takes its places when the
+// counts of all ranks are here.
 #include "epjit/numbering.cuh"
 #include "internode/rail.cuh"
 

@@ -29,7 +29,8 @@
 // the total in host_counts[0], which the host polls.
 //
 // Launch: 1 + num_ranks blocks of notify_threads() threads; with by_expert a block more for each
-// notify_threads() experts.
+// notify_threads() experts. Dispatch may be queued behind it at once (dispatch.cu, "guessed room"),
+// and takes its places when the counts of all ranks are here.
 #include "epjit/numbering.cuh"
 #include "epjit/sync.cuh"
 

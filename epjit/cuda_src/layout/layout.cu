@@ -143,7 +143,6 @@ __device__ void layout(const LayoutParams& p) {
   static_assert(!kCfg.by_expert || kCfg.num_domains == 1,
                 "notify of one domain adds up the blocks");
   static_assert(kCfg.num_domains >= 1 && kCfg.num_domains <= 32, "a bit a domain");
-  ptx::griddepcontrol_launch_dependents();  // waits for no peer, so it holds no place for long
   constexpr int kBatch = 8;  // selections in flight a thread
   constexpr int kDomains = kCfg.num_domains > 1 ? kCfg.num_domains : 0;
   constexpr int kFirstExpert = kCfg.num_ranks + kDomains;
@@ -151,6 +150,9 @@ __device__ void layout(const LayoutParams& p) {
   const int num_counts = kFirstExpert + p.num_experts;
   const bool counts_in_shared = num_counts <= kMaxSharedCounts;
   constexpr int kMaskWords = layout_threads(kCfg) / 32;  // of an expert, behind the counts
+
+  // This kernel waits for no peer, so the next one holds its places for a short time only.
+  ptx::griddepcontrol_launch_dependents();
 
   uint32_t* const sums = p.counters + 1;
   uint32_t* const shared = reinterpret_cast<uint32_t*>(ptx::dynamic_shared());
