@@ -66,8 +66,8 @@ class Kept:
     another: 1.5 us a tensor, an event when it dies, and queries in every allocation until that has
     happened; this is a query a call, or less. It is as safe: memory goes back when the work *is
     done*, as there, whatever stream a tensor is of; later at most, with a later call of the Buffer.
-    Only a storage that the caller empties in place (``resize_(0)``) goes at once: not before a wait
-    for the event.
+    Only a storage that the caller empties in place (``resize_(0)``) goes at once, so that this has
+    to follow a wait for the event.
 
     Tensors go where `take_done`'s result is dropped, which must not be within a Buffer's turn: what
     they run as they go, such as finalizers, may take other locks.
