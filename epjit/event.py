@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from epjit.runtime import driver
-from epjit.runtime.stream import Event, is_current, new_event, shared_events
+from epjit.runtime.stream import Event, is_capturing, is_current, shared_events
 
 next_number = itertools.count(1).__next__  # tells what was queued before from what came after
 
@@ -42,7 +42,8 @@ class EventHandle:
             else:
                 device, handle = stream.device_index, stream.cuda_stream
             with driver.using(device):
-                event, _ = new_event(handle, shared_events(device))
+                events = shared_events(device)
+                event = events.take_for_capture() if is_capturing(handle) else events.take()
                 self._record(event, handle, device)
 
     @classmethod

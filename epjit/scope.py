@@ -16,7 +16,7 @@ from epjit.event import EventHandle, EventOverlap, event_of, next_number
 from epjit.runtime import driver
 from epjit.runtime.host import nap
 from epjit.runtime.interrupt import synchronize
-from epjit.runtime.stream import is_current, new_event, on_device
+from epjit.runtime.stream import is_capturing, is_current, on_device
 
 if TYPE_CHECKING:
     from contextlib import ExitStack
@@ -27,6 +27,7 @@ Record: TypeAlias = tuple[object, ...]
 """Tensors, records and anything else; often a NamedTuple of `epjit.calls`."""
 _NOWHERE = nullcontext()
 _MOST_KEPT = 64  # calls under way
+_FEW_KEPT, _SMALL_BYTES = 16, 4 << 20  # that are not asked for: small batches, where it would count
 S = TypeVar("S")
 
 
@@ -63,10 +64,10 @@ class Kept:
 
     In place of `Tensor.record_stream`, by which the allocator learns that a stream uses memory of
     another: 1.5 us a tensor, an event when it dies, and queries in every allocation until that has
-    happened; this is one query a call. It is as safe: memory goes back when the work *is done*, as
-    there, whatever stream a tensor is of; later at most, with a later call of the Buffer. Only a
-    storage that the caller empties in place (``resize_(0)``) goes at once: not before a wait for
-    the event.
+    happened; this is a query a call, or less. It is as safe: memory goes back when the work *is
+    done*, as there, whatever stream a tensor is of; later at most, with a later call of the Buffer.
+    Only a storage that the caller empties in place (``resize_(0)``) goes at once, so that this has
+    to follow a wait for the event.
 
     Tensors go where `take_done`'s result is dropped, which must not be within a Buffer's turn: what
     they run as they go, such as finalizers, may take other locks.
@@ -74,6 +75,10 @@ class Kept:
 
     def __init__(self) -> None:
         self._calls: deque[tuple[Event, object]] = deque()
+
+    def __len__(self) -> int:
+        """Number of calls."""
+        return len(self._calls)
 
     def keep(self, event: EventHandle, tensors: object) -> None:
         """Keeps whatever tensors are in an object; from any thread."""
@@ -229,7 +234,8 @@ class Scope:
             _record(outputs, comm.torch_stream)
         elif event is not None:
             self._kept.keep(event, (inputs, outputs))
-            self._done = self._kept.take_done()
+            if len(self._kept) > _FEW_KEPT or _is_large(inputs) or _is_large(outputs):
+                self._done = self._kept.take_done()
         return EventOverlap(event)
 
     def finish_keeping(self, tensors: tuple[torch.Tensor | None, ...]) -> EventOverlap:
@@ -245,7 +251,7 @@ class Scope:
         if event is None:
             return EventOverlap()
         kept = None if is_captured else self._kept
-        if kept is not None:
+        if kept:
             self._done = kept.take_done()
         return KeepingOverlap(event, _given(tensors), self._comm, self._current, kept)
 
@@ -255,7 +261,13 @@ class Scope:
         if not self._async:
             comm.make_wait(self._current)
             return None, False
-        event, is_captured = new_event(comm.handle, comm.events)
+        # Without a previous event, this stream has just been made to wait for the current one, and
+        # to ask torch for that takes half of the time.
+        if self._previous is None:
+            is_captured = torch.cuda.is_current_stream_capturing()
+        else:
+            is_captured = is_capturing(comm.handle)
+        event = comm.events.take_for_capture() if is_captured else comm.events.take()
         return EventHandle.on(comm.handle, event, comm.device), is_captured
 
 
@@ -314,6 +326,12 @@ def _tensors(record: Record) -> Iterator[torch.Tensor]:
             yield each
         elif isinstance(each, tuple):
             yield from _tensors(each)
+
+
+def _is_large(record: Record) -> bool:
+    """Whether the first tensor of a record, its rows, takes much memory."""
+    rows = record[0] if record else None
+    return isinstance(rows, torch.Tensor) and rows.nbytes > _SMALL_BYTES
 
 
 def _given(tensors: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor, ...]:

@@ -63,6 +63,10 @@ class Events:
                 handle = driver.call("cuEventCreate", _DISABLE_TIMING)
         return Event(self, handle)
 
+    def take_for_capture(self) -> Event:
+        """An event that is not used again, for a graph that is captured may hold on to it."""
+        return Events(self.device).take()
+
     def give_back(self, handle: Any) -> None:
         """The end of an event."""
         self._free.append(handle)
@@ -129,15 +133,6 @@ def shared_events(device: int) -> Events:
     return Events(device)
 
 
-def new_event(stream_handle: int, events: Events) -> tuple[Event, bool]:
-    """An event for a stream, and whether the stream is being captured.
-
-    A graph that is being captured may hold on to its events: such a one is not used again.
-    """
-    captures = _is_capturing(stream_handle)
-    return (Events(events.device) if captures else events).take(), captures
-
-
 class BlockedStreamError(RuntimeError):
     """The default stream cannot be used while a blocking stream is captured."""
 
@@ -150,14 +145,15 @@ def record_event(stream_handle: int, device: int) -> Event | None:
     """
     with driver.using(device):
         _check_not_blocked(stream_handle)
-        if _is_capturing(stream_handle):
+        if is_capturing(stream_handle):
             return None
         event = shared_events(device).take()
         event.record(stream_handle)
     return event
 
 
-def _is_capturing(stream_handle: int) -> bool:
+def is_capturing(stream_handle: int) -> bool:
+    """Whether a stream is being captured, by any thread."""
     status, capturing = driver.load().cuStreamIsCapturing(stream_handle)
     # The legacy stream gives an error while another one of its context is captured.
     return bool(int(status) or int(capturing))
@@ -171,7 +167,7 @@ def captures(device: int) -> bool:
     """
     current = torch._C._cuda_getCurrentRawStream(device)
     with driver.using(device):
-        return _is_capturing(_LEGACY[1]) or _is_capturing(current)
+        return is_capturing(_LEGACY[1]) or is_capturing(current)
 
 
 def _check_not_blocked(stream_handle: int) -> None:
@@ -180,7 +176,7 @@ def _check_not_blocked(stream_handle: int) -> None:
     It waits for such streams (made without CU_STREAM_NON_BLOCKING, unlike torch's), so whatever is
     queued there, even an event, would end the capture. It is never captured itself.
     """
-    if stream_handle in _LEGACY and _is_capturing(stream_handle):
+    if stream_handle in _LEGACY and is_capturing(stream_handle):
         raise BlockedStreamError(
             "a blocking stream is being captured, and until that ends nothing can wait for the "
             "default stream, where the last call was made; capture on a stream of torch or another "
@@ -224,7 +220,7 @@ class CommStream:
     def is_captured(self, last: int | None) -> bool:
         """Whether this stream is being captured, by any thread, or `last`, another one."""
         with driver.using(self.device):
-            return any(_is_capturing(each) for each in (self.handle, last) if each is not None)
+            return any(is_capturing(each) for each in (self.handle, last) if each is not None)
 
     def wait_for(self, stream_handle: int) -> None:
         """Makes this stream wait, from now on, for all that `stream_handle` has now."""
@@ -247,7 +243,7 @@ class CommStream:
         captures = torch.cuda.is_current_stream_capturing()
         if not captures:
             _check_not_blocked(last)
-        if captures == (last not in _LEGACY and _is_capturing(last)):
+        if captures == (last not in _LEGACY and is_capturing(last)):
             self._order(self._before, last, stream_handle)
 
     @staticmethod

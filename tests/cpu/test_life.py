@@ -100,7 +100,7 @@ def test_what_goes_during_a_capture_is_freed_after_it(
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: captured)
     else:  # on the stream of the last call of another Buffer
         other._streams._last = 99
-        monkeypatch.setattr(streams, "_is_capturing", lambda stream: captured and stream == 99)
+        monkeypatch.setattr(streams, "is_capturing", lambda stream: captured and stream == 99)
     captured = True
     gpu.calls.clear()
     del dropped

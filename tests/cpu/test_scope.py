@@ -45,6 +45,8 @@ class FakeEvents:
         self.taken.append(RawEvent())
         return self.taken[-1]
 
+    take_for_capture = take
+
 
 class FakeComm:
     """Says which stream was told to follow which."""
@@ -87,9 +89,9 @@ class World:
         monkeypatch.setattr(torch.cuda, "stream", self.allocating_on)
         monkeypatch.setattr(torch.cuda, "current_stream", lambda device=None: "current")
         monkeypatch.setattr(EventHandle, "raw_stream_wait", self.stream_wait)
-        monkeypatch.setattr(
-            "epjit.scope.new_event", lambda stream, events: (events.take(), self.captures)
-        )
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: self.captures)
+        monkeypatch.setattr("epjit.scope.is_capturing", lambda stream: self.captures)
+        monkeypatch.setattr("epjit.scope._FEW_KEPT", 0)
         monkeypatch.setattr("epjit.scope.driver.relaxed", contextlib.nullcontext)
 
     def allocating_on(self, stream: object) -> Any:
@@ -350,6 +352,26 @@ def test_what_an_interrupted_call_has_queued_is_not_taken_for_covered(
         raise KeyboardInterrupt
     world.scope(previous=event)
     assert world.comm.followed == [(1, COMM)]
+
+
+@pytest.mark.parametrize(("small_bytes", "most"), [(0, 16), (-1, 1)])
+def test_small_calls_are_asked_for_now_and_then(
+    monkeypatch: pytest.MonkeyPatch, small_bytes: int, most: int
+) -> None:
+    """Rows of 0 bytes here. Of large calls the memory comes back with the next."""
+    world = World(monkeypatch)
+    monkeypatch.setattr("epjit.scope._FEW_KEPT", 16)
+    monkeypatch.setattr("epjit.scope._SMALL_BYTES", small_bytes)
+    alive: list[Any] = []
+    numbers = []
+    for _ in range(40):
+        alive.append(weakref.ref(tensor := FakeTensor()))
+        with world.scope(is_async=True) as scope:
+            scope.finish((tensor,), (None,))
+        del tensor, scope
+        numbers.append(sum(each() is not None for each in alive))
+        world.comm.events.taken[-1].has_ended = True
+    assert max(numbers) == most
 
 
 @pytest.mark.parametrize("captures", [False, True])

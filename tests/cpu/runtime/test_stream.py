@@ -13,8 +13,7 @@ import pytest
 
 from epjit import EventHandle
 from epjit.runtime import driver
-from epjit.runtime import stream as streams
-from epjit.runtime.stream import Events, new_event
+from epjit.runtime.stream import Events
 from tests.cpu.fake_gpu import FakeGpu, fake_gpu
 
 
@@ -49,15 +48,19 @@ def test_what_a_graph_may_hold_on_to_is_not_used_again(
     gpu: FakeGpu, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     events = Events(0)
-    monkeypatch.setattr(streams, "_is_capturing", lambda stream: stream == 5)
-    event, is_captured = new_event(5, events)
-    assert is_captured
+    event = events.take_for_capture()
     del event
     assert num_in_use(gpu) == 0
-    event, is_captured = new_event(7, events)
-    assert not is_captured
+    event = events.take()
     del event
     assert num_in_use(gpu) == 1
+    monkeypatch.setattr("epjit.event.shared_events", lambda device: events)
+    for captures in (True, False):
+        monkeypatch.setattr("epjit.event.is_capturing", lambda stream, now=captures: now)
+        handle = EventHandle()
+        assert num_in_use(gpu) == 1 + captures
+        del handle
+        assert num_in_use(gpu) == 1
 
 
 def test_a_forked_child_destroys_no_event(gpu: FakeGpu) -> None:
