@@ -39,14 +39,12 @@ EMULATE_INLINE uint32_t atom_add_acq_rel_gpu(uint32_t* ptr, uint32_t value) {
   return atomicAdd(ptr, value);
 }
 // Any lane may be elected: here the last one, on which nobody relies.
-EMULATE_INLINE OfLane elect_atom_add_gpu(uint32_t* ptr, uint32_t value) {
-  constexpr uint32_t kElected = 31;
+EMULATE_INLINE uint32_t elected_lane() { return 31; }
+EMULATE_INLINE uint32_t elect_atom_add_gpu(uint32_t* ptr, uint32_t value) {
   __syncwarp();
-  OfLane old{0xdead, kElected};
-  if (emulate::lane() == kElected) old.value = atomicAdd(ptr, value);
-  return old;
+  return emulate::lane() == 31 ? atomicAdd(ptr, value) : 0xdead;
 }
-EMULATE_INLINE OfLane elect_atom_add_shared(uint32_t* ptr, uint32_t value) {
+EMULATE_INLINE uint32_t elect_atom_add_shared(uint32_t* ptr, uint32_t value) {
   return elect_atom_add_gpu(ptr, value);
 }
 EMULATE_INLINE uint32_t atom_cas_sys(uint32_t* ptr, uint32_t expected, uint32_t desired) {

@@ -63,23 +63,31 @@ __device__ __forceinline__ uint32_t atom_add_acq_rel_gpu(uint32_t* ptr, uint32_t
   return old;
 }
 
-// elect.sync, and in the lane that it elects atom.add.relaxed.gpu.global.u32; before sm_90 in lane 0.
-// In `if (lane == 0)` ptxas adds up what a warp's lanes want and hands out the sums: a shuffle directly
-// behind the atomic, which waits for it. Of one elected lane it knows that there is nothing to add up.
-__device__ __forceinline__ OfLane elect_atom_add_gpu(uint32_t* ptr, uint32_t value) {
-  OfLane old;
+// elect.sync: a lane of the warp, always the same one; before sm_90 lane 0
+__device__ __forceinline__ uint32_t elected_lane() {
+  uint32_t lane = 0;
+#if __CUDA_ARCH__ >= 900
+  asm volatile("{.reg .pred p; elect.sync %0|p, 0xffffffff;}" : "=r"(lane));
+#endif
+  return lane;
+}
+
+// In elected_lane() alone, which gets what was there: atom.add.relaxed.gpu.global.u32. In `if (lane == 0)`
+// ptxas adds up what a warp's lanes want and hands out the sums: a shuffle directly behind the atomic,
+// which waits for it. Of one elected lane it knows that there is nothing to add up.
+__device__ __forceinline__ uint32_t elect_atom_add_gpu(uint32_t* ptr, uint32_t value) {
+  uint32_t old;
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "{.reg .pred p; elect.sync %1|p, 0xffffffff; @p atom.add.relaxed.gpu.global.u32 %0, [%2], "
-      "%3;}"
-      : "=r"(old.value), "=r"(old.lane)
+      "{.reg .pred p; elect.sync _|p, 0xffffffff; @p atom.add.relaxed.gpu.global.u32 %0, [%1], %2;}"
+      : "=r"(old)
       : "l"(ptr), "r"(value)
       : "memory");
 #else
   asm volatile(
-      "{.reg .pred p; mov.u32 %1, %%laneid; setp.eq.u32 p, %1, 0; "
-      "@p atom.add.relaxed.gpu.global.u32 %0, [%2], %3; mov.u32 %1, 0;}"
-      : "=r"(old.value), "=&r"(old.lane)
+      "{.reg .pred p; .reg .u32 lane; mov.u32 lane, %%laneid; setp.eq.u32 p, lane, 0; "
+      "@p atom.add.relaxed.gpu.global.u32 %0, [%1], %2;}"
+      : "=r"(old)
       : "l"(ptr), "r"(value)
       : "memory");
 #endif
@@ -231,22 +239,21 @@ __device__ __forceinline__ uint32_t shared_address(const void* ptr) {
   return static_cast<uint32_t>(__cvta_generic_to_shared(ptr));
 }
 
-// elect.sync, and in the lane that it elects atom.add.relaxed.cta.shared::cta.u32; before sm_90 in
-// lane 0
-__device__ __forceinline__ OfLane elect_atom_add_shared(uint32_t* ptr, uint32_t value) {
-  OfLane old;
+// The same: atom.add.relaxed.cta.shared::cta.u32
+__device__ __forceinline__ uint32_t elect_atom_add_shared(uint32_t* ptr, uint32_t value) {
+  uint32_t old;
 #if __CUDA_ARCH__ >= 900
   asm volatile(
-      "{.reg .pred p; elect.sync %1|p, 0xffffffff; "
-      "@p atom.add.relaxed.cta.shared::cta.u32 %0, [%2], %3;}"
-      : "=r"(old.value), "=r"(old.lane)
+      "{.reg .pred p; elect.sync _|p, 0xffffffff; "
+      "@p atom.add.relaxed.cta.shared::cta.u32 %0, [%1], %2;}"
+      : "=r"(old)
       : "r"(shared_address(ptr)), "r"(value)
       : "memory");
 #else
   asm volatile(
-      "{.reg .pred p; mov.u32 %1, %%laneid; setp.eq.u32 p, %1, 0; "
-      "@p atom.add.relaxed.cta.shared::cta.u32 %0, [%2], %3; mov.u32 %1, 0;}"
-      : "=r"(old.value), "=&r"(old.lane)
+      "{.reg .pred p; .reg .u32 lane; mov.u32 lane, %%laneid; setp.eq.u32 p, lane, 0; "
+      "@p atom.add.relaxed.cta.shared::cta.u32 %0, [%1], %2;}"
+      : "=r"(old)
       : "r"(shared_address(ptr)), "r"(value)
       : "memory");
 #endif

@@ -31,11 +31,6 @@ struct Float2 {
   float x, y;
 };
 
-// What one lane of a warp has; to the others `value` means nothing.
-struct OfLane {
-  uint32_t value, lane;
-};
-
 // 8 bits, to nearest even, saturating; for where no instruction does it.
 __device__ __forceinline__ uint32_t float_to_e4m3(float x) {
   const uint32_t bits = __float_as_uint(x);

@@ -32,11 +32,11 @@ class Draw {
       : drawn_(ptx::elect_atom_add_gpu(counter, 1)) {}
 
   __device__ __forceinline__ uint32_t unit() const {
-    return __shfl_sync(kFullMask, drawn_.value, drawn_.lane);
+    return __shfl_sync(kFullMask, drawn_, ptx::elected_lane());
   }
 
  private:
-  OfLane drawn_ = {};
+  uint32_t drawn_ = 0;  // of the elected lane
 };
 
 // The pointer that a lane has.

@@ -468,7 +468,11 @@ class LowLatencyDispatch {
       tokens = max(tokens, plan.at(source, kExpertsARank));
     const uint32_t num_units = __reduce_max_sync(kFullMask, tokens) * kRanks * p.num_parts;
     while (unit < num_units) {
-      const Draw next(p.counters + 2);
+      Draw next;
+      const auto draw_on = [&] {
+        unit = next.unit();
+        if (!kCfg.shrink && unit >= num_units) ticket.take(waiter.epoch);
+      };
       const uint32_t row = unit / p.num_parts;
       // Each rank starts with itself, so that no source is looked at by all at once.
       const int source = (p.rank + row % kRanks) % kRanks;
@@ -477,10 +481,7 @@ class LowLatencyDispatch {
                                                       : plan.at(source, kExpertsARank);
       const int part = unit % p.num_parts;
       if constexpr (kLines) {
-        const auto draw_on = [&] {
-          unit = next.unit();
-          if (unit >= num_units) ticket.take(waiter.epoch);
-        };
+        next = Draw(p.counters + 2);
         if (token >= num_tokens)
           draw_on();
         else if (!receive_lines(source, static_cast<int>(token), part, draw_on))
@@ -490,9 +491,13 @@ class LowLatencyDispatch {
       uint64_t word = 0;
       bool has_token = token < num_tokens;
       if (has_token && !wait_for_token(source, static_cast<int>(token), word, has_token)) return;
-      unit = next.unit();
-      if (!kCfg.shrink && unit >= num_units) ticket.take(waiter.epoch);
-      if (has_token) receive_token(source, static_cast<int>(token), part, word);
+      // Drawn before the wait, blocks that come to it early would have two units a warp, and others
+      // none. The load of the row hides it.
+      next = Draw(p.counters + 2);
+      if (has_token)
+        receive_token(source, static_cast<int>(token), part, word, draw_on);
+      else
+        draw_on();
     }
   }
 
@@ -625,10 +630,14 @@ class LowLatencyDispatch {
     return masked;
   }
 
-  __device__ void receive_token(int source, int token, int part, uint64_t word) const {
+  // draw_on() is called when what is to be copied is on its way.
+  template <typename DrawOn>
+  __device__ void receive_token(int source, int token, int part, uint64_t word,
+                                DrawOn draw_on) const {
     int32_t* const source_rows =
         p.source_rows + (static_cast<int64_t>(source) * p.max_tokens + token) * kTopk;
     if (static_cast<uint32_t>(word) == 0) {
+      draw_on();
       if (part == 0 && lane < kTopk) source_rows[lane] = -1;
       return;
     }
@@ -643,6 +652,7 @@ class LowLatencyDispatch {
     Incoming batch;
     batch.load(src, first, last, lane);
     if (part == 0) batch.load_scales(src, lane);
+    draw_on();
 
     // Lane k has where selection k goes, -1 = to another rank.
     int row = -1;

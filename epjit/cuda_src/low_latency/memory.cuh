@@ -60,8 +60,8 @@ class Ticket {
   __device__ void take(uint32_t epoch) {
     if (is_taken_) return;
     is_taken_ = true;
-    const OfLane before = ptx::elect_atom_add_shared(block_, epoch << 8 | 1);
-    const uint32_t others = __shfl_sync(kFullMask, before.value, before.lane) & 0xff;
+    const uint32_t before = ptx::elect_atom_add_shared(block_, epoch << 8 | 1);
+    const uint32_t others = __shfl_sync(kFullMask, before, ptx::elected_lane()) & 0xff;
     ends_block_ = others == num_warps_ - 1;
     if (ends_block_) grid_ = Draw(counters_);
   }
