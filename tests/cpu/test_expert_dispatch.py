@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from epjit import Buffer, CommunicationError
+from epjit.kernels.intranode import DispatchConfig, config_of
+from epjit.kernels.shapes import ExpertDispatchShape
 from epjit.reference import Normal
 from epjit.reference import expert_major as reference
 from epjit.reference.intranode import RankInput
@@ -21,6 +23,7 @@ from tests.rounds.expert_major import (
     make_experts,
     random_expert_round,
 )
+from tests.scenarios import expert_major
 
 TOKENS = (11, 0, 6, 9)
 
@@ -206,6 +209,20 @@ def test_random_rounds(num_ranks: int) -> None:
             check_expert_round(buffer, case)
 
     launch.run_threads(body, num_ranks)
+
+
+def test_random_rounds_of_processes() -> None:
+    done = launch.run(expert_major.random_rounds, 2, {"EPJIT_BACKEND": "cpu"}, 10, 20)
+    assert done == [10] * 2
+
+
+def test_direct_falls_back_to_slots() -> None:
+    """A peer would store each row over the links."""
+    shape = ExpertDispatchShape(512, 0, 2, True, False, True)
+    config = config_of(shape, 2, "sm_90a", variant="direct")
+    assert isinstance(config, DispatchConfig)
+    assert config.push
+    assert not config.direct
 
 
 @pytest.mark.parametrize(("num_ranks", "nvlink_domain"), [(4, 2), (6, 3)])
