@@ -46,8 +46,19 @@ COMBINE_OF_EXPERTS = dict.fromkeys(("row_of", "row_weights", "num_expert_rows"),
 """Parameters that only a combine of rows by expert uses."""
 
 
+class _Ordered(KernelConfig):
+    """Base of the configs of kernels for both orders of rows."""
+
+    by_expert: bool
+
+    @property
+    def order(self) -> str:
+        """Of the rows, in the namespace of the kernel."""
+        return "by_expert" if self.by_expert else "intranode"
+
+
 @dataclass(frozen=True)
-class NotifyConfig(KernelConfig, source="intranode/notify.cu", tag="intranode_r{0.num_ranks}"):
+class NotifyConfig(_Ordered, source="intranode/notify.cu", tag="{0.order}_r{0.num_ranks}"):
     """Config of the notify kernel."""
 
     threads: ClassVar[int] = 512
@@ -63,9 +74,9 @@ class NotifyConfig(KernelConfig, source="intranode/notify.cu", tag="intranode_r{
 
 @dataclass(frozen=True)
 class DispatchConfig(
-    KernelConfig,
+    _Ordered,
     source="intranode/dispatch.cu",
-    tag="intranode_r{0.num_ranks}_h{0.hidden_bytes}_s{0.num_scales}_k{0.num_topk}",
+    tag="{0.order}_r{0.num_ranks}_h{0.hidden_bytes}_s{0.num_scales}_k{0.num_topk}",
 ):
     """Config of the dispatch kernel; its fields are explained in dispatch.cu."""
 
@@ -150,9 +161,9 @@ class DispatchConfig(
 
 @dataclass(frozen=True)
 class CombineConfig(
-    KernelConfig,
+    _Ordered,
     source="intranode/combine.cu",
-    tag="intranode_r{0.num_ranks}_h{0.hidden_bytes}_k{0.num_topk}",
+    tag="{0.order}_r{0.num_ranks}_h{0.hidden_bytes}_k{0.num_topk}",
 ):
     """Config of the combine kernel; its fields are explained in combine.cu."""
 

@@ -259,6 +259,23 @@ def test_tokens_without_room_are_told_of_once() -> None:
     launch.run_threads(body, 2)
 
 
+def test_addresses_are_looked_at_in_every_call() -> None:
+    """Also where a call that looks the same has passed."""
+
+    def body(comm: Any) -> None:
+        buffer = Buffer(None, 1 << 20, comm=comm)
+        idx, odd = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3 * 64 + 1).bfloat16()[1:]
+        _, _, handle, _ = buffer.expert_dispatch(odd.view(3, 64).clone(), idx, num_experts=2)
+        with pytest.raises(ValueError, match="x starts at address"):
+            buffer.expert_dispatch(odd.view(3, 64), idx, num_experts=2)
+        buffer.expert_combine(torch.zeros(6, 64).bfloat16(), handle)
+        rows = torch.zeros(6 * 64 + 1).bfloat16()[1:].view(6, 64)
+        with pytest.raises(ValueError, match="rows starts at address"):
+            buffer.expert_combine(rows, handle)
+
+    launch.run_threads(body, 1)
+
+
 def test_ranks_that_disagree_are_told() -> None:
     def body(comm: Any) -> None:
         buffer = Buffer(None, 1 << 20, comm=comm)
