@@ -504,5 +504,7 @@ def between_domains(group: Any, nvlink_domain: int) -> None:
         torch.ops.epjit.dispatch(x, idx, weights, case.num_experts, 0, 0, 0, 1, name)
     sizes = case.num_experts, 0, 1, 0
     with pytest.raises(RuntimeError, match=r"traced for 1 .*get_buffer"):
-        torch.ops.epjit.expert_dispatch(x, idx, weights, *sizes, False, False, name)
+        torch.ops.epjit.expert_dispatch(
+            x, idx, weights, *sizes, False, False, None, None, False, name
+        )
     checkpointed(group)
