@@ -707,7 +707,7 @@ class Buffer(Life):
 
         Raises:
             TypeError, ValueError: Arguments that do not fit; nothing was launched.
-            NotImplementedError: No kernel does it on this GPU.
+            NotImplementedError: On a GPU, between NVLink domains.
             RuntimeError: Needs the host to wait, while a CUDA graph is captured.
             CommunicationError: A peer did not come, now or in an earlier operation.
         """
@@ -777,7 +777,7 @@ class Buffer(Life):
 
         Raises:
             TypeError, ValueError: Arguments that do not fit; nothing was launched.
-            NotImplementedError: No kernel does it on this GPU.
+            NotImplementedError: On a GPU, between NVLink domains.
             CommunicationError: An earlier operation of this buffer failed.
         """
         self._check_alive()

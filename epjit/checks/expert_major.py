@@ -64,6 +64,8 @@ class ExpertChecks(NormalChecks):
                 shape = tuple(topk_idx.shape)
                 self._check("topk_weights", topk_weights, shape, torch.float32, "as topk_idx")
             remember(self._passed, arguments, True)
+        else:
+            self._addresses(x=rows)
         num_sms = self._sms(config, self.dispatch_config, rows, rows.shape[0])
         own = None
         if handle is not None:

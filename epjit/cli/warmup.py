@@ -144,6 +144,7 @@ class Calls(NamedTuple):
 def _normal(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
     """Kernels that a Buffer compiles when it is made, and for calls of the normal mode."""
     from epjit import env
+    from epjit.config import MAX_EXPERTS_BY_EXPERT
     from epjit.kernels import expert_major, internode, intranode
     from epjit.kernels.shapes import CombineShape, DispatchShape, warmup_shapes
 
@@ -180,6 +181,15 @@ def _normal(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
                 topk_is_int64=each.topk_is_int64,
                 arch=arch,
             )
+            if domains == 1 and each.topk and each.experts <= MAX_EXPERTS_BY_EXPERT:
+                yield from intranode.kernels_by_expert(
+                    each.row_bytes,
+                    num_topk=each.topk,
+                    is_f16=each.dtype is Dtype.fp16,
+                    topk_is_int64=each.topk_is_int64,
+                    num_ranks=ranks,
+                    arch=arch,
+                )
 
 
 def _low_latency(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:

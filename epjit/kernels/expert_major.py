@@ -114,7 +114,6 @@ def kernels_of(
         PlaceConfig(num_experts, topk_is_int64),
         permute_config(row_bytes, arch),
         UnpermuteConfig(row_bytes, num_topk, is_f16),
-        WeighConfig(row_bytes, is_f16),
         BlankConfig(),
     ]
 

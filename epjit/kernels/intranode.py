@@ -10,6 +10,7 @@ from epjit import tuned
 from epjit.config import MAX_RANKS
 from epjit.formats import CASTS, FP8
 from epjit.kernels import variants
+from epjit.kernels.expert_major import WeighConfig
 from epjit.kernels.layout import LayoutConfig
 from epjit.kernels.shapes import (
     AnyShape,
@@ -45,8 +46,19 @@ COMBINE_OF_EXPERTS = dict.fromkeys(("row_of", "row_weights", "num_expert_rows"),
 """Parameters that only a combine of rows by expert uses."""
 
 
+class _Ordered(KernelConfig):
+    """Base of the configs of kernels for both orders of rows."""
+
+    by_expert: bool
+
+    @property
+    def order(self) -> str:
+        """Of the rows, in the namespace of the kernel."""
+        return "by_expert" if self.by_expert else "intranode"
+
+
 @dataclass(frozen=True)
-class NotifyConfig(KernelConfig, source="intranode/notify.cu", tag="intranode_r{0.num_ranks}"):
+class NotifyConfig(_Ordered, source="intranode/notify.cu", tag="{0.order}_r{0.num_ranks}"):
     """Config of the notify kernel."""
 
     starts_early: ClassVar[bool] = True
@@ -63,9 +75,9 @@ class NotifyConfig(KernelConfig, source="intranode/notify.cu", tag="intranode_r{
 
 @dataclass(frozen=True)
 class DispatchConfig(
-    KernelConfig,
+    _Ordered,
     source="intranode/dispatch.cu",
-    tag="intranode_r{0.num_ranks}_h{0.hidden_bytes}_s{0.num_scales}_k{0.num_topk}",
+    tag="{0.order}_r{0.num_ranks}_h{0.hidden_bytes}_s{0.num_scales}_k{0.num_topk}",
 ):
     """Config of the dispatch kernel; its fields are explained in dispatch.cu."""
 
@@ -152,9 +164,9 @@ class DispatchConfig(
 
 @dataclass(frozen=True)
 class CombineConfig(
-    KernelConfig,
+    _Ordered,
     source="intranode/combine.cu",
-    tag="intranode_r{0.num_ranks}_h{0.hidden_bytes}_k{0.num_topk}",
+    tag="{0.order}_r{0.num_ranks}_h{0.hidden_bytes}_k{0.num_topk}",
 ):
     """Config of the combine kernel; its fields are explained in combine.cu."""
 
@@ -225,7 +237,7 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         arch: Such as ``"sm_90a"``.
     """
     for num_ranks in range(1, MAX_RANKS + 1):
-        for by_expert in (False, True):
+        for by_expert in (False, True) if num_ranks in (1, 4, MAX_RANKS) else (False,):
             yield NotifyConfig(num_ranks, by_expert)
             for wide in (True, False):
                 yield LayoutConfig(num_ranks, wide, by_expert=by_expert)
@@ -327,6 +339,35 @@ def kernels_of(
     configs: list[KernelConfig] = [NotifyConfig(num_ranks)]
     configs += [LayoutConfig(num_ranks, wide) for wide in (True, False)]
     return configs + [config_of(shape, num_ranks, arch, gpu=gpu) for shape in shapes]
+
+
+def kernels_by_expert(
+    row_bytes: int, *, num_topk: int, is_f16: bool, topk_is_int64: bool, num_ranks: int, arch: str
+) -> list[KernelConfig]:
+    """The kernels of `epjit.moe`'s rows by expert, forward and backward.
+
+    Args:
+        row_bytes: Bytes of one row of bfloat16 or float16.
+        num_topk: Choices a token, at least 1.
+        is_f16: float16 rows, else bfloat16.
+        topk_is_int64: Width of the choices.
+        num_ranks: Size of the group.
+        arch: Such as ``"sm_90a"``.
+    """
+    shapes: list[AnyShape] = [
+        ExpertDispatchShape(row_bytes, 0, num_topk, topk_is_int64, False, True),
+        ExpertDispatchShape(row_bytes, 0, num_topk, True, True, False),
+        *[
+            ExpertCombineShape(row_bytes, num_topk, is_f16, is_weighted, has_weights)
+            for is_weighted, has_weights in ((False, False), (True, False), (False, True))
+        ],
+    ]
+    return [
+        NotifyConfig(num_ranks, by_expert=True),
+        *[LayoutConfig(num_ranks, wide, by_expert=True) for wide in (True, False)],
+        *[config_of(shape, num_ranks, arch) for shape in shapes],
+        WeighConfig(row_bytes, is_f16),
+    ]
 
 
 def num_slots(config: DispatchConfig | CombineConfig, num_nvl_bytes: int) -> int:

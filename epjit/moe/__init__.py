@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from epjit.checks.match import check_dry_rows, check_no_transform, is_dry
+from epjit.formats import CASTS
 from epjit.handles import (
     ExpertHandle,
     GivenHandle,
@@ -101,6 +102,8 @@ class ExpertRows(NamedTuple):
             matrix product.
         tokens_per_expert: int32 `[L]`, without padding.
         handle: For `combine` (of `dispatch`) or `unpermute` (of `permute`).
+        scales: Of rows that were cast: `[M, S]`, as `Buffer.expert_dispatch` returns them; else
+            None.
     """
 
     x: Tensor
@@ -108,6 +111,7 @@ class ExpertRows(NamedTuple):
     ends: Tensor
     tokens_per_expert: Tensor
     handle: Any
+    scales: Tensor | None = None
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -142,6 +146,19 @@ def _check_comes_back(x: Tensor, weights: Tensor, *, is_combined: bool) -> None:
         raise TypeError(
             f"x has dtype {x.dtype}, but what comes back is summed in bfloat16 or float16; convert "
             "it with .to(torch.bfloat16), or run the layer under torch.autocast"
+        )
+
+
+def _check_cast(cast: str, x: Tensor, weights: Tensor, *, expert_major: bool) -> None:
+    """Checks that rows can be cast on the way."""
+    if cast not in CASTS:
+        raise ValueError(f"cast is {cast!r}, but must be None or one of {', '.join(CASTS)}")
+    if not expert_major:
+        raise ValueError(f"cast is {cast!r}, which needs expert_major=True")
+    if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
+        raise ValueError(
+            f"cast is {cast!r}, but rows that are cast have no gradient yet; call dispatch under "
+            "torch.no_grad(), or without cast"
         )
 
 
@@ -184,6 +201,9 @@ def dispatch(
     expert_alignment: int = ...,
     num_expert_rows: int = ...,
     zero_padding: bool = ...,
+    cast: str | None = ...,
+    global_scale: Tensor | None = ...,
+    column_major_scales: bool = ...,
 ) -> ExpertRows: ...
 def dispatch(
     x: Tensor,
@@ -197,6 +217,9 @@ def dispatch(
     expert_alignment: int = 1,
     num_expert_rows: int = 0,
     zero_padding: bool = True,
+    cast: str | None = None,
+    global_scale: Tensor | None = None,
+    column_major_scales: bool = False,
 ) -> Dispatched | ExpertRows:
     """Sends each token to the ranks of its experts; the gradient comes back by a combine.
 
@@ -221,6 +244,10 @@ def dispatch(
             are dropped. 0 = always enough.
         zero_padding: With `expert_major`: False leaves the padding undefined, which saves the time
             of writing it, where no gradients are recorded.
+        cast: With `expert_major`, inside one NVLink domain, without gradients: the format that rows
+            are cast to on the way, see `Buffer.expert_dispatch`.
+        global_scale: Of the cast, for ``"nvfp4"``.
+        column_major_scales: Scales lie column by column, each padded to 16 bytes.
 
     Returns:
         `Dispatched`, or `ExpertRows` with `expert_major`.
@@ -245,6 +272,8 @@ def dispatch(
             f"num_expert_rows is {num_expert_rows}, which needs expert_major=True and "
             "num_worst_tokens: without them the number of rows is what arrives"
         )
+    if cast is not None:
+        _check_cast(cast, x, topk_weights, expert_major=expert_major)
     name = name_of(group)
     dry = False
     if not torch.compiler.is_compiling():
@@ -252,9 +281,14 @@ def dispatch(
         if dry:
             check_dry_rows(x, num_worst_tokens)
     num_domains = count_domains(name, dry=dry)
+    if cast is not None and num_domains > 1:
+        raise ValueError(
+            f"cast is {cast!r}, but this group spans {num_domains} NVLink domains, between which "
+            "rows travel as they are; cast what arrives"
+        )
     if expert_major and num_domains == 1:
         needs_zeros = torch.is_grad_enabled()
-        rows, row_weights, row_of, source, ends, *tensors = torch.ops.epjit.expert_dispatch(
+        rows, scales, row_weights, *placed_and_handle = torch.ops.epjit.expert_dispatch(
             x,
             topk_idx,
             topk_weights,
@@ -264,12 +298,18 @@ def dispatch(
             num_expert_rows,
             zero_padding or needs_zeros,
             needs_zeros,
+            cast,
+            global_scale,
+            column_major_scales,
             name,
         )
+        row_of, source, ends, *tensors = placed_and_handle
         routing: Handle = IntranodeHandle(*tensors)
         counts = routing.recv_expert_counts
         placement = Placement(row_of, source, ends, counts)
-        return ExpertRows(rows, row_weights, ends, counts, ExpertHandle(routing, placement))
+        handle = ExpertHandle(routing, placement)
+        of_rows = None if cast is None else scales
+        return ExpertRows(rows, row_weights, ends, counts, handle, of_rows)
     recv_x, recv_idx, recv_weights, row_of, source, ends, *tensors = torch.ops.epjit.dispatch(
         x,
         topk_idx,

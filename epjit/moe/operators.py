@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from epjit.checks.match import check
+from epjit.formats import CASTS
 from epjit.handles import (
     ExpertHandle,
     GivenHandle,
@@ -296,8 +297,9 @@ def _as_expert_handle(tensors: Any) -> ExpertHandle:
 
 @_operator(
     "(Tensor x, Tensor topk_idx, Tensor topk_weights, int num_experts, int num_worst_tokens, "
-    "int expert_alignment, int num_expert_rows, bool zero_padding, bool blank, str group) "
-    f"-> ({', '.join(['Tensor'] * (2 + _NUM_PLACED + _LEAST))})"
+    "int expert_alignment, int num_expert_rows, bool zero_padding, bool blank, str? cast, "
+    "Tensor? global_scale, bool column_major_scales, str group) "
+    f"-> ({', '.join(['Tensor'] * (3 + _NUM_PLACED + _LEAST))})"
 )
 def _expert_dispatch(
     x: Tensor,
@@ -309,9 +311,12 @@ def _expert_dispatch(
     num_expert_rows: int,
     zero_padding: bool,
     blank: bool,
+    cast: str | None,
+    global_scale: Tensor | None,
+    column_major_scales: bool,
     group: str,
 ) -> tuple[Tensor, ...]:
-    """Rows by expert and their weights; a placement; a handle.
+    """Rows by expert, their scales (or an empty tensor) and weights; a placement; a handle.
 
     With `blank` there are zeros behind the last expert's rows.
     """
@@ -326,13 +331,16 @@ def _expert_dispatch(
         expert_alignment=expert_alignment,
         num_expert_rows=num_expert_rows,
         zero_padding=zero_padding,
+        column_major_scales=column_major_scales,
+        cast=cast,
+        global_scale=global_scale,
     )
-    assert isinstance(rows, Tensor)
+    rows, scales = rows if isinstance(rows, tuple) else (rows, topk_weights.new_empty(0))
     assert weights is not None
     *placed, _ = handle.placement
     if blank and num_worst_tokens:
         by_expert.blank(rows, handle.placement.ends[-1:])
-    return (rows, weights, *placed, *handle.routing)
+    return (rows, scales, weights, *placed, *handle.routing)
 
 
 @_expert_dispatch.register_fake
@@ -346,6 +354,9 @@ def _(
     num_expert_rows: int,
     zero_padding: bool,
     blank: bool,
+    cast: str | None,
+    global_scale: Tensor | None,
+    column_major_scales: bool,
     group: str,
 ) -> tuple[Tensor, ...]:
     num_topk, ranks = topk_idx.shape[1], count_ranks(group)
@@ -355,8 +366,19 @@ def _(
     if not num_worst_tokens:
         num_rows = torch.library.get_ctx().new_dynamic_size()
     specs = Placement.specs(num_tokens=n, num_topk=num_topk, num_rows=num_rows, num_experts=local)
+    rows, scales = x.new_empty((num_rows, x.shape[1])), topk_weights.new_empty(0)
+    if cast is not None:
+        row_format, hidden = CASTS[cast], x.shape[1]
+        rows = x.new_empty((num_rows, row_format.num_columns(hidden)), dtype=row_format.x_dtype)
+        shape, dtype = (num_rows, row_format.num_scale_columns(hidden)), row_format.scale_dtype
+        if column_major_scales:
+            scales = x.new_empty((shape[1], (num_rows + 3) // 4 * 4), dtype=dtype)
+            scales = scales[:, :num_rows].t()
+        else:
+            scales = x.new_empty(shape, dtype=dtype)
     return (
-        x.new_empty((num_rows, x.shape[1])),
+        rows,
+        scales,
         topk_weights.new_empty(num_rows),
         *[_new(x, spec) for spec in specs[:_NUM_PLACED]],
         *_fake_handle(x, n, 0, ranks, 1, local)[:_LEAST],
@@ -440,14 +462,16 @@ def _(
 
 def _setup_expert_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
     ctx.group = inputs[-1]
-    ctx.save_for_backward(*output[2:])
+    ctx.save_for_backward(*output[3:])
 
 
-def _grad_expert_dispatch(ctx: Any, grad_x: Tensor, grad_weights: Tensor, *others: Any) -> Any:
+def _grad_expert_dispatch(
+    ctx: Any, grad_x: Tensor, _: Any, grad_weights: Tensor, *others: Any
+) -> Any:
     x, weights = torch.ops.epjit.expert_dispatch_backward(
         grad_x, grad_weights.float(), *ctx.saved_tensors, ctx.group
     )
-    return x, None, weights, *[None] * 7
+    return x, None, weights, *[None] * 10
 
 
 def _setup_expert_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

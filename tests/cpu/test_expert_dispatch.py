@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from epjit import Buffer, CommunicationError
+from epjit.kernels.intranode import DispatchConfig, config_of
+from epjit.kernels.shapes import ExpertDispatchShape
 from epjit.reference import Normal
 from epjit.reference import expert_major as reference
 from epjit.reference.intranode import RankInput
@@ -21,6 +23,7 @@ from tests.rounds.expert_major import (
     make_experts,
     random_expert_round,
 )
+from tests.scenarios import expert_major
 
 TOKENS = (11, 0, 6, 9)
 
@@ -208,6 +211,20 @@ def test_random_rounds(num_ranks: int) -> None:
     launch.run_threads(body, num_ranks)
 
 
+def test_random_rounds_of_processes() -> None:
+    done = launch.run(expert_major.random_rounds, 2, {"EPJIT_BACKEND": "cpu"}, 10, 20)
+    assert done == [10] * 2
+
+
+def test_direct_falls_back_to_slots() -> None:
+    """A peer would store each row over the links."""
+    shape = ExpertDispatchShape(512, 0, 2, True, False, True)
+    config = config_of(shape, 2, "sm_90a", variant="direct")
+    assert isinstance(config, DispatchConfig)
+    assert config.push
+    assert not config.direct
+
+
 @pytest.mark.parametrize(("num_ranks", "nvlink_domain"), [(4, 2), (6, 3)])
 def test_random_rounds_between_domains(num_ranks: int, nvlink_domain: int) -> None:
     launch.run_threads(rounds, num_ranks, nvlink_domain, 15)
@@ -240,6 +257,23 @@ def test_tokens_without_room_are_told_of_once() -> None:
         buffer.expert_combine(rows, handle)
 
     launch.run_threads(body, 2)
+
+
+def test_addresses_are_looked_at_in_every_call() -> None:
+    """Also where a call that looks the same has passed."""
+
+    def body(comm: Any) -> None:
+        buffer = Buffer(None, 1 << 20, comm=comm)
+        idx, odd = torch.zeros(3, 2, dtype=torch.int64), torch.zeros(3 * 64 + 1).bfloat16()[1:]
+        _, _, handle, _ = buffer.expert_dispatch(odd.view(3, 64).clone(), idx, num_experts=2)
+        with pytest.raises(ValueError, match="x starts at address"):
+            buffer.expert_dispatch(odd.view(3, 64), idx, num_experts=2)
+        buffer.expert_combine(torch.zeros(6, 64).bfloat16(), handle)
+        rows = torch.zeros(6 * 64 + 1).bfloat16()[1:].view(6, 64)
+        with pytest.raises(ValueError, match="rows starts at address"):
+            buffer.expert_combine(rows, handle)
+
+    launch.run_threads(body, 1)
 
 
 def test_ranks_that_disagree_are_told() -> None:

@@ -15,8 +15,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
 
 from epjit import Buffer, moe
+from epjit.formats import CASTS
 from epjit.handles import handle_type, row_bound
 from epjit.modes import expert_major
+from epjit.reference.low_latency import encode
 from epjit.runtime.group import ThreadGroup
 from tests.harness.launch import run
 from tests.scenarios import moe as scenarios
@@ -176,9 +178,48 @@ def test_opcheck_of_dispatch(name: str, worst: int, alignment: int) -> None:
 @pytest.mark.parametrize("worst", [0, 8])
 def test_opcheck_of_dispatch_by_expert(name: str, worst: int) -> None:
     x, idx, weights = tensors()
+    more = (True, worst > 0, None, None, False, name)
+    opcheck(torch.ops.epjit.expert_dispatch, (x, idx, weights, 4, worst, 4, 0, *more))
+
+
+@pytest.mark.parametrize("cast", CASTS)
+@pytest.mark.parametrize("worst", [0, 8])
+def test_rows_are_cast_on_the_way(name: str, cast: str, worst: int) -> None:
+    hidden = CASTS[cast].granularity * 4
+    _, idx, weights = tensors(requires_grad=False)
+    x = torch.randn(6, hidden).bfloat16()
+    scale = torch.tensor([0.5]) if cast == "nvfp4" else None
+    by_column = cast.startswith("fp8")
+    sizes = {"num_worst_tokens": worst, "expert_alignment": 4}
+    options = {"cast": cast, "global_scale": scale, "column_major_scales": by_column}
+    with torch.no_grad():
+        got = moe.dispatch(
+            x, idx, weights, num_experts=4, group=name, expert_major=True, **sizes, **options
+        )
+    wanted, wanted_scales = encode(x, CASTS[cast], scale)
+    assert got.scales is not None
+    source = got.handle.placement.source
+    tokens = got.handle.routing.recv_src_idx[source[source >= 0].long() // 2].long()
+    mine, theirs = (each.view(torch.uint8) for each in (got.x, wanted))
+    assert torch.equal(mine[source >= 0], theirs[tokens])
+    assert got.scales.dtype == wanted_scales.dtype
+    assert got.scales.stride(0) == (1 if by_column else wanted_scales.shape[1])
+    for row, token in zip((source >= 0).nonzero().flatten(), tokens, strict=True):
+        assert got.scales[row].tolist() == wanted_scales[token].tolist()
+    more = (True, False, cast, scale, by_column, name)
     opcheck(
-        torch.ops.epjit.expert_dispatch, (x, idx, weights, 4, worst, 4, 0, True, worst > 0, name)
+        torch.ops.epjit.expert_dispatch,
+        (x, idx, weights, 4, worst, 4, 0, *more),
+        test_utils=("test_schema", "test_faketensor"),
     )
+    for changes, said in (
+        ({"cast": "int8"}, "cast is 'int8'"),
+        ({"expert_major": False, "expert_alignment": 1}, "needs expert_major"),
+        ({"x": x.requires_grad_()}, "have no gradient yet"),
+    ):
+        given = {"x": x.detach(), "expert_major": True, **sizes, **options, **changes}
+        with pytest.raises(ValueError, match=said):
+            moe.dispatch(given.pop("x"), idx, weights, num_experts=4, group=name, **given)
 
 
 def test_opcheck_of_the_other_operators(name: str) -> None:

@@ -12,6 +12,9 @@ EXPERT_DISPATCH: dict[str, Refusal] = {
     "row bytes": value_error(
         lambda b: b.expert_dispatch(x=b.full(NUM_TOKENS, 12)), r"24 bytes.*multiple of 16"
     ),
+    "misaligned": value_error(
+        lambda b: b.expert_dispatch(x=b.misaligned(NUM_TOKENS)), r"x starts at address.*\.clone\(\)"
+    ),
     "no topk_idx": value_error(
         lambda b: b.expert_dispatch(topk_idx=None), r"needs topk_idx and num_experts, or the handle"
     ),

@@ -316,7 +316,9 @@ def checkpointed(group: Any) -> None:
     assert len(calls) == 2
 
     dispatched = []
-    keep = (torch.ops.epjit.expert_dispatch.default, torch.ops.epjit.expert_combine.default)
+    several = buffers.count_domains(group.group_name, dry=False) > 1
+    names = ("dispatch", "combine") if several else ("expert_dispatch", "expert_combine")
+    keep = tuple(getattr(torch.ops.epjit, name).default for name in names)
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op in keep and not context.is_recompute:
@@ -479,6 +481,7 @@ def between_domains(group: Any, nvlink_domain: int) -> None:
     case.check(row_major(case, **worst))
     few = Case(group, 0 if case.rank == 0 else 5, seed=1)
     few.check(by_expert(few))
+    few.check(weighted_by_expert(few))
     as_megatron(group)
 
     # The names of tensors and sizes that a trace relies on, and the local rows by expert.
@@ -499,4 +502,9 @@ def between_domains(group: Any, nvlink_domain: int) -> None:
     opcheck(torch.ops.epjit.dispatch_backward, grads, **quick)
     with pytest.raises(RuntimeError, match=r"traced for 1 .*get_buffer"):
         torch.ops.epjit.dispatch(x, idx, weights, case.num_experts, 0, 0, 0, 1, name)
+    sizes = case.num_experts, 0, 1, 0
+    with pytest.raises(RuntimeError, match=r"traced for 1 .*get_buffer"):
+        torch.ops.epjit.expert_dispatch(
+            x, idx, weights, *sizes, False, False, None, None, False, name
+        )
     checkpointed(group)

@@ -1,9 +1,9 @@
 // The ceiling of rows by expert: each row is loaded once and stored several times, without flags.
 //
-//   taken[k, i] = sources[i's, see below][i]   for i < num_rows, k < num_stores
+//   taken[k, i] = own[i] or peer[i]   for i < num_rows, k < num_stores
 //
-// Every second row of a warp, all of them or none are read from the peer (peer_halves), as half of
-// the rows of a dispatch between two ranks are. A warp has two rows of shared memory, loaded by bulk
+// Every second row of a warp, all of them or none are the peer's (peer_halves): half are, of the rows
+// of a dispatch between two ranks. A warp has two rows of shared memory, loaded by bulk
 // copies; they leave by bulk copies again, or, without `bulk`, by 16-byte stores of all lanes.
 //
 // Launch: any grid, fan_threads() threads.

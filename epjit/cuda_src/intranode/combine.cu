@@ -13,10 +13,10 @@
 // rows are read where they lie. A position behind the segment of its source in rank_prefix is a row
 // that its rank had no room for: it is left out of the sum.
 //
-// With by_expert x are rows by expert, and row of t on r is the sum of the rows that row_of names for
-// it, in fp32 in the order of k, each multiplied with its weight if there are row_weights, rounded
-// once: it is summed while it is read, and pushed by 16-byte stores. topk_weights are one a row then;
-// what comes back for selection k is that of its row.
+// With by_expert x are rows by expert, and the row of t on r is the sum of the rows that row_of names
+// for it: in fp32, in the order of k, each multiplied with its weight if there are row_weights,
+// rounded once. It is summed while it is read, and pushed by 16-byte stores. topk_weights are one a
+// row then; what comes back for selection k is that of its row.
 //
 //   slots[s]  [num_ranks, num_slots, slot_bytes]  of owner s; row (r, .) is written by r. Token t
 //             lies in slot t % num_slots: { row [hidden_bytes], topk_weights [num_topk] f32 }

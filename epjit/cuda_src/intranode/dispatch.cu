@@ -35,9 +35,9 @@
 // position [num_topk] i32, topk_weights [num_topk] f32 }; a cached dispatch knows the first two from
 // row_of, and sends none. Padding is filled by warps that have nothing else to do any more.
 //
-// With a format, rows of bf16 or fp16 are cast by the warps that stage them (cast.cuh), through registers:
-// the links carry cast rows and their scales, and so do slots. hidden_bytes and num_scales (words)
-// are of these.
+// With a format, rows of bf16 or fp16 are cast by the warps that stage them (cast.cuh), through
+// registers: the links carry cast rows and their scales, and so do slots. hidden_bytes and num_scales
+// (words) are of these.
 //
 // Stage   the first warps of a block: wait until the slots are free; x -> slots, and own tokens ->
 //         recv_x; then the word of each token to each peer (release)
@@ -116,7 +116,7 @@ struct DispatchParams : Operation {
   uint64_t words[kMaxRanks];     // symmetric, of each rank
   uint64_t places[kMaxRanks];    // symmetric, of each rank; direct only
   uint64_t outputs[kMaxRanks];   // symmetric, of each rank: what places count from; direct only
-  // The next ones are for by_expert alone; recv_x, its scales and weights are [num_expert_rows] then.
+  // The next ones are for by_expert alone; rows, scales and weights are [num_expert_rows] then.
   const uint16_t* local_position;  // [num_tokens, num_topk], from layout; null when cached
   const int32_t* block_base;       // [blocks, num_experts], from notify; null when cached
   const int32_t* row_base;         // [num_ranks, experts_per_rank], from notify; null when cached
