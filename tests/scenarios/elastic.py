@@ -1,4 +1,4 @@
-"""Things that the ranks of a test do with an `ElasticBuffer`."""
+"""Scenarios of an `ElasticBuffer`: the calls of each rank of a test."""
 
 from __future__ import annotations
 
