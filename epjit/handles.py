@@ -309,7 +309,8 @@ class ExpertDispatched(NamedTuple):
             last expert.
         scales: `[M, S]` or None, likewise; row by row, or column by column, each padded to 16
             bytes.
-        weights: float32 `[M]`, 0 where no choice is; or None.
+        weights: float32 `[M]`, 0 where no choice is; or None. Of choices whose token was left out
+            for want of room, those of a cached one are undefined.
         handle: Of the routing.
     """
 
