@@ -89,8 +89,7 @@ class ByExpert {
   __device__ void fill_padding(uint32_t* counter, int lane, bool places) const {
     constexpr int kParts = 8;  // of the padding of an expert
     const uint32_t num_units = static_cast<uint32_t>(p.experts_per_rank) * kParts;
-    for (uint32_t unit = next_unit(counter, lane); unit < num_units;
-         unit = next_unit(counter, lane)) {
+    for (uint32_t unit = Draw(counter).unit(); unit < num_units; unit = Draw(counter).unit()) {
       const int expert = unit / kParts, part = unit % kParts;
       const int start = expert == 0 ? 0 : p.ends[expert - 1];
       const int end = min(p.ends[expert], p.num_expert_rows);
