@@ -65,7 +65,12 @@ class OutgoingRow {
         const bool has_scale = threadIdx.x % kLanes == 0;
         for (uint32_t left = readers; left != 0 && item < kItems; left &= left - 1) {
           char* const row = slot(__ffs(left) - 1);
-          store_cast<kFormat>(row, item, cast);
+          if constexpr (kFormat == kNvfp4)
+            *reinterpret_cast<uint64_t*>(row + item * 8) =
+                static_cast<uint64_t>(cast.words[1]) << 32 | cast.words[0];
+          else
+            ptx::st_v4(row + item * 16,
+                       {cast.words[0], cast.words[1], cast.words[2], cast.words[3]});
           if (!has_scale) continue;
           if constexpr (format_scale_bytes(kFormat) == 4)
             reinterpret_cast<uint32_t*>(row + kRowBytes)[item / kLanes] = cast.scale;
