@@ -194,7 +194,12 @@ class Scope:
         _record(outputs, torch.cuda.current_stream(self._comm.device))
 
     def start(self) -> None:
-        """Makes the communication stream wait for the inputs and the outputs."""
+        """Makes the communication stream wait for the inputs and the outputs.
+
+        Again for outputs that were allocated since: another thread may have queued work on their
+        memory and dropped it, or torch fills them. An uncached dispatch does so, for its outputs
+        are allocated while notify runs already; before it, they would delay notify.
+        """
         self._is_started = True
         if self._previous is None:
             self._comm.wait_for(self._current)
