@@ -883,7 +883,7 @@ class Buffer(Life):
         with self._entered(), self._streams.low_latency_scope(async_finish) as scope:
             received, receive = mode.dispatch(scope, call)
             hook = receive and self._hook("low_latency_dispatch", receive, scope.stream)
-            event = scope.finish_keeping((*call.given, *received))
+            event = scope.finish(call.given, received)
         recv_x, recv_scales, recv_count, src_info, layout_range = received
         hidden = call.sizes.hidden
         handle = LowLatencyHandle(src_info, layout_range, max_tokens, hidden, num_experts)
@@ -945,7 +945,7 @@ class Buffer(Life):
         with self._entered(), self._streams.low_latency_scope(async_finish) as scope:
             combined_x, receive = mode.combine(scope, call)
             hook = receive and self._hook("low_latency_combine", receive, scope.stream)
-            event = scope.finish_keeping((*call.given, call.src_info, combined_x))
+            event = scope.finish((*call.given, call.src_info), (combined_x,))
         return combined_x, event, hook
 
     def get_next_low_latency_combine_buffer(self, handle: GivenLowLatencyHandle) -> Tensor:

@@ -160,10 +160,14 @@ class EventOverlap:
                 "(pass async_finish=True), so there is nothing to wait for"
             )
         self.event.current_stream_wait()
+        self._let_go()
         hook, self.hook_after_wait = self.hook_after_wait, None
         if release_handle:
             self.event = self.extra_tensors = None
         return None if hook is None else hook()
+
+    def _let_go(self) -> None:
+        """Lets go of what nobody needs any more, now that the current stream waits."""
 
     def wait(self, release_handle: bool = False) -> Any:
         """The same, by its name in DeepEP 2.5."""

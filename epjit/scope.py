@@ -8,7 +8,7 @@ import threading
 from collections import deque
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext, suppress
-from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, TypeAlias, TypeVar
 
 import torch
 
@@ -60,14 +60,12 @@ class Turns:
 
 
 class Kept:
-    """Tensors of calls under way, whether the caller still has them: kept until their events.
+    """Tensors of calls under way whose events nobody has waited for, until these have happened.
 
     In place of `Tensor.record_stream`, by which the allocator learns that a stream uses memory of
     another: 1.5 us a tensor, an event when it dies, and queries in every allocation until that has
     happened; this is a query a call, or less. It is as safe: memory goes back when the work *is
     done*, as there, whatever stream a tensor is of; later at most, with a later call of the Buffer.
-    Only a storage that the caller empties in place (``resize_(0)``) goes at once, so that this has
-    to follow a wait for the event.
 
     Tensors go where `take_done`'s result is dropped, which must not be within a Buffer's turn: what
     they run as they go, such as finalizers, may take other locks.
@@ -99,14 +97,14 @@ class Kept:
             with driver.relaxed():
                 while calls and calls[0][0].has_happened():
                     done.append(calls.popleft())
-            if len(calls) < _MOST_KEPT:
+            if len(calls) + 1 < _MOST_KEPT:  # with the one that is being made
                 break
             nap()
         return done
 
     def clear(self) -> None:
-        """Lets everything go: nothing is under way any more."""
-        self._calls.clear()
+        """Lets everything go, also what is yet to come: nothing is under way any more."""
+        self._calls = deque(maxlen=0)
 
 
 class Scope:
@@ -123,7 +121,7 @@ class Scope:
 
     Args:
         comm: Communication stream.
-        kept: Gets the tensors of an asynchronous call.
+        kept: Gets the tensors of an asynchronous call that nobody waits for.
         previous: Waited for by the kernels; None: everything queued on the current stream.
         async_finish: Whether the current stream is left alone and an event is returned.
         allocate_on_comm_stream: V1's flag; with a previous event outputs are allocated there
@@ -196,7 +194,12 @@ class Scope:
         _record(outputs, torch.cuda.current_stream(self._comm.device))
 
     def start(self) -> None:
-        """Makes the communication stream wait for the inputs and the outputs."""
+        """Makes the communication stream wait for the inputs and the outputs.
+
+        Again for outputs that were allocated since: another thread may have queued work on their
+        memory and dropped it, or torch fills them. An uncached dispatch does so, for its outputs
+        are allocated while notify runs already; before it, they would delay notify.
+        """
         self._is_started = True
         if self._previous is None:
             self._comm.wait_for(self._current)
@@ -215,45 +218,25 @@ class Scope:
     def finish(self, inputs: Record = (), outputs: Record = ()) -> EventOverlap:
         """Ends the call: an event, or the current stream waits.
 
-        With an event, tensors live until it has happened, for their memory belongs to streams that
-        do not wait for the kernels. Outputs that belong to the communication stream are of use on
-        the caller's, and the allocator learns that. It also learns who uses what while a graph is
-        captured: then no event can be asked, and what is freed is given to nobody else.
+        With an event, that keeps the tensors (`KeepingOverlap`), for their memory belongs to a
+        stream that does not wait for the kernels. Outputs that belong to the communication stream
+        are used again in its order; the allocator learns that they are of use on the caller's.
 
         Args:
             inputs: Read by the kernels, allocated by the caller.
             outputs: Written by them, allocated by this call.
         """
         event, is_captured = self._end()
-        comm = self._comm
         if self._previous is not None:
-            _record(outputs, torch.cuda.current_stream(comm.device))
-            outputs = ()
-        if is_captured:
-            _record(inputs, comm.torch_stream)
-            _record(outputs, comm.torch_stream)
-        elif event is not None:
-            self._kept.keep(event, (inputs, outputs))
-            if len(self._kept) > _FEW_KEPT or _is_large(inputs) or _is_large(outputs):
-                self._done = self._kept.take_done()
-        return EventOverlap(event)
-
-    def finish_keeping(self, tensors: tuple[torch.Tensor | None, ...]) -> EventOverlap:
-        """Like `finish`, but the returned object keeps the tensors, until the event is waited for.
-
-        So do V1's low-latency calls: memory comes back when the caller lets go of the event. Of one
-        that was not waited for, the tensors live on until it has happened.
-
-        Args:
-            tensors: Read or written by the kernels.
-        """
-        event, is_captured = self._end()
+            _record(outputs, torch.cuda.current_stream(self._comm.device))
         if event is None:
             return EventOverlap()
+        tensors = (*inputs, *outputs) if self._previous is None else (*inputs,)
         kept = None if is_captured else self._kept
-        if kept:
+        overlap = KeepingOverlap(event, tensors, self._comm, self._current, kept)
+        if kept and (len(kept) >= _FEW_KEPT or _is_large(inputs) or _is_large(outputs)):
             self._done = kept.take_done()
-        return KeepingOverlap(event, _given(tensors), self._comm, self._current, kept)
+        return overlap
 
     def _end(self) -> tuple[EventHandle | None, bool]:
         """The event of the call, if it has one, and whether that is captured."""
@@ -272,51 +255,55 @@ class Scope:
 
 
 class KeepingOverlap(EventOverlap):
-    """An event that keeps the tensors of its call, also from an allocator that thinks them free.
+    """The event of a call, which keeps the call's tensors until it is waited for.
 
-    Once the stream of the call waits for the event, the tensors can go: their memory is used again
-    in the order of that stream. If this object goes before, they live until the event has happened,
-    or, in a capture, the allocator is told that the communication stream uses them.
+    Once the stream of the call waits for it, they go: whatever is queued there from then on comes
+    behind the kernels, and the allocator uses memory of a stream again in the order of that stream.
+    It is as if the call had been made on that stream at the wait; so a tensor of a third stream is
+    the caller's to keep, as with any work on a stream that it is not of. (torch's NCCL lets go of
+    its tensors at a wait, too.) If another stream waits, or this object goes before anyone has, the
+    tensors live until the event has happened, or, in a capture, where no event can be asked, the
+    allocator is told that the communication stream uses them.
+
+    A storage that the caller empties in place (``resize_(0)``) goes at once, so that this has to
+    follow a wait.
 
     Args:
         event: On the communication stream, behind the kernels.
-        tensors: Read and written by the kernels.
+        tensors: Read and written by the kernels, and whatever else the records of them hold.
         comm: The communication stream.
         current: Handle of the stream that was current in the call.
-        kept: Gets the tensors then; None in a capture.
+        kept: Gets the tensors of which no wait is known; None in a capture.
     """
 
     def __init__(
         self,
         event: EventHandle,
-        tensors: tuple[torch.Tensor, ...],
+        tensors: Record,
         comm: CommStream,
         current: int,
         kept: Kept | None,
     ) -> None:
-        super().__init__(event, tensors)
-        self._comm, self._current, self._kept = comm, current, kept
-        self._is_waited_for, self._pid = False, os.getpid()
-
-    def current_stream_wait(self, release_handle: bool = False) -> Any:
-        """Makes the stream that is current now wait for the event."""
-        stream = torch._C._cuda_getCurrentRawStream(self._comm.device)
-        if self.event is not None:
-            self._is_waited_for |= stream == self._current
-        if release_handle and not self._is_waited_for:
-            self._let_go()
-        return super().current_stream_wait(release_handle)
+        self.event, self.extra_tensors = event, tensors  # not by super(): 0.2 us
+        self._comm, self._current, self._kept, self._pid = comm, current, kept, os.getpid()
 
     def _let_go(self) -> None:
+        """The current stream waits for the event."""
+        if torch._C._cuda_getCurrentRawStream(self._comm.device) != self._current:
+            self._keep()
+        self.extra_tensors = None
+
+    def _keep(self) -> None:
         """The tensors are about to go, and the event may not have happened."""
-        if self._kept is None:
+        if self._kept is not None:
+            if self.event is not None:
+                self._kept.keep(self.event, self.extra_tensors)
+        elif not sys.is_finalizing() and os.getpid() == self._pid:
             _record(self.extra_tensors or (), self._comm.torch_stream)
-        elif self.event is not None:
-            self._kept.keep(self.event, self.extra_tensors)
 
     def __del__(self) -> None:
-        if not self._is_waited_for and not sys.is_finalizing() and os.getpid() == self._pid:
-            self._let_go()
+        if self.extra_tensors is not None:
+            self._keep()
 
 
 def _tensors(record: Record) -> Iterator[torch.Tensor]:
@@ -332,11 +319,6 @@ def _is_large(record: Record) -> bool:
     """Whether the first tensor of a record, its rows, takes much memory."""
     rows = record[0] if record else None
     return isinstance(rows, torch.Tensor) and rows.nbytes > _SMALL_BYTES
-
-
-def _given(tensors: tuple[torch.Tensor | None, ...]) -> tuple[torch.Tensor, ...]:
-    """Those that are there."""
-    return tuple([each for each in tensors if each is not None])
 
 
 def _record(record: Record, stream: torch.cuda.Stream) -> None:
@@ -397,10 +379,6 @@ class CurrentStream(_NoWait):
         self._comm.last_call = next_number()
         return EventOverlap()
 
-    def finish_keeping(self, tensors: Record) -> EventOverlap:
-        """The same."""
-        return self.finish(tensors)
-
 
 class CpuScope(_NoWait):
     """The scope of a call without a GPU, where the work is done when a call returns.
@@ -422,15 +400,10 @@ class CpuScope(_NoWait):
         """Nothing waits."""
 
     def finish(self, inputs: Record = (), outputs: Record = ()) -> EventOverlap:
-        """Ends the call."""
-        del inputs, outputs
-        return EventOverlap(EventHandle() if self._async else None)
-
-    def finish_keeping(self, tensors: tuple[torch.Tensor | None, ...]) -> EventOverlap:
         """Ends the call; with an event, the returned object keeps the tensors."""
         if not self._async:
             return EventOverlap()
-        return EventOverlap(EventHandle(), _given(tensors))
+        return EventOverlap(EventHandle(), (*inputs, *outputs))
 
 
 AnyScope: TypeAlias = Scope | CurrentStream | CpuScope

@@ -224,9 +224,7 @@ class Internode(Normal[DispatchShape | CombineShape]):
             handle = InternodeHandle(*self._empty(specs))
         scope.start()
         with self._between_kernels():
-            self._notify(
-                scope.stream,
-                1 + num_ranks + num_domains,
+            self._notify.set(
                 num_tokens_per_rank=routing.num_tokens_per_rank.data_ptr(),
                 num_tokens_per_domain=routing.num_tokens_per_rdma_rank.data_ptr(),
                 num_tokens_per_expert=routing.num_tokens_per_expert.data_ptr(),
@@ -241,6 +239,7 @@ class Internode(Normal[DispatchShape | CombineShape]):
                 experts_per_rank=experts_per_rank,
                 expert_alignment=call.expert_alignment,
             )
+            self._notify.start(scope.stream, 1 + num_ranks + num_domains)
 
             def start(room: Room) -> list[Any]:
                 with scope.allocating():
@@ -308,19 +307,18 @@ class Internode(Normal[DispatchShape | CombineShape]):
         with scope.allocating():
             received = Dispatched(*self._empty(specs))
         scope.start()
-        values = {
-            **self._inputs(call),
-            **self._outputs(received),
+        launch.set(
+            **self._rows(call, received[:4]),
             **self._routing(handle),
-            "send_head": handle.send_head.data_ptr(),
-            "recv_src_meta": handle.recv_src_meta.data_ptr() if fills_handle else 0,
-            "passing": handle.send_nvl_head.data_ptr() if fills_handle else 0,
-            "least_rows": least_rows,
-            "num_passing": handle.num_passing,
-            "num_send_warps": launch.kernel.config.send_warps,
-            "experts_per_rank": handle.recv_expert_counts.shape[0],
-        }
-        launch.start(scope.stream, call.num_sms, values)
+            send_head=handle.send_head.data_ptr(),
+            recv_src_meta=handle.recv_src_meta.data_ptr() if fills_handle else 0,
+            passing=handle.send_nvl_head.data_ptr() if fills_handle else 0,
+            least_rows=least_rows,
+            num_passing=handle.num_passing,
+            num_send_warps=launch.kernel.config.send_warps,
+            experts_per_rank=handle.recv_expert_counts.shape[0],
+        )
+        launch.start(scope.stream, call.num_sms)
         return received
 
     @staticmethod

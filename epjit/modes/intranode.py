@@ -181,37 +181,28 @@ class Intranode(Normal[AnyShape]):
             experts_per_rank=experts_per_rank,
         )
         with scope.allocating():
-            prefix, source_tokens, expert_counts, _, _, send_head = self._empty(specs)
-        shared = self._routing(prefix, source_tokens, send_head)
+            handle = IntranodeHandle(*self._empty(specs))
+        shared = self._routing(handle)
         scope.start()
         with self._between_kernels():
-            self._notify(
-                scope.stream,
-                1 + num_ranks,
+            self._notify.set(
                 num_tokens_per_rank=routing.num_tokens_per_rank.data_ptr(),
                 num_tokens_per_expert=routing.num_tokens_per_expert.data_ptr(),
                 is_token_in_rank=routing.is_token_in_rank.data_ptr(),
                 **shared,
-                expert_counts=expert_counts.data_ptr(),
+                expert_counts=handle.recv_expert_counts.data_ptr(),
                 host_counts=self._ask_for_counts(waits),
                 num_tokens=num_tokens,
                 num_recv_rows=call.num_worst_tokens,
-                experts_per_rank=experts_per_rank,
                 expert_alignment=call.expert_alignment,
             )
-            launch.prepare(
-                {
-                    **self._inputs(call),
-                    **shared,
-                    "experts_per_rank": experts_per_rank,
-                }
-            )
+            self._notify.start(scope.stream, 1 + num_ranks)
 
             def start(room: Room) -> list[Any]:
                 outputs = self._allocate_outputs(
                     scope, launch, room.sizes[0], call, with_src_idx=True
                 )
-                self._dispatch_rows(scope, launch, outputs, call.num_sms, least_rows=room.least)
+                self._dispatch_rows(scope, launch, call, shared, outputs, least_rows=room.least)
                 return [*outputs.received[:4], outputs.src_idx]
 
             if waits:
@@ -226,12 +217,7 @@ class Intranode(Normal[AnyShape]):
                 outputs, per_expert = start(Room((call.num_worst_tokens,))), []
             rows, scales, idx, weights, src_idx = outputs
             handle = IntranodeHandle(
-                prefix,
-                source_tokens,
-                expert_counts,
-                src_idx,
-                routing.is_token_in_rank,
-                send_head,
+                *handle[:3], src_idx, routing.is_token_in_rank, handle.send_head
             )
         return Dispatched(rows, scales, idx, weights, per_expert, handle)
 
@@ -240,15 +226,8 @@ class Intranode(Normal[AnyShape]):
     ) -> Dispatched:
         """Dispatches another payload along the routing of a handle."""
         launch = self.launch(dispatch_shape(call))
-        launch.prepare(
-            {
-                **self._inputs(call),
-                **self._routing(handle.rank_prefix_matrix, handle.source_tokens, handle.send_head),
-                "experts_per_rank": handle.recv_expert_counts.shape[0],
-            }
-        )
         outputs = self._allocate_outputs(scope, launch, handle.num_rows, call, with_src_idx=False)
-        self._dispatch_rows(scope, launch, outputs, call.num_sms)
+        self._dispatch_rows(scope, launch, call, self._routing(handle), outputs)
         return outputs.received
 
     def _allocate_outputs(
@@ -304,36 +283,37 @@ class Intranode(Normal[AnyShape]):
         return rows if shape[0] else rows[:0]
 
     @staticmethod
-    def _routing(
-        rank_prefix: torch.Tensor, source_tokens: torch.Tensor, send_head: torch.Tensor
-    ) -> dict[str, int]:
+    def _routing(handle: IntranodeHandle) -> dict[str, int]:
         """Parameters for what notify writes to a handle, and dispatch takes from it."""
         return {
-            "rank_prefix": rank_prefix.data_ptr(),
-            "source_tokens": source_tokens.data_ptr(),
-            "send_head": send_head.data_ptr(),
+            "rank_prefix": handle.rank_prefix_matrix.data_ptr(),
+            "source_tokens": handle.source_tokens.data_ptr(),
+            "send_head": handle.send_head.data_ptr(),
+            "experts_per_rank": handle.recv_expert_counts.shape[0],
         }
 
     def _dispatch_rows(
         self,
         scope: AnyScope,
         launch: Launch[DispatchConfig],
+        call: Dispatch,
+        routing: dict[str, int],
         outputs: _Outputs,
-        num_sms: int,
         *,
         least_rows: int = -1,
     ) -> None:
-        """Queues the dispatch kernel; what it reads is prepared."""
-        config = launch.kernel.config
+        """Queues the dispatch kernel."""
+        config, num_sms = launch.kernel.config, call.num_sms
         scope.start()
-        values = {
-            **self._outputs(outputs.received),
-            "recv_src_idx": pointer(outputs.src_idx),
-            "least_rows": least_rows,
-            "has_room": outputs.has_room,
-            "num_stage_warps": config.stage_warps(num_sms, has_room=outputs.has_room),
-        }
-        launch.start(scope.stream, num_sms, values)
+        launch.set(
+            **self._rows(call, outputs.received[:4]),
+            **routing,
+            recv_src_idx=pointer(outputs.src_idx),
+            least_rows=least_rows,
+            has_room=outputs.has_room,
+            num_stage_warps=config.stage_warps(num_sms, has_room=outputs.has_room),
+        )
+        launch.start(scope.stream, num_sms)
 
     def combine(self, scope: AnyScope, call: Combine) -> Sums:
         """Pushes rows back to the ranks of their tokens and sums them there."""
@@ -384,7 +364,7 @@ class Intranode(Normal[AnyShape]):
         )
         int32 = torch.int32
         with scope.allocating():
-            prefix, source_tokens, counts, _, _, send_head = self._empty(specs)
+            routing = IntranodeHandle(*self._empty(specs))
             ends, in_rank, *used = self._empty(
                 (
                     vector(int32, local),
@@ -397,8 +377,9 @@ class Intranode(Normal[AnyShape]):
                 )
             )
         per_rank, per_expert, local_position, block_base, row_base = used
-        shared = self._routing(prefix, source_tokens, send_head)
-        of_experts = {
+        counts = routing.recv_expert_counts
+        shared = {
+            **self._routing(routing),
             "ends": ends.data_ptr(),
             "expert_counts": counts.data_ptr(),
             "row_base": row_base.data_ptr(),
@@ -418,23 +399,12 @@ class Intranode(Normal[AnyShape]):
                 num_tokens_per_expert=per_expert.data_ptr(),
                 is_token_in_rank=in_rank.data_ptr(),
                 **shared,
-                **of_experts,
                 host_counts=self._ask_for_counts(waits),
                 num_blocks=num_blocks,
                 num_expert_rows=num_rows,
                 num_tokens=num_tokens,
                 num_recv_rows=call.num_worst_tokens,
-                experts_per_rank=local,
                 expert_alignment=call.expert_alignment,
-            )
-            launch.prepare(
-                {
-                    **self._inputs_by_expert(call),
-                    **shared,
-                    **of_experts,
-                    "local_position": local_position.data_ptr(),
-                    "experts_per_rank": local,
-                }
             )
             num_tokens = call.num_worst_tokens
             if waits:
@@ -446,11 +416,15 @@ class Intranode(Normal[AnyShape]):
                     (matrix(int32, num_tokens, num_topk), vector(int32, num_rows))
                 )
                 rows, scales, weights = self._rows_by_expert(num_rows, call)
-            routing = IntranodeHandle(prefix, source_tokens, counts, src_idx, in_rank, send_head)
+            routing = routing._replace(recv_src_idx=src_idx, is_token_in_rank=in_rank)
             handle = ExpertHandle(routing, Placement(row_of, source, ends, counts))
             received = ExpertDispatched(rows, scales, weights, handle)
-            values = {"recv_src_idx": src_idx.data_ptr(), "source": source.data_ptr()}
-            self._store_by_expert(scope, launch, received, call, values)
+            shared |= {
+                "local_position": local_position.data_ptr(),
+                "recv_src_idx": src_idx.data_ptr(),
+                "source": source.data_ptr(),
+            }
+            self._store_by_expert(scope, launch, received, call, shared)
         return received, tuple(used)
 
     def _cached_expert_dispatch(
@@ -460,42 +434,19 @@ class Intranode(Normal[AnyShape]):
         launch = self.launch(expert_dispatch_shape(call))
         routing, placed = handle
         assert isinstance(routing, IntranodeHandle)
-        launch.prepare(
-            {
-                **self._inputs_by_expert(call),
-                **self._routing(
-                    routing.rank_prefix_matrix, routing.source_tokens, routing.send_head
-                ),
-                "ends": placed.ends.data_ptr(),
-                "expert_counts": placed.counts.data_ptr(),
-                "experts_per_rank": placed.ends.shape[0],
-            }
-        )
+        values = {
+            **self._routing(routing),
+            "ends": placed.ends.data_ptr(),
+            "expert_counts": placed.counts.data_ptr(),
+            "recv_src_idx": 0,
+            "source": 0,
+        }
         with scope.allocating():
             outputs = self._rows_by_expert(handle.num_rows, call)
         received = ExpertDispatched(*outputs, handle)
         scope.start()
-        self._store_by_expert(scope, launch, received, call, {"recv_src_idx": 0, "source": 0})
+        self._store_by_expert(scope, launch, received, call, values)
         return received
-
-    @staticmethod
-    def _inputs_by_expert(call: ExpertDispatch) -> dict[str, int]:
-        """Parameters for what a dispatch by expert reads, and how its padding is."""
-        x, scales, topk_idx, topk_weights, *_ = call
-        return {
-            "x": x.data_ptr(),
-            "scales": pointer(scales),
-            "scale_token_stride": 0 if scales is None else scales.stride(0),
-            "scale_stride": 0 if scales is None else scales.stride(1),
-            "topk_idx": pointer(topk_idx),
-            "topk_weights": pointer(topk_weights),
-            "num_tokens": x.shape[0],
-            "zero_padding": call.zero_padding,
-            "least_rows": -1,
-            "global_scale": pointer(call.global_scale),
-            "has_room": False,
-            "recv_topk_idx": 0,
-        }
 
     def _rows_by_expert(
         self, num_rows: int, call: ExpertDispatch
@@ -534,7 +485,7 @@ class Intranode(Normal[AnyShape]):
         call: ExpertDispatch,
         values: dict[str, int],
     ) -> None:
-        """Queues the kernel; what it reads is prepared."""
+        """Queues the kernel; `values` has the parameters for its routing."""
         rows, scales, weights, (routing, placed) = received
         strides = (0, 0)  # in words
         if scales is not None and scales.element_size() == 1:
@@ -542,11 +493,13 @@ class Intranode(Normal[AnyShape]):
         elif scales is not None:
             strides = scales.stride(0), scales.stride(1)
         values |= {
-            "recv_x": rows.data_ptr(),
-            "recv_scales": pointer(scales),
+            **self._rows(call, (rows, scales, None, weights)),
             "recv_scale_row_stride": strides[0],
             "recv_scale_stride": strides[1],
-            "recv_topk_weights": pointer(weights),
+            "zero_padding": call.zero_padding,
+            "least_rows": -1,
+            "global_scale": pointer(call.global_scale),
+            "has_room": False,
             "row_of": placed.row_of.data_ptr(),
             "num_recv_rows": routing.num_rows,
             "num_expert_rows": rows.shape[0],

@@ -8,7 +8,7 @@ from __future__ import annotations
 import operator
 import time
 from abc import abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, NamedTuple
 
 import torch
@@ -193,9 +193,13 @@ class Normal(Mode[Shape]):
         return rows, row_scales, choices, matrix(torch.float32, num_rows, num_topk)
 
     @staticmethod
-    def _inputs(call: Dispatch) -> dict[str, int]:
-        """Parameters for what a dispatch reads."""
-        x, scales, topk_idx, topk_weights, _, _, _, _ = call
+    def _rows(
+        call: Dispatch | ExpertDispatch, received: Sequence[torch.Tensor | None]
+    ) -> dict[str, int]:
+        """Parameters for the rows that a dispatch reads and writes, scales, choices, weights."""
+        x, scales, topk_idx, topk_weights, *_ = call
+        recv_x, recv_scales, recv_topk_idx, recv_topk_weights = received
+        assert recv_x is not None
         return {
             "x": x.data_ptr(),
             "scales": pointer(scales),
@@ -204,13 +208,6 @@ class Normal(Mode[Shape]):
             "topk_idx": pointer(topk_idx),
             "topk_weights": pointer(topk_weights),
             "num_tokens": x.shape[0],
-        }
-
-    @staticmethod
-    def _outputs(received: Dispatched) -> dict[str, int]:
-        """Parameters for what a dispatch writes."""
-        recv_x, recv_scales, recv_topk_idx, recv_topk_weights, _, _ = received
-        return {
             "recv_x": recv_x.data_ptr(),
             "recv_scales": pointer(recv_scales),
             "recv_topk_idx": pointer(recv_topk_idx),

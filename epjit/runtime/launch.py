@@ -71,16 +71,6 @@ class Launch(Generic[C]):
         names, self._unset = sorted(self._unset), set()
         return setter_of(self._record, names, self.kernel.config.op)
 
-    def prepare(self, values: dict[str, Any]) -> None:
-        """Sets parameters of the next launch that are known before it.
-
-        Raises:
-            TypeError: As a launch.
-            ValueError: As a launch.
-        """
-        with self._lock:
-            self._set(values)
-
     def start(
         self,
         stream: int,

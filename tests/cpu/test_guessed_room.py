@@ -49,7 +49,7 @@ class World:
         mode._ask_for_counts = mock.Mock(return_value=0)
         mode.launch = lambda shape: SimpleNamespace(
             kernel=SimpleNamespace(config=self._config(shape)),
-            prepare=lambda values: None,
+            set=self._set,
             start=self._start,
         )
         self.mode = mode
@@ -68,10 +68,13 @@ class World:
         self._tensors.update(each for each in made if each is not None)
         return made
 
-    def _start(self, stream: Any, grid: int, values: dict[str, Any]) -> None:
-        self.log.append("launch")
+    def _set(self, **values: Any) -> None:
         rows = [each for each in self._tensors if each.dtype == torch.bfloat16]
         self.launches.append({**values, "alive": len(rows)})
+
+    def _start(self, stream: Any, grid: int) -> None:
+        self.log.append("launch")
+        assert self.log.count("launch") == len(self.launches)
 
     def _wait(self, num_counts: int) -> list[int]:
         self.log.append("wait")

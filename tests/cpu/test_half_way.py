@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import operator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -19,7 +20,7 @@ from epjit.runtime.fault import NUM_WORDS, FaultRecord
 from epjit.runtime.symmetric import SymmetricMemory
 
 
-@pytest.mark.parametrize("at", ["_notify", "_wait_for_counts"])
+@pytest.mark.parametrize("at", ["_notify.start", "_wait_for_counts"])
 def test_an_interrupted_dispatch_leaves_a_buffer_that_wants_reset(
     at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -34,14 +35,14 @@ def test_an_interrupted_dispatch_leaves_a_buffer_that_wants_reset(
     mode._expected, config = {}, mock.Mock(direct=False)
     launch = mock.Mock(kernel=mock.Mock(config=config))
     mode.launch = mock.Mock(return_value=launch)
-    getattr(mode, at).side_effect = KeyboardInterrupt
+    operator.attrgetter(at)(mode).side_effect = KeyboardInterrupt
     scope = mock.Mock(allocating=contextlib.nullcontext)
     counts, in_rank = torch.zeros(2, dtype=torch.int32), torch.zeros((4, 2), dtype=torch.bool)
     routing = Routing(counts, None, counts, in_rank)
     call = Dispatch(torch.zeros((4, 8)), None, None, None, routing, 1, 0, 2)
     with pytest.raises(KeyboardInterrupt):
         mode.dispatch(scope, call)
-    assert mode._notify.called
+    assert mode._notify.start.called
     assert launch.start.called == (at == "_wait_for_counts")
     with pytest.raises(CommunicationError, match=r"of rank 1 ended half way \(KeyboardInterrupt"):
         mode.raise_fault()

@@ -221,7 +221,8 @@ def test_with_a_previous_event_outputs_are_allocated_on_the_communication_stream
         assert world.comm.waited == ["event", "allocates", "allocates"]
         assert scope.owners == (1, COMM)
         given, made = FakeTensor(), FakeTensor()
-        scope.finish((given, None), (made, None))
+        event = scope.finish((given, None), (made, None))
+    del event
     # The stream of the call is waited for before their memory is used again, each way round.
     assert (made.streams, given.streams) == (["current"], [])
     weak = weakref.ref(given)
@@ -246,8 +247,11 @@ def test_every_tensor_of_a_call_lives_until_its_event_has_happened(
         received = Dispatched._make([*rest[4:8], [3, 4], IntranodeHandle(*rest[8:])])
         with world.scope(previous=FakeEvent() if has_event else None, is_async=True) as scope:
             event = scope.finish(call, received)
-        assert event.event.raw is world.comm.events.taken[-1]
-        assert event.event.raw.is_recorded
+        raw = world.comm.events.taken[-1]
+        assert event.event.raw is raw
+        assert raw.is_recorded
+        assert [each.streams for each in made[:8]] == [[]] * 8
+        del event
         outputs = ["current"] * has_event + ["comm"] * (captures and not has_event)
         assert [each.streams for each in made[8:]] == [outputs] * 10
         assert [each.streams for each in made[:8]] == [["comm"] * captures] * 8
@@ -258,7 +262,7 @@ def test_every_tensor_of_a_call_lives_until_its_event_has_happened(
         assert kept == [not captures] * 8 + [not captures and not has_event] * 10
         world.captures = False
         for has_ended in (False, True):
-            event.event.raw.has_ended = has_ended
+            raw.has_ended = has_ended
             with world.scope(is_async=True) as scope:
                 scope.finish()
                 if has_ended and not captures:  # not in the turn of the Buffer
@@ -376,34 +380,74 @@ def test_small_calls_are_asked_for_now_and_then(
 
 @pytest.mark.parametrize("captures", [False, True])
 @pytest.mark.parametrize(("waits_on", "is_safe"), [(None, False), (2, False), (1, True)])
-def test_a_low_latency_event_that_goes_before_it_was_waited_for(
-    monkeypatch: pytest.MonkeyPatch, waits_on: int | None, is_safe: bool, captures: bool
+@pytest.mark.parametrize("is_low_latency", [False, True])
+def test_an_event_keeps_the_tensors_of_its_call_until_a_wait(
+    monkeypatch: pytest.MonkeyPatch,
+    waits_on: int | None,
+    is_safe: bool,
+    captures: bool,
+    is_low_latency: bool,
 ) -> None:
-    """Its tensors live on until it has happened; in a capture the allocator is told instead."""
+    """On the stream of the call that is all; else they live on until the event has happened.
+
+    In a capture the allocator is told instead.
+    """
     world = World(monkeypatch)
     monkeypatch.setattr(EventHandle, "raw_stream_wait", mock.Mock())
     world.captures = captures
     tensor: Any = FakeTensor()
-    with world.streams.low_latency_scope(True) as scope:
+    new_scope = world.streams.low_latency_scope if is_low_latency else world.scope
+    with new_scope(**{"async_finish" if is_low_latency else "is_async": True}) as scope:
         scope.start()
-        event = scope.finish_keeping((tensor, None))
+        event = scope.finish((tensor, None), (None,))
+    del scope
     assert isinstance(event, KeepingOverlap)
-    assert event.extra_tensors == (tensor,)
+    assert (tensor.streams, event.extra_tensors) == ([], (tensor, None, None))
+    told, weak = ["comm"] * (captures and not is_safe), weakref.ref(tensor)
     if waits_on is not None:
         world.current = waits_on
         with event:
             pass
-    assert tensor.streams == []
-    del event
-    assert tensor.streams == ["comm"] * (captures and not is_safe)
-    weak = weakref.ref(tensor)
-    del tensor
+        assert tensor.streams == told
+        del tensor
+        # With the event still there, and no later call of the Buffer.
+        assert (weak() is not None) == (not captures and not is_safe)
+    else:
+        del event
+        assert tensor.streams == told
+        del tensor
     assert (weak() is not None) == (not captures and not is_safe)
     world.captures = False
     world.comm.events.taken[0].has_ended = True
-    with world.streams.low_latency_scope(True) as scope:
-        scope.finish_keeping(())
+    with world.scope(is_async=True) as scope:
+        scope.finish()
     del scope
+    assert weak() is None
+
+
+@pytest.mark.parametrize("captures", [False, True])
+def test_a_wait_that_fails_lets_nothing_go(monkeypatch: pytest.MonkeyPatch, captures: bool) -> None:
+    world = World(monkeypatch)
+    world.captures = captures
+    monkeypatch.setattr(EventHandle, "raw_stream_wait", mock.Mock(side_effect=RuntimeError))
+    tensor: Any = FakeTensor()
+    with world.scope(is_async=True) as scope:
+        event = scope.finish((tensor,))
+    with pytest.raises(RuntimeError):
+        event.current_stream_wait(release_handle=True)
+    assert event.extra_tensors == (tensor,)
+    weak = weakref.ref(tensor)
+    del event, scope, tensor
+    assert (weak() is None) == captures
+
+
+def test_after_the_end_of_a_buffer_an_event_keeps_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    world = World(monkeypatch)
+    weak = weakref.ref(tensor := FakeTensor())
+    with world.scope(is_async=True) as scope:
+        event = scope.finish((tensor,))
+    world.resources.close()
+    del event, scope, tensor
     assert weak() is None
 
 

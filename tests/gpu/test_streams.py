@@ -234,8 +234,9 @@ def test_a_low_latency_event_may_go_before_it_was_waited_for() -> None:
 
 
 @pytest.mark.parametrize("op", ["dispatch", "combine"])
-def test_tensors_of_an_asynchronous_call_may_be_dropped_at_once(op: str) -> None:
-    """The Buffer keeps them until the kernels have run, which the allocator is not told."""
+@pytest.mark.parametrize("with_event", [False, True])
+def test_tensors_of_an_asynchronous_call_may_be_dropped_at_once(op: str, with_event: bool) -> None:
+    """The event keeps them, or else the Buffer until it has happened; the allocator is not told."""
 
     def body(buffer: Buffer) -> None:
         calls = Calls(buffer)
@@ -254,13 +255,69 @@ def test_tensors_of_an_asynchronous_call_may_be_dropped_at_once(op: str) -> None
                     out, _, done = method(x, async_finish=True)
             del x
             others = [torch.full_like(calls.x, 7) for _ in range(8)]
-            results.append((sign, out, others, done))
-        assert streams._kept
+            results.append((sign, out, others, None if with_event else done))
+        del done
+        assert bool(streams._kept) == with_event
         settle(buffer)
         for sign, out, others, done in results:
-            done.current_stream_wait()
+            if done is not None:
+                done.current_stream_wait()
             assert torch.equal(out, sign * calls.x)
             assert all(bool((other == 7).all()) for other in others)
+
+    run_ranks(1, body)
+
+
+@pytest.mark.parametrize("op", ["layout", "dispatch", "cached dispatch", "combine"])
+def test_memory_of_an_asynchronous_call_is_back_after_the_wait(op: str) -> None:
+    """On the stream of the call, with no later call; what comes there then comes behind it."""
+
+    def body(buffer: Buffer) -> None:
+        calls = Calls(buffer)
+        streams: Any = buffer._streams
+        comm, want = streams._comm.torch_stream, calls.x.clone()
+
+        def call() -> tuple[torch.Tensor, Any]:
+            """Its first output and its event; the event alone holds the input."""
+            if op == "layout":
+                out, *_, done = buffer.get_dispatch_layout(
+                    calls.idx.clone(), calls.num_experts, async_finish=True
+                )
+            elif op == "dispatch":
+                out, *_, done = calls.dispatch(
+                    calls.x.clone(),
+                    topk_idx=calls.idx,
+                    topk_weights=calls.weights,
+                    num_worst_tokens=TOKENS,  # the host does not wait
+                    async_finish=True,
+                )
+            elif op == "combine":
+                out, *_, done = calls.combine(calls.x.clone(), async_finish=True)
+            else:
+                out, *_, done = buffer.dispatch(calls.x.clone(), calls.handle, async_finish=True)
+            return out, done
+
+        call()[1].current_stream_wait()  # compiles
+        settle(buffer)
+        assert not streams._kept
+        before = torch.cuda.memory_allocated()
+        with torch.cuda.stream(comm):
+            torch.cuda._sleep(LONG)
+        out, done = call()
+        held = torch.cuda.memory_allocated() - before
+        assert held > out.nbytes
+        copy = torch.empty_like(out)
+        of_copy = torch.cuda.memory_allocated() - before - held
+        done.current_stream_wait()
+        copy.copy_(out)
+        del out
+        assert torch.cuda.memory_allocated() - before == of_copy
+        others = [torch.full_like(want, 7) for _ in range(4)]  # in that memory
+        assert not done.event.raw.has_happened(), "not what is to be tested"
+        settle(buffer)
+        assert all(bool((other == 7).all()) for other in others)
+        if op != "layout":
+            assert torch.equal(copy, want)
 
     run_ranks(1, body)
 
@@ -376,7 +433,7 @@ def test_an_asynchronous_call_breaks_no_capture_of_another_thread() -> None:
 
 
 def test_asynchronous_calls_in_a_graph() -> None:
-    """No event that a capture records can be asked; the allocator is told who uses the tensors."""
+    """No event that a capture records can be asked; memory is used again in the graph's order."""
 
     def body(buffer: Buffer) -> None:
         calls = Calls(buffer)
