@@ -1,14 +1,13 @@
 """DeepEP 2's dispatch and combine: the calls of a normal mode, and what is said about their rows.
 
-A dispatch is a layout and a dispatch of the mode; by expert a copy follows, and before a combine by
-expert the rows of a token are summed on their rank. Whatever else a handle says (where tokens came
-from, where they lie, how many) one kernel works out behind the rows.
+Whatever a handle says (where tokens came from, where they lie, how many) one kernel works out
+behind the rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,24 +19,28 @@ from epjit.calls import (
     Dispatch,
     ElasticCombine,
     ElasticDispatch,
+    ExpertCombine,
+    ExpertDispatch,
     Layout,
     Order,
     Routing,
     Sums,
 )
-from epjit.handles import Dispatched, ElasticDispatched, EPHandle, Handle
+from epjit.handles import Dispatched, ElasticDispatched, EPHandle, ExpertHandle, Handle, Placement
 from epjit.kernels.elastic import DescribeConfig
 from epjit.modes import expert_major
 from epjit.modes.normal import pointer
 from epjit.reference import elastic as reference
+from epjit.reference.expert_major import source_of
 from epjit.runtime.device import num_sms
-from epjit.runtime.empty import Empty, TensorSpec, matrix, vector
-from epjit.sizes import align
+from epjit.runtime.empty import Empty, by_columns, matrix, vector
 
 if TYPE_CHECKING:
     from epjit.modes.make import AnyNormal
     from epjit.scope import AnyScope, Record
 
+_Sent: TypeAlias = "tuple[Dispatched, Placement | None, Record]"
+"""What came, by expert where the rows lie, and what was used."""
 _CARRIER_BYTES = 16  # the least that a row has, of a dispatch that is made for its handle alone
 
 
@@ -49,6 +52,7 @@ class Elastic:
         mode: The normal mode that they are made of.
         rank: This rank.
         num_ranks: `R`.
+        spans_domains: Whether they are in several NVLink domains.
         empty: Makes tensors on the device.
         multiple_reduction: Whether a rank sums its rows of a token before they travel.
     """
@@ -56,44 +60,143 @@ class Elastic:
     mode: AnyNormal
     rank: int
     num_ranks: int
+    spans_domains: bool
     empty: Empty
     multiple_reduction: bool
 
     # ---- dispatch --------------------------------------------------------------------------------
 
     def dispatch(self, scope: AnyScope, call: ElasticDispatch) -> tuple[ElasticDispatched, Record]:
-        """Sends rows along new choices, or along those of a handle.
+        """Sends rows along new choices, or along those of a handle: to where its metadata says.
 
         Returns:
             The results, and what was used for them.
         """
-        if call.handle is not None:
-            return self._cached_dispatch(scope, call, call.handle)
-        num_topk = call.topk_idx.shape[1]
-        num_local = call.num_experts // self.num_ranks
-        counts = self.mode.layout(scope, Layout(call.topk_idx, call.num_experts))
-        num_worst_tokens = 0 if call.waits else self.num_ranks * call.max_tokens
-        sent = self._dispatch(
-            scope, call, Routing(*counts), call.topk_idx, call.topk_weights, num_worst_tokens
+        send = self._compact
+        if call.do_expand:
+            send = self._two_passes if self.spans_domains else self._by_expert
+        received, placed, used = send(scope, call)
+        handle = call.handle
+        if handle is not None:
+            used = *used, *_read(handle)
+        else:
+            handle, described = self._handle(scope, call, received, placed)
+            used = *used, described
+        rows, scales, idx, weights, *_ = received
+        if call.do_expand:
+            idx = None
+        if call.topk_weights is None:
+            weights = None
+        return ElasticDispatched(rows, scales, idx, weights, handle), used
+
+    def _worst(self, call: ElasticDispatch) -> tuple[int, int]:
+        """Tokens, and rows by expert, that there must be room for; 0 = as many as there are."""
+        if call.waits or call.handle is not None:
+            return 0, 0
+        num_topk, num_local = call.topk_idx.shape[1], call.num_experts // self.num_ranks
+        sizes = self.num_ranks, call.max_tokens, num_topk, num_local, call.expert_alignment
+        return self.num_ranks * call.max_tokens, reference.row_bound(*sizes)
+
+    def _by_expert(self, scope: AnyScope, call: ElasticDispatch) -> _Sent:
+        """A row a choice, in one kernel."""
+        handle = None if call.handle is None else _expert_handle(call.handle)
+        sent = ExpertDispatch(
+            call.x,
+            call.scales,
+            call.topk_idx if handle is None else None,
+            call.topk_weights,
+            handle,
+            call.num_experts,
+            call.expert_alignment,
+            *self._worst(call),
+            zero_padding=call.zero_padding,
+            column_major_scales=call.column_major_scales,
+            row_format=None,
+            global_scale=None,
+            num_sms=call.num_sms,
+        )
+        whole, used = self.mode.expert_dispatch(scope, sent)
+        rows, scales, weights, (routing, placed), per_expert = whole
+        received = Dispatched(rows, scales, None, weights, per_expert, routing)
+        return received, placed, (sent, whole, used)
+
+    def _two_passes(self, scope: AnyScope, call: ElasticDispatch) -> _Sent:
+        """The same between NVLink domains, which no kernel does: a second pass orders the rows."""
+        whole, _, used = self._compact(scope, call._replace(column_major_scales=False))
+        rows, scales, idx, weights, per_expert, _ = whole
+        num_topk, handle = call.topk_idx.shape[1], call.handle
+        with scope.running():
+            if handle is None:
+                assert idx is not None
+                placed = expert_major.place(
+                    idx,
+                    call.num_experts // self.num_ranks,
+                    alignment=call.expert_alignment,
+                    num_rows=sum(per_expert or ()) if call.waits else self._worst(call)[1],
+                )
+            else:
+                placed = _expert_handle(handle).placement
+                source = source_of(placed.row_of, handle.num_expanded_tokens)
+                placed = placed._replace(source=source)
+            source, ends = placed.source, placed.ends
+            rows = expert_major.permute(rows, source, ends, num_topk=num_topk)
+            if scales is not None:
+                scales = _take(scales, source.div(num_topk, rounding_mode="floor"))
+            if weights is not None:
+                weights = _take(weights.view(-1), source)
+        scope.hand_over((rows, scales, weights, *placed))
+        if scales is not None and call.column_major_scales:
+            scales = self._by_columns(scope, scales)
+        received = whole._replace(recv_x=rows, recv_scales=scales, recv_topk_weights=weights)
+        return received, placed, (used, whole)
+
+    def _compact(self, scope: AnyScope, call: ElasticDispatch) -> _Sent:
+        """A row a rank."""
+        routing: Routing | Handle | None = None if call.handle is None else call.handle.routing
+        if routing is None:
+            counts = self.mode.layout(scope, Layout(call.topk_idx, call.num_experts))
+            routing = Routing(*counts)
+        weights = call.topk_weights
+        if weights is None:  # choices and weights travel together: any do
+            with scope.allocating():
+                (weights,) = self.empty((matrix(torch.float32, *call.topk_idx.shape),))
+        sent = Dispatch(
+            *(call.x, call.scales, call.topk_idx, weights, routing),
+            *(call.expert_alignment, self._worst(call)[0], call.num_sms),
         )
         received = whole = self.mode.dispatch(scope, sent)
-        routing, idx = received.handle, received.recv_topk_idx
-        per_expert = received.num_recv_tokens_per_expert_list
+        if received.recv_scales is not None and call.column_major_scales:
+            scales = self._by_columns(scope, received.recv_scales)
+            received = received._replace(recv_scales=scales)
+        return received, None, (sent, whole)
+
+    def _by_columns(self, scope: AnyScope, scales: Tensor) -> Tensor:
+        """A copy, column by column."""
+        with scope.allocating():
+            (copy,) = self.empty((by_columns(scales.dtype, *scales.shape),))
+        scope.start()
+        with scope.running():
+            scales = copy.copy_(scales)
+        return scales
+
+    def _handle(
+        self,
+        scope: AnyScope,
+        call: ElasticDispatch,
+        received: Dispatched,
+        placed: Placement | None,
+    ) -> tuple[EPHandle, Describe]:
+        """The handle of a dispatch, filled by a kernel."""
+        routing, per_expert = received.handle, received.num_recv_tokens_per_expert_list
         assert routing is not None
-        assert idx is not None
         assert per_expert is not None
-        num_rows, num_expanded = idx.shape[0], 0
-        if call.do_expand:
-            num_expanded = sum(per_expert)
-            if not call.waits:
-                sizes = (self.num_ranks, call.max_tokens, num_topk, num_local)
-                num_expanded = reference.row_bound(*sizes, call.expert_alignment)
+        num_topk, num_local = call.topk_idx.shape[1], call.num_experts // self.num_ranks
         with scope.allocating():
             rank_ends, expert_ends, metadata, slots, choices = self.empty(
                 (
                     vector(torch.int32, self.num_ranks),
                     vector(torch.int32, num_local),
-                    matrix(torch.int32, num_rows, num_topk + 2),
+                    matrix(torch.int32, routing.num_rows, num_topk + 2),
                     matrix(torch.int32, *call.topk_idx.shape),
                     matrix(call.topk_idx.dtype, *call.topk_idx.shape)
                     if call.copies_choices
@@ -101,20 +204,13 @@ class Elastic:
                 )
             )
         scope.start()
-        columns = None
-        if call.do_expand:
-            with scope.running():
-                columns, source, ends, _ = expert_major.place(
-                    idx, num_local, alignment=call.expert_alignment, num_rows=num_expanded
-                )
-                received = _by_expert(received, source, ends, num_topk)
         described = Describe(
             call.topk_idx,
             routing.send_head,
             routing.source_ends(self.rank),
             routing.recv_tokens,
-            None if call.do_expand else idx,
-            columns,
+            received.recv_topk_idx if placed is None else None,
+            None if placed is None else placed.row_of,
             routing.recv_expert_counts,
             rank_ends,
             expert_ends,
@@ -137,72 +233,12 @@ class Elastic:
             num_recv_tokens_per_expert_list=per_expert,
             recv_src_metadata=metadata,
             dst_buffer_slot_idx=slots,
-            num_recv_tokens=num_rows,
-            num_expanded_tokens=num_expanded,
+            num_recv_tokens=routing.num_rows,
+            num_expanded_tokens=0 if placed is None else received.recv_x.shape[0],
             routing=routing,
+            placement=None if placed is None else placed._replace(row_of=metadata[:, 2:]),
         )
-        return self._results(scope, call, received, handle), (sent, described, whole)
-
-    def _dispatch(
-        self,
-        scope: AnyScope,
-        call: ElasticDispatch,
-        routing: Routing | Handle,
-        topk_idx: Tensor | None,
-        topk_weights: Tensor | None,
-        num_worst_tokens: int,
-    ) -> Dispatch:
-        """The mode's call. Choices and weights travel together: where there are none, any do."""
-        if topk_idx is not None and topk_weights is None:
-            with scope.allocating():
-                (topk_weights,) = self.empty((matrix(torch.float32, *topk_idx.shape),))
-        return Dispatch(
-            call.x,
-            call.scales,
-            topk_idx,
-            topk_weights,
-            routing,
-            call.expert_alignment,
-            num_worst_tokens,
-            call.num_sms,
-        )
-
-    def _cached_dispatch(
-        self, scope: AnyScope, call: ElasticDispatch, handle: EPHandle
-    ) -> tuple[ElasticDispatched, Record]:
-        """Rows come to lie where the metadata of the handle says."""
-        assert handle.routing is not None
-        needs_choices = not call.do_expand or call.topk_weights is not None
-        choices = handle.topk_idx if needs_choices else None
-        sent = self._dispatch(scope, call, handle.routing, choices, call.topk_weights, 0)
-        received = whole = self.mode.dispatch(scope, sent)
-        if call.do_expand:
-            num_topk = handle.topk_idx.shape[1]
-            with scope.running():
-                columns = handle.recv_src_metadata[:, 2:]
-                source = _source_of(columns, handle.num_expanded_tokens)
-                num_rows = handle.psum_num_recv_tokens_per_expert[-1:] + (call.expert_alignment - 1)
-                ends = num_rows - num_rows % call.expert_alignment
-                received = _by_expert(received, source, ends, num_topk)
-        return self._results(scope, call, received, handle), (sent, whole, *_read(handle))
-
-    def _results(
-        self, scope: AnyScope, call: ElasticDispatch, received: Dispatched, handle: EPHandle
-    ) -> ElasticDispatched:
-        """Results for the caller, with scales in the layout that is asked for."""
-        rows, scales, idx, weights, *_ = received
-        if scales is not None and call.column_major_scales:
-            with scope.allocating():
-                (by_column,) = self.empty((_column_major(scales),))
-            scope.start()
-            with scope.running():
-                scales = by_column.copy_(scales)
-        if call.do_expand:
-            idx = None
-            scope.hand_over((rows, scales, weights))  # `_by_expert` made them
-        if call.topk_weights is None:
-            weights = None
-        return ElasticDispatched(rows, scales, idx, weights, handle)
+        return handle, described
 
     def _describe(self, scope: AnyScope, what: Describe, call: ElasticDispatch) -> None:
         """Fills the tensors of a handle."""
@@ -236,6 +272,12 @@ class Elastic:
         assert handle.routing is not None
         if handle.do_expand and not self.multiple_reduction:
             return self._combine_each_row(scope, call, handle)
+        order = Order(handle.topk_idx, handle.num_experts)
+        biases = call.bias_0, call.bias_1
+        if handle.do_expand and not self.spans_domains:
+            own = _expert_handle(handle)
+            summed = ExpertCombine(x, None, weights, *biases, own, call.num_sms, order)
+            return self.mode.expert_combine(scope, summed), (summed, *_read(handle))
         columns = handle.recv_src_metadata[:, 2:]
         scope.start()
         with scope.running():
@@ -248,15 +290,7 @@ class Elastic:
                 rows = min(weights.shape[0], columns.shape[0])
                 weights = weights[:rows].masked_fill(columns[:rows] < 0, 0.0)
         routing = handle.routing.cut(min(x.shape[0], handle.routing.num_rows))
-        returned = Combine(
-            x[: routing.num_rows],
-            weights,
-            call.bias_0,
-            call.bias_1,
-            routing,
-            call.num_sms,
-            Order(handle.topk_idx, handle.num_experts),
-        )
+        returned = Combine(x[: routing.num_rows], weights, *biases, routing, call.num_sms, order)
         return self.mode.combine(scope, returned), (returned, *_read(handle))
 
     def _combine_each_row(
@@ -320,23 +354,13 @@ def _read(handle: EPHandle) -> Record:
     return handle.recv_src_metadata, handle.psum_num_recv_tokens_per_expert, handle.topk_idx
 
 
-def _source_of(columns: Tensor, num_rows: int) -> Tensor:
-    """The choice (``row * K + k``) of each row by expert, -1 for padding: `Placement.source`."""
-    flat = columns.reshape(-1).to(torch.int64)
-    choice = torch.arange(flat.shape[0], dtype=torch.int32, device=columns.device)
-    source = torch.full((num_rows + 1,), -1, dtype=torch.int32, device=columns.device)
-    return source.scatter_(0, torch.where(flat >= 0, flat, num_rows), choice)[:num_rows]
-
-
-def _by_expert(received: Dispatched, source: Tensor, ends: Tensor, num_topk: int) -> Dispatched:
-    """Rows, scales and weights (one a row) by expert, with zeros for padding."""
-    rows, scales, idx, weights, *_ = received
-    by_expert = expert_major.permute(rows, source, ends, num_topk=num_topk)
-    if scales is not None:
-        scales = _take(scales, source.div(num_topk, rounding_mode="floor"))
-    if weights is not None:
-        weights = _take(weights.view(-1), source)
-    return Dispatched(by_expert, scales, idx, weights)
+def _expert_handle(handle: EPHandle) -> ExpertHandle:
+    """The same for the mode's calls on rows by expert."""
+    assert handle.routing is not None
+    assert handle.placement is not None
+    columns = handle.recv_src_metadata[:, 2:]
+    routing = handle.routing.cut(columns.shape[0])
+    return ExpertHandle(routing, handle.placement._replace(row_of=columns))
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
@@ -346,9 +370,3 @@ def _take(values: Tensor, index: Tensor) -> Tensor:
     taken = values.index_select(0, index.reshape(-1).clamp(min=0))
     is_none = (index < 0).view(-1, *(1 for _ in values.shape[1:]))
     return taken.masked_fill_(is_none, 0).view(*index.shape, *values.shape[1:])
-
-
-def _column_major(scales: Tensor) -> TensorSpec:
-    """Of scales whose columns lie one after the other, each padded to 16 bytes, as TMA reads."""
-    num_rows, num_columns = scales.shape
-    return (num_rows, num_columns), (1, align(num_rows, 4)), scales.dtype

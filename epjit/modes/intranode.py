@@ -51,7 +51,7 @@ from epjit.modes.normal import (
     expert_dispatch_shape,
     pointer,
 )
-from epjit.runtime.empty import TensorSpec, matrix, vector
+from epjit.runtime.empty import TensorSpec, by_columns, matrix, vector
 from epjit.runtime.kernel import Kernel, KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.pool import BlockPool, NoRoomError
@@ -436,7 +436,7 @@ class Intranode(Normal[AnyShape]):
                     "experts_per_rank": local,
                 }
             )
-            num_tokens = call.num_worst_tokens
+            num_tokens, aligned = call.num_worst_tokens, []
             if waits:
                 num_tokens, *aligned = self._wait_for_counts(1 + local)
                 num_rows = sum(aligned)
@@ -448,7 +448,7 @@ class Intranode(Normal[AnyShape]):
                 rows, scales, weights = self._rows_by_expert(num_rows, call)
             routing = IntranodeHandle(prefix, source_tokens, counts, src_idx, in_rank, send_head)
             handle = ExpertHandle(routing, Placement(row_of, source, ends, counts))
-            received = ExpertDispatched(rows, scales, weights, handle)
+            received = ExpertDispatched(rows, scales, weights, handle, aligned)
             values = {"recv_src_idx": src_idx.data_ptr(), "source": source.data_ptr()}
             self._store_by_expert(scope, launch, received, call, values)
         return received, tuple(used)
@@ -510,20 +510,14 @@ class Intranode(Normal[AnyShape]):
             columns = call.row_format.num_columns(columns)
         elif scales is not None:
             scale_dtype, num_scales = scales.dtype, scales.shape[1]
-        of_scales = None
-        if scale_dtype is not None:
-            of_scales = matrix(scale_dtype, num_rows, num_scales)
-            if call.column_major_scales:  # a column is padded to 16 bytes
-                of_scales = matrix(scale_dtype, num_scales, align(num_rows, 4))
+        of_scales = by_columns if call.column_major_scales else matrix
         rows, row_scales, weights = self._empty(
             (
                 matrix(dtype, num_rows, columns),
-                of_scales,
+                None if scale_dtype is None else of_scales(scale_dtype, num_rows, num_scales),
                 None if topk_weights is None else vector(torch.float32, num_rows),
             )
         )
-        if call.column_major_scales:
-            row_scales = row_scales[:, :num_rows].t()
         return rows, row_scales, weights
 
     def _store_by_expert(
@@ -535,7 +529,7 @@ class Intranode(Normal[AnyShape]):
         values: dict[str, int],
     ) -> None:
         """Queues the kernel; what it reads is prepared."""
-        rows, scales, weights, (routing, placed) = received
+        rows, scales, weights, (routing, placed), _ = received
         strides = (0, 0)  # in words
         if scales is not None and scales.element_size() == 1:
             strides = (scales.shape[1] // 4, 1)
@@ -548,6 +542,7 @@ class Intranode(Normal[AnyShape]):
             "recv_scale_stride": strides[1],
             "recv_topk_weights": pointer(weights),
             "row_of": placed.row_of.data_ptr(),
+            "row_of_stride": placed.row_of.stride(0),
             "num_recv_rows": routing.num_rows,
             "num_expert_rows": rows.shape[0],
             "num_stage_warps": launch.kernel.config.stage_warps(call.num_sms),
@@ -556,7 +551,8 @@ class Intranode(Normal[AnyShape]):
 
     def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> Sums:
         """Sums a token's rows while they are read, and pushes the sums."""
-        rows, row_weights, topk_weights, bias_0, bias_1, (routing, placed), num_sms = call
+        rows, row_weights, topk_weights, bias_0, bias_1, (routing, placed), num_sms, order = call
+        choices, num_experts = order or (None, 0)
         launch = self.launch(expert_combine_shape(call))
         config: CombineConfig = launch.kernel.config
         check_warps(config, num_sms)
@@ -579,7 +575,10 @@ class Intranode(Normal[AnyShape]):
             "send_head": routing.send_head.data_ptr(),
             "rank_prefix": routing.rank_prefix_matrix.data_ptr(),
             "row_of": placed.row_of.data_ptr(),
-            **dict.fromkeys(("topk_idx", "num_choices", "experts_per_rank"), 0),
+            "row_of_stride": placed.row_of.stride(0),
+            "topk_idx": pointer(choices),
+            "num_choices": num_topk,
+            "experts_per_rank": num_experts // self._group.size,
             "combined_x": combined.data_ptr(),
             "combined_topk_weights": pointer(weights),
             "num_rows": routing.num_rows,

@@ -463,6 +463,8 @@ REFUSED: list[tuple[type[Exception], str, dict[str, Any]]] = [
         {"cumulative_local_expert_recv_stats": torch.zeros(3, dtype=torch.int32)},
     ),
     (TypeError, "one byte an element", {"x": (X, torch.zeros(4, 1))}),
+    (ValueError, "experts is 4096, but rows by expert", {"num_experts": 4096, "do_expand": True}),
+    (ValueError, "may need", {"expert_alignment": 1 << 30, "do_expand": True}),
 ]
 
 
