@@ -270,11 +270,11 @@ def row_bound(num_tokens: int, num_topk: int, num_experts: int, alignment: int) 
 
     Args:
         num_tokens: `n`; may be symbolic.
-        num_topk: `K`.
+        num_topk: Selections of a token here: `K`, also more than there are experts when one may
+            repeat.
         num_experts: `E` of this rank.
         alignment: Of each expert's rows.
     """
-    # All of a token's selections may be here, also more than there are experts: one may repeat.
     rows = num_tokens * num_topk + num_experts * (alignment - 1)
     return (rows + alignment - 1) // alignment * alignment
 
@@ -355,7 +355,7 @@ class EPHandle:
         num_recv_tokens: Rows, one a token, as allocated.
         num_expanded_tokens: Rows by expert, as allocated; 0 when they are not.
         routing: How the tokens travel: a handle of the Buffer beneath. Opaque.
-        placement: Where rows by expert lie, or None; its `row_of` is that of the metadata. Opaque.
+        placement: Of rows by expert, or None; its `row_of` is that of the metadata. Opaque.
         token_metadata_at_forward: DeepEP's, between its domains; None.
         channel_linked_list: Likewise.
     """

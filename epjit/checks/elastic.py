@@ -11,9 +11,8 @@ from epjit.calls import Bias, ElasticCombine, ElasticDispatch, Layout, Payload
 from epjit.checks.match import check_aligned, remember, signature
 from epjit.checks.normal import INT32_MAX, NormalChecks, pair_of, rows_and_scales
 from epjit.config import MAX_TOKENS
-from epjit.handles import EPHandle
+from epjit.handles import EPHandle, row_bound
 from epjit.numbers import as_int
-from epjit.reference.elastic import row_bound
 
 if TYPE_CHECKING:
     from epjit.event import EventOverlap
@@ -80,9 +79,9 @@ class ElasticChecks(NormalChecks):
         else:
             self._sent(*tensors, num_experts, max_tokens)
             if by_expert:
-                num_topk, num_local = topk_idx.shape[1], num_experts // self.num_ranks
-                sizes = self.num_ranks, max_tokens, num_topk, num_local, expert_alignment
-                self._by_expert(num_experts, row_bound(*sizes))
+                local = num_experts // self.num_ranks
+                sizes = self.num_ranks * max_tokens, min(topk_idx.shape[1], local), local
+                self._by_expert(num_experts, row_bound(*sizes, expert_alignment))
             remember(self._passed, arguments, True)
         waits = handle is None and (do_cpu_sync is None or bool(do_cpu_sync))
         if waits and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():

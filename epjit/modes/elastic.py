@@ -26,7 +26,15 @@ from epjit.calls import (
     Routing,
     Sums,
 )
-from epjit.handles import Dispatched, ElasticDispatched, EPHandle, ExpertHandle, Handle, Placement
+from epjit.handles import (
+    Dispatched,
+    ElasticDispatched,
+    EPHandle,
+    ExpertHandle,
+    Handle,
+    Placement,
+    row_bound,
+)
 from epjit.kernels.elastic import DescribeConfig
 from epjit.modes import expert_major
 from epjit.modes.normal import pointer
@@ -40,7 +48,7 @@ if TYPE_CHECKING:
     from epjit.scope import AnyScope, Record
 
 _Sent: TypeAlias = "tuple[Dispatched, Placement | None, Record]"
-"""What came, by expert where the rows lie, and what was used."""
+"""Results of the mode, the placement of rows by expert, and tensors that were used."""
 _CARRIER_BYTES = 16  # the least that a row has, of a dispatch that is made for its handle alone
 
 
@@ -72,10 +80,8 @@ class Elastic:
         Returns:
             The results, and what was used for them.
         """
-        send = self._compact
-        if call.do_expand:
-            send = self._two_passes if self.spans_domains else self._by_expert
-        received, placed, used = send(scope, call)
+        in_one_pass = call.do_expand and not self.spans_domains
+        received, placed, used = (self._by_expert if in_one_pass else self._by_source)(scope, call)
         handle = call.handle
         if handle is not None:
             used = *used, *_read(handle)
@@ -83,8 +89,12 @@ class Elastic:
             handle, described = self._handle(scope, call, received, placed)
             used = *used, described
         rows, scales, idx, weights, *_ = received
-        if call.do_expand:
-            idx = None
+        if scales is not None and call.column_major_scales and not in_one_pass:
+            with scope.allocating():
+                (by_column,) = self.empty((by_columns(scales.dtype, *scales.shape),))
+            scope.start()
+            with scope.running():
+                scales = by_column.copy_(scales)
         if call.topk_weights is None:
             weights = None
         return ElasticDispatched(rows, scales, idx, weights, handle), used
@@ -93,9 +103,9 @@ class Elastic:
         """Tokens, and rows by expert, that there must be room for; 0 = as many as there are."""
         if call.waits or call.handle is not None:
             return 0, 0
-        num_topk, num_local = call.topk_idx.shape[1], call.num_experts // self.num_ranks
-        sizes = self.num_ranks, call.max_tokens, num_topk, num_local, call.expert_alignment
-        return self.num_ranks * call.max_tokens, reference.row_bound(*sizes)
+        tokens, local = self.num_ranks * call.max_tokens, call.num_experts // self.num_ranks
+        choices = min(call.topk_idx.shape[1], local)
+        return tokens, row_bound(tokens, choices, local, call.expert_alignment)
 
     def _by_expert(self, scope: AnyScope, call: ElasticDispatch) -> _Sent:
         """A row a choice, in one kernel."""
@@ -120,38 +130,8 @@ class Elastic:
         received = Dispatched(rows, scales, None, weights, per_expert, routing)
         return received, placed, (sent, whole, used)
 
-    def _two_passes(self, scope: AnyScope, call: ElasticDispatch) -> _Sent:
-        """The same between NVLink domains, which no kernel does: a second pass orders the rows."""
-        whole, _, used = self._compact(scope, call._replace(column_major_scales=False))
-        rows, scales, idx, weights, per_expert, _ = whole
-        num_topk, handle = call.topk_idx.shape[1], call.handle
-        with scope.running():
-            if handle is None:
-                assert idx is not None
-                placed = expert_major.place(
-                    idx,
-                    call.num_experts // self.num_ranks,
-                    alignment=call.expert_alignment,
-                    num_rows=sum(per_expert or ()) if call.waits else self._worst(call)[1],
-                )
-            else:
-                placed = _expert_handle(handle).placement
-                source = source_of(placed.row_of, handle.num_expanded_tokens)
-                placed = placed._replace(source=source)
-            source, ends = placed.source, placed.ends
-            rows = expert_major.permute(rows, source, ends, num_topk=num_topk)
-            if scales is not None:
-                scales = _take(scales, source.div(num_topk, rounding_mode="floor"))
-            if weights is not None:
-                weights = _take(weights.view(-1), source)
-        scope.hand_over((rows, scales, weights, *placed))
-        if scales is not None and call.column_major_scales:
-            scales = self._by_columns(scope, scales)
-        received = whole._replace(recv_x=rows, recv_scales=scales, recv_topk_weights=weights)
-        return received, placed, (used, whole)
-
-    def _compact(self, scope: AnyScope, call: ElasticDispatch) -> _Sent:
-        """A row a rank."""
+    def _by_source(self, scope: AnyScope, call: ElasticDispatch) -> _Sent:
+        """A row a rank; by expert: a second pass behind it."""
         routing: Routing | Handle | None = None if call.handle is None else call.handle.routing
         if routing is None:
             counts = self.mode.layout(scope, Layout(call.topk_idx, call.num_experts))
@@ -164,20 +144,39 @@ class Elastic:
             *(call.x, call.scales, call.topk_idx, weights, routing),
             *(call.expert_alignment, self._worst(call)[0], call.num_sms),
         )
-        received = whole = self.mode.dispatch(scope, sent)
-        if received.recv_scales is not None and call.column_major_scales:
-            scales = self._by_columns(scope, received.recv_scales)
-            received = received._replace(recv_scales=scales)
-        return received, None, (sent, whole)
-
-    def _by_columns(self, scope: AnyScope, scales: Tensor) -> Tensor:
-        """A copy, column by column."""
-        with scope.allocating():
-            (copy,) = self.empty((by_columns(scales.dtype, *scales.shape),))
-        scope.start()
+        received = self.mode.dispatch(scope, sent)
+        if not call.do_expand:
+            return received, None, (sent, received)
         with scope.running():
-            scales = copy.copy_(scales)
-        return scales
+            by_expert, placed = self._second_pass(call, received)
+        scope.hand_over((by_expert[:4], placed))
+        return by_expert, placed, (sent, received)
+
+    def _second_pass(
+        self, call: ElasticDispatch, received: Dispatched
+    ) -> tuple[Dispatched, Placement]:
+        """Rows in the order of the experts; no kernel between domains has that."""
+        rows, scales, idx, weights, per_expert, routing = received
+        num_topk, handle = call.topk_idx.shape[1], call.handle
+        if handle is None:
+            assert idx is not None
+            placed = expert_major.place(
+                idx,
+                call.num_experts // self.num_ranks,
+                alignment=call.expert_alignment,
+                num_rows=sum(per_expert or ()) or self._worst(call)[1],
+            )
+        else:
+            placed = _expert_handle(handle).placement
+            source = source_of(placed.row_of, handle.num_expanded_tokens)
+            placed = placed._replace(source=source)
+        source = placed.source
+        rows = expert_major.permute(rows, source, placed.ends, num_topk=num_topk)
+        if scales is not None:
+            scales = _take(scales, source.div(num_topk, rounding_mode="floor"))
+        if weights is not None:
+            weights = _take(weights.view(-1), source)
+        return Dispatched(rows, scales, None, weights, per_expert, routing), placed
 
     def _handle(
         self,
@@ -209,7 +208,7 @@ class Elastic:
             routing.send_head,
             routing.source_ends(self.rank),
             routing.recv_tokens,
-            received.recv_topk_idx if placed is None else None,
+            received.recv_topk_idx,
             None if placed is None else placed.row_of,
             routing.recv_expert_counts,
             rank_ends,
@@ -272,26 +271,35 @@ class Elastic:
         assert handle.routing is not None
         if handle.do_expand and not self.multiple_reduction:
             return self._combine_each_row(scope, call, handle)
-        order = Order(handle.topk_idx, handle.num_experts)
-        biases = call.bias_0, call.bias_1
-        if handle.do_expand and not self.spans_domains:
+        biases, order = (call.bias_0, call.bias_1), Order(handle.topk_idx, handle.num_experts)
+        if handle.do_expand:
             own = _expert_handle(handle)
-            summed = ExpertCombine(x, None, weights, *biases, own, call.num_sms, order)
-            return self.mode.expert_combine(scope, summed), (summed, *_read(handle))
+            returned = ExpertCombine(x, None, weights, *biases, own, call.num_sms, order)
+            sums, used = self._expert_combine(scope, returned)
+            return sums, (used, *_read(handle))
         columns = handle.recv_src_metadata[:, 2:]
-        scope.start()
-        with scope.running():
-            if handle.do_expand:
-                columns = columns.contiguous()
-                x = expert_major.unpermute(x, columns)
-                if weights is not None:
-                    weights = _take(weights, columns)
-            elif weights is not None:
+        if weights is not None:
+            scope.start()
+            with scope.running():
                 rows = min(weights.shape[0], columns.shape[0])
                 weights = weights[:rows].masked_fill(columns[:rows] < 0, 0.0)
         routing = handle.routing.cut(min(x.shape[0], handle.routing.num_rows))
-        returned = Combine(x[: routing.num_rows], weights, *biases, routing, call.num_sms, order)
-        return self.mode.combine(scope, returned), (returned, *_read(handle))
+        sent = Combine(x[: routing.num_rows], weights, *biases, routing, call.num_sms, order)
+        return self.mode.combine(scope, sent), (sent, *_read(handle))
+
+    def _expert_combine(self, scope: AnyScope, call: ExpertCombine) -> tuple[Sums, Record]:
+        """Of the mode; between NVLink domains in two passes: first each rank sums its rows."""
+        if not self.spans_domains:
+            return self.mode.expert_combine(scope, call), call
+        routing, placed = call.handle
+        scope.start()
+        with scope.running():
+            row_of = placed.row_of.contiguous()
+            x, weights = expert_major.unpermute(call.rows, row_of), call.topk_weights
+            if weights is not None:
+                weights = _take(weights, row_of)
+        sent = Combine(x, weights, call.bias_0, call.bias_1, routing, call.num_sms)
+        return self.mode.combine(scope, sent), (call, sent)
 
     def _combine_each_row(
         self, scope: AnyScope, call: ElasticCombine, handle: EPHandle
@@ -305,36 +313,32 @@ class Elastic:
             (carrier,) = self.empty((matrix(torch.uint8, choices.shape[0], _CARRIER_BYTES),))
         sent = Dispatch(carrier, None, None, None, Routing(*counts), 1, room, call.num_sms)
         received = self.mode.dispatch(scope, sent)
-        routing = received.handle
+        routing, placed = received.handle, handle.placement
         assert routing is not None
+        assert placed is not None
         with scope.running():
             # Rows of the metadata are by source rank and token, and columns by k: so are these.
             columns = handle.recv_src_metadata[:, 2:].reshape(-1)
             is_here = columns >= 0
             place = torch.where(is_here, is_here.cumsum(dim=0) - 1, room)
-            row_of = columns.new_zeros(room + 1).scatter_(0, place, columns)[:room]
-            x = call.x if call.x.shape[0] else call.x.new_zeros((1, call.x.shape[1]))
-            x = x.index_select(0, row_of)
-            weights = call.topk_weights
-            if weights is not None:
-                weights = weights if weights.shape[0] else weights.new_zeros(1)
-                weights = weights.index_select(0, row_of)[:, None]
-        returned = Combine(x, weights, None, None, routing, call.num_sms)
-        rows, row_weights = self.mode.combine(scope, returned)
+            row_of = columns.new_full((room + 1,), -1).scatter_(0, place, columns)[:room, None]
+        own = ExpertHandle(routing, placed._replace(row_of=row_of))
+        returned = ExpertCombine(call.x, None, call.topk_weights, None, None, own, call.num_sms)
+        (rows, weights), used = self._expert_combine(scope, returned)
         with scope.allocating():
-            (combined,) = self.empty((matrix(x.dtype, num_tokens, x.shape[1]),))
+            (combined,) = self.empty((matrix(rows.dtype, num_tokens, rows.shape[1]),))
         scope.start()
         with scope.running():
-            total = torch.zeros(combined.shape, dtype=torch.float32, device=x.device)
+            total = torch.zeros(combined.shape, dtype=torch.float32, device=rows.device)
             for addend in (
                 *(each for each in (call.bias_0, call.bias_1) if each is not None),
-                *rows.view(num_tokens, num_topk, x.shape[1]).unbind(dim=1),
+                *rows.view(num_tokens, num_topk, rows.shape[1]).unbind(dim=1),
             ):
                 total += addend
             combined.copy_(total)
-        if row_weights is not None:
-            row_weights = row_weights.view(num_tokens, num_topk)
-        return (combined, row_weights), (sent, received, returned, rows, *_read(handle))
+        if weights is not None:
+            weights = weights.view(num_tokens, num_topk)
+        return (combined, weights), (sent, received, used, rows, *_read(handle))
 
     # ---- barrier ---------------------------------------------------------------------------------
 

@@ -140,7 +140,7 @@ class Intranode(Normal[AnyShape]):
         return config_of(shape, self._group.size, self._arch, gpu=gpu)
 
     def _bind(self, config: Any) -> Launch[Any]:
-        own: dict[str, Any] = COMBINE_OF_EXPERTS
+        own: dict[str, Any] = {} if config.by_expert else COMBINE_OF_EXPERTS
         if isinstance(config, DispatchConfig):
             # Places count from the start of the memory, so that 0 is none.
             own = DISPATCH_OF_EXPERTS | {
@@ -337,33 +337,45 @@ class Intranode(Normal[AnyShape]):
 
     def combine(self, scope: AnyScope, call: Combine) -> Sums:
         """Pushes rows back to the ranks of their tokens and sums them there."""
-        x, topk_weights, bias_0, bias_1, handle, num_sms, order = call
-        choices, num_experts = order or (None, 0)
-        num_tokens = handle.num_tokens
-        launch = self.launch(combine_shape(call))
-        config: CombineConfig = launch.kernel.config
+        shape = combine_shape(call)
+        sums = self._sums(scope, call.x, call.handle.num_tokens, shape.num_topk)
+        self._sum(scope, self.launch(shape), call, call.x, call.handle, sums)
+        return sums
+
+    def _sum(
+        self,
+        scope: AnyScope,
+        launch: Launch[CombineConfig],
+        call: Combine | ExpertCombine,
+        x: torch.Tensor,
+        handle: IntranodeHandle,
+        sums: Sums,
+        **own: int,
+    ) -> None:
+        """Queues the kernel of a combine; `own` are parameters of rows by expert alone."""
+        config, num_sms, num_tokens = launch.kernel.config, call.num_sms, handle.num_tokens
         check_warps(config, num_sms)
-        combined_x, combined_weights = self._sums(scope, call, num_tokens)
+        choices, num_experts = call.order or (None, 0)
         scope.start()
         launch.set(
             x=x.data_ptr(),
-            topk_weights=pointer(topk_weights),
-            bias_0=pointer(bias_0),
-            bias_1=pointer(bias_1),
-            combined_x=combined_x.data_ptr(),
-            combined_topk_weights=pointer(combined_weights),
+            topk_weights=pointer(call.topk_weights),
+            bias_0=pointer(call.bias_0),
+            bias_1=pointer(call.bias_1),
+            combined_x=sums[0].data_ptr(),
+            combined_topk_weights=pointer(sums[1]),
             recv_src_idx=handle.recv_src_idx.data_ptr(),
             send_head=handle.send_head.data_ptr(),
             rank_prefix=handle.rank_prefix_matrix.data_ptr(),
-            num_rows=x.shape[0],
+            num_rows=handle.num_rows,
             num_tokens=num_tokens,
             num_parts=num_parts(config, num_sms, num_tokens),
             topk_idx=0 if choices is None else choices.data_ptr(),
             num_choices=0 if choices is None else choices.shape[1],
             experts_per_rank=num_experts // self._group.size,
+            **own,
         )
         launch.start(scope.stream, num_sms)
-        return combined_x, combined_weights
 
     # ---- rows by expert --------------------------------------------------------------------------
 
@@ -551,43 +563,18 @@ class Intranode(Normal[AnyShape]):
 
     def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> Sums:
         """Sums a token's rows while they are read, and pushes the sums."""
-        rows, row_weights, topk_weights, bias_0, bias_1, (routing, placed), num_sms, order = call
-        choices, num_experts = order or (None, 0)
-        launch = self.launch(expert_combine_shape(call))
-        config: CombineConfig = launch.kernel.config
-        check_warps(config, num_sms)
-        num_tokens, num_topk = routing.num_tokens, placed.row_of.shape[1]
-        with scope.allocating():
-            combined, weights = self._empty(
-                (
-                    matrix(rows.dtype, num_tokens, rows.shape[1]),
-                    None if topk_weights is None else matrix(torch.float32, num_tokens, num_topk),
-                )
-            )
-        scope.start()
-        values = {
-            "x": rows.data_ptr(),
-            "topk_weights": pointer(topk_weights),
-            "row_weights": pointer(row_weights),
-            "bias_0": pointer(bias_0),
-            "bias_1": pointer(bias_1),
-            "recv_src_idx": routing.recv_src_idx.data_ptr(),
-            "send_head": routing.send_head.data_ptr(),
-            "rank_prefix": routing.rank_prefix_matrix.data_ptr(),
-            "row_of": placed.row_of.data_ptr(),
-            "row_of_stride": placed.row_of.stride(0),
-            "topk_idx": pointer(choices),
-            "num_choices": num_topk,
-            "experts_per_rank": num_experts // self._group.size,
-            "combined_x": combined.data_ptr(),
-            "combined_topk_weights": pointer(weights),
-            "num_rows": routing.num_rows,
-            "num_expert_rows": rows.shape[0],
-            "num_tokens": num_tokens,
-            "num_parts": num_parts(config, num_sms, num_tokens),
-        }
-        launch.start(scope.stream, num_sms, values)
-        return combined, weights
+        rows, (routing, placed) = call.rows, call.handle
+        shape = expert_combine_shape(call)
+        num_topk = shape.num_topk if shape.has_weights else 0
+        sums = self._sums(scope, rows, routing.num_tokens, num_topk)
+        self._sum(
+            *(scope, self.launch(shape), call, rows, routing, sums),
+            row_of=placed.row_of.data_ptr(),
+            row_of_stride=placed.row_of.stride(0),
+            row_weights=pointer(call.row_weights),
+            num_expert_rows=rows.shape[0],
+        )
+        return sums
 
     # ---- the end ---------------------------------------------------------------------------------
 

@@ -219,14 +219,11 @@ class Normal(Mode[Shape]):
             "num_recv_rows": recv_x.shape[0],
         }
 
-    def _sums(self, scope: AnyScope, call: Combine, num_tokens: int) -> Sums:
-        """Outputs of a combine."""
-        x, topk_weights = call.x, call.topk_weights
+    def _sums(self, scope: AnyScope, x: torch.Tensor, num_tokens: int, num_topk: int) -> Sums:
+        """Outputs of a combine of rows as x; without weights `num_topk` is 0."""
         specs = (
             matrix(x.dtype, num_tokens, x.shape[1]),
-            None
-            if topk_weights is None
-            else matrix(torch.float32, num_tokens, topk_weights.shape[1]),
+            matrix(torch.float32, num_tokens, num_topk) if num_topk else None,
         )
         with scope.allocating():
             combined_x, combined_weights = self._empty(specs)
