@@ -244,7 +244,7 @@ class ElasticChecks(NormalChecks):
             )
         name, why = "handle.recv_src_metadata", "a row for each received token"
         shape = ("num_tokens", topk_idx.shape[1] + 2)
-        self._check(name, metadata, shape, torch.int32, why, contiguous=False)
+        self._check(name, metadata, shape, torch.int32, why)
         if metadata.shape[0] > own.num_rows:
             raise ValueError(
                 f"{name} has {metadata.shape[0]} rows, but {own.num_rows} were dispatched; it may "
