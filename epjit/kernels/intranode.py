@@ -36,14 +36,8 @@ NOTIFY_OF_EXPERTS = dict.fromkeys(
 DISPATCH_OF_EXPERTS = dict.fromkeys(
     (
         *("local_position", "block_base", "row_base", "ends", "expert_counts", "row_of", "source"),
-        *(
-            "row_of_stride",
-            "recv_scale_row_stride",
-            "recv_scale_stride",
-            "num_expert_rows",
-            "zero_padding",
-        ),
-        "global_scale",
+        *("recv_scale_row_stride", "recv_scale_stride", "num_expert_rows", "zero_padding"),
+        *("row_of_stride", "global_scale"),
     ),
     0,
 )

@@ -338,8 +338,9 @@ class Intranode(Normal[AnyShape]):
     def combine(self, scope: AnyScope, call: Combine) -> Sums:
         """Pushes rows back to the ranks of their tokens and sums them there."""
         shape = combine_shape(call)
+        launch = self.launch(shape)
         sums = self._sums(scope, call.x, call.handle.num_tokens, shape.num_topk)
-        self._sum(scope, self.launch(shape), call, call.x, call.handle, sums)
+        self._sum(scope, launch, call, call.x, call.handle, sums)
         return sums
 
     def _sum(
@@ -565,10 +566,11 @@ class Intranode(Normal[AnyShape]):
         """Sums a token's rows while they are read, and pushes the sums."""
         rows, (routing, placed) = call.rows, call.handle
         shape = expert_combine_shape(call)
+        launch = self.launch(shape)
         num_topk = shape.num_topk if shape.has_weights else 0
         sums = self._sums(scope, rows, routing.num_tokens, num_topk)
         self._sum(
-            *(scope, self.launch(shape), call, rows, routing, sums),
+            *(scope, launch, call, rows, routing, sums),
             row_of=placed.row_of.data_ptr(),
             row_of_stride=placed.row_of.stride(0),
             row_weights=pointer(call.row_weights),
