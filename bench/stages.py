@@ -44,10 +44,10 @@ NO_LOADS = Edit(
 )
 NO_STORES = Edit(
     DISPATCH,
-    "for (int first = 0; first < chunk.num_rows; first += kRows) {",
-    "for (int first = 0; first < 0; first += kRows) {",
+    "first < chunk.num_rows; first += kRows) {",
+    "first < 0; first += kRows) {",
 )
-NO_SUMS = Edit(COMBINE, "first < last; first += kUnroll", "first < 0; first += kUnroll")
+NO_SUMS = Edit(COMBINE, "(kByExpert ? first - lane : first) < last;", "first < 0;")
 
 CASES: dict[str, dict[str, tuple[Edit, ...]]] = {
     "dispatch": {

@@ -104,7 +104,8 @@ class LowLatencyDispatchConfig(
     ) -> LowLatencyDispatchConfig:
         """Shape of the block: a thread for each 16 channels of a usual row."""
         lines = variant == "lines" and not (remote or shrink)
-        return cls(num_ranks, *shape, 16, remote, shrink, lines)
+        warps = 14 if remote and shrink else 16  # which would spill
+        return cls(num_ranks, *shape, warps, remote, shrink, lines)
 
     @property
     def row_format(self) -> RowFormat:

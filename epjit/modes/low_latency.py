@@ -325,8 +325,10 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
         Raises:
             ValueError: It has not.
         """
+        if not config.lines:
+            return
         room, needed = self._arena.half_bytes, num_slots * config.slot_bytes + 128
-        if config.lines and needed > room:
+        if needed > room:
             raise ValueError(
                 f"{config.op}: {num_slots} slots in lines need num_rdma_bytes >= {4 * needed}, and "
                 f"there are {4 * room}; take more, or leave {env.low_latency_dispatch_variant.name}"

@@ -132,7 +132,7 @@ def test_every_kernel_compiles_within_budget(cuda: str, arch: str) -> None:
         assert os.environ.get("CI") != "true", reason
         pytest.skip(reason)
     kernels = configs(arch)
-    if cuda == "cuda12" and arch != "sm_90a":
+    if cuda == "cuda12" or arch in ("sm_89", "sm_100a"):  # the others have spilled, these never
         kernels = one_of_each(kernels)
     results = compile_all(interpreter, arch, kernels)
     assert {result["nvrtc"].partition(".")[0] for result in results} == {cuda[-2:]}

@@ -247,10 +247,10 @@ class Routing(intranode.Routing):
             "expert_counts": placed.counts,
             "row_of": placed.row_of,
             "row_of_stride": placed.row_of.stride(0),
-            "num_recv_rows": placed.row_of.shape[0],
-            "least_rows": -1,
+            "num_recv_rows": self.by_expert[rank].handle.routing.num_rows,
             "num_expert_rows": placed.source.shape[0],
             "zero_padding": shape.zero_padding,
+            "least_rows": -1,
             "experts_per_rank": EXPERTS_A_RANK,
             "recv_topk_idx": None,
         }

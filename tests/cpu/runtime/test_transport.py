@@ -191,7 +191,7 @@ def test_any_number_of_tokens_is_sent(
     mode = object.__new__(LowLatency)
     monkeypatch.setenv("NVSHMEM_IBGDA_NUM_RC_PER_PE", str(num_qps))
     transport = nvshmem_transport()
-    config = SimpleNamespace(num_warps=8)
+    config = SimpleNamespace(num_warps=8, lines=False)
     launch = SimpleNamespace(kernel=SimpleNamespace(config=config))
     vars(mode).update(
         _transport=transport,
