@@ -737,7 +737,7 @@ class Buffer(Life):
         ):
             received, used = self._mode.expert_dispatch(scope, call)
             event = scope.finish(call, (received, used))
-        rows, scales, weights, made = received
+        rows, scales, weights, made = received[:4]
         return _payload(rows, scales), weights, made, event
 
     def expert_combine(

@@ -136,6 +136,7 @@ class ElasticDispatch(NamedTuple):
     num_sms: int
     waits: bool
     do_expand: bool
+    zero_padding: bool
     copies_choices: bool
     column_major_scales: bool
 
@@ -205,7 +206,7 @@ class ExpertDispatch(NamedTuple):
 
 
 class ExpertCombine(NamedTuple):
-    """`expert_combine`."""
+    """`expert_combine`; `order` as of `Combine`."""
 
     rows: Tensor
     row_weights: Tensor | None
@@ -214,6 +215,7 @@ class ExpertCombine(NamedTuple):
     bias_1: Tensor | None
     handle: OwnHandle
     num_sms: int
+    order: Order | None = None
 
 
 # ---- low latency --------------------------------------------------------------------------------

@@ -161,6 +161,7 @@ class ElasticBuffer:
             buffer._mode,
             rank=self.rank_idx,
             num_ranks=self.num_ranks,
+            spans_domains=topology.spans_domains,
             empty=empty_on(buffer.device),
             multiple_reduction=self.allow_multiple_reduction,
         )
@@ -397,7 +398,7 @@ class ElasticBuffer:
             do_handle_copy: The handle gets a copy of `topk_idx`, else the tensor itself.
             do_cpu_sync: Whether the host waits for the counts; None is True without a handle.
             do_expand: Rows by expert.
-            do_zero_padding: Rows between those of experts are zeros. They always are.
+            do_zero_padding: Rows between those of experts, and their scales, are zeros.
             use_tma_aligned_col_major_sf: Scales, if there are any, come as `[rows, S]` with strides
                 ``(1, align(rows, 4))``, else row-major.
 

@@ -270,11 +270,11 @@ def row_bound(num_tokens: int, num_topk: int, num_experts: int, alignment: int) 
 
     Args:
         num_tokens: `n`; may be symbolic.
-        num_topk: `K`.
+        num_topk: Selections of a token here: `K`, also more than there are experts when one may
+            repeat.
         num_experts: `E` of this rank.
         alignment: Of each expert's rows.
     """
-    # All of a token's selections may be here, also more than there are experts: one may repeat.
     rows = num_tokens * num_topk + num_experts * (alignment - 1)
     return (rows + alignment - 1) // alignment * alignment
 
@@ -303,6 +303,8 @@ GivenExpertHandle: TypeAlias = Sequence[Any]
 class ExpertDispatched(NamedTuple):
     """Results of an expert dispatch on one rank: `M` rows, by expert, source rank, token, choice.
 
+    A cached one lacks the last field.
+
     Attributes:
         rows: `[M, H]` as they were sent, or `[M, num_columns]` of the format that they were cast
             to. Padding is zeros if that was asked for, else undefined; so is what lies behind the
@@ -312,12 +314,14 @@ class ExpertDispatched(NamedTuple):
         weights: float32 `[M]`, 0 where no choice is; or None. Of choices whose token was left out
             for want of room, those of a cached one are undefined.
         handle: Of the routing.
+        num_recv_tokens_per_expert_list: As of `Dispatched`.
     """
 
     rows: Tensor
     scales: Tensor | None
     weights: Tensor | None
     handle: ExpertHandle
+    num_recv_tokens_per_expert_list: list[int] | None = None
 
 
 # ---- DeepEP 2's interface ------------------------------------------------------------------------
@@ -351,6 +355,7 @@ class EPHandle:
         num_recv_tokens: Rows, one a token, as allocated.
         num_expanded_tokens: Rows by expert, as allocated; 0 when they are not.
         routing: How the tokens travel: a handle of the Buffer beneath. Opaque.
+        placement: Of rows by expert, or None; its `row_of` is that of the metadata. Opaque.
         token_metadata_at_forward: DeepEP's, between its domains; None.
         channel_linked_list: Likewise.
     """
@@ -370,6 +375,7 @@ class EPHandle:
     num_recv_tokens: int
     num_expanded_tokens: int
     routing: Handle | None = None
+    placement: Placement | None = None
     token_metadata_at_forward: None = None
     channel_linked_list: None = None
 

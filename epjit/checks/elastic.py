@@ -9,15 +9,13 @@ import torch
 
 from epjit.calls import Bias, ElasticCombine, ElasticDispatch, Layout, Payload
 from epjit.checks.match import check_aligned, remember, signature
-from epjit.checks.normal import NormalChecks, pair_of, rows_and_scales
+from epjit.checks.normal import INT32_MAX, NormalChecks, pair_of, rows_and_scales
 from epjit.config import MAX_TOKENS
-from epjit.handles import EPHandle
+from epjit.handles import EPHandle, row_bound
 from epjit.numbers import as_int
 
 if TYPE_CHECKING:
     from epjit.event import EventOverlap
-
-_INT32_MAX = (1 << 31) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,11 +72,16 @@ class ElasticChecks(NormalChecks):
         expert_alignment = 1 if expert_alignment is None else expert_alignment
         expert_alignment = as_int("expert_alignment", expert_alignment, least=1)
         tensors = rows, scales, topk_idx, topk_weights, recv_stats
-        arguments = (signature(*tensors), num_experts, max_tokens)
+        by_expert = expert_alignment if do_expand and handle is None else 0
+        arguments = (signature(*tensors), num_experts, max_tokens, by_expert)
         if arguments in self._passed:
             check_aligned("x", rows)
         else:
             self._sent(*tensors, num_experts, max_tokens)
+            if by_expert:
+                local = num_experts // self.num_ranks
+                sizes = self.num_ranks * max_tokens, min(topk_idx.shape[1], local), local
+                self._by_expert(num_experts, row_bound(*sizes, expert_alignment))
             remember(self._passed, arguments, True)
         waits = handle is None and (do_cpu_sync is None or bool(do_cpu_sync))
         if waits and self.device.type == "cuda" and torch.cuda.is_current_stream_capturing():
@@ -101,6 +104,7 @@ class ElasticChecks(NormalChecks):
             self.sms(num_sms),
             waits=waits,
             do_expand=bool(do_expand),
+            zero_padding=bool(do_zero_padding),
             copies_choices=bool(do_handle_copy),
             column_major_scales=bool(column_major_scales),
         )
@@ -153,10 +157,10 @@ class ElasticChecks(NormalChecks):
         """The tensors of a dispatch, and its sizes."""
         self._payload(rows, scales)
         self._experts(num_experts)
-        if not 1 <= max_tokens <= MAX_TOKENS or max_tokens * self.num_ranks > _INT32_MAX:
+        if not 1 <= max_tokens <= MAX_TOKENS or max_tokens * self.num_ranks > INT32_MAX:
             raise ValueError(
                 f"num_max_tokens_per_rank is {max_tokens}, but must be at least 1, at most "
-                f"{min(MAX_TOKENS, _INT32_MAX // self.num_ranks)}; pass it to the buffer or to "
+                f"{min(MAX_TOKENS, INT32_MAX // self.num_ranks)}; pass it to the buffer or to "
                 "dispatch, the same on all ranks"
             )
         if rows.shape[0] > max_tokens:
@@ -240,7 +244,7 @@ class ElasticChecks(NormalChecks):
             )
         name, why = "handle.recv_src_metadata", "a row for each received token"
         shape = ("num_tokens", topk_idx.shape[1] + 2)
-        self._check(name, metadata, shape, torch.int32, why, contiguous=False)
+        self._check(name, metadata, shape, torch.int32, why)
         if metadata.shape[0] > own.num_rows:
             raise ValueError(
                 f"{name} has {metadata.shape[0]} rows, but {own.num_rows} were dispatched; it may "

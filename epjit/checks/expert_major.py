@@ -11,14 +11,13 @@ from epjit import calls
 from epjit.calls import Bias, Payload
 from epjit.checks.match import as_handle, check_topk, remember, signature
 from epjit.checks.normal import NormalChecks, pair_of, rows_and_scales
-from epjit.config import MAX_EXPERTS_BY_EXPERT, Config, check_row_bytes
+from epjit.config import Config, check_row_bytes
 from epjit.formats import CASTS, NVFP4, RowFormat
 from epjit.handles import ExpertHandle, GivenExpertHandle, Placement, row_bound
 
 if TYPE_CHECKING:
     from epjit.event import EventOverlap
 
-_INT32_MAX = (1 << 31) - 1
 _SUM_DTYPES = (torch.bfloat16, torch.float16)
 
 
@@ -181,11 +180,6 @@ class ExpertChecks(NormalChecks):
             )
         self._check_topk_idx(topk_idx, x=rows)
         self._experts(num_experts)
-        if num_experts > MAX_EXPERTS_BY_EXPERT:
-            raise ValueError(
-                f"num_experts is {num_experts}, but rows by expert are for at most "
-                f"{MAX_EXPERTS_BY_EXPERT}; use dispatch"
-            )
         if num_expert_rows and not num_worst_tokens:
             raise ValueError(
                 f"num_expert_rows is {num_expert_rows}, which needs num_worst_tokens: without it "
@@ -193,12 +187,8 @@ class ExpertChecks(NormalChecks):
             )
         local, num_topk = num_experts // self.num_ranks, topk_idx.shape[1]
         num_tokens = num_worst_tokens or self.num_ranks * rows.shape[0]
-        most = max(num_expert_rows, row_bound(num_tokens, num_topk, local, alignment))
-        if most > _INT32_MAX:
-            raise ValueError(
-                f"{num_tokens} tokens of top-{num_topk} for {local} experts of a rank, each padded "
-                f"to {alignment}, may need {most} rows; the kernels count to {_INT32_MAX}"
-            )
+        bound = row_bound(num_tokens, num_topk, local, alignment)
+        self._by_expert(num_experts, max(num_expert_rows, bound))
 
     def _expert_handle(self, handle: GivenExpertHandle, *, num_tokens: int | None) -> ExpertHandle:
         """The handle with names; only shapes, dtypes and devices are looked at."""

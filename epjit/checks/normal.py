@@ -24,6 +24,7 @@ from epjit.checks.match import (
 )
 from epjit.config import (
     MAX_EXPERTS,
+    MAX_EXPERTS_BY_EXPERT,
     MAX_LOCAL_EXPERTS,
     MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS,
     MAX_TOKENS,
@@ -36,6 +37,8 @@ from epjit.numbers import as_int
 
 if TYPE_CHECKING:
     from epjit.event import EventOverlap
+
+INT32_MAX = (1 << 31) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -158,6 +161,19 @@ class NormalChecks(Checks):
         of_a_rank = MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS if self.spans_domains else MAX_LOCAL_EXPERTS
         most = min(MAX_EXPERTS, of_a_rank * self.num_ranks)
         check_experts(num_experts, self.num_ranks, most)
+
+    def _by_expert(self, num_experts: int, most_rows: int) -> None:
+        """Experts of a dispatch by expert, and the rows that a rank may get."""
+        if num_experts > MAX_EXPERTS_BY_EXPERT:
+            raise ValueError(
+                f"num_experts is {num_experts}, but rows by expert are for at most "
+                f"{MAX_EXPERTS_BY_EXPERT}; dispatch rows in the order of the sources"
+            )
+        if most_rows > INT32_MAX:
+            raise ValueError(
+                f"a rank may need {most_rows} rows, but the kernels count to {INT32_MAX}; dispatch "
+                "fewer tokens, or with a smaller expert_alignment"
+            )
 
     def _sms(
         self,

@@ -37,12 +37,12 @@ DISPATCH_OF_EXPERTS = dict.fromkeys(
     (
         *("local_position", "block_base", "row_base", "ends", "expert_counts", "row_of", "source"),
         *("recv_scale_row_stride", "recv_scale_stride", "num_expert_rows", "zero_padding"),
-        "global_scale",
+        *("row_of_stride", "global_scale"),
     ),
     0,
 )
 """Parameters that only a dispatch by expert uses."""
-COMBINE_OF_EXPERTS = dict.fromkeys(("row_of", "row_weights", "num_expert_rows"), 0)
+COMBINE_OF_EXPERTS = dict.fromkeys(("row_of", "row_of_stride", "row_weights", "num_expert_rows"), 0)
 """Parameters that only a combine of rows by expert uses."""
 
 
@@ -188,13 +188,14 @@ class CombineConfig(
     @classmethod
     def choose_by_expert(cls, shape: ExpertCombineShape, *, num_ranks: int) -> CombineConfig:
         """The kernel for rows by expert: sums are made in registers, so there is one variant."""
-        hidden_bytes, num_topk, is_f16, is_weighted, has_weights = shape
+        hidden_bytes, num_topk, is_f16, is_weighted, has_weights, choice_bits = shape
         return cls(
             *(num_ranks, hidden_bytes, num_topk, is_f16),
             tma=False,
             num_warps=16,
             num_push_warps=8,
             rows_per_warp=2,
+            choice_bits=choice_bits,
             by_expert=True,
             is_weighted=is_weighted,
             has_weights=has_weights,
@@ -282,9 +283,9 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
             )
             yield config_of(shape, num_ranks, arch, variant=variants.names("dispatch", arch)[0])
         if num_scales == 0:
-            for is_weighted in (False, True):
+            for is_weighted, bits in ((False, 0), (True, 0), (False, 64)):
                 sums = ExpertCombineShape(
-                    *(hidden_bytes, num_topk, num_ranks == 2, is_weighted), not is_weighted
+                    *(hidden_bytes, num_topk, num_ranks == 2, is_weighted), not is_weighted, bits
                 )
                 yield config_of(sums, num_ranks, arch)
 

@@ -70,6 +70,7 @@ class ExpertCombineShape(NamedTuple):
         is_f16: float16 rows, else bfloat16.
         is_weighted: Whether rows are multiplied with weights.
         has_weights: Whether weights go back.
+        choice_bits: As of `CombineShape`.
     """
 
     hidden_bytes: int
@@ -77,6 +78,7 @@ class ExpertCombineShape(NamedTuple):
     is_f16: bool
     is_weighted: bool
     has_weights: bool
+    choice_bits: int = 0
 
 
 AnyShape: TypeAlias = DispatchShape | CombineShape | ExpertDispatchShape | ExpertCombineShape

@@ -320,7 +320,7 @@ class CpuNormal:
         """Brings rows by expert back and sums them."""
         del scope
         self._chosen.check(expert_combine_shape(call), call.num_sms)
-        rows, row_weights, topk_weights, bias_0, bias_1, handle, _ = call
+        rows, row_weights, topk_weights, bias_0, bias_1, handle, _, order = call
         facts = {
             **_payload_facts(rows, None),
             "row_weights": "some" if row_weights is not None else "none",
@@ -336,6 +336,7 @@ class CpuNormal:
             row_weights=None if row_weights is None else [tensors[1] for tensors in worlds],
             topk_weights=None if topk_weights is None else [tensors[2] for tensors in worlds],
             bias=(bias_0, bias_1),
+            order=order,
         )
 
     def _exchange_along(

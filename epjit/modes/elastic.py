@@ -1,14 +1,13 @@
 """DeepEP 2's dispatch and combine: the calls of a normal mode, and what is said about their rows.
 
-A dispatch is a layout and a dispatch of the mode; by expert a copy follows, and before a combine by
-expert the rows of a token are summed on their rank. Whatever else a handle says (where tokens came
-from, where they lie, how many) one kernel works out behind the rows.
+Whatever a handle says (where tokens came from, where they lie, how many) one kernel works out
+behind the rows.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,24 +19,36 @@ from epjit.calls import (
     Dispatch,
     ElasticCombine,
     ElasticDispatch,
+    ExpertCombine,
+    ExpertDispatch,
     Layout,
     Order,
     Routing,
     Sums,
 )
-from epjit.handles import Dispatched, ElasticDispatched, EPHandle, Handle
+from epjit.handles import (
+    Dispatched,
+    ElasticDispatched,
+    EPHandle,
+    ExpertHandle,
+    Handle,
+    Placement,
+    row_bound,
+)
 from epjit.kernels.elastic import DescribeConfig
 from epjit.modes import expert_major
 from epjit.modes.normal import pointer
 from epjit.reference import elastic as reference
+from epjit.reference.expert_major import source_of
 from epjit.runtime.device import num_sms
-from epjit.runtime.empty import Empty, TensorSpec, matrix, vector
-from epjit.sizes import align
+from epjit.runtime.empty import Empty, by_columns, matrix, vector
 
 if TYPE_CHECKING:
     from epjit.modes.make import AnyNormal
     from epjit.scope import AnyScope, Record
 
+_Sent: TypeAlias = "tuple[Dispatched, Placement | None, Record]"
+"""Results of the mode, the placement of rows by expert, and tensors that were used."""
 _CARRIER_BYTES = 16  # the least that a row has, of a dispatch that is made for its handle alone
 
 
@@ -49,6 +60,7 @@ class Elastic:
         mode: The normal mode that they are made of.
         rank: This rank.
         num_ranks: `R`.
+        spans_domains: Whether they are in several NVLink domains.
         empty: Makes tensors on the device.
         multiple_reduction: Whether a rank sums its rows of a token before they travel.
     """
@@ -56,44 +68,134 @@ class Elastic:
     mode: AnyNormal
     rank: int
     num_ranks: int
+    spans_domains: bool
     empty: Empty
     multiple_reduction: bool
 
     # ---- dispatch --------------------------------------------------------------------------------
 
     def dispatch(self, scope: AnyScope, call: ElasticDispatch) -> tuple[ElasticDispatched, Record]:
-        """Sends rows along new choices, or along those of a handle.
+        """Sends rows along new choices, or along those of a handle: to where its metadata says.
 
         Returns:
             The results, and what was used for them.
         """
-        if call.handle is not None:
-            return self._cached_dispatch(scope, call, call.handle)
-        num_topk = call.topk_idx.shape[1]
-        num_local = call.num_experts // self.num_ranks
-        counts = self.mode.layout(scope, Layout(call.topk_idx, call.num_experts))
-        num_worst_tokens = 0 if call.waits else self.num_ranks * call.max_tokens
-        sent = self._dispatch(
-            scope, call, Routing(*counts), call.topk_idx, call.topk_weights, num_worst_tokens
+        in_one_pass = call.do_expand and not self.spans_domains
+        received, placed, used = (self._by_expert if in_one_pass else self._by_source)(scope, call)
+        handle = call.handle
+        if handle is not None:
+            used = *used, *_read(handle)
+        else:
+            handle, described = self._handle(scope, call, received, placed)
+            used = *used, described
+        rows, scales, idx, weights, *_ = received
+        if scales is not None and call.column_major_scales and not in_one_pass:
+            with scope.allocating():
+                (by_column,) = self.empty((by_columns(scales.dtype, *scales.shape),))
+            scope.start()
+            with scope.running():
+                scales = by_column.copy_(scales)
+        if call.topk_weights is None:
+            weights = None
+        return ElasticDispatched(rows, scales, idx, weights, handle), used
+
+    def _worst(self, call: ElasticDispatch) -> tuple[int, int]:
+        """Tokens, and rows by expert, that there must be room for; 0 = as many as there are."""
+        if call.waits or call.handle is not None:
+            return 0, 0
+        tokens, local = self.num_ranks * call.max_tokens, call.num_experts // self.num_ranks
+        choices = min(call.topk_idx.shape[1], local)
+        return tokens, row_bound(tokens, choices, local, call.expert_alignment)
+
+    def _by_expert(self, scope: AnyScope, call: ElasticDispatch) -> _Sent:
+        """A row a choice, in one kernel."""
+        handle = None if call.handle is None else _expert_handle(call.handle)
+        sent = ExpertDispatch(
+            call.x,
+            call.scales,
+            call.topk_idx if handle is None else None,
+            call.topk_weights,
+            handle,
+            call.num_experts,
+            call.expert_alignment,
+            *self._worst(call),
+            zero_padding=call.zero_padding,
+            column_major_scales=call.column_major_scales,
+            row_format=None,
+            global_scale=None,
+            num_sms=call.num_sms,
         )
-        received = whole = self.mode.dispatch(scope, sent)
-        routing, idx = received.handle, received.recv_topk_idx
-        per_expert = received.num_recv_tokens_per_expert_list
+        whole, used = self.mode.expert_dispatch(scope, sent)
+        rows, scales, weights, (routing, placed), per_expert = whole
+        received = Dispatched(rows, scales, None, weights, per_expert, routing)
+        return received, placed, (sent, whole, used)
+
+    def _by_source(self, scope: AnyScope, call: ElasticDispatch) -> _Sent:
+        """A row a rank; by expert: a second pass behind it."""
+        routing: Routing | Handle | None = None if call.handle is None else call.handle.routing
+        if routing is None:
+            counts = self.mode.layout(scope, Layout(call.topk_idx, call.num_experts))
+            routing = Routing(*counts)
+        weights = call.topk_weights
+        if weights is None:  # choices and weights travel together: any do
+            with scope.allocating():
+                (weights,) = self.empty((matrix(torch.float32, *call.topk_idx.shape),))
+        sent = Dispatch(
+            *(call.x, call.scales, call.topk_idx, weights, routing),
+            *(call.expert_alignment, self._worst(call)[0], call.num_sms),
+        )
+        received = self.mode.dispatch(scope, sent)
+        if not call.do_expand:
+            return received, None, (sent, received)
+        with scope.running():
+            by_expert, placed = self._second_pass(call, received)
+        scope.hand_over((by_expert[:4], placed))
+        return by_expert, placed, (sent, received)
+
+    def _second_pass(
+        self, call: ElasticDispatch, received: Dispatched
+    ) -> tuple[Dispatched, Placement]:
+        """Rows in the order of the experts; no kernel between domains has that."""
+        rows, scales, idx, weights, per_expert, routing = received
+        num_topk, handle = call.topk_idx.shape[1], call.handle
+        if handle is None:
+            assert idx is not None
+            placed = expert_major.place(
+                idx,
+                call.num_experts // self.num_ranks,
+                alignment=call.expert_alignment,
+                num_rows=sum(per_expert or ()) or self._worst(call)[1],
+            )
+        else:
+            placed = _expert_handle(handle).placement
+            source = source_of(placed.row_of, handle.num_expanded_tokens)
+            placed = placed._replace(source=source)
+        source = placed.source
+        rows = expert_major.permute(rows, source, placed.ends, num_topk=num_topk)
+        if scales is not None:
+            scales = _take(scales, source.div(num_topk, rounding_mode="floor"))
+        if weights is not None:
+            weights = _take(weights.view(-1), source)
+        return Dispatched(rows, scales, None, weights, per_expert, routing), placed
+
+    def _handle(
+        self,
+        scope: AnyScope,
+        call: ElasticDispatch,
+        received: Dispatched,
+        placed: Placement | None,
+    ) -> tuple[EPHandle, Describe]:
+        """The handle of a dispatch, filled by a kernel."""
+        routing, per_expert = received.handle, received.num_recv_tokens_per_expert_list
         assert routing is not None
-        assert idx is not None
         assert per_expert is not None
-        num_rows, num_expanded = idx.shape[0], 0
-        if call.do_expand:
-            num_expanded = sum(per_expert)
-            if not call.waits:
-                sizes = (self.num_ranks, call.max_tokens, num_topk, num_local)
-                num_expanded = reference.row_bound(*sizes, call.expert_alignment)
+        num_topk, num_local = call.topk_idx.shape[1], call.num_experts // self.num_ranks
         with scope.allocating():
             rank_ends, expert_ends, metadata, slots, choices = self.empty(
                 (
                     vector(torch.int32, self.num_ranks),
                     vector(torch.int32, num_local),
-                    matrix(torch.int32, num_rows, num_topk + 2),
+                    matrix(torch.int32, routing.num_rows, num_topk + 2),
                     matrix(torch.int32, *call.topk_idx.shape),
                     matrix(call.topk_idx.dtype, *call.topk_idx.shape)
                     if call.copies_choices
@@ -101,20 +203,13 @@ class Elastic:
                 )
             )
         scope.start()
-        columns = None
-        if call.do_expand:
-            with scope.running():
-                columns, source, ends, _ = expert_major.place(
-                    idx, num_local, alignment=call.expert_alignment, num_rows=num_expanded
-                )
-                received = _by_expert(received, source, ends, num_topk)
         described = Describe(
             call.topk_idx,
             routing.send_head,
             routing.source_ends(self.rank),
             routing.recv_tokens,
-            None if call.do_expand else idx,
-            columns,
+            received.recv_topk_idx,
+            None if placed is None else placed.row_of,
             routing.recv_expert_counts,
             rank_ends,
             expert_ends,
@@ -137,72 +232,12 @@ class Elastic:
             num_recv_tokens_per_expert_list=per_expert,
             recv_src_metadata=metadata,
             dst_buffer_slot_idx=slots,
-            num_recv_tokens=num_rows,
-            num_expanded_tokens=num_expanded,
+            num_recv_tokens=routing.num_rows,
+            num_expanded_tokens=0 if placed is None else received.recv_x.shape[0],
             routing=routing,
+            placement=None if placed is None else placed._replace(row_of=metadata[:, 2:]),
         )
-        return self._results(scope, call, received, handle), (sent, described, whole)
-
-    def _dispatch(
-        self,
-        scope: AnyScope,
-        call: ElasticDispatch,
-        routing: Routing | Handle,
-        topk_idx: Tensor | None,
-        topk_weights: Tensor | None,
-        num_worst_tokens: int,
-    ) -> Dispatch:
-        """The mode's call. Choices and weights travel together: where there are none, any do."""
-        if topk_idx is not None and topk_weights is None:
-            with scope.allocating():
-                (topk_weights,) = self.empty((matrix(torch.float32, *topk_idx.shape),))
-        return Dispatch(
-            call.x,
-            call.scales,
-            topk_idx,
-            topk_weights,
-            routing,
-            call.expert_alignment,
-            num_worst_tokens,
-            call.num_sms,
-        )
-
-    def _cached_dispatch(
-        self, scope: AnyScope, call: ElasticDispatch, handle: EPHandle
-    ) -> tuple[ElasticDispatched, Record]:
-        """Rows come to lie where the metadata of the handle says."""
-        assert handle.routing is not None
-        needs_choices = not call.do_expand or call.topk_weights is not None
-        choices = handle.topk_idx if needs_choices else None
-        sent = self._dispatch(scope, call, handle.routing, choices, call.topk_weights, 0)
-        received = whole = self.mode.dispatch(scope, sent)
-        if call.do_expand:
-            num_topk = handle.topk_idx.shape[1]
-            with scope.running():
-                columns = handle.recv_src_metadata[:, 2:]
-                source = _source_of(columns, handle.num_expanded_tokens)
-                num_rows = handle.psum_num_recv_tokens_per_expert[-1:] + (call.expert_alignment - 1)
-                ends = num_rows - num_rows % call.expert_alignment
-                received = _by_expert(received, source, ends, num_topk)
-        return self._results(scope, call, received, handle), (sent, whole, *_read(handle))
-
-    def _results(
-        self, scope: AnyScope, call: ElasticDispatch, received: Dispatched, handle: EPHandle
-    ) -> ElasticDispatched:
-        """Results for the caller, with scales in the layout that is asked for."""
-        rows, scales, idx, weights, *_ = received
-        if scales is not None and call.column_major_scales:
-            with scope.allocating():
-                (by_column,) = self.empty((_column_major(scales),))
-            scope.start()
-            with scope.running():
-                scales = by_column.copy_(scales)
-        if call.do_expand:
-            idx = None
-            scope.hand_over((rows, scales, weights))  # `_by_expert` made them
-        if call.topk_weights is None:
-            weights = None
-        return ElasticDispatched(rows, scales, idx, weights, handle)
+        return handle, described
 
     def _describe(self, scope: AnyScope, what: Describe, call: ElasticDispatch) -> None:
         """Fills the tensors of a handle."""
@@ -236,28 +271,35 @@ class Elastic:
         assert handle.routing is not None
         if handle.do_expand and not self.multiple_reduction:
             return self._combine_each_row(scope, call, handle)
+        biases, order = (call.bias_0, call.bias_1), Order(handle.topk_idx, handle.num_experts)
+        if handle.do_expand:
+            own = _expert_handle(handle)
+            returned = ExpertCombine(x, None, weights, *biases, own, call.num_sms, order)
+            sums, used = self._expert_combine(scope, returned)
+            return sums, (used, *_read(handle))
         columns = handle.recv_src_metadata[:, 2:]
-        scope.start()
-        with scope.running():
-            if handle.do_expand:
-                columns = columns.contiguous()
-                x = expert_major.unpermute(x, columns)
-                if weights is not None:
-                    weights = _take(weights, columns)
-            elif weights is not None:
+        if weights is not None:
+            scope.start()
+            with scope.running():
                 rows = min(weights.shape[0], columns.shape[0])
                 weights = weights[:rows].masked_fill(columns[:rows] < 0, 0.0)
         routing = handle.routing.cut(min(x.shape[0], handle.routing.num_rows))
-        returned = Combine(
-            x[: routing.num_rows],
-            weights,
-            call.bias_0,
-            call.bias_1,
-            routing,
-            call.num_sms,
-            Order(handle.topk_idx, handle.num_experts),
-        )
-        return self.mode.combine(scope, returned), (returned, *_read(handle))
+        sent = Combine(x[: routing.num_rows], weights, *biases, routing, call.num_sms, order)
+        return self.mode.combine(scope, sent), (sent, *_read(handle))
+
+    def _expert_combine(self, scope: AnyScope, call: ExpertCombine) -> tuple[Sums, Record]:
+        """Of the mode; between NVLink domains in two passes: first each rank sums its rows."""
+        if not self.spans_domains:
+            return self.mode.expert_combine(scope, call), call
+        routing, placed = call.handle
+        scope.start()
+        with scope.running():
+            row_of = placed.row_of.contiguous()
+            x, weights = expert_major.unpermute(call.rows, row_of), call.topk_weights
+            if weights is not None:
+                weights = _take(weights, row_of)
+        sent = Combine(x, weights, call.bias_0, call.bias_1, routing, call.num_sms)
+        return self.mode.combine(scope, sent), (call, sent)
 
     def _combine_each_row(
         self, scope: AnyScope, call: ElasticCombine, handle: EPHandle
@@ -271,36 +313,32 @@ class Elastic:
             (carrier,) = self.empty((matrix(torch.uint8, choices.shape[0], _CARRIER_BYTES),))
         sent = Dispatch(carrier, None, None, None, Routing(*counts), 1, room, call.num_sms)
         received = self.mode.dispatch(scope, sent)
-        routing = received.handle
+        routing, placed = received.handle, handle.placement
         assert routing is not None
+        assert placed is not None
         with scope.running():
             # Rows of the metadata are by source rank and token, and columns by k: so are these.
             columns = handle.recv_src_metadata[:, 2:].reshape(-1)
             is_here = columns >= 0
             place = torch.where(is_here, is_here.cumsum(dim=0) - 1, room)
-            row_of = columns.new_zeros(room + 1).scatter_(0, place, columns)[:room]
-            x = call.x if call.x.shape[0] else call.x.new_zeros((1, call.x.shape[1]))
-            x = x.index_select(0, row_of)
-            weights = call.topk_weights
-            if weights is not None:
-                weights = weights if weights.shape[0] else weights.new_zeros(1)
-                weights = weights.index_select(0, row_of)[:, None]
-        returned = Combine(x, weights, None, None, routing, call.num_sms)
-        rows, row_weights = self.mode.combine(scope, returned)
+            row_of = columns.new_full((room + 1,), -1).scatter_(0, place, columns)[:room, None]
+        own = ExpertHandle(routing, placed._replace(row_of=row_of))
+        returned = ExpertCombine(call.x, None, call.topk_weights, None, None, own, call.num_sms)
+        (rows, weights), used = self._expert_combine(scope, returned)
         with scope.allocating():
-            (combined,) = self.empty((matrix(x.dtype, num_tokens, x.shape[1]),))
+            (combined,) = self.empty((matrix(rows.dtype, num_tokens, rows.shape[1]),))
         scope.start()
         with scope.running():
-            total = torch.zeros(combined.shape, dtype=torch.float32, device=x.device)
+            total = torch.zeros(combined.shape, dtype=torch.float32, device=rows.device)
             for addend in (
                 *(each for each in (call.bias_0, call.bias_1) if each is not None),
-                *rows.view(num_tokens, num_topk, x.shape[1]).unbind(dim=1),
+                *rows.view(num_tokens, num_topk, rows.shape[1]).unbind(dim=1),
             ):
                 total += addend
             combined.copy_(total)
-        if row_weights is not None:
-            row_weights = row_weights.view(num_tokens, num_topk)
-        return (combined, row_weights), (sent, received, returned, rows, *_read(handle))
+        if weights is not None:
+            weights = weights.view(num_tokens, num_topk)
+        return (combined, weights), (sent, received, used, rows, *_read(handle))
 
     # ---- barrier ---------------------------------------------------------------------------------
 
@@ -320,23 +358,13 @@ def _read(handle: EPHandle) -> Record:
     return handle.recv_src_metadata, handle.psum_num_recv_tokens_per_expert, handle.topk_idx
 
 
-def _source_of(columns: Tensor, num_rows: int) -> Tensor:
-    """The choice (``row * K + k``) of each row by expert, -1 for padding: `Placement.source`."""
-    flat = columns.reshape(-1).to(torch.int64)
-    choice = torch.arange(flat.shape[0], dtype=torch.int32, device=columns.device)
-    source = torch.full((num_rows + 1,), -1, dtype=torch.int32, device=columns.device)
-    return source.scatter_(0, torch.where(flat >= 0, flat, num_rows), choice)[:num_rows]
-
-
-def _by_expert(received: Dispatched, source: Tensor, ends: Tensor, num_topk: int) -> Dispatched:
-    """Rows, scales and weights (one a row) by expert, with zeros for padding."""
-    rows, scales, idx, weights, *_ = received
-    by_expert = expert_major.permute(rows, source, ends, num_topk=num_topk)
-    if scales is not None:
-        scales = _take(scales, source.div(num_topk, rounding_mode="floor"))
-    if weights is not None:
-        weights = _take(weights.view(-1), source)
-    return Dispatched(by_expert, scales, idx, weights)
+def _expert_handle(handle: EPHandle) -> ExpertHandle:
+    """The same for the mode's calls on rows by expert."""
+    assert handle.routing is not None
+    assert handle.placement is not None
+    columns = handle.recv_src_metadata[:, 2:]
+    routing = handle.routing.cut(columns.shape[0])
+    return ExpertHandle(routing, handle.placement._replace(row_of=columns))
 
 
 def _take(values: Tensor, index: Tensor) -> Tensor:
@@ -346,9 +374,3 @@ def _take(values: Tensor, index: Tensor) -> Tensor:
     taken = values.index_select(0, index.reshape(-1).clamp(min=0))
     is_none = (index < 0).view(-1, *(1 for _ in values.shape[1:]))
     return taken.masked_fill_(is_none, 0).view(*index.shape, *values.shape[1:])
-
-
-def _column_major(scales: Tensor) -> TensorSpec:
-    """Of scales whose columns lie one after the other, each padded to 16 bytes, as TMA reads."""
-    num_rows, num_columns = scales.shape
-    return (num_rows, num_columns), (1, align(num_rows, 4)), scales.dtype

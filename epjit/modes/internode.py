@@ -336,10 +336,11 @@ class Internode(Normal[DispatchShape | CombineShape]):
         x, topk_weights, bias_0, bias_1, *_ = call
         handle: InternodeHandle = call.handle
         num_tokens, num_sms = handle.num_tokens, call.num_sms
-        launch = self.launch(combine_shape(call)._replace(choice_bits=0))
+        shape = combine_shape(call)._replace(choice_bits=0)
+        launch = self.launch(shape)
         config: InternodeCombineConfig = launch.kernel.config
         check_warps(config, num_sms)
-        combined_x, combined_weights = self._sums(scope, call, num_tokens)
+        combined_x, combined_weights = self._sums(scope, call.x, num_tokens, shape.num_topk)
         scope.start()
         reduce_warps = config.reduce_warps * num_sms
         launch.set(

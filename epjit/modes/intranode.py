@@ -51,7 +51,7 @@ from epjit.modes.normal import (
     expert_dispatch_shape,
     pointer,
 )
-from epjit.runtime.empty import TensorSpec, matrix, vector
+from epjit.runtime.empty import TensorSpec, by_columns, matrix, vector
 from epjit.runtime.kernel import Kernel, KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.pool import BlockPool, NoRoomError
@@ -140,7 +140,7 @@ class Intranode(Normal[AnyShape]):
         return config_of(shape, self._group.size, self._arch, gpu=gpu)
 
     def _bind(self, config: Any) -> Launch[Any]:
-        own: dict[str, Any] = COMBINE_OF_EXPERTS
+        own: dict[str, Any] = {} if config.by_expert else COMBINE_OF_EXPERTS
         if isinstance(config, DispatchConfig):
             # Places count from the start of the memory, so that 0 is none.
             own = DISPATCH_OF_EXPERTS | {
@@ -317,33 +317,46 @@ class Intranode(Normal[AnyShape]):
 
     def combine(self, scope: AnyScope, call: Combine) -> Sums:
         """Pushes rows back to the ranks of their tokens and sums them there."""
-        x, topk_weights, bias_0, bias_1, handle, num_sms, order = call
-        choices, num_experts = order or (None, 0)
-        num_tokens = handle.num_tokens
-        launch = self.launch(combine_shape(call))
-        config: CombineConfig = launch.kernel.config
+        shape = combine_shape(call)
+        launch = self.launch(shape)
+        sums = self._sums(scope, call.x, call.handle.num_tokens, shape.num_topk)
+        self._sum(scope, launch, call, call.x, call.handle, sums)
+        return sums
+
+    def _sum(
+        self,
+        scope: AnyScope,
+        launch: Launch[CombineConfig],
+        call: Combine | ExpertCombine,
+        x: torch.Tensor,
+        handle: IntranodeHandle,
+        sums: Sums,
+        **own: int,
+    ) -> None:
+        """Queues the kernel of a combine; `own` are parameters of rows by expert alone."""
+        config, num_sms, num_tokens = launch.kernel.config, call.num_sms, handle.num_tokens
         check_warps(config, num_sms)
-        combined_x, combined_weights = self._sums(scope, call, num_tokens)
+        choices, num_experts = call.order or (None, 0)
         scope.start()
         launch.set(
             x=x.data_ptr(),
-            topk_weights=pointer(topk_weights),
-            bias_0=pointer(bias_0),
-            bias_1=pointer(bias_1),
-            combined_x=combined_x.data_ptr(),
-            combined_topk_weights=pointer(combined_weights),
+            topk_weights=pointer(call.topk_weights),
+            bias_0=pointer(call.bias_0),
+            bias_1=pointer(call.bias_1),
+            combined_x=sums[0].data_ptr(),
+            combined_topk_weights=pointer(sums[1]),
             recv_src_idx=handle.recv_src_idx.data_ptr(),
             send_head=handle.send_head.data_ptr(),
             rank_prefix=handle.rank_prefix_matrix.data_ptr(),
-            num_rows=x.shape[0],
+            num_rows=handle.num_rows,
             num_tokens=num_tokens,
             num_parts=num_parts(config, num_sms, num_tokens),
             topk_idx=0 if choices is None else choices.data_ptr(),
             num_choices=0 if choices is None else choices.shape[1],
             experts_per_rank=num_experts // self._group.size,
+            **own,
         )
         launch.start(scope.stream, num_sms)
-        return combined_x, combined_weights
 
     # ---- rows by expert --------------------------------------------------------------------------
 
@@ -406,7 +419,7 @@ class Intranode(Normal[AnyShape]):
                 num_recv_rows=call.num_worst_tokens,
                 expert_alignment=call.expert_alignment,
             )
-            num_tokens = call.num_worst_tokens
+            num_tokens, aligned = call.num_worst_tokens, []
             if waits:
                 num_tokens, *aligned = self._wait_for_counts(1 + local)
                 num_rows = sum(aligned)
@@ -418,7 +431,7 @@ class Intranode(Normal[AnyShape]):
                 rows, scales, weights = self._rows_by_expert(num_rows, call)
             routing = routing._replace(recv_src_idx=src_idx, is_token_in_rank=in_rank)
             handle = ExpertHandle(routing, Placement(row_of, source, ends, counts))
-            received = ExpertDispatched(rows, scales, weights, handle)
+            received = ExpertDispatched(rows, scales, weights, handle, aligned)
             shared |= {
                 "local_position": local_position.data_ptr(),
                 "recv_src_idx": src_idx.data_ptr(),
@@ -461,20 +474,14 @@ class Intranode(Normal[AnyShape]):
             columns = call.row_format.num_columns(columns)
         elif scales is not None:
             scale_dtype, num_scales = scales.dtype, scales.shape[1]
-        of_scales = None
-        if scale_dtype is not None:
-            of_scales = matrix(scale_dtype, num_rows, num_scales)
-            if call.column_major_scales:  # a column is padded to 16 bytes
-                of_scales = matrix(scale_dtype, num_scales, align(num_rows, 4))
+        of_scales = by_columns if call.column_major_scales else matrix
         rows, row_scales, weights = self._empty(
             (
                 matrix(dtype, num_rows, columns),
-                of_scales,
+                None if scale_dtype is None else of_scales(scale_dtype, num_rows, num_scales),
                 None if topk_weights is None else vector(torch.float32, num_rows),
             )
         )
-        if call.column_major_scales:
-            row_scales = row_scales[:, :num_rows].t()
         return rows, row_scales, weights
 
     def _store_by_expert(
@@ -486,7 +493,7 @@ class Intranode(Normal[AnyShape]):
         values: dict[str, int],
     ) -> None:
         """Queues the kernel; `values` has the parameters for its routing."""
-        rows, scales, weights, (routing, placed) = received
+        rows, scales, weights, (routing, placed), _ = received
         strides = (0, 0)  # in words
         if scales is not None and scales.element_size() == 1:
             strides = (scales.shape[1] // 4, 1)
@@ -501,6 +508,7 @@ class Intranode(Normal[AnyShape]):
             "global_scale": pointer(call.global_scale),
             "has_room": False,
             "row_of": placed.row_of.data_ptr(),
+            "row_of_stride": placed.row_of.stride(0),
             "num_recv_rows": routing.num_rows,
             "num_expert_rows": rows.shape[0],
             "num_stage_warps": launch.kernel.config.stage_warps(call.num_sms),
@@ -509,39 +517,19 @@ class Intranode(Normal[AnyShape]):
 
     def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> Sums:
         """Sums a token's rows while they are read, and pushes the sums."""
-        rows, row_weights, topk_weights, bias_0, bias_1, (routing, placed), num_sms = call
-        launch = self.launch(expert_combine_shape(call))
-        config: CombineConfig = launch.kernel.config
-        check_warps(config, num_sms)
-        num_tokens, num_topk = routing.num_tokens, placed.row_of.shape[1]
-        with scope.allocating():
-            combined, weights = self._empty(
-                (
-                    matrix(rows.dtype, num_tokens, rows.shape[1]),
-                    None if topk_weights is None else matrix(torch.float32, num_tokens, num_topk),
-                )
-            )
-        scope.start()
-        values = {
-            "x": rows.data_ptr(),
-            "topk_weights": pointer(topk_weights),
-            "row_weights": pointer(row_weights),
-            "bias_0": pointer(bias_0),
-            "bias_1": pointer(bias_1),
-            "recv_src_idx": routing.recv_src_idx.data_ptr(),
-            "send_head": routing.send_head.data_ptr(),
-            "rank_prefix": routing.rank_prefix_matrix.data_ptr(),
-            "row_of": placed.row_of.data_ptr(),
-            **dict.fromkeys(("topk_idx", "num_choices", "experts_per_rank"), 0),
-            "combined_x": combined.data_ptr(),
-            "combined_topk_weights": pointer(weights),
-            "num_rows": routing.num_rows,
-            "num_expert_rows": rows.shape[0],
-            "num_tokens": num_tokens,
-            "num_parts": num_parts(config, num_sms, num_tokens),
-        }
-        launch.start(scope.stream, num_sms, values)
-        return combined, weights
+        rows, (routing, placed) = call.rows, call.handle
+        shape = expert_combine_shape(call)
+        launch = self.launch(shape)
+        num_topk = shape.num_topk if shape.has_weights else 0
+        sums = self._sums(scope, rows, routing.num_tokens, num_topk)
+        self._sum(
+            *(scope, launch, call, rows, routing, sums),
+            row_of=placed.row_of.data_ptr(),
+            row_of_stride=placed.row_of.stride(0),
+            row_weights=pointer(call.row_weights),
+            num_expert_rows=rows.shape[0],
+        )
+        return sums
 
     # ---- the end ---------------------------------------------------------------------------------
 

@@ -20,6 +20,7 @@ from epjit.calls import (
     Dispatch,
     ExpertCombine,
     ExpertDispatch,
+    Order,
     Setup,
     Sums,
 )
@@ -215,14 +216,11 @@ class Normal(Mode[Shape]):
             "num_recv_rows": recv_x.shape[0],
         }
 
-    def _sums(self, scope: AnyScope, call: Combine, num_tokens: int) -> Sums:
-        """Outputs of a combine."""
-        x, topk_weights = call.x, call.topk_weights
+    def _sums(self, scope: AnyScope, x: torch.Tensor, num_tokens: int, num_topk: int) -> Sums:
+        """Outputs of a combine of rows as x; without weights `num_topk` is 0."""
         specs = (
             matrix(x.dtype, num_tokens, x.shape[1]),
-            None
-            if topk_weights is None
-            else matrix(torch.float32, num_tokens, topk_weights.shape[1]),
+            matrix(torch.float32, num_tokens, num_topk) if num_topk else None,
         )
         with scope.allocating():
             combined_x, combined_weights = self._empty(specs)
@@ -440,10 +438,15 @@ def dispatch_shape(call: Dispatch) -> DispatchShape:
 
 def combine_shape(call: Combine) -> CombineShape:
     """The shape of a combine."""
-    x, weights, order = call.x, call.topk_weights, call.order
+    x, weights = call.x, call.topk_weights
     num_topk = 0 if weights is None else weights.shape[1]
-    choice_bits = 0 if order is None else 8 * order.topk_idx.element_size()
-    return CombineShape(row_bytes(x), num_topk, x.dtype == torch.float16, choice_bits)
+    bits = _choice_bits(call.order)
+    return CombineShape(row_bytes(x), num_topk, x.dtype == torch.float16, bits)
+
+
+def _choice_bits(order: Order | None) -> int:
+    """Width of the choices that order the ranks; 0 = none do."""
+    return 0 if order is None else 8 * order.topk_idx.element_size()
 
 
 def expert_dispatch_shape(call: ExpertDispatch) -> ExpertDispatchShape:
@@ -469,11 +472,12 @@ def expert_dispatch_shape(call: ExpertDispatch) -> ExpertDispatchShape:
 
 def expert_combine_shape(call: ExpertCombine) -> ExpertCombineShape:
     """The shape of a combine of rows by expert."""
-    rows, row_weights, topk_weights, _, _, handle, _ = call
+    rows, row_weights, topk_weights, _, _, handle, _, order = call
     return ExpertCombineShape(
         row_bytes(rows),
         handle.placement.row_of.shape[1],
         rows.dtype == torch.float16,
         row_weights is not None,
         topk_weights is not None,
+        _choice_bits(order),
     )

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from epjit.calls import Bias, Describe
-from epjit.handles import ElasticDispatched, EPHandle
+from epjit.handles import ElasticDispatched, EPHandle, row_bound
 from epjit.reference.intranode import experts_per_rank, start_sum
 from epjit.sizes import align
 
@@ -40,22 +40,6 @@ class RankInput(NamedTuple):
     scales: Tensor | None
     topk_idx: Tensor
     topk_weights: Tensor | None
-
-
-def row_bound(
-    num_ranks: int, max_tokens: int, num_topk: int, num_local: int, alignment: int
-) -> int:
-    """Rows by expert that are enough for whatever comes, when no token names an expert twice.
-
-    Args:
-        num_ranks: `R`.
-        max_tokens: `M`.
-        num_topk: `K`.
-        num_local: Experts of a rank.
-        alignment: Of each expert's rows.
-    """
-    choices = num_ranks * max_tokens * min(num_topk, num_local)
-    return align(choices + num_local * (alignment - 1), alignment)
 
 
 def dispatch(
@@ -95,7 +79,7 @@ def dispatch(
     if do_expand and do_cpu_sync:
         num_rows = starts[-1]
     elif do_expand:
-        num_rows = row_bound(num_ranks, max_tokens, num_topk, num_local, expert_alignment)
+        num_rows = row_bound(num_tokens, min(num_topk, num_local), num_local, expert_alignment)
 
     rows = [-1] * num_rows  # of the tokens
     weights = _zeros(num_rows) if do_expand else _zeros(num_rows, num_topk)

@@ -15,17 +15,16 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from epjit.calls import Bias, Sums
+from epjit.calls import Bias, Order, Sums
 from epjit.formats import RowFormat
 from epjit.handles import ExpertDispatched, ExpertHandle, Placement
 from epjit.reference import Normal
 from epjit.reference.intranode import RankInput, pad_rows
 from epjit.reference.low_latency import encode
-from epjit.sizes import align
+from epjit.runtime.empty import by_columns, empty_on
 
 _LANES = 32  # that share a dot product
 _LANE_BYTES = 16  # that each takes at a time
-_COLUMN_BYTES = 16  # that each column of column-major scales is padded to
 
 
 def place(topk_idx: Tensor, num_experts: int, *, alignment: int, num_rows: int) -> Placement:
@@ -59,6 +58,20 @@ def place(topk_idx: Tensor, num_experts: int, *, alignment: int, num_rows: int) 
         end.clamp(max=num_rows).to(torch.int32),
         count.to(torch.int32),
     )
+
+
+def source_of(row_of: Tensor, num_rows: int) -> Tensor:
+    """int32 `[M]`: the selection of each row, the inverse of `row_of`; -1 where there is none.
+
+    Args:
+        row_of: int32 `[n, K]`.
+        num_rows: `M`.
+    """
+    flat = row_of.reshape(-1).to(torch.int64)
+    selection = torch.arange(flat.shape[0], dtype=torch.int32, device=row_of.device)
+    source = torch.full((num_rows + 1,), -1, dtype=torch.int32, device=row_of.device)
+    is_row = (flat >= 0) & (flat < num_rows)
+    return source.scatter_(0, torch.where(is_row, flat, num_rows), selection)[:num_rows]
 
 
 def permute(x: Tensor, source: Tensor, num_topk: int) -> Tensor:
@@ -152,6 +165,7 @@ def dispatch(
         *_permuted(received.recv_x, received.recv_scales, placed, column_major_scales),
         _taken(received.recv_topk_weights, placed.source),
         ExpertHandle(received.handle, placed),
+        received.num_recv_tokens_per_expert_list,
     )
 
 
@@ -180,6 +194,7 @@ def cached_dispatch(
     """
     xs, scales, weights = zip(*inputs, strict=True)
     routings, placed = [each.routing for each in handles], handles[rank].placement
+    placed = placed._replace(source=source_of(placed.row_of, handles[rank].num_rows))
     given = None if scales[rank] is None else scales
     recv_x, recv_scales = oracle.cached_dispatch(xs, given, routings, rank)
     row_weights = None
@@ -199,6 +214,7 @@ def combine(
     row_weights: Sequence[Tensor] | None = None,
     topk_weights: Sequence[Tensor] | None = None,
     bias: Bias = None,
+    order: Order | None = None,
 ) -> Sums:
     """Sums, and weights that come back, for the tokens of `rank`.
 
@@ -213,6 +229,7 @@ def combine(
         row_weights: Each rank's float32 `[M]`, which the rows are multiplied with, or None.
         topk_weights: Each rank's float32 `[M]`, or None: what comes back as it is.
         bias: None, `[T, H]`, or a pair of them (either may be None), dtype of `rows`.
+        order: In which the sums of the ranks are added, as in a combine.
 
     Returns:
         `[T, H]`, and float32 `[T, K]` (the value of the row of each choice, 0 where it has none) or
@@ -224,7 +241,7 @@ def combine(
     back = None
     if topk_weights is not None:
         back = [_taken(each, of) for each, of in zip(topk_weights, row_of, strict=True)]
-    return oracle.combine(sums, [each.routing for each in handles], rank, back, bias)
+    return oracle.combine(sums, [each.routing for each in handles], rank, back, bias, order)
 
 
 def cast(given: RankInput, row_format: RowFormat, global_scale: Tensor | None = None) -> RankInput:
@@ -281,12 +298,9 @@ def dot(a: Tensor, b: Tensor) -> Tensor:
 
 def column_major(scales: Tensor) -> Tensor:
     """The same `[M, S]`, column by column, each padded to 16 bytes, as DeepGEMM reads it."""
-    num_rows, num_scales = scales.shape
-    words = _COLUMN_BYTES // scales.element_size()
-    memory = torch.zeros((num_scales, align(num_rows, words)), dtype=scales.dtype, device="cpu")
-    columns = memory[:, :num_rows].t()
-    columns.copy_(scales)
-    return columns
+    (columns,) = empty_on(scales.device)((by_columns(scales.dtype, *scales.shape),))
+    by_column: Tensor = columns.copy_(scales)
+    return by_column
 
 
 def _permuted(

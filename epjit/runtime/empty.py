@@ -7,6 +7,8 @@ from typing import Any, TypeAlias
 
 import torch
 
+from epjit.sizes import align
+
 TensorSpec: TypeAlias = tuple[tuple[int, ...], tuple[int, ...], torch.dtype]
 """Shape, strides and dtype of a new tensor; plain tuples, no torch.Size."""
 Empty: TypeAlias = Callable[[Iterable[TensorSpec | None]], list[Any]]
@@ -21,6 +23,11 @@ def vector(dtype: torch.dtype, length: int) -> TensorSpec:
 def matrix(dtype: torch.dtype, num_rows: int, num_columns: int) -> TensorSpec:
     """The spec of a contiguous matrix."""
     return (num_rows, num_columns), (num_columns or 1, 1), dtype
+
+
+def by_columns(dtype: torch.dtype, num_rows: int, num_columns: int) -> TensorSpec:
+    """The spec of scales whose columns lie one behind the other, each padded to 16 bytes."""
+    return (num_rows, num_columns), (1, align(num_rows, 16 // dtype.itemsize)), dtype
 
 
 # Private to torch, and a third of the time.

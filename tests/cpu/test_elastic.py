@@ -196,6 +196,23 @@ def test_rows_that_were_moved_are_found_by_the_metadata() -> None:
     with_buffer(body)
 
 
+def test_a_cached_dispatch_follows_the_metadata() -> None:
+    def body(buffer: ElasticBuffer) -> None:
+        x, rows, _, weights, handle, _ = step(buffer, do_expand=True)
+        places = handle.recv_src_metadata[:, 2:]
+        places.copy_(torch.where(places >= 0, len(rows) - 1 - places, -1))
+        options = {"topk_weights": torch.ones(10, 3), "handle": handle, "do_expand": True}
+        again, _, ones, _, _ = buffer.dispatch(x, **options)
+        assert torch.equal(again, rows.flip(0))
+        assert ones.shape == weights.shape
+        assert bool((ones == 1).all())
+        handle.recv_src_metadata = handle.recv_src_metadata.t().contiguous().t()
+        with pytest.raises(ValueError, match=r"recv_src_metadata.*contiguous"):
+            buffer.combine(rows, handle)
+
+    with_buffer(body)
+
+
 @pytest.mark.parametrize("expand", [False, True])
 def test_a_handle_may_be_cut_copied_and_wrapped(expand: bool) -> None:
     """As DeepEP's test cuts the metadata, and Automodel saves and restores all tensors."""
@@ -338,18 +355,22 @@ def test_the_allocator_hears_of_all_tensors(
     """Of what the mode has made, also where a copy of it is returned, and of the handle."""
     made: list[torch.Tensor] = []
     told: set[int] = set()
-    dispatch, finish = CpuNormal.dispatch, CpuScope.finish
+    finish = CpuScope.finish
 
-    def noting(self: CpuNormal, *args: Any) -> Any:
-        result = dispatch(self, *args)
-        made.extend(each for each in _tensors(result))
-        return result
+    def noting(dispatch: Callable[..., Any]) -> Callable[..., Any]:
+        def noted(*args: Any) -> Any:
+            result = dispatch(*args)
+            made.extend(each for each in _tensors(result))
+            return result
+
+        return noted
 
     def telling(self: CpuScope, inputs: Any = (), outputs: Any = ()) -> Any:
         told.update(id(each) for each in _tensors((inputs, outputs)))
         return finish(self, inputs, outputs)
 
-    monkeypatch.setattr(CpuNormal, "dispatch", noting)
+    for name in ("dispatch", "expert_dispatch"):
+        monkeypatch.setattr(CpuNormal, name, noting(getattr(CpuNormal, name)))
     monkeypatch.setattr(CpuScope, "finish", telling)
     buffer = ElasticBuffer(
         None, SIZE, comm=launch.Alone(), allow_multiple_reduction=multiple_reduction
@@ -463,6 +484,8 @@ REFUSED: list[tuple[type[Exception], str, dict[str, Any]]] = [
         {"cumulative_local_expert_recv_stats": torch.zeros(3, dtype=torch.int32)},
     ),
     (TypeError, "one byte an element", {"x": (X, torch.zeros(4, 1))}),
+    (ValueError, "experts is 4096, but rows by expert", {"num_experts": 4096, "do_expand": True}),
+    (ValueError, "may need", {"expert_alignment": 1 << 30, "do_expand": True}),
 ]
 
 

@@ -197,7 +197,7 @@ class Routing(intranode.Routing):
         wanted = self.by_expert[rank].handle.placement
         num_rows = wanted.source.shape[0]
         placed = Placement(
-            guarded(expected.num_rows, shape.num_topk, **ints),
+            guarded(expected.num_rows, 2 + shape.num_topk, **ints)[:, 2:],
             guarded(num_rows, **ints),
             guarded(EXPERTS_A_RANK, **ints),
             handle.recv_expert_counts,
@@ -246,6 +246,7 @@ class Routing(intranode.Routing):
             "ends": placed.ends,
             "expert_counts": placed.counts,
             "row_of": placed.row_of,
+            "row_of_stride": placed.row_of.stride(0),
             "num_recv_rows": self.by_expert[rank].handle.routing.num_rows,
             "num_expert_rows": placed.source.shape[0],
             "zero_padding": shape.zero_padding,
@@ -389,6 +390,7 @@ class Routing(intranode.Routing):
                 row_weights=factors if shape.is_weighted else None,
                 topk_weights=back if shape.has_weights else None,
                 bias=(first, second),
+                order=self.order(rank),
             )
             combined_x = guarded(*wanted_x.shape, dtype=wanted_x.dtype)
             combined_weights = guarded(shape.tokens[rank], shape.num_topk, dtype=torch.float32)
@@ -400,6 +402,7 @@ class Routing(intranode.Routing):
                 x=rows[rank],
                 topk_weights=back[rank],
                 row_of=self.placements[rank].row_of,
+                row_of_stride=self.placements[rank].row_of.stride(0),
                 row_weights=factors[rank],
                 num_expert_rows=len(rows[rank]),
                 bias_0=first,
@@ -472,6 +475,7 @@ def test_one_combine(num_ranks: int, is_weighted: bool) -> None:
         tokens=TOKENS[num_ranks],
         is_weighted=is_weighted,
         is_f16=is_weighted,
+        ordered=not is_weighted,
         has_weights=not is_weighted or num_ranks % 2 == 0,
     )
     for seed in range(2):
@@ -486,7 +490,7 @@ def test_random_operations() -> None:
     for seed in range(12):
         rng = random.Random(seed)
         num_ranks = rng.choice((1, 2, 3))
-        static = rng.random() < 0.5
+        static, ordered = rng.random() < 0.5, rng.random() < 0.5
         tokens = tuple(rng.choice((0, rng.randrange(1, 140))) for _ in range(num_ranks))
         shape = Shape(
             num_ranks=num_ranks,
@@ -503,7 +507,9 @@ def test_random_operations() -> None:
             hole=rng.choice((0.2, 1.0)),
             hot=rng.random() < 0.3,
             is_weighted=rng.random() < 0.5,
-            is_f16=rng.random() < 0.5,
+            is_f16=not ordered and rng.random() < 0.5,  # those rows are large
+            topk_is_int64=rng.random() < 0.5,
+            ordered=ordered,
         )
         world = World(shape, seed=seed)
         route = world.route()

@@ -40,22 +40,12 @@ def run_elastic(
 
 
 def load(case: Round) -> None:
-    """Loads the kernels that describe rows and order them by expert, for which nobody meets.
+    """Loads the kernel that describes rows, for which nobody meets.
 
     What is first loaded while another rank's kernel spins waits for that kernel.
     """
-    num_local, num_topk = case.num_experts // len(case.num_tokens), case.num_topk
-    config = DescribeConfig(num_topk, case.index_dtype == torch.int64)
+    config = DescribeConfig(case.num_topk, case.index_dtype == torch.int64)
     expert_major._launch(config, torch.cuda.current_device())
-    idx = torch.zeros((1, num_topk), dtype=case.index_dtype, device="cuda")
-    placed = expert_major.place(idx, num_local, alignment=1, num_rows=num_topk)
-    dtype = torch.bfloat16 if case.fp8 is None else torch.float8_e4m3fn
-    for width, kind in ((case.hidden, dtype), (case.hidden // 2, torch.float16)):
-        x = torch.zeros((1, width), dtype=torch.float32, device="cuda").to(kind)
-        expert_major.permute(x, placed.source, placed.ends, num_topk=num_topk)
-    rows = torch.zeros((1, case.hidden), dtype=torch.bfloat16, device="cuda")
-    expert_major.unpermute(rows, placed.row_of)
-    torch.cuda.synchronize()
 
 
 @pytest.mark.parametrize("multiple_reduction", [True, False])

@@ -305,6 +305,7 @@ def check_round(buffer: ElasticBuffer, case: Round) -> None:
         topk_weights=weights,
         handle=handle,
         do_expand=case.expand,
+        do_zero_padding=case.expand,
         use_tma_aligned_col_major_sf=case.column_major,
     )
     combined = call(

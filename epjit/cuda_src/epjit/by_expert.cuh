@@ -34,7 +34,7 @@ class ByExpert {
     const bool mine = local >= 0 && local < p.experts_per_rank;
     const int row =
         mine ? existing(p.row_base[source * p.experts_per_rank + local] + position) : -1;
-    if (token_row >= 0) p.row_of[token_row * kTopk + k] = row;
+    if (token_row >= 0) *row_of(token_row, k) = row;
     if (row < 0) return;
     p.source[row] = token_row >= 0 ? static_cast<int32_t>(token_row * kTopk + k) : -1;
     if constexpr (kWeighted) p.recv_topk_weights[row] = token_row >= 0 ? weight : 0.0f;
@@ -42,7 +42,7 @@ class ByExpert {
 
   // Row of selection k of a token that was placed, -1 where it has none.
   __device__ int row(int64_t token_row, int k) const {
-    return token_row >= 0 ? existing(p.row_of[token_row * kTopk + k]) : -1;
+    return token_row >= 0 ? existing(*row_of(token_row, k)) : -1;
   }
 
   // Address of that row; null where there is none.
@@ -81,7 +81,7 @@ class ByExpert {
     const int64_t num_threads = static_cast<int64_t>(gridDim.x) * blockDim.x;
     const int64_t first = static_cast<int64_t>(max(num_rows, 0)) * kTopk;
     for (int64_t i = first + blockIdx.x * blockDim.x + threadIdx.x; i < last; i += num_threads)
-      p.row_of[i] = -1;
+      *row_of(i / kTopk, static_cast<int>(i % kTopk)) = -1;
   }
 
   // What no selection is: padding, and rows behind the last expert. By all warps of the grid, which
@@ -110,6 +110,10 @@ class ByExpert {
   }
 
  private:
+  __device__ int32_t* row_of(int64_t token_row, int k) const {
+    return p.row_of + token_row * p.row_of_stride + k;
+  }
+
   // A row that the outputs have, else -1.
   __device__ int existing(int row) const {
     return static_cast<uint32_t>(row) < static_cast<uint32_t>(p.num_expert_rows) ? row : -1;

@@ -72,6 +72,7 @@ struct CombineParams : Operation {
   uint64_t slots[kMaxRanks];     // symmetric, of each rank
   uint64_t words[kMaxRanks];     // symmetric, of each rank
   const int32_t* row_of;         // [num_rows, num_topk]: rows of x, none outside; by_expert
+  int64_t row_of_stride;         // of its rows, in elements; by_expert
   const float* row_weights;      // [num_expert_rows]; by_expert
   // own [4 + num_ranks]: ticket, next reduce unit, units reduced of (window & 1), next push
   // units; zero on entry and on exit
@@ -215,7 +216,7 @@ class Combine {
   __device__ ExpertRows expert_rows(int64_t row) const {
     ExpertRows found;
     int at = -1;
-    if (row >= 0 && lane < kCfg.num_topk) at = p.row_of[row * kCfg.num_topk + lane];
+    if (row >= 0 && lane < kCfg.num_topk) at = p.row_of[row * p.row_of_stride + lane];
     const bool exists = static_cast<uint32_t>(at) < static_cast<uint32_t>(p.num_expert_rows);
     if (exists) {
       found.row = p.x + static_cast<int64_t>(at) * kCfg.hidden_bytes;
@@ -316,9 +317,11 @@ class Combine {
       has_own = own_row_at >= 0;
     }
     const char* rows[kRanks];
+    int own_turn = p.rank;
     if constexpr (kCfg.choice_bits > 0) {
       const int turn = rank_of_turn(token);
       row = of_lane(row, turn);
+      own_turn = __ffs(__ballot_sync(kFullMask, turn == p.rank)) - 1;
     }
 #pragma unroll
     for (int r = 0; r < kRanks; ++r) rows[r] = of_lane(row, r);
@@ -358,7 +361,7 @@ class Combine {
         for (int r = 0; r < kRanks; ++r)
           if (rows[r] != nullptr)
             sum.add(v[i][r]);
-          else if (kByExpert && has_own && r == p.rank)
+          else if (kByExpert && has_own && r == own_turn)
             sum.add(own_sums[i]);
         ptx::st_v4(p.combined_x + out + offset, sum.rounded());
       }

@@ -123,6 +123,7 @@ struct DispatchParams : Operation {
   const int32_t* ends;             // [experts_per_rank], from notify
   const int32_t* expert_counts;    // [experts_per_rank], from notify
   int32_t* row_of;                 // [num_recv_rows, num_topk]; read when cached, else written
+  int64_t row_of_stride;           // of its rows, in elements
   int32_t* source;                 // [num_expert_rows]; null when cached
   int64_t recv_scale_row_stride;   // of recv_scales, in elements
   int64_t recv_scale_stride;
