@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+import functools
+import threading
+from collections.abc import Callable
+from typing import Literal, ParamSpec, TypeVar, get_args
 
 import torch
 from torch import Tensor
@@ -21,6 +24,22 @@ ROUTING_KINDS: tuple[RoutingKind, ...] = get_args(RoutingKind)
 
 ScaleLayout = Literal["row_major", "column_major", "padded"]
 SCALE_LAYOUTS: tuple[ScaleLayout, ...] = get_args(ScaleLayout)
+
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+
+def made_once(make: Callable[P, T]) -> Callable[P, T]:
+    """`make`, whose last results are shared by the threads of a process: the first to ask makes."""
+    making, remembered = threading.Lock(), functools.lru_cache(maxsize=4)(make)
+
+    @functools.wraps(make)
+    def made(*args: P.args, **kwargs: P.kwargs) -> T:
+        with making:
+            return remembered(*args, **kwargs)
+
+    return made
 
 
 def routing(

@@ -6,9 +6,7 @@ only copies are queued beside the operations.
 
 from __future__ import annotations
 
-import functools
 import random
-import threading
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -23,6 +21,7 @@ from tests.harness.data import (
     ROUTING_KINDS,
     RoutingKind,
     assert_rows_equal,
+    made_once,
     routing,
     to_device,
     topk_weights,
@@ -165,13 +164,9 @@ class MadeLowLatency:
     max_tokens: int
 
 
-_making = threading.Lock()
-
-
 def make_low_latency(case: LowLatencyRound) -> MadeLowLatency:
     """Inputs and expected results of all ranks; made once for the threads of a process."""
-    with _making:
-        return _make(case, reduced=sums_before_links())
+    return _make(case, reduced=sums_before_links())
 
 
 def valid_rows(dispatched: LowLatencyDispatched) -> Tensor:
@@ -188,7 +183,7 @@ def expert_outputs(dispatched: LowLatencyDispatched, hidden: int, *, seed: int) 
     return outputs
 
 
-@functools.lru_cache(maxsize=4)
+@made_once
 def _make(case: LowLatencyRound, *, reduced: bool) -> MadeLowLatency:
     num_ranks, row_format = len(case.num_tokens), BY_NAME[case.row_format]
     routings = [

@@ -9,9 +9,7 @@ virtual ranks a torch kernel that is loaded while another rank's kernel spins wo
 
 from __future__ import annotations
 
-import functools
 import random
-import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -33,6 +31,7 @@ from tests.harness.data import (
     ScaleLayout,
     assert_rows_equal,
     fp8_payload,
+    made_once,
     payload,
     random_payload,
     routing,
@@ -212,17 +211,9 @@ class Made:
     weights: list[torch.Tensor] | None
 
 
-_making = threading.Lock()
-
-
+@made_once
 def make(case: Round, oracle: Normal) -> Made:
-    """Inputs and expected results of all ranks; made once for the threads of a process."""
-    with _making:
-        return _make(case, oracle)
-
-
-@functools.lru_cache(maxsize=4)
-def _make(case: Round, oracle: Normal) -> Made:
+    """Inputs and expected results of all ranks."""
     world = make_world(case)
     num_worst = sum(case.num_tokens) + 3 if case.worst else 0
     num_ranks = len(case.num_tokens)

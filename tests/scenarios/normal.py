@@ -440,7 +440,7 @@ def replays(
     """
     on_gpu = buffer.device.type == "cuda"
     num_ranks, rank, oracle = buffer.group_size, buffer.rank, Normal(buffer.topology.domains)
-    hidden, experts, topk, worst = 512, 4 * num_ranks, 4, num_ranks * tokens + 3
+    hidden, experts, topk = 512, 4 * num_ranks, 4
     device, config = buffer.device, Config(num_sms)
     x = torch.empty((tokens, hidden), dtype=torch.bfloat16, device=device)
     idx = torch.empty((tokens, topk), dtype=torch.int64, device=device)
@@ -462,7 +462,7 @@ def replays(
         )
         return recv_x, recv_idx, cached, combined, combined_weights
 
-    def load(seed: int) -> Made:
+    def made_of(seed: int) -> Made:
         case = Round(
             num_tokens=(tokens,) * num_ranks,
             hidden=hidden,
@@ -472,7 +472,12 @@ def replays(
             seed=seed,
             worst=True,
         )
-        made = make(case, oracle)
+        return make(case, oracle)
+
+    worst = made_of(0).num_worst
+
+    def load(seed: int) -> Made:
+        made = made_of(seed)
         assert made.num_worst == worst
         own = made.world[rank]
         for tensor, loaded in ((x, own.x), (idx, own.topk_idx), (weights, own.topk_weights)):
