@@ -1,11 +1,14 @@
 """Formats of the rows that a dispatch delivers: sizes, dtypes, formulas, `dequantize`.
 
 A row of `H` bfloat16 (in `expert_dispatch` also float16) channels is cast by the sender. Blocks of
-neighbouring channels share a scale; `amax` is the largest magnitude of a block. Every step below is
-one IEEE operation in float32 (round to nearest even, subnormals kept), so a result is defined bit
-for bit for finite rows:
+neighbouring channels share a scale; `amax` is the largest magnitude of a block, NaNs left out, 0
+where nothing is left. Every step below is one IEEE operation in float32 (round to nearest even,
+subnormals kept), so a result is defined bit for bit, whatever the row has:
 
 - `e4m3(v)` and `e2m1(v)` round to nearest even and saturate at 448 and 6; zeros keep their sign.
+  NaNs, of either sign, become what NVIDIA's GPUs make of them: the code 0x7F, which is a NaN, and
+  6, for e2m1 has none. An infinity makes NaNs as well, for its block's factor is 0; not with
+  `nvfp4`, whose scales saturate.
 - `up(v)` is the least power of two that is not below `v`: bits `(b + 0x7fffff) & 0x7f800000`.
 
 The formulas of `fp8`, `fp8_round` and `fp8_ue8m0` are DeepEP V1's; `mxfp8` and `nvfp4` are the

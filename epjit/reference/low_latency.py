@@ -249,7 +249,7 @@ def encode(
     if row_format is BF16:
         return x, None
     blocks = x.to(torch.float32).view(x.shape[0], x.shape[1] // row_format.block, row_format.block)
-    amax = blocks.abs().amax(dim=2, keepdim=True)
+    amax = blocks.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=2, keepdim=True)
     if row_format is NVFP4:
         scale_of_all = _given(global_scale)
         scales = _e4m3(scale_of_all * _divide(amax, _FP4_MAX))
@@ -341,12 +341,17 @@ def _divide(a: Tensor | float, b: Tensor | float) -> Tensor:
 
 
 def _e4m3(values: Tensor) -> Tensor:
-    """Rounds to nearest even, as torch does, and saturates, as torch does not."""
-    return values.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
+    """Rounds to nearest even, as torch does; saturates and has one NaN, as torch does not."""
+    bounded = values.clamp(-_FP8_MAX, _FP8_MAX).masked_fill(values.isnan(), torch.nan)
+    return bounded.to(torch.float8_e4m3fn)
 
 
 def _e2m1(values: Tensor) -> Tensor:
-    """Codes 0 to 15 of the nearest e2m1 values, ties to even codes; the sign is the highest bit."""
+    """Codes 0 to 15 of the nearest e2m1 values, ties to even codes; the sign is the highest bit.
+
+    NaN becomes the largest value, 6.
+    """
+    values = values.nan_to_num(nan=_E2M1_VALUES[-1])
     magnitudes = values.abs()
     codes = torch.zeros(values.shape, dtype=torch.uint8, device="cpu")
     for code in range(1, len(_E2M1_VALUES)):

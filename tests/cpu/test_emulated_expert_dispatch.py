@@ -28,7 +28,7 @@ from tests.emulation import build, normal
 from tests.emulation.build import guarded
 from tests.emulation.normal import EXPERTS_A_RANK
 from tests.emulation.world import copy
-from tests.rounds.low_latency import rough_rows
+from tests.rounds.low_latency import rows_to_cast
 
 pytestmark = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="needs g++")
 
@@ -152,7 +152,7 @@ class Routing(intranode.Routing):
         if shape.row_format is not None:
             dtype = torch.float16 if shape.cast_f16 else torch.bfloat16
             seed = int(torch.randint(1 << 30, (1,), generator=self.world.generator))
-            x = rough_rows(len(idx), shape.hidden, seed=seed).to(dtype)
+            x = rows_to_cast(len(idx), shape.hidden, seed=seed).to(dtype)
             given = dataclasses.replace(given, x=copy(x))
         return dataclasses.replace(
             given, is_token_in_rank=copy(in_rank), num_tokens_per_expert=per_expert

@@ -28,6 +28,7 @@ from tests.emulation import build
 from tests.emulation import world as emulated
 from tests.emulation.build import EmulationError, emulate, guarded
 from tests.emulation.world import FOREVER, check, copy, stamp
+from tests.rounds.low_latency import add_specials
 
 pytestmark = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="needs g++")
 
@@ -264,7 +265,7 @@ class Routing:
         if num_tokens:
             x[0, :128] = 0
         return reference.RankInput(
-            copy(x.to(torch.bfloat16)),
+            copy(add_specials(x.to(torch.bfloat16))),
             copy(idx.to(torch.int64 if shape.topk_is_int64 else torch.int32)),
             copy(torch.tensor([37.5])),
         )

@@ -137,6 +137,19 @@ def rough_rows(num_rows: int, hidden: int, *, seed: int) -> Tensor:
     return rows.flatten(1)[:, :hidden].to(torch.bfloat16).contiguous()
 
 
+def rows_to_cast(num_rows: int, hidden: int, *, seed: int) -> Tensor:
+    """`rough_rows`, not all of them finite."""
+    return add_specials(rough_rows(num_rows, hidden, seed=seed))
+
+
+def add_specials(rows: Tensor) -> Tensor:
+    """Puts infinities and NaNs of both signs into some blocks of every fourth row, bfloat16."""
+    bits = rows.view(torch.int16)
+    for i, pattern in enumerate((0x7F80, 0xFF80, 0x7FC0, 0xFFC0)):
+        bits[1::4, 17 * i :: 331] = pattern - (pattern >> 15 << 16)
+    return rows
+
+
 @dataclass(frozen=True)
 class Exchange:
     """One dispatch and its combine on all ranks; read only, for threads share it.
@@ -213,7 +226,7 @@ def _make(case: LowLatencyRound, *, reduced: bool) -> MadeLowLatency:
             else None
         )
         inputs = [
-            reference.RankInput(rough_rows(len(idx), case.hidden, seed=seed), idx, scale)
+            reference.RankInput(rows_to_cast(len(idx), case.hidden, seed=seed), idx, scale)
             for idx, seed in zip(idxs, seeds, strict=True)
         ]
         dispatched = [

@@ -1,7 +1,7 @@
 // Casts of a row on its way: what a dispatch sends, and the log format of its combine.
 //
-// Block formats (x in bf16 or fp16; a block has one scale; sat = to the largest finite value, to nearest
-// even):
+// Block formats (x in bf16 or fp16; a block has one scale; e4m3 and e2m1 as epjit/formats.py says,
+// also of what is not a number, which amax leaves out):
 //   kFp8       blocks of 128: amax = max(|x|, 1e-4), scale = amax / 448, q = e4m3(x * (448 / amax))
 //   kFp8Round  scale = the power of two from amax / 448 upward, q = e4m3(x * (1 / scale))
 //   kFp8Ue8m0  the same, a scale stored as its exponent byte
@@ -50,7 +50,8 @@ __device__ __forceinline__ float ceil_power_of_two(float x) {
   return __uint_as_float((__float_as_uint(x) + 0x7fffffu) & 0x7f800000u);
 }
 
-// 4 bits, to nearest even, saturating.
+// 4 bits, to nearest even, saturating. What is not a number becomes 6: a product of that is
+// positive.
 __device__ __forceinline__ uint32_t float_to_e2m1(float x) {
   const uint32_t bits = __float_as_uint(x);
   const uint32_t magnitude = min(bits & 0x7fffffffu, 0x40c00000u);  // 6.0
@@ -116,12 +117,13 @@ __device__ __forceinline__ CastItem cast_item(const Vec16 (&pieces)[2], float gl
   if constexpr (kFormat == kNvfp4) {
 #pragma unroll
     for (int i = 0; i < kCastElements; ++i)
-      item.words[i / 8] |= float_to_e2m1(x[i] * factor) << 4 * (i % 8);
+      item.words[i / 8] |= float_to_e2m1(__fmul_rn(x[i], factor)) << 4 * (i % 8);
   } else {
 #pragma unroll
     for (int i = 0; i < kCastElements; i += 2)
-      item.words[i / 4] |= ptx::float2_to_e4m3x2({x[i] * factor, x[i + 1] * factor})
-                           << 16 * (i / 2 % 2);
+      item.words[i / 4] |=
+          ptx::float2_to_e4m3x2({__fmul_rn(x[i], factor), __fmul_rn(x[i + 1], factor)})
+          << 16 * (i / 2 % 2);
   }
   return item;
 }
