@@ -404,8 +404,10 @@ def test_operations_follow_each_other(cut: tuple[int, int], tma: bool) -> None:
         world.run(seed)
 
 
-@pytest.mark.parametrize("cut", [(2, 2), (3, 2)], ids=lambda c: f"{c[0]}x{c[1]}")
-@pytest.mark.parametrize(("slots", "ring_slots"), [(2, 4), (2, 64), (64, 4), (6, 8)])
+@pytest.mark.parametrize(
+    ("slots", "ring_slots", "cut"),
+    [(2, 4, (2, 2)), (2, 4, (3, 2)), (2, 64, (2, 2)), (64, 4, (3, 2)), (6, 8, (2, 2))],
+)
 def test_any_size_of_the_buffers(slots: int, ring_slots: int, cut: tuple[int, int]) -> None:
     """The smallest legal ones too: nothing waits for what cannot come."""
     num_ranks = cut[0] * cut[1]
