@@ -316,8 +316,10 @@ def _tensors(record: Record) -> Iterator[torch.Tensor]:
 
 
 def _is_large(record: Record) -> bool:
-    """Whether the first tensor of a record, its rows, takes much memory."""
-    rows = record[0] if record else None
+    """Whether the first tensor of a record, or of the record in it, takes much memory: its rows."""
+    rows: object = record
+    while isinstance(rows, tuple):
+        rows = rows[0] if rows else None
     return isinstance(rows, torch.Tensor) and rows.nbytes > _SMALL_BYTES
 
 

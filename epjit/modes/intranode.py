@@ -457,7 +457,6 @@ class Intranode(Normal[AnyShape]):
         with scope.allocating():
             outputs = self._rows_by_expert(handle.num_rows, call)
         received = ExpertDispatched(*outputs, handle)
-        scope.start()
         self._store_by_expert(scope, launch, received, call, values)
         return received
 
@@ -493,6 +492,7 @@ class Intranode(Normal[AnyShape]):
         values: dict[str, int],
     ) -> None:
         """Queues the kernel; `values` has the parameters for its routing."""
+        scope.start()
         rows, scales, weights, (routing, placed), _ = received
         strides = (0, 0)  # in words
         if scales is not None and scales.element_size() == 1:

@@ -481,7 +481,7 @@ def test_several_warps_push_a_row(how: str) -> None:
 
 
 @pytest.mark.parametrize("variant", ["tma", "ldst", "reduced", "lines"])
-@pytest.mark.parametrize("num_ranks", [1, 2, 4, 8])
+@pytest.mark.parametrize("num_ranks", [1, 8])  # others: test_random_histories
 def test_numbers_of_ranks(num_ranks: int, variant: str) -> None:
     tokens = (5, 9, 0, 3, 12, 1, 7, 2)[:num_ranks]
     shape = Shape(num_ranks=num_ranks, tokens=tokens, variant=variant, hidden=24)
@@ -493,11 +493,10 @@ def test_numbers_of_ranks(num_ranks: int, variant: str) -> None:
 
 
 @pytest.mark.parametrize(
-    ("num_domains", "per_domain"),
-    [(2, 1), (2, 2), (4, 2), (2, 8), (4, 4), (3, 5)],
-    ids=lambda x: str(x),
+    ("num_domains", "per_domain", "row_format"),
+    [(2, 1, FP8), (2, 2, BF16), (2, 2, FP8), (4, 2, FP8), (2, 8, BF16), (4, 4, FP8), (3, 5, BF16)],
+    ids=lambda x: getattr(x, "name", str(x)),
 )
-@pytest.mark.parametrize("row_format", [BF16, FP8], ids=lambda each: each.name)
 def test_between_domains(num_domains: int, per_domain: int, row_format: RowFormat) -> None:
     """Whole and in two phases, on one buffer; the ranks of a domain follow each other or do not."""
     num_ranks = num_domains * per_domain
@@ -893,7 +892,7 @@ def test_random_histories(first_seed: int, several: bool) -> None:
             num_ranks=num_ranks,
             per_domain=per_domain,
             neighbours=rng.random() < 0.5,
-            hidden=128,
+            hidden=512 if num_ranks == 3 else 128,  # as in other tests: fewer kernels to compile
             variant=rng.choice(["tma", "ldst"] + ([] if several else ["reduced", "lines"])),
             logfmt=several and rng.random() < 0.2,
             row_format=rng.choice([BF16, FP8]),

@@ -112,6 +112,30 @@ def test_small_buffers(num_ranks: int, variant: str) -> None:
     run_ranks(num_ranks, body, num_nvl_bytes=1 << 15)
 
 
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_deterministic_mode(how: str) -> None:
+    """There torch fills new tensors with NaN; the fill must not come after the rows."""
+
+    def body(buffer: Buffer) -> None:
+        for seed in range(5):
+            case = ExpertRound(
+                num_tokens=(TOKENS,),
+                hidden=4096,
+                num_experts=4,
+                num_topk=4,
+                seed=seed,
+                how=how,
+                num_sms=SMS,
+            )
+            check_expert_round(buffer, case)
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        run_ranks(1, body)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 def test_graph(num_ranks: int) -> None:
     """One capture of dispatch, cached dispatch and combine; replays with changed inputs."""
