@@ -508,7 +508,7 @@ class Routes(NamedTuple):
 
 
 class DispatchedSizes(NamedTuple):
-    """What a low-latency handle says of its dispatch.
+    """Sizes of a low-latency dispatch, as its handle says them.
 
     Attributes:
         num_tokens: `T`.
