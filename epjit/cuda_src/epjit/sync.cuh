@@ -65,11 +65,11 @@ enum WaitTag : int32_t {
   kWaitCombineArrival = 25,            // combine: the sum of its NVLink domain for token
   kWaitDispatchPlace = 26,             // dispatch: where its outputs lie
   kWaitDispatchRows = 27,              // dispatch: the last of its rows
-  kWaitLowLatencyCombineSlab = 28,     // low_latency_combine: room in a slab for selection
-  // Not waits: what an overflow record says.
-  kRoomDispatchRows = 29,     // dispatch: rows come to
-  kRoomDispatchPassing = 30,  // dispatch: tokens pass into the NVLink domain through
-  kRoomCombineRows = 31,      // combine: rows are to go back from
+  // Not waits: what report_at_once says of the rank itself, and what an overflow record says.
+  kRoomLowLatencyCombineSlab = 28,  // low_latency_combine: no room in a slab for selection
+  kRoomDispatchRows = 29,           // dispatch: rows come to
+  kRoomDispatchPassing = 30,        // dispatch: tokens pass into the NVLink domain through
+  kRoomCombineRows = 31,            // combine: rows are to go back from
 };
 
 // Base of the parameters of all kernels that wait; "own" is memory of a rank that no peer reaches.

@@ -408,7 +408,7 @@ class LowLatencyCombine {
       const int peer = e / kExpertsARank;
       is_own = is_whole() && stays >= 0;
       if (stays == -2) {  // of other ranks such a row does not come
-        report_at_once(waiter, kWaitLowLatencyCombineSlab, selection);
+        report_at_once(waiter, kRoomLowLatencyCombineSlab, selection);
         ok = false;
       } else if (is_own) {
         row = p.x + stays * kRowBytes;

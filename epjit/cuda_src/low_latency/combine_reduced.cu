@@ -311,7 +311,7 @@ class LowLatencyReducedCombine {
         ok = is_masked(waiter, lane);
     }
     if (stays == -2) {  // of other ranks such a sum does not come
-      report_at_once(waiter, kWaitLowLatencyCombineSlab, selection);
+      report_at_once(waiter, kRoomLowLatencyCombineSlab, selection);
       ok = false;
     }
     if (!all_lanes(ok)) return false;
