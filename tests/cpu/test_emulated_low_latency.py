@@ -805,6 +805,23 @@ def test_masked_rank(variant: str, per_domain: int) -> None:
     world.run(1)
 
 
+@pytest.mark.parametrize("variant", [each for each in NEAR if each != "lines"])
+@pytest.mark.parametrize("masked_before", ["dispatch", "combine"])
+def test_rank_that_masks_itself(masked_before: str, variant: str) -> None:
+    """Nothing is received from it, so no row of its own has a place that combine may read."""
+    shape = Shape(num_ranks=1, tokens=(9,), experts_a_rank=6, variant=variant)
+    world = World(shape, seed=1, shrink=True)
+    routing = world.route()
+    world.ranks[0].local[192] = int(masked_before == "dispatch")
+    sent = routing.dispatch(masked=world.ranks[0].local[192:193].clone())
+    world.run(1)
+    if masked_before == "dispatch":
+        _routes(sent[0].src_info, shape)["source_rows"].zero_()  # as if they were undefined
+    world.ranks[0].local[192] = 1
+    routing.combine(sent, masked=torch.tensor([1]))
+    world.run(1)
+
+
 @VARIANTS
 @pytest.mark.parametrize("leaps", [1, 4, 7, 9])
 def test_ranks_that_were_masked_for_billions_of_operations(

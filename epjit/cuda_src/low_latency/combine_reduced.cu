@@ -288,7 +288,7 @@ class LowLatencyReducedCombine {
     char* const out = p.out + static_cast<int64_t>(token) * kRowBytes;
     int stays = -1;
     float weight = 0.0f;
-    if (peer == p.rank) {
+    if (peer == p.rank && has_own_token<kCfg.shrink>(p, waiter, token)) {
       load_route(p.rank, token, lane, stays, weight);
       if constexpr (!kWeightsSent) weight = p.topk_weights[selection];
     }
