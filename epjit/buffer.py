@@ -810,6 +810,7 @@ class Buffer(Life):
         *,
         quantization: str | None = None,
         global_scale: Tensor | None = None,
+        topk_weights: Tensor | None = None,
     ) -> tuple[Payload, Tensor, LowLatencyHandle, EventOverlap, Hook | None]:
         """Sends each token to each expert it chose, cast on the way; the host does not wait.
 
@@ -839,6 +840,10 @@ class Buffer(Life):
             return_recv_hook: Return a hook that receives.
             quantization: ``"mxfp8"`` or ``"nvfp4"`` instead of what the three flags say.
             global_scale: float32 `[1]`, greater than 0, with nvfp4 only, the same on all ranks.
+            topk_weights: float32 `[T, K]` of the combine to come, on all ranks or on none. They
+                travel with the rows and allow that combine to add the rows of a token that are on
+                one rank there, and to round this sum to bfloat16 once more: by at most 2^-8 of it.
+                Then one row a rank travels back, not one an expert.
 
         Returns:
             `recv_x`: bfloat16 `[E // R, R * M, H]`, or a tuple with scales, whose formulas
@@ -871,6 +876,7 @@ class Buffer(Life):
             DispatchTensors(
                 x,
                 topk_idx,
+                topk_weights,
                 global_scale,
                 cumulative_local_expert_recv_stats,
                 dispatch_wait_recv_cost_stats,
@@ -910,10 +916,14 @@ class Buffer(Life):
         one by one, then rounded once to bfloat16. No selection and masked ranks add nothing. Only
         the rows that the handle's `layout_range` names are read. The host does not wait.
 
+        If the dispatch was given the weights, in one NVLink domain and without `use_logfmt`, each
+        rank first sums its rows of a token so, and these sums, ranks ascending, are added likewise;
+        unless `EPJIT_LOW_LATENCY_COMBINE_VARIANT` names another kernel.
+
         Args:
             x: bfloat16 `[E // R, R * M, H]`, a row for each row of the dispatch.
             topk_idx: `[T, K]`, as dispatched. With a hook it and the weights are read until then.
-            topk_weights: float32 `[T, K]`.
+            topk_weights: float32 `[T, K]`; those of the dispatch, if it was given any.
             handle: From the dispatch; it stays valid.
             use_logfmt: Rows travel in 10 bits a channel, with less precision: see
                 `epjit.reference.low_latency.logfmt_round_trip`. `H` a multiple of 128.
@@ -1051,6 +1061,7 @@ class Buffer(Life):
         quantization: str | None = None,
         use_logfmt: bool = False,
         topk_idx_dtype: torch.dtype = torch.int64,
+        weights_sent: bool = False,
     ) -> None:
         """Compiles and loads the low-latency kernels of these sizes ahead; collective.
 
@@ -1067,6 +1078,7 @@ class Buffer(Life):
             quantization: See there.
             use_logfmt: As in `low_latency_combine`.
             topk_idx_dtype: int64 or int32.
+            weights_sent: Whether `low_latency_dispatch` is given `topk_weights`.
 
         Raises:
             ValueError: Sizes that no low-latency call can have.
@@ -1090,6 +1102,7 @@ class Buffer(Life):
             topk_is_int64=topk_idx_dtype == torch.int64,
             row_format=row_format,
             use_logfmt=use_logfmt,
+            weights_sent=weights_sent,
         )
         with self._entered():
             mode.warmup(shapes, num_max_dispatch_tokens_per_rank=max_tokens)

@@ -248,9 +248,11 @@ class DispatchSizes(_Sizes):
 
     Attributes:
         row_format: How rows arrive.
+        weights_sent: Whether weights go along with them.
     """
 
     row_format: RowFormat
+    weights_sent: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,10 +262,12 @@ class CombineSizes(_Sizes):
     Attributes:
         use_logfmt: Whether rows travel in the logarithmic format.
         zero_copy: Whether the rows are in the send buffer.
+        weights_sent: Whether the weights went along with the dispatch.
     """
 
     use_logfmt: bool
     zero_copy: bool
+    weights_sent: bool
 
 
 class DispatchTensors(NamedTuple):
@@ -271,6 +275,7 @@ class DispatchTensors(NamedTuple):
 
     x: Tensor
     topk_idx: Tensor
+    topk_weights: Tensor | None
     global_scale: Tensor | None
     recv_stats: Tensor | None
     wait_cost: Tensor | None

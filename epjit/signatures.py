@@ -42,6 +42,7 @@ if TYPE_CHECKING:
         cumulative_local_expert_recv_stats: Tensor | None
         dispatch_wait_recv_cost_stats: Tensor | None
         async_finish: bool
+        topk_weights: Tensor | None
 
     class _CastOptions(_LowLatencyOptions, total=False):
         round_scale: bool
@@ -171,6 +172,7 @@ if TYPE_CHECKING:
             *,
             quantization: str | None = None,
             global_scale: Tensor | None = None,
+            topk_weights: Tensor | None = None,
         ) -> tuple[Tensor | Pair, Tensor, LowLatencyHandle, EventOverlap, Hook | None]: ...
 
     class LowLatencyCombine(Protocol):

@@ -121,18 +121,20 @@ class ValueChecks:
             _check_range("handle.placement.source", selections, -1, row_of.numel() - 1)
 
     def low_latency_dispatch(self, call: calls.LowLatencyDispatch) -> None:
-        """Rows and choices."""
-        for rows, idx in self._on_host(None, *call.given[:2]):
+        """Rows, choices and weights."""
+        for rows, idx, weights in self._on_host(None, *call.given[:3]):
             _check_choices(idx, call.sizes.num_experts)
             _check_finite("x", rows)
+            if weights is not None:
+                _check_finite("topk_weights", weights, idx >= 0)
 
     def low_latency_combine(self, call: calls.LowLatencyCombine) -> None:
         """Choices, weights, and the routes behind `src_info`."""
         _, topk_idx, topk_weights, *_ = call.given
         src_info = call.src_info
         num_rows = src_info.numel()
-        num_tokens, _ = dispatched_sizes(src_info, self._num_ranks)
-        places = routes(src_info, self._num_ranks)
+        num_tokens = dispatched_sizes(src_info, self._num_ranks).num_tokens
+        places = routes(src_info, self._num_ranks)[:2]
         for idx, weights, counts, rows in self._on_host(None, topk_idx, topk_weights, *places):
             _check_choices(idx, call.sizes.num_experts)
             _check_finite("topk_weights", weights, idx >= 0)

@@ -19,7 +19,7 @@ from epjit.kernels.shapes import (
 from epjit.modes.normal import agree_on_kernel
 
 if TYPE_CHECKING:
-    from epjit.calls import LowLatencyCombine, Setup
+    from epjit.calls import CombineSizes, Setup
 
 _ARCH = "sm_90a"
 
@@ -77,14 +77,17 @@ class ChosenKernels:
         elif isinstance(config, intranode.CombineConfig):
             intranode.check_warps(config, num_sms)
 
-    def check_low_latency_combine(self, call: LowLatencyCombine) -> None:
-        """Refuses a low-latency combine that a GPU would refuse.
+    def reduces(self, sizes: CombineSizes) -> bool:
+        """Whether a low-latency combine sums a rank's rows before they travel.
 
         Raises:
-            ValueError: There is no such variant, or it has no room for so many tokens.
+            ValueError: A GPU would refuse it: there is no such variant, or it has no room for so
+                many tokens.
         """
-        sizes, several = call.sizes, self._topology.spans_domains
+        several = self._topology.spans_domains
         shape = low_latency.LowLatencyCombineShape.of(sizes)
         config = low_latency.config_of(shape, self._group.size, _ARCH, remote=several)
         if isinstance(config, low_latency.LowLatencyReducedCombineConfig):
             config.num_parts(sizes.max_tokens)
+            return True
+        return False

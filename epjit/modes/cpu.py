@@ -442,13 +442,14 @@ class CpuLowLatency:
 
         Nothing is added to the sums of cycles: nobody counts them here.
         """
-        x, topk_idx, global_scale, recv_stats, _ = call.given
+        x, topk_idx, topk_weights, global_scale, recv_stats, _ = call.given
         sizes = call.sizes
         specs = LowLatencyDispatched.specs(sizes, self._group.size)
         out = LowLatencyDispatched.allocate(specs, empty_on(x.device))
         scope.start()
         if call.split:
             x, topk_idx = x.clone(), topk_idx.clone()
+            topk_weights = None if topk_weights is None else topk_weights.clone()
         worlds = _exchange(
             self._group,
             "low_latency_dispatch",
@@ -460,8 +461,9 @@ class CpuLowLatency:
                 "topk_idx dtype": topk_idx.dtype,
                 "format": sizes.row_format.name,
                 "global_scale": None if global_scale is None else float(global_scale),
+                "topk_weights": "none" if topk_weights is None else "some",
             },
-            (x, topk_idx, global_scale),
+            (x, topk_idx, global_scale, topk_weights),
         )
 
         @torch.inference_mode()  # outputs of a call made there can be written to there alone
@@ -490,7 +492,7 @@ class CpuLowLatency:
         """Brings rows back and sums them with weights; what receives, or None, comes along."""
         x, topk_idx, topk_weights, out, _ = call.given
         sizes = call.sizes
-        self._chosen.check_low_latency_combine(call)
+        reduced = self._chosen.reduces(sizes)
         combined = out
         if combined is None:
             shape = (sizes.num_tokens, sizes.hidden)
@@ -507,6 +509,7 @@ class CpuLowLatency:
                 "num_experts": sizes.num_experts,
                 "num_topk": sizes.num_topk,
                 "use_logfmt": sizes.use_logfmt,
+                "topk_weights of the dispatch": "some" if sizes.weights_sent else "none",
                 env.low_latency_combine_variant.name: env.low_latency_combine_variant(),
             },
             tuple(low_latency.collect(x, call.src_info, self._group.size)),
@@ -522,7 +525,7 @@ class CpuLowLatency:
                     topk_weights,
                     num_experts=sizes.num_experts,
                     use_logfmt=sizes.use_logfmt,
-                    reduced=not sizes.use_logfmt and env.low_latency_combine_variant() == "reduced",
+                    reduced=reduced,
                     masked=self._masked(),
                 )
             )

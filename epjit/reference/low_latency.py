@@ -41,11 +41,13 @@ class RankInput(NamedTuple):
         topk_idx: int32 or int64 `[T, K]`; a value outside `[0, E)` selects nothing. An expert that
             a token chose twice gets two rows.
         global_scale: float32 `[1]`, for `NVFP4` only.
+        topk_weights: float32 `[T, K]`, or None; of all ranks or of none.
     """
 
     x: Tensor
     topk_idx: Tensor
     global_scale: Tensor | None = None
+    topk_weights: Tensor | None = None
 
 
 class Returned(NamedTuple):
@@ -96,7 +98,9 @@ def dispatch(
     num_local, num_rows = experts_per_rank(num_experts, num_ranks), num_ranks * max_tokens
     if out is None:
         own, wide = inputs[rank].topk_idx.shape, inputs[rank].topk_idx.dtype == torch.int64
-        sizes = DispatchSizes(own[0], hidden, own[1], wide, max_tokens, num_experts, row_format)
+        sent = inputs[rank].topk_weights is not None
+        numbers = (max_tokens, num_experts, row_format, sent)
+        sizes = DispatchSizes(own[0], hidden, own[1], wide, *numbers)
         specs = LowLatencyDispatched.specs(sizes, num_ranks)
         out = LowLatencyDispatched.allocate(specs, empty_on(torch.device("cpu")))
     experts, sources, tokens, choices = _rows_for(inputs, rank, num_local, max_tokens, masked)
@@ -117,12 +121,18 @@ def dispatch(
     positions = torch.arange(len(experts), dtype=torch.int64, device="cpu") - first_rows[experts]
     out.src_info[experts, positions] = tokens.to(torch.int32)
     num_tokens = [each.x.shape[0] for each in inputs]
-    source_tokens, source_rows = routes(out.src_info, num_ranks)
+    source_tokens, source_rows, source_weights = routes(out.src_info, num_ranks)
     for source, tokens_sent in enumerate(num_tokens):
         count = 0 if masked is not None and bool(masked[source]) else tokens_sent
         source_tokens[source] = count
         source_rows[source, :count] = -1
     source_rows[sources, tokens, choices] = (experts * num_rows + positions).to(torch.int32)
+    source_weights[sources, tokens, choices] = 0.0
+    for source, each in enumerate(inputs):
+        if each.topk_weights is not None:
+            mine = sources == source
+            at = tokens[mine], choices[mine]
+            source_weights[source][at] = each.topk_weights[at]
 
     encoded = [encode(each.x, row_format, each.global_scale) for each in inputs]
     ends = torch.tensor(num_tokens, dtype=torch.int64, device="cpu").cumsum(dim=0)
@@ -144,7 +154,7 @@ def collect(x: Tensor, src_info: Tensor, num_ranks: int) -> Returned:
         src_info: From the dispatch.
         num_ranks: `R`.
     """
-    source_tokens, source_rows = routes(src_info, num_ranks)
+    source_tokens, source_rows, _ = routes(src_info, num_ranks)
     tokens = torch.arange(source_rows.shape[1], dtype=torch.int32, device="cpu")
     is_token = tokens[None, :] < source_tokens[:, None]
     sources, token, choices = torch.nonzero(

@@ -445,7 +445,7 @@ def check_dispatched(
         assert got.recv_x.shape[1] == len(inputs) * max_tokens
         assert int(got.recv_count[local]) == len(rows)
         assert got.src_info[local, : len(rows)].tolist() == [token for _, token, _ in rows]
-        tokens, targets = routes(got.src_info, len(inputs))
+        tokens, targets, _ = routes(got.src_info, len(inputs))
         for position, (source, token, choice) in enumerate(rows):
             assert token < tokens[source]
             assert targets[source, token, choice] == local * got.src_info.shape[1] + position

@@ -75,7 +75,10 @@ def asked_by_buffer(
             options["num_rdma_bytes"] = 1 << 24
         with Buffer(None, 1 << 24, low_latency_mode=is_low_latency, **options) as buffer:
             if is_low_latency:
-                buffer.low_latency_warmup(8, HIDDEN, EXPERTS, num_topk=TOPK, use_fp8=False)
+                for sent in (False, True):
+                    buffer.low_latency_warmup(
+                        8, HIDDEN, EXPERTS, num_topk=TOPK, use_fp8=False, weights_sent=sent
+                    )
             else:
                 buffer.warmup(2 * HIDDEN, num_topk=TOPK)
     return list(asked)
@@ -97,7 +100,7 @@ def test_what_is_warmed_is_what_a_buffer_asks_for(
     """Without IBGDA a Buffer may find, between hosts, that a thread of the CPU posts, or not."""
     monkeypatch.setenv("EPJIT_TRANSPORT", transport)
     monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", ibgda)
-    more = ["--low-latency", "--experts", EXPERTS] if is_low_latency else []
+    more = ["--low-latency", "--weights-sent", "--experts", EXPERTS] if is_low_latency else []
     said = warm_up("--domains", domains, *more)
     asked: set[tuple[KernelConfig, str]] = set()
     for through_proxy in {False, transport == "nvshmem" and ibgda == "0"}:
