@@ -25,6 +25,9 @@ def needs(framework: str) -> None:
     [
         ("megatron-core", scenarios.megatron_fused_a2a),
         ("megatron-core", scenarios.megatron_flex_dispatcher),
+        ("megatron-dev", scenarios.megatron_elastic),
+        ("nemo-automodel", scenarios.automodel_flex_dispatcher),
+        ("deepspeed", scenarios.deepspeed_elastic),
         ("vllm", scenarios.vllm_high_throughput),
         ("vllm", scenarios.vllm_low_latency),
         ("vllm", scenarios.vllm_elastic),
@@ -55,7 +58,19 @@ def test_calls(framework: str, body: Callable[..., None]) -> None:
         "--allow-multiple-reduction 0",
     ],
 )
-def test_deepep_2_runs_its_own_test(options: str) -> None:
-    """144 cases each, of which every tensor is compared bit for bit."""
-    needs("deepep")
-    run(scenarios.deepep_elastic, NUM_RANKS, options.split(), timeout=600)
+@pytest.mark.parametrize(
+    ("framework", "test"),
+    [("deepep", "tests/elastic/test_ep.py"), ("deepep-2.5", "tests/ep/test_ep.py")],
+)
+def test_deepep_2_runs_its_own_test(framework: str, test: str, options: str) -> None:
+    """144 cases each (2.5: 36), of which every tensor is compared bit for bit."""
+    needs(framework)
+    run(scenarios.deepep_2, NUM_RANKS, f"{framework}/{test}", options.split(), timeout=600)
+
+
+@pytest.mark.timeout(900)
+def test_deepep_2_5_runs_its_own_test_at_once() -> None:
+    """Calls that return their results, not an event whose wait does; synchronous ones too: 72."""
+    needs("deepep-2.5")
+    test = "deepep-2.5/tests/ep/test_ep.py"
+    run(scenarios.deepep_2, NUM_RANKS, test, ["--defer-epilogue", "0"], timeout=600)
