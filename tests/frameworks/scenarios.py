@@ -63,7 +63,7 @@ def deepep_2(group: Any, test: str, options: list[str]) -> None:
 
     sizes = "--num-tokens 24 --hidden 512 --num-experts 16 --num-topk 4 --num-sms 12".split()
     ranks = ["--num-processes", str(group.size())]
-    argv = ["test_ep.py", "--skip-perf-test", *ranks, *sizes, *options]
+    argv = ["test_ep.py", *ranks, *sizes, *options]
     with ExitStack() as patched:
         for target, name, value in (
             (envs, "init_dist", init_dist),
