@@ -17,7 +17,7 @@ import torch.distributed as dist
 from epjit import Buffer, ElasticBuffer, EPBuffer, EventHandle, EventOverlap, elastic
 from epjit.calls import Describe
 from epjit.handles import IntranodeHandle
-from epjit.kernels.elastic import DescribeConfig
+from epjit.kernels.elastic import DescribeConfig, SumConfig
 from epjit.modes.cpu import CpuNormal
 from epjit.reference import elastic as reference
 from epjit.reference import intranode
@@ -147,6 +147,41 @@ def test_describe_kernel(num_ranks: int, num_topk: int, num_local: int, expand: 
         assert (mine is None) == (theirs is None), name
         if theirs is not None:
             assert torch.equal(mine, theirs), name
+
+
+@pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="needs g++")
+@pytest.mark.parametrize(
+    ("num_tokens", "num_topk", "hidden", "dtype", "num_biases"),
+    [
+        (0, 2, 8, torch.bfloat16, 1),
+        (1, 1, 8, torch.float16, 0),
+        (5, 3, 1104, torch.bfloat16, 1),
+        (33, 4, 64, torch.float16, 2),
+    ],
+)
+def test_sum_kernel(
+    num_tokens: int, num_topk: int, hidden: int, dtype: torch.dtype, num_biases: int
+) -> None:
+    """Sums that tell in which order they were added: large numbers cancel."""
+    generator = torch.Generator().manual_seed(num_tokens)
+    shape = (num_tokens, 2 + num_topk, hidden)
+    values = torch.randn(shape, generator=generator)
+    values[..., ::2] = torch.randint(-1, 2, shape, generator=generator)[..., ::2] * 2.0**15
+    parts = [copied(part) for part in values.to(dtype).split([1, 1, num_topk], dim=1)]
+    biases = [None if i >= num_biases else copied(parts[i][:, 0]) for i in range(2)]
+    want, got = (guarded(num_tokens, hidden, dtype=dtype) for _ in range(2))
+    reference.add_choices(parts[2], biases, want)
+    run_emulated(
+        SumConfig(2 * hidden, num_topk, dtype == torch.float16),
+        3,
+        1,
+        rows=parts[2],
+        bias_0=0 if biases[0] is None else biases[0],
+        bias_1=0 if biases[1] is None else biases[1],
+        out=got,
+        num_tokens=num_tokens,
+    )
+    assert torch.equal(got.view(torch.int16), want.view(torch.int16))
 
 
 # ---- the tensors of a handle are its state -------------------------------------------------------

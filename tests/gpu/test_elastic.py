@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from epjit import Buffer, ElasticBuffer
-from epjit.kernels.elastic import DescribeConfig
+from epjit.kernels.elastic import DescribeConfig, SumConfig
 from epjit.modes import expert_major
 from tests.harness.data import assert_rows_equal
 from tests.harness.launch import run_threads
@@ -52,13 +52,15 @@ def run_elastic(
 
 
 def load(*cases: Round, multiple_reduction: bool = True) -> None:
-    """Loads the kernels for which nobody meets: those that describe rows, and torch's.
+    """Loads the kernels for which nobody meets: those that describe and add rows, and torch's.
 
     What is first loaded while another rank's kernel spins waits for that kernel.
     """
     for case in cases:
-        config = DescribeConfig(case.num_topk, case.index_dtype == torch.int64)
-        expert_major._launch(config, torch.cuda.current_device())
+        describe = DescribeConfig(case.num_topk, case.index_dtype == torch.int64)
+        total = SumConfig(2 * case.hidden, case.num_topk, is_f16=False)
+        for config in (describe, total):
+            expert_major._launch(config, torch.cuda.current_device())
     if not multiple_reduction:
         alone = Round((4,), expand=True, num_biases=2, num_sms=SMS)
         run_elastic(1, lambda buffer: check_round(buffer, alone), multiple_reduction=False)
@@ -95,7 +97,7 @@ def test_edges(multiple_reduction: bool) -> None:
 
 def test_sums_with_one_rounding_do_not_depend_on_the_ranks(monkeypatch: pytest.MonkeyPatch) -> None:
     """24 tokens, cut among 1, 2, 4 and 8 ranks, and the CPU backend's: the same bits."""
-    load(Round((24,), num_topk=6), multiple_reduction=False)
+    load(Round((24,), num_topk=6, hidden=128), multiple_reduction=False)
     body = functools.partial(of_one_rounding, num_sms=SMS)
     sums = {n: torch.cat(run_elastic(n, body, multiple_reduction=False)) for n in (1, 2, 4, 8)}
 
