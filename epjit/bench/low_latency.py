@@ -35,6 +35,7 @@ from epjit.bench.timing import (
     Row,
     eager,
     free_port,
+    in_graph,
     nothing,
     run_ranks,
     slowest,
@@ -45,7 +46,6 @@ from epjit.formats import BF16, FP8
 from epjit.handles import LowLatencyDispatched
 from epjit.reference import low_latency as reference
 
-PAIRS = 10  # in one CUDA graph
 _GEMM = (4096, 4096, 8192)  # about 350 us on an H200: longer than a call
 
 
@@ -212,31 +212,18 @@ def bench_case(case: Case, best: float, common: Row, say: Say) -> None:
     say(op=f"low-latency pair, eager{how}", **common, us=us)
     if case.settings.device == "cpu":
         return
-    us = _graph_time(case, case.pair)
+    us = in_graph(case.pair, case.group)
     say(op=f"low-latency pair, graph{how}", **common, us=us)
     # As decoding has it: other kernels run between the two, and leave nothing of them in the L2.
     flush = torch.empty(FLUSH_WORDS, dtype=torch.int32, device="cuda").zero_
-    us = _graph_time(case, functools.partial(case.pair, flush)) - 2 * _graph_time(case, flush)
+    cold = in_graph(functools.partial(case.pair, flush), case.group)
+    us = cold - 2 * in_graph(flush, case.group)
     say(op=f"low-latency pair, graph, L2 cold{how}", **common, us=us)
     if case.sent:
         return
     alone, beside = _gemm_times(case)
     say(op="GEMM alone", **common, us=alone)
     say(op="GEMM from send to hook", **common, us=beside)
-
-
-def _graph_time(case: Case, call: Callable[[], Any]) -> float:
-    """Microseconds of a call in a CUDA graph, of `PAIRS` in a row."""
-    torch.cuda.synchronize()
-    dist.barrier(case.group)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(PAIRS):
-            call()
-    us, _ = timed(graph.replay, case.group, device=case.settings.device)
-    torch.cuda.synchronize()
-    dist.barrier(case.group)
-    return us / PAIRS
 
 
 def _gemm_times(case: Case) -> tuple[float, float]:

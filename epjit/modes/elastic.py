@@ -35,7 +35,7 @@ from epjit.handles import (
     Placement,
     row_bound,
 )
-from epjit.kernels.elastic import DescribeConfig
+from epjit.kernels.elastic import DescribeConfig, SumConfig
 from epjit.modes import expert_major
 from epjit.modes.normal import pointer
 from epjit.reference import elastic as reference
@@ -328,17 +328,36 @@ class Elastic:
         with scope.allocating():
             (combined,) = self.empty((matrix(rows.dtype, num_tokens, rows.shape[1]),))
         scope.start()
-        with scope.running():
-            total = torch.zeros(combined.shape, dtype=torch.float32, device=rows.device)
-            for addend in (
-                *(each for each in (call.bias_0, call.bias_1) if each is not None),
-                *rows.view(num_tokens, num_topk, rows.shape[1]).unbind(dim=1),
-            ):
-                total += addend
-            combined.copy_(total)
+        each = rows.view(num_tokens, num_topk, rows.shape[1])
+        self._add_choices(scope, each, (call.bias_0, call.bias_1), combined)
         if weights is not None:
             weights = weights.view(num_tokens, num_topk)
         return (combined, weights), (sent, received, used, rows, *_read(handle))
+
+    def _add_choices(
+        self,
+        scope: AnyScope,
+        rows: torch.Tensor,
+        biases: tuple[torch.Tensor | None, torch.Tensor | None],
+        out: torch.Tensor,
+    ) -> None:
+        """The sums of `reference.add_choices`."""
+        device, (num_tokens, num_topk, hidden) = rows.device, rows.shape
+        if device.type != "cuda":
+            reference.add_choices(rows, biases, out)
+            return
+        if num_tokens == 0:
+            return
+        config = SumConfig(rows.element_size() * hidden, num_topk, rows.dtype == torch.float16)
+        values = {
+            "rows": rows.data_ptr(),
+            "bias_0": pointer(biases[0]),
+            "bias_1": pointer(biases[1]),
+            "out": out.data_ptr(),
+            "num_tokens": num_tokens,
+        }
+        launch = expert_major._launch(config, device.index)
+        launch.start(scope.stream, 4 * num_sms(device.index), values)
 
     # ---- barrier ---------------------------------------------------------------------------------
 

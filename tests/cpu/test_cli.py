@@ -740,6 +740,20 @@ def test_low_latency_bench_on_the_cpu_backend(tmp_path: Path) -> None:
             assert (sent in results) is (module == "epjit")
 
 
+def test_elastic_bench_on_the_cpu_backend(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    done = run("bench", *SMALL, "--elastic", "--tokens", 4, "--json", out, EPJIT_BACKEND="cpu")
+    assert "of Buffer" in done.stdout
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    results = {(row["op"], row["dtype"]) for row in rows[1:]}
+    assert {row["tokens"] for row in rows[1:] if row["of_buffer"] > 0} == {16, 4}
+    for order in ("", " by expert"):
+        assert (f"combine{order}", "bf16") in results
+        for dtype in ("fp8", "bf16"):
+            for kind in ("", ", host waits", ", cached"):
+                assert (f"dispatch{order}{kind}", dtype) in results
+
+
 def test_bench_says_what_a_rank_died_of() -> None:
     settings = Settings(
         ranks=1,
@@ -813,7 +827,10 @@ def test_sizes_are_refused_before_it_starts(
         (["--plot", "/proc/nothing.png"], "No such file or directory"),
         (["--plot", "out.nothing"], "is not supported"),
         (["--plot", "x.png", "--low-latency"], "which this does not measure"),
-        (["--stores", "--low-latency"], "are two runs; pass one of them"),
+        (["--plot", "x.png", "--elastic"], "which this does not measure"),
+        (["--stores", "--low-latency"], "--low-latency and --stores are several runs; pass one"),
+        (["--elastic", "--stores"], "--stores and --elastic are several runs; pass one of them"),
+        (["--elastic", "--compare", "deep_ep"], "--elastic compares with Buffer of the same run"),
         (["--stores"], "measures GPUs, and this is the CPU backend"),
         (["--low-latency", "--tokens", 1 << 20], "num_max_dispatch_tokens_per_rank is 1048576"),
     ],

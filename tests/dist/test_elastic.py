@@ -26,5 +26,5 @@ def test_graph(num_ranks: int) -> None:
 
 
 def test_beside_the_low_latency_mode(num_ranks: int) -> None:
-    """A Buffer and an ElasticBuffer in one process, calls in turns."""
+    """A Buffer and an ElasticBuffer in one process, calls in turns and in two graphs."""
     launch.run(elastic.beside_low_latency, num_ranks, {}, timeout=300)

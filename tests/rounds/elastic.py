@@ -9,7 +9,7 @@ import functools
 import random
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -85,6 +85,21 @@ class Round:
     how: str = "sync"
     is_exact: bool = False
 
+
+# Of three ranks: no tokens on all or on some, only -1, one expert, a rank without rows, M of 1.
+EDGES = [
+    replace(case, num_experts=3 * case.num_experts)
+    for case in (
+        Round((0, 0, 0)),
+        Round((5, 0, 1), kind="all_holes", num_biases=1),
+        Round((5, 0, 1), kind="all_holes", expand=True, waits=False, num_biases=2),
+        Round((0, 32, 3), kind="hot_expert", expand=True, alignment=8),
+        Round((4, 4, 4), kind="empty_rank", expand=True, waits=False, num_experts=24),
+        Round((0, 0, 0), expand=True, waits=False, fp8="padded", column_major=True),
+        Round((0, 0, 0), expand=True, fp8="column_major", column_major=True),
+        Round((1, 0, 0), waits=False, max_tokens=1),
+    )
+]
 
 # What kernels are compiled for, few: (hidden, num_topk, fp8, index_dtype).
 _SHAPES = (
