@@ -707,7 +707,6 @@ class Buffer(Life):
 
         Raises:
             TypeError, ValueError: Arguments that do not fit; nothing was launched.
-            NotImplementedError: On a GPU, between NVLink domains.
             RuntimeError: Needs the host to wait, while a CUDA graph is captured.
             CommunicationError: A peer did not come, now or in an earlier operation.
         """
@@ -777,7 +776,6 @@ class Buffer(Life):
 
         Raises:
             TypeError, ValueError: Arguments that do not fit; nothing was launched.
-            NotImplementedError: On a GPU, between NVLink domains.
             CommunicationError: An earlier operation of this buffer failed.
         """
         self._check_alive()
@@ -788,8 +786,8 @@ class Buffer(Life):
             self._entered(),
             self._streams.scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
         ):
-            combined = self._mode.expert_combine(scope, call)
-            return *combined, scope.finish(call, combined)
+            combined, used = self._mode.expert_combine(scope, call)
+            return *combined, scope.finish((*call, used), combined)
 
     # ---- low latency -----------------------------------------------------------------------------
 

@@ -1,5 +1,8 @@
 """Dispatch and combine between NVLink domains: the order of launches, and which array goes where.
 
+Rows by expert are those of the sources with a second pass: kernels of this GPU alone, behind a
+dispatch and before a combine.
+
 A rank has two symmetric memories. The ranks of its domain load and store in the first (`_Arena`:
 `num_nvl_bytes` of slots, then words and signals); all ranks reach the second through the transport
 (`_Rings`: `num_rdma_bytes` of inboxes and stages, then what rail peers tell each other). Users may
@@ -13,9 +16,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from epjit.calls import Combine, Dispatch, Routing, Setup, Sums
+from epjit.calls import (
+    Combine,
+    Dispatch,
+    ExpertCombine,
+    ExpertDispatch,
+    Layout,
+    Routing,
+    Setup,
+    Sums,
+)
 from epjit.config import MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS
-from epjit.handles import Dispatched, InternodeHandle
+from epjit.handles import (
+    Dispatched,
+    ExpertDispatched,
+    ExpertHandle,
+    InternodeHandle,
+    Placement,
+    row_bound,
+)
+from epjit.kernels.expert_major import passes_of
 from epjit.kernels.internode import (
     MAX_WORDS,
     InternodeCombineConfig,
@@ -30,15 +50,19 @@ from epjit.kernels.internode import (
     ring_bytes,
     ring_slots,
 )
-from epjit.kernels.shapes import CombineShape, DispatchShape
+from epjit.kernels.shapes import AnyShape, DispatchShape
+from epjit.modes import expert_major
 from epjit.modes.normal import (
     SIGNALS_BYTES,
     Normal,
     Room,
     combine_shape,
     dispatch_shape,
+    expert_combine_shape,
+    expert_dispatch_shape,
     pointer,
 )
+from epjit.runtime.empty import matrix
 from epjit.runtime.group import BUFFER, Group
 from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
@@ -49,7 +73,7 @@ from epjit.sizes import align
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from epjit.scope import AnyScope
+    from epjit.scope import AnyScope, Record
 
 
 class _DomainGroup(Group):
@@ -100,7 +124,7 @@ class _Rings:
         self.total = align(self.notify_stage + num_domains * self.notify_stride * 4)
 
 
-class Internode(Normal[DispatchShape | CombineShape]):
+class Internode(Normal[AnyShape]):
     """Everything one rank needs for the operations between NVLink domains.
 
     Collective: all ranks construct it together.
@@ -164,7 +188,7 @@ class Internode(Normal[DispatchShape | CombineShape]):
 
     # ---- launches --------------------------------------------------------------------------------
 
-    def _config(self, shape: DispatchShape | CombineShape) -> KernelConfig:
+    def _config(self, shape: AnyShape) -> KernelConfig:
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
         return self._for_transport(config_of(shape, num_domains, num_local, self._arch))
 
@@ -194,9 +218,13 @@ class Internode(Normal[DispatchShape | CombineShape]):
             bound["fits"] = self._fits.data_ptr()
         return Launch(self._kernel(config), **bound)
 
-    def _configs_on(
-        self, arch: str, shapes: Iterable[DispatchShape | CombineShape]
-    ) -> list[KernelConfig]:
+    def _build(self, shape: AnyShape, **sizes: int) -> Launch[Any]:
+        """With the second pass, which is loaded before the ranks meet, as all that is launched."""
+        for config in passes_of(shape, self._arch):
+            expert_major._launch(config, self._device.index)
+        return super()._build(shape, **sizes)
+
+    def _configs_on(self, arch: str, shapes: Iterable[AnyShape]) -> list[KernelConfig]:
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
         found = kernels_of(shapes, num_domains=num_domains, num_local=num_local, arch=arch)
         return [self._for_transport(config) for config in found]
@@ -362,6 +390,146 @@ class Internode(Normal[DispatchShape | CombineShape]):
         )
         launch.start(scope.stream, num_sms)
         return combined_x, combined_weights
+
+    # ---- rows by expert --------------------------------------------------------------------------
+
+    def expert_dispatch(
+        self, scope: AnyScope, call: ExpertDispatch
+    ) -> tuple[ExpertDispatched, Record]:
+        """Casts rows, dispatches them in the order of the sources, then stores them by expert."""
+        self.launch(expert_dispatch_shape(call))
+        x, scales = self._cast(scope, call)
+        if call.handle is not None:
+            return self._cached_expert_dispatch(scope, call, call.handle, x, scales)
+        topk_idx, weights, waits = call.topk_idx, call.topk_weights, self._waits(call)
+        assert topk_idx is not None
+        num_topk = topk_idx.shape[1]
+        if weights is None:  # choices and weights travel together: any do
+            with scope.allocating():
+                (weights,) = self._empty((matrix(torch.float32, *topk_idx.shape),))
+        counts = self.layout(scope, Layout(topk_idx, call.num_experts))
+        sizes = call.expert_alignment, call.num_worst_tokens, call.num_sms
+        sent = Dispatch(x, scales, topk_idx, weights, Routing(*counts), *sizes)
+        received = self.dispatch(scope, sent)
+        routing, per_expert = received.handle, received.num_recv_tokens_per_expert_list
+        assert routing is not None
+        assert received.recv_topk_idx is not None
+        local = routing.recv_expert_counts.shape[0]
+        num_rows = sum(per_expert or ()) if waits else call.num_expert_rows
+        if not waits and not num_rows:
+            num_rows = row_bound(call.num_worst_tokens, num_topk, local, call.expert_alignment)
+        specs = Placement.specs(
+            num_tokens=routing.num_rows, num_topk=num_topk, num_rows=num_rows, num_experts=local
+        )
+        with scope.allocating():
+            row_of, source, ends = self._empty(specs[:-1])
+            rows, row_scales, row_weights = self._rows_by_expert(num_rows, call)
+        placed = Placement(row_of, source, ends, routing.recv_expert_counts)
+        scope.start()
+        expert_major.queue_place(
+            scope.stream,
+            received.recv_topk_idx,
+            placed,
+            alignment=call.expert_alignment,
+            known=True,
+        )
+        expert_major.queue_permute(
+            scope.stream,
+            received.recv_x,
+            placed,
+            rows,
+            scales=received.recv_scales,
+            row_scales=row_scales,
+            weights=None if row_weights is None else received.recv_topk_weights,
+            row_weights=row_weights,
+            zero_padding=call.zero_padding,
+        )
+        handle = ExpertHandle(routing, placed)
+        return ExpertDispatched(rows, row_scales, row_weights, handle, per_expert), (sent, received)
+
+    def _cached_expert_dispatch(
+        self,
+        scope: AnyScope,
+        call: ExpertDispatch,
+        handle: ExpertHandle,
+        x: torch.Tensor,
+        scales: torch.Tensor | None,
+    ) -> tuple[ExpertDispatched, Record]:
+        """Sends another payload, cast already, to the rows that a handle names.
+
+        Without choices beside them, weights travel as further scales.
+        """
+        routing, placed = handle
+        words, num_scales = scales, 0 if scales is None else scales.shape[1]
+        if call.topk_weights is not None:
+            words = call.topk_weights
+        if call.topk_weights is not None and scales is not None:
+            num_topk = placed.row_of.shape[1]
+            with scope.allocating():
+                (words,) = self._empty((matrix(torch.int32, x.shape[0], num_scales + num_topk),))
+            scope.start()
+            with scope.running():
+                words[:, :num_scales].copy_(scales.view(torch.int32))
+                words[:, num_scales:].copy_(call.topk_weights.view(torch.int32))
+        sent = Dispatch(x, words, None, None, routing, 1, 0, call.num_sms)
+        received = self.dispatch(scope, sent)
+        recv_scales = weights = received.recv_scales
+        if recv_scales is not None:
+            recv_scales, weights = recv_scales[:, :num_scales], recv_scales[:, num_scales:]
+        with scope.allocating():
+            rows, row_scales, row_weights = self._rows_by_expert(handle.num_rows, call)
+        scope.start()
+        expert_major.queue_permute(
+            scope.stream,
+            received.recv_x,
+            placed,
+            rows,
+            scales=None if row_scales is None else recv_scales,
+            row_scales=row_scales,
+            weights=None if row_weights is None else weights,
+            row_weights=row_weights,
+            zero_padding=call.zero_padding,
+        )
+        return ExpertDispatched(rows, row_scales, row_weights, handle), (sent, received)
+
+    def _cast(
+        self, scope: AnyScope, call: ExpertDispatch
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows and scales as they travel, scales as words."""
+        x, row_format = call.x, call.row_format
+        if row_format is None:
+            return x, call.scales
+        num_tokens, hidden = x.shape
+        columns, num_words = row_format.num_columns(hidden), row_format.num_scale_bytes(hidden) // 4
+        with scope.allocating():
+            rows, scales = self._empty(
+                (
+                    matrix(row_format.x_dtype, num_tokens, columns),
+                    matrix(torch.int32, num_tokens, num_words),
+                )
+            )
+        scope.start()
+        expert_major.queue_cast(scope.stream, x, row_format, call.global_scale, rows, scales)
+        return rows, scales
+
+    def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> tuple[Sums, Record]:
+        """Sums a token's rows on each rank, then combines the sums."""
+        rows, row_weights, topk_weights, bias_0, bias_1, (routing, placed), num_sms, _ = call
+        self.launch(expert_combine_shape(call))
+        num_topk = 0 if topk_weights is None else placed.row_of.shape[1]
+        x, weights = self._sums(scope, rows, routing.num_rows, num_topk)
+        scope.start()
+        expert_major.queue_unpermute(
+            scope.stream,
+            rows,
+            placed.row_of,
+            x,
+            row_weights=row_weights,
+            topk_weights=topk_weights,
+            weights=weights,
+        )
+        sent = Combine(x, weights, bias_0, bias_1, routing, num_sms)
+        return self.combine(scope, sent), (sent,)
 
     # ---- the end ---------------------------------------------------------------------------------
 
