@@ -10,10 +10,12 @@ combine.
 from __future__ import annotations
 
 import functools
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
+from epjit.calls import Sums
 from epjit.checks.match import INDEX_DTYPES, check, check_rows, check_topk
 from epjit.config import MAX_LOCAL_EXPERTS
 from epjit.formats import RowFormat
@@ -35,6 +37,9 @@ from epjit.runtime.launch import Launch
 
 _INT32_MAX = (1 << 31) - 1
 SUM_DTYPES = (torch.bfloat16, torch.float16)  # that the unpermute kernel adds
+Payload: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
+"""Rows, scales, weights."""
+Weights: TypeAlias = tuple[Tensor | None, Tensor | None]
 
 
 def place(topk_idx: Tensor, num_experts: int, *, alignment: int, num_rows: int) -> Placement:
@@ -122,37 +127,35 @@ def permute(x: Tensor, row_of: Tensor, source: Tensor, ends: Tensor) -> Tensor:
         return reference.permute(x, source, row_of.shape[1])
     check_rows("x", x)
     rows = torch.empty((source.shape[0], x.shape[1]), dtype=x.dtype, device=x.device)
-    queue_permute(_stream(x.device), x, Placement(row_of, source, ends, ends), rows)
+    placed = Placement(row_of, source, ends, ends)
+    queue_permute(_stream(x.device), (x, None, None), placed, (rows, None, None))
     return rows
 
 
 def queue_permute(
     stream: int,
-    x: Tensor,
+    given: Payload,
     placed: Placement,
-    rows: Tensor,
+    outputs: Payload,
     *,
-    scales: Tensor | None = None,
-    row_scales: Tensor | None = None,
-    weights: Tensor | None = None,
-    row_weights: Tensor | None = None,
     zero_padding: bool = True,
 ) -> None:
-    """Copies each token to the rows of its selections, with its scales and weights.
+    """Copies each token to the rows of its choices, with what is beside it.
 
     Args:
         stream: Handle of the stream.
-        x: `[n, H]`.
+        given: Rows `[n, H]`; scales `[n, S]` of 4 bytes; weights float32 `[n, K]`. Beside rows, of
+            any row stride.
         placed: Its `row_of` may have any row stride; `counts` are not read.
-        rows: `[M, H]`, written to.
-        scales: `[n, S]` of 4 bytes, or None.
-        row_scales: `[M, S]`, written to; of any strides, or as many bytes a row by row.
-        weights: float32 `[n, K]`, of any row stride, or None.
-        row_weights: float32 `[M]`, written to: 0 where no selection is.
+        outputs: `[M, H]`; `[M, S]` of any strides, or as many bytes row by row; float32 `[M]`, 0
+            where no choice is. What is None here is not copied.
         zero_padding: Whether rows and scales of the padding become zeros.
     """
+    (x, scales, weights), (rows, row_scales, row_weights) = given, outputs
     device, (num_tokens, num_topk) = x.device.index, placed.row_of.shape
-    row_stride, stride = word_strides(row_scales)
+    if scales is None or row_scales is None:
+        scales = row_scales = None
+    scale_row_stride, scale_stride = word_strides(row_scales)
     _launch(permute_config(row_bytes(x), num_topk, arch_of(device)), device)(
         stream,
         num_sms(device),
@@ -168,8 +171,8 @@ def queue_permute(
         scale_token_stride=0 if scales is None else scales.stride(0),
         weight_stride=0 if weights is None else weights.stride(0),
         row_of_stride=placed.row_of.stride(0),
-        scale_row_stride=row_stride,
-        scale_stride=stride,
+        scale_row_stride=scale_row_stride,
+        scale_stride=scale_stride,
         num_tokens=num_tokens,
         num_rows=rows.shape[0],
         num_scales=0 if scales is None else scales.shape[1],
@@ -198,19 +201,12 @@ def unpermute(rows: Tensor, row_of: Tensor) -> Tensor:
         return reference.unpermute(rows, row_of)
     check_rows("rows", rows)
     out = torch.empty((row_of.shape[0], rows.shape[1]), dtype=rows.dtype, device=rows.device)
-    queue_unpermute(_stream(rows.device), rows, row_of, out)
+    queue_unpermute(_stream(rows.device), rows, row_of, (out, None))
     return out
 
 
 def queue_unpermute(
-    stream: int,
-    rows: Tensor,
-    row_of: Tensor,
-    out: Tensor,
-    *,
-    row_weights: Tensor | None = None,
-    topk_weights: Tensor | None = None,
-    weights: Tensor | None = None,
+    stream: int, rows: Tensor, row_of: Tensor, sums: Sums, *, given: Weights = (None, None)
 ) -> None:
     """Sums the rows of each token, and brings weights back.
 
@@ -218,11 +214,11 @@ def queue_unpermute(
         stream: Handle of the stream.
         rows: `[M, H]`.
         row_of: int32 `[n, K]`, of any row stride; no row where it is outside `[0, M)`.
-        out: `[n, H]`, written to.
-        row_weights: float32 `[M]`, which the rows are multiplied with, or None.
-        topk_weights: float32 `[M]`, which come back as they are, or None.
-        weights: float32 `[n, K]`, written to: those, 0 where there is no row; or None.
+        sums: `[n, H]`, and float32 `[n, K]` or None for what comes back; written to.
+        given: float32 `[M]` or None: what the rows are multiplied with, and what comes back, 0
+            where there is no row.
     """
+    row_weights, topk_weights = given
     device, (num_tokens, num_topk) = rows.device.index, row_of.shape
     is_f16, is_weighted = rows.dtype == torch.float16, row_weights is not None
     _launch(UnpermuteConfig(row_bytes(rows), num_topk, is_f16, is_weighted), device)(
@@ -233,8 +229,8 @@ def queue_unpermute(
         topk_weights=pointer(topk_weights),
         row_of=row_of.data_ptr(),
         row_of_stride=row_of.stride(0),
-        out=out.data_ptr(),
-        weights=pointer(weights),
+        out=sums[0].data_ptr(),
+        weights=pointer(sums[1]),
         num_tokens=num_tokens,
         num_rows=rows.shape[0],
     )

@@ -399,11 +399,40 @@ class Internode(Normal[AnyShape]):
         """Casts rows, dispatches them in the order of the sources, then stores them by expert."""
         self.launch(expert_dispatch_shape(call))
         x, scales = self._cast(scope, call)
-        if call.handle is not None:
-            return self._cached_expert_dispatch(scope, call, call.handle, x, scales)
+        if call.handle is None:
+            sent, received, handle = self._place(scope, call, x, scales)
+            recv_scales, weights = received.recv_scales, received.recv_topk_weights
+        else:
+            handle, num_scales = call.handle, 0 if scales is None else scales.shape[1]
+            words = self._beside(scope, scales, call.topk_weights)
+            sent = Dispatch(x, words, None, None, handle.routing, 1, 0, call.num_sms)
+            received = self.dispatch(scope, sent)
+            recv_scales = weights = received.recv_scales
+            if weights is not None:
+                recv_scales, weights = weights[:, :num_scales], weights[:, num_scales:]
+        with scope.allocating():
+            outputs = self._rows_by_expert(handle.num_rows, call)
+        scope.start()
+        expert_major.queue_permute(
+            scope.stream,
+            (received.recv_x, recv_scales, weights),
+            handle.placement,
+            outputs,
+            zero_padding=call.zero_padding,
+        )
+        per_expert = received.num_recv_tokens_per_expert_list
+        return ExpertDispatched(*outputs, handle, per_expert), (sent, received)
+
+    def _place(
+        self,
+        scope: AnyScope,
+        call: ExpertDispatch,
+        x: torch.Tensor,
+        scales: torch.Tensor | None,
+    ) -> tuple[Dispatch, Dispatched, ExpertHandle]:
+        """Dispatches along new choices, and numbers what comes."""
         topk_idx, weights, waits = call.topk_idx, call.topk_weights, self._waits(call)
         assert topk_idx is not None
-        num_topk = topk_idx.shape[1]
         if weights is None:  # choices and weights travel together: any do
             with scope.allocating():
                 (weights,) = self._empty((matrix(torch.float32, *topk_idx.shape),))
@@ -411,86 +440,37 @@ class Internode(Normal[AnyShape]):
         sizes = call.expert_alignment, call.num_worst_tokens, call.num_sms
         sent = Dispatch(x, scales, topk_idx, weights, Routing(*counts), *sizes)
         received = self.dispatch(scope, sent)
-        routing, per_expert = received.handle, received.num_recv_tokens_per_expert_list
+        routing, recv_topk_idx = received.handle, received.recv_topk_idx
         assert routing is not None
-        assert received.recv_topk_idx is not None
-        local = routing.recv_expert_counts.shape[0]
-        num_rows = sum(per_expert or ()) if waits else call.num_expert_rows
-        if not waits and not num_rows:
-            num_rows = row_bound(call.num_worst_tokens, num_topk, local, call.expert_alignment)
+        assert recv_topk_idx is not None
+        (num_tokens, num_topk), counts_of = recv_topk_idx.shape, routing.recv_expert_counts
+        local = counts_of.shape[0]
+        num_rows = sum(received.num_recv_tokens_per_expert_list or ())
+        if not waits:
+            bound = row_bound(num_tokens, num_topk, local, call.expert_alignment)
+            num_rows = call.num_expert_rows or bound
         specs = Placement.specs(
-            num_tokens=routing.num_rows, num_topk=num_topk, num_rows=num_rows, num_experts=local
+            num_tokens=num_tokens, num_topk=num_topk, num_rows=num_rows, num_experts=local
         )
         with scope.allocating():
             row_of, source, ends = self._empty(specs[:-1])
-            rows, row_scales, row_weights = self._rows_by_expert(num_rows, call)
-        placed = Placement(row_of, source, ends, routing.recv_expert_counts)
+        placed, alignment = Placement(row_of, source, ends, counts_of), call.expert_alignment
         scope.start()
         expert_major.queue_place(
-            scope.stream,
-            received.recv_topk_idx,
-            placed,
-            alignment=call.expert_alignment,
-            known=True,
+            scope.stream, recv_topk_idx, placed, alignment=alignment, known=True
         )
-        expert_major.queue_permute(
-            scope.stream,
-            received.recv_x,
-            placed,
-            rows,
-            scales=received.recv_scales,
-            row_scales=row_scales,
-            weights=None if row_weights is None else received.recv_topk_weights,
-            row_weights=row_weights,
-            zero_padding=call.zero_padding,
-        )
-        handle = ExpertHandle(routing, placed)
-        return ExpertDispatched(rows, row_scales, row_weights, handle, per_expert), (sent, received)
+        return sent, received, ExpertHandle(routing, placed)
 
-    def _cached_expert_dispatch(
-        self,
-        scope: AnyScope,
-        call: ExpertDispatch,
-        handle: ExpertHandle,
-        x: torch.Tensor,
-        scales: torch.Tensor | None,
-    ) -> tuple[ExpertDispatched, Record]:
-        """Sends another payload, cast already, to the rows that a handle names.
-
-        Without choices beside them, weights travel as further scales.
-        """
-        routing, placed = handle
-        words, num_scales = scales, 0 if scales is None else scales.shape[1]
-        if call.topk_weights is not None:
-            words = call.topk_weights
-        if call.topk_weights is not None and scales is not None:
-            num_topk = placed.row_of.shape[1]
-            with scope.allocating():
-                (words,) = self._empty((matrix(torch.int32, x.shape[0], num_scales + num_topk),))
-            scope.start()
-            with scope.running():
-                words[:, :num_scales].copy_(scales.view(torch.int32))
-                words[:, num_scales:].copy_(call.topk_weights.view(torch.int32))
-        sent = Dispatch(x, words, None, None, routing, 1, 0, call.num_sms)
-        received = self.dispatch(scope, sent)
-        recv_scales = weights = received.recv_scales
-        if recv_scales is not None:
-            recv_scales, weights = recv_scales[:, :num_scales], recv_scales[:, num_scales:]
-        with scope.allocating():
-            rows, row_scales, row_weights = self._rows_by_expert(handle.num_rows, call)
+    @staticmethod
+    def _beside(
+        scope: AnyScope, scales: torch.Tensor | None, weights: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Words that travel beside rows along a handle: without choices, weights go as scales do."""
+        if scales is None or weights is None:
+            return weights if scales is None else scales
         scope.start()
-        expert_major.queue_permute(
-            scope.stream,
-            received.recv_x,
-            placed,
-            rows,
-            scales=None if row_scales is None else recv_scales,
-            row_scales=row_scales,
-            weights=None if row_weights is None else weights,
-            row_weights=row_weights,
-            zero_padding=call.zero_padding,
-        )
-        return ExpertDispatched(rows, row_scales, row_weights, handle), (sent, received)
+        with scope.running():
+            return torch.cat((scales.view(torch.int32), weights.view(torch.int32)), dim=1)
 
     def _cast(
         self, scope: AnyScope, call: ExpertDispatch
@@ -500,14 +480,13 @@ class Internode(Normal[AnyShape]):
         if row_format is None:
             return x, call.scales
         num_tokens, hidden = x.shape
-        columns, num_words = row_format.num_columns(hidden), row_format.num_scale_bytes(hidden) // 4
+        num_words = row_format.num_scale_bytes(hidden) // 4
+        specs = (
+            matrix(row_format.x_dtype, num_tokens, row_format.num_columns(hidden)),
+            matrix(torch.int32, num_tokens, num_words),
+        )
         with scope.allocating():
-            rows, scales = self._empty(
-                (
-                    matrix(row_format.x_dtype, num_tokens, columns),
-                    matrix(torch.int32, num_tokens, num_words),
-                )
-            )
+            rows, scales = self._empty(specs)
         scope.start()
         expert_major.queue_cast(scope.stream, x, row_format, call.global_scale, rows, scales)
         return rows, scales
@@ -517,19 +496,13 @@ class Internode(Normal[AnyShape]):
         rows, row_weights, topk_weights, bias_0, bias_1, (routing, placed), num_sms, _ = call
         self.launch(expert_combine_shape(call))
         num_topk = 0 if topk_weights is None else placed.row_of.shape[1]
-        x, weights = self._sums(scope, rows, routing.num_rows, num_topk)
+        sums = self._sums(scope, rows, routing.num_rows, num_topk)
         scope.start()
         expert_major.queue_unpermute(
-            scope.stream,
-            rows,
-            placed.row_of,
-            x,
-            row_weights=row_weights,
-            topk_weights=topk_weights,
-            weights=weights,
+            scope.stream, rows, placed.row_of, sums, given=(row_weights, topk_weights)
         )
-        sent = Combine(x, weights, bias_0, bias_1, routing, num_sms)
-        return self.combine(scope, sent), (sent,)
+        sent = Combine(*sums, bias_0, bias_1, routing, num_sms)
+        return self.combine(scope, sent), sent
 
     # ---- the end ---------------------------------------------------------------------------------
 

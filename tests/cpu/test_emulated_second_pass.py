@@ -218,7 +218,7 @@ def test_elastic(multiple_reduction: bool, monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_words_beside_a_row() -> None:
-    """What travels with rows by expert: the mode and `epjit warmup` ask these shapes."""
+    """Kernels of a second pass stand beside those of a dispatch or combine of these shapes."""
     new = ExpertDispatchShape(512, 4, 3, False, False, True, 1)
     assert new.by_source == (512, 4, 3, False)
     cached = ExpertDispatchShape(512, 4, 3, True, True, True)
