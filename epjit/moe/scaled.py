@@ -56,7 +56,7 @@ def check_scaled(x: Tensor, weights: Tensor, scales: Tensor | None, of_weights: 
         check(name, each, (*rows, of_row), dtype, x.device, why=why)
     if hidden % 16 or columns % 16:
         raise ValueError(
-            f"weights have shape {tuple(weights.shape)}, but torch's product of FP8 takes matrices of "
+            f"weights have shape {tuple(weights.shape)}, but torch's product of FP8 takes "
             "multiples of 16"
         )
     if weights.stride(1) != 1:
