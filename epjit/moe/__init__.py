@@ -49,7 +49,6 @@ from epjit.moe.buffers import (
     worst_tokens,
 )
 from epjit.moe.operators import padded
-from epjit.moe.scaled import check_scaled
 from epjit.numbers import as_int
 
 __all__ = [
@@ -464,14 +463,20 @@ def grouped_mm(
         RuntimeError: This GPU, or this torch, has no product of rows with these scales.
     """
     x, weights = _rows(x), _autocast(weights)
-    if weight_scales is not None:
-        scales = check_scaled(x, weights, scales, weight_scales)
-        scaled: Tensor = torch.ops.epjit.scaled_grouped_mm(x, weights, ends, scales, weight_scales)
+    if scales is not None and weight_scales is not None:
+        operands = (x, weights, ends, scales, weight_scales)
+        if torch.is_grad_enabled() and any(each.requires_grad for each in operands):
+            raise ValueError(
+                "products of rows with scales have no gradient; call grouped_mm under "
+                "torch.no_grad(), or train in bfloat16"
+            )
+        scaled: Tensor = torch.ops.epjit.scaled_grouped_mm(*operands)
         return scaled
-    if scales is not None or x.element_size() == 1:
+    if scales is not None or weight_scales is not None or x.element_size() == 1:
+        missing = "weight_scales" if weight_scales is None else "scales"
         raise ValueError(
-            f"weight_scales are missing: x is {x.dtype}, and its product takes scales of the rows "
-            "and of the matrices"
+            f"{missing} are missing: x is {x.dtype}, and its product takes scales of the rows and "
+            "weight_scales of the matrices"
         )
     result: Tensor = torch.ops.epjit.grouped_mm(x, weights, ends, torch.is_grad_enabled())
     return result

@@ -23,24 +23,8 @@ _AS_BF16 = (
 )
 
 
-def check_scaled(x: Tensor, weights: Tensor, scales: Tensor | None, of_weights: Tensor) -> Tensor:
-    """Checks rows and matrices with scales, of shapes alone.
-
-    Returns:
-        `scales`, which are there.
-
-    Raises:
-        TypeError, ValueError: They do not fit, or torch has no product of them anywhere.
-    """
-    if scales is None:
-        raise ValueError("weight_scales came without scales; pass what dispatch(cast=...) returned")
-    if torch.is_grad_enabled() and any(
-        each.requires_grad for each in (x, weights, scales, of_weights)
-    ):
-        raise ValueError(
-            "products of rows with scales have no gradient; call grouped_mm under torch.no_grad(), "
-            "or train in bfloat16"
-        )
+def _check(x: Tensor, weights: Tensor, scales: Tensor, of_weights: Tensor) -> RowFormat:
+    """Checks rows and matrices with scales, of shapes alone; returns their format."""
     check("x", x, ("num_rows", "hidden"), torch.float8_e4m3fn, contiguous=False)
     num_rows, hidden = x.shape
     shape = ("num_experts", hidden, "columns")
@@ -65,7 +49,7 @@ def check_scaled(x: Tensor, weights: Tensor, scales: Tensor | None, of_weights: 
             "that lie transposed; make them once as [num_experts, columns, hidden] and pass "
             ".transpose(1, 2)"
         )
-    return scales
+    return row_format
 
 
 def _format_of(scales: Tensor, hidden: int) -> RowFormat:
@@ -110,10 +94,10 @@ def product(x: Tensor, weights: Tensor, ends: Tensor, scales: Tensor, of_weights
         bfloat16 `[M, F]`, undefined behind `ends[-1]`.
 
     Raises:
-        RuntimeError: This GPU, or this torch, has no such product.
-        ValueError: On the CPU: experts of MXFP8 that do not begin where scales can.
+        TypeError, ValueError: Arguments that do not fit, or that no torch has a product of.
+        RuntimeError: This GPU, or this torch, has none.
     """
-    row_format = _format_of(scales, x.shape[1])
+    row_format = _check(x, weights, scales, of_weights)
     if not x.is_cuda:
         if row_format is MXFP8 and bool((ends % _TILE).any()):
             raise ValueError(

@@ -119,6 +119,10 @@ def test_exported() -> None:
     run(scenarios.exported, 2)
 
 
+def test_inferred() -> None:
+    run(scenarios.inferred, 2)
+
+
 def test_buffers_are_managed() -> None:
     run(scenarios.managed, 2)
 
@@ -334,8 +338,8 @@ def test_grouped_mm_of_rows_with_scales_is_that_of_their_values(cast: str) -> No
 @pytest.mark.parametrize(
     ("changes", "error", "said"),
     [
-        ({"scales": None}, ValueError, "weight_scales came without scales"),
-        ({"weight_scales": None}, ValueError, "weight_scales are missing"),
+        ({"scales": None}, ValueError, "^scales are missing"),
+        ({"weight_scales": None}, ValueError, "^weight_scales are missing"),
         ({"scales": torch.ones(9, 2)}, ValueError, r"\(sm_100\)\. epjit\.formats\.dequantize"),
         ({"scales": torch.ones(8, 1)}, ValueError, r"scales has shape \(8, 1\), expected \(9, 1\)"),
         (
