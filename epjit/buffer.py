@@ -692,7 +692,8 @@ class Buffer(Life):
             zero_padding: Rows and scales of the padding are zeros; else undefined.
             column_major_scales: Scales of 4 bytes lie column by column, each padded to 16 bytes.
             cast: None, or the format that rows are cast to before they cross the links: ``"fp8"``,
-                ``"fp8_round"``, ``"fp8_ue8m0"``, ``"mxfp8"``, ``"nvfp4"`` (`epjit.formats`).
+                ``"fp8_row"``, ``"fp8_round"``, ``"fp8_ue8m0"``, ``"mxfp8"``, ``"nvfp4"`` (see
+                `epjit.formats`).
             global_scale: float32 `[1]`, greater than 0, with nvfp4 only, the same on all ranks.
             config: Only `num_sms` matters; None is `get_dispatch_config`.
             previous_event: Waited for instead of the current stream. Outputs then belong to

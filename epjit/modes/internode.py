@@ -465,7 +465,7 @@ class Internode(Normal[AnyShape]):
     def _beside(
         scope: AnyScope, scales: torch.Tensor | None, weights: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Words that travel beside rows along a handle: without choices, weights go as scales do."""
+        """Words that travel beside rows along a handle; without choices, weights go as scales."""
         if scales is None or weights is None:
             return weights if scales is None else scales
         scope.start()
