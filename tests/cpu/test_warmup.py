@@ -119,7 +119,7 @@ def test_what_is_warmed_is_what_a_buffer_asks_for(
 
 def test_rows_by_expert_come_too() -> None:
     alone = int(warm_up("--domains", 2).split()[0])
-    assert f"{alone + 4} kernels" in warm_up("--domains", 2, "--experts", EXPERTS)
+    assert f"{alone + 6} kernels" in warm_up("--domains", 2, "--experts", EXPERTS)
 
 
 @pytest.mark.parametrize(
