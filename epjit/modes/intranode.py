@@ -46,6 +46,7 @@ from epjit.modes.normal import (
     Normal,
     Room,
     combine_shape,
+    delivered,
     dispatch_shape,
     expert_combine_shape,
     expert_dispatch_shape,
@@ -309,6 +310,7 @@ class Intranode(Normal[AnyShape]):
             **self._rows(call, outputs.received[:4]),
             **routing,
             recv_src_idx=pointer(outputs.src_idx),
+            global_scale=pointer(call.global_scale),
             least_rows=least_rows,
             has_room=outputs.has_room,
             num_stage_warps=config.stage_warps(num_sms, has_room=outputs.has_room),
@@ -465,21 +467,13 @@ class Intranode(Normal[AnyShape]):
         self, num_rows: int, call: ExpertDispatch
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """New rows, scales and weights."""
-        x, scales, _, topk_weights, *_ = call
-        dtype, columns = x.dtype, x.shape[1]
-        scale_dtype, num_scales = None, 0
-        if call.row_format is not None:
-            dtype, scale_dtype = call.row_format.x_dtype, call.row_format.scale_dtype
-            num_scales = call.row_format.num_scale_columns(columns)
-            columns = call.row_format.num_columns(columns)
-        elif scales is not None:
-            scale_dtype, num_scales = scales.dtype, scales.shape[1]
-        of_scales = by_columns if call.column_major_scales else matrix
+        (dtype, columns), of_scales = delivered(call)
+        ordered = by_columns if call.column_major_scales else matrix
         rows, row_scales, weights = self._empty(
             (
                 matrix(dtype, num_rows, columns),
-                None if scale_dtype is None else of_scales(scale_dtype, num_rows, num_scales),
-                None if topk_weights is None else vector(torch.float32, num_rows),
+                None if of_scales is None else ordered(of_scales[0], num_rows, of_scales[1]),
+                None if call.topk_weights is None else vector(torch.float32, num_rows),
             )
         )
         return rows, row_scales, weights

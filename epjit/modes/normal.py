@@ -184,9 +184,10 @@ class Normal(Mode[Shape]):
     @staticmethod
     def _specs(num_rows: int, call: Dispatch) -> tuple[TensorSpec | None, ...]:
         """Outputs of a dispatch of `num_rows` rows, in the order of `Dispatched`."""
-        x, scales, topk_idx = call.x, call.scales, call.topk_idx
-        rows = matrix(x.dtype, num_rows, x.shape[1])
-        row_scales = None if scales is None else matrix(scales.dtype, num_rows, scales.shape[1])
+        topk_idx = call.topk_idx
+        (dtype, columns), of_scales = delivered(call)
+        rows = matrix(dtype, num_rows, columns)
+        row_scales = None if of_scales is None else matrix(of_scales[0], num_rows, of_scales[1])
         if topk_idx is None:
             return rows, row_scales, None, None
         num_topk = topk_idx.shape[1]
@@ -425,15 +426,39 @@ def row_bytes(rows: torch.Tensor) -> int:
     return rows.shape[1] * rows.element_size()
 
 
+def delivered(
+    call: Dispatch | ExpertDispatch,
+) -> tuple[tuple[torch.dtype, int], tuple[torch.dtype, int] | None]:
+    """Dtype and columns of the rows that a dispatch delivers, and of their scales."""
+    x, scales, row_format = call.x, call.scales, call.row_format
+    columns = x.shape[1]
+    if row_format is None:
+        return (x.dtype, columns), None if scales is None else (scales.dtype, scales.shape[1])
+    assert row_format.scale_dtype is not None
+    of_scales = row_format.scale_dtype, row_format.num_scale_columns(columns)
+    return (row_format.x_dtype, row_format.num_columns(columns)), of_scales
+
+
 def dispatch_shape(call: Dispatch) -> DispatchShape:
     """The shape of a dispatch."""
-    x, scales, topk_idx = call.x, call.scales, call.topk_idx
+    topk_idx = call.topk_idx
+    of_rows, cast = _sent(call)
     return DispatchShape(
-        row_bytes(x),
-        0 if scales is None else scales.shape[1],
+        *of_rows,
         0 if topk_idx is None else topk_idx.shape[1],
         topk_idx is None or topk_idx.dtype == torch.int64,
+        *cast,
     )
+
+
+def _sent(call: Dispatch | ExpertDispatch) -> tuple[tuple[int, int], tuple[int, bool]]:
+    """Bytes of a row as it travels and words of its scales; the cast, as a shape has it."""
+    x, scales, row_format = call.x, call.scales, call.row_format
+    if row_format is None:
+        return (row_bytes(x), 0 if scales is None else scales.shape[1]), (0, False)
+    hidden = x.shape[1]
+    of_rows = row_format.row_bytes(hidden), row_format.num_scale_bytes(hidden) // 4
+    return of_rows, (row_format.code, x.dtype == torch.float16)
 
 
 def combine_shape(call: Combine) -> CombineShape:
@@ -451,22 +476,17 @@ def _choice_bits(order: Order | None) -> int:
 
 def expert_dispatch_shape(call: ExpertDispatch) -> ExpertDispatchShape:
     """The shape of a dispatch by expert."""
-    x, scales, topk_idx, topk_weights, handle, *_ = call
+    _, _, topk_idx, topk_weights, handle, *_ = call
     choices = topk_idx if handle is None else handle.placement.row_of
     assert choices is not None
-    of_row = row_bytes(x), 0 if scales is None else scales.shape[1]
-    code, row_format = 0, call.row_format
-    if row_format is not None:
-        code, hidden = row_format.code, x.shape[1]
-        of_row = row_format.row_bytes(hidden), row_format.num_scale_bytes(hidden) // 4
+    of_rows, cast = _sent(call)
     return ExpertDispatchShape(
-        *of_row,
+        *of_rows,
         choices.shape[1],
         topk_idx is None or topk_idx.dtype == torch.int64,
         handle is not None,
         topk_weights is not None,
-        code,
-        code != 0 and x.dtype == torch.float16,
+        *cast,
     )
 
 
