@@ -521,6 +521,9 @@ class Buffer(Life):
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
+        *,
+        cast: str | None = None,
+        global_scale: Tensor | None = None,
     ) -> tuple[
         Payload, Tensor | None, Tensor | None, list[int] | None, Handle | None, EventOverlap
     ]:
@@ -541,7 +544,8 @@ class Buffer(Life):
 
         Args:
             x: `[T, H]` of any dtype, rows a multiple of 16 bytes up to 32 KB; or a tuple of that
-                with one byte an element and scales `[T, S]`, float32 or int32, of any strides.
+                with one byte an element and scales `[T, S]`, float32 or int32, of any strides;
+                bfloat16 or float16 with `cast`.
             handle: From an earlier dispatch.
             num_tokens_per_rank: int32 `[R]` from `get_dispatch_layout`.
             num_tokens_per_rdma_rank: int32 `[D]`; not used in one NVLink domain.
@@ -561,9 +565,14 @@ class Buffer(Life):
                 the communication stream, and torch's allocator knows who else uses them.
             async_finish: Return an event instead of making the current stream wait.
             allocate_on_comm_stream: V1's flag, which `previous_event` includes.
+            cast: None, or the format that rows are cast to before they cross the links: ``"fp8"``,
+                ``"fp8_row"``, ``"fp8_round"``, ``"fp8_ue8m0"``, ``"mxfp8"``, ``"nvfp4"`` (see
+                `epjit.formats`). In one NVLink domain.
+            global_scale: float32 `[1]`, greater than 0, with nvfp4 only, the same on all ranks.
 
         Returns:
-            `recv_x` `[n, H]` (with scales: a tuple with float32 or int32 `[n, S]`, row-major),
+            `recv_x` `[n, H]` (with scales: a tuple with `[n, S]`, row-major; of a cast as
+            `low_latency_dispatch` has them),
             `recv_topk_idx` `[n, K]` (local experts, -1 for those of other ranks),
             `recv_topk_weights` `[n, K]` (0 where the index is -1), list of received selections for
             each local expert, handle, event. Cached: None for everything but `recv_x` and event.
@@ -589,6 +598,8 @@ class Buffer(Life):
             expert_alignment,
             num_worst_tokens,
             config,
+            cast=cast,
+            global_scale=global_scale,
             after=previous_event,
         )
         with (
@@ -650,6 +661,7 @@ class Buffer(Life):
 
     # ---- rows by expert --------------------------------------------------------------------------
 
+    @signatures.expert_dispatch
     def expert_dispatch(
         self,
         x: Payload,
@@ -741,6 +753,7 @@ class Buffer(Life):
         rows, scales, weights, made = received[:4]
         return _payload(rows, scales), weights, made, event
 
+    @signatures.expert_combine
     def expert_combine(
         self,
         rows: Tensor,

@@ -92,6 +92,8 @@ class Dispatch(NamedTuple):
     expert_alignment: int
     num_worst_tokens: int
     num_sms: int
+    row_format: RowFormat | None = None  # that rows are cast to; None: they stay as they are
+    global_scale: Tensor | None = None
 
 
 class Combine(NamedTuple):
@@ -200,7 +202,7 @@ class ExpertDispatch(NamedTuple):
     num_expert_rows: int
     zero_padding: bool
     column_major_scales: bool
-    row_format: RowFormat | None  # that rows are cast to; None: they stay as they are
+    row_format: RowFormat | None  # as of `Dispatch`
     global_scale: Tensor | None
     num_sms: int
 

@@ -32,6 +32,7 @@ from epjit.config import (
     Config,
     check_row_bytes,
 )
+from epjit.formats import CASTS, NVFP4, RowFormat
 from epjit.handles import GivenHandle, handle_type
 from epjit.numbers import as_int
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from epjit.event import EventOverlap
 
 INT32_MAX = (1 << 31) - 1
+SUM_DTYPES = (torch.bfloat16, torch.float16)  # of rows that are added, or cast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,8 @@ class NormalChecks(Checks):
         num_worst_tokens: int,
         config: Config | None,
         *,
+        cast: str | None,
+        global_scale: torch.Tensor | None,
         after: EventOverlap | None,
     ) -> calls.Dispatch:
         """Everything that `dispatch` takes; `counts` in the order of `calls.Routing`."""
@@ -96,19 +100,30 @@ class NormalChecks(Checks):
             arguments = signature(rows, scales, topk_idx, topk_weights, *routing)
         else:
             arguments = signature(rows, scales)
+        if cast is not None or global_scale is not None:
+            arguments = (*arguments, cast, *signature(global_scale))
         has_passed = arguments in self._passed
         if has_passed:
             check_aligned("x", rows)
         else:
-            self._payload(rows, scales)
+            if cast is not None and self.spans_domains:
+                raise ValueError(
+                    f"cast is {cast!r}, but this Buffer spans {self.num_domains} NVLink domains, "
+                    "between which rows travel as they are; cast them before and pass (rows, "
+                    "scales), scales of one byte as int32: .view(torch.int32)"
+                )
+            self._rows_to_send(rows, scales, cast, global_scale)
         num_sms = self._sms(config, self.dispatch_config, rows, rows.shape[0])
+        row_format = None if cast is None else CASTS[cast]
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
                 raise ValueError(
                     "a cached dispatch (handle=...) takes no topk_idx and no topk_weights"
                 )
             own = self._handle(handle, num_tokens=rows.shape[0])
-            call = calls.Dispatch(rows, scales, None, None, own, 1, 0, num_sms)
+            call = calls.Dispatch(
+                *(rows, scales, None, None, own, 1, 0, num_sms), row_format, global_scale
+            )
         else:
             if not has_passed:
                 self._routing(rows, routing, topk_idx, topk_weights)
@@ -127,6 +142,8 @@ class NormalChecks(Checks):
                 expert_alignment,
                 num_worst_tokens,
                 num_sms,
+                row_format,
+                global_scale,
             )
         if not has_passed:
             remember(self._passed, arguments, True)
@@ -223,6 +240,53 @@ class NormalChecks(Checks):
                     f"x[0] has dtype {rows.dtype}; a payload with scales has one byte an element"
                 )
 
+    def _rows_to_send(
+        self,
+        rows: torch.Tensor,
+        scales: torch.Tensor | None,
+        cast: str | None,
+        global_scale: torch.Tensor | None,
+        *,
+        column_major_scales: bool = False,
+    ) -> None:
+        """Rows, their scales, and the cast."""
+        self._payload(rows, scales)
+        scale_bytes = 0 if scales is None else scales.element_size()
+        if cast is not None:
+            if cast not in CASTS:
+                raise ValueError(f"cast is {cast!r}, but must be None or one of {', '.join(CASTS)}")
+            scale_bytes = self._cast(rows, scales, CASTS[cast])
+        if (cast == NVFP4.name) is (global_scale is None):
+            raise ValueError(
+                f"global_scale is {'missing' if global_scale is None else 'given'}, but rows that "
+                f"are cast to {cast} have {'one' if cast == NVFP4.name else 'none'}: a float32 "
+                "tensor of shape (1,), the same on all ranks"
+            )
+        if global_scale is not None:
+            self._check("global_scale", global_scale, (1,), torch.float32)
+        if column_major_scales and scale_bytes != 4:
+            raise ValueError(
+                "column_major_scales=True is for scales of 4 bytes (float32, or int32 with four "
+                f"exponents), but these rows have {f'{scale_bytes}-byte' if scale_bytes else 'no'} "
+                "scales"
+            )
+
+    def _cast(self, rows: torch.Tensor, scales: torch.Tensor | None, row_format: RowFormat) -> int:
+        """Rows that are cast; bytes of a scale."""
+        if scales is not None or rows.dtype not in SUM_DTYPES:
+            got = "rows with scales" if scales is not None else str(rows.dtype)
+            raise TypeError(
+                f"cast={row_format.name!r} takes rows of bfloat16 or float16, but x is {got}"
+            )
+        hidden, name = rows.shape[1], row_format.name
+        if hidden % row_format.granularity or row_format.num_scale_bytes(hidden) % 4:
+            step = max(row_format.granularity, 4 * row_format.block // row_format.bytes_a_scale)
+            raise ValueError(f"hidden is {hidden}, but must be a multiple of {step} for {name}")
+        row_bytes = row_format.row_bytes(hidden)
+        check_row_bytes(f"{hidden} channels in {name} have {row_bytes} bytes", row_bytes)
+        assert row_format.scale_dtype is not None
+        return row_format.scale_dtype.itemsize
+
     def _returned(
         self,
         x: torch.Tensor,
@@ -237,8 +301,7 @@ class NormalChecks(Checks):
         if arguments in self._passed:
             self._addresses(x=x, bias_0=bias_0, bias_1=bias_1)
             return
-        floats = (torch.bfloat16, torch.float16)
-        self._rows("x", x, num_rows, floats, "one row for each row of the dispatch")
+        self._rows("x", x, num_rows, SUM_DTYPES, "one row for each row of the dispatch")
         if topk_weights is not None:
             shape, why = (num_rows, "num_topk"), "one row for each row of x"
             self._check("topk_weights", topk_weights, shape, torch.float32, why)

@@ -56,7 +56,9 @@ class ValueChecks:
             _check_choices(idx, call.num_experts)
 
     def dispatch(self, call: calls.Dispatch, *, after: EventOverlap | None) -> None:
-        """Choices, weights, and a layout that fits them; or a handle."""
+        """Choices, weights, and a layout that fits them; or a handle. Cast rows are finite."""
+        for (rows,) in self._on_host(after, call.x) if call.row_format is not None else ():
+            _check_finite("x", rows)
         if not isinstance(call.routing, calls.Routing):
             self._check_handle(call.routing, self._on_host(after, *call.routing))
             return

@@ -78,7 +78,7 @@ class InternodeDispatchConfig(
         tma = variant != "ldst"
         warps, rows = copier_shape(tma, 14 if tma else 5, shape.hidden_bytes, limit)
         put = 5 if tma else 4
-        return cls(num_domains, num_local, *shape, tma, warps, put, rows, _TOKENS_PER_CHUNK)
+        return cls(num_domains, num_local, *shape[:4], tma, warps, put, rows, _TOKENS_PER_CHUNK)
 
     @property
     def send_warps(self) -> int:

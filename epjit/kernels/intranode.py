@@ -8,7 +8,7 @@ from typing import ClassVar
 
 from epjit import tuned
 from epjit.config import MAX_RANKS
-from epjit.formats import CASTS, FP8
+from epjit.formats import CASTS, FP8, NVFP4
 from epjit.kernels import variants
 from epjit.kernels.layout import LayoutConfig
 from epjit.kernels.shapes import (
@@ -36,7 +36,7 @@ DISPATCH_OF_EXPERTS = dict.fromkeys(
     (
         *("local_position", "block_base", "row_base", "ends", "expert_counts", "row_of", "source"),
         *("recv_scale_row_stride", "recv_scale_stride", "num_expert_rows", "zero_padding"),
-        *("row_of_stride", "global_scale"),
+        "row_of_stride",
     ),
     0,
 )
@@ -104,16 +104,10 @@ class DispatchConfig(
     ) -> DispatchConfig:
         """The same for rows by expert; `direct` falls back to pushing to slots."""
         variant = "push" if variant == "direct" else variant
-        config = cls.choose(
-            DispatchShape(*shape[:4]), num_ranks=num_ranks, variant=variant, limit=limit
-        )
+        of_rows = DispatchShape(*shape[:4], shape.format, shape.is_f16)
+        config = cls.choose(of_rows, num_ranks=num_ranks, variant=variant, limit=limit)
         return replace(
-            config,
-            by_expert=True,
-            is_cached=shape.is_cached,
-            has_weights=shape.has_weights,
-            format=shape.format,
-            is_f16=shape.is_f16,
+            config, by_expert=True, is_cached=shape.is_cached, has_weights=shape.has_weights
         )
 
     @classmethod
@@ -124,7 +118,11 @@ class DispatchConfig(
         tma = variant != "ldst"
         warps, rows = copier_shape(tma, 16, shape.hidden_bytes, limit)
         direct = variant == "direct"
-        return cls(num_ranks, *shape, direct or variant == "push", direct, tma, warps, rows)
+        return cls(
+            *(num_ranks, *shape[:4], direct or variant == "push", direct, tma, warps, rows),
+            format=shape.format,
+            is_f16=shape.is_f16,
+        )
 
     def stage_warps(self, num_sms: int, *, has_room: bool = False) -> int:
         """Warps of a block that stage tokens first; the others pull from the start.
@@ -270,17 +268,13 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
                 )
                 yield config_of(rows_of, num_ranks, arch, variant=variant)
         for row_format in CASTS.values() if num_ranks == 4 else ():
-            shape = ExpertDispatchShape(
-                row_format.row_bytes(7168),
-                row_format.num_scale_bytes(7168) // 4,
-                num_topk,
-                topk_is_int64=True,
-                is_cached=False,
-                has_weights=True,
-                format=row_format.code,
-                is_f16=row_format is FP8,
-            )
-            yield config_of(shape, num_ranks, arch, variant=variants.names("dispatch", arch)[0])
+            of_rows = row_format.row_bytes(7168), row_format.num_scale_bytes(7168) // 4
+            cast, first = (row_format.code, row_format is FP8), variants.names("dispatch", arch)[0]
+            shape = ExpertDispatchShape(*of_rows, num_topk, True, False, True, *cast)
+            yield config_of(shape, num_ranks, arch, variant=first)
+            plain = DispatchShape(*of_rows, num_topk, True, *cast)
+            direct = row_format is NVFP4 and "direct" in variants.names("dispatch", arch)
+            yield config_of(plain, num_ranks, arch, variant="direct" if direct else first)
         if num_scales == 0:
             for is_weighted, bits in ((False, 0), (True, 0), (False, 64)):
                 sums = ExpertCombineShape(

@@ -7,12 +7,23 @@ from typing import NamedTuple, TypeAlias
 
 
 class DispatchShape(NamedTuple):
-    """Identifies a dispatch kernel within a Buffer; equal on all ranks."""
+    """Identifies a dispatch kernel within a Buffer; equal on all ranks.
+
+    Attributes:
+        hidden_bytes: Of a row as it travels.
+        num_scales: Words of scales a token.
+        num_topk: Choices a token.
+        topk_is_int64: Their width.
+        format: Code of the format that rows are cast to; 0 = they stay as they are.
+        is_f16: With a format: rows are float16 before, else bfloat16.
+    """
 
     hidden_bytes: int
     num_scales: int
     num_topk: int
     topk_is_int64: bool
+    format: int = 0
+    is_f16: bool = False
 
     @property
     def bytes_a_row(self) -> int:
@@ -47,8 +58,8 @@ class ExpertDispatchShape(NamedTuple):
         topk_is_int64: Their width; True when cached.
         is_cached: Whether rows go along a handle.
         has_weights: Whether weights travel.
-        format: Code of the format that rows are cast to; 0 = they stay as they are.
-        is_f16: With a format: rows are float16 before, else bfloat16.
+        format: As of `DispatchShape`, as is `is_f16`.
+        is_f16: See there.
     """
 
     hidden_bytes: int

@@ -131,15 +131,17 @@ class CpuNormal:
         """
         del scope
         self._chosen.check(dispatch_shape(call), call.num_sms)
-        x, scales, topk_idx, topk_weights, routing, *_ = call
+        x, scales, facts = _cast(call)
+        _, _, topk_idx, topk_weights, routing, *_ = call
         if not isinstance(routing, Routing):
-            return self._cached_dispatch(call, routing)
+            payload = x, scales, topk_idx, topk_weights
+            return self._cached_dispatch(facts, payload, routing)
         num_experts = routing.num_tokens_per_expert.shape[0]
         worlds = _exchange(
             self._group,
             "dispatch",
             {
-                **_payload_facts(x, scales),
+                **facts,
                 "num_experts": num_experts,
                 "num_topk": None if topk_idx is None else topk_idx.shape[1],
                 "topk_idx dtype": None if topk_idx is None else topk_idx.dtype,
@@ -194,16 +196,17 @@ class CpuNormal:
         if came > room:
             self._overflow = Overflow("dispatch", what, self._group.rank, came=came, room=room)
 
-    def _cached_dispatch(self, call: Dispatch, handle: Handle) -> Dispatched:
-        """Sends another payload along the routing of `handle`."""
+    def _cached_dispatch(
+        self, facts: dict[str, object], payload: tuple[Tensor | None, ...], handle: Handle
+    ) -> Dispatched:
+        """Sends another payload, cast already, along the routing of `handle`."""
         op, rank = "cached dispatch", self._group.rank
-        x, scales, topk_idx, topk_weights, *_ = call
-        facts = {
-            **_payload_facts(x, scales),
+        _, scales, topk_idx, _ = payload
+        facts |= {
             "num_topk": None if topk_idx is None else topk_idx.shape[1],
             **self._handle_facts(handle),
         }
-        worlds = _exchange(self._group, op, facts, (x, scales, topk_idx, topk_weights, *handle))
+        worlds = _exchange(self._group, op, facts, (*payload, *handle))
         handles = self._handles_of_one_dispatch(op, [tensors[4:] for tensors in worlds])
         xs, all_scales, choices, weights = ([each[i] for each in worlds] for i in range(4))
         rows, row_scales = self._reference.cached_dispatch(
@@ -242,17 +245,10 @@ class CpuNormal:
     ) -> tuple[ExpertDispatched, Record]:
         """Sends a row for each choice, along new choices or along a handle."""
         del scope
-        x, scales, topk_idx, topk_weights, handle, num_experts, *_ = call
-        row_format, global_scale = call.row_format, call.global_scale
-        facts: dict[str, object] = {
-            "cast": None if row_format is None else row_format.name,
-            "global_scale": None if global_scale is None else float(global_scale),
-            "topk_weights": "some" if topk_weights is not None else "none",
-        }
         self._chosen.check(expert_dispatch_shape(call), call.num_sms)
-        if row_format is not None:
-            x, scales = low_latency.encode(x, row_format, global_scale)
-        facts |= _payload_facts(x, scales)
+        x, scales, facts = _cast(call)
+        _, _, topk_idx, topk_weights, handle, num_experts, *_ = call
+        facts["topk_weights"] = "some" if topk_weights is not None else "none"
         if handle is not None:
             cached = self._cached_expert_dispatch(
                 facts,
@@ -599,6 +595,24 @@ def _unpack(packed: tuple[torch.dtype, torch.Size, NDArray[np.uint8]] | None) ->
     # A copy into it: an empty NumPy array has stride 0, which torch does not view as another dtype.
     tensor.view(-1).view(torch.uint8).copy_(torch.from_numpy(elements))
     return tensor
+
+
+def _cast(
+    call: Dispatch | ExpertDispatch,
+) -> tuple[Tensor, Tensor | None, dict[str, object]]:
+    """Rows as they travel, their scales, and the facts that those of all ranks have in common."""
+    x, scales, row_format, global_scale = call.x, call.scales, call.row_format, call.global_scale
+    if row_format is not None:
+        x, scales = low_latency.encode(x, row_format, global_scale)
+    return (
+        x,
+        scales,
+        {
+            "cast": None if row_format is None else row_format.name,
+            "global_scale": None if global_scale is None else float(global_scale),
+            **_payload_facts(x, scales),
+        },
+    )
 
 
 def _payload_facts(x: Tensor, scales: Tensor | None) -> dict[str, object]:

@@ -310,6 +310,7 @@ class Intranode(Normal[AnyShape]):
             **self._rows(call, outputs.received[:4]),
             **routing,
             recv_src_idx=pointer(outputs.src_idx),
+            global_scale=pointer(call.global_scale),
             least_rows=least_rows,
             has_room=outputs.has_room,
             num_stage_warps=config.stage_warps(num_sms, has_room=outputs.has_room),

@@ -171,9 +171,10 @@ class Normal(Mode[Shape]):
     @staticmethod
     def _specs(num_rows: int, call: Dispatch) -> tuple[TensorSpec | None, ...]:
         """Outputs of a dispatch of `num_rows` rows, in the order of `Dispatched`."""
-        x, scales, topk_idx = call.x, call.scales, call.topk_idx
-        rows = matrix(x.dtype, num_rows, x.shape[1])
-        row_scales = None if scales is None else matrix(scales.dtype, num_rows, scales.shape[1])
+        topk_idx = call.topk_idx
+        (dtype, columns), of_scales = delivered(call)
+        rows = matrix(dtype, num_rows, columns)
+        row_scales = None if of_scales is None else matrix(of_scales[0], num_rows, of_scales[1])
         if topk_idx is None:
             return rows, row_scales, None, None
         num_topk = topk_idx.shape[1]
@@ -217,21 +218,13 @@ class Normal(Mode[Shape]):
         self, num_rows: int, call: ExpertDispatch
     ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """New rows, scales and weights."""
-        x, scales, _, topk_weights, *_ = call
-        dtype, columns = x.dtype, x.shape[1]
-        scale_dtype, num_scales = None, 0
-        if call.row_format is not None:
-            dtype, scale_dtype = call.row_format.x_dtype, call.row_format.scale_dtype
-            num_scales = call.row_format.num_scale_columns(columns)
-            columns = call.row_format.num_columns(columns)
-        elif scales is not None:
-            scale_dtype, num_scales = scales.dtype, scales.shape[1]
-        of_scales = by_columns if call.column_major_scales else matrix
+        (dtype, columns), of_scales = delivered(call)
+        ordered = by_columns if call.column_major_scales else matrix
         rows, row_scales, weights = self._empty(
             (
                 matrix(dtype, num_rows, columns),
-                None if scale_dtype is None else of_scales(scale_dtype, num_rows, num_scales),
-                None if topk_weights is None else vector(torch.float32, num_rows),
+                None if of_scales is None else ordered(of_scales[0], num_rows, of_scales[1]),
+                None if call.topk_weights is None else vector(torch.float32, num_rows),
             )
         )
         return rows, row_scales, weights
@@ -444,15 +437,39 @@ def word_strides(scales: torch.Tensor | None) -> tuple[int, int]:
     return scales.stride(0), scales.stride(1)
 
 
+def delivered(
+    call: Dispatch | ExpertDispatch,
+) -> tuple[tuple[torch.dtype, int], tuple[torch.dtype, int] | None]:
+    """Dtype and columns of the rows that a dispatch delivers, and of their scales."""
+    x, scales, row_format = call.x, call.scales, call.row_format
+    columns = x.shape[1]
+    if row_format is None:
+        return (x.dtype, columns), None if scales is None else (scales.dtype, scales.shape[1])
+    assert row_format.scale_dtype is not None
+    of_scales = row_format.scale_dtype, row_format.num_scale_columns(columns)
+    return (row_format.x_dtype, row_format.num_columns(columns)), of_scales
+
+
 def dispatch_shape(call: Dispatch) -> DispatchShape:
     """The shape of a dispatch."""
-    x, scales, topk_idx = call.x, call.scales, call.topk_idx
+    topk_idx = call.topk_idx
+    of_rows, cast = _sent(call)
     return DispatchShape(
-        row_bytes(x),
-        0 if scales is None else scales.shape[1],
+        *of_rows,
         0 if topk_idx is None else topk_idx.shape[1],
         topk_idx is None or topk_idx.dtype == torch.int64,
+        *cast,
     )
+
+
+def _sent(call: Dispatch | ExpertDispatch) -> tuple[tuple[int, int], tuple[int, bool]]:
+    """Bytes of a row as it travels and words of its scales; the cast, as a shape has it."""
+    x, scales, row_format = call.x, call.scales, call.row_format
+    if row_format is None:
+        return (row_bytes(x), 0 if scales is None else scales.shape[1]), (0, False)
+    hidden = x.shape[1]
+    of_rows = row_format.row_bytes(hidden), row_format.num_scale_bytes(hidden) // 4
+    return of_rows, (row_format.code, x.dtype == torch.float16)
 
 
 def combine_shape(call: Combine) -> CombineShape:
@@ -470,22 +487,17 @@ def _choice_bits(order: Order | None) -> int:
 
 def expert_dispatch_shape(call: ExpertDispatch) -> ExpertDispatchShape:
     """The shape of a dispatch by expert."""
-    x, scales, topk_idx, topk_weights, handle, *_ = call
+    _, _, topk_idx, topk_weights, handle, *_ = call
     choices = topk_idx if handle is None else handle.placement.row_of
     assert choices is not None
-    of_row = row_bytes(x), 0 if scales is None else scales.shape[1]
-    code, row_format = 0, call.row_format
-    if row_format is not None:
-        code, hidden = row_format.code, x.shape[1]
-        of_row = row_format.row_bytes(hidden), row_format.num_scale_bytes(hidden) // 4
+    of_rows, cast = _sent(call)
     return ExpertDispatchShape(
-        *of_row,
+        *of_rows,
         choices.shape[1],
         topk_idx is None or topk_idx.dtype == torch.int64,
         handle is not None,
         topk_weights is not None,
-        code,
-        code != 0 and x.dtype == torch.float16,
+        *cast,
     )
 
 

@@ -100,6 +100,12 @@ def refuses(buffer: Buffer) -> None:
             ),
         ),
     ]
+    if per_domain is None:
+        broken = changed(x, (0, 2), torch.nan)
+        wrong += [
+            (r"x\[0, 2\] is nan", lambda: buffer.dispatch(broken, **layout, **topk, cast="fp8")),
+            (r"x\[0, 2\] is nan", lambda: buffer.dispatch(broken, handle=handle, cast="mxfp8")),
+        ]
     wrong += _by_expert(buffer, x, idx, weights, num_experts)
     if per_domain is not None:
         wrong.append(

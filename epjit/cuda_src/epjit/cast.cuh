@@ -172,6 +172,15 @@ __device__ __forceinline__ void store_cast(char* row, int item, const CastItem& 
     ptx::st_v4(row + item * 16, {cast.words[0], cast.words[1], cast.words[2], cast.words[3]});
 }
 
+// To the scales of a row, that of block `block`.
+template <int kFormat>
+__device__ __forceinline__ void store_cast_scale(void* scales, int block, uint32_t scale) {
+  if constexpr (format_scale_bytes(kFormat) == 1)
+    static_cast<unsigned char*>(scales)[block] = static_cast<unsigned char>(scale);
+  else
+    static_cast<uint32_t*>(scales)[block] = scale;
+}
+
 // ---- the log format -----------------------------------------------------------------------------
 
 // A row of n blocks of 128: n * 8 items of 16 elements, word j of all items side by side
