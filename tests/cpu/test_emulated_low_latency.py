@@ -977,7 +977,7 @@ def test_x_is_the_callers_after_the_send(variant: str, per_domain: int) -> None:
 
 @pytest.mark.parametrize("variant", [each for each in NEAR if each != "reduced"])
 def test_sending_waits_for_nobody(variant: str) -> None:
-    """Of two phases the first one ends though no peer comes; sums too, if they have their weights."""
+    """Of two phases the first one ends though no peer comes; sums have their weights."""
     world = World(Shape(tokens=(7, 5, 11), variant=variant), seed=1)
     routing = world.route()
     sent = routing.dispatch()
