@@ -498,8 +498,8 @@ class Routes(NamedTuple):
         source_tokens: int32 `[R]`: tokens of each rank, 0 for a masked one.
         source_rows: int32 `[R, M, K]`: row of each selection, counted over all local experts; -1
             for what is not here. Undefined for tokens that a rank does not have.
-        source_weights: float32 `[R, M, K]`: their weights, 0 if none were given. Undefined for what
-            is not here.
+        source_weights: float32 `[R, M, K]`: their weights, 0 if none were given, and between NVLink
+            domains. Undefined for what is not here.
     """
 
     source_tokens: Tensor

@@ -426,7 +426,8 @@ class CpuLowLatency:
     """
 
     def __init__(self, setup: Setup, chosen: ChosenKernels) -> None:
-        self._settings, self._group, self._chosen = setup.settings, setup.group, chosen
+        self._settings, self._group, self._topology, *_ = setup
+        self._chosen = chosen
         self.memory = CpuMemory(setup.settings.num_rdma_bytes)
         self._half = self.memory.tensor(torch.uint8)[setup.settings.num_rdma_bytes // 2 :]
         self.mask = torch.zeros(setup.group.size, dtype=torch.int32, device="cpu")
@@ -447,6 +448,7 @@ class CpuLowLatency:
         if call.split:
             x, topk_idx = x.clone(), topk_idx.clone()
             topk_weights = None if topk_weights is None else topk_weights.clone()
+        sent = None if self._topology.spans_domains else topk_weights
         worlds = _exchange(
             self._group,
             "low_latency_dispatch",
@@ -460,7 +462,7 @@ class CpuLowLatency:
                 "global_scale": None if global_scale is None else float(global_scale),
                 "topk_weights": "none" if topk_weights is None else "some",
             },
-            (x, topk_idx, global_scale, topk_weights),
+            (x, topk_idx, global_scale, sent),
         )
 
         @torch.inference_mode()  # outputs of a call made there can be written to there alone

@@ -975,6 +975,20 @@ def test_x_is_the_callers_after_the_send(variant: str, per_domain: int) -> None:
     world.run(2)
 
 
+@pytest.mark.parametrize("variant", [each for each in NEAR if each != "reduced"])
+def test_sending_waits_for_nobody(variant: str) -> None:
+    """Of two phases the first one ends though no peer comes; sums have their weights."""
+    world = World(Shape(tokens=(7, 5, 11), variant=variant), seed=1)
+    routing = world.route()
+    sent = routing.dispatch()
+    world.run(1)
+    routing.combine(sent, split=True)
+    for rank, memory in enumerate(world.ranks):
+        del memory.launches[-1 if rank == 0 else 0 :]
+        memory.checks.clear()
+    world.run(1, compare=False)
+
+
 @pytest.mark.parametrize("chooser", [0, 1])
 @pytest.mark.parametrize("variant", NEAR)
 def test_rows_beyond_a_slab_are_missed(variant: str, chooser: int) -> None:

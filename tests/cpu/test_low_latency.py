@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 import time
 import weakref
@@ -13,11 +14,16 @@ import torch
 
 from epjit import Buffer, CommunicationError
 from epjit.checks import match
-from epjit.config import MAX_LOW_LATENCY_CHOICES, MAX_LOW_LATENCY_TOKENS
+from epjit.config import (
+    MAX_LOW_LATENCY_CHOICES,
+    MAX_LOW_LATENCY_EXPERTS,
+    MAX_LOW_LATENCY_TOKENS,
+)
 from epjit.handles import routes
 from epjit.kernels.low_latency import LowLatencyCombineShape, LowLatencyReducedCombineConfig
 from epjit.modes.low_latency import _Arena
 from epjit.reference import low_latency as reference
+from epjit.runtime import sources
 from tests.harness import launch
 from tests.harness.data import ROUTING_KINDS, assert_rows_equal, payload
 from tests.rounds.low_latency import (
@@ -118,6 +124,14 @@ def test_words_of_sums_before_the_links(num_ranks: int, num_topk: int) -> None:
                 config.num_parts(max_tokens)
         else:
             assert num_ranks * max_tokens * config.num_parts(max_tokens) <= room
+
+
+def test_a_selection_travels_in_one_word() -> None:
+    """Its expert above its position: of the most there may be none looks like another, or none."""
+    text = sources.read("low_latency/dispatch.cu")
+    (bits,) = re.findall(r"kPositionBits = (\d+);", text)
+    assert 1 << int(bits) >= MAX_LOW_LATENCY_CHOICES
+    assert MAX_LOW_LATENCY_EXPERTS < 1 << 32 - int(bits)
 
 
 def test_sent_weights_need_no_words() -> None:

@@ -189,6 +189,20 @@ def test_random_rounds_in_lines(num_ranks: int, monkeypatch: pytest.MonkeyPatch)
     run_low_latency(num_ranks, body, num_nvl_bytes=16 << 20, timeout=580)
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_random_rounds_of_sums_before_the_links(
+    num_ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With weights that the dispatch has sent, and with others, which combine sends first."""
+    monkeypatch.setenv("EPJIT_LOW_LATENCY_COMBINE_VARIANT", "reduced")
+
+    def body(buffer: Buffer) -> None:
+        low_latency.rounds(buffer, 10 if SMALL else 150, TOKENS)
+
+    run_low_latency(num_ranks, body, timeout=580)
+
+
 @worlds(1, 2, 4)
 @pytest.mark.parametrize("use_hooks", [False, True])
 @pytest.mark.parametrize("weights_sent", [False, True])

@@ -185,7 +185,8 @@ class MadeLowLatency:
 
 def make_low_latency(case: LowLatencyRound, *, num_domains: int = 1) -> MadeLowLatency:
     """Inputs and expected results of all ranks; made once for the threads of a process."""
-    return _make(case, reduced=sums_before_links(case, num_domains))
+    sent = case.weights_sent and num_domains == 1
+    return _make(case, reduced=sums_before_links(case, num_domains), sent=sent)
 
 
 def valid_rows(dispatched: LowLatencyDispatched) -> Tensor:
@@ -203,7 +204,7 @@ def expert_outputs(dispatched: LowLatencyDispatched, hidden: int, *, seed: int) 
 
 
 @made_once
-def _make(case: LowLatencyRound, *, reduced: bool) -> MadeLowLatency:
+def _make(case: LowLatencyRound, *, reduced: bool, sent: bool) -> MadeLowLatency:
     num_ranks, row_format = len(case.num_tokens), BY_NAME[case.row_format]
     routings = [
         [
@@ -240,7 +241,7 @@ def _make(case: LowLatencyRound, *, reduced: bool) -> MadeLowLatency:
                 rows_to_cast(len(idx), case.hidden, seed=seed),
                 idx,
                 scale,
-                own if case.weights_sent else None,
+                own if sent else None,
             )
             for idx, own, seed in zip(idxs, weights, seeds, strict=True)
         ]

@@ -486,6 +486,7 @@ class LowLatencyCombine {
             const char* const src = of_lane(row, k);
             if ((own >> k & 1) != 0) {
               units[i].load(src, unit, lane);
+              __syncwarp();  // as for a line that is sent
             } else {
               units[i].look(src, unit, lane);
               if (!units[i].is_here(waiter.epoch, lane)) missing |= 1u << k;

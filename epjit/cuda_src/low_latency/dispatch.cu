@@ -9,7 +9,8 @@
 // So the order of rows is always the same: source rank, token, selection. layout_range[e, s] holds
 // begin << 32 | count, src_info the token of each row. For the combine, source_rows[s, t, k] is the
 // row that selection k of token t of rank s has become, counted over all slabs; -1 = none here, -2 =
-// beyond its slab; source_weights[s, t, k] is the weight of such a selection, 0 if s gives none.
+// beyond its slab; source_weights[s, t, k] is the weight of such a selection, 0 if s gives none, and between
+// domains.
 //
 //   slots[d]   two halves of half_bytes: operations of even and of odd epoch
 //              [num_ranks, max_tokens, slot_bytes]; (s, t) on rank d is written by s:
@@ -82,7 +83,7 @@ struct LowLatencyDispatchConfig {
 struct LowLatencyDispatchParams : Operation, PeerParams, LowLatencyParams {
   const char* x;              // [num_tokens, hidden] bf16
   const void* topk_idx;       // [num_tokens, num_topk] int32 or int64, global experts
-  const float* topk_weights;  // [num_tokens, num_topk], or null
+  const float* topk_weights;  // [num_tokens, num_topk], or null; not read between domains
   const float* global_scale;  // [1]; kNvfp4 alone
   char* recv_x;               // [experts_per_rank, num_ranks * max_tokens, row_bytes]
   // 4-byte units (one scale, or four exponents): [experts_per_rank, units, num_ranks * max_tokens];
@@ -267,9 +268,10 @@ class LowLatencyDispatch {
     return load_choice<kCfg.topk_is_int64>(p.topk_idx, i, kExperts);
   }
 
-  // Lane k of warp 0 gets the weight of selection k, if there are weights.
+  // Lane k of warp 0 gets the weight of selection k, if there are weights. Between domains no combine
+  // asks for them, and registers are few.
   __device__ float weight_of(int token) const {
-    if (warp != 0 || lane >= kTopk || p.topk_weights == nullptr) return 0.0f;
+    if (kRemote || warp != 0 || lane >= kTopk || p.topk_weights == nullptr) return 0.0f;
     return p.topk_weights[static_cast<int64_t>(token) * kTopk + lane];
   }
 
