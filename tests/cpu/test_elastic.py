@@ -15,10 +15,11 @@ import torch
 import torch.distributed as dist
 
 from epjit import Buffer, ElasticBuffer, EPBuffer, EventHandle, EventOverlap, elastic
-from epjit.calls import Describe
+from epjit.calls import Describe, ElasticDispatch
 from epjit.handles import IntranodeHandle
 from epjit.kernels.elastic import DescribeConfig, SumConfig
 from epjit.modes.cpu import CpuNormal
+from epjit.modes.elastic import Elastic
 from epjit.reference import elastic as reference
 from epjit.reference import intranode
 from epjit.reference.expert_major import unpermute as reference_unpermute
@@ -29,8 +30,8 @@ from tests.cpu.test_expert_major import run as run_emulated
 from tests.emulation import build
 from tests.emulation.build import guarded
 from tests.harness import launch
-from tests.rounds.elastic import EDGES, check_round, random_round
-from tests.scenarios.elastic import in_turns, of_one_rounding
+from tests.rounds.elastic import EDGES, Round, check_round, defined_rows, random_round
+from tests.scenarios.elastic import in_turns, of_one_rounding, replays
 
 SIZE = 2 << 20
 
@@ -49,6 +50,31 @@ def test_random_rounds(num_ranks: int, num_rounds: int) -> None:
 @pytest.mark.parametrize(("num_ranks", "num_rounds"), [(1, 20), (2, 30), (4, 30)])
 def test_random_rounds_in_which_each_row_travels(num_ranks: int, num_rounds: int) -> None:
     launch.run_threads(rounds_of, num_ranks, 7000 + 100 * num_ranks, num_rounds, False, timeout=200)
+
+
+def test_rows_that_are_undefined_are_anything(monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU rows of an earlier call lie there; the CPU's backend happens to have zeros."""
+    dispatch = Elastic.dispatch
+
+    def dirty(self: Elastic, scope: Any, call: ElasticDispatch) -> Any:
+        received, used = dispatch(self, scope, call)
+        if call.do_expand:
+            undefined = ~defined_rows(received.handle, zero_padding=call.zero_padding)
+            for tensor in (received.recv_x, received.recv_topk_weights):
+                if tensor is not None:
+                    tensor[undefined] = 7.0
+        return received, used
+
+    monkeypatch.setattr(Elastic, "dispatch", dirty)
+
+    def worker(comm: Any) -> None:
+        buffer = ElasticBuffer(None, SIZE, comm=comm)
+        for seed in range(30):
+            case = random_round(2, 12000 + seed, num_sms=4, max_tokens=24)
+            check_round(buffer, replace(case, expand=True, alignment=8, fp8=None))
+        replays(buffer, 5, 16, 4, expand=True)
+
+    launch.run_threads(worker, 2)
 
 
 def domains(comm: Any, num_rounds: int) -> None:

@@ -77,6 +77,8 @@ def replays(
 ) -> None:
     """One capture of a dispatch and its combine; replays with changed inputs, eager calls between.
 
+    Padding becomes zeros in each replay: rows of earlier ones lie there.
+
     Without a GPU the same step runs eagerly each time.
 
     Args:
@@ -113,6 +115,7 @@ def replays(
             num_sms=num_sms,
             do_cpu_sync=False,
             do_expand=expand,
+            do_zero_padding=expand,
         )
         combined, back, _ = buffer.combine(rows, handle, row_weights)
         return (rows, got_idx, row_weights, handle), combined, back
@@ -130,7 +133,7 @@ def replays(
         received, combined, back = again()
         settle(buffer._buffer)
         prefix = f"rank {rank}, replay {seed}"
-        compare(prefix, received, made.want[rank], column_major=False)
+        compare(prefix, received, made.want[rank], zero_padding=expand)
         want, want_weights = reference.combine(
             [each.recv_x for each in made.want],
             [each.handle for each in made.want],
