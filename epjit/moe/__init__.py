@@ -32,7 +32,6 @@ from epjit.handles import (
     ExpertHandle,
     GivenHandle,
     Handle,
-    IntranodeHandle,
     Placement,
     handle_type,
     row_bound,
@@ -162,13 +161,6 @@ def _check_cast(cast: str, x: Tensor, weights: Tensor, *, expert_major: bool) ->
         )
 
 
-def _by_expert(x: Tensor, weights: Tensor, placement: Placement, handle: Any) -> ExpertRows:
-    row_of, source, ends, counts = placement
-    rows = torch.ops.epjit.permute(x, row_of, source, ends, torch.is_grad_enabled())
-    row_weights = torch.ops.epjit.permute_weights(weights, row_of, source)
-    return ExpertRows(rows, row_weights, ends, counts, handle)
-
-
 def _size(name: str, value: int, least: int) -> int:
     """A number that a caller passes; sizes that are traced stay symbols."""
     return value if isinstance(value, torch.SymInt) else as_int(name, value, least=least)
@@ -244,8 +236,8 @@ def dispatch(
             are dropped. 0 = always enough.
         zero_padding: With `expert_major`: False leaves the padding undefined, which saves the time
             of writing it, where no gradients are recorded.
-        cast: With `expert_major`, inside one NVLink domain, without gradients: the format that rows
-            are cast to on the way, see `Buffer.expert_dispatch`.
+        cast: With `expert_major`, without gradients: the format that rows are cast to on the way,
+            see `Buffer.expert_dispatch`.
         global_scale: Of the cast, for ``"nvfp4"``.
         column_major_scales: Scales lie column by column, each padded to 16 bytes.
 
@@ -281,53 +273,34 @@ def dispatch(
         if dry:
             check_dry_rows(x, num_worst_tokens)
     num_domains = count_domains(name, dry=dry)
-    if cast is not None and num_domains > 1:
-        raise ValueError(
-            f"cast is {cast!r}, but this group spans {num_domains} NVLink domains, between which "
-            "rows travel as they are; cast what arrives"
+    kind = handle_type(num_domains)
+    if not expert_major:
+        recv_x, recv_idx, recv_weights, *tensors = torch.ops.epjit.dispatch(
+            x, topk_idx, topk_weights, num_experts, num_worst_tokens, num_domains, name
         )
-    if expert_major and num_domains == 1:
-        needs_zeros = torch.is_grad_enabled()
-        rows, scales, row_weights, *placed_and_handle = torch.ops.epjit.expert_dispatch(
-            x,
-            topk_idx,
-            topk_weights,
-            num_experts,
-            num_worst_tokens,
-            expert_alignment,
-            num_expert_rows,
-            zero_padding or needs_zeros,
-            needs_zeros,
-            cast,
-            global_scale,
-            column_major_scales,
-            name,
-        )
-        row_of, source, ends, *tensors = placed_and_handle
-        routing: Handle = IntranodeHandle(*tensors)
-        counts = routing.recv_expert_counts
-        placement = Placement(row_of, source, ends, counts)
-        handle = ExpertHandle(routing, placement)
-        of_rows = None if cast is None else scales
-        return ExpertRows(rows, row_weights, ends, counts, handle, of_rows)
-    recv_x, recv_idx, recv_weights, row_of, source, ends, *tensors = torch.ops.epjit.dispatch(
+        routing = kind(*tensors[: len(kind._fields)])
+        return Dispatched(recv_x, recv_idx, recv_weights, routing.recv_expert_counts, routing)
+    needs_zeros = torch.is_grad_enabled()
+    rows, scales, row_weights, row_of, source, ends, *tensors = torch.ops.epjit.expert_dispatch(
         x,
         topk_idx,
         topk_weights,
         num_experts,
         num_worst_tokens,
-        expert_alignment if expert_major else 0,
+        expert_alignment,
         num_expert_rows,
+        zero_padding or needs_zeros,
+        needs_zeros,
+        cast,
+        global_scale,
+        column_major_scales,
         num_domains,
         name,
     )
-    kind = handle_type(num_domains)
     routing = kind(*tensors[: len(kind._fields)])
     counts = routing.recv_expert_counts
-    if not expert_major:
-        return Dispatched(recv_x, recv_idx, recv_weights, counts, routing)
-    placement = Placement(row_of, source, ends, counts)
-    return _by_expert(recv_x, recv_weights, placement, ExpertHandle(routing, placement))
+    handle = ExpertHandle(routing, Placement(row_of, source, ends, counts))
+    return ExpertRows(rows, row_weights, ends, counts, handle, None if cast is None else scales)
 
 
 def combine(
@@ -364,15 +337,11 @@ def combine(
     x = _rows(x)
     if isinstance(handle, ExpertHandle):
         routing, placement = handle
-        if isinstance(routing, IntranodeHandle):
-            summed: Tensor = torch.ops.epjit.expert_combine(
-                x, weights, *placement[:-1], *routing, name_of(group)
-            )
-            return summed
-        if weights is not None:
-            x = (weights[:, None] * x).to(x.dtype)
-        x, handle = unpermute(x, placement), routing
-    elif weights is not None:
+        summed: Tensor = torch.ops.epjit.expert_combine(
+            x, weights, *placement[:-1], *padded(routing), name_of(group)
+        )
+        return summed
+    if weights is not None:
         raise ValueError(
             "weights are for rows by expert; multiply other rows before combine, each with the sum "
             "of its weights"
@@ -413,7 +382,10 @@ def permute(
     n, num_topk = topk_idx.shape
     num_rows = num_rows or row_bound(n, num_topk, num_experts, alignment)
     placement = Placement(*torch.ops.epjit.place(topk_idx, num_experts, alignment, num_rows))
-    return _by_expert(x, topk_weights, placement, placement)
+    row_of, source, ends, counts = placement
+    rows = torch.ops.epjit.permute(x, row_of, source, ends, torch.is_grad_enabled())
+    row_weights = torch.ops.epjit.permute_weights(topk_weights, row_of, source)
+    return ExpertRows(rows, row_weights, ends, counts, placement)
 
 
 def unpermute(x: Tensor, handle: Placement) -> Tensor:

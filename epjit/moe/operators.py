@@ -55,12 +55,22 @@ def _operator(schema: str) -> Callable[[Callable[..., Any]], torch.library.Custo
 # of the operator. (Lists of tensors cost the host 30 to 50 us an operator.)
 _MOST, _LEAST = len(InternodeHandle._fields), len(IntranodeHandle._fields)
 _HANDLE = ", ".join(f"Tensor{'?' * (i >= _LEAST)} h{i}" for i in range(_MOST))
-_TENSORS = ", ".join(["Tensor"] * (6 + _MOST))
+
+
+def _tensors(number: int) -> str:
+    """So many in the results of an operator, and behind them a handle."""
+    return ", ".join(["Tensor"] * (number + _MOST))
 
 
 def padded(handle: GivenHandle) -> tuple[Tensor | None, ...]:
     """A handle as the operators take it."""
     return (*handle, *[None] * (_MOST - len(handle)))
+
+
+def _filled(handle: Handle) -> list[Tensor]:
+    """A handle as the operators return it."""
+    absent = [handle[0].new_empty(0, dtype=torch.int32) for _ in range(_MOST - len(handle))]
+    return [*handle, *absent]
 
 
 def _given(tensors: Any) -> list[Tensor]:
@@ -94,9 +104,8 @@ def _new(x: Tensor, spec: TensorSpec | None) -> Any:
 
 
 @_operator(
-    "(Tensor x, Tensor topk_idx, Tensor topk_weights, int num_experts, "
-    "int num_worst_tokens, int expert_alignment, int num_expert_rows, int num_domains, str group) "
-    f"-> ({_TENSORS})"
+    "(Tensor x, Tensor topk_idx, Tensor topk_weights, int num_experts, int num_worst_tokens, "
+    f"int num_domains, str group) -> ({_tensors(3)})"
 )
 def _dispatch(
     x: Tensor,
@@ -104,17 +113,15 @@ def _dispatch(
     topk_weights: Tensor,
     num_experts: int,
     num_worst_tokens: int,
-    expert_alignment: int,
-    num_expert_rows: int,
     num_domains: int,
     group: str,
 ) -> tuple[Tensor, ...]:
-    """Received rows, their choices and weights; a placement (or three empty tensors); a handle."""
+    """Received rows, their choices and weights; a handle."""
     x, buffer = _moved(x), buffer_of(group, x)
     topk_idx, topk_weights = topk_idx.contiguous(), topk_weights.contiguous()
     _check_domains(buffer, num_domains, group)
     per_rank, per_domain, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, num_experts)
-    recv_x, recv_idx, recv_weights, counts, handle, _ = buffer.dispatch(
+    recv_x, recv_idx, recv_weights, _, handle, _ = buffer.dispatch(
         x,
         num_tokens_per_rank=per_rank,
         num_tokens_per_rdma_rank=per_domain,
@@ -122,28 +129,13 @@ def _dispatch(
         num_tokens_per_expert=per_expert,
         topk_idx=topk_idx,
         topk_weights=topk_weights,
-        expert_alignment=max(expert_alignment, 1),
         num_worst_tokens=num_worst_tokens,
     )
     assert isinstance(recv_x, Tensor)
     assert recv_idx is not None
     assert recv_weights is not None
     assert handle is not None
-    placement = [torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(3)]
-    if expert_alignment:
-        local = num_experts // buffer.group_size
-        if num_worst_tokens:
-            n, num_topk = recv_idx.shape
-            bound = row_bound(n, num_topk, local, expert_alignment)
-            num_rows = num_expert_rows or bound
-        else:
-            num_rows = sum(counts or ())
-        placed = by_expert.place(recv_idx, local, alignment=expert_alignment, num_rows=num_rows)
-        placement = [placed.row_of, placed.source, placed.ends]
-    filler = [
-        torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(_MOST - len(handle))
-    ]
-    return (recv_x, recv_idx, recv_weights, *placement, *handle, *filler)
+    return (recv_x, recv_idx, recv_weights, *_filled(handle))
 
 
 @_dispatch.register_fake
@@ -153,52 +145,38 @@ def _(
     topk_weights: Tensor,
     num_experts: int,
     num_worst_tokens: int,
-    expert_alignment: int,
-    num_expert_rows: int,
     num_domains: int,
     group: str,
 ) -> tuple[Tensor, ...]:
     num_topk = topk_idx.shape[1]
-    ranks = count_ranks(group)
-    local = num_experts // ranks
     n: Any = num_worst_tokens or torch.library.get_ctx().new_dynamic_size()
-    placement = [x.new_empty(0, dtype=torch.int32) for _ in range(3)]
-    if expert_alignment:
-        num_rows: Any = num_expert_rows or row_bound(n, num_topk, local, expert_alignment)
-        if not num_worst_tokens:
-            num_rows = torch.library.get_ctx().new_dynamic_size()
-        specs = Placement.specs(
-            num_tokens=n, num_topk=num_topk, num_rows=num_rows, num_experts=local
-        )
-        placement = [_new(x, spec) for spec in specs[:3]]
-    passing: Any = 0
-    if num_domains > 1:
-        passing = ranks // num_domains * num_worst_tokens
-        passing = passing or torch.library.get_ctx().new_dynamic_size()
     return (
         x.new_empty((n, x.shape[1])),
         topk_idx.new_empty((n, num_topk)),
         topk_weights.new_empty((n, num_topk)),
-        *placement,
-        *_fake_handle(x, n, passing, ranks, num_domains, local),
+        *_fake_handle(x, n, num_worst_tokens, num_experts, num_domains, group),
     )
 
 
 def _fake_handle(
-    x: Tensor, n: Any, passing: Any, ranks: int, num_domains: int, experts: int
+    x: Tensor, n: Any, num_worst_tokens: int, num_experts: int, num_domains: int, group: str
 ) -> list[Tensor]:
-    tokens, kind = x.shape[0], handle_type(num_domains)
+    tokens, ranks, kind = x.shape[0], count_ranks(group), handle_type(num_domains)
     specs = kind.specs(
-        num_tokens=tokens, num_ranks=ranks, num_domains=num_domains, experts_per_rank=experts
+        num_tokens=tokens,
+        num_ranks=ranks,
+        num_domains=num_domains,
+        experts_per_rank=num_experts // ranks,
     )
     handle = kind(*[_new(x, spec) for spec in specs])
     handle = handle._replace(is_token_in_rank=x.new_empty((tokens, ranks), dtype=torch.bool))
     if isinstance(handle, IntranodeHandle):
         (src_idx,) = (_new(x, spec) for spec in IntranodeHandle.row_specs(n))
-        empty = [x.new_empty(0, dtype=torch.int32) for _ in range(_MOST - _LEAST)]
-        return [*handle._replace(recv_src_idx=src_idx), *empty]
+        return _filled(handle._replace(recv_src_idx=src_idx))
+    passing: Any = ranks // num_domains * num_worst_tokens
+    passing = passing or torch.library.get_ctx().new_dynamic_size()
     meta, heads = (_new(x, spec) for spec in InternodeHandle.row_specs(n, passing))
-    return [*handle._replace(recv_src_meta=meta, send_nvl_head=heads)]
+    return _filled(handle._replace(recv_src_meta=meta, send_nvl_head=heads))
 
 
 @_operator(f"(Tensor x, {_HANDLE}, str group) -> Tensor")
@@ -263,7 +241,7 @@ def _grad_dispatch(ctx: Any, grad_x: Tensor, _: Any, grad_weights: Tensor, *othe
     # The zeros that stand for choices of other ranks depend on no weight.
     grad_weights = grad_weights.float().masked_fill(recv_topk_idx < 0, 0.0)
     x, weights = torch.ops.epjit.dispatch_backward(grad_x, grad_weights, *handle, ctx.group)
-    return x, None, weights, *[None] * 6
+    return x, None, weights, *[None] * 4
 
 
 def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -280,26 +258,26 @@ _dispatch.register_autograd(_grad_dispatch, setup_context=_setup_dispatch)
 _combine.register_autograd(_grad_combine, setup_context=_setup_combine)
 
 
-# ---- operators: communication of rows by expert, in one NVLink domain ---------------------------
+# ---- operators: communication of rows by expert -------------------------------------------------
 
 # Of a placement, without its counts, which the handle has.
 _PLACED = ", ".join(f"Tensor {name}" for name in Placement._fields[:-1])
-_EXPERT_HANDLE = f"{_PLACED}, " + ", ".join(f"Tensor h{i}" for i in range(_LEAST))
+_EXPERT_HANDLE = f"{_PLACED}, {_HANDLE}"
 _NUM_PLACED = len(Placement._fields) - 1
 
 
 def _as_expert_handle(tensors: Any) -> ExpertHandle:
     """The handle among the arguments of an operator."""
     row_of, source, ends, *handle = tensors
-    routing = IntranodeHandle(*handle)
+    routing = _as_handle(handle)
     return ExpertHandle(routing, Placement(row_of, source, ends, routing.recv_expert_counts))
 
 
 @_operator(
     "(Tensor x, Tensor topk_idx, Tensor topk_weights, int num_experts, int num_worst_tokens, "
     "int expert_alignment, int num_expert_rows, bool zero_padding, bool blank, str? cast, "
-    "Tensor? global_scale, bool column_major_scales, str group) "
-    f"-> ({', '.join(['Tensor'] * (3 + _NUM_PLACED + _LEAST))})"
+    "Tensor? global_scale, bool column_major_scales, int num_domains, str group) "
+    f"-> ({_tensors(3 + _NUM_PLACED)})"
 )
 def _expert_dispatch(
     x: Tensor,
@@ -314,6 +292,7 @@ def _expert_dispatch(
     cast: str | None,
     global_scale: Tensor | None,
     column_major_scales: bool,
+    num_domains: int,
     group: str,
 ) -> tuple[Tensor, ...]:
     """Rows by expert, their scales (or an empty tensor) and weights; a placement; a handle.
@@ -321,7 +300,7 @@ def _expert_dispatch(
     With `blank` there are zeros behind the last expert's rows.
     """
     buffer = buffer_of(group, x)
-    _check_domains(buffer, 1, group)
+    _check_domains(buffer, num_domains, group)
     rows, weights, handle, _ = buffer.expert_dispatch(
         _moved(x),
         topk_idx.contiguous(),
@@ -340,7 +319,7 @@ def _expert_dispatch(
     *placed, _ = handle.placement
     if blank and num_worst_tokens:
         by_expert.blank(rows, handle.placement.ends[-1:])
-    return (rows, scales, weights, *placed, *handle.routing)
+    return (rows, scales, weights, *placed, *_filled(handle.routing))
 
 
 @_expert_dispatch.register_fake
@@ -357,10 +336,10 @@ def _(
     cast: str | None,
     global_scale: Tensor | None,
     column_major_scales: bool,
+    num_domains: int,
     group: str,
 ) -> tuple[Tensor, ...]:
-    num_topk, ranks = topk_idx.shape[1], count_ranks(group)
-    local = num_experts // ranks
+    num_topk, local = topk_idx.shape[1], num_experts // count_ranks(group)
     n: Any = num_worst_tokens or torch.library.get_ctx().new_dynamic_size()
     num_rows: Any = num_expert_rows or row_bound(n, num_topk, local, expert_alignment)
     if not num_worst_tokens:
@@ -381,7 +360,7 @@ def _(
         scales,
         topk_weights.new_empty(num_rows),
         *[_new(x, spec) for spec in specs[:_NUM_PLACED]],
-        *_fake_handle(x, n, 0, ranks, 1, local)[:_LEAST],
+        *_fake_handle(x, n, num_worst_tokens, num_experts, num_domains, group),
     )
 
 
@@ -461,8 +440,9 @@ def _(
 
 
 def _setup_expert_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.group = inputs[-1]
-    ctx.save_for_backward(*output[3:])
+    *_, num_domains, ctx.group = inputs
+    placed, handle = output[3:-_MOST], output[-_MOST:][: len(handle_type(num_domains)._fields)]
+    ctx.save_for_backward(*placed, *padded(handle))
 
 
 def _grad_expert_dispatch(
@@ -471,7 +451,7 @@ def _grad_expert_dispatch(
     x, weights = torch.ops.epjit.expert_dispatch_backward(
         grad_x, grad_weights.float(), *ctx.saved_tensors, ctx.group
     )
-    return x, None, weights, *[None] * 10
+    return x, None, weights, *[None] * 11
 
 
 def _setup_expert_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -485,7 +465,7 @@ def _grad_expert_combine(ctx: Any, grad: Tensor) -> Any:
     of_x, of_weights = torch.ops.epjit.expert_combine_backward(
         grad, x, row_weights, *handle, ctx.group
     )
-    others = [None] * (_NUM_PLACED + _LEAST + 1)
+    others = [None] * (_NUM_PLACED + _MOST + 1)
     return of_x, None if row_weights is None else of_weights, *others
 
 
@@ -519,7 +499,7 @@ def _permute(x: Tensor, row_of: Tensor, source: Tensor, ends: Tensor, blank: boo
     """See `expert_major.permute`; with `blank` there are zeros behind the last expert's rows."""
     why = "one row for each row of topk_idx"
     check("x", x, (row_of.shape[0], "hidden"), contiguous=False, why=why)
-    rows = by_expert.permute(_moved(x), source, ends, num_topk=row_of.shape[1])
+    rows = by_expert.permute(_moved(x), row_of, source, ends)
     if blank:
         by_expert.blank(rows, ends[-1:])
     return rows

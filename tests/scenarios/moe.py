@@ -316,9 +316,7 @@ def checkpointed(group: Any) -> None:
     assert len(calls) == 2
 
     dispatched = []
-    several = buffers.count_domains(group.group_name, dry=False) > 1
-    names = ("dispatch", "combine") if several else ("expert_dispatch", "expert_combine")
-    keep = tuple(getattr(torch.ops.epjit, name).default for name in names)
+    keep = (torch.ops.epjit.expert_dispatch.default, torch.ops.epjit.expert_combine.default)
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op in keep and not context.is_recompute:
@@ -493,18 +491,38 @@ def between_domains(group: Any, nvlink_domain: int) -> None:
     assert torch.equal(back.norm(dim=1) > 0, (got.topk_idx >= 0).any(1))
     name = group.group_name
     quick = {"test_utils": ("test_schema", "test_faketensor")}
-    for rows_at_most, alignment in ((0, 0), (9 * case.size, 8)):
-        sizes = (case.num_experts, rows_at_most, alignment, 0, num_domains, name)
-        opcheck(torch.ops.epjit.dispatch, (x, idx, weights, *sizes), **quick)
+    unchanged = (False, None, None, False)
+    for rows_at_most in (0, 9 * case.size):
+        sizes = (case.num_experts, rows_at_most)
+        opcheck(torch.ops.epjit.dispatch, (x, idx, weights, *sizes, num_domains, name), **quick)
+        by_expert_sizes = (*sizes, 8, 0, False, *unchanged, num_domains)
+        opcheck(torch.ops.epjit.expert_dispatch, (x, idx, weights, *by_expert_sizes, name), **quick)
     opcheck(torch.ops.epjit.combine, (got.x, *got.handle, name), **quick)
     opcheck(torch.ops.epjit.combine_backward, (x, *got.handle, name), **quick)
     grads = (got.x, got.topk_weights, *got.handle, name)
     opcheck(torch.ops.epjit.dispatch_backward, grads, **quick)
-    with pytest.raises(RuntimeError, match=r"traced for 1 .*get_buffer"):
-        torch.ops.epjit.dispatch(x, idx, weights, case.num_experts, 0, 0, 0, 1, name)
-    sizes = case.num_experts, 0, 1, 0
-    with pytest.raises(RuntimeError, match=r"traced for 1 .*get_buffer"):
-        torch.ops.epjit.expert_dispatch(
-            x, idx, weights, *sizes, False, False, None, None, False, name
+    options = {"num_experts": case.num_experts, "expert_alignment": 8, "zero_padding": True}
+    by_expert_rows = moe.dispatch(x, idx, weights, group=group, expert_major=True, **options)
+    routing, placed = by_expert_rows.handle
+    handle = (*placed[:-1], *routing, name)
+    sums = by_expert_rows.x, by_expert_rows.weights
+    opcheck(torch.ops.epjit.expert_combine, (*sums, *handle), **quick)
+    opcheck(torch.ops.epjit.expert_combine_backward, (x, *sums, *handle), **quick)
+    opcheck(torch.ops.epjit.expert_dispatch_backward, (*sums, *handle), **quick)
+    with torch.no_grad():
+        cast = moe.dispatch(
+            x.repeat(1, 128 // HIDDEN + 1)[:, :128].contiguous(),
+            *(idx, weights),
+            group=group,
+            expert_major=True,
+            cast="mxfp8",
+            **options,
         )
+    assert cast.scales is not None
+    assert torch.equal(cast.handle.placement.source, placed.source)
+    sizes = case.num_experts, 0
+    with pytest.raises(RuntimeError, match=r"traced for 1 .*get_buffer"):
+        torch.ops.epjit.dispatch(x, idx, weights, *sizes, 1, name)
+    with pytest.raises(RuntimeError, match=r"traced for 1 .*get_buffer"):
+        torch.ops.epjit.expert_dispatch(x, idx, weights, *sizes, 1, 0, False, *unchanged, 1, name)
     checkpointed(group)
