@@ -566,7 +566,8 @@ class Buffer(Life):
             async_finish: Return an event instead of making the current stream wait.
             allocate_on_comm_stream: V1's flag, which `previous_event` includes.
             cast: None, or the format that rows are cast to before they cross the links: ``"fp8"``,
-                ``"fp8_round"``, ``"fp8_ue8m0"``, ``"mxfp8"``, ``"nvfp4"`` (`epjit.formats`). In one
+                ``"fp8_row"``, ``"fp8_round"``, ``"fp8_ue8m0"``, ``"mxfp8"``, ``"nvfp4"`` (see
+                `epjit.formats`). In one
                 NVLink domain.
             global_scale: float32 `[1]`, greater than 0, with nvfp4 only, the same on all ranks.
 
@@ -704,7 +705,8 @@ class Buffer(Life):
             zero_padding: Rows and scales of the padding are zeros; else undefined.
             column_major_scales: Scales of 4 bytes lie column by column, each padded to 16 bytes.
             cast: None, or the format that rows are cast to before they cross the links: ``"fp8"``,
-                ``"fp8_round"``, ``"fp8_ue8m0"``, ``"mxfp8"``, ``"nvfp4"`` (`epjit.formats`).
+                ``"fp8_row"``, ``"fp8_round"``, ``"fp8_ue8m0"``, ``"mxfp8"``, ``"nvfp4"`` (see
+                `epjit.formats`).
             global_scale: float32 `[1]`, greater than 0, with nvfp4 only, the same on all ranks.
             config: Only `num_sms` matters; None is `get_dispatch_config`.
             previous_event: Waited for instead of the current stream. Outputs then belong to

@@ -33,7 +33,7 @@ class RowFormat:
         name: As users write it.
         code: Number of the format in the kernels.
         granularity: `H` must be a multiple of it.
-        block: Channels that share a scale; 0 without scales.
+        block: Channels that share a scale; 0 without scales, -1 for all of a row.
         bits: Of one channel.
         x_dtype: Of `recv_x`.
         scale_dtype: Of the scales; None without.
@@ -56,9 +56,13 @@ class RowFormat:
         """Bytes of the channels of one row."""
         return hidden * self.bits // 8
 
+    def num_scales(self, hidden: int) -> int:
+        """Scales of one row."""
+        return hidden // self.block if self.block > 0 else -self.block
+
     def num_scale_bytes(self, hidden: int) -> int:
         """Bytes of the scales of one row."""
-        return hidden // self.block * self.bytes_a_scale if self.block else 0
+        return self.num_scales(hidden) * self.bytes_a_scale
 
     def slot_bytes(self, hidden: int) -> int:
         """Bytes that are enough for a row, its scales and what travels with them."""
@@ -147,10 +151,13 @@ NVFP4 = RowFormat(
 """With one global scale `g > 0`: `s = e4m3(g * (amax / 6))`; `q = e2m1(x * (g / s))`, or
 `e2m1(x * 0)` where `s` is 0; value `q * s / g`. A byte has two channels, the even one lowest."""
 
-FORMATS = (BF16, FP8, FP8_ROUND, FP8_UE8M0, MXFP8, NVFP4)
-"""All formats, by code."""
+FP8_ROW = replace(FP8, name="fp8_row", code=6, granularity=16, block=-1, column_major=False)
+"""As `FP8`, with one scale for the whole row, as torch's grouped products take it; a cast only."""
 
-CASTS = {each.name: each for each in FORMATS if each is not BF16}
+FORMATS = (BF16, FP8, FP8_ROUND, FP8_UE8M0, MXFP8, NVFP4)
+"""All formats of the low-latency mode, by code."""
+
+CASTS = {each.name: each for each in (*FORMATS, FP8_ROW) if each is not BF16}
 """The formats that `expert_dispatch` casts rows to, by name."""
 
 _QUANTIZATIONS = {each.name: each for each in (MXFP8, NVFP4)}
@@ -235,6 +242,8 @@ def dequantize(
         )
     if scales is None:
         return rows.to(dtype)
+    if row_format is FP8 and scales.shape[-1] == 1:
+        row_format = FP8_ROW
     hidden = rows.shape[-1] * 8 * rows.element_size() // row_format.bits
     expected = (*rows.shape[:-1], row_format.num_scale_columns(hidden))
     if scales.shape != expected or hidden % row_format.block:
@@ -248,7 +257,7 @@ def dequantize(
     else:
         factors = scales.to(torch.float32)
     values = _e2m1_values(rows) if row_format is NVFP4 else rows.to(torch.float32)
-    blocks = values.unflatten(-1, (factors.shape[-1], row_format.block)) * factors.unsqueeze(-1)
+    blocks = values.unflatten(-1, (factors.shape[-1], -1)) * factors.unsqueeze(-1)
     if global_scale is not None:
         blocks = blocks / global_scale
     return blocks.flatten(-2).to(dtype)

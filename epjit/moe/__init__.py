@@ -404,22 +404,52 @@ def unpermute(x: Tensor, handle: Placement) -> Tensor:
     return result
 
 
-def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+def grouped_mm(
+    x: Tensor,
+    weights: Tensor,
+    ends: Tensor,
+    *,
+    scales: Tensor | None = None,
+    weight_scales: Tensor | None = None,
+) -> Tensor:
     """Multiplies each expert's rows with its matrix.
 
     bfloat16 is torch's own grouped product, without a host wait; other dtypes are a loop that reads
-    `ends` on the host.
+    `ends` on the host. With scales, both are float8_e4m3fn, and the product is torch's: of
+    ``fp8_row`` on sm_90 and sm_100, of ``mxfp8`` on sm_100. It has no gradient.
 
     Args:
         x: `[M, H]`, as `dispatch(expert_major=True)` orders it.
-        weights: `[L, H, F]` of x's dtype; any of its strides. Both are cast under torch.autocast.
-        ends: int32 `[L]`.
+        weights: `[L, H, F]` of x's dtype; any of its strides, with scales transposed in memory
+            (`[L, F, H]` that was transposed). Both are cast under torch.autocast.
+        ends: int32 `[L]`; with mxfp8 multiples of 128 (`expert_alignment`).
+        scales: None, or those of x: `[M, S]`, as `dispatch(cast=...)` returns them.
+        weight_scales: With `scales`: `[L, F, S]`, of the columns of each matrix in the same format.
 
     Returns:
-        `[M, F]`. Behind `ends[-1]` there are zeros where gradients are recorded, as in the gradient
-        of x; else it is undefined there.
+        `[M, F]`, with scales bfloat16. Behind `ends[-1]` there are zeros where gradients are
+        recorded and there are no scales, as in the gradient of x; else it is undefined there.
+
+    Raises:
+        TypeError, ValueError: Scales are missing, or torch has no product of such rows.
+        RuntimeError: This GPU, or this torch, has no product of rows with these scales.
     """
     x, weights = _rows(x), _autocast(weights)
+    if scales is not None and weight_scales is not None:
+        operands = (x, weights, ends, scales, weight_scales)
+        if torch.is_grad_enabled() and any(each.requires_grad for each in operands):
+            raise ValueError(
+                "products of rows with scales have no gradient; call grouped_mm under "
+                "torch.no_grad(), or train in bfloat16"
+            )
+        scaled: Tensor = torch.ops.epjit.scaled_grouped_mm(*operands)
+        return scaled
+    if scales is not None or weight_scales is not None or x.element_size() == 1:
+        missing = "weight_scales" if weight_scales is None else "scales"
+        raise ValueError(
+            f"{missing} are missing: x is {x.dtype}, and its product takes scales of the rows and "
+            "weight_scales of the matrices"
+        )
     result: Tensor = torch.ops.epjit.grouped_mm(x, weights, ends, torch.is_grad_enabled())
     return result
 

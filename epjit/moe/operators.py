@@ -26,6 +26,7 @@ from epjit.handles import (
     row_bound,
 )
 from epjit.modes import expert_major as by_expert
+from epjit.moe import scaled
 from epjit.moe.buffers import buffer_of, count_ranks
 from epjit.runtime.empty import TensorSpec
 
@@ -616,6 +617,19 @@ def _grouped_mm_of_rows(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
 @_grouped_mm_of_rows.register_fake
 def _(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty((ends.shape[0], x.shape[1], y.shape[1]))
+
+
+@_operator("(Tensor x, Tensor weights, Tensor ends, Tensor scales, Tensor of_weights) -> Tensor")
+def _scaled_grouped_mm(
+    x: Tensor, weights: Tensor, ends: Tensor, scales: Tensor, of_weights: Tensor
+) -> Tensor:
+    """See `scaled.product`; without a gradient."""
+    return scaled.product(_moved(x), weights, ends, scales, of_weights)
+
+
+@_scaled_grouped_mm.register_fake
+def _(x: Tensor, weights: Tensor, ends: Tensor, scales: Tensor, of_weights: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weights.shape[2]), dtype=torch.bfloat16)
 
 
 def _setup_grouped_mm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

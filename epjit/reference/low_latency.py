@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from epjit.calls import DispatchSizes
-from epjit.formats import BF16, FP8, FP8_ROUND, LOGFMT_BLOCK, MXFP8, NVFP4, RowFormat
+from epjit.formats import BF16, FP8, FP8_ROUND, FP8_ROW, LOGFMT_BLOCK, MXFP8, NVFP4, RowFormat
 from epjit.handles import LowLatencyDispatched, routes
 from epjit.reference.intranode import experts_per_rank
 from epjit.runtime.empty import empty_on
@@ -248,7 +248,8 @@ def encode(
     """
     if row_format is BF16:
         return x, None
-    blocks = x.to(torch.float32).view(x.shape[0], x.shape[1] // row_format.block, row_format.block)
+    num_scales = row_format.num_scales(x.shape[1])
+    blocks = x.to(torch.float32).unflatten(1, (num_scales, -1))
     amax = blocks.abs().amax(dim=2, keepdim=True)
     if row_format is NVFP4:
         scale_of_all = _given(global_scale)
@@ -259,7 +260,7 @@ def encode(
         return codes[:, 0::2] | codes[:, 1::2] << 4, scales.squeeze(2)
     if row_format is not MXFP8:
         amax = amax.clamp(min=_MIN_AMAX)
-    if row_format is FP8:
+    if row_format in (FP8, FP8_ROW):
         values = _e4m3(blocks * _divide(_FP8_MAX, amax))
         return values.view(x.shape), _divide(amax, _FP8_MAX).squeeze(2)
     bits = (_divide(amax, _FP8_MAX).view(torch.int32) + 0x7FFFFF) & 0x7F800000

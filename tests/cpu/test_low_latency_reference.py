@@ -240,8 +240,8 @@ def test_dequantize_says_what_does_not_belong_together() -> None:
     fp4 = torch.zeros(2, 128, dtype=torch.uint8)
     with pytest.raises(TypeError, match=r"float8_e4m3fn with scales of None are no format"):
         dequantize(fp8)
-    with pytest.raises(ValueError, match=r"scales have shape \(2, 1\).*of shape \(2, 2\)"):
-        dequantize(fp8, torch.zeros(2, 1))
+    with pytest.raises(ValueError, match=r"scales have shape \(2, 3\).*of shape \(2, 2\)"):
+        dequantize(fp8, torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"global_scale is given, but rows in fp8 have none"):
         dequantize(fp8, torch.zeros(2, 2), global_scale=torch.ones(1))
     with pytest.raises(ValueError, match=r"global_scale is missing, but rows in nvfp4 have one"):

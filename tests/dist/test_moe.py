@@ -18,6 +18,7 @@ BODIES = (
     "agreed",
     "checkpointed",
     "exported",
+    "inferred",
     "managed",
     "registered",
 )

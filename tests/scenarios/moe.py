@@ -339,11 +339,11 @@ def checkpointed(group: Any) -> None:
 
 
 class Layer(torch.nn.Module):
-    """The layer by expert, as torch.export takes it."""
+    """A layer as a module, as torch.export takes it."""
 
-    def __init__(self, case: Case, **options: Any) -> None:
+    def __init__(self, layer: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.layer = by_expert(case, **options)
+        self.layer = layer
 
     def forward(self, x: Tensor, idx: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         return self.layer(x, idx, weights, experts)
@@ -355,7 +355,7 @@ def exported(group: Any) -> None:
     tensors = (case.x, case.topk_idx, case.topk_weights, case.experts)
     arguments = tuple(tensor.detach() for tensor in tensors)
     for options in ({}, {"num_worst_tokens": 9 * case.size}):
-        program = torch.export.export(Layer(case, **options), arguments)
+        program = torch.export.export(Layer(by_expert(case, **options)), arguments)
         names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
         assert {"epjit.expert_dispatch.default", "epjit.expert_combine.default"} <= names
         wanted = by_expert(case, **options)(*arguments)
@@ -372,12 +372,12 @@ def compiled_once(group: Any) -> None:
         graphs.append(graph)
         return graph
 
-    layer = torch.compile(Layer(Case(group, 5)), fullgraph=True, backend=backend)
+    layer = torch.compile(Layer(by_expert(Case(group, 5))), fullgraph=True, backend=backend)
     for tokens in (5, 7, 9, 6, 8):
         case = Case(group, tokens)
         arguments = (case.x, case.topk_idx, case.topk_weights, case.experts)
         with torch.no_grad():
-            assert torch.equal(layer(*arguments), Layer(case)(*arguments))
+            assert torch.equal(layer(*arguments), by_expert(case)(*arguments))
     assert len(graphs) == 2
     moe.free_buffers()
 
@@ -444,6 +444,89 @@ def replayed(group: Any) -> None:
     small.check_fault()
     moe.free_buffers()
     assert small.runtime is None
+
+
+def fp8_of_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """FP8 with a scale a row."""
+    scales = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-4) / 448
+    return (x / scales).to(torch.float8_e4m3fn), scales
+
+
+def inferring(case: Case, **options: Any) -> Callable[..., Tensor]:
+    """The layer by expert in FP8 where this device has its product, else in bfloat16."""
+    name, fp8 = case.group.group_name, case.device.type == "cpu"
+    fp8 = fp8 or torch.cuda.get_device_capability(case.device)[0] in (9, 10)
+
+    def layer(x: Tensor, idx: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        got = moe.dispatch(
+            x,
+            idx,
+            weights,
+            num_experts=case.num_experts,
+            group=name,
+            expert_major=True,
+            expert_alignment=16,
+            cast="fp8_row" if fp8 else None,
+            **options,
+        )
+        if fp8:
+            matrices, scales = fp8_of_rows(experts.mT.contiguous())
+            y = moe.grouped_mm(
+                got.x, matrices.mT, got.ends, scales=got.scales, weight_scales=scales
+            )
+        else:
+            y = moe.grouped_mm(got.x, experts, got.ends)
+        return moe.combine(y.tanh(), got.handle, weights=got.weights, group=name)
+
+    return layer
+
+
+def inferred(group: Any) -> None:
+    """Without gradients, cast on the way: eager, compiled, exported, and a graph replayed."""
+    case = Case(group, 9)
+    worst = {"num_worst_tokens": 9 * case.size}
+    arguments = [case.x, case.topk_idx, case.topk_weights, case.experts]
+    arguments = [each.detach().clone() for each in arguments]
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    with torch.no_grad():
+        wanted = by_expert(case)(*arguments).float()
+        for options in ({}, worst):
+            layer = inferring(case, **options)
+            eager_out = layer(*arguments)
+            # e4m3 has 4 significant bits.
+            assert (eager_out.float() - wanted).norm() < 2.0**-3 * wanted.norm()
+            torch._dynamo.reset()
+            traced = torch.compile(layer, fullgraph=True, backend="aot_eager")
+            assert torch.equal(traced(*arguments), eager_out)
+            program = torch.export.export(Layer(layer), tuple(arguments))
+            assert torch.equal(program.module()(*arguments), eager_out)
+        if case.device.type == "cuda":
+            replays_with_changed_inputs(case, inferring(case, **worst))
+            replays_with_changed_inputs(case, weighted_by_expert(case, **worst))
+    moe.free_buffers()
+
+
+def replays_with_changed_inputs(case: Case, layer: Callable[..., Tensor]) -> None:
+    """A captured layer gives, 100 times, what the eager one gives for other tokens and choices."""
+    arguments = [case.x, case.topk_idx, case.topk_weights, case.experts]
+    arguments = [each.detach().clone() for each in arguments]
+    x, idx, weights, _ = arguments
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        layer(*arguments)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out = layer(*arguments)
+        for seed in range(100):
+            other = Case(case.group, len(x), seed=1 + seed)
+            x.copy_(other.x.detach())
+            idx.copy_(other.topk_idx)
+            weights.copy_(other.topk_weights.detach())
+            out.zero_()
+            graph.replay()
+            again = out.clone()
+            assert torch.equal(again, layer(*arguments)), f"replay {seed}"
+    torch.cuda.synchronize()
 
 
 def registered(group: Any) -> None:

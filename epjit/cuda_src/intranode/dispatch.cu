@@ -454,14 +454,15 @@ class Dispatch {
     constexpr int kFormat = kCfg.format;
     constexpr int kHidden = kCfg.hidden_bytes * (kFormat == kNvfp4 ? 2 : 1);
     constexpr int kCastItems = kHidden / kCastElements;
-    constexpr int kLanes = kCasts ? format_block(kFormat) / kCastElements : 1;
+    constexpr int kLanes = kCasts ? format_block(kFormat, kHidden) / kCastElements : 1;
     static_assert(!kCasts || format_row_scale_bytes(kFormat, kHidden) == 4 * kScales);
-    const float global_scale = kFormat == kNvfp4 ? *p.global_scale : 0.0f;
+    float given = kFormat == kNvfp4 ? *p.global_scale : 0.0f;  // to cast_item
     for (int i = 0; i < chunk.num_rows; ++i) {
       const Chunk token{chunk.first + i, 1, __shfl_sync(kFullMask, chunk.own_row, i),
                         __shfl_sync(kFullMask, chunk.readers, i)};
       if (token.own_row < 0 && token.readers == 0) continue;
       const char* const x = p.x + static_cast<int64_t>(token.first) * (2 * kHidden);
+      if constexpr (kFormat == kFp8Row) given = row_amax<kCfg.is_f16>(x, kCastItems, lane);
       // A lane each: by expert one for each selection.
       int own_row = lane == 0 ? token.own_row : -1;
       if constexpr (kByExpert) own_row = lane < kTopk ? experts.row(token.own_row, lane) : -1;
@@ -473,7 +474,7 @@ class Dispatch {
 #pragma unroll
         for (int j = 0; j < 2; ++j)
           if (is_one) pieces[j] = ptx::ld_v4(x + item * 32 + j * 16);
-        const CastItem cast = cast_item<kFormat, kCfg.is_f16>(pieces, global_scale);
+        const CastItem cast = cast_item<kFormat, kCfg.is_f16>(pieces, given);
         const bool has_scale = is_one && item % kLanes == 0;
         const int block = item / kLanes;
         for_each_slot([&](int reader) {
