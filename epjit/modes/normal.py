@@ -428,15 +428,6 @@ def row_bytes(rows: torch.Tensor) -> int:
     return rows.shape[1] * rows.element_size()
 
 
-def word_strides(scales: torch.Tensor | None) -> tuple[int, int]:
-    """Strides of scales in words of 4 bytes; those of one byte lie row by row, four a word."""
-    if scales is None:
-        return 0, 0
-    if scales.element_size() == 1:
-        return scales.shape[1] // 4, 1
-    return scales.stride(0), scales.stride(1)
-
-
 def delivered(
     call: Dispatch | ExpertDispatch,
 ) -> tuple[tuple[torch.dtype, int], tuple[torch.dtype, int] | None]:
@@ -448,6 +439,15 @@ def delivered(
     assert row_format.scale_dtype is not None
     of_scales = row_format.scale_dtype, row_format.num_scale_columns(columns)
     return (row_format.x_dtype, row_format.num_columns(columns)), of_scales
+
+
+def word_strides(scales: torch.Tensor | None) -> tuple[int, int]:
+    """Strides of scales in words of 4 bytes; those of one byte lie row by row, four a word."""
+    if scales is None:
+        return 0, 0
+    if scales.element_size() == 1:
+        return scales.shape[1] // 4, 1
+    return scales.stride(0), scales.stride(1)
 
 
 def dispatch_shape(call: Dispatch) -> DispatchShape:

@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from epjit.calls import Payload
 from epjit.checks.match import check
-from epjit.formats import CASTS
+from epjit.formats import CASTS, dequantize
 from epjit.handles import (
     ExpertHandle,
     GivenHandle,
@@ -104,9 +105,67 @@ def _new(x: Tensor, spec: TensorSpec | None) -> Any:
     return None if spec is None else x.new_empty(spec[0], dtype=spec[2])
 
 
+# Autograd gives a tensor a gradient of its own dtype, which would round that of a row as the row
+# itself was rounded. So a dispatch that casts has one result more: a tensor without memory, of the
+# dtype and shape that the rows had, which takes their gradient. A cast hands it on as it is.
+
+
+def _standing_for(x: Tensor, num_rows: Any) -> Tensor:
+    """What takes the gradient of so many rows like those of x."""
+    return x.new_empty((1, 1)).expand(num_rows, x.shape[1])
+
+
+def _delivered(x: Tensor, received: Payload) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows; of those that were cast scales and what takes their gradient, else empty tensors."""
+    if isinstance(received, tuple):
+        return *received, _standing_for(x, received[0].shape[0])
+    return received, x.new_empty(0), x.new_empty(0)
+
+
+def _fake_delivered(
+    x: Tensor, num_rows: Any, cast: str | None, *, column_major: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = x.shape[1]
+    if cast is None:
+        return x.new_empty((num_rows, hidden)), x.new_empty(0), x.new_empty(0)
+    row_format = CASTS[cast]
+    rows = x.new_empty((num_rows, row_format.num_columns(hidden)), dtype=row_format.x_dtype)
+    num_scales, dtype = row_format.num_scale_columns(hidden), row_format.scale_dtype
+    if column_major:
+        scales = x.new_empty((num_scales, (num_rows + 3) // 4 * 4), dtype=dtype)
+        scales = scales[:, :num_rows].t()
+    else:
+        scales = x.new_empty((num_rows, num_scales), dtype=dtype)
+    return rows, scales, _standing_for(x, num_rows)
+
+
+def _grad_delivered(ctx: Any, of_rows: Any, of_scales: Any, of_values: Any) -> Any:
+    """The gradient of rows that a dispatch delivered, of a dtype that a combine adds.
+
+    Raises:
+        RuntimeError: It came to rows that were cast, or to their scales.
+    """
+    if ctx.cast is None:
+        return of_rows
+    if of_rows is not None or of_scales is not None:
+        raise RuntimeError(
+            f"rows that were cast to {ctx.cast}, or their scales, were given a gradient, which "
+            "would be rounded as they were; compute with epjit.moe.dequantize(...), or let .values "
+            "of what dispatch returned take the gradient"
+        )
+    if of_values is not None:
+        return of_values
+    (values, *_) = ctx.saved_tensors
+    return values.new_zeros(values.shape)
+
+
+def _grad_of_weights(grad: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_zeros(like.shape, dtype=torch.float32) if grad is None else grad.float()
+
+
 @_operator(
     "(Tensor x, Tensor topk_idx, Tensor topk_weights, int num_experts, int num_worst_tokens, "
-    f"int num_domains, str group) -> ({_tensors(3)})"
+    f"str? cast, Tensor? global_scale, int num_domains, str group) -> ({_tensors(5)})"
 )
 def _dispatch(
     x: Tensor,
@@ -114,10 +173,12 @@ def _dispatch(
     topk_weights: Tensor,
     num_experts: int,
     num_worst_tokens: int,
+    cast: str | None,
+    global_scale: Tensor | None,
     num_domains: int,
     group: str,
 ) -> tuple[Tensor, ...]:
-    """Received rows, their choices and weights; a handle."""
+    """Received rows (see `_delivered`), their choices and weights; a handle."""
     x, buffer = _moved(x), buffer_of(group, x)
     topk_idx, topk_weights = topk_idx.contiguous(), topk_weights.contiguous()
     _check_domains(buffer, num_domains, group)
@@ -131,12 +192,13 @@ def _dispatch(
         topk_idx=topk_idx,
         topk_weights=topk_weights,
         num_worst_tokens=num_worst_tokens,
+        cast=cast,
+        global_scale=global_scale,
     )
-    assert isinstance(recv_x, Tensor)
     assert recv_idx is not None
     assert recv_weights is not None
     assert handle is not None
-    return (recv_x, recv_idx, recv_weights, *_filled(handle))
+    return (*_delivered(x, recv_x), recv_idx, recv_weights, *_filled(handle))
 
 
 @_dispatch.register_fake
@@ -146,13 +208,15 @@ def _(
     topk_weights: Tensor,
     num_experts: int,
     num_worst_tokens: int,
+    cast: str | None,
+    global_scale: Tensor | None,
     num_domains: int,
     group: str,
 ) -> tuple[Tensor, ...]:
     num_topk = topk_idx.shape[1]
     n: Any = num_worst_tokens or torch.library.get_ctx().new_dynamic_size()
     return (
-        x.new_empty((n, x.shape[1])),
+        *_fake_delivered(x, n, cast),
         topk_idx.new_empty((n, num_topk)),
         topk_weights.new_empty((n, num_topk)),
         *_fake_handle(x, n, num_worst_tokens, num_experts, num_domains, group),
@@ -232,17 +296,20 @@ def _(grad: Tensor, *handle_and_group: Any) -> Tensor:
 
 
 def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *_, num_domains, ctx.group = inputs
+    *_, ctx.cast, _, num_domains, ctx.group = inputs
+    ctx.set_materialize_grads(ctx.cast is None)
     handle = output[-_MOST:][: len(handle_type(num_domains)._fields)]
-    ctx.save_for_backward(output[1], *padded(handle))
+    _, _, values, recv_topk_idx, *_ = output
+    ctx.save_for_backward(values, recv_topk_idx, *padded(handle))
 
 
-def _grad_dispatch(ctx: Any, grad_x: Tensor, _: Any, grad_weights: Tensor, *others: Any) -> Any:
-    recv_topk_idx, *handle = ctx.saved_tensors
+def _grad_dispatch(ctx: Any, *grads: Any) -> Any:
+    _, recv_topk_idx, *handle = ctx.saved_tensors
     # The zeros that stand for choices of other ranks depend on no weight.
-    grad_weights = grad_weights.float().masked_fill(recv_topk_idx < 0, 0.0)
-    x, weights = torch.ops.epjit.dispatch_backward(grad_x, grad_weights, *handle, ctx.group)
-    return x, None, weights, *[None] * 4
+    of_weights = _grad_of_weights(grads[4], recv_topk_idx).masked_fill(recv_topk_idx < 0, 0.0)
+    of_rows = _grad_delivered(ctx, *grads[:3])
+    x, weights = torch.ops.epjit.dispatch_backward(of_rows, of_weights, *handle, ctx.group)
+    return x, None, weights, *[None] * 6
 
 
 def _setup_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -278,7 +345,7 @@ def _as_expert_handle(tensors: Any) -> ExpertHandle:
     "(Tensor x, Tensor topk_idx, Tensor topk_weights, int num_experts, int num_worst_tokens, "
     "int expert_alignment, int num_expert_rows, bool zero_padding, bool blank, str? cast, "
     "Tensor? global_scale, bool column_major_scales, int num_domains, str group) "
-    f"-> ({_tensors(3 + _NUM_PLACED)})"
+    f"-> ({_tensors(4 + _NUM_PLACED)})"
 )
 def _expert_dispatch(
     x: Tensor,
@@ -296,13 +363,13 @@ def _expert_dispatch(
     num_domains: int,
     group: str,
 ) -> tuple[Tensor, ...]:
-    """Rows by expert, their scales (or an empty tensor) and weights; a placement; a handle.
+    """Rows by expert (see `_delivered`) and their weights; a placement; a handle.
 
     With `blank` there are zeros behind the last expert's rows.
     """
     buffer = buffer_of(group, x)
     _check_domains(buffer, num_domains, group)
-    rows, weights, handle, _ = buffer.expert_dispatch(
+    payload, weights, handle, _ = buffer.expert_dispatch(
         _moved(x),
         topk_idx.contiguous(),
         topk_weights.contiguous(),
@@ -315,12 +382,16 @@ def _expert_dispatch(
         cast=cast,
         global_scale=global_scale,
     )
-    rows, scales = rows if isinstance(rows, tuple) else (rows, topk_weights.new_empty(0))
+    rows, scales, values = _delivered(x, payload)
     assert weights is not None
     *placed, _ = handle.placement
     if blank and num_worst_tokens:
-        by_expert.blank(rows, handle.placement.ends[-1:])
-    return (rows, scales, weights, *placed, *_filled(handle.routing))
+        end = handle.placement.ends[-1:]
+        by_expert.blank(rows, end)
+        if cast is not None:  # else what lies there may be no number, which times zero is none
+            words = scales.view(torch.uint8) if scales.element_size() == 1 else scales
+            words.masked_fill_((torch.arange(rows.shape[0], device=x.device) >= end)[:, None], 0)
+    return (rows, scales, values, weights, *placed, *_filled(handle.routing))
 
 
 @_expert_dispatch.register_fake
@@ -346,19 +417,8 @@ def _(
     if not num_worst_tokens:
         num_rows = torch.library.get_ctx().new_dynamic_size()
     specs = Placement.specs(num_tokens=n, num_topk=num_topk, num_rows=num_rows, num_experts=local)
-    rows, scales = x.new_empty((num_rows, x.shape[1])), topk_weights.new_empty(0)
-    if cast is not None:
-        row_format, hidden = CASTS[cast], x.shape[1]
-        rows = x.new_empty((num_rows, row_format.num_columns(hidden)), dtype=row_format.x_dtype)
-        shape, dtype = (num_rows, row_format.num_scale_columns(hidden)), row_format.scale_dtype
-        if column_major_scales:
-            scales = x.new_empty((shape[1], (num_rows + 3) // 4 * 4), dtype=dtype)
-            scales = scales[:, :num_rows].t()
-        else:
-            scales = x.new_empty(shape, dtype=dtype)
     return (
-        rows,
-        scales,
+        *_fake_delivered(x, num_rows, cast, column_major=column_major_scales),
         topk_weights.new_empty(num_rows),
         *[_new(x, spec) for spec in specs[:_NUM_PLACED]],
         *_fake_handle(x, n, num_worst_tokens, num_experts, num_domains, group),
@@ -441,17 +501,17 @@ def _(
 
 
 def _setup_expert_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *_, num_domains, ctx.group = inputs
-    placed, handle = output[3:-_MOST], output[-_MOST:][: len(handle_type(num_domains)._fields)]
-    ctx.save_for_backward(*placed, *padded(handle))
+    *_, ctx.cast, _, _, num_domains, ctx.group = inputs
+    ctx.set_materialize_grads(ctx.cast is None)
+    placed, handle = output[4:-_MOST], output[-_MOST:][: len(handle_type(num_domains)._fields)]
+    ctx.save_for_backward(output[2], *placed, *padded(handle))
 
 
-def _grad_expert_dispatch(
-    ctx: Any, grad_x: Tensor, _: Any, grad_weights: Tensor, *others: Any
-) -> Any:
-    x, weights = torch.ops.epjit.expert_dispatch_backward(
-        grad_x, grad_weights.float(), *ctx.saved_tensors, ctx.group
-    )
+def _grad_expert_dispatch(ctx: Any, *grads: Any) -> Any:
+    _, *handle = ctx.saved_tensors
+    source = handle[1]
+    of_rows, of_weights = _grad_delivered(ctx, *grads[:3]), _grad_of_weights(grads[3], source)
+    x, weights = torch.ops.epjit.expert_dispatch_backward(of_rows, of_weights, *handle, ctx.group)
     return x, None, weights, *[None] * 11
 
 
@@ -472,6 +532,29 @@ def _grad_expert_combine(ctx: Any, grad: Tensor) -> Any:
 
 _expert_dispatch.register_autograd(_grad_expert_dispatch, setup_context=_setup_expert_dispatch)
 _expert_combine.register_autograd(_grad_expert_combine, setup_context=_setup_expert_combine)
+
+
+# ---- operators: rows that were cast --------------------------------------------------------------
+
+
+@_operator("(Tensor rows, Tensor scales, Tensor? global_scale, Tensor values) -> Tensor")
+def _dequantize(
+    rows: Tensor, scales: Tensor, global_scale: Tensor | None, values: Tensor
+) -> Tensor:
+    """The values of rows that were cast, in the dtype of `values`, which takes their gradient."""
+    return dequantize(rows, scales, global_scale=global_scale, dtype=values.dtype)
+
+
+@_dequantize.register_fake
+def _(rows: Tensor, scales: Tensor, global_scale: Tensor | None, values: Tensor) -> Tensor:
+    return values.new_empty(values.shape)
+
+
+def _grad_dequantize(ctx: Any, grad: Tensor) -> Any:
+    return None, None, None, grad
+
+
+_dequantize.register_autograd(_grad_dequantize)
 
 
 # ---- operators: the order of the experts --------------------------------------------------------

@@ -30,7 +30,7 @@ from tests.cpu.test_expert_major import run as run_emulated
 from tests.emulation import build
 from tests.emulation.build import guarded
 from tests.harness import launch
-from tests.rounds.elastic import EDGES, Round, check_round, defined_rows, random_round
+from tests.rounds.elastic import EDGES, check_round, defined_rows, random_round
 from tests.scenarios.elastic import in_turns, of_one_rounding, replays
 
 SIZE = 2 << 20

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,9 @@ from torch.utils.checkpoint import (
 )
 
 from epjit import Buffer, env, moe
+from epjit.formats import CASTS, NVFP4, dequantize
 from epjit.moe import buffers
+from epjit.reference.low_latency import encode
 from tests.harness import launch
 
 HIDDEN, EXPERTS_A_RANK, TOPK = 32, 3, 2
@@ -241,6 +244,61 @@ def autocasted(group: Any, compiled: bool) -> None:
             layer(case.x, case.topk_idx, case.topk_weights, case.experts)
     assert case.x.grad is not None
     assert case.x.grad.dtype is torch.float32
+    moe.free_buffers()
+
+
+def straight_through(group: Any, compiled: bool) -> None:
+    """Rows that are cast on the way: all is as if their values had been sent, gradients too."""
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    case, hidden = Case(group, 9), 512
+    generator = torch.Generator().manual_seed(case.rank)
+    drawn = torch.randn(2, 9, hidden, generator=generator).bfloat16().to(case.device)
+    worst = 9 * case.size
+    some = (("fp8", False, worst), ("nvfp4", True, worst), ("mxfp8", True, 0))
+    every = itertools.product(CASTS, (False, True), (0, worst))
+    for cast, expert_major, num_worst in some if compiled else every:
+        scale = torch.tensor([0.5], device=case.device) if cast == NVFP4.name else None
+        rows, scales = encode(drawn[0].cpu(), CASTS[cast], None if scale is None else scale.cpu())
+        values = dequantize(
+            rows,
+            scales,
+            global_scale=None if scale is None else scale.cpu(),
+            dtype=torch.bfloat16,
+        )
+
+        def layer(
+            x: Tensor,
+            weights: Tensor,
+            cast: str | None,
+            scale: Tensor | None,
+            by: Any = (expert_major, num_worst),
+        ) -> Tensor:
+            got: Any = moe.dispatch(
+                *(x, case.topk_idx, weights),
+                num_experts=case.num_experts,
+                group=group.group_name,
+                num_worst_tokens=by[1],
+                expert_major=by[0],
+                cast=cast,
+                global_scale=scale,
+            )
+            y = got.x if cast is None else moe.dequantize(got, global_scale=scale)
+            if by[0]:
+                return moe.combine(y, got.handle, weights=got.weights, group=group.group_name)
+            y = y * got.topk_weights.sum(1, keepdim=True).to(y.dtype)
+            return moe.combine(y, got.handle, group=group.group_name)
+
+        found = []
+        if compiled:
+            torch._dynamo.reset()
+        run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+        for x, options in ((values.to(case.device), (None, None)), (drawn[0], (cast, scale))):
+            leaves = x.clone().requires_grad_(), case.topk_weights.detach().clone().requires_grad_()
+            out = run(*leaves, *options)
+            out.backward(drawn[1])
+            found.append((out.detach(), *(each.grad for each in leaves)))
+        for name, want, got in zip(("output", "of x", "of weights"), *found, strict=True):
+            assert torch.equal(want, got), (cast, expert_major, num_worst, name)
     moe.free_buffers()
 
 
@@ -577,7 +635,8 @@ def between_domains(group: Any, nvlink_domain: int) -> None:
     unchanged = (False, None, None, False)
     for rows_at_most in (0, 9 * case.size):
         sizes = (case.num_experts, rows_at_most)
-        opcheck(torch.ops.epjit.dispatch, (x, idx, weights, *sizes, num_domains, name), **quick)
+        of_dispatch = (*sizes, None, None, num_domains, name)
+        opcheck(torch.ops.epjit.dispatch, (x, idx, weights, *of_dispatch), **quick)
         by_expert_sizes = (*sizes, 8, 0, False, *unchanged, num_domains)
         opcheck(torch.ops.epjit.expert_dispatch, (x, idx, weights, *by_expert_sizes, name), **quick)
     opcheck(torch.ops.epjit.combine, (got.x, *got.handle, name), **quick)
@@ -605,7 +664,9 @@ def between_domains(group: Any, nvlink_domain: int) -> None:
     assert torch.equal(cast.handle.placement.source, placed.source)
     sizes = case.num_experts, 0
     with pytest.raises(RuntimeError, match=r"traced for 1 .*get_buffer"):
-        torch.ops.epjit.dispatch(x, idx, weights, *sizes, 1, name)
+        torch.ops.epjit.dispatch(x, idx, weights, *sizes, None, None, 1, name)
+    with pytest.raises(ValueError, match=rf"cast is 'fp8', but this group spans {num_domains}"):
+        moe.dispatch(x, idx, weights, num_experts=case.num_experts, group=group, cast="fp8")
     with pytest.raises(RuntimeError, match=r"traced for 1 .*get_buffer"):
         torch.ops.epjit.expert_dispatch(x, idx, weights, *sizes, 1, 0, False, *unchanged, 1, name)
     checkpointed(group)

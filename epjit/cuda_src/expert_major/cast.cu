@@ -29,16 +29,17 @@ constexpr int cast_shared_bytes(CastConfig) { return 0; }
 template <CastConfig kCfg>
 __device__ void cast(const CastParams& p) {
   constexpr int kFormat = kCfg.format, kItems = kCfg.hidden / kCastElements;
-  constexpr int kLanes = format_block(kFormat) / kCastElements;  // that share a scale
+  constexpr int kLanes = format_block(kFormat, kCfg.hidden) / kCastElements;  // that share a scale
   constexpr int kRowBytes = format_row_bytes(kFormat, kCfg.hidden);
   constexpr int kScaleBytes = format_row_scale_bytes(kFormat, kCfg.hidden);
-  static_assert(kCfg.hidden % format_block(kFormat) == 0 && kRowBytes % 16 == 0);
+  static_assert(kCfg.hidden % format_block(kFormat, kCfg.hidden) == 0 && kRowBytes % 16 == 0);
   const int warp = threadIdx.x / kWarpSize, lane = threadIdx.x % kWarpSize;
-  const float global_scale = kFormat == kNvfp4 ? *p.global_scale : 0.0f;
+  float given = kFormat == kNvfp4 ? *p.global_scale : 0.0f;  // to cast_item
   for (int64_t token = blockIdx.x * kCastWarps + warp; token < p.num_tokens;
        token += gridDim.x * kCastWarps) {
     const char* const x = p.x + token * (2 * kCfg.hidden);
     char* const scales = p.scales + token * kScaleBytes;
+    if constexpr (kFormat == kFp8Row) given = row_amax<kCfg.is_f16>(x, kItems, lane);
 #pragma unroll 2
     for (int item = lane; item - lane < kItems; item += kWarpSize) {
       const bool is_one = item < kItems;
@@ -46,14 +47,10 @@ __device__ void cast(const CastParams& p) {
 #pragma unroll
       for (int j = 0; j < 2; ++j)
         if (is_one) pieces[j] = ptx::ld_v4(x + item * 32 + j * 16);
-      const CastItem cast = cast_item<kFormat, kCfg.is_f16>(pieces, global_scale);
+      const CastItem cast = cast_item<kFormat, kCfg.is_f16>(pieces, given);
       if (!is_one) continue;
       store_cast<kFormat>(p.rows + token * kRowBytes, item, cast);
-      if (item % kLanes != 0) continue;
-      if constexpr (format_scale_bytes(kFormat) == 1)
-        scales[item / kLanes] = static_cast<char>(cast.scale);
-      else
-        reinterpret_cast<uint32_t*>(scales)[item / kLanes] = cast.scale;
+      if (item % kLanes == 0) store_cast_scale<kFormat>(scales, item / kLanes, cast.scale);
     }
   }
 }
