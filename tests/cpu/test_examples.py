@@ -58,9 +58,7 @@ def test_example(script: str, ranks: int, options: tuple[str, ...]) -> None:
 @pytest.mark.parametrize(
     ("option", "said"),
     [
-        ("--ranks=0", "argument --ranks: invalid choice"),
         ("--ranks=64", "argument --ranks: invalid choice"),
-        ("--tokens=0", "--tokens is 0"),
         ("--steps=1", "--steps 1"),
         ("--hidden=8", "unrecognized arguments: --hidden=8"),
     ],
