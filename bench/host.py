@@ -84,7 +84,7 @@ def calls_of(buffer: Buffer) -> dict[str, Call]:
     """The calls to be timed, by name; each takes flags."""
     device = buffer.device
     x = torch.randn(TOKENS, HIDDEN, device=device).bfloat16()
-    idx = torch.randint(EXPERTS, (TOKENS, TOPK), device=device)
+    idx = torch.rand(TOKENS, EXPERTS, device=device).topk(TOPK).indices
     weights = torch.rand(TOKENS, TOPK, device=device)
     config = Config(20)
     per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, EXPERTS)

@@ -118,6 +118,16 @@ def decode(words: list[int]) -> CommunicationError:
     """
     _, tag, rank, peer, index, expected, seen, epoch = words
     op, text = _name(tag)
+    if text.startswith("no room"):
+        return CommunicationError(
+            f"{op}: rank {rank} has {text} {index}: more rows of a rank than "
+            "num_max_dispatch_tokens_per_rank came to one of its experts, so some were left out. "
+            "No token may name an expert twice",
+            op=op,
+            rank=rank,
+            index=index,
+            epoch=epoch,
+        )
     return CommunicationError(
         f"{op} timed out: rank {rank} waits for rank {peer} ({text} {index}): expected "
         f"{_stamp(expected)}, seen {_stamp(seen)}. Either rank {peer} failed or did not make the "

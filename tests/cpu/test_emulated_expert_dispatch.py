@@ -17,7 +17,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from epjit.formats import CASTS, NVFP4, RowFormat
+from epjit.formats import CASTS
 from epjit.handles import ExpertDispatched, ExpertHandle, IntranodeHandle, Placement
 from epjit.kernels.intranode import CombineConfig, DispatchConfig, NotifyConfig
 from epjit.kernels.layout import LayoutConfig
@@ -28,7 +28,6 @@ from tests.emulation import build, normal
 from tests.emulation.build import guarded
 from tests.emulation.normal import EXPERTS_A_RANK
 from tests.emulation.world import copy
-from tests.rounds.low_latency import rough_rows
 
 pytestmark = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="needs g++")
 
@@ -44,8 +43,6 @@ class Shape(intranode.Shape):
     column_major: bool = False
     repeats: float = 0.0  # part of the tokens that select an expert twice
     is_weighted: bool = True
-    cast: str | None = None  # name of a format
-    cast_f16: bool = False  # rows are fp16 before
 
     @property
     def notify(self) -> NotifyConfig:
@@ -56,26 +53,8 @@ class Shape(intranode.Shape):
         return LayoutConfig(self.num_ranks, self.topk_is_int64, by_expert=True)
 
     @property
-    def row_format(self) -> RowFormat | None:
-        return None if self.cast is None else CASTS[self.cast]
-
-    @property
-    def hidden(self) -> int:
-        """Channels of rows that are cast."""
-        return 512 if self.cast == "fp8_ue8m0" else 256
-
-    @property
     def dispatch(self) -> DispatchConfig:
-        config = dataclasses.replace(super().dispatch, by_expert=True, has_weights=self.has_weights)
-        if self.row_format is None:
-            return config
-        return dataclasses.replace(
-            config,
-            hidden_bytes=self.row_format.row_bytes(self.hidden),
-            num_scales=self.row_format.num_scale_bytes(self.hidden) // 4,
-            format=self.row_format.code,
-            is_f16=self.cast_f16,
-        )
+        return dataclasses.replace(super().dispatch, by_expert=True, has_weights=self.has_weights)
 
     @property
     def cached(self) -> DispatchConfig:
@@ -119,16 +98,9 @@ class Routing(intranode.Routing):
         super().__init__(world)
 
     @functools.cached_property
-    def global_scale(self) -> Tensor | None:
-        """Of the cast."""
-        return copy(torch.tensor([0.05])) if self.shape.row_format is NVFP4 else None
-
-    @functools.cached_property
     def by_expert(self) -> list[ExpertDispatched]:
         """Results of every rank."""
-        shape, sent = self.shape, self.inputs
-        if shape.row_format is not None:
-            sent = [reference.cast(each, shape.row_format, self.global_scale) for each in sent]
+        shape, sent = self.shape, self.cast(self.inputs)
         return [
             reference.dispatch(
                 self.reference,
@@ -149,11 +121,6 @@ class Routing(intranode.Routing):
         again = torch.rand(len(idx), generator=self.world.generator) < shape.repeats
         idx[again, -1] = idx[again, 0]
         _, _, per_expert, in_rank = self.reference.layout(idx, shape.num_experts)
-        if shape.row_format is not None:
-            dtype = torch.float16 if shape.cast_f16 else torch.bfloat16
-            seed = int(torch.randint(1 << 30, (1,), generator=self.world.generator))
-            x = rough_rows(len(idx), shape.hidden, seed=seed).to(dtype)
-            given = dataclasses.replace(given, x=copy(x))
         return dataclasses.replace(
             given, is_token_in_rank=copy(in_rank), num_tokens_per_expert=per_expert
         )

@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 # Of each script, what every rank prints once its result is compared.
 SCRIPTS = {
     "decode.py": r"rank \d: error 0\.\d+ \(limit",
+    "infer.py": r"rank \d of \d on cpu, FP8: error 0\.\d+ \(limit",
     "train.py": r"rank \d of \d on cpu, \d+ tokens: loss 0\.\d+ to 0\.\d+; errors",
 }
 

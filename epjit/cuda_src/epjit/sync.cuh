@@ -65,11 +65,11 @@ enum WaitTag : int32_t {
   kWaitCombineArrival = 25,            // combine: the sum of its NVLink domain for token
   kWaitDispatchPlace = 26,             // dispatch: where its outputs lie
   kWaitDispatchRows = 27,              // dispatch: the last of its rows
-  kWaitLowLatencyCombineSlab = 28,     // low_latency_combine: room in a slab for selection
-  // Not waits: what an overflow record says.
-  kRoomDispatchRows = 29,     // dispatch: rows come to
-  kRoomDispatchPassing = 30,  // dispatch: tokens pass into the NVLink domain through
-  kRoomCombineRows = 31,      // combine: rows are to go back from
+  // Not waits: what report_at_once says of the rank itself, and what an overflow record says.
+  kRoomLowLatencyCombineSlab = 28,  // low_latency_combine: no room in a slab for selection
+  kRoomDispatchRows = 29,           // dispatch: rows come to
+  kRoomDispatchPassing = 30,        // dispatch: tokens pass into the NVLink domain through
+  kRoomCombineRows = 31,            // combine: rows are to go back from
 };
 
 // Base of the parameters of all kernels that wait; "own" is memory of a rank that no peer reaches.
@@ -352,13 +352,15 @@ __device__ __forceinline__ bool all_lanes(bool ok) {
 
 // A whole warp looks, until nothing is missing: look_at() gives each lane a bit for each thing that it
 // misses; lane k knows which peer writes thing k, and its index. What lanes have found they hold in
-// registers, so no memory is ordered. Without a mask.
+// registers, so no memory is ordered; but they look together, as a line is read by one instruction.
+// Without a mask.
 template <typename LookAt>
 __device__ __forceinline__ bool warp_wait(const Waiter& waiter, WaitTag tag, int peer,
                                           uint64_t index, LookAt look_at) {
   uint64_t start = 0;
 #pragma unroll 1
   for (uint32_t polls = 1;; ++polls) {
+    __syncwarp();
     const uint32_t missing = look_at();
     if (!__any_sync(kFullMask, missing != 0)) return true;
     if (polls == 1) start = ptx::globaltimer();

@@ -16,7 +16,8 @@ SYNC = """
 // What a fault record calls the wait.
 enum WaitTag : int32_t {
   kWaitOne = 1,    // first: the word of a token
-  kWaitTwelve = 12  // second: the end
+  kWaitTwelve = 12, // second: the end
+  kRoomThird = 13   // third: no room in a slab for selection
 };
 """
 
@@ -56,6 +57,14 @@ def test_record_in_words(is_ctypes: bool) -> None:
 
 
 @pytest.mark.usefixtures("tree")
+def test_what_a_rank_has_no_room_for_blames_no_peer() -> None:
+    error = fault.decode([1, 13, 3, 3, 440, 2 << 32, 0, 2])
+    assert str(error).startswith("third: rank 3 has no room in a slab for selection 440: ")
+    assert "name an expert twice" in str(error)
+    assert (error.op, error.rank, error.peer, error.missing) == ("third", 3, None, ())
+
+
+@pytest.mark.usefixtures("tree")
 def test_an_overflow_is_told_once_and_is_no_fault() -> None:
     words = np.zeros(fault.NUM_WORDS, np.int64)
     record = FaultRecord(words)
@@ -75,7 +84,11 @@ def test_an_overflow_is_told_once_and_is_no_fault() -> None:
 
 @pytest.mark.usefixtures("tree")
 def test_tags() -> None:
-    assert fault.tags() == {1: ("first", "the word of a token"), 12: ("second", "the end")}
+    assert fault.tags() == {
+        1: ("first", "the word of a token"),
+        12: ("second", "the end"),
+        13: ("third", "no room in a slab for selection"),
+    }
     assert str(fault.decode([1, 99, 0, 1, 0, 4, 3, 2])).startswith(
         "wait 99 timed out: rank 0 waits for rank 1 (an unknown wait 0): "
         "expected epoch 0 (0x4), seen epoch 0 (0x3)"
