@@ -44,6 +44,7 @@ def start(*command: str) -> subprocess.CompletedProcess[str]:
     [
         ("decode.py", 0, ()),
         ("decode.py", 2, ()),
+        ("infer.py", 2, ()),
         ("train.py", 0, ("--ranks=3", "--steps=5")),  # CI runs all of it: make run
         ("train.py", 2, ()),
     ],
