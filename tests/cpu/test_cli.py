@@ -547,7 +547,7 @@ def test_warmup_for_who_posts(
     """Without IBGDA a thread of the CPU may post what kernels put: it gets larger chunks."""
     monkeypatch.setenv(variable, value)
     group = Group(16, 2, "sm_90a", "")
-    calls = [Calls(7168, Dtype.bf16, 8, 0, topk_is_int64=True, logfmt=False)]
+    calls = [Calls(7168, Dtype.bf16, 8, 0, topk_is_int64=True, logfmt=False, weights_sent=False)]
     found = [vars(config).get("tokens_per_chunk") for config in _normal(group, calls)]
     assert set(filter(None, found)) == chunks
 
