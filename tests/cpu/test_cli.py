@@ -398,7 +398,8 @@ def test_doctor_has_nothing_to_say_against_a_machine_without_a_gpu(
     """The packages that only GPUs and nodes need may be missing: nothing is to be done."""
     from epjit.runtime import nvshmem
 
-    monkeypatch.delenv("EPJIT_BACKEND", raising=False)
+    for variable in ("EPJIT_BACKEND", "EPJIT_EMULATION_CACHE"):  # the second is of the tests
+        monkeypatch.delenv(variable, raising=False)
     monkeypatch.setattr(network, "ports", lambda *root: [])
     monkeypatch.setattr(probe, "version", lambda name: "")
     monkeypatch.setattr(nvshmem, "package_folders", lambda name: [])
@@ -546,7 +547,7 @@ def test_warmup_for_who_posts(
     """Without IBGDA a thread of the CPU may post what kernels put: it gets larger chunks."""
     monkeypatch.setenv(variable, value)
     group = Group(16, 2, "sm_90a", "")
-    calls = [Calls(7168, Dtype.bf16, 8, 0, topk_is_int64=True, logfmt=False)]
+    calls = [Calls(7168, Dtype.bf16, 8, 0, topk_is_int64=True, logfmt=False, weights_sent=False)]
     found = [vars(config).get("tokens_per_chunk") for config in _normal(group, calls)]
     assert set(filter(None, found)) == chunks
 
