@@ -688,6 +688,7 @@ class Buffer(Life):
         of an expert by source rank, then by token, then by choice. A repeated choice has a row of
         its own. A token still crosses the links once a rank. With `handle` (a cached dispatch)
         another payload goes to the rows of an earlier dispatch, by `handle.placement.row_of`.
+        Between NVLink domains a second pass on this GPU orders what a `dispatch` has brought.
 
         Args:
             x: As in `dispatch`; bfloat16 or float16 `[T, H]` with `cast`.
@@ -720,7 +721,6 @@ class Buffer(Life):
 
         Raises:
             TypeError, ValueError: Arguments that do not fit; nothing was launched.
-            NotImplementedError: On a GPU, between NVLink domains.
             RuntimeError: Needs the host to wait, while a CUDA graph is captured.
             CommunicationError: A peer did not come, now or in an earlier operation.
         """
@@ -771,6 +771,7 @@ class Buffer(Life):
 
         Each rank adds the rows that a token has there in fp32, in the order of its choices, and
         rounds the sum once; these sums are added as `combine` adds rows. The host does not wait.
+        Between NVLink domains a pass of its own makes these sums.
 
         Args:
             rows: bfloat16 or float16 `[m, H]`, of any length: only the rows that
@@ -791,7 +792,6 @@ class Buffer(Life):
 
         Raises:
             TypeError, ValueError: Arguments that do not fit; nothing was launched.
-            NotImplementedError: On a GPU, between NVLink domains.
             CommunicationError: An earlier operation of this buffer failed.
         """
         self._check_alive()
@@ -802,8 +802,8 @@ class Buffer(Life):
             self._entered(),
             self._streams.scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
         ):
-            combined = self._mode.expert_combine(scope, call)
-            return *combined, scope.finish(call, combined)
+            combined, used = self._mode.expert_combine(scope, call)
+            return *combined, scope.finish(call, (*combined, used))
 
     # ---- low latency -----------------------------------------------------------------------------
 

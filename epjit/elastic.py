@@ -161,7 +161,6 @@ class ElasticBuffer:
             buffer._mode,
             rank=self.rank_idx,
             num_ranks=self.num_ranks,
-            spans_domains=topology.spans_domains,
             empty=empty_on(buffer.device),
             multiple_reduction=self.allow_multiple_reduction,
         )

@@ -176,7 +176,6 @@ def _normal(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
             yield from expert_major.kernels_of(
                 each.row_bytes,
                 num_topk=each.topk,
-                num_experts=each.experts // ranks,
                 is_f16=each.dtype is Dtype.fp16,
                 topk_is_int64=each.topk_is_int64,
                 arch=arch,

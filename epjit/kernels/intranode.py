@@ -10,7 +10,6 @@ from epjit import tuned
 from epjit.config import MAX_RANKS
 from epjit.formats import CASTS, FP8, NVFP4
 from epjit.kernels import variants
-from epjit.kernels.expert_major import WeighConfig
 from epjit.kernels.layout import LayoutConfig
 from epjit.kernels.shapes import (
     AnyShape,
@@ -359,7 +358,6 @@ def kernels_by_expert(
         NotifyConfig(num_ranks, by_expert=True),
         *[LayoutConfig(num_ranks, wide, by_expert=True) for wide in (True, False)],
         *[config_of(shape, num_ranks, arch) for shape in shapes],
-        WeighConfig(row_bytes, is_f16),
     ]
 
 

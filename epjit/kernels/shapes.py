@@ -71,6 +71,14 @@ class ExpertDispatchShape(NamedTuple):
     format: int = 0
     is_f16: bool = False
 
+    @property
+    def by_source(self) -> DispatchShape:
+        """The dispatch before a second pass. Weights of a cached one travel as scales do."""
+        if self.is_cached:
+            num_words = self.num_scales + self.has_weights * self.num_topk
+            return DispatchShape(self.hidden_bytes, num_words, 0, True)
+        return DispatchShape(*self[:4])
+
 
 class ExpertCombineShape(NamedTuple):
     """Identifies a kernel of combine of rows by expert; equal on all ranks.
@@ -91,9 +99,15 @@ class ExpertCombineShape(NamedTuple):
     has_weights: bool
     choice_bits: int = 0
 
+    @property
+    def by_source(self) -> CombineShape:
+        """The combine behind a first pass, in the order of addends between NVLink domains."""
+        num_topk = self.num_topk if self.has_weights else 0
+        return CombineShape(self.hidden_bytes, num_topk, self.is_f16)
+
 
 AnyShape: TypeAlias = DispatchShape | CombineShape | ExpertDispatchShape | ExpertCombineShape
-"""Of the normal mode in one NVLink domain."""
+"""Of the normal mode."""
 
 
 def warmup_shapes(

@@ -9,13 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from epjit.kernels import internode, intranode, low_latency
-from epjit.kernels.shapes import (
-    AnyShape,
-    CombineShape,
-    DispatchShape,
-    ExpertCombineShape,
-    ExpertDispatchShape,
-)
+from epjit.kernels.shapes import AnyShape
 from epjit.modes.normal import agree_on_kernel
 
 if TYPE_CHECKING:
@@ -50,7 +44,6 @@ class ChosenKernels:
                 config = intranode.config_of(shape, num_local, _ARCH)
                 intranode.num_slots(config, self._settings.num_nvl_bytes)
             else:
-                assert isinstance(shape, DispatchShape | CombineShape)
                 config = internode.config_of(shape, num_domains, num_local, _ARCH)
                 internode.ring_slots(config, self._settings.num_rdma_bytes)
                 if isinstance(config, internode.InternodeCombineConfig):
@@ -62,15 +55,9 @@ class ChosenKernels:
     def check(self, shape: AnyShape, num_sms: int) -> None:
         """Refuses a call of this shape that a GPU would refuse; see `launch`.
 
-        Calls on rows by expert have no kernel between NVLink domains, and are not refused there.
-
         Raises:
             ValueError: Also when the SMs are too few.
         """
-        if self._topology.spans_domains and isinstance(
-            shape, ExpertDispatchShape | ExpertCombineShape
-        ):
-            return
         config = self.launch(shape)
         if self._topology.spans_domains:
             internode.check_warps(config, num_sms)

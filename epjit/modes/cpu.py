@@ -58,7 +58,7 @@ if TYPE_CHECKING:
     from epjit.kernels.shapes import CombineShape, DispatchShape
     from epjit.modes.chosen import ChosenKernels
     from epjit.runtime.group import Group
-    from epjit.scope import AnyScope
+    from epjit.scope import AnyScope, Record
 
 
 class CpuNormal:
@@ -242,7 +242,7 @@ class CpuNormal:
     @torch.no_grad()
     def expert_dispatch(
         self, scope: AnyScope, call: ExpertDispatch
-    ) -> tuple[ExpertDispatched, tuple[Tensor, ...]]:
+    ) -> tuple[ExpertDispatched, Record]:
         """Sends a row for each choice, along new choices or along a handle."""
         del scope
         self._chosen.check(expert_dispatch_shape(call), call.num_sms)
@@ -312,7 +312,7 @@ class CpuNormal:
         return dispatched._replace(handle=handle)
 
     @torch.no_grad()
-    def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> Sums:
+    def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> tuple[Sums, Record]:
         """Brings rows by expert back and sums them."""
         del scope
         self._chosen.check(expert_combine_shape(call), call.num_sms)
@@ -324,7 +324,7 @@ class CpuNormal:
         }
         given = (rows, row_weights, topk_weights)
         worlds, handles = self._exchange_along("expert_combine", facts, given, handle)
-        return expert_major.combine(
+        sums = expert_major.combine(
             self._reference,
             [tensors[0] for tensors in worlds],
             handles,
@@ -334,6 +334,7 @@ class CpuNormal:
             bias=(bias_0, bias_1),
             order=order,
         )
+        return sums, ()
 
     def _exchange_along(
         self,

@@ -46,13 +46,13 @@ from epjit.modes.normal import (
     Normal,
     Room,
     combine_shape,
-    delivered,
     dispatch_shape,
     expert_combine_shape,
     expert_dispatch_shape,
     pointer,
+    word_strides,
 )
-from epjit.runtime.empty import TensorSpec, by_columns, matrix, vector
+from epjit.runtime.empty import TensorSpec, matrix, vector
 from epjit.runtime.kernel import Kernel, KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.pool import BlockPool, NoRoomError
@@ -61,7 +61,7 @@ from epjit.runtime.symmetric import SymmetricMemory, tensor_over
 from epjit.sizes import align
 
 if TYPE_CHECKING:
-    from epjit.scope import AnyScope
+    from epjit.scope import AnyScope, Record
 
 _PLACES_BYTES = MAX_RANKS * 64
 
@@ -364,7 +364,7 @@ class Intranode(Normal[AnyShape]):
 
     def expert_dispatch(
         self, scope: AnyScope, call: ExpertDispatch
-    ) -> tuple[ExpertDispatched, tuple[torch.Tensor, ...]]:
+    ) -> tuple[ExpertDispatched, Record]:
         """Layout and notify number the selections, dispatch stores each row where it belongs."""
         if call.handle is not None:
             return self._cached_expert_dispatch(scope, call, call.handle), ()
@@ -463,21 +463,6 @@ class Intranode(Normal[AnyShape]):
         self._store_by_expert(scope, launch, received, call, values)
         return received
 
-    def _rows_by_expert(
-        self, num_rows: int, call: ExpertDispatch
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """New rows, scales and weights."""
-        (dtype, columns), of_scales = delivered(call)
-        ordered = by_columns if call.column_major_scales else matrix
-        rows, row_scales, weights = self._empty(
-            (
-                matrix(dtype, num_rows, columns),
-                None if of_scales is None else ordered(of_scales[0], num_rows, of_scales[1]),
-                None if call.topk_weights is None else vector(torch.float32, num_rows),
-            )
-        )
-        return rows, row_scales, weights
-
     def _store_by_expert(
         self,
         scope: AnyScope,
@@ -488,15 +473,11 @@ class Intranode(Normal[AnyShape]):
     ) -> None:
         """Queues the kernel; `values` has the parameters for its routing."""
         rows, scales, weights, (routing, placed), _ = received
-        strides = (0, 0)  # in words
-        if scales is not None and scales.element_size() == 1:
-            strides = (scales.shape[1] // 4, 1)
-        elif scales is not None:
-            strides = scales.stride(0), scales.stride(1)
+        row_stride, stride = word_strides(scales)
         values |= {
             **self._rows(call, (rows, scales, None, weights)),
-            "recv_scale_row_stride": strides[0],
-            "recv_scale_stride": strides[1],
+            "recv_scale_row_stride": row_stride,
+            "recv_scale_stride": stride,
             "zero_padding": call.zero_padding,
             "least_rows": -1,
             "global_scale": pointer(call.global_scale),
@@ -509,7 +490,7 @@ class Intranode(Normal[AnyShape]):
         }
         launch.start(scope.stream, call.num_sms, values)
 
-    def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> Sums:
+    def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> tuple[Sums, Record]:
         """Sums a token's rows while they are read, and pushes the sums."""
         rows, (routing, placed) = call.rows, call.handle
         shape = expert_combine_shape(call)
@@ -523,7 +504,7 @@ class Intranode(Normal[AnyShape]):
             row_weights=pointer(call.row_weights),
             num_expert_rows=rows.shape[0],
         )
-        return sums
+        return sums, ()
 
     # ---- the end ---------------------------------------------------------------------------------
 

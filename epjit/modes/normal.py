@@ -36,7 +36,7 @@ from epjit.kernels.variants import CHOICES
 from epjit.modes.base import Mode, Shape
 from epjit.modes.layout import Layout
 from epjit.runtime.device import num_sms
-from epjit.runtime.empty import TensorSpec, matrix, shorten, vector
+from epjit.runtime.empty import TensorSpec, by_columns, matrix, shorten, vector
 from epjit.runtime.fault import OVERFLOW_AT, Overflow
 from epjit.runtime.host import PinnedArray, nap
 from epjit.runtime.kernel import KernelConfig
@@ -44,7 +44,7 @@ from epjit.runtime.kernel import KernelConfig
 if TYPE_CHECKING:
     from epjit.runtime.group import Group
     from epjit.runtime.symmetric import SymmetricMemory
-    from epjit.scope import AnyScope
+    from epjit.scope import AnyScope, Record
 
 SIGNALS_BYTES = 512
 GIVE_UP_SECONDS = 1.0  # that a rank which ends by an exception waits for its peers
@@ -142,32 +142,19 @@ class Normal(Mode[Shape]):
     def combine(self, scope: AnyScope, call: Combine) -> Sums:
         """Brings rows back and sums them."""
 
+    @abstractmethod
     def expert_dispatch(
         self, scope: AnyScope, call: ExpertDispatch
-    ) -> tuple[ExpertDispatched, tuple[torch.Tensor, ...]]:
+    ) -> tuple[ExpertDispatched, Record]:
         """Sends a row for each choice, along new choices or along a handle.
 
         Returns:
             The results, and tensors that only the kernels use.
-
-        Raises:
-            NotImplementedError: No kernel does it.
         """
-        raise NotImplementedError(
-            "expert_dispatch has no kernel between NVLink domains yet; epjit.moe.dispatch(..., "
-            "expert_major=True) gives the same rows on a GPU, in two passes"
-        )
 
-    def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> Sums:
-        """Brings rows by expert back and sums them.
-
-        Raises:
-            NotImplementedError: No kernel does it.
-        """
-        raise NotImplementedError(
-            "expert_combine has no kernel between NVLink domains yet; epjit.moe.combine takes rows "
-            "by expert on a GPU, in two passes"
-        )
+    @abstractmethod
+    def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> tuple[Sums, Record]:
+        """Brings rows by expert back and sums them; the sums, and what only the kernels use."""
 
     @staticmethod
     def _waits(call: Dispatch | ExpertDispatch) -> bool:
@@ -226,6 +213,21 @@ class Normal(Mode[Shape]):
         with scope.allocating():
             combined_x, combined_weights = self._empty(specs)
         return combined_x, combined_weights
+
+    def _rows_by_expert(
+        self, num_rows: int, call: ExpertDispatch
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """New rows, scales and weights."""
+        (dtype, columns), of_scales = delivered(call)
+        ordered = by_columns if call.column_major_scales else matrix
+        rows, row_scales, weights = self._empty(
+            (
+                matrix(dtype, num_rows, columns),
+                None if of_scales is None else ordered(of_scales[0], num_rows, of_scales[1]),
+                None if call.topk_weights is None else vector(torch.float32, num_rows),
+            )
+        )
+        return rows, row_scales, weights
 
     def _receive(
         self,
@@ -437,6 +439,15 @@ def delivered(
     assert row_format.scale_dtype is not None
     of_scales = row_format.scale_dtype, row_format.num_scale_columns(columns)
     return (row_format.x_dtype, row_format.num_columns(columns)), of_scales
+
+
+def word_strides(scales: torch.Tensor | None) -> tuple[int, int]:
+    """Strides of scales in words of 4 bytes; those of one byte lie row by row, four a word."""
+    if scales is None:
+        return 0, 0
+    if scales.element_size() == 1:
+        return scales.shape[1] // 4, 1
+    return scales.stride(0), scales.stride(1)
 
 
 def dispatch_shape(call: Dispatch) -> DispatchShape:

@@ -34,6 +34,11 @@ def test_autocast(num_ranks: int, compiled: bool) -> None:
     launch.run(scenarios.autocasted, num_ranks, compiled, timeout=300)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_pass_casts(num_ranks: int, compiled: bool) -> None:
+    launch.run(scenarios.straight_through, num_ranks, compiled, timeout=400)
+
+
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])
 def test_compiled_layer(num_ranks: int, backend: str) -> None:
     launch.run(scenarios.compiled, num_ranks, backend, timeout=600)

@@ -122,5 +122,10 @@ def test_autocast_of_one_rank(compiled: bool) -> None:
     run(scenarios.autocasted, 1, compiled, timeout=240)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_pass_casts_of_one_rank(compiled: bool) -> None:
+    run(scenarios.straight_through, 1, compiled, timeout=400)
+
+
 def test_compiled_layer_of_one_rank() -> None:
     run(scenarios.compiled, 1, "inductor", timeout=400)

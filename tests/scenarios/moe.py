@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,9 @@ from torch.utils.checkpoint import (
 )
 
 from epjit import Buffer, env, moe
+from epjit.formats import CASTS, NVFP4, dequantize
 from epjit.moe import buffers
+from epjit.reference.low_latency import encode
 from tests.harness import launch
 
 HIDDEN, EXPERTS_A_RANK, TOPK = 32, 3, 2
@@ -244,6 +247,61 @@ def autocasted(group: Any, compiled: bool) -> None:
     moe.free_buffers()
 
 
+def straight_through(group: Any, compiled: bool) -> None:
+    """Rows that are cast on the way: all is as if their values had been sent, gradients too."""
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    case, hidden = Case(group, 9), 512
+    generator = torch.Generator().manual_seed(case.rank)
+    drawn = torch.randn(2, 9, hidden, generator=generator).bfloat16().to(case.device)
+    worst = 9 * case.size
+    some = (("fp8", False, worst), ("nvfp4", True, worst), ("mxfp8", True, 0))
+    every = itertools.product(CASTS, (False, True), (0, worst))
+    for cast, expert_major, num_worst in some if compiled else every:
+        scale = torch.tensor([0.5], device=case.device) if cast == NVFP4.name else None
+        rows, scales = encode(drawn[0].cpu(), CASTS[cast], None if scale is None else scale.cpu())
+        values = dequantize(
+            rows,
+            scales,
+            global_scale=None if scale is None else scale.cpu(),
+            dtype=torch.bfloat16,
+        )
+
+        def layer(
+            x: Tensor,
+            weights: Tensor,
+            cast: str | None,
+            scale: Tensor | None,
+            by: Any = (expert_major, num_worst),
+        ) -> Tensor:
+            got: Any = moe.dispatch(
+                *(x, case.topk_idx, weights),
+                num_experts=case.num_experts,
+                group=group.group_name,
+                num_worst_tokens=by[1],
+                expert_major=by[0],
+                cast=cast,
+                global_scale=scale,
+            )
+            y = got.x if cast is None else moe.dequantize(got, global_scale=scale)
+            if by[0]:
+                return moe.combine(y, got.handle, weights=got.weights, group=group.group_name)
+            y = y * got.topk_weights.sum(1, keepdim=True).to(y.dtype)
+            return moe.combine(y, got.handle, group=group.group_name)
+
+        found = []
+        if compiled:
+            torch._dynamo.reset()
+        run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+        for x, options in ((values.to(case.device), (None, None)), (drawn[0], (cast, scale))):
+            leaves = x.clone().requires_grad_(), case.topk_weights.detach().clone().requires_grad_()
+            out = run(*leaves, *options)
+            out.backward(drawn[1])
+            found.append((out.detach(), *(each.grad for each in leaves)))
+        for name, want, got in zip(("output", "of x", "of weights"), *found, strict=True):
+            assert torch.equal(want, got), (cast, expert_major, num_worst, name)
+    moe.free_buffers()
+
+
 def agreed(group: Any) -> None:
     """`worst_tokens` where the ranks have unequal numbers; what it says is enough."""
     tokens = 3 + 4 * group.rank()
@@ -316,9 +374,7 @@ def checkpointed(group: Any) -> None:
     assert len(calls) == 2
 
     dispatched = []
-    several = buffers.count_domains(group.group_name, dry=False) > 1
-    names = ("dispatch", "combine") if several else ("expert_dispatch", "expert_combine")
-    keep = tuple(getattr(torch.ops.epjit, name).default for name in names)
+    keep = (torch.ops.epjit.expert_dispatch.default, torch.ops.epjit.expert_combine.default)
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op in keep and not context.is_recompute:
@@ -576,18 +632,41 @@ def between_domains(group: Any, nvlink_domain: int) -> None:
     assert torch.equal(back.norm(dim=1) > 0, (got.topk_idx >= 0).any(1))
     name = group.group_name
     quick = {"test_utils": ("test_schema", "test_faketensor")}
-    for rows_at_most, alignment in ((0, 0), (9 * case.size, 8)):
-        sizes = (case.num_experts, rows_at_most, alignment, 0, num_domains, name)
-        opcheck(torch.ops.epjit.dispatch, (x, idx, weights, *sizes), **quick)
+    unchanged = (False, None, None, False)
+    for rows_at_most in (0, 9 * case.size):
+        sizes = (case.num_experts, rows_at_most)
+        of_dispatch = (*sizes, None, None, num_domains, name)
+        opcheck(torch.ops.epjit.dispatch, (x, idx, weights, *of_dispatch), **quick)
+        by_expert_sizes = (*sizes, 8, 0, False, *unchanged, num_domains)
+        opcheck(torch.ops.epjit.expert_dispatch, (x, idx, weights, *by_expert_sizes, name), **quick)
     opcheck(torch.ops.epjit.combine, (got.x, *got.handle, name), **quick)
     opcheck(torch.ops.epjit.combine_backward, (x, *got.handle, name), **quick)
     grads = (got.x, got.topk_weights, *got.handle, name)
     opcheck(torch.ops.epjit.dispatch_backward, grads, **quick)
-    with pytest.raises(RuntimeError, match=r"traced for 1 .*get_buffer"):
-        torch.ops.epjit.dispatch(x, idx, weights, case.num_experts, 0, 0, 0, 1, name)
-    sizes = case.num_experts, 0, 1, 0
-    with pytest.raises(RuntimeError, match=r"traced for 1 .*get_buffer"):
-        torch.ops.epjit.expert_dispatch(
-            x, idx, weights, *sizes, False, False, None, None, False, name
+    options = {"num_experts": case.num_experts, "expert_alignment": 8, "zero_padding": True}
+    by_expert_rows = moe.dispatch(x, idx, weights, group=group, expert_major=True, **options)
+    routing, placed = by_expert_rows.handle
+    handle = (*placed[:-1], *routing, name)
+    sums = by_expert_rows.x, by_expert_rows.weights
+    opcheck(torch.ops.epjit.expert_combine, (*sums, *handle), **quick)
+    opcheck(torch.ops.epjit.expert_combine_backward, (x, *sums, *handle), **quick)
+    opcheck(torch.ops.epjit.expert_dispatch_backward, (*sums, *handle), **quick)
+    with torch.no_grad():
+        cast = moe.dispatch(
+            x.repeat(1, 128 // HIDDEN + 1)[:, :128].contiguous(),
+            *(idx, weights),
+            group=group,
+            expert_major=True,
+            cast="mxfp8",
+            **options,
         )
+    assert cast.scales is not None
+    assert torch.equal(cast.handle.placement.source, placed.source)
+    sizes = case.num_experts, 0
+    with pytest.raises(RuntimeError, match=r"traced for 1 .*get_buffer"):
+        torch.ops.epjit.dispatch(x, idx, weights, *sizes, None, None, 1, name)
+    with pytest.raises(ValueError, match=rf"cast is 'fp8', but this group spans {num_domains}"):
+        moe.dispatch(x, idx, weights, num_experts=case.num_experts, group=group, cast="fp8")
+    with pytest.raises(RuntimeError, match=r"traced for 1 .*get_buffer"):
+        torch.ops.epjit.expert_dispatch(x, idx, weights, *sizes, 1, 0, False, *unchanged, 1, name)
     checkpointed(group)
