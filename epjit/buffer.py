@@ -21,7 +21,7 @@ from epjit.checks.low_latency import (
     check_rank,
 )
 from epjit.checks.match import check_runs
-from epjit.checks.normal import check_warmup, part_of
+from epjit.checks.normal import part_of
 from epjit.checks.values import ValueChecks
 from epjit.config import (
     Config,
@@ -30,7 +30,7 @@ from epjit.config import (
     low_latency_size_hint,
 )
 from epjit.event import EventHandle, EventOverlap
-from epjit.formats import choose_format
+from epjit.formats import CASTS, choose_format
 from epjit.handles import (
     ExpertHandle,
     GivenExpertHandle,
@@ -436,6 +436,8 @@ class Buffer(Life):
         num_scales: int = 0,
         topk_idx_dtype: torch.dtype = torch.int64,
         combine_dtype: torch.dtype = torch.bfloat16,
+        cast: str | None = None,
+        expert_major: bool = False,
     ) -> None:
         """Compiles and loads a shape's kernels ahead of the first call or a capture; collective.
 
@@ -451,17 +453,27 @@ class Buffer(Life):
             num_scales: Scales a token; 0 = none.
             topk_idx_dtype: int64 or int32.
             combine_dtype: bfloat16 or float16.
+            cast: Also dispatches that cast rows of `combine_dtype` to this format.
+            expert_major: Also `expert_dispatch`, with and without weights and a handle, and
+                `expert_combine`; needs `num_topk`.
+
+        Raises:
+            ValueError: Sizes that no call can have.
         """
         self._check_alive()
         hidden_bytes = as_int("hidden_bytes", hidden_bytes)
         num_topk, num_scales = as_int("num_topk", num_topk), as_int("num_scales", num_scales)
-        check_warmup(hidden_bytes, num_topk, num_scales)
+        self._checks.warmup(
+            hidden_bytes, num_topk, num_scales, cast=cast, expert_major=expert_major
+        )
         shapes = warmup_shapes(
             hidden_bytes,
             num_topk=num_topk,
             num_scales=num_scales,
             topk_is_int64=topk_idx_dtype == torch.int64,
             is_f16=combine_dtype == torch.float16,
+            row_format=None if cast is None else CASTS[cast],
+            expert_major=expert_major,
         )
         with self._entered():
             self._mode.warmup(shapes)

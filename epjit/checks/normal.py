@@ -106,12 +106,8 @@ class NormalChecks(Checks):
         if has_passed:
             check_aligned("x", rows)
         else:
-            if cast is not None and self.spans_domains:
-                raise ValueError(
-                    f"cast is {cast!r}, but this Buffer spans {self.num_domains} NVLink domains, "
-                    "between which rows travel as they are; cast them before and pass (rows, "
-                    "scales), scales of one byte as int32: .view(torch.int32)"
-                )
+            if cast is not None:
+                self._check_in_domain(cast, expert_major=False)
             self._rows_to_send(rows, scales, cast, global_scale)
         num_sms = self._sms(config, self.dispatch_config, rows, rows.shape[0])
         row_format = None if cast is None else CASTS[cast]
@@ -172,7 +168,42 @@ class NormalChecks(Checks):
             self.values.combine(call, after=after)
         return call
 
+    def warmup(
+        self,
+        hidden_bytes: int,
+        num_topk: int,
+        num_scales: int,
+        *,
+        cast: str | None,
+        expert_major: bool,
+    ) -> None:
+        """Everything that `warmup` takes."""
+        check_row_bytes(f"a row has hidden_bytes={hidden_bytes}", hidden_bytes)
+        if not 0 <= num_topk <= MAX_TOPK or num_scales < 0:
+            raise ValueError(
+                f"num_topk is {num_topk} (0 to {MAX_TOPK}) and num_scales {num_scales} (0 or more)"
+            )
+        if expert_major and not num_topk:
+            raise ValueError("expert_major=True needs num_topk: rows by expert follow choices")
+        if cast is None:
+            return
+        if num_scales:
+            raise ValueError(
+                f"num_scales is {num_scales} with cast={cast!r}, but rows with scales are not cast"
+            )
+        self._check_in_domain(cast, expert_major=expert_major)
+        check_cast(hidden_bytes // 2, format_of(cast))
+
     # ---- their parts -----------------------------------------------------------------------------
+
+    def _check_in_domain(self, cast: str, *, expert_major: bool) -> None:
+        """Rows in the order of the sources are cast in one NVLink domain alone."""
+        if self.spans_domains and not expert_major:
+            raise ValueError(
+                f"cast is {cast!r}, but this Buffer spans {self.num_domains} NVLink domains, "
+                "between which rows travel as they are; cast them before and pass (rows, scales), "
+                "scales of one byte as int32: .view(torch.int32)"
+            )
 
     def _experts(self, num_experts: int) -> None:
         of_a_rank = MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS if self.spans_domains else MAX_LOCAL_EXPERTS
@@ -253,9 +284,7 @@ class NormalChecks(Checks):
         self._payload(rows, scales)
         scale_bytes = 0 if scales is None else scales.element_size()
         if cast is not None:
-            if cast not in CASTS:
-                raise ValueError(f"cast is {cast!r}, but must be None or one of {', '.join(CASTS)}")
-            scale_bytes = self._cast(rows, scales, CASTS[cast])
+            scale_bytes = self._cast(rows, scales, format_of(cast))
         if (cast == NVFP4.name) is (global_scale is None):
             raise ValueError(
                 f"global_scale is {'missing' if global_scale is None else 'given'}, but rows that "
@@ -278,12 +307,7 @@ class NormalChecks(Checks):
             raise TypeError(
                 f"cast={row_format.name!r} takes rows of bfloat16 or float16, but x is {got}"
             )
-        hidden, name = rows.shape[1], row_format.name
-        if hidden % row_format.granularity or row_format.num_scale_bytes(hidden) % 4:
-            step = max(row_format.granularity, 4 * row_format.block // row_format.bytes_a_scale)
-            raise ValueError(f"hidden is {hidden}, but must be a multiple of {step} for {name}")
-        row_bytes = row_format.row_bytes(hidden)
-        check_row_bytes(f"{hidden} channels in {name} have {row_bytes} bytes", row_bytes)
+        check_cast(rows.shape[1], row_format)
         assert row_format.scale_dtype is not None
         return row_format.scale_dtype.itemsize
 
@@ -420,17 +444,29 @@ def _handle_sizes(num_tokens: int, num_ranks: int, num_domains: int) -> list[tup
     ]
 
 
-def check_warmup(hidden_bytes: int, num_topk: int, num_scales: int) -> None:
-    """Everything that `warmup` takes.
+def format_of(cast: str) -> RowFormat:
+    """The format that rows are cast to.
 
     Raises:
-        ValueError: Sizes that no call can have.
+        ValueError: There is no such format.
     """
-    check_row_bytes(f"a row has hidden_bytes={hidden_bytes}", hidden_bytes)
-    if not 0 <= num_topk <= MAX_TOPK or num_scales < 0:
-        raise ValueError(
-            f"num_topk is {num_topk} (0 to {MAX_TOPK}) and num_scales {num_scales} (0 or more)"
-        )
+    if cast not in CASTS:
+        raise ValueError(f"cast is {cast!r}, but must be None or one of {', '.join(CASTS)}")
+    return CASTS[cast]
+
+
+def check_cast(hidden: int, row_format: RowFormat) -> None:
+    """Rows of so many channels can be cast.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    name = row_format.name
+    if hidden % row_format.granularity or row_format.num_scale_bytes(hidden) % 4:
+        step = max(row_format.granularity, 4 * row_format.block // row_format.bytes_a_scale)
+        raise ValueError(f"hidden is {hidden}, but must be a multiple of {step} for {name}")
+    row_bytes = row_format.row_bytes(hidden)
+    check_row_bytes(f"{hidden} channels in {name} have {row_bytes} bytes", row_bytes)
 
 
 def part_of(

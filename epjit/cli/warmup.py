@@ -146,10 +146,11 @@ def _normal(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
     from epjit import env
     from epjit.config import MAX_EXPERTS_BY_EXPERT
     from epjit.kernels import expert_major, internode, intranode
-    from epjit.kernels.shapes import CombineShape, DispatchShape, warmup_shapes
+    from epjit.kernels.shapes import AnyShape, warmup_shapes
 
     group.check()
-    shapes: list[DispatchShape | CombineShape] = []
+    ranks, domains, arch, gpu = group
+    shapes: list[AnyShape] = []
     for each in calls:
         if each.dtype not in _NORMAL:
             name = each.dtype.value
@@ -161,8 +162,11 @@ def _normal(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
             num_scales=each.hidden // 128 if each.dtype is Dtype.fp8 else 0,
             topk_is_int64=each.topk_is_int64,
             is_f16=each.dtype is Dtype.fp16,
+            expert_major=domains == 1
+            and each.dtype is not Dtype.fp8
+            and each.topk > 0
+            and 0 < each.experts <= MAX_EXPERTS_BY_EXPERT,
         )
-    ranks, domains, arch, gpu = group
     if domains == 1:
         yield from intranode.kernels_of(shapes, num_ranks=ranks, arch=arch, gpu=gpu)
     else:
@@ -180,15 +184,6 @@ def _normal(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
                 topk_is_int64=each.topk_is_int64,
                 arch=arch,
             )
-            if domains == 1 and each.topk and each.experts <= MAX_EXPERTS_BY_EXPERT:
-                yield from intranode.kernels_by_expert(
-                    each.row_bytes,
-                    num_topk=each.topk,
-                    is_f16=each.dtype is Dtype.fp16,
-                    topk_is_int64=each.topk_is_int64,
-                    num_ranks=ranks,
-                    arch=arch,
-                )
 
 
 def _low_latency(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:

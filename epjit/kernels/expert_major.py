@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from epjit.config import MAX_LOCAL_EXPERTS, MAX_ROW_BYTES, MAX_TOPK
-from epjit.formats import CASTS, FORMATS
+from epjit.formats import CASTS
 from epjit.kernels import variants
 from epjit.kernels.shapes import (
     AnyShape,
@@ -150,7 +150,8 @@ def passes_of(shape: AnyShape, arch: str) -> list[KernelConfig]:
     if not shape.is_cached:
         found.append(PlaceConfig(shape.topk_is_int64))
     if shape.format:
-        hidden = shape.hidden_bytes * 8 // FORMATS[shape.format].bits
+        (bits,) = (each.bits for each in CASTS.values() if each.code == shape.format)
+        hidden = shape.hidden_bytes * 8 // bits
         found.append(CastConfig(hidden, shape.format, shape.is_f16))
     return found
 

@@ -328,37 +328,15 @@ def kernels_of(
         arch: Such as ``"sm_90a"``.
         gpu: Product name, for the variants that were tuned there.
     """
-    configs: list[KernelConfig] = [NotifyConfig(num_ranks)]
-    configs += [LayoutConfig(num_ranks, wide) for wide in (True, False)]
+    shapes = list(shapes)
+    configs: list[KernelConfig] = []
+    for by_expert in (False, True):
+        if not by_expert or any(isinstance(shape, ExpertDispatchShape) for shape in shapes):
+            configs.append(NotifyConfig(num_ranks, by_expert))
+            configs += [
+                LayoutConfig(num_ranks, wide, by_expert=by_expert) for wide in (True, False)
+            ]
     return configs + [config_of(shape, num_ranks, arch, gpu=gpu) for shape in shapes]
-
-
-def kernels_by_expert(
-    row_bytes: int, *, num_topk: int, is_f16: bool, topk_is_int64: bool, num_ranks: int, arch: str
-) -> list[KernelConfig]:
-    """The kernels of `epjit.moe`'s rows by expert, forward and backward.
-
-    Args:
-        row_bytes: Bytes of one row of bfloat16 or float16.
-        num_topk: Choices a token, at least 1.
-        is_f16: float16 rows, else bfloat16.
-        topk_is_int64: Width of the choices.
-        num_ranks: Size of the group.
-        arch: Such as ``"sm_90a"``.
-    """
-    shapes: list[AnyShape] = [
-        ExpertDispatchShape(row_bytes, 0, num_topk, topk_is_int64, False, True),
-        ExpertDispatchShape(row_bytes, 0, num_topk, True, True, False),
-        *[
-            ExpertCombineShape(row_bytes, num_topk, is_f16, is_weighted, has_weights)
-            for is_weighted, has_weights in ((False, False), (True, False), (False, True))
-        ],
-    ]
-    return [
-        NotifyConfig(num_ranks, by_expert=True),
-        *[LayoutConfig(num_ranks, wide, by_expert=True) for wide in (True, False)],
-        *[config_of(shape, num_ranks, arch) for shape in shapes],
-    ]
 
 
 def num_slots(config: DispatchConfig | CombineConfig, num_nvl_bytes: int) -> int:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
+
+from epjit.formats import RowFormat
 
 
 class DispatchShape(NamedTuple):
@@ -111,8 +114,15 @@ AnyShape: TypeAlias = DispatchShape | CombineShape | ExpertDispatchShape | Exper
 
 
 def warmup_shapes(
-    hidden_bytes: int, *, num_topk: int, num_scales: int, topk_is_int64: bool, is_f16: bool
-) -> Iterator[DispatchShape | CombineShape]:
+    hidden_bytes: int,
+    *,
+    num_topk: int,
+    num_scales: int,
+    topk_is_int64: bool,
+    is_f16: bool,
+    row_format: RowFormat | None = None,
+    expert_major: bool = False,
+) -> Iterator[AnyShape]:
     """The kernels that calls of one kind need: with top-k and scales, and without (cached).
 
     Args:
@@ -120,13 +130,35 @@ def warmup_shapes(
         num_topk: Choices a token that travel with it; 0 = none.
         num_scales: Scales a token; 0 = none. Rows with scales are not combined.
         topk_is_int64: Width of the choices.
-        is_f16: float16 rows to combine, else bfloat16.
+        is_f16: float16 rows to combine, and to cast, else bfloat16.
+        row_format: That rows are cast to, besides those that stay as they are; None: none are.
+        expert_major: Also calls on rows by expert.
     """
+    payloads = [(hidden_bytes, scales, 0, False) for scales in sorted({0, num_scales})]
+    if row_format is not None:
+        hidden = hidden_bytes // 2
+        of_rows = row_format.row_bytes(hidden), row_format.num_scale_bytes(hidden) // 4
+        payloads.append((*of_rows, row_format.code, is_f16))
     for topk in sorted({0, num_topk}):
-        for scales in sorted({0, num_scales}):
-            yield DispatchShape(hidden_bytes, scales, topk, topk == 0 or topk_is_int64)
+        for row_bytes, scales, code, casts_f16 in payloads:
+            yield DispatchShape(
+                *(row_bytes, scales, topk, topk == 0 or topk_is_int64), code, casts_f16
+            )
         if not num_scales:
             yield CombineShape(hidden_bytes, topk, is_f16)
+    for first, second in itertools.product((False, True), repeat=2) if expert_major else ():
+        for (
+            row_bytes,
+            scales,
+            code,
+            casts_f16,
+        ) in payloads:  # cached or not, with weights or without
+            wide = first or topk_is_int64
+            yield ExpertDispatchShape(
+                *(row_bytes, scales, num_topk, wide, first, second), code, casts_f16
+            )
+        if not num_scales:  # multiplied with weights or not, and with weights that go back
+            yield ExpertCombineShape(hidden_bytes, num_topk, is_f16, first, second)
 
 
 def copier_shape(tma: bool, max_warps: int, row_bytes: int, limit: int) -> tuple[int, int]:

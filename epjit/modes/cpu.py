@@ -55,7 +55,7 @@ from epjit.runtime.fault import Overflow
 
 if TYPE_CHECKING:
     from epjit.kernels.low_latency import LowLatencyCombineShape, LowLatencyDispatchShape
-    from epjit.kernels.shapes import CombineShape, DispatchShape
+    from epjit.kernels.shapes import AnyShape
     from epjit.modes.chosen import ChosenKernels
     from epjit.runtime.group import Group
     from epjit.scope import AnyScope, Record
@@ -111,7 +111,7 @@ class CpuNormal:
     def give_up(self) -> None:
         """Nothing: no wait is queued here."""
 
-    def warmup(self, shapes: Iterable[DispatchShape | CombineShape], **sizes: int) -> None:
+    def warmup(self, shapes: Iterable[AnyShape], **sizes: int) -> None:
         """Refuses what a GPU would refuse."""
         del sizes
         for shape in shapes:

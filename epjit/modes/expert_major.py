@@ -18,11 +18,9 @@ from torch import Tensor
 from epjit.calls import Sums
 from epjit.checks.match import INDEX_DTYPES, check, check_rows, check_topk
 from epjit.config import MAX_LOCAL_EXPERTS
-from epjit.formats import RowFormat
 from epjit.handles import Placement
 from epjit.kernels.expert_major import (
     BlankConfig,
-    CastConfig,
     PlaceConfig,
     UnpermuteConfig,
     WeighConfig,
@@ -233,27 +231,6 @@ def queue_unpermute(
         weights=pointer(sums[1]),
         num_tokens=num_tokens,
         num_rows=rows.shape[0],
-    )
-
-
-def queue_cast(
-    stream: int,
-    x: Tensor,
-    row_format: RowFormat,
-    global_scale: Tensor | None,
-    rows: Tensor,
-    scales: Tensor,
-) -> None:
-    """Casts rows `[T, H]`; `rows` and `scales`, row by row, are written to."""
-    device = x.device.index
-    _launch(CastConfig(x.shape[1], row_format.code, x.dtype == torch.float16), device)(
-        stream,
-        2 * num_sms(device),
-        x=x.data_ptr(),
-        global_scale=pointer(global_scale),
-        rows=rows.data_ptr(),
-        scales=scales.data_ptr(),
-        num_tokens=x.shape[0],
     )
 
 

@@ -35,7 +35,7 @@ from epjit.handles import (
     Placement,
     row_bound,
 )
-from epjit.kernels.expert_major import passes_of
+from epjit.kernels.expert_major import CastConfig, passes_of
 from epjit.kernels.internode import (
     MAX_WORDS,
     InternodeCombineConfig,
@@ -465,7 +465,7 @@ class Internode(Normal[AnyShape]):
     def _beside(
         scope: AnyScope, scales: torch.Tensor | None, weights: torch.Tensor | None
     ) -> torch.Tensor | None:
-        """Words beside rows along a handle: without choices, weights go as scales do."""
+        """Words that travel beside rows along a handle: weights, without choices, as scales do."""
         if scales is None or weights is None:
             return weights if scales is None else scales
         scope.start()
@@ -488,7 +488,16 @@ class Internode(Normal[AnyShape]):
         with scope.allocating():
             rows, scales = self._empty(specs)
         scope.start()
-        expert_major.queue_cast(scope.stream, x, row_format, call.global_scale, rows, scales)
+        config = CastConfig(hidden, row_format.code, x.dtype == torch.float16)
+        expert_major._launch(config, self._device.index)(
+            scope.stream,
+            2 * self.num_sms,
+            x=x.data_ptr(),
+            global_scale=pointer(call.global_scale),
+            rows=rows.data_ptr(),
+            scales=scales.data_ptr(),
+            num_tokens=num_tokens,
+        )
         return rows, scales
 
     def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> tuple[Sums, Record]:

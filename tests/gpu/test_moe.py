@@ -49,7 +49,7 @@ def test_permute_and_unpermute(
         x = torch.randn(tokens, hidden).to(dtype)
         rows = reference.permute(x, placed.source, topk)
         on_gpu = [each.cuda() for each in placed]
-        got = expert_major.permute(x.cuda(), on_gpu[1], on_gpu[2], num_topk=topk)
+        got = expert_major.permute(x.cuda(), *on_gpu[:3])
         last = int(placed.ends[-1])
         assert torch.equal(got[:last].cpu(), rows[:last])
         y = torch.randn(rows.shape).to(dtype)
@@ -73,7 +73,7 @@ def test_place_and_permute_in_a_graph() -> None:
 
     def step() -> torch.Tensor:
         placed = expert_major.place(idx, 8, alignment=16, num_rows=row_bound(100, 4, 8, 16))
-        rows = expert_major.permute(x, placed.source, placed.ends, num_topk=4)
+        rows = expert_major.permute(x, *placed[:3])
         return expert_major.unpermute(rows, placed.row_of)
 
     step()

@@ -373,6 +373,18 @@ MEMBERS: dict[str, Refusal] = {
         lambda b: b.destroyed.get_local_buffer_tensor(torch.int8), r"destroyed"
     ),
     "destroyed reset": runtime_error(lambda b: b.destroyed.reset(), r"destroyed"),
+    "warmup cast": value_error(
+        lambda b: b.buffer.warmup(100 * 16, num_topk=2, cast="fp8"), r"hidden is 800.*for fp8"
+    ),
+    "warmup cast unknown": value_error(
+        lambda b: b.buffer.warmup(1024, cast="int8"), r"cast is 'int8'"
+    ),
+    "warmup cast of rows with scales": value_error(
+        lambda b: b.buffer.warmup(1024, num_scales=8, cast="fp8"), r"num_scales is 8 with cast"
+    ),
+    "warmup by expert": value_error(
+        lambda b: b.buffer.warmup(1024, expert_major=True), r"expert_major=True needs num_topk"
+    ),
     "destroyed warmup": runtime_error(lambda b: b.destroyed.warmup(1024), r"destroyed"),
     "destroyed check": runtime_error(lambda b: b.destroyed.check_fault(), r"destroyed"),
     "destroyed twice": assertion_error(lambda b: b.destroyed.destroy(), r"destroyed already"),

@@ -95,6 +95,7 @@ _SHAPES: tuple[tuple[int, int, str | None, torch.dtype, torch.dtype], ...] = (
     (512, 5, "scales", torch.int32, torch.bfloat16),
     (1024, 8, None, torch.int64, torch.bfloat16),
     (512, 8, "fp8", torch.int64, torch.bfloat16),
+    (128, 2, "fp8_row", torch.int64, torch.bfloat16),
     (1024, 4, "fp8_round", torch.int32, torch.float16),
     (1536, 8, "fp8_ue8m0", torch.int64, torch.bfloat16),
     (384, 3, "mxfp8", torch.int64, torch.bfloat16),
