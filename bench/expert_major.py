@@ -120,7 +120,8 @@ def worker(
         rates = case.rates(x, us, max(ceilings[config.num_sms].values())) if config else {}
         more = {"products_us": found["two products"]} if part is layer else {}
         say(op=name, us=us, **rates, **more)
-    by_sms(case, settings, args, say, got=got)
+    if normal.domain_size(settings.ranks) == settings.ranks:
+        by_sms(case, settings, args, say, got=got)
     moe.free_buffers()
     torch.distributed.destroy_process_group()
 

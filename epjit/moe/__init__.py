@@ -479,7 +479,7 @@ def grouped_mm(
         if torch.is_grad_enabled() and any(each.requires_grad for each in operands):
             raise ValueError(
                 "products of rows with scales have no gradient; call grouped_mm under "
-                "torch.no_grad(), or train in bfloat16"
+                "torch.no_grad(), or train with the values that epjit.moe.dequantize returns"
             )
         scaled: Tensor = torch.ops.epjit.scaled_grouped_mm(*operands)
         return scaled

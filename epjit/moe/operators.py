@@ -111,7 +111,7 @@ def _new(x: Tensor, spec: TensorSpec | None) -> Any:
 
 
 def _standing_for(x: Tensor, num_rows: Any) -> Tensor:
-    """What takes the gradient of so many rows like those of x."""
+    """Stands for so many rows like those of x: takes their gradient."""
     return x.new_empty((1, 1)).expand(num_rows, x.shape[1])
 
 

@@ -17,7 +17,7 @@ from epjit import Buffer, CommunicationError, ElasticBuffer
 from epjit.config import Config
 from epjit.formats import CASTS
 from epjit.handles import InternodeHandle
-from epjit.kernels.shapes import ExpertCombineShape, ExpertDispatchShape
+from epjit.kernels.shapes import DispatchShape, ExpertCombineShape, ExpertDispatchShape
 from epjit.modes import expert_major
 from epjit.modes.cpu import CpuNormal
 from epjit.modes.internode import Internode
@@ -220,10 +220,10 @@ def test_elastic(multiple_reduction: bool, monkeypatch: pytest.MonkeyPatch) -> N
 def test_words_beside_a_row() -> None:
     """Kernels of a second pass stand beside those of a dispatch or combine of these shapes."""
     new = ExpertDispatchShape(512, 4, 3, False, False, True, 1)
-    assert new.by_source == (512, 4, 3, False)
+    assert new.by_source == DispatchShape(512, 4, 3, False)
     cached = ExpertDispatchShape(512, 4, 3, True, True, True)
-    assert cached.by_source == (512, 7, 0, True)
-    assert cached._replace(has_weights=False).by_source == (512, 4, 0, True)
+    assert cached.by_source == DispatchShape(512, 7, 0, True)
+    assert cached._replace(has_weights=False).by_source == DispatchShape(512, 4, 0, True)
     sums = ExpertCombineShape(512, 3, True, True, False, 64)
     assert sums.by_source == (512, 0, True, 0)
     assert sums._replace(has_weights=True).by_source == (512, 3, True, 0)

@@ -190,7 +190,7 @@ class Routing(ABC):
         """Parameters of a combine."""
 
     def cast(self, inputs: list[RankInput]) -> list[RankInput]:
-        """What travels of the inputs of the ranks."""
+        """Inputs of the ranks, as they travel."""
         return inputs
 
     def order(self, rank: int) -> Order | None:
