@@ -1,6 +1,7 @@
 """Rows by expert between NVLink domains: the mode's own calls and kernels, those emulated.
 
-What they follow, a dispatch or combine in the order of the sources, is the CPU backend's.
+What they follow, a dispatch or combine in the order of the sources, is the CPU backend's; in the
+last test it is emulated as well.
 """
 
 from __future__ import annotations
@@ -12,19 +13,25 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from epjit import Buffer, CommunicationError, ElasticBuffer
 from epjit.config import Config
 from epjit.formats import CASTS
-from epjit.handles import InternodeHandle
+from epjit.handles import InternodeHandle, row_bound
+from epjit.kernels.expert_major import PermuteConfig, PlaceConfig
 from epjit.kernels.shapes import DispatchShape, ExpertCombineShape, ExpertDispatchShape
 from epjit.modes import expert_major
 from epjit.modes.cpu import CpuNormal
 from epjit.modes.internode import Internode
 from epjit.reference import Normal
+from epjit.reference import expert_major as reference
 from epjit.runtime.empty import empty_on
+from tests.cpu.test_emulated_internode import Routing, Shape, World, tokens_of
 from tests.cpu.test_expert_major import run
 from tests.emulation import build
+from tests.emulation.build import guarded
+from tests.emulation.normal import ALIGNMENT, EXPERTS_A_RANK, HIDDEN_BYTES
 from tests.harness import launch
 from tests.harness.data import assert_rows_equal
 from tests.rounds import elastic
@@ -215,6 +222,95 @@ def test_elastic(multiple_reduction: bool, monkeypatch: pytest.MonkeyPatch) -> N
             elastic.check_round(buffer, replace(case, is_exact=True))
 
     launch.run_threads(body, 2, timeout=300)
+
+
+class Placed(Routing):
+    """A dispatch between domains, and the second pass behind it."""
+
+    def _outputs(self, rank: int, num_rows: int) -> dict[str, Tensor]:
+        self.received = super()._outputs(rank, num_rows)
+        return self.received
+
+    def _queue_dispatch(self, rank: int, *, cached: bool, **values: Any) -> None:
+        super()._queue_dispatch(rank, cached=cached, **values)
+        shape, world, received, counts = self.shape, self.world, self.received, EXPERTS_A_RANK
+        bound = row_bound(sum(shape.tokens), shape.num_topk, counts, ALIGNMENT)
+        want = reference.dispatch(
+            self.reference,
+            self.inputs,
+            rank,
+            num_experts=shape.num_experts,
+            expert_alignment=ALIGNMENT,
+            num_worst_tokens=shape.num_worst_tokens,
+            num_rows=bound,
+        )
+        placed = want.handle.placement
+        row_of, source, ends = (guarded(*each.shape, dtype=torch.int32) for each in placed[:3])
+        rows = guarded(*want.rows.shape, dtype=torch.int32)
+        weights = guarded(bound, dtype=torch.float32)
+        assert want.scales is not None
+        scales = guarded(*want.scales.shape, dtype=torch.float32)
+        world.queue(
+            rank,
+            PlaceConfig(shape.topk_is_int64),
+            counts,
+            topk_idx=received["recv_topk_idx"],
+            known=self.handles[rank].recv_expert_counts,
+            row_of=row_of,
+            source=source,
+            end=ends,
+            count=None,
+            num_selections=row_of.numel(),
+            num_experts=counts,
+            num_rows=bound,
+            alignment=ALIGNMENT,
+        )
+        world.queue(
+            rank,
+            PermuteConfig(HIDDEN_BYTES, shape.num_topk, shape.tma, num_warps=3, rows_per_warp=2),
+            2,
+            x=received["recv_x"],
+            scales=received["recv_scales"],
+            weights=received["recv_topk_weights"],
+            row_of=row_of,
+            source=source,
+            end=ends[-1:],
+            rows=rows,
+            row_scales=scales,
+            row_weights=weights,
+            scale_token_stride=shape.num_scales,
+            weight_stride=shape.num_topk,
+            row_of_stride=shape.num_topk,
+            scale_row_stride=shape.num_scales,
+            scale_stride=1,
+            num_tokens=len(row_of),
+            num_rows=bound,
+            num_scales=shape.num_scales,
+            zero_padding=True,
+        )
+        last = int(placed.ends[-1])
+        assert want.weights is not None
+        for name, got, wanted in (
+            *zip(placed._fields, (row_of, source, ends), placed[:3], strict=False),
+            ("rows", rows[:last], want.rows[:last]),
+            ("scales", scales[:last], want.scales[:last]),
+            ("weights", weights, want.weights),
+        ):
+            world.expect(rank, name, got, wanted)
+
+
+@pytest.mark.parametrize(
+    ("cut", "tma", "room"),
+    [((2, 1), True, 0), ((2, 2), True, 0), ((2, 2), False, 200), ((2, 2), True, 30)],
+    ids=["2x1", "2x2", "2x2-ldst-static", "2x2-without-room"],
+)
+def test_behind_the_kernels_of_a_dispatch(cut: tuple[int, int], tma: bool, room: int) -> None:
+    """From what these leave, also where there is room for more tokens, or for fewer, than come."""
+    shape = Shape(*cut, tma=tma, tokens=tokens_of(cut[0] * cut[1]), num_worst_tokens=room)
+    for seed in range(2):
+        world = World(shape, seed=seed)
+        Placed(world).dispatch()
+        world.run(seed)
 
 
 def test_words_beside_a_row() -> None:
