@@ -136,13 +136,15 @@ class DispatchConfig(
 
         Pushing wants most of the warps while the SMs hold it. Where the links do, more rows on
         their way only slow the words behind them: with 24 SMs and rows of 14336 bytes, 12 of 16
-        warps take 234 us, 8 take 225, 4 take 206; with 12 SMs 306, 314 and 328.
+        warps take 234 us, 8 take 225, 4 take 206; with 12 SMs 306, 314 and 328. A cast keeps a warp
+        longer than a copy, so it takes two of them.
         """
         if self.num_ranks == 1 or has_room:
             return self.num_warps
         quarters = 2
         if self.push:
-            quarters = 1 if num_sms * self.hidden_bytes > _LINK_BOUND_BYTES else 3
+            link_bound = num_sms * self.hidden_bytes > _LINK_BOUND_BYTES
+            quarters = 3 if not link_bound else 1 if self.format == 0 else 2
         return max(1, self.num_warps * quarters // 4)
 
     @property

@@ -48,6 +48,7 @@ class Shape(intranode.Shape):
     spare: int = 2  # slices that a warp of a combine has room for, beyond one of all rows of a sum
     cast: str | None = None  # name of a format
     cast_f16: bool = False  # rows are fp16 before
+    is_long: bool = False  # rows that are cast have more items than a warp loads at once
 
     @property
     def notify(self) -> NotifyConfig:
@@ -64,7 +65,7 @@ class Shape(intranode.Shape):
     @property
     def hidden(self) -> int:
         """Channels of rows that are cast."""
-        return 512 if self.cast == "fp8_ue8m0" else 256
+        return 4096 if self.is_long else 512 if self.cast == "fp8_ue8m0" else 256
 
     @property
     def dispatch(self) -> DispatchConfig:
@@ -470,6 +471,14 @@ def test_casts(cast: str, variant: str) -> None:
         route.dispatch()
         route.cached_dispatch()
         world.run(seed)
+
+
+@pytest.mark.parametrize("cast", ["fp8", "nvfp4"])
+def test_casts_of_long_rows(cast: str) -> None:
+    shape = Shape(num_ranks=2, variant="push", tokens=(9, 4), cast=cast, is_long=True)
+    world = World(shape, seed=0)
+    world.route().dispatch()
+    world.run(0)
 
 
 COMBINES = pytest.mark.parametrize("variant", ["tma", "ldst"])
