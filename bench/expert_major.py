@@ -1,18 +1,21 @@
 """The cost of rows by expert: dispatch(expert_major=True) beside dispatch and torch's own permute.
 
-All GPUs of this machine (or two ranks of the CPU backend, to try it). Results of both ways are
-compared before a time is taken. What crosses the links has its part of the link ceiling, that of a
-plain copy with as many SMs in the same run.
+All GPUs of this machine (or two ranks of the CPU backend, to try it). Results are compared before a
+time is taken. Calls that are timed by SMs stand beside two ceilings of as many SMs in the same run:
+a plain copy over the links, and one load with several stores (`python -m epjit bench --stores`);
+`ratio` is the time of the slower one, over that of the call.
 
-    python bench/expert_major.py --tokens 4096 --hidden 7168
+    python bench/expert_major.py --tokens 4096 --hidden 7168 --json rows.jsonl
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -82,11 +85,13 @@ def worker(
 
     received = moe.dispatch(x, idx, weights, **common)
 
+    def products(got: moe.ExpertRows) -> Tensor:
+        inner = moe.grouped_mm(got.x, matrices, got.ends)
+        return moe.grouped_mm(inner, matrices.transpose(1, 2), got.ends)
+
     def layer() -> Tensor:
         got = fused()
-        inner = moe.grouped_mm(got.x, matrices, got.ends)
-        outer = moe.grouped_mm(inner, matrices.transpose(1, 2), got.ends)
-        return moe.combine(outer, got.handle, group=group)
+        return moe.combine(products(got), got.handle, weights=got.weights, group=group)
 
     parts: dict[str, Callable[[], Any]] = {
         "dispatch": lambda: moe.dispatch(x, idx, weights, **common),
@@ -103,20 +108,59 @@ def worker(
         "torch permute": lambda: torch_permute(
             received.x, received.topk_idx, received.topk_weights, local, args.alignment
         ),
-        "grouped product": lambda: moe.grouped_mm(got.x, matrices, got.ends),
         "unpermute": lambda: moe.unpermute(got.x, got.handle.placement),
         "combine, expert_major": lambda: moe.combine(got.x, got.handle, group=group),
-        "dispatch, two products, combine": layer,
+        "two products": lambda: products(got),
+        "layer: dispatch, two products, combine": layer,
     }
+    found = {}
     for name, part in parts.items():
-        us = timing.eager(part, group, device=device)
-        config = configs.get(name.split(",")[0]) if part is not layer else None
+        us = found[name] = timing.eager(part, group, device=device)
+        config = configs.get(name.split(",")[0])
         rates = case.rates(x, us, max(ceilings[config.num_sms].values())) if config else {}
-        say(op=name, us=us, **rates)
-    if device == "cuda":
-        by_sms(case, settings, args, say, rows=got.x, handle=got.handle)
+        more = {"products_us": found["two products"]} if part is layer else {}
+        say(op=name, us=us, **rates, **more)
+    by_sms(case, settings, args, say, got=got)
     moe.free_buffers()
     torch.distributed.destroy_process_group()
+
+
+def check_cached(buffer: Any, x: Tensor, fp8: Any, got: Any) -> None:
+    """Compares what is timed: rows, rows that are cast in both orders, and sums."""
+    from epjit import moe
+
+    routing, placed = got.handle
+    last = int(placed.ends[-1])
+    rows, *_ = buffer.expert_dispatch(x, handle=got.handle, zero_padding=True)
+    normal.require("cached dispatch by expert", torch.equal(rows[:last], got.x[:last]))
+    here = placed.source[:last] >= 0
+    for order, call, chosen in (
+        ("by expert", partial(buffer.expert_dispatch, handle=got.handle), here),
+        ("by source", partial(buffer.dispatch, handle=routing), slice(None)),
+    ):
+        pairs = zip(call(x, cast="fp8")[0], call(fp8)[0], strict=True)
+        for mine, theirs in pairs:
+            both = [each[: len(here)][chosen].view(torch.uint8) for each in (mine, theirs)]
+            normal.require(f"dispatch {order}, cast", torch.equal(*both))
+    sums = buffer.combine(moe.unpermute(got.x, placed), routing)[0]
+    mine = buffer.expert_combine(got.x, got.handle)[0]
+    normal.require("combine by expert", torch.equal(mine, sums))
+
+
+class Timed(NamedTuple):
+    """A call that is timed.
+
+    Attributes:
+        row_bytes: That cross the links for a token.
+        stored: Rows by expert that are written here.
+        beside: Which of the calls before it is its measure, from the last backward; 0 = none.
+    """
+
+    name: str
+    call: Callable[[], Any]
+    row_bytes: int
+    stored: int = 0
+    beside: int = 0
 
 
 def by_sms(
@@ -124,18 +168,23 @@ def by_sms(
     settings: normal.Settings,
     args: argparse.Namespace,
     say: normal.Say,
-    *,
-    rows: Tensor,
-    handle: Any,
+    got: Any,
 ) -> None:
     """Cached dispatches by expert and combines, by SMs, beside both ceilings of the same run."""
     import epjit
     from epjit import moe
     from epjit.bench.stores import Fan
+    from epjit.formats import FP8
+    from epjit.reference.low_latency import encode
 
-    group = case.group
+    group, rows, handle = case.group, got.x, got.handle
     buffer = moe.get_buffer(group, normal.row_bytes(rows))
-    x = torch.randn((args.tokens, args.hidden), device=rows.device, dtype=rows.dtype)
+    x = case.payloads["bf16"]
+    assert isinstance(x, Tensor)
+    fp8 = tuple(each.to(x.device) for each in encode(x.cpu(), FP8) if each is not None)
+    check_cached(buffer, x, fp8, got)
+    if settings.device == "cpu":
+        return
     plain = buffer.dispatch(x, handle=handle.routing)[0]
     ceilings = normal.measure_ceilings(group, settings, args.sms, say)
     fan = Fan(group, normal.row_bytes(rows))
@@ -143,36 +192,41 @@ def by_sms(
     num_selected, num_padded = int(placed.counts.sum()), int(placed.ends[-1])
     say(op="rows here, with padding", us=0, rows=num_selected, padded=num_padded)
     stores = max(1, min(4, round(num_selected / max(len(plain), 1))))
-    fp8 = normal.to_fp8(x)
     weights = torch.rand(len(rows), device=rows.device, dtype=torch.float32)
     for sms in args.sms:
         config = epjit.Config(sms)
         rate = fan.stored_bytes(stores) / fan.us(stores, min(settings.ranks - 1, 1), sms)
-        calls: dict[str, Callable[[], Any]] = {
-            "dispatch": partial(buffer.dispatch, x, handle=handle.routing, config=config),
-            "combine": partial(buffer.combine, plain, handle.routing, config=config),
-            "combine by expert": partial(buffer.expert_combine, rows, handle, config=config),
-            "combine by expert, weights": partial(
-                buffer.expert_combine, rows, handle, row_weights=weights, config=config
-            ),
-        }
+        by_source = partial(buffer.dispatch, handle=handle.routing, config=config)
         by_expert = partial(buffer.expert_dispatch, handle=handle, config=config)
-        calls["dispatch by expert, cached, cast=fp8"] = partial(by_expert, x, cast="fp8")
-        calls["dispatch by expert, cached, of fp8 rows"] = partial(by_expert, fp8)
-        for zeros in (True, False):
-            calls[f"dispatch by expert, cached, zero_padding={zeros}"] = partial(
-                by_expert, x, zero_padding=zeros
-            )
-        for name, call in calls.items():
+        sums = partial(buffer.expert_combine, rows, handle, config=config)
+        of_x, of_fp8 = normal.row_bytes(x), sum(each.shape[1] * each.element_size() for each in fp8)
+        sent, cast = "dispatch by expert", {"cast": "fp8"}
+        timed = [
+            Timed("dispatch", partial(by_source, x), of_x),
+            Timed("dispatch of fp8 rows", partial(by_source, fp8), of_fp8),
+            Timed("dispatch, cast", partial(by_source, x, **cast), of_fp8, 0, -1),
+            Timed(sent, partial(by_expert, x), of_x, num_selected, -3),
+            Timed(f"{sent}, zeros", partial(by_expert, x, zero_padding=True), of_x, num_padded, -4),
+            Timed(f"{sent} of fp8 rows", partial(by_expert, fp8), of_fp8, num_selected),
+            Timed(f"{sent}, cast", partial(by_expert, x, **cast), of_fp8, num_selected, -1),
+            Timed("combine", partial(buffer.combine, plain, handle.routing, config=config), of_x),
+            Timed("combine by expert", sums, of_x, 0, -1),
+            Timed("combine by expert, weights", partial(sums, row_weights=weights), of_x, 0, -2),
+        ]
+        found: list[float] = []
+        for name, call, row_bytes, stored, beside in timed:
             us, host_us = timing.timed(call, group)
-            facts = {"sms": sms, "us": us, "host_us": host_us}
-            if "zero_padding" in name:
-                number = num_padded if "True" in name else num_selected
-                facts["stores_us"] = number * normal.row_bytes(rows) / rate
+            facts: dict[str, Any] = {"stores_us": stored * row_bytes / rate} if stored else {}
             best = max(ceilings[sms].values())
-            if best and "fp8" not in name:
-                facts["links_us"] = case.remote_rows * normal.row_bytes(rows) / best / 1e3
-            say(op=f"{name}, timed", **facts)
+            if best:
+                facts["links_us"] = case.remote_rows * row_bytes / best / 1e3
+            if facts:
+                facts["ratio"] = round(max(facts.values()) / us, 3)
+            if beside:
+                facts["beside"] = timed[len(found) + beside].name
+                facts["times"] = round(us / found[beside], 2)
+            found.append(us)
+            say(op=f"{name}, cached", sms=sms, us=us, host_us=host_us, **facts)
     fan.close()
 
 
@@ -190,6 +244,9 @@ def show(row: timing.Row) -> None:
         if key in row
     ]
     beside += [f"{row['rows']} rows, {row['padded']} with padding"] if "rows" in row else []
+    beside += [f"{row['times']} times {row['beside']}"] if "times" in row else []
+    if "products_us" in row:
+        beside += [f"{row['us'] - row['products_us']:.0f} us more than its products"]
     ceilings = f"; {', '.join(beside)}" if beside else ""
     print(f"{row['us']:10.1f} us  {row['op']}{sms}{rate}{ratio}{ceilings}", flush=True)
 
@@ -205,6 +262,7 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--alignment", type=int, default=128)
     parser.add_argument("--sms", type=int, nargs="+", default=[20, 24, 32, 48])
+    parser.add_argument("--json", type=Path, help="file that gets one JSON line a result")
     args = parser.parse_args()
     try:
         ranks, device = timing.ranks_and_device(args.ranks)
@@ -218,8 +276,17 @@ def main() -> None:
         )
     except (RuntimeError, ValueError) as error:
         parser.error(str(error))
+    if args.json is not None:
+        args.json.write_text("")
+
+    def on_row(row: timing.Row) -> None:
+        show(row)
+        if args.json is not None:
+            with args.json.open("a") as file:
+                file.write(json.dumps(row) + "\n")
+
     print(f"{args.tokens} tokens, eager, the slowest rank", flush=True)
-    timing.run_ranks(worker, ranks, args, settings, timing.free_port(), on_row=show)
+    timing.run_ranks(worker, ranks, args, settings, timing.free_port(), on_row=on_row)
 
 
 if __name__ == "__main__":

@@ -30,9 +30,10 @@ from epjit.bench.low_latency import Case  # noqa: E402
 from epjit.bench.normal import Settings  # noqa: E402
 
 DISPATCH, COMBINE = "low_latency/dispatch.cu", "low_latency/combine.cu"
+REDUCED = "low_latency/combine_reduced.cu"
 WARPS, PHASES, CLOCK = 32, 16, "epjit_stamps"
 PAIRS, ROUNDS = 10, 5
-FIRST = "namespace epjit {\n\nstruct LowLatency"  # in both
+FIRST = "namespace epjit {\n\nstruct LowLatency"  # in all
 
 # Name of the phase, and the text before which it has ended.
 MARKS: dict[str, list[tuple[str, str]]] = {
@@ -48,7 +49,7 @@ MARKS: dict[str, list[tuple[str, str]]] = {
         ("nothing left to send", "      if (p.receives && plan.wait_for_counts(tells)) {\n"),
         ("counts are here", "        plan.make(tells);\n"),
         ("planned", "        receive(first.unit());\n"),
-        ("lines are here", "    draw_on();\n    if (part == 0) {\n"),
+        ("lines are here", "    if (part == 0) store_routes(source, token, placed);\n    while"),
         ("lines stored", "      first += kBatch;\n      if (first >= last) break;\n"),
         ("word is here", "    if (static_cast<uint32_t>(word) == 0) {\n"),
         ("row stored", "      if (first >= last) return;\n"),
@@ -67,6 +68,18 @@ MARKS: dict[str, list[tuple[str, str]]] = {
         ("words are here", "    if (!all_lanes(ok)) return false;\n    if constexpr (kRemote)\n"),
         ("rows in lines are here", "        uint32_t loaded = before;\n"),
         ("sum stored", "    }\n  }\n\n  // draw_on() is called when the warp has nothing"),
+        ("nothing left", "    ticket.take(waiter.epoch);\n    if (ticket.is_last())"),
+    ],
+    REDUCED: [
+        ("begins", "const uint32_t aborted = ptx::ld_relaxed_gpu(p.abort);\n"),
+        ("epoch, abort, first draw", "    // Who does not stay meets the peers"),
+        ("rows of x known", "    add_up<kBatch, true>(row_of_x(row), weight, rows, part, slot("),
+        ("sum written", "    // Pieces of all lanes -> __syncwarp -> release: cumulative.\n"),
+        ("word released", "      unit = next.unit();\n    }\n    return true;\n"),
+        ("own rows known", "    if (own_rows != 0) add_up<kBatch, true>("),
+        ("own rows added", "    draw_on();\n    const bool own_comes"),
+        ("words are here", "    add_up<kBatch, false>("),
+        ("sum stored", "    return true;\n  }\n\n  const LowLatencyReducedCombineParams& p;"),
         ("nothing left", "    ticket.take(waiter.epoch);\n    if (ticket.is_last())"),
     ],
 }
@@ -139,8 +152,17 @@ def worker(rank: int, args: argparse.Namespace, port: int) -> None:
     for tokens in args.tokens:
         size = Buffer.get_low_latency_rdma_size_hint(tokens, args.hidden, args.ranks, args.experts)
         buffer = Buffer(group, 0, size, low_latency_mode=True, explicitly_destroy=True)
-        case = Case(buffer, group, settings, tokens, use_fp8=not args.bf16, index_dtype=torch.int64)
-        with edited(stamped(DISPATCH, args.block) + stamped(COMBINE, args.block)):
+        case = Case(
+            buffer,
+            group,
+            settings,
+            tokens,
+            use_fp8=not args.bf16,
+            index_dtype=torch.int64,
+            weights_sent=args.weights_sent,
+        )
+        edits = [edit for source in MARKS for edit in stamped(source, args.block)]
+        with edited(tuple(edits)):
             case.pair()  # compiles
         torch.cuda.synchronize()
         dist.barrier(group)
@@ -172,6 +194,7 @@ def main() -> None:
     parser.add_argument("--block", type=int, default=1)
     parser.add_argument("--cold", action="store_true", help="flush the L2 before each call")
     parser.add_argument("--bf16", action="store_true", help="rows of BF16 instead of FP8")
+    parser.add_argument("--weights-sent", action="store_true", help="and sums before the links")
     parser.add_argument("--hidden", type=int, default=7168)
     parser.add_argument("--topk", type=int, default=8)
     parser.add_argument("--experts", type=int, default=256)

@@ -21,7 +21,7 @@ from epjit.checks.low_latency import (
     check_rank,
 )
 from epjit.checks.match import check_runs
-from epjit.checks.normal import check_warmup, part_of
+from epjit.checks.normal import part_of
 from epjit.checks.values import ValueChecks
 from epjit.config import (
     Config,
@@ -30,7 +30,7 @@ from epjit.config import (
     low_latency_size_hint,
 )
 from epjit.event import EventHandle, EventOverlap
-from epjit.formats import choose_format
+from epjit.formats import CASTS, choose_format
 from epjit.handles import (
     ExpertHandle,
     GivenExpertHandle,
@@ -436,6 +436,8 @@ class Buffer(Life):
         num_scales: int = 0,
         topk_idx_dtype: torch.dtype = torch.int64,
         combine_dtype: torch.dtype = torch.bfloat16,
+        cast: str | None = None,
+        expert_major: bool = False,
     ) -> None:
         """Compiles and loads a shape's kernels ahead of the first call or a capture; collective.
 
@@ -451,17 +453,27 @@ class Buffer(Life):
             num_scales: Scales a token; 0 = none.
             topk_idx_dtype: int64 or int32.
             combine_dtype: bfloat16 or float16.
+            cast: Also dispatches that cast rows of `combine_dtype` to this format.
+            expert_major: Also `expert_dispatch`, with and without weights and a handle, and
+                `expert_combine`; needs `num_topk`.
+
+        Raises:
+            ValueError: Sizes that no call can have.
         """
         self._check_alive()
         hidden_bytes = as_int("hidden_bytes", hidden_bytes)
         num_topk, num_scales = as_int("num_topk", num_topk), as_int("num_scales", num_scales)
-        check_warmup(hidden_bytes, num_topk, num_scales)
+        self._checks.warmup(
+            hidden_bytes, num_topk, num_scales, cast=cast, expert_major=expert_major
+        )
         shapes = warmup_shapes(
             hidden_bytes,
             num_topk=num_topk,
             num_scales=num_scales,
             topk_is_int64=topk_idx_dtype == torch.int64,
             is_f16=combine_dtype == torch.float16,
+            row_format=None if cast is None else CASTS[cast],
+            expert_major=expert_major,
         )
         with self._entered():
             self._mode.warmup(shapes)
@@ -521,6 +533,9 @@ class Buffer(Life):
         previous_event: EventOverlap | None = None,
         async_finish: bool = False,
         allocate_on_comm_stream: bool = False,
+        *,
+        cast: str | None = None,
+        global_scale: Tensor | None = None,
     ) -> tuple[
         Payload, Tensor | None, Tensor | None, list[int] | None, Handle | None, EventOverlap
     ]:
@@ -541,7 +556,8 @@ class Buffer(Life):
 
         Args:
             x: `[T, H]` of any dtype, rows a multiple of 16 bytes up to 32 KB; or a tuple of that
-                with one byte an element and scales `[T, S]`, float32 or int32, of any strides.
+                with one byte an element and scales `[T, S]`, float32 or int32, of any strides;
+                bfloat16 or float16 with `cast`.
             handle: From an earlier dispatch.
             num_tokens_per_rank: int32 `[R]` from `get_dispatch_layout`.
             num_tokens_per_rdma_rank: int32 `[D]`; not used in one NVLink domain.
@@ -561,9 +577,14 @@ class Buffer(Life):
                 the communication stream, and torch's allocator knows who else uses them.
             async_finish: Return an event instead of making the current stream wait.
             allocate_on_comm_stream: V1's flag, which `previous_event` includes.
+            cast: None, or the format that rows are cast to before they cross the links: ``"fp8"``,
+                ``"fp8_row"``, ``"fp8_round"``, ``"fp8_ue8m0"``, ``"mxfp8"``, ``"nvfp4"`` (see
+                `epjit.formats`). In one NVLink domain.
+            global_scale: float32 `[1]`, greater than 0, with nvfp4 only, the same on all ranks.
 
         Returns:
-            `recv_x` `[n, H]` (with scales: a tuple with float32 or int32 `[n, S]`, row-major),
+            `recv_x` `[n, H]` (with scales: a tuple with `[n, S]`, row-major; of a cast as
+            `low_latency_dispatch` has them),
             `recv_topk_idx` `[n, K]` (local experts, -1 for those of other ranks),
             `recv_topk_weights` `[n, K]` (0 where the index is -1), list of received selections for
             each local expert, handle, event. Cached: None for everything but `recv_x` and event.
@@ -589,6 +610,8 @@ class Buffer(Life):
             expert_alignment,
             num_worst_tokens,
             config,
+            cast=cast,
+            global_scale=global_scale,
             after=previous_event,
         )
         with (
@@ -650,6 +673,7 @@ class Buffer(Life):
 
     # ---- rows by expert --------------------------------------------------------------------------
 
+    @signatures.expert_dispatch
     def expert_dispatch(
         self,
         x: Payload,
@@ -676,6 +700,7 @@ class Buffer(Life):
         of an expert by source rank, then by token, then by choice. A repeated choice has a row of
         its own. A token still crosses the links once a rank. With `handle` (a cached dispatch)
         another payload goes to the rows of an earlier dispatch, by `handle.placement.row_of`.
+        Between NVLink domains a second pass on this GPU orders what a `dispatch` has brought.
 
         Args:
             x: As in `dispatch`; bfloat16 or float16 `[T, H]` with `cast`.
@@ -691,7 +716,8 @@ class Buffer(Life):
             zero_padding: Rows and scales of the padding are zeros; else undefined.
             column_major_scales: Scales of 4 bytes lie column by column, each padded to 16 bytes.
             cast: None, or the format that rows are cast to before they cross the links: ``"fp8"``,
-                ``"fp8_round"``, ``"fp8_ue8m0"``, ``"mxfp8"``, ``"nvfp4"`` (`epjit.formats`).
+                ``"fp8_row"``, ``"fp8_round"``, ``"fp8_ue8m0"``, ``"mxfp8"``, ``"nvfp4"`` (see
+                `epjit.formats`).
             global_scale: float32 `[1]`, greater than 0, with nvfp4 only, the same on all ranks.
             config: Only `num_sms` matters; None is `get_dispatch_config`.
             previous_event: Waited for instead of the current stream. Outputs then belong to
@@ -707,7 +733,6 @@ class Buffer(Life):
 
         Raises:
             TypeError, ValueError: Arguments that do not fit; nothing was launched.
-            NotImplementedError: On a GPU, between NVLink domains.
             RuntimeError: Needs the host to wait, while a CUDA graph is captured.
             CommunicationError: A peer did not come, now or in an earlier operation.
         """
@@ -740,6 +765,7 @@ class Buffer(Life):
         rows, scales, weights, made = received[:4]
         return _payload(rows, scales), weights, made, event
 
+    @signatures.expert_combine
     def expert_combine(
         self,
         rows: Tensor,
@@ -757,6 +783,7 @@ class Buffer(Life):
 
         Each rank adds the rows that a token has there in fp32, in the order of its choices, and
         rounds the sum once; these sums are added as `combine` adds rows. The host does not wait.
+        Between NVLink domains a pass of its own makes these sums.
 
         Args:
             rows: bfloat16 or float16 `[m, H]`, of any length: only the rows that
@@ -777,7 +804,6 @@ class Buffer(Life):
 
         Raises:
             TypeError, ValueError: Arguments that do not fit; nothing was launched.
-            NotImplementedError: On a GPU, between NVLink domains.
             CommunicationError: An earlier operation of this buffer failed.
         """
         self._check_alive()
@@ -788,8 +814,8 @@ class Buffer(Life):
             self._entered(),
             self._streams.scope(previous_event, async_finish, allocate_on_comm_stream) as scope,
         ):
-            combined = self._mode.expert_combine(scope, call)
-            return *combined, scope.finish(call, combined)
+            combined, used = self._mode.expert_combine(scope, call)
+            return *combined, scope.finish(call, (*combined, used))
 
     # ---- low latency -----------------------------------------------------------------------------
 
@@ -810,6 +836,7 @@ class Buffer(Life):
         *,
         quantization: str | None = None,
         global_scale: Tensor | None = None,
+        topk_weights: Tensor | None = None,
     ) -> tuple[Payload, Tensor, LowLatencyHandle, EventOverlap, Hook | None]:
         """Sends each token to each expert it chose, cast on the way; the host does not wait.
 
@@ -839,6 +866,10 @@ class Buffer(Life):
             return_recv_hook: Return a hook that receives.
             quantization: ``"mxfp8"`` or ``"nvfp4"`` instead of what the three flags say.
             global_scale: float32 `[1]`, greater than 0, with nvfp4 only, the same on all ranks.
+            topk_weights: float32 `[T, K]` of the combine to come, on all ranks or on none. They
+                travel with the rows and allow that combine to add the rows of a token that are on
+                one rank there, and to round this sum to bfloat16 once more: by at most 2^-8 of it.
+                Then one row a rank travels back, not one an expert.
 
         Returns:
             `recv_x`: bfloat16 `[E // R, R * M, H]`, or a tuple with scales, whose formulas
@@ -871,6 +902,7 @@ class Buffer(Life):
             DispatchTensors(
                 x,
                 topk_idx,
+                topk_weights,
                 global_scale,
                 cumulative_local_expert_recv_stats,
                 dispatch_wait_recv_cost_stats,
@@ -910,10 +942,14 @@ class Buffer(Life):
         one by one, then rounded once to bfloat16. No selection and masked ranks add nothing. Only
         the rows that the handle's `layout_range` names are read. The host does not wait.
 
+        If the dispatch was given the weights, in one NVLink domain and without `use_logfmt`, each
+        rank first sums its rows of a token so, and these sums, ranks ascending, are added likewise;
+        unless `EPJIT_LOW_LATENCY_COMBINE_VARIANT` names another kernel.
+
         Args:
             x: bfloat16 `[E // R, R * M, H]`, a row for each row of the dispatch.
             topk_idx: `[T, K]`, as dispatched. With a hook it and the weights are read until then.
-            topk_weights: float32 `[T, K]`.
+            topk_weights: float32 `[T, K]`; those of the dispatch, if it was given any.
             handle: From the dispatch; it stays valid.
             use_logfmt: Rows travel in 10 bits a channel, with less precision: see
                 `epjit.reference.low_latency.logfmt_round_trip`. `H` a multiple of 128.
@@ -1051,6 +1087,7 @@ class Buffer(Life):
         quantization: str | None = None,
         use_logfmt: bool = False,
         topk_idx_dtype: torch.dtype = torch.int64,
+        weights_sent: bool = False,
     ) -> None:
         """Compiles and loads the low-latency kernels of these sizes ahead; collective.
 
@@ -1067,6 +1104,7 @@ class Buffer(Life):
             quantization: See there.
             use_logfmt: As in `low_latency_combine`.
             topk_idx_dtype: int64 or int32.
+            weights_sent: Whether `low_latency_dispatch` is given `topk_weights`.
 
         Raises:
             ValueError: Sizes that no low-latency call can have.
@@ -1090,6 +1128,7 @@ class Buffer(Life):
             topk_is_int64=topk_idx_dtype == torch.int64,
             row_format=row_format,
             use_logfmt=use_logfmt,
+            weights_sent=weights_sent,
         )
         with self._entered():
             mode.warmup(shapes, num_max_dispatch_tokens_per_rank=max_tokens)

@@ -92,6 +92,8 @@ class Dispatch(NamedTuple):
     expert_alignment: int
     num_worst_tokens: int
     num_sms: int
+    row_format: RowFormat | None = None  # that rows are cast to; None: they stay as they are
+    global_scale: Tensor | None = None
 
 
 class Combine(NamedTuple):
@@ -200,7 +202,7 @@ class ExpertDispatch(NamedTuple):
     num_expert_rows: int
     zero_padding: bool
     column_major_scales: bool
-    row_format: RowFormat | None  # that rows are cast to; None: they stay as they are
+    row_format: RowFormat | None  # as of `Dispatch`
     global_scale: Tensor | None
     num_sms: int
 
@@ -248,9 +250,11 @@ class DispatchSizes(_Sizes):
 
     Attributes:
         row_format: How rows arrive.
+        weights_sent: Whether weights go along with them.
     """
 
     row_format: RowFormat
+    weights_sent: bool = False
 
 
 @dataclass(frozen=True, eq=False)
@@ -260,10 +264,12 @@ class CombineSizes(_Sizes):
     Attributes:
         use_logfmt: Whether rows travel in the logarithmic format.
         zero_copy: Whether the rows are in the send buffer.
+        weights_sent: Whether the weights went along with the dispatch.
     """
 
     use_logfmt: bool
     zero_copy: bool
+    weights_sent: bool
 
 
 class DispatchTensors(NamedTuple):
@@ -271,6 +277,7 @@ class DispatchTensors(NamedTuple):
 
     x: Tensor
     topk_idx: Tensor
+    topk_weights: Tensor | None
     global_scale: Tensor | None
     recv_stats: Tensor | None
     wait_cost: Tensor | None

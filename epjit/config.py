@@ -26,7 +26,8 @@ MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS = 1024  # bounds what the ranks tell each othe
 # The limits of one low-latency call.
 MAX_LOW_LATENCY_EXPERTS = 8192
 MAX_LOW_LATENCY_TOKENS = 262144  # of all ranks, at their maximum
-MAX_LOW_LATENCY_CHOICES = 131072  # of one rank, at its maximum of tokens
+# Of one rank, at its maximum of tokens; kPositionBits of low_latency/dispatch.cu counts as far.
+MAX_LOW_LATENCY_CHOICES = 131072
 
 # V1's hint leaves room for this much beside each row, whatever is really sent.
 _V1_MAX_TOPK = 128

@@ -1,11 +1,14 @@
 """Formats of the rows that a dispatch delivers: sizes, dtypes, formulas, `dequantize`.
 
 A row of `H` bfloat16 (in `expert_dispatch` also float16) channels is cast by the sender. Blocks of
-neighbouring channels share a scale; `amax` is the largest magnitude of a block. Every step below is
-one IEEE operation in float32 (round to nearest even, subnormals kept), so a result is defined bit
-for bit for finite rows:
+neighbouring channels share a scale; `amax` is the largest magnitude of a block, NaNs left out, 0
+where nothing is left. Every step below is one IEEE operation in float32 (round to nearest even,
+subnormals kept), so a result is defined bit for bit, whatever the row has:
 
 - `e4m3(v)` and `e2m1(v)` round to nearest even and saturate at 448 and 6; zeros keep their sign.
+  NaNs, of either sign, become what NVIDIA's GPUs make of them: the code 0x7F, which is a NaN, and
+  6, for e2m1 has none. An infinity makes NaNs as well, for its block's factor is 0; not with
+  `nvfp4`, whose scales saturate.
 - `up(v)` is the least power of two that is not below `v`: bits `(b + 0x7fffff) & 0x7f800000`.
 
 The formulas of `fp8`, `fp8_round` and `fp8_ue8m0` are DeepEP V1's; `mxfp8` and `nvfp4` are the
@@ -33,7 +36,7 @@ class RowFormat:
         name: As users write it.
         code: Number of the format in the kernels.
         granularity: `H` must be a multiple of it.
-        block: Channels that share a scale; 0 without scales.
+        block: Channels that share a scale; 0 without scales, -1 for all of a row.
         bits: Of one channel.
         x_dtype: Of `recv_x`.
         scale_dtype: Of the scales; None without.
@@ -56,9 +59,13 @@ class RowFormat:
         """Bytes of the channels of one row."""
         return hidden * self.bits // 8
 
+    def num_scales(self, hidden: int) -> int:
+        """Scales of one row."""
+        return hidden // self.block if self.block > 0 else -self.block
+
     def num_scale_bytes(self, hidden: int) -> int:
         """Bytes of the scales of one row."""
-        return hidden // self.block * self.bytes_a_scale if self.block else 0
+        return self.num_scales(hidden) * self.bytes_a_scale
 
     def slot_bytes(self, hidden: int) -> int:
         """Bytes that are enough for a row, its scales and what travels with them."""
@@ -147,10 +154,13 @@ NVFP4 = RowFormat(
 """With one global scale `g > 0`: `s = e4m3(g * (amax / 6))`; `q = e2m1(x * (g / s))`, or
 `e2m1(x * 0)` where `s` is 0; value `q * s / g`. A byte has two channels, the even one lowest."""
 
-FORMATS = (BF16, FP8, FP8_ROUND, FP8_UE8M0, MXFP8, NVFP4)
-"""All formats, by code."""
+FP8_ROW = replace(FP8, name="fp8_row", code=6, granularity=16, block=-1, column_major=False)
+"""As `FP8`, with one scale for the whole row, as torch's grouped products take it; a cast only."""
 
-CASTS = {each.name: each for each in FORMATS if each is not BF16}
+FORMATS = (BF16, FP8, FP8_ROUND, FP8_UE8M0, MXFP8, NVFP4)
+"""All formats of the low-latency mode, by code."""
+
+CASTS = {each.name: each for each in (*FORMATS, FP8_ROW) if each is not BF16}
 """The formats that `expert_dispatch` casts rows to, by name."""
 
 _QUANTIZATIONS = {each.name: each for each in (MXFP8, NVFP4)}
@@ -235,6 +245,8 @@ def dequantize(
         )
     if scales is None:
         return rows.to(dtype)
+    if row_format is FP8 and scales.shape[-1] == 1:
+        row_format = FP8_ROW
     hidden = rows.shape[-1] * 8 * rows.element_size() // row_format.bits
     expected = (*rows.shape[:-1], row_format.num_scale_columns(hidden))
     if scales.shape != expected or hidden % row_format.block:
@@ -248,7 +260,7 @@ def dequantize(
     else:
         factors = scales.to(torch.float32)
     values = _e2m1_values(rows) if row_format is NVFP4 else rows.to(torch.float32)
-    blocks = values.unflatten(-1, (factors.shape[-1], row_format.block)) * factors.unsqueeze(-1)
+    blocks = values.unflatten(-1, (factors.shape[-1], -1)) * factors.unsqueeze(-1)
     if global_scale is not None:
         blocks = blocks / global_scale
     return blocks.flatten(-2).to(dtype)

@@ -456,12 +456,12 @@ class LowLatencyDispatched(NamedTuple):
     def specs(sizes: DispatchSizes, num_ranks: int) -> LowLatencySpecs:
         """Of its tensors.
 
-        Behind `src_info` and the `Routes` lie `K + T` words more, so that the length of them all
-        says both to `dispatched_sizes`.
+        Behind `src_info` and the `Routes` lie `2 (K + T)` words more, and one if weights go along,
+        so that the length of them all says so to `dispatched_sizes`.
         """
         num_local, num_rows = sizes.num_experts // num_ranks, num_ranks * sizes.max_tokens
-        num_routes = num_ranks + num_rows * sizes.num_topk
-        num_extra = sizes.num_topk + sizes.num_tokens
+        num_routes = num_ranks + 2 * num_rows * sizes.num_topk
+        num_extra = 2 * (sizes.num_topk + sizes.num_tokens) + sizes.weights_sent
         new = (
             *sizes.row_format.specs(num_local, num_rows, sizes.hidden),
             vector(torch.int32, num_local),
@@ -498,28 +498,46 @@ class Routes(NamedTuple):
         source_tokens: int32 `[R]`: tokens of each rank, 0 for a masked one.
         source_rows: int32 `[R, M, K]`: row of each selection, counted over all local experts; -1
             for what is not here. Undefined for tokens that a rank does not have.
+        source_weights: float32 `[R, M, K]`: their weights, 0 if none were given, and between NVLink
+            domains. Undefined for what is not here.
     """
 
     source_tokens: Tensor
     source_rows: Tensor
+    source_weights: Tensor
 
 
-def dispatched_sizes(src_info: Tensor, num_ranks: int) -> tuple[int, int]:
-    """`T` and `K` of the dispatch that `src_info` came from, by the size of what lies behind it.
+class DispatchedSizes(NamedTuple):
+    """Sizes of a low-latency dispatch, as its handle says them.
+
+    Attributes:
+        num_tokens: `T`.
+        num_topk: `K`.
+        weights_sent: Whether weights went along with the rows.
+    """
+
+    num_tokens: int
+    num_topk: int
+    weights_sent: bool
+
+
+def dispatched_sizes(src_info: Tensor, num_ranks: int) -> DispatchedSizes:
+    """The dispatch that `src_info` came from, by the size of what lies behind it.
 
     Raises:
         ValueError: It is a copy: nothing lies behind it.
     """
     num_rows = src_info.shape[1]
     num_words = int(src_info.untyped_storage().nbytes()) // 4 - int(src_info.storage_offset())
-    # As LowLatencyDispatched.specs says: K * (R * M + 1) + T, and T is at most M.
-    num_topk, num_tokens = divmod(num_words - src_info.numel() - num_ranks, num_rows + 1)
+    # As LowLatencyDispatched.specs says: 2 K (R * M + 1) + 2 T, and one; T is at most M.
+    num_topk, rest = divmod(num_words - src_info.numel() - num_ranks, 2 * (num_rows + 1))
+    num_tokens, weights_sent = divmod(rest, 2)
     if num_topk < 1 or num_tokens * num_ranks > num_rows:
         raise ValueError(
             "handle[0] (src_info) is a copy, and lacks what low_latency_dispatch stored behind it; "
             "pass the handle as it was returned"
         )
-    return num_tokens, num_topk
+    return DispatchedSizes(num_tokens, num_topk, bool(weights_sent))
 
 
 def routes(src_info: Tensor, num_ranks: int) -> Routes:
@@ -532,13 +550,13 @@ def routes(src_info: Tensor, num_ranks: int) -> Routes:
     Raises:
         ValueError: It is a copy: nothing lies behind it.
     """
-    num_rows, (_, num_topk) = src_info.shape[1], dispatched_sizes(src_info, num_ranks)
+    num_rows, num_topk = src_info.shape[1], dispatched_sizes(src_info, num_ranks).num_topk
     first = src_info.storage_offset() + src_info.numel()
+    shape = (num_ranks, num_rows // num_ranks, num_topk)
+    strides = (num_rows // num_ranks * num_topk, num_topk, 1)
+    rows, weights = first + num_ranks, first + num_ranks + num_rows * num_topk
     return Routes(
         src_info.as_strided((num_ranks,), (1,), first),
-        src_info.as_strided(
-            (num_ranks, num_rows // num_ranks, num_topk),
-            (num_rows // num_ranks * num_topk, num_topk, 1),
-            first + num_ranks,
-        ),
+        src_info.as_strided(shape, strides, rows),
+        src_info.as_strided(shape, strides, weights).view(torch.float32),
     )

@@ -189,10 +189,6 @@ class Scope:
         """Surrounds work of torch among the kernels, after `start`."""
         return torch.cuda.stream(self._comm.torch_stream)
 
-    def hand_over(self, outputs: Record) -> None:
-        """Takes tensors that were allocated in `running` for outputs: the caller will use them."""
-        _record(outputs, torch.cuda.current_stream(self._comm.device))
-
     def start(self) -> None:
         """Makes the communication stream wait for the inputs and the outputs.
 
@@ -316,8 +312,10 @@ def _tensors(record: Record) -> Iterator[torch.Tensor]:
 
 
 def _is_large(record: Record) -> bool:
-    """Whether the first tensor of a record, its rows, takes much memory."""
-    rows = record[0] if record else None
+    """Whether the first tensor of a record, or of the record in it, takes much memory: its rows."""
+    rows: object = record
+    while isinstance(rows, tuple):
+        rows = rows[0] if rows else None
     return isinstance(rows, torch.Tensor) and rows.nbytes > _SMALL_BYTES
 
 
@@ -343,9 +341,6 @@ class _NoWait:
     def running(self) -> AbstractContextManager[object]:
         """Surrounds work of torch among the kernels."""
         return _NOWHERE
-
-    def hand_over(self, outputs: Record) -> None:
-        """Nothing: what was allocated in `running` is like any tensor."""
 
 
 class CurrentStream(_NoWait):

@@ -16,9 +16,17 @@ if TYPE_CHECKING:
     from torch import Tensor
     from typing_extensions import Unpack
 
+    from epjit.calls import Bias
     from epjit.config import Config
     from epjit.event import EventOverlap
-    from epjit.handles import GivenHandle, GivenLowLatencyHandle, Handle, LowLatencyHandle
+    from epjit.handles import (
+        ExpertHandle,
+        GivenExpertHandle,
+        GivenHandle,
+        GivenLowLatencyHandle,
+        Handle,
+        LowLatencyHandle,
+    )
 
     Pair: TypeAlias = tuple[Tensor, Tensor]
     Hook: TypeAlias = Callable[[], None]
@@ -38,10 +46,25 @@ if TYPE_CHECKING:
         expert_alignment: int
         num_worst_tokens: int
 
+    class _ExpertOptions(_CallOptions, total=False):
+        global_scale: Tensor | None
+        num_experts: int | None
+        handle: GivenExpertHandle | None
+        expert_alignment: int
+        num_worst_tokens: int
+        num_expert_rows: int
+        zero_padding: bool
+        column_major_scales: bool
+
+    class _ExpertCombineOptions(_CallOptions, total=False):
+        row_weights: Tensor | None
+        bias: Bias
+
     class _LowLatencyOptions(TypedDict, total=False):
         cumulative_local_expert_recv_stats: Tensor | None
         dispatch_wait_recv_cost_stats: Tensor | None
         async_finish: bool
+        topk_weights: Tensor | None
 
     class _CastOptions(_LowLatencyOptions, total=False):
         round_scale: bool
@@ -80,6 +103,38 @@ if TYPE_CHECKING:
         @overload
         def __call__(
             self,
+            x: Tensor,
+            handle: None = None,
+            *,
+            topk_idx: Tensor,
+            topk_weights: Tensor,
+            cast: str,
+            global_scale: Tensor | None = None,
+            **options: Unpack[_DispatchOptions],
+        ) -> tuple[Pair, Tensor, Tensor, list[int], Handle, EventOverlap]: ...
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            handle: None = None,
+            *,
+            cast: str,
+            global_scale: Tensor | None = None,
+            **options: Unpack[_DispatchOptions],
+        ) -> tuple[Pair, None, None, list[int], Handle, EventOverlap]: ...
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            handle: GivenHandle,
+            *,
+            cast: str,
+            global_scale: Tensor | None = None,
+            **options: Unpack[_CallOptions],
+        ) -> tuple[Pair, None, None, None, None, EventOverlap]: ...
+        @overload
+        def __call__(
+            self,
             x: Tensor | Pair,
             handle: GivenHandle | None = None,
             num_tokens_per_rank: Tensor | None = None,
@@ -94,6 +149,9 @@ if TYPE_CHECKING:
             previous_event: EventOverlap | None = None,
             async_finish: bool = False,
             allocate_on_comm_stream: bool = False,
+            *,
+            cast: str | None = None,
+            global_scale: Tensor | None = None,
         ) -> tuple[
             Tensor | Pair,
             Tensor | None,
@@ -102,6 +160,92 @@ if TYPE_CHECKING:
             Handle | None,
             EventOverlap,
         ]: ...
+
+    # Calls without weights fit the second overload too, but find the first.
+    class ExpertDispatch(Protocol):
+        """`Buffer.expert_dispatch`."""
+
+        @overload
+        def __call__(
+            self,
+            x: Rows,
+            topk_idx: Tensor | None = None,
+            topk_weights: None = None,
+            *,
+            cast: None = None,
+            **options: Unpack[_ExpertOptions],
+        ) -> tuple[Rows, None, ExpertHandle, EventOverlap]: ...
+        @overload
+        def __call__(
+            self,
+            x: Rows,
+            topk_idx: Tensor | None = None,
+            topk_weights: Tensor = ...,
+            *,
+            cast: None = None,
+            **options: Unpack[_ExpertOptions],
+        ) -> tuple[Rows, Tensor, ExpertHandle, EventOverlap]: ...
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            topk_idx: Tensor | None = None,
+            topk_weights: None = None,
+            *,
+            cast: str,
+            **options: Unpack[_ExpertOptions],
+        ) -> tuple[Pair, None, ExpertHandle, EventOverlap]: ...
+        @overload
+        def __call__(
+            self,
+            x: Tensor,
+            topk_idx: Tensor | None = None,
+            topk_weights: Tensor = ...,
+            *,
+            cast: str,
+            **options: Unpack[_ExpertOptions],
+        ) -> tuple[Pair, Tensor, ExpertHandle, EventOverlap]: ...
+        @overload
+        def __call__(
+            self,
+            x: Tensor | Pair,
+            topk_idx: Tensor | None = None,
+            topk_weights: Tensor | None = None,
+            *,
+            cast: str | None = None,
+            **options: Unpack[_ExpertOptions],
+        ) -> tuple[Tensor | Pair, Tensor | None, ExpertHandle, EventOverlap]: ...
+
+    class ExpertCombine(Protocol):
+        """`Buffer.expert_combine`."""
+
+        @overload
+        def __call__(
+            self,
+            rows: Tensor,
+            handle: GivenExpertHandle,
+            *,
+            topk_weights: None = None,
+            **options: Unpack[_ExpertCombineOptions],
+        ) -> tuple[Tensor, None, EventOverlap]: ...
+        @overload
+        def __call__(
+            self,
+            rows: Tensor,
+            handle: GivenExpertHandle,
+            *,
+            topk_weights: Tensor,
+            **options: Unpack[_ExpertCombineOptions],
+        ) -> tuple[Tensor, Tensor, EventOverlap]: ...
+        @overload
+        def __call__(
+            self,
+            rows: Tensor,
+            handle: GivenExpertHandle,
+            *,
+            topk_weights: Tensor | None = None,
+            **options: Unpack[_ExpertCombineOptions],
+        ) -> tuple[Tensor, Tensor | None, EventOverlap]: ...
 
     class LowLatencyDispatch(Protocol):
         """`Buffer.low_latency_dispatch`."""
@@ -171,6 +315,7 @@ if TYPE_CHECKING:
             *,
             quantization: str | None = None,
             global_scale: Tensor | None = None,
+            topk_weights: Tensor | None = None,
         ) -> tuple[Tensor | Pair, Tensor, LowLatencyHandle, EventOverlap, Hook | None]: ...
 
     class LowLatencyCombine(Protocol):
@@ -227,6 +372,16 @@ class Method(Protocol[F_co]):
 def dispatch(method: Callable[..., Any]) -> Method[Dispatch]:
     """Types `Buffer.dispatch`."""
     return cast("Method[Dispatch]", method)
+
+
+def expert_dispatch(method: Callable[..., Any]) -> Method[ExpertDispatch]:
+    """Types `Buffer.expert_dispatch`."""
+    return cast("Method[ExpertDispatch]", method)
+
+
+def expert_combine(method: Callable[..., Any]) -> Method[ExpertCombine]:
+    """Types `Buffer.expert_combine`."""
+    return cast("Method[ExpertCombine]", method)
 
 
 def low_latency_dispatch(method: Callable[..., Any]) -> Method[LowLatencyDispatch]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -34,6 +35,7 @@ from epjit.bench.timing import (
     Row,
     eager,
     free_port,
+    in_graph,
     nothing,
     run_ranks,
     slowest,
@@ -44,7 +46,6 @@ from epjit.formats import BF16, FP8
 from epjit.handles import LowLatencyDispatched
 from epjit.reference import low_latency as reference
 
-PAIRS = 10  # in one CUDA graph
 _GEMM = (4096, 4096, 8192)  # about 350 us on an H200: longer than a call
 
 
@@ -70,7 +71,10 @@ def run(settings: Settings, *, on_row: Callable[[Row], None]) -> list[Row]:
 
 
 class Case:
-    """The tokens of all ranks, and the two calls for them; M is the number of tokens."""
+    """The tokens of all ranks, and the two calls for them; M is the number of tokens.
+
+    With `weights_sent` the weights go along with the dispatch: each rank sums its rows first.
+    """
 
     def __init__(
         self,
@@ -81,6 +85,7 @@ class Case:
         *,
         use_fp8: bool,
         index_dtype: torch.dtype,
+        weights_sent: bool = False,
     ) -> None:
         self.buffer, self.group, self.settings = buffer, group, settings
         self.tokens, self.use_fp8 = tokens, use_fp8
@@ -92,6 +97,9 @@ class Case:
         self.topk_idx = scores.topk(settings.topk, dim=1).indices.to(index_dtype)
         self.weights = torch.rand((tokens, settings.topk), device=device, dtype=torch.float32)
         shape = (settings.experts // self.size, self.size * tokens, settings.hidden)
+        self.sent = {"topk_weights": self.weights} if weights_sent else {}
+        variant = env.low_latency_combine_variant()
+        self.reduced = variant == "reduced" or (variant == "auto" and weights_sent)
         self.y = torch.randn(shape, device=device, dtype=torch.bfloat16)
         self.out = torch.empty_like(self.x)
 
@@ -107,13 +115,19 @@ class Case:
         hidden = settings.hidden
         self.sent_bytes = {
             "dispatch": rows * (row_format.row_bytes(hidden) + row_format.num_scale_bytes(hidden)),
-            "combine": choices * 2 * hidden,
+            "combine": (rows if self.reduced else choices) * 2 * hidden,
         }
 
     def dispatch(self, **flags: Any) -> Any:
         """The call."""
         return self.buffer.low_latency_dispatch(
-            self.x, self.topk_idx, self.tokens, self.settings.experts, use_fp8=self.use_fp8, **flags
+            self.x,
+            self.topk_idx,
+            self.tokens,
+            self.settings.experts,
+            use_fp8=self.use_fp8,
+            **self.sent,
+            **flags,
         )
 
     def combine(self, handle: Any, **flags: Any) -> Any:
@@ -158,7 +172,7 @@ class Case:
                 inputs[self.rank].topk_idx,
                 self.weights.cpu(),
                 num_experts=self.settings.experts,
-                reduced=env.low_latency_combine_variant() == "reduced",
+                reduced=self.reduced,
             )
             require("low-latency combine", torch.equal(combined.cpu(), sums))
         return handle
@@ -179,6 +193,7 @@ def bench_case(case: Case, best: float, common: Row, say: Say) -> None:
     """The two calls with each of their flags."""
     clock = functools.partial(timed, group=case.group, device=case.settings.device)
     handle = case.check(is_exact=common["module"] == "epjit")
+    how = ", weights sent" if case.sent else ""
     for op, call in (
         ("dispatch", case.dispatch),
         ("combine", functools.partial(case.combine, handle)),
@@ -186,7 +201,7 @@ def bench_case(case: Case, best: float, common: Row, say: Say) -> None:
         us, host = clock(call)
         rate = case.sent_bytes[op] / us / 1e3
         say(
-            op=f"low-latency {op}",
+            op=f"low-latency {op}{how}",
             **common,
             us=us,
             host_us=host,
@@ -194,32 +209,21 @@ def bench_case(case: Case, best: float, common: Row, say: Say) -> None:
             ratio=round(rate / best, 3) if best else None,
         )
     us = eager(case.pair, case.group, device=case.settings.device)
-    say(op="low-latency pair, eager", **common, us=us)
+    say(op=f"low-latency pair, eager{how}", **common, us=us)
     if case.settings.device == "cpu":
         return
-    us = _graph_time(case, case.pair)
-    say(op="low-latency pair, graph", **common, us=us)
+    us = in_graph(case.pair, case.group)
+    say(op=f"low-latency pair, graph{how}", **common, us=us)
     # As decoding has it: other kernels run between the two, and leave nothing of them in the L2.
     flush = torch.empty(FLUSH_WORDS, dtype=torch.int32, device="cuda").zero_
-    us = _graph_time(case, functools.partial(case.pair, flush)) - 2 * _graph_time(case, flush)
-    say(op="low-latency pair, graph, L2 cold", **common, us=us)
+    cold = in_graph(functools.partial(case.pair, flush), case.group)
+    us = cold - 2 * in_graph(flush, case.group)
+    say(op=f"low-latency pair, graph, L2 cold{how}", **common, us=us)
+    if case.sent:
+        return
     alone, beside = _gemm_times(case)
     say(op="GEMM alone", **common, us=alone)
     say(op="GEMM from send to hook", **common, us=beside)
-
-
-def _graph_time(case: Case, call: Callable[[], Any]) -> float:
-    """Microseconds of a call in a CUDA graph, of `PAIRS` in a row."""
-    torch.cuda.synchronize()
-    dist.barrier(case.group)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for _ in range(PAIRS):
-            call()
-    us, _ = timed(graph.replay, case.group, device=case.settings.device)
-    torch.cuda.synchronize()
-    dist.barrier(case.group)
-    return us / PAIRS
 
 
 def _gemm_times(case: Case) -> tuple[float, float]:
@@ -274,9 +278,16 @@ def worker(rank: int, settings: Settings, port: int, queue: Any) -> None:
                 num_qps_per_rank=settings.experts // settings.ranks,
                 explicitly_destroy=True,
             )
-            for use_fp8 in (True, False):
+            may_send = name == "epjit" and not buffer.topology.spans_domains
+            for use_fp8, sent in itertools.product((True, False), (False, True)[: 1 + may_send]):
                 case = Case(
-                    buffer, group, settings, tokens, use_fp8=use_fp8, index_dtype=ep.topk_idx_t
+                    buffer,
+                    group,
+                    settings,
+                    tokens,
+                    use_fp8=use_fp8,
+                    index_dtype=ep.topk_idx_t,
+                    weights_sent=sent,
                 )
                 common = {"module": name, "dtype": "fp8" if use_fp8 else "bf16", "tokens": tokens}
                 bench_case(case, best, common, say)

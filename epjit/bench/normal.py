@@ -213,7 +213,7 @@ class Case:
         """The layout call."""
         return self.buffer.get_dispatch_layout(self.topk_idx, self.num_experts)
 
-    def full_dispatch(self, payload: Payload) -> Any:
+    def full_dispatch(self, payload: Payload, **options: Any) -> Any:
         """Layout, notify and dispatch with top-k, as an eager user calls them."""
         per_rank, per_node, per_expert, in_rank, _ = self.layout()
         return self.buffer.dispatch(
@@ -224,6 +224,7 @@ class Case:
             num_tokens_per_expert=per_expert,
             topk_idx=self.topk_idx,
             topk_weights=self.weights,
+            **options,
         )
 
     def expected_rows(self, x: torch.Tensor) -> torch.Tensor:

@@ -20,6 +20,7 @@ Row: TypeAlias = dict[str, Any]
 
 TIMED_CALLS, EAGER_CALLS, WARMUP_CALLS = 20, 50, 5
 SPIN_CYCLES = 1_500_000  # about 0.8 ms: hides the host's launch time
+CALLS_OF_GRAPH = 10
 FLUSH_WORDS = 64 << 20  # int32 words: 256 MiB, several times the L2
 
 
@@ -80,6 +81,20 @@ def eager(fn: Callable[[], Any], group: dist.ProcessGroup, *, device: str = "cud
         fn()
     synchronize()
     return slowest([(time.perf_counter() - begin) / calls * 1e6], group, device)[0]
+
+
+def in_graph(fn: Callable[[], Any], group: dist.ProcessGroup) -> float:
+    """Microseconds a call in a CUDA graph, of several in a row."""
+    torch.cuda.synchronize()
+    dist.barrier(group)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(CALLS_OF_GRAPH):
+            fn()
+    us, _ = timed(graph.replay, group)
+    torch.cuda.synchronize()
+    dist.barrier(group)
+    return us / CALLS_OF_GRAPH
 
 
 def join(rank: int, num_ranks: int, port: int, *, device: str = "cuda") -> dist.ProcessGroup:

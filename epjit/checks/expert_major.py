@@ -10,15 +10,13 @@ import torch
 from epjit import calls
 from epjit.calls import Bias, Payload
 from epjit.checks.match import as_handle, check_topk, remember, signature
-from epjit.checks.normal import NormalChecks, pair_of, rows_and_scales
-from epjit.config import Config, check_row_bytes
-from epjit.formats import CASTS, NVFP4, RowFormat
+from epjit.checks.normal import SUM_DTYPES, NormalChecks, pair_of, rows_and_scales
+from epjit.config import Config
+from epjit.formats import CASTS
 from epjit.handles import ExpertHandle, GivenExpertHandle, Placement, row_bound
 
 if TYPE_CHECKING:
     from epjit.event import EventOverlap
-
-_SUM_DTYPES = (torch.bfloat16, torch.float16)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -51,7 +49,9 @@ class ExpertChecks(NormalChecks):
             *(cast, column_major_scales, num_experts, sizes, handle is None),
         )
         if arguments not in self._passed:
-            self._sent(rows, scales, cast, global_scale, column_major_scales=column_major_scales)
+            self._rows_to_send(
+                rows, scales, cast, global_scale, column_major_scales=column_major_scales
+            )
             if handle is None:
                 self._chosen(rows, topk_idx, num_experts, *sizes)
             elif topk_idx is not None or num_experts is not None or sizes != (1, 0, 0):
@@ -100,7 +100,7 @@ class ExpertChecks(NormalChecks):
         biases = pair_of(bias) if isinstance(bias, tuple) else (bias, None)
         arguments = (signature(rows, row_weights, topk_weights, *biases), num_tokens, "by expert")
         if arguments not in self._passed:
-            self._rows("rows", rows, "num_rows", _SUM_DTYPES, "")
+            self._rows("rows", rows, "num_rows", SUM_DTYPES, "")
             shape, why = (rows.shape[0],), "one for each row"
             for name, weights in (("row_weights", row_weights), ("topk_weights", topk_weights)):
                 if weights is not None:
@@ -116,53 +116,6 @@ class ExpertChecks(NormalChecks):
         return call
 
     # ---- their parts -----------------------------------------------------------------------------
-
-    def _sent(
-        self,
-        rows: torch.Tensor,
-        scales: torch.Tensor | None,
-        cast: str | None,
-        global_scale: torch.Tensor | None,
-        *,
-        column_major_scales: bool,
-    ) -> None:
-        """Rows, their scales, and the cast."""
-        self._payload(rows, scales)
-        scale_bytes = 0 if scales is None else scales.element_size()
-        if cast is not None:
-            if cast not in CASTS:
-                raise ValueError(f"cast is {cast!r}, but must be None or one of {', '.join(CASTS)}")
-            scale_bytes = self._cast(rows, scales, CASTS[cast])
-        if (cast == NVFP4.name) is (global_scale is None):
-            raise ValueError(
-                f"global_scale is {'missing' if global_scale is None else 'given'}, but rows that "
-                f"are cast to {cast} have {'one' if cast == NVFP4.name else 'none'}: a float32 "
-                "tensor of shape (1,), the same on all ranks"
-            )
-        if global_scale is not None:
-            self._check("global_scale", global_scale, (1,), torch.float32)
-        if column_major_scales and scale_bytes != 4:
-            raise ValueError(
-                "column_major_scales=True is for scales of 4 bytes (float32, or int32 with four "
-                f"exponents), but these rows have {f'{scale_bytes}-byte' if scale_bytes else 'no'} "
-                "scales"
-            )
-
-    def _cast(self, rows: torch.Tensor, scales: torch.Tensor | None, row_format: RowFormat) -> int:
-        """Rows that are cast; bytes of a scale."""
-        if scales is not None or rows.dtype not in _SUM_DTYPES:
-            got = "rows with scales" if scales is not None else str(rows.dtype)
-            raise TypeError(
-                f"cast={row_format.name!r} takes rows of bfloat16 or float16, but x is {got}"
-            )
-        hidden, name = rows.shape[1], row_format.name
-        if hidden % row_format.granularity or row_format.num_scale_bytes(hidden) % 4:
-            step = max(row_format.granularity, 4 * row_format.block // row_format.bytes_a_scale)
-            raise ValueError(f"hidden is {hidden}, but must be a multiple of {step} for {name}")
-        row_bytes = row_format.row_bytes(hidden)
-        check_row_bytes(f"{hidden} channels in {name} have {row_bytes} bytes", row_bytes)
-        assert row_format.scale_dtype is not None
-        return row_format.scale_dtype.itemsize
 
     def _chosen(
         self,

@@ -34,7 +34,12 @@ from epjit.config import (
     low_latency_size_hint,
 )
 from epjit.formats import BF16, LOGFMT_BLOCK, NVFP4, RowFormat
-from epjit.handles import GivenLowLatencyHandle, LowLatencyHandle, dispatched_sizes
+from epjit.handles import (
+    DispatchedSizes,
+    GivenLowLatencyHandle,
+    LowLatencyHandle,
+    dispatched_sizes,
+)
 from epjit.numbers import as_int
 
 _QUARTERS = 4  # two of them take turns to receive; the other two are the send buffer
@@ -107,13 +112,16 @@ class LowLatencyChecks(Checks):
     def _check_dispatch(
         self, given: DispatchTensors, max_tokens: int, num_experts: int, row_format: RowFormat
     ) -> DispatchSizes:
-        x, topk_idx, global_scale, recv_stats, cycles = given
+        x, topk_idx, topk_weights, global_scale, recv_stats, cycles = given
         self.sizes(max_tokens, num_experts)
         self._check("x", x, ("num_tokens", "hidden"), torch.bfloat16)
         num_tokens, hidden = x.shape
         self.hidden(hidden, row_format)
         check_aligned("x", x)
         self._choices(topk_idx, max_tokens, x=x)
+        if topk_weights is not None:
+            shape = (num_tokens, topk_idx.shape[1])
+            self._check("topk_weights", topk_weights, shape, torch.float32, "as topk_idx")
         if row_format is NVFP4:
             if global_scale is None:
                 raise ValueError(
@@ -144,6 +152,7 @@ class LowLatencyChecks(Checks):
             max_tokens,
             num_experts,
             row_format,
+            topk_weights is not None,
         )
 
     def combine(
@@ -190,7 +199,7 @@ class LowLatencyChecks(Checks):
         check_aligned("x", x)
         self._choices(topk_idx, max_tokens)
         num_tokens, num_topk = topk_idx.shape
-        _check_as_dispatched((num_tokens, num_topk), dispatched)
+        _check_as_dispatched((num_tokens, num_topk), dispatched[:2])
         shape_of_idx = (num_tokens, num_topk)
         self._check("topk_weights", topk_weights, shape_of_idx, torch.float32, "as topk_idx")
         if use_logfmt and zero_copy:
@@ -225,6 +234,7 @@ class LowLatencyChecks(Checks):
             num_experts,
             use_logfmt,
             zero_copy,
+            dispatched.weights_sent,
         )
 
     def mask(self, mask_status: torch.Tensor) -> None:
@@ -239,8 +249,8 @@ class LowLatencyChecks(Checks):
         self._room_to_send((own.max_tokens, own.hidden, own.num_experts))
         return own
 
-    def _handle(self, handle: LowLatencyHandle) -> tuple[int, int]:
-        """Checks what `low_latency_dispatch` returned; gives tokens and top-k of that call."""
+    def _handle(self, handle: LowLatencyHandle) -> DispatchedSizes:
+        """Checks what `low_latency_dispatch` returned, and gives what it says of that call."""
         src_info, layout_range, max_tokens, hidden, num_experts = handle
         self.sizes(max_tokens, num_experts)
         self.hidden(hidden)

@@ -32,6 +32,7 @@ from epjit.config import (
     Config,
     check_row_bytes,
 )
+from epjit.formats import CASTS, NVFP4, RowFormat
 from epjit.handles import GivenHandle, handle_type
 from epjit.numbers import as_int
 
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
     from epjit.event import EventOverlap
 
 INT32_MAX = (1 << 31) - 1
+SUM_DTYPES = (torch.bfloat16, torch.float16)  # of rows that are added, or cast
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +86,8 @@ class NormalChecks(Checks):
         num_worst_tokens: int,
         config: Config | None,
         *,
+        cast: str | None,
+        global_scale: torch.Tensor | None,
         after: EventOverlap | None,
     ) -> calls.Dispatch:
         """Everything that `dispatch` takes; `counts` in the order of `calls.Routing`."""
@@ -96,19 +100,26 @@ class NormalChecks(Checks):
             arguments = signature(rows, scales, topk_idx, topk_weights, *routing)
         else:
             arguments = signature(rows, scales)
+        if cast is not None or global_scale is not None:
+            arguments = (*arguments, cast, *signature(global_scale))
         has_passed = arguments in self._passed
         if has_passed:
             check_aligned("x", rows)
         else:
-            self._payload(rows, scales)
+            if cast is not None:
+                self._check_in_domain(cast, expert_major=False)
+            self._rows_to_send(rows, scales, cast, global_scale)
         num_sms = self._sms(config, self.dispatch_config, rows, rows.shape[0])
+        row_format = None if cast is None else CASTS[cast]
         if handle is not None:
             if topk_idx is not None or topk_weights is not None:
                 raise ValueError(
                     "a cached dispatch (handle=...) takes no topk_idx and no topk_weights"
                 )
             own = self._handle(handle, num_tokens=rows.shape[0])
-            call = calls.Dispatch(rows, scales, None, None, own, 1, 0, num_sms)
+            call = calls.Dispatch(
+                *(rows, scales, None, None, own, 1, 0, num_sms), row_format, global_scale
+            )
         else:
             if not has_passed:
                 self._routing(rows, routing, topk_idx, topk_weights)
@@ -127,6 +138,8 @@ class NormalChecks(Checks):
                 expert_alignment,
                 num_worst_tokens,
                 num_sms,
+                row_format,
+                global_scale,
             )
         if not has_passed:
             remember(self._passed, arguments, True)
@@ -155,7 +168,42 @@ class NormalChecks(Checks):
             self.values.combine(call, after=after)
         return call
 
+    def warmup(
+        self,
+        hidden_bytes: int,
+        num_topk: int,
+        num_scales: int,
+        *,
+        cast: str | None,
+        expert_major: bool,
+    ) -> None:
+        """Everything that `warmup` takes."""
+        check_row_bytes(f"a row has hidden_bytes={hidden_bytes}", hidden_bytes)
+        if not 0 <= num_topk <= MAX_TOPK or num_scales < 0:
+            raise ValueError(
+                f"num_topk is {num_topk} (0 to {MAX_TOPK}) and num_scales {num_scales} (0 or more)"
+            )
+        if expert_major and not num_topk:
+            raise ValueError("expert_major=True needs num_topk: rows by expert follow choices")
+        if cast is None:
+            return
+        if num_scales:
+            raise ValueError(
+                f"num_scales is {num_scales} with cast={cast!r}, but rows with scales are not cast"
+            )
+        self._check_in_domain(cast, expert_major=expert_major)
+        check_cast(hidden_bytes // 2, format_of(cast))
+
     # ---- their parts -----------------------------------------------------------------------------
+
+    def _check_in_domain(self, cast: str, *, expert_major: bool) -> None:
+        """Rows in the order of the sources are cast in one NVLink domain alone."""
+        if self.spans_domains and not expert_major:
+            raise ValueError(
+                f"cast is {cast!r}, but this Buffer spans {self.num_domains} NVLink domains, "
+                "between which rows travel as they are; cast them before and pass (rows, scales), "
+                "scales of one byte as int32: .view(torch.int32)"
+            )
 
     def _experts(self, num_experts: int) -> None:
         of_a_rank = MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS if self.spans_domains else MAX_LOCAL_EXPERTS
@@ -223,6 +271,46 @@ class NormalChecks(Checks):
                     f"x[0] has dtype {rows.dtype}; a payload with scales has one byte an element"
                 )
 
+    def _rows_to_send(
+        self,
+        rows: torch.Tensor,
+        scales: torch.Tensor | None,
+        cast: str | None,
+        global_scale: torch.Tensor | None,
+        *,
+        column_major_scales: bool = False,
+    ) -> None:
+        """Rows, their scales, and the cast."""
+        self._payload(rows, scales)
+        scale_bytes = 0 if scales is None else scales.element_size()
+        if cast is not None:
+            scale_bytes = self._cast(rows, scales, format_of(cast))
+        if (cast == NVFP4.name) is (global_scale is None):
+            raise ValueError(
+                f"global_scale is {'missing' if global_scale is None else 'given'}, but rows that "
+                f"are cast to {cast} have {'one' if cast == NVFP4.name else 'none'}: a float32 "
+                "tensor of shape (1,), the same on all ranks"
+            )
+        if global_scale is not None:
+            self._check("global_scale", global_scale, (1,), torch.float32)
+        if column_major_scales and scale_bytes != 4:
+            raise ValueError(
+                "column_major_scales=True is for scales of 4 bytes (float32, or int32 with four "
+                f"exponents), but these rows have {f'{scale_bytes}-byte' if scale_bytes else 'no'} "
+                "scales"
+            )
+
+    def _cast(self, rows: torch.Tensor, scales: torch.Tensor | None, row_format: RowFormat) -> int:
+        """Rows that are cast; bytes of a scale."""
+        if scales is not None or rows.dtype not in SUM_DTYPES:
+            got = "rows with scales" if scales is not None else str(rows.dtype)
+            raise TypeError(
+                f"cast={row_format.name!r} takes rows of bfloat16 or float16, but x is {got}"
+            )
+        check_cast(rows.shape[1], row_format)
+        assert row_format.scale_dtype is not None
+        return row_format.scale_dtype.itemsize
+
     def _returned(
         self,
         x: torch.Tensor,
@@ -237,8 +325,7 @@ class NormalChecks(Checks):
         if arguments in self._passed:
             self._addresses(x=x, bias_0=bias_0, bias_1=bias_1)
             return
-        floats = (torch.bfloat16, torch.float16)
-        self._rows("x", x, num_rows, floats, "one row for each row of the dispatch")
+        self._rows("x", x, num_rows, SUM_DTYPES, "one row for each row of the dispatch")
         if topk_weights is not None:
             shape, why = (num_rows, "num_topk"), "one row for each row of x"
             self._check("topk_weights", topk_weights, shape, torch.float32, why)
@@ -357,17 +444,29 @@ def _handle_sizes(num_tokens: int, num_ranks: int, num_domains: int) -> list[tup
     ]
 
 
-def check_warmup(hidden_bytes: int, num_topk: int, num_scales: int) -> None:
-    """Everything that `warmup` takes.
+def format_of(cast: str) -> RowFormat:
+    """The format that rows are cast to.
 
     Raises:
-        ValueError: Sizes that no call can have.
+        ValueError: There is no such format.
     """
-    check_row_bytes(f"a row has hidden_bytes={hidden_bytes}", hidden_bytes)
-    if not 0 <= num_topk <= MAX_TOPK or num_scales < 0:
-        raise ValueError(
-            f"num_topk is {num_topk} (0 to {MAX_TOPK}) and num_scales {num_scales} (0 or more)"
-        )
+    if cast not in CASTS:
+        raise ValueError(f"cast is {cast!r}, but must be None or one of {', '.join(CASTS)}")
+    return CASTS[cast]
+
+
+def check_cast(hidden: int, row_format: RowFormat) -> None:
+    """Rows of so many channels can be cast.
+
+    Raises:
+        ValueError: They cannot.
+    """
+    name = row_format.name
+    if hidden % row_format.granularity or row_format.num_scale_bytes(hidden) % 4:
+        step = max(row_format.granularity, 4 * row_format.block // row_format.bytes_a_scale)
+        raise ValueError(f"hidden is {hidden}, but must be a multiple of {step} for {name}")
+    row_bytes = row_format.row_bytes(hidden)
+    check_row_bytes(f"{hidden} channels in {name} have {row_bytes} bytes", row_bytes)
 
 
 def part_of(

@@ -56,7 +56,9 @@ class ValueChecks:
             _check_choices(idx, call.num_experts)
 
     def dispatch(self, call: calls.Dispatch, *, after: EventOverlap | None) -> None:
-        """Choices, weights, and a layout that fits them; or a handle."""
+        """Choices, weights, and a layout that fits them; or a handle. Cast rows are finite."""
+        for (rows,) in self._on_host(after, call.x) if call.row_format is not None else ():
+            _check_finite("x", rows)
         if not isinstance(call.routing, calls.Routing):
             self._check_handle(call.routing, self._on_host(after, *call.routing))
             return
@@ -121,18 +123,20 @@ class ValueChecks:
             _check_range("handle.placement.source", selections, -1, row_of.numel() - 1)
 
     def low_latency_dispatch(self, call: calls.LowLatencyDispatch) -> None:
-        """Rows and choices."""
-        for rows, idx in self._on_host(None, *call.given[:2]):
+        """Rows, choices and weights."""
+        for rows, idx, weights in self._on_host(None, *call.given[:3]):
             _check_choices(idx, call.sizes.num_experts)
             _check_finite("x", rows)
+            if weights is not None:
+                _check_finite("topk_weights", weights, idx >= 0)
 
     def low_latency_combine(self, call: calls.LowLatencyCombine) -> None:
         """Choices, weights, and the routes behind `src_info`."""
         _, topk_idx, topk_weights, *_ = call.given
         src_info = call.src_info
         num_rows = src_info.numel()
-        num_tokens, _ = dispatched_sizes(src_info, self._num_ranks)
-        places = routes(src_info, self._num_ranks)
+        num_tokens = dispatched_sizes(src_info, self._num_ranks).num_tokens
+        places = routes(src_info, self._num_ranks)[:2]
         for idx, weights, counts, rows in self._on_host(None, topk_idx, topk_weights, *places):
             _check_choices(idx, call.sizes.num_experts)
             _check_finite("topk_weights", weights, idx >= 0)

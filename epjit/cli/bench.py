@@ -20,6 +20,8 @@ _COLUMNS = {
     "sms": "SMs",
     "us": "us",
     "host_us": "host us",
+    "buffer_us": "Buffer us",
+    "of_buffer": "of Buffer",
     "remote_GBps": "NVLink GB/s",
     "stored_GBps": "stored GB/s",
     "stored_GBps_an_sm": "an SM",
@@ -35,7 +37,7 @@ def bench(
     experts: show.Experts = 256,
     tokens: Annotated[
         list[int] | None,
-        typer.Option(help="A rank; once for each. 4096 and 128, or 128 and 8 (low latency)."),
+        typer.Option(help="A rank; once for each. 4096 (not low latency), 128, 8 (not normal)."),
     ] = None,
     low_latency: Annotated[
         bool, typer.Option("--low-latency", help="The low-latency calls instead.")
@@ -43,6 +45,9 @@ def bench(
     stores: Annotated[
         bool,
         typer.Option("--stores", help="The ceiling of rows by expert instead: several stores."),
+    ] = False,
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="ElasticBuffer's calls instead, beside Buffer's.")
     ] = False,
     sms: Annotated[list[int], typer.Option(help="Even; once for each.")] = [24, 12],  # noqa: B006
     sweep: Annotated[bool, typer.Option(help="4 to 32 SMs at the most tokens.")] = False,
@@ -60,18 +65,28 @@ def bench(
     ] = None,
 ) -> None:
     """Time every operation; on the CPU backend where there is no GPU."""
+    from epjit.bench import elastic as elastic_bench
     from epjit.bench import low_latency as low_latency_bench
     from epjit.bench import normal
     from epjit.bench import stores as stores_bench
     from epjit.bench.timing import ranks_and_device
 
+    runs = {
+        "--low-latency": (low_latency, low_latency_bench.run, (128, 8)),
+        "--stores": (stores, stores_bench.run, (4096, 128)),
+        "--elastic": (elastic, elastic_bench.run, (4096, 128, 8)),
+    }
+    chosen = [name for name, (is_asked, *_) in runs.items() if is_asked]
+    if len(chosen) > 1:
+        raise ValueError(f"{' and '.join(chosen)} are several runs; pass one of them")
+    _, run, sizes = runs[chosen[0]] if chosen else (True, normal.run, (4096, 128))
     num_ranks, device = ranks_and_device(ranks)
     settings = normal.Settings(
         ranks=num_ranks,
         hidden=hidden,
         topk=topk,
         experts=experts,
-        tokens=tuple(tokens or ((128, 8) if low_latency else (4096, 128))),
+        tokens=tuple(tokens or sizes),
         sms=tuple(sms),
         sweep=normal.SWEEP if sweep or plot else (),
         nvl_bytes=nvl_bytes or default_nvl_bytes(device),
@@ -82,17 +97,14 @@ def bench(
     )
     # Whatever a run of minutes would end with is tried before it starts.
     check_modules(settings.compare)
-    if low_latency and stores:
-        raise ValueError("--low-latency and --stores are two runs; pass one of them")
     if plot is not None:
-        if low_latency or stores:
+        if chosen:
             raise ValueError("--plot draws what the normal mode sends, which this does not measure")
         new_figure()[0].savefig(plot)
     if json_file is not None:
         json_file.write_text("")
     if device == "cpu":
         typer.echo("this is the CPU backend, whose times say nothing", err=True)
-    run = low_latency_bench.run if low_latency else stores_bench.run if stores else normal.run
     rows = measured(run, settings, json_file)
     print_table(rows)
     if plot is not None:
@@ -129,7 +141,7 @@ def print_table(rows: list[dict[str, Any]]) -> None:
             row["speedup"] = f"{row['us'] / ours[_case(row)]:.2f} x"
     shown = [key for key in _COLUMNS if any(row.get(key) is not None for row in results)]
     if not run["compare"]:
-        shown.remove("module")
+        shown = [key for key in shown if key != "module"]
     show.table(
         f"{run['ranks']} x {run['device']}, {run['module']}, hidden {run['hidden']}, "
         f"top-{run['topk']} of {run['experts']}",

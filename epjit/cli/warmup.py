@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from enum import Enum
+from itertools import compress
 from typing import TYPE_CHECKING, Annotated, NamedTuple
 
 import typer
@@ -57,6 +58,13 @@ def warmup(
     logfmt: Annotated[
         bool, typer.Option("--logfmt", help="With --low-latency: also combine with use_logfmt.")
     ] = False,
+    weights_sent: Annotated[
+        bool,
+        typer.Option(
+            "--weights-sent",
+            help="With --low-latency: also combine when the dispatch was given the weights.",
+        ),
+    ] = False,
     topk_bits: Annotated[int, typer.Option(help="64 or 32: width of a choice.")] = 64,
 ) -> None:
     """Compile the kernels of given shapes into the cache; needs no GPU."""
@@ -66,7 +74,7 @@ def warmup(
     if low_latency and not experts:
         raise ValueError("--low-latency needs --experts: its kernels are compiled for their number")
     calls = [
-        Calls(elements, each, topk, experts, topk_bits == 64, logfmt)
+        Calls(elements, each, topk, experts, topk_bits == 64, logfmt, weights_sent)
         for elements in hidden
         for each in dtype
     ]
@@ -117,6 +125,7 @@ class Calls(NamedTuple):
     experts: int
     topk_is_int64: bool
     logfmt: bool
+    weights_sent: bool
 
     @property
     def row_bytes(self) -> int:
@@ -146,10 +155,11 @@ def _normal(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
     from epjit import env
     from epjit.config import MAX_EXPERTS_BY_EXPERT
     from epjit.kernels import expert_major, internode, intranode
-    from epjit.kernels.shapes import CombineShape, DispatchShape, warmup_shapes
+    from epjit.kernels.shapes import AnyShape, warmup_shapes
 
     group.check()
-    shapes: list[DispatchShape | CombineShape] = []
+    ranks, domains, arch, gpu = group
+    shapes: list[AnyShape] = []
     for each in calls:
         if each.dtype not in _NORMAL:
             name = each.dtype.value
@@ -161,8 +171,11 @@ def _normal(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
             num_scales=each.hidden // 128 if each.dtype is Dtype.fp8 else 0,
             topk_is_int64=each.topk_is_int64,
             is_f16=each.dtype is Dtype.fp16,
+            expert_major=domains == 1
+            and each.dtype is not Dtype.fp8
+            and each.topk > 0
+            and 0 < each.experts <= MAX_EXPERTS_BY_EXPERT,
         )
-    ranks, domains, arch, gpu = group
     if domains == 1:
         yield from intranode.kernels_of(shapes, num_ranks=ranks, arch=arch, gpu=gpu)
     else:
@@ -176,20 +189,10 @@ def _normal(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
             yield from expert_major.kernels_of(
                 each.row_bytes,
                 num_topk=each.topk,
-                num_experts=each.experts // ranks,
                 is_f16=each.dtype is Dtype.fp16,
                 topk_is_int64=each.topk_is_int64,
                 arch=arch,
             )
-            if domains == 1 and each.topk and each.experts <= MAX_EXPERTS_BY_EXPERT:
-                yield from intranode.kernels_by_expert(
-                    each.row_bytes,
-                    num_topk=each.topk,
-                    is_f16=each.dtype is Dtype.fp16,
-                    topk_is_int64=each.topk_is_int64,
-                    num_ranks=ranks,
-                    arch=arch,
-                )
 
 
 def _low_latency(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
@@ -211,7 +214,8 @@ def _low_latency(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]
                 f"is no fp16, these rows have a multiple of {granularity} channels, and top-k is "
                 "at least 1"
             )
-        for use_logfmt in (False, True)[: 1 + each.logfmt]:
+        ways = [(False, False), (True, False), (False, True)]  # logfmt, weights sent
+        for use_logfmt, sent in compress(ways, (True, each.logfmt, each.weights_sent)):
             shapes = low_latency.warmup_shapes(
                 hidden=each.hidden,
                 num_experts=each.experts,
@@ -219,6 +223,7 @@ def _low_latency(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]
                 topk_is_int64=each.topk_is_int64,
                 row_format=row_format,
                 use_logfmt=use_logfmt,
+                weights_sent=sent,
             )
             yield from low_latency.kernels_of(
                 shapes, num_ranks=group.num_ranks, arch=group.arch, remote=group.domains > 1

@@ -7,41 +7,46 @@ from dataclasses import dataclass
 from typing import ClassVar
 
 from epjit.config import MAX_LOCAL_EXPERTS, MAX_ROW_BYTES, MAX_TOPK
+from epjit.formats import CASTS
 from epjit.kernels import variants
-from epjit.kernels.shapes import copier_bytes, copier_shape
+from epjit.kernels.shapes import (
+    AnyShape,
+    ExpertCombineShape,
+    ExpertDispatchShape,
+    copier_bytes,
+    copier_shape,
+)
 from epjit.runtime.device import shared_limit
 from epjit.runtime.kernel import KernelConfig
 
 
 @dataclass(frozen=True)
-class PlaceConfig(KernelConfig, source="expert_major/place.cu", tag="moe_e{0.num_experts}"):
+class PlaceConfig(KernelConfig, source="expert_major/place.cu", tag="moe"):
     """Config of the place kernel."""
 
     threads: ClassVar[int] = 512
+    shared_bytes: ClassVar[int] = 4 * (MAX_LOCAL_EXPERTS + threads // 32)  # a counter each
 
-    num_experts: int
     topk_is_int64: bool
-
-    @property
-    def shared_bytes(self) -> int:
-        """A counter an expert and one a warp."""
-        return 4 * (self.num_experts + self.threads // 32)
 
 
 @dataclass(frozen=True)
-class PermuteConfig(KernelConfig, source="expert_major/permute.cu", tag="moe_h{0.row_bytes}"):
+class PermuteConfig(
+    KernelConfig, source="expert_major/permute.cu", tag="moe_h{0.row_bytes}_k{0.num_topk}"
+):
     """Config of the permute kernel; its fields are explained in permute.cu."""
 
     row_bytes: int
+    num_topk: int
     tma: bool
     num_warps: int
     rows_per_warp: int
 
     @classmethod
-    def choose(cls, row_bytes: int, *, variant: str, limit: int) -> PermuteConfig:
+    def choose(cls, row_bytes: int, num_topk: int, *, variant: str, limit: int) -> PermuteConfig:
         """Shape of the block for `limit` bytes of shared memory."""
         tma = variant == "tma"
-        return cls(row_bytes, tma, *copier_shape(tma, 16, row_bytes, limit))
+        return cls(row_bytes, num_topk, tma, *copier_shape(tma, 16, row_bytes, limit))
 
     @property
     def shared_bytes(self) -> int:
@@ -59,6 +64,18 @@ class UnpermuteConfig(
 
     row_bytes: int
     num_topk: int
+    is_f16: bool
+    is_weighted: bool = False
+
+
+@dataclass(frozen=True)
+class CastConfig(KernelConfig, source="expert_major/cast.cu", tag="moe_h{0.hidden}_f{0.format}"):
+    """Config of the cast kernel."""
+
+    threads: ClassVar[int] = 512
+
+    hidden: int
+    format: int
     is_f16: bool
 
 
@@ -86,39 +103,60 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         arch: Such as ``"sm_90a"``.
     """
     limit = shared_limit(arch)
-    for num_experts, wide in ((1, True), (32, True), (32, False), (MAX_LOCAL_EXPERTS, True)):
-        yield PlaceConfig(num_experts, wide)
-    yield BlankConfig()
+    yield from (PlaceConfig(True), PlaceConfig(False), BlankConfig())
+    for row_format in CASTS.values():
+        yield CastConfig(7168, row_format.code, is_f16=row_format.code == 1)
     for row_bytes in (16, 7168, 14336, MAX_ROW_BYTES):
-        for variant in variants.names("permute", arch):
-            yield PermuteConfig.choose(row_bytes, variant=variant, limit=limit)
         yield WeighConfig(row_bytes, is_f16=row_bytes == 7168)
         for num_topk in (1, 8, MAX_TOPK):
-            yield UnpermuteConfig(row_bytes, num_topk, is_f16=num_topk == 1)
+            for variant in variants.names("permute", arch):
+                yield PermuteConfig.choose(row_bytes, num_topk, variant=variant, limit=limit)
+            yield UnpermuteConfig(row_bytes, num_topk, num_topk == 1, is_weighted=num_topk == 8)
 
 
 def kernels_of(
-    row_bytes: int, *, num_topk: int, num_experts: int, is_f16: bool, topk_is_int64: bool, arch: str
+    row_bytes: int, *, num_topk: int, is_f16: bool, topk_is_int64: bool, arch: str
 ) -> list[KernelConfig]:
     """Every kernel that rows by expert of one shape need on an architecture.
 
     Args:
         row_bytes: Bytes of one row of bfloat16 or float16.
         num_topk: Choices a token.
-        num_experts: `E` of one rank.
         is_f16: float16 rows, else bfloat16.
         topk_is_int64: Width of the choices.
         arch: Such as ``"sm_90a"``.
     """
     return [
-        PlaceConfig(num_experts, topk_is_int64),
-        permute_config(row_bytes, arch),
-        UnpermuteConfig(row_bytes, num_topk, is_f16),
+        PlaceConfig(topk_is_int64),
+        permute_config(row_bytes, num_topk, arch),
+        *[UnpermuteConfig(row_bytes, num_topk, is_f16, weighted) for weighted in (False, True)],
         BlankConfig(),
+        WeighConfig(row_bytes, is_f16),
     ]
 
 
-def permute_config(row_bytes: int, arch: str) -> PermuteConfig:
+def passes_of(shape: AnyShape, arch: str) -> list[KernelConfig]:
+    """The kernels around a call on rows by expert between NVLink domains; other calls need none.
+
+    Args:
+        shape: Of the call.
+        arch: Such as ``"sm_90a"``.
+    """
+    if isinstance(shape, ExpertCombineShape):
+        return [UnpermuteConfig(*shape[:4])]
+    if not isinstance(shape, ExpertDispatchShape):
+        return []
+    found: list[KernelConfig] = [permute_config(shape.hidden_bytes, shape.num_topk, arch)]
+    if not shape.is_cached:
+        found.append(PlaceConfig(shape.topk_is_int64))
+    if shape.format:
+        (bits,) = (each.bits for each in CASTS.values() if each.code == shape.format)
+        hidden = shape.hidden_bytes * 8 // bits
+        found.append(CastConfig(hidden, shape.format, shape.is_f16))
+    return found
+
+
+def permute_config(row_bytes: int, num_topk: int, arch: str) -> PermuteConfig:
     """The kernel of a row size, of the variant that the environment asks for."""
     variant = variants.resolve("permute", arch)
-    return PermuteConfig.choose(row_bytes, variant=variant, limit=shared_limit(arch))
+    return PermuteConfig.choose(row_bytes, num_topk, variant=variant, limit=shared_limit(arch))

@@ -10,8 +10,11 @@ from epjit.config import MAX_DOMAINS, MAX_RANKS
 from epjit.kernels import variants
 from epjit.kernels.layout import LayoutConfig
 from epjit.kernels.shapes import (
+    AnyShape,
     CombineShape,
     DispatchShape,
+    ExpertCombineShape,
+    ExpertDispatchShape,
     copier_bytes,
     copier_shape,
 )
@@ -75,7 +78,7 @@ class InternodeDispatchConfig(
         tma = variant != "ldst"
         warps, rows = copier_shape(tma, 14 if tma else 5, shape.hidden_bytes, limit)
         put = 5 if tma else 4
-        return cls(num_domains, num_local, *shape, tma, warps, put, rows, _TOKENS_PER_CHUNK)
+        return cls(num_domains, num_local, *shape[:4], tma, warps, put, rows, _TOKENS_PER_CHUNK)
 
     @property
     def send_warps(self) -> int:
@@ -180,7 +183,7 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
 
 
 def config_of(
-    shape: DispatchShape | CombineShape,
+    shape: AnyShape,
     num_domains: int,
     num_local: int,
     arch: str,
@@ -190,12 +193,14 @@ def config_of(
     """The kernel of a shape, of the variant that the environment asks for.
 
     Args:
-        shape: Of the call.
+        shape: Of the call; rows by expert go as those of the sources do.
         num_domains: NVLink domains, more than one.
         num_local: Ranks of each.
         arch: Such as ``"sm_90a"``.
         variant: Takes this one instead. ``push`` is not told from ``tma``: tokens are pulled here.
     """
+    if isinstance(shape, ExpertDispatchShape | ExpertCombineShape):
+        shape = shape.by_source
     op = "dispatch" if isinstance(shape, DispatchShape) else "combine"
     if variant is None:
         variant = variants.resolve(op, arch)
@@ -226,7 +231,7 @@ def for_proxy(config: KernelConfig, num_rdma_bytes: int | None = None) -> Kernel
 
 
 def kernels_of(
-    shapes: Iterable[DispatchShape | CombineShape], *, num_domains: int, num_local: int, arch: str
+    shapes: Iterable[AnyShape], *, num_domains: int, num_local: int, arch: str
 ) -> list[KernelConfig]:
     """Every kernel that a Buffer compiles: when it is made, and for calls of these shapes.
 

@@ -8,9 +8,8 @@ from typing import ClassVar
 
 from epjit import tuned
 from epjit.config import MAX_RANKS
-from epjit.formats import CASTS, FP8
+from epjit.formats import CASTS, FP8, NVFP4
 from epjit.kernels import variants
-from epjit.kernels.expert_major import WeighConfig
 from epjit.kernels.layout import LayoutConfig
 from epjit.kernels.shapes import (
     AnyShape,
@@ -39,7 +38,7 @@ DISPATCH_OF_EXPERTS = dict.fromkeys(
     (
         *("local_position", "block_base", "row_base", "ends", "expert_counts", "row_of", "source"),
         *("recv_scale_row_stride", "recv_scale_stride", "num_expert_rows", "zero_padding"),
-        *("row_of_stride", "global_scale"),
+        "row_of_stride",
     ),
     0,
 )
@@ -107,16 +106,10 @@ class DispatchConfig(
     ) -> DispatchConfig:
         """The same for rows by expert; `direct` falls back to pushing to slots."""
         variant = "push" if variant == "direct" else variant
-        config = cls.choose(
-            DispatchShape(*shape[:4]), num_ranks=num_ranks, variant=variant, limit=limit
-        )
+        of_rows = DispatchShape(*shape[:4], shape.format, shape.is_f16)
+        config = cls.choose(of_rows, num_ranks=num_ranks, variant=variant, limit=limit)
         return replace(
-            config,
-            by_expert=True,
-            is_cached=shape.is_cached,
-            has_weights=shape.has_weights,
-            format=shape.format,
-            is_f16=shape.is_f16,
+            config, by_expert=True, is_cached=shape.is_cached, has_weights=shape.has_weights
         )
 
     @classmethod
@@ -127,7 +120,11 @@ class DispatchConfig(
         tma = variant != "ldst"
         warps, rows = copier_shape(tma, 16, shape.hidden_bytes, limit)
         direct = variant == "direct"
-        return cls(num_ranks, *shape, direct or variant == "push", direct, tma, warps, rows)
+        return cls(
+            *(num_ranks, *shape[:4], direct or variant == "push", direct, tma, warps, rows),
+            format=shape.format,
+            is_f16=shape.is_f16,
+        )
 
     def stage_warps(self, num_sms: int, *, has_room: bool = False) -> int:
         """Warps of a block that stage tokens first; the others pull from the start.
@@ -280,17 +277,13 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
                 )
                 yield config_of(rows_of, num_ranks, arch, variant=variant)
         for row_format in CASTS.values() if num_ranks == 4 else ():
-            shape = ExpertDispatchShape(
-                row_format.row_bytes(7168),
-                row_format.num_scale_bytes(7168) // 4,
-                num_topk,
-                topk_is_int64=True,
-                is_cached=False,
-                has_weights=True,
-                format=row_format.code,
-                is_f16=row_format is FP8,
-            )
-            yield config_of(shape, num_ranks, arch, variant=variants.names("dispatch", arch)[0])
+            of_rows = row_format.row_bytes(7168), row_format.num_scale_bytes(7168) // 4
+            cast, first = (row_format.code, row_format is FP8), variants.names("dispatch", arch)[0]
+            shape = ExpertDispatchShape(*of_rows, num_topk, True, False, True, *cast)
+            yield config_of(shape, num_ranks, arch, variant=first)
+            plain = DispatchShape(*of_rows, num_topk, True, *cast)
+            direct = row_format is NVFP4 and "direct" in variants.names("dispatch", arch)
+            yield config_of(plain, num_ranks, arch, variant="direct" if direct else first)
         if num_scales == 0:
             for is_weighted, bits in ((False, 0), (True, 0), (False, 64)):
                 sums = ExpertCombineShape(
@@ -347,38 +340,15 @@ def kernels_of(
         arch: Such as ``"sm_90a"``.
         gpu: Product name, for the variants that were tuned there.
     """
-    configs: list[KernelConfig] = [NotifyConfig(num_ranks)]
-    configs += [LayoutConfig(num_ranks, wide) for wide in (True, False)]
+    shapes = list(shapes)
+    configs: list[KernelConfig] = []
+    for by_expert in (False, True):
+        if not by_expert or any(isinstance(shape, ExpertDispatchShape) for shape in shapes):
+            configs.append(NotifyConfig(num_ranks, by_expert))
+            configs += [
+                LayoutConfig(num_ranks, wide, by_expert=by_expert) for wide in (True, False)
+            ]
     return configs + [config_of(shape, num_ranks, arch, gpu=gpu) for shape in shapes]
-
-
-def kernels_by_expert(
-    row_bytes: int, *, num_topk: int, is_f16: bool, topk_is_int64: bool, num_ranks: int, arch: str
-) -> list[KernelConfig]:
-    """The kernels of `epjit.moe`'s rows by expert, forward and backward.
-
-    Args:
-        row_bytes: Bytes of one row of bfloat16 or float16.
-        num_topk: Choices a token, at least 1.
-        is_f16: float16 rows, else bfloat16.
-        topk_is_int64: Width of the choices.
-        num_ranks: Size of the group.
-        arch: Such as ``"sm_90a"``.
-    """
-    shapes: list[AnyShape] = [
-        ExpertDispatchShape(row_bytes, 0, num_topk, topk_is_int64, False, True),
-        ExpertDispatchShape(row_bytes, 0, num_topk, True, True, False),
-        *[
-            ExpertCombineShape(row_bytes, num_topk, is_f16, is_weighted, has_weights)
-            for is_weighted, has_weights in ((False, False), (True, False), (False, True))
-        ],
-    ]
-    return [
-        NotifyConfig(num_ranks, by_expert=True),
-        *[LayoutConfig(num_ranks, wide, by_expert=True) for wide in (True, False)],
-        *[config_of(shape, num_ranks, arch) for shape in shapes],
-        WeighConfig(row_bytes, is_f16),
-    ]
 
 
 def num_slots(config: DispatchConfig | CombineConfig, num_nvl_bytes: int) -> int:

@@ -46,11 +46,13 @@ class LowLatencyCombineShape(NamedTuple):
     num_topk: int
     topk_is_int64: bool
     logfmt: bool
+    weights_sent: bool = False
 
     @classmethod
     def of(cls, of: CombineSizes) -> LowLatencyCombineShape:
         """The shape of combines of these sizes."""
-        return cls(of.num_experts, of.hidden, of.num_topk, of.topk_is_int64, of.use_logfmt)
+        wide, sent = of.topk_is_int64, of.weights_sent
+        return cls(of.num_experts, of.hidden, of.num_topk, wide, of.use_logfmt, sent)
 
 
 class _LowLatencyConfig(KernelConfig):
@@ -183,7 +185,7 @@ class LowLatencyCombineConfig(
             held = (limit - 8 * push - 4) // (2 * shape.hidden)
             push = min(push, held)
             rows = min(max(held // push, 1), 2)
-        return cls(num_ranks, *shape, tma, lines, warps, push, rows, remote, shrink)
+        return cls(num_ranks, *shape[:5], tma, lines, warps, push, rows, remote, shrink)
 
     def push_parts(self, max_tokens: int) -> int:
         """Warps that share a row on its way, the same on all ranks: with few rows there are some.
@@ -231,6 +233,7 @@ class LowLatencyReducedCombineConfig(
     hidden: int
     num_topk: int
     topk_is_int64: bool
+    weights_sent: bool
     num_warps: int
     shrink: bool = False
 
@@ -238,9 +241,8 @@ class LowLatencyReducedCombineConfig(
     def choose(
         cls, shape: LowLatencyCombineShape, *, num_ranks: int, shrink: bool = False
     ) -> LowLatencyReducedCombineConfig:
-        """Shape of the block: as many warps as registers hold the rows of, one a rank."""
-        warps = 16 if num_ranks > 4 else 20 if shrink else 24
-        return cls(num_ranks, *shape[:4], warps, shrink)
+        """Shape of the block: as many warps as registers hold two pieces of four rows of."""
+        return cls(num_ranks, *shape[:4], shape.weights_sent, 16, shrink)
 
     @property
     def shared_bytes(self) -> int:
@@ -253,18 +255,19 @@ class LowLatencyReducedCombineConfig(
         A pair of calls (four H200s, 128 tokens) takes 61.4 us with 7, 59.2 with 14, 64 with 28.
 
         Raises:
-            ValueError: There is no room for so many weights.
+            ValueError: There is no room for so many weights, which have not been sent.
         """
         steps = -(-self.hidden // STEP)
         steps_a_part = -(-steps // max(1, min(steps, 2048 // max_tokens)))
         num_parts = -(-steps // steps_a_part)
-        num_words = self.num_ranks * max_tokens * (num_parts + self.num_topk)
+        num_weights = 0 if self.weights_sent else self.num_topk
+        num_words = self.num_ranks * max_tokens * (num_parts + num_weights)
         if num_words > NUM_WORDS:
             raise ValueError(
                 f"low_latency_combine: {env.low_latency_combine_variant.name}=reduced has room for "
                 f"{NUM_WORDS} weights and pieces of rows, but {self.num_ranks} ranks of "
                 f"{max_tokens} tokens with top-{self.num_topk} have {num_words}; take fewer tokens "
-                "a rank, or ldst or tma"
+                "a rank, ldst or tma, or pass topk_weights to low_latency_dispatch"
             )
         return num_parts
 
@@ -313,6 +316,8 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
             for logfmt in (False, True) if variant == "ldst" and hidden != 24 else (False,):
                 combine = LowLatencyCombineShape(num_experts, hidden, num_topk, wide, logfmt)
                 yield config_of(combine, num_ranks, arch, remote=False, variant=variant)
+        sent = LowLatencyCombineShape(num_experts, hidden, num_topk, wide, False, True)
+        yield config_of(sent, num_ranks, arch, remote=False, variant="reduced")
     for num_ranks in (2, 16, 40, 256):
         yield CleanConfig(num_ranks, remote=True)
     for num_ranks, num_experts, hidden, num_topk, formats in (
@@ -337,6 +342,8 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
         for variant in names:
             if (not remote and variant != "lines") or variant in ("ldst", "tma"):
                 yield config_of(combine, 4, arch, remote=remote, shrink=True, variant=variant)
+    sent = combine._replace(weights_sent=True)
+    yield config_of(sent, 4, arch, remote=False, shrink=True, variant="reduced")
 
 
 def warmup_shapes(
@@ -347,11 +354,14 @@ def warmup_shapes(
     topk_is_int64: bool,
     row_format: RowFormat,
     use_logfmt: bool = False,
+    weights_sent: bool = False,
 ) -> tuple[LowLatencyDispatchShape, LowLatencyCombineShape]:
     """The kernels that calls of these sizes need."""
     return (
         LowLatencyDispatchShape(num_experts, hidden, row_format.code, num_topk, topk_is_int64),
-        LowLatencyCombineShape(num_experts, hidden, num_topk, topk_is_int64, use_logfmt),
+        LowLatencyCombineShape(
+            num_experts, hidden, num_topk, topk_is_int64, use_logfmt, weights_sent
+        ),
     )
 
 
@@ -365,6 +375,9 @@ def config_of(
     variant: str | None = None,
 ) -> LowLatencyDispatchConfig | LowLatencyCombineConfig | LowLatencyReducedCombineConfig:
     """The kernel of a shape, of the variant that the environment asks for.
+
+    ``auto`` sums a rank's rows before they cross the links where the dispatch was given weights, by
+    which the caller allows it.
 
     Args:
         shape: Of the call.
@@ -380,10 +393,12 @@ def config_of(
         return LowLatencyDispatchConfig.choose(
             shape, num_ranks=num_ranks, remote=remote, shrink=shrink, variant=variant
         )
-    if variant is None:
-        variant = variants.resolve("low_latency_combine", arch)
     # The log format is not added up before it travels: it would have to be encoded anew.
-    if variant == "reduced" and not remote and not shape.logfmt:
+    may_reduce = not remote and not shape.logfmt
+    if variant is None:
+        preferred = "reduced" if may_reduce and shape.weights_sent else None
+        variant = variants.resolve("low_latency_combine", arch, preferred=preferred)
+    if variant == "reduced" and may_reduce:
         return LowLatencyReducedCombineConfig.choose(shape, num_ranks=num_ranks, shrink=shrink)
     limit = shared_limit(arch)
     return LowLatencyCombineConfig.choose(

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterator
 from typing import NamedTuple, TypeAlias
 
+from epjit.formats import RowFormat
+
 
 class DispatchShape(NamedTuple):
-    """Identifies a dispatch kernel within a Buffer; equal on all ranks."""
+    """Identifies a dispatch kernel within a Buffer; equal on all ranks.
+
+    Attributes:
+        hidden_bytes: Of a row as it travels.
+        num_scales: Words of scales a token.
+        num_topk: Choices a token.
+        topk_is_int64: Their width.
+        format: Code of the format that rows are cast to; 0 = they stay as they are.
+        is_f16: With a format: rows are float16 before, else bfloat16.
+    """
 
     hidden_bytes: int
     num_scales: int
     num_topk: int
     topk_is_int64: bool
+    format: int = 0
+    is_f16: bool = False
 
     @property
     def bytes_a_row(self) -> int:
@@ -47,8 +61,8 @@ class ExpertDispatchShape(NamedTuple):
         topk_is_int64: Their width; True when cached.
         is_cached: Whether rows go along a handle.
         has_weights: Whether weights travel.
-        format: Code of the format that rows are cast to; 0 = they stay as they are.
-        is_f16: With a format: rows are float16 before, else bfloat16.
+        format: As of `DispatchShape`, as is `is_f16`.
+        is_f16: See there.
     """
 
     hidden_bytes: int
@@ -59,6 +73,14 @@ class ExpertDispatchShape(NamedTuple):
     has_weights: bool
     format: int = 0
     is_f16: bool = False
+
+    @property
+    def by_source(self) -> DispatchShape:
+        """The dispatch before a second pass. Weights of a cached one travel as scales do."""
+        if self.is_cached:
+            num_words = self.num_scales + self.has_weights * self.num_topk
+            return DispatchShape(self.hidden_bytes, num_words, 0, True)
+        return DispatchShape(*self[:4])
 
 
 class ExpertCombineShape(NamedTuple):
@@ -80,14 +102,27 @@ class ExpertCombineShape(NamedTuple):
     has_weights: bool
     choice_bits: int = 0
 
+    @property
+    def by_source(self) -> CombineShape:
+        """The combine behind a first pass, in the order of addends between NVLink domains."""
+        num_topk = self.num_topk if self.has_weights else 0
+        return CombineShape(self.hidden_bytes, num_topk, self.is_f16)
+
 
 AnyShape: TypeAlias = DispatchShape | CombineShape | ExpertDispatchShape | ExpertCombineShape
-"""Of the normal mode in one NVLink domain."""
+"""Of the normal mode."""
 
 
 def warmup_shapes(
-    hidden_bytes: int, *, num_topk: int, num_scales: int, topk_is_int64: bool, is_f16: bool
-) -> Iterator[DispatchShape | CombineShape]:
+    hidden_bytes: int,
+    *,
+    num_topk: int,
+    num_scales: int,
+    topk_is_int64: bool,
+    is_f16: bool,
+    row_format: RowFormat | None = None,
+    expert_major: bool = False,
+) -> Iterator[AnyShape]:
     """The kernels that calls of one kind need: with top-k and scales, and without (cached).
 
     Args:
@@ -95,13 +130,35 @@ def warmup_shapes(
         num_topk: Choices a token that travel with it; 0 = none.
         num_scales: Scales a token; 0 = none. Rows with scales are not combined.
         topk_is_int64: Width of the choices.
-        is_f16: float16 rows to combine, else bfloat16.
+        is_f16: float16 rows to combine, and to cast, else bfloat16.
+        row_format: That rows are cast to, besides those that stay as they are; None: none are.
+        expert_major: Also calls on rows by expert.
     """
+    payloads = [(hidden_bytes, scales, 0, False) for scales in sorted({0, num_scales})]
+    if row_format is not None:
+        hidden = hidden_bytes // 2
+        of_rows = row_format.row_bytes(hidden), row_format.num_scale_bytes(hidden) // 4
+        payloads.append((*of_rows, row_format.code, is_f16))
     for topk in sorted({0, num_topk}):
-        for scales in sorted({0, num_scales}):
-            yield DispatchShape(hidden_bytes, scales, topk, topk == 0 or topk_is_int64)
+        for row_bytes, scales, code, casts_f16 in payloads:
+            yield DispatchShape(
+                *(row_bytes, scales, topk, topk == 0 or topk_is_int64), code, casts_f16
+            )
         if not num_scales:
             yield CombineShape(hidden_bytes, topk, is_f16)
+    for first, second in itertools.product((False, True), repeat=2) if expert_major else ():
+        for (
+            row_bytes,
+            scales,
+            code,
+            casts_f16,
+        ) in payloads:  # cached or not, with weights or without
+            wide = first or topk_is_int64
+            yield ExpertDispatchShape(
+                *(row_bytes, scales, num_topk, wide, first, second), code, casts_f16
+            )
+        if not num_scales:  # multiplied with weights or not, and with weights that go back
+            yield ExpertCombineShape(hidden_bytes, num_topk, is_f16, first, second)
 
 
 def copier_shape(tma: bool, max_warps: int, row_bytes: int, limit: int) -> tuple[int, int]:

@@ -9,17 +9,11 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from epjit.kernels import internode, intranode, low_latency
-from epjit.kernels.shapes import (
-    AnyShape,
-    CombineShape,
-    DispatchShape,
-    ExpertCombineShape,
-    ExpertDispatchShape,
-)
+from epjit.kernels.shapes import AnyShape
 from epjit.modes.normal import agree_on_kernel
 
 if TYPE_CHECKING:
-    from epjit.calls import LowLatencyCombine, Setup
+    from epjit.calls import CombineSizes, Setup
 
 _ARCH = "sm_90a"
 
@@ -50,7 +44,6 @@ class ChosenKernels:
                 config = intranode.config_of(shape, num_local, _ARCH)
                 intranode.num_slots(config, self._settings.num_nvl_bytes)
             else:
-                assert isinstance(shape, DispatchShape | CombineShape)
                 config = internode.config_of(shape, num_domains, num_local, _ARCH)
                 internode.ring_slots(config, self._settings.num_rdma_bytes)
                 if isinstance(config, internode.InternodeCombineConfig):
@@ -62,29 +55,26 @@ class ChosenKernels:
     def check(self, shape: AnyShape, num_sms: int) -> None:
         """Refuses a call of this shape that a GPU would refuse; see `launch`.
 
-        Calls on rows by expert have no kernel between NVLink domains, and are not refused there.
-
         Raises:
             ValueError: Also when the SMs are too few.
         """
-        if self._topology.spans_domains and isinstance(
-            shape, ExpertDispatchShape | ExpertCombineShape
-        ):
-            return
         config = self.launch(shape)
         if self._topology.spans_domains:
             internode.check_warps(config, num_sms)
         elif isinstance(config, intranode.CombineConfig):
             intranode.check_warps(config, num_sms)
 
-    def check_low_latency_combine(self, call: LowLatencyCombine) -> None:
-        """Refuses a low-latency combine that a GPU would refuse.
+    def reduces(self, sizes: CombineSizes) -> bool:
+        """Whether a low-latency combine sums a rank's rows before they travel.
 
         Raises:
-            ValueError: There is no such variant, or it has no room for so many tokens.
+            ValueError: A GPU would refuse it: there is no such variant, or it has no room for so
+                many tokens.
         """
-        sizes, several = call.sizes, self._topology.spans_domains
+        several = self._topology.spans_domains
         shape = low_latency.LowLatencyCombineShape.of(sizes)
         config = low_latency.config_of(shape, self._group.size, _ARCH, remote=several)
         if isinstance(config, low_latency.LowLatencyReducedCombineConfig):
             config.num_parts(sizes.max_tokens)
+            return True
+        return False

@@ -55,10 +55,10 @@ from epjit.runtime.fault import Overflow
 
 if TYPE_CHECKING:
     from epjit.kernels.low_latency import LowLatencyCombineShape, LowLatencyDispatchShape
-    from epjit.kernels.shapes import CombineShape, DispatchShape
+    from epjit.kernels.shapes import AnyShape
     from epjit.modes.chosen import ChosenKernels
     from epjit.runtime.group import Group
-    from epjit.scope import AnyScope
+    from epjit.scope import AnyScope, Record
 
 
 class CpuNormal:
@@ -111,7 +111,7 @@ class CpuNormal:
     def give_up(self) -> None:
         """Nothing: no wait is queued here."""
 
-    def warmup(self, shapes: Iterable[DispatchShape | CombineShape], **sizes: int) -> None:
+    def warmup(self, shapes: Iterable[AnyShape], **sizes: int) -> None:
         """Refuses what a GPU would refuse."""
         del sizes
         for shape in shapes:
@@ -131,15 +131,17 @@ class CpuNormal:
         """
         del scope
         self._chosen.check(dispatch_shape(call), call.num_sms)
-        x, scales, topk_idx, topk_weights, routing, *_ = call
+        x, scales, facts = _cast(call)
+        _, _, topk_idx, topk_weights, routing, *_ = call
         if not isinstance(routing, Routing):
-            return self._cached_dispatch(call, routing)
+            payload = x, scales, topk_idx, topk_weights
+            return self._cached_dispatch(facts, payload, routing)
         num_experts = routing.num_tokens_per_expert.shape[0]
         worlds = _exchange(
             self._group,
             "dispatch",
             {
-                **_payload_facts(x, scales),
+                **facts,
                 "num_experts": num_experts,
                 "num_topk": None if topk_idx is None else topk_idx.shape[1],
                 "topk_idx dtype": None if topk_idx is None else topk_idx.dtype,
@@ -194,16 +196,17 @@ class CpuNormal:
         if came > room:
             self._overflow = Overflow("dispatch", what, self._group.rank, came=came, room=room)
 
-    def _cached_dispatch(self, call: Dispatch, handle: Handle) -> Dispatched:
-        """Sends another payload along the routing of `handle`."""
+    def _cached_dispatch(
+        self, facts: dict[str, object], payload: tuple[Tensor | None, ...], handle: Handle
+    ) -> Dispatched:
+        """Sends another payload, cast already, along the routing of `handle`."""
         op, rank = "cached dispatch", self._group.rank
-        x, scales, topk_idx, topk_weights, *_ = call
-        facts = {
-            **_payload_facts(x, scales),
+        _, scales, topk_idx, _ = payload
+        facts |= {
             "num_topk": None if topk_idx is None else topk_idx.shape[1],
             **self._handle_facts(handle),
         }
-        worlds = _exchange(self._group, op, facts, (x, scales, topk_idx, topk_weights, *handle))
+        worlds = _exchange(self._group, op, facts, (*payload, *handle))
         handles = self._handles_of_one_dispatch(op, [tensors[4:] for tensors in worlds])
         xs, all_scales, choices, weights = ([each[i] for each in worlds] for i in range(4))
         rows, row_scales = self._reference.cached_dispatch(
@@ -239,20 +242,13 @@ class CpuNormal:
     @torch.no_grad()
     def expert_dispatch(
         self, scope: AnyScope, call: ExpertDispatch
-    ) -> tuple[ExpertDispatched, tuple[Tensor, ...]]:
+    ) -> tuple[ExpertDispatched, Record]:
         """Sends a row for each choice, along new choices or along a handle."""
         del scope
-        x, scales, topk_idx, topk_weights, handle, num_experts, *_ = call
-        row_format, global_scale = call.row_format, call.global_scale
-        facts: dict[str, object] = {
-            "cast": None if row_format is None else row_format.name,
-            "global_scale": None if global_scale is None else float(global_scale),
-            "topk_weights": "some" if topk_weights is not None else "none",
-        }
         self._chosen.check(expert_dispatch_shape(call), call.num_sms)
-        if row_format is not None:
-            x, scales = low_latency.encode(x, row_format, global_scale)
-        facts |= _payload_facts(x, scales)
+        x, scales, facts = _cast(call)
+        _, _, topk_idx, topk_weights, handle, num_experts, *_ = call
+        facts["topk_weights"] = "some" if topk_weights is not None else "none"
         if handle is not None:
             cached = self._cached_expert_dispatch(
                 facts,
@@ -316,7 +312,7 @@ class CpuNormal:
         return dispatched._replace(handle=handle)
 
     @torch.no_grad()
-    def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> Sums:
+    def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> tuple[Sums, Record]:
         """Brings rows by expert back and sums them."""
         del scope
         self._chosen.check(expert_combine_shape(call), call.num_sms)
@@ -328,7 +324,7 @@ class CpuNormal:
         }
         given = (rows, row_weights, topk_weights)
         worlds, handles = self._exchange_along("expert_combine", facts, given, handle)
-        return expert_major.combine(
+        sums = expert_major.combine(
             self._reference,
             [tensors[0] for tensors in worlds],
             handles,
@@ -338,6 +334,7 @@ class CpuNormal:
             bias=(bias_0, bias_1),
             order=order,
         )
+        return sums, ()
 
     def _exchange_along(
         self,
@@ -429,7 +426,8 @@ class CpuLowLatency:
     """
 
     def __init__(self, setup: Setup, chosen: ChosenKernels) -> None:
-        self._settings, self._group, self._chosen = setup.settings, setup.group, chosen
+        self._settings, self._group, self._topology, *_ = setup
+        self._chosen = chosen
         self.memory = CpuMemory(setup.settings.num_rdma_bytes)
         self._half = self.memory.tensor(torch.uint8)[setup.settings.num_rdma_bytes // 2 :]
         self.mask = torch.zeros(setup.group.size, dtype=torch.int32, device="cpu")
@@ -442,13 +440,15 @@ class CpuLowLatency:
 
         Nothing is added to the sums of cycles: nobody counts them here.
         """
-        x, topk_idx, global_scale, recv_stats, _ = call.given
+        x, topk_idx, topk_weights, global_scale, recv_stats, _ = call.given
         sizes = call.sizes
         specs = LowLatencyDispatched.specs(sizes, self._group.size)
         out = LowLatencyDispatched.allocate(specs, empty_on(x.device))
         scope.start()
         if call.split:
             x, topk_idx = x.clone(), topk_idx.clone()
+            topk_weights = None if topk_weights is None else topk_weights.clone()
+        sent = None if self._topology.spans_domains else topk_weights
         worlds = _exchange(
             self._group,
             "low_latency_dispatch",
@@ -460,8 +460,9 @@ class CpuLowLatency:
                 "topk_idx dtype": topk_idx.dtype,
                 "format": sizes.row_format.name,
                 "global_scale": None if global_scale is None else float(global_scale),
+                "topk_weights": "none" if topk_weights is None else "some",
             },
-            (x, topk_idx, global_scale),
+            (x, topk_idx, global_scale, sent),
         )
 
         @torch.inference_mode()  # outputs of a call made there can be written to there alone
@@ -490,7 +491,7 @@ class CpuLowLatency:
         """Brings rows back and sums them with weights; what receives, or None, comes along."""
         x, topk_idx, topk_weights, out, _ = call.given
         sizes = call.sizes
-        self._chosen.check_low_latency_combine(call)
+        reduced = self._chosen.reduces(sizes)
         combined = out
         if combined is None:
             shape = (sizes.num_tokens, sizes.hidden)
@@ -507,6 +508,7 @@ class CpuLowLatency:
                 "num_experts": sizes.num_experts,
                 "num_topk": sizes.num_topk,
                 "use_logfmt": sizes.use_logfmt,
+                "topk_weights of the dispatch": "some" if sizes.weights_sent else "none",
                 env.low_latency_combine_variant.name: env.low_latency_combine_variant(),
             },
             tuple(low_latency.collect(x, call.src_info, self._group.size)),
@@ -522,7 +524,7 @@ class CpuLowLatency:
                     topk_weights,
                     num_experts=sizes.num_experts,
                     use_logfmt=sizes.use_logfmt,
-                    reduced=not sizes.use_logfmt and env.low_latency_combine_variant() == "reduced",
+                    reduced=reduced,
                     masked=self._masked(),
                 )
             )
@@ -595,6 +597,24 @@ def _unpack(packed: tuple[torch.dtype, torch.Size, NDArray[np.uint8]] | None) ->
     # A copy into it: an empty NumPy array has stride 0, which torch does not view as another dtype.
     tensor.view(-1).view(torch.uint8).copy_(torch.from_numpy(elements))
     return tensor
+
+
+def _cast(
+    call: Dispatch | ExpertDispatch,
+) -> tuple[Tensor, Tensor | None, dict[str, object]]:
+    """Rows as they travel, their scales, and the facts that those of all ranks have in common."""
+    x, scales, row_format, global_scale = call.x, call.scales, call.row_format, call.global_scale
+    if row_format is not None:
+        x, scales = low_latency.encode(x, row_format, global_scale)
+    return (
+        x,
+        scales,
+        {
+            "cast": None if row_format is None else row_format.name,
+            "global_scale": None if global_scale is None else float(global_scale),
+            **_payload_facts(x, scales),
+        },
+    )
 
 
 def _payload_facts(x: Tensor, scales: Tensor | None) -> dict[str, object]:

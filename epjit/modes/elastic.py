@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, TypeAlias
 
 import torch
-from torch import Tensor
 
 from epjit.calls import (
     Combine,
@@ -35,11 +34,10 @@ from epjit.handles import (
     Placement,
     row_bound,
 )
-from epjit.kernels.elastic import DescribeConfig
+from epjit.kernels.elastic import DescribeConfig, SumConfig
 from epjit.modes import expert_major
 from epjit.modes.normal import pointer
 from epjit.reference import elastic as reference
-from epjit.reference.expert_major import source_of
 from epjit.runtime.device import num_sms
 from epjit.runtime.empty import Empty, by_columns, matrix, vector
 
@@ -60,7 +58,6 @@ class Elastic:
         mode: The normal mode that they are made of.
         rank: This rank.
         num_ranks: `R`.
-        spans_domains: Whether they are in several NVLink domains.
         empty: Makes tensors on the device.
         multiple_reduction: Whether a rank sums its rows of a token before they travel.
     """
@@ -68,7 +65,6 @@ class Elastic:
     mode: AnyNormal
     rank: int
     num_ranks: int
-    spans_domains: bool
     empty: Empty
     multiple_reduction: bool
 
@@ -80,8 +76,9 @@ class Elastic:
         Returns:
             The results, and what was used for them.
         """
-        in_one_pass = call.do_expand and not self.spans_domains
-        received, placed, used = (self._by_expert if in_one_pass else self._by_source)(scope, call)
+        received, placed, used = (self._by_expert if call.do_expand else self._by_source)(
+            scope, call
+        )
         handle = call.handle
         if handle is not None:
             used = *used, *_read(handle)
@@ -89,7 +86,7 @@ class Elastic:
             handle, described = self._handle(scope, call, received, placed)
             used = *used, described
         rows, scales, idx, weights, *_ = received
-        if scales is not None and call.column_major_scales and not in_one_pass:
+        if scales is not None and call.column_major_scales and not call.do_expand:
             with scope.allocating():
                 (by_column,) = self.empty((by_columns(scales.dtype, *scales.shape),))
             scope.start()
@@ -108,7 +105,7 @@ class Elastic:
         return tokens, row_bound(tokens, choices, local, call.expert_alignment)
 
     def _by_expert(self, scope: AnyScope, call: ElasticDispatch) -> _Sent:
-        """A row a choice, in one kernel."""
+        """A row a choice."""
         handle = None if call.handle is None else _expert_handle(call.handle)
         sent = ExpertDispatch(
             call.x,
@@ -131,7 +128,7 @@ class Elastic:
         return received, placed, (sent, whole, used)
 
     def _by_source(self, scope: AnyScope, call: ElasticDispatch) -> _Sent:
-        """A row a rank; by expert: a second pass behind it."""
+        """A row a rank."""
         routing: Routing | Handle | None = None if call.handle is None else call.handle.routing
         if routing is None:
             counts = self.mode.layout(scope, Layout(call.topk_idx, call.num_experts))
@@ -145,38 +142,7 @@ class Elastic:
             *(call.expert_alignment, self._worst(call)[0], call.num_sms),
         )
         received = self.mode.dispatch(scope, sent)
-        if not call.do_expand:
-            return received, None, (sent, received)
-        with scope.running():
-            by_expert, placed = self._second_pass(call, received)
-        scope.hand_over((by_expert[:4], placed))
-        return by_expert, placed, (sent, received)
-
-    def _second_pass(
-        self, call: ElasticDispatch, received: Dispatched
-    ) -> tuple[Dispatched, Placement]:
-        """Rows in the order of the experts; no kernel between domains has that."""
-        rows, scales, idx, weights, per_expert, routing = received
-        num_topk, handle = call.topk_idx.shape[1], call.handle
-        if handle is None:
-            assert idx is not None
-            placed = expert_major.place(
-                idx,
-                call.num_experts // self.num_ranks,
-                alignment=call.expert_alignment,
-                num_rows=sum(per_expert or ()) or self._worst(call)[1],
-            )
-        else:
-            placed = _expert_handle(handle).placement
-            source = source_of(placed.row_of, handle.num_expanded_tokens)
-            placed = placed._replace(source=source)
-        source = placed.source
-        rows = expert_major.permute(rows, source, placed.ends, num_topk=num_topk)
-        if scales is not None:
-            scales = _take(scales, source.div(num_topk, rounding_mode="floor"))
-        if weights is not None:
-            weights = _take(weights.view(-1), source)
-        return Dispatched(rows, scales, None, weights, per_expert, routing), placed
+        return received, None, (sent, received)
 
     def _handle(
         self,
@@ -275,8 +241,8 @@ class Elastic:
         if handle.do_expand:
             own = _expert_handle(handle)
             returned = ExpertCombine(x, None, weights, *biases, own, call.num_sms, order)
-            sums, used = self._expert_combine(scope, returned)
-            return sums, (used, *_read(handle))
+            sums, used = self.mode.expert_combine(scope, returned)
+            return sums, (returned, used, *_read(handle))
         columns = handle.recv_src_metadata[:, 2:]
         if weights is not None:
             scope.start()
@@ -286,20 +252,6 @@ class Elastic:
         routing = handle.routing.cut(min(x.shape[0], handle.routing.num_rows))
         sent = Combine(x[: routing.num_rows], weights, *biases, routing, call.num_sms, order)
         return self.mode.combine(scope, sent), (sent, *_read(handle))
-
-    def _expert_combine(self, scope: AnyScope, call: ExpertCombine) -> tuple[Sums, Record]:
-        """Of the mode; between NVLink domains in two passes: first each rank sums its rows."""
-        if not self.spans_domains:
-            return self.mode.expert_combine(scope, call), call
-        routing, placed = call.handle
-        scope.start()
-        with scope.running():
-            row_of = placed.row_of.contiguous()
-            x, weights = expert_major.unpermute(call.rows, row_of), call.topk_weights
-            if weights is not None:
-                weights = _take(weights, row_of)
-        sent = Combine(x, weights, call.bias_0, call.bias_1, routing, call.num_sms)
-        return self.mode.combine(scope, sent), (call, sent)
 
     def _combine_each_row(
         self, scope: AnyScope, call: ElasticCombine, handle: EPHandle
@@ -324,21 +276,40 @@ class Elastic:
             row_of = columns.new_full((room + 1,), -1).scatter_(0, place, columns)[:room, None]
         own = ExpertHandle(routing, placed._replace(row_of=row_of))
         returned = ExpertCombine(call.x, None, call.topk_weights, None, None, own, call.num_sms)
-        (rows, weights), used = self._expert_combine(scope, returned)
+        (rows, weights), used = self.mode.expert_combine(scope, returned)
         with scope.allocating():
             (combined,) = self.empty((matrix(rows.dtype, num_tokens, rows.shape[1]),))
         scope.start()
-        with scope.running():
-            total = torch.zeros(combined.shape, dtype=torch.float32, device=rows.device)
-            for addend in (
-                *(each for each in (call.bias_0, call.bias_1) if each is not None),
-                *rows.view(num_tokens, num_topk, rows.shape[1]).unbind(dim=1),
-            ):
-                total += addend
-            combined.copy_(total)
+        each = rows.view(num_tokens, num_topk, rows.shape[1])
+        self._add_choices(scope, each, (call.bias_0, call.bias_1), combined)
         if weights is not None:
             weights = weights.view(num_tokens, num_topk)
-        return (combined, weights), (sent, received, used, rows, *_read(handle))
+        return (combined, weights), (sent, received, returned, used, rows, *_read(handle))
+
+    def _add_choices(
+        self,
+        scope: AnyScope,
+        rows: torch.Tensor,
+        biases: tuple[torch.Tensor | None, torch.Tensor | None],
+        out: torch.Tensor,
+    ) -> None:
+        """The sums of `reference.add_choices`."""
+        device, (num_tokens, num_topk, hidden) = rows.device, rows.shape
+        if device.type != "cuda":
+            reference.add_choices(rows, biases, out)
+            return
+        if num_tokens == 0:
+            return
+        config = SumConfig(rows.element_size() * hidden, num_topk, rows.dtype == torch.float16)
+        values = {
+            "rows": rows.data_ptr(),
+            "bias_0": pointer(biases[0]),
+            "bias_1": pointer(biases[1]),
+            "out": out.data_ptr(),
+            "num_tokens": num_tokens,
+        }
+        launch = expert_major._launch(config, device.index)
+        launch.start(scope.stream, 4 * num_sms(device.index), values)
 
     # ---- barrier ---------------------------------------------------------------------------------
 
@@ -365,12 +336,3 @@ def _expert_handle(handle: EPHandle) -> ExpertHandle:
     columns = handle.recv_src_metadata[:, 2:]
     routing = handle.routing.cut(columns.shape[0])
     return ExpertHandle(routing, handle.placement._replace(row_of=columns))
-
-
-def _take(values: Tensor, index: Tensor) -> Tensor:
-    """`values[index]`, and zero where the index is -1."""
-    if not values.shape[0]:
-        return values.new_zeros((*index.shape, *values.shape[1:]))
-    taken = values.index_select(0, index.reshape(-1).clamp(min=0))
-    is_none = (index < 0).view(-1, *(1 for _ in values.shape[1:]))
-    return taken.masked_fill_(is_none, 0).view(*index.shape, *values.shape[1:])

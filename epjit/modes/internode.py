@@ -1,5 +1,8 @@
 """Dispatch and combine between NVLink domains: the order of launches, and which array goes where.
 
+Rows by expert are those of the sources with a second pass: kernels of this GPU alone, behind a
+dispatch and before a combine.
+
 A rank has two symmetric memories. The ranks of its domain load and store in the first (`_Arena`:
 `num_nvl_bytes` of slots, then words and signals); all ranks reach the second through the transport
 (`_Rings`: `num_rdma_bytes` of inboxes and stages, then what rail peers tell each other). Users may
@@ -13,9 +16,26 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from epjit.calls import Combine, Dispatch, Routing, Setup, Sums
+from epjit.calls import (
+    Combine,
+    Dispatch,
+    ExpertCombine,
+    ExpertDispatch,
+    Layout,
+    Routing,
+    Setup,
+    Sums,
+)
 from epjit.config import MAX_LOCAL_EXPERTS_BETWEEN_DOMAINS
-from epjit.handles import Dispatched, InternodeHandle
+from epjit.handles import (
+    Dispatched,
+    ExpertDispatched,
+    ExpertHandle,
+    InternodeHandle,
+    Placement,
+    row_bound,
+)
+from epjit.kernels.expert_major import CastConfig, passes_of
 from epjit.kernels.internode import (
     MAX_WORDS,
     InternodeCombineConfig,
@@ -30,15 +50,19 @@ from epjit.kernels.internode import (
     ring_bytes,
     ring_slots,
 )
-from epjit.kernels.shapes import CombineShape, DispatchShape
+from epjit.kernels.shapes import AnyShape, DispatchShape
+from epjit.modes import expert_major
 from epjit.modes.normal import (
     SIGNALS_BYTES,
     Normal,
     Room,
     combine_shape,
     dispatch_shape,
+    expert_combine_shape,
+    expert_dispatch_shape,
     pointer,
 )
+from epjit.runtime.empty import matrix
 from epjit.runtime.group import BUFFER, Group
 from epjit.runtime.kernel import KernelConfig
 from epjit.runtime.launch import Launch
@@ -49,7 +73,7 @@ from epjit.sizes import align
 if TYPE_CHECKING:
     from collections.abc import Iterable, Sequence
 
-    from epjit.scope import AnyScope
+    from epjit.scope import AnyScope, Record
 
 
 class _DomainGroup(Group):
@@ -100,7 +124,7 @@ class _Rings:
         self.total = align(self.notify_stage + num_domains * self.notify_stride * 4)
 
 
-class Internode(Normal[DispatchShape | CombineShape]):
+class Internode(Normal[AnyShape]):
     """Everything one rank needs for the operations between NVLink domains.
 
     Collective: all ranks construct it together.
@@ -164,7 +188,7 @@ class Internode(Normal[DispatchShape | CombineShape]):
 
     # ---- launches --------------------------------------------------------------------------------
 
-    def _config(self, shape: DispatchShape | CombineShape) -> KernelConfig:
+    def _config(self, shape: AnyShape) -> KernelConfig:
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
         return self._for_transport(config_of(shape, num_domains, num_local, self._arch))
 
@@ -194,9 +218,13 @@ class Internode(Normal[DispatchShape | CombineShape]):
             bound["fits"] = self._fits.data_ptr()
         return Launch(self._kernel(config), **bound)
 
-    def _configs_on(
-        self, arch: str, shapes: Iterable[DispatchShape | CombineShape]
-    ) -> list[KernelConfig]:
+    def _build(self, shape: AnyShape, **sizes: int) -> Launch[Any]:
+        """With the second pass, which is loaded before the ranks meet, as all that is launched."""
+        for config in passes_of(shape, self._arch):
+            expert_major._launch(config, self._device.index)
+        return super()._build(shape, **sizes)
+
+    def _configs_on(self, arch: str, shapes: Iterable[AnyShape]) -> list[KernelConfig]:
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
         found = kernels_of(shapes, num_domains=num_domains, num_local=num_local, arch=arch)
         return [self._for_transport(config) for config in found]
@@ -362,6 +390,128 @@ class Internode(Normal[DispatchShape | CombineShape]):
         )
         launch.start(scope.stream, num_sms)
         return combined_x, combined_weights
+
+    # ---- rows by expert --------------------------------------------------------------------------
+
+    def expert_dispatch(
+        self, scope: AnyScope, call: ExpertDispatch
+    ) -> tuple[ExpertDispatched, Record]:
+        """Casts rows, dispatches them in the order of the sources, then stores them by expert."""
+        self.launch(expert_dispatch_shape(call))
+        x, scales = self._cast(scope, call)
+        if call.handle is None:
+            sent, received, handle = self._place(scope, call, x, scales)
+            recv_scales, weights = received.recv_scales, received.recv_topk_weights
+        else:
+            handle, num_scales = call.handle, 0 if scales is None else scales.shape[1]
+            words = self._beside(scope, scales, call.topk_weights)
+            sent = Dispatch(x, words, None, None, handle.routing, 1, 0, call.num_sms)
+            received = self.dispatch(scope, sent)
+            recv_scales = weights = received.recv_scales
+            if weights is not None:
+                recv_scales, weights = weights[:, :num_scales], weights[:, num_scales:]
+        with scope.allocating():
+            outputs = self._rows_by_expert(handle.num_rows, call)
+        scope.start()
+        expert_major.queue_permute(
+            scope.stream,
+            (received.recv_x, recv_scales, weights),
+            handle.placement,
+            outputs,
+            zero_padding=call.zero_padding,
+        )
+        per_expert = received.num_recv_tokens_per_expert_list
+        return ExpertDispatched(*outputs, handle, per_expert), (sent, received)
+
+    def _place(
+        self,
+        scope: AnyScope,
+        call: ExpertDispatch,
+        x: torch.Tensor,
+        scales: torch.Tensor | None,
+    ) -> tuple[Dispatch, Dispatched, ExpertHandle]:
+        """Dispatches along new choices, and numbers what comes."""
+        topk_idx, weights, waits = call.topk_idx, call.topk_weights, self._waits(call)
+        assert topk_idx is not None
+        if weights is None:  # choices and weights travel together: any do
+            with scope.allocating():
+                (weights,) = self._empty((matrix(torch.float32, *topk_idx.shape),))
+        counts = self.layout(scope, Layout(topk_idx, call.num_experts))
+        sizes = call.expert_alignment, call.num_worst_tokens, call.num_sms
+        sent = Dispatch(x, scales, topk_idx, weights, Routing(*counts), *sizes)
+        received = self.dispatch(scope, sent)
+        routing, recv_topk_idx = received.handle, received.recv_topk_idx
+        assert routing is not None
+        assert recv_topk_idx is not None
+        (num_tokens, num_topk), counts_of = recv_topk_idx.shape, routing.recv_expert_counts
+        local = counts_of.shape[0]
+        num_rows = sum(received.num_recv_tokens_per_expert_list or ())
+        if not waits:
+            bound = row_bound(num_tokens, num_topk, local, call.expert_alignment)
+            num_rows = call.num_expert_rows or bound
+        specs = Placement.specs(
+            num_tokens=num_tokens, num_topk=num_topk, num_rows=num_rows, num_experts=local
+        )
+        with scope.allocating():
+            row_of, source, ends = self._empty(specs[:-1])
+        placed, alignment = Placement(row_of, source, ends, counts_of), call.expert_alignment
+        scope.start()
+        expert_major.queue_place(
+            scope.stream, recv_topk_idx, placed, alignment=alignment, known=True
+        )
+        return sent, received, ExpertHandle(routing, placed)
+
+    @staticmethod
+    def _beside(
+        scope: AnyScope, scales: torch.Tensor | None, weights: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """Words that travel beside rows along a handle; without choices, weights go as scales."""
+        if scales is None or weights is None:
+            return weights if scales is None else scales
+        scope.start()
+        with scope.running():
+            return torch.cat((scales.view(torch.int32), weights.view(torch.int32)), dim=1)
+
+    def _cast(
+        self, scope: AnyScope, call: ExpertDispatch
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Rows and scales as they travel, scales as words."""
+        x, row_format = call.x, call.row_format
+        if row_format is None:
+            return x, call.scales
+        num_tokens, hidden = x.shape
+        num_words = row_format.num_scale_bytes(hidden) // 4
+        specs = (
+            matrix(row_format.x_dtype, num_tokens, row_format.num_columns(hidden)),
+            matrix(torch.int32, num_tokens, num_words),
+        )
+        with scope.allocating():
+            rows, scales = self._empty(specs)
+        scope.start()
+        config = CastConfig(hidden, row_format.code, x.dtype == torch.float16)
+        expert_major._launch(config, self._device.index)(
+            scope.stream,
+            2 * self.num_sms,
+            x=x.data_ptr(),
+            global_scale=pointer(call.global_scale),
+            rows=rows.data_ptr(),
+            scales=scales.data_ptr(),
+            num_tokens=num_tokens,
+        )
+        return rows, scales
+
+    def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> tuple[Sums, Record]:
+        """Sums a token's rows on each rank, then combines the sums."""
+        rows, row_weights, topk_weights, bias_0, bias_1, (routing, placed), num_sms, _ = call
+        self.launch(expert_combine_shape(call))
+        num_topk = 0 if topk_weights is None else placed.row_of.shape[1]
+        sums = self._sums(scope, rows, routing.num_rows, num_topk)
+        scope.start()
+        expert_major.queue_unpermute(
+            scope.stream, rows, placed.row_of, sums, given=(row_weights, topk_weights)
+        )
+        sent = Combine(*sums, bias_0, bias_1, routing, num_sms)
+        return self.combine(scope, sent), sent
 
     # ---- the end ---------------------------------------------------------------------------------
 

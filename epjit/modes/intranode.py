@@ -50,8 +50,9 @@ from epjit.modes.normal import (
     expert_combine_shape,
     expert_dispatch_shape,
     pointer,
+    word_strides,
 )
-from epjit.runtime.empty import TensorSpec, by_columns, matrix, vector
+from epjit.runtime.empty import TensorSpec, matrix, vector
 from epjit.runtime.kernel import Kernel, KernelConfig
 from epjit.runtime.launch import Launch
 from epjit.runtime.pool import BlockPool, NoRoomError
@@ -60,7 +61,7 @@ from epjit.runtime.symmetric import SymmetricMemory, tensor_over
 from epjit.sizes import align
 
 if TYPE_CHECKING:
-    from epjit.scope import AnyScope
+    from epjit.scope import AnyScope, Record
 
 _PLACES_BYTES = MAX_RANKS * 64
 
@@ -309,6 +310,7 @@ class Intranode(Normal[AnyShape]):
             **self._rows(call, outputs.received[:4]),
             **routing,
             recv_src_idx=pointer(outputs.src_idx),
+            global_scale=pointer(call.global_scale),
             least_rows=least_rows,
             has_room=outputs.has_room,
             num_stage_warps=config.stage_warps(num_sms, has_room=outputs.has_room),
@@ -362,7 +364,7 @@ class Intranode(Normal[AnyShape]):
 
     def expert_dispatch(
         self, scope: AnyScope, call: ExpertDispatch
-    ) -> tuple[ExpertDispatched, tuple[torch.Tensor, ...]]:
+    ) -> tuple[ExpertDispatched, Record]:
         """Layout and notify number the selections, dispatch stores each row where it belongs."""
         if call.handle is not None:
             return self._cached_expert_dispatch(scope, call, call.handle), ()
@@ -457,32 +459,8 @@ class Intranode(Normal[AnyShape]):
         with scope.allocating():
             outputs = self._rows_by_expert(handle.num_rows, call)
         received = ExpertDispatched(*outputs, handle)
-        scope.start()
         self._store_by_expert(scope, launch, received, call, values)
         return received
-
-    def _rows_by_expert(
-        self, num_rows: int, call: ExpertDispatch
-    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
-        """New rows, scales and weights."""
-        x, scales, _, topk_weights, *_ = call
-        dtype, columns = x.dtype, x.shape[1]
-        scale_dtype, num_scales = None, 0
-        if call.row_format is not None:
-            dtype, scale_dtype = call.row_format.x_dtype, call.row_format.scale_dtype
-            num_scales = call.row_format.num_scale_columns(columns)
-            columns = call.row_format.num_columns(columns)
-        elif scales is not None:
-            scale_dtype, num_scales = scales.dtype, scales.shape[1]
-        of_scales = by_columns if call.column_major_scales else matrix
-        rows, row_scales, weights = self._empty(
-            (
-                matrix(dtype, num_rows, columns),
-                None if scale_dtype is None else of_scales(scale_dtype, num_rows, num_scales),
-                None if topk_weights is None else vector(torch.float32, num_rows),
-            )
-        )
-        return rows, row_scales, weights
 
     def _store_by_expert(
         self,
@@ -493,16 +471,13 @@ class Intranode(Normal[AnyShape]):
         values: dict[str, int],
     ) -> None:
         """Queues the kernel; `values` has the parameters for its routing."""
+        scope.start()
         rows, scales, weights, (routing, placed), _ = received
-        strides = (0, 0)  # in words
-        if scales is not None and scales.element_size() == 1:
-            strides = (scales.shape[1] // 4, 1)
-        elif scales is not None:
-            strides = scales.stride(0), scales.stride(1)
+        row_stride, stride = word_strides(scales)
         values |= {
             **self._rows(call, (rows, scales, None, weights)),
-            "recv_scale_row_stride": strides[0],
-            "recv_scale_stride": strides[1],
+            "recv_scale_row_stride": row_stride,
+            "recv_scale_stride": stride,
             "zero_padding": call.zero_padding,
             "least_rows": -1,
             "global_scale": pointer(call.global_scale),
@@ -515,7 +490,7 @@ class Intranode(Normal[AnyShape]):
         }
         launch.start(scope.stream, call.num_sms, values)
 
-    def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> Sums:
+    def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> tuple[Sums, Record]:
         """Sums a token's rows while they are read, and pushes the sums."""
         rows, (routing, placed) = call.rows, call.handle
         shape = expert_combine_shape(call)
@@ -529,7 +504,7 @@ class Intranode(Normal[AnyShape]):
             row_weights=pointer(call.row_weights),
             num_expert_rows=rows.shape[0],
         )
-        return sums
+        return sums, ()
 
     # ---- the end ---------------------------------------------------------------------------------
 

@@ -95,6 +95,8 @@ class _Plan(Generic[Specs]):
         outputs: As passed.
         source_tokens: Offset of the first part of the `Routes`, in bytes from `src_info`.
         source_rows: Offset of the second.
+        source_weights: Offset of the third.
+        takes_sent: Whether a combine takes the weights from there, and not from the caller.
         num_tokens: `T`.
         max_tokens: `M`.
         parts: As passed.
@@ -113,6 +115,10 @@ class _Plan(Generic[Specs]):
         self.outputs: Specs = outputs
         self.source_tokens = 4 * sizes.num_experts * sizes.max_tokens
         self.source_rows = self.source_tokens + 4 * num_ranks
+        choices = num_ranks * sizes.max_tokens * sizes.num_topk
+        self.source_weights = self.source_rows + 4 * choices
+        config = launch.kernel.config
+        self.takes_sent = isinstance(config, LowLatencyReducedCombineConfig) and config.weights_sent
         self.num_tokens, self.max_tokens, self.parts = sizes.num_tokens, sizes.max_tokens, parts
 
 
@@ -256,18 +262,20 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
             plan = self._plan_dispatch(call.sizes)
         outputs = LowLatencyDispatched.allocate(plan.outputs, self._empty)
         scope.start()
-        x, topk_idx, global_scale, recv_stats, cycles = call.given
+        x, topk_idx, topk_weights, global_scale, recv_stats, cycles = call.given
         recv_x, recv_scales, recv_count, src_info, layout_range = outputs
         handle = src_info.data_ptr()
         plan.launch.set(
             x=x.data_ptr(),
             topk_idx=topk_idx.data_ptr(),
+            topk_weights=0 if topk_weights is None else topk_weights.data_ptr(),
             global_scale=0 if global_scale is None else global_scale.data_ptr(),
             recv_x=recv_x.data_ptr(),
             recv_scales=0 if recv_scales is None else recv_scales.data_ptr(),
             recv_count=recv_count.data_ptr(),
             source_tokens=handle + plan.source_tokens,
             source_rows=handle + plan.source_rows,
+            source_weights=handle + plan.source_weights,
             src_info=handle,
             layout_range=layout_range.data_ptr(),
             recv_stats=0 if recv_stats is None else recv_stats.data_ptr(),
@@ -350,10 +358,11 @@ class LowLatency(Mode[LowLatencyDispatchShape | LowLatencyCombineShape]):
             (out,) = self._empty(plan.outputs)
         scope.start()
         routes = call.src_info.data_ptr()
+        weights = routes + plan.source_weights if plan.takes_sent else topk_weights.data_ptr()
         plan.launch.set(
             x=x.data_ptr(),
             topk_idx=topk_idx.data_ptr(),
-            topk_weights=topk_weights.data_ptr(),
+            topk_weights=weights,
             source_tokens=routes + plan.source_tokens,
             source_rows=routes + plan.source_rows,
             out=out.data_ptr(),

@@ -36,7 +36,7 @@ from epjit.kernels.variants import CHOICES
 from epjit.modes.base import Mode, Shape
 from epjit.modes.layout import Layout
 from epjit.runtime.device import num_sms
-from epjit.runtime.empty import TensorSpec, matrix, shorten, vector
+from epjit.runtime.empty import TensorSpec, by_columns, matrix, shorten, vector
 from epjit.runtime.fault import OVERFLOW_AT, Overflow
 from epjit.runtime.host import PinnedArray, nap
 from epjit.runtime.kernel import KernelConfig
@@ -44,7 +44,7 @@ from epjit.runtime.kernel import KernelConfig
 if TYPE_CHECKING:
     from epjit.runtime.group import Group
     from epjit.runtime.symmetric import SymmetricMemory
-    from epjit.scope import AnyScope
+    from epjit.scope import AnyScope, Record
 
 SIGNALS_BYTES = 512
 GIVE_UP_SECONDS = 1.0  # that a rank which ends by an exception waits for its peers
@@ -142,32 +142,19 @@ class Normal(Mode[Shape]):
     def combine(self, scope: AnyScope, call: Combine) -> Sums:
         """Brings rows back and sums them."""
 
+    @abstractmethod
     def expert_dispatch(
         self, scope: AnyScope, call: ExpertDispatch
-    ) -> tuple[ExpertDispatched, tuple[torch.Tensor, ...]]:
+    ) -> tuple[ExpertDispatched, Record]:
         """Sends a row for each choice, along new choices or along a handle.
 
         Returns:
             The results, and tensors that only the kernels use.
-
-        Raises:
-            NotImplementedError: No kernel does it.
         """
-        raise NotImplementedError(
-            "expert_dispatch has no kernel between NVLink domains yet; epjit.moe.dispatch(..., "
-            "expert_major=True) gives the same rows on a GPU, in two passes"
-        )
 
-    def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> Sums:
-        """Brings rows by expert back and sums them.
-
-        Raises:
-            NotImplementedError: No kernel does it.
-        """
-        raise NotImplementedError(
-            "expert_combine has no kernel between NVLink domains yet; epjit.moe.combine takes rows "
-            "by expert on a GPU, in two passes"
-        )
+    @abstractmethod
+    def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> tuple[Sums, Record]:
+        """Brings rows by expert back and sums them; the sums, and what only the kernels use."""
 
     @staticmethod
     def _waits(call: Dispatch | ExpertDispatch) -> bool:
@@ -184,9 +171,10 @@ class Normal(Mode[Shape]):
     @staticmethod
     def _specs(num_rows: int, call: Dispatch) -> tuple[TensorSpec | None, ...]:
         """Outputs of a dispatch of `num_rows` rows, in the order of `Dispatched`."""
-        x, scales, topk_idx = call.x, call.scales, call.topk_idx
-        rows = matrix(x.dtype, num_rows, x.shape[1])
-        row_scales = None if scales is None else matrix(scales.dtype, num_rows, scales.shape[1])
+        topk_idx = call.topk_idx
+        (dtype, columns), of_scales = delivered(call)
+        rows = matrix(dtype, num_rows, columns)
+        row_scales = None if of_scales is None else matrix(of_scales[0], num_rows, of_scales[1])
         if topk_idx is None:
             return rows, row_scales, None, None
         num_topk = topk_idx.shape[1]
@@ -225,6 +213,21 @@ class Normal(Mode[Shape]):
         with scope.allocating():
             combined_x, combined_weights = self._empty(specs)
         return combined_x, combined_weights
+
+    def _rows_by_expert(
+        self, num_rows: int, call: ExpertDispatch
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
+        """New rows, scales and weights."""
+        (dtype, columns), of_scales = delivered(call)
+        ordered = by_columns if call.column_major_scales else matrix
+        rows, row_scales, weights = self._empty(
+            (
+                matrix(dtype, num_rows, columns),
+                None if of_scales is None else ordered(of_scales[0], num_rows, of_scales[1]),
+                None if call.topk_weights is None else vector(torch.float32, num_rows),
+            )
+        )
+        return rows, row_scales, weights
 
     def _receive(
         self,
@@ -425,15 +428,48 @@ def row_bytes(rows: torch.Tensor) -> int:
     return rows.shape[1] * rows.element_size()
 
 
+def delivered(
+    call: Dispatch | ExpertDispatch,
+) -> tuple[tuple[torch.dtype, int], tuple[torch.dtype, int] | None]:
+    """Dtype and columns of the rows that a dispatch delivers, and of their scales."""
+    x, scales, row_format = call.x, call.scales, call.row_format
+    columns = x.shape[1]
+    if row_format is None:
+        return (x.dtype, columns), None if scales is None else (scales.dtype, scales.shape[1])
+    assert row_format.scale_dtype is not None
+    of_scales = row_format.scale_dtype, row_format.num_scale_columns(columns)
+    return (row_format.x_dtype, row_format.num_columns(columns)), of_scales
+
+
+def word_strides(scales: torch.Tensor | None) -> tuple[int, int]:
+    """Strides of scales in words of 4 bytes; those of one byte lie row by row, four a word."""
+    if scales is None:
+        return 0, 0
+    if scales.element_size() == 1:
+        return scales.shape[1] // 4, 1
+    return scales.stride(0), scales.stride(1)
+
+
 def dispatch_shape(call: Dispatch) -> DispatchShape:
     """The shape of a dispatch."""
-    x, scales, topk_idx = call.x, call.scales, call.topk_idx
+    topk_idx = call.topk_idx
+    of_rows, cast = _sent(call)
     return DispatchShape(
-        row_bytes(x),
-        0 if scales is None else scales.shape[1],
+        *of_rows,
         0 if topk_idx is None else topk_idx.shape[1],
         topk_idx is None or topk_idx.dtype == torch.int64,
+        *cast,
     )
+
+
+def _sent(call: Dispatch | ExpertDispatch) -> tuple[tuple[int, int], tuple[int, bool]]:
+    """Bytes of a row as it travels and words of its scales; the cast, as a shape has it."""
+    x, scales, row_format = call.x, call.scales, call.row_format
+    if row_format is None:
+        return (row_bytes(x), 0 if scales is None else scales.shape[1]), (0, False)
+    hidden = x.shape[1]
+    of_rows = row_format.row_bytes(hidden), row_format.num_scale_bytes(hidden) // 4
+    return of_rows, (row_format.code, x.dtype == torch.float16)
 
 
 def combine_shape(call: Combine) -> CombineShape:
@@ -451,22 +487,17 @@ def _choice_bits(order: Order | None) -> int:
 
 def expert_dispatch_shape(call: ExpertDispatch) -> ExpertDispatchShape:
     """The shape of a dispatch by expert."""
-    x, scales, topk_idx, topk_weights, handle, *_ = call
+    _, _, topk_idx, topk_weights, handle, *_ = call
     choices = topk_idx if handle is None else handle.placement.row_of
     assert choices is not None
-    of_row = row_bytes(x), 0 if scales is None else scales.shape[1]
-    code, row_format = 0, call.row_format
-    if row_format is not None:
-        code, hidden = row_format.code, x.shape[1]
-        of_row = row_format.row_bytes(hidden), row_format.num_scale_bytes(hidden) // 4
+    of_rows, cast = _sent(call)
     return ExpertDispatchShape(
-        *of_row,
+        *of_rows,
         choices.shape[1],
         topk_idx is None or topk_idx.dtype == torch.int64,
         handle is not None,
         topk_weights is not None,
-        code,
-        code != 0 and x.dtype == torch.float16,
+        *cast,
     )
 
 

@@ -32,7 +32,6 @@ from epjit.handles import (
     ExpertHandle,
     GivenHandle,
     Handle,
-    IntranodeHandle,
     Placement,
     handle_type,
     row_bound,
@@ -56,6 +55,7 @@ __all__ = [
     "ExpertHandle",
     "ExpertRows",
     "combine",
+    "dequantize",
     "dispatch",
     "free_buffers",
     "fused_combine",
@@ -81,6 +81,9 @@ class Dispatched(NamedTuple):
         topk_weights: float32 `[n, K]`, 0 where the index is -1.
         tokens_per_expert: int32 `[L]` on the device, not padded.
         handle: For `combine`.
+        scales: Of rows that were cast: `[n, S]`, as `Buffer.dispatch` returns them; else None.
+        values: Of rows that were cast: what takes their gradient, `[n, H]` of the dtype that they
+            were sent in. It holds nothing; see `dequantize`.
     """
 
     x: Tensor
@@ -88,6 +91,8 @@ class Dispatched(NamedTuple):
     topk_weights: Tensor
     tokens_per_expert: Tensor
     handle: Handle
+    scales: Tensor | None = None
+    values: Tensor | None = None
 
 
 class ExpertRows(NamedTuple):
@@ -104,6 +109,7 @@ class ExpertRows(NamedTuple):
         handle: For `combine` (of `dispatch`) or `unpermute` (of `permute`).
         scales: Of rows that were cast: `[M, S]`, as `Buffer.expert_dispatch` returns them; else
             None.
+        values: As of `Dispatched`, `[M, H]`.
     """
 
     x: Tensor
@@ -112,6 +118,7 @@ class ExpertRows(NamedTuple):
     tokens_per_expert: Tensor
     handle: Any
     scales: Tensor | None = None
+    values: Tensor | None = None
 
 
 def _autocast(x: Tensor) -> Tensor:
@@ -149,26 +156,6 @@ def _check_comes_back(x: Tensor, weights: Tensor, *, is_combined: bool) -> None:
         )
 
 
-def _check_cast(cast: str, x: Tensor, weights: Tensor, *, expert_major: bool) -> None:
-    """Checks that rows can be cast on the way."""
-    if cast not in CASTS:
-        raise ValueError(f"cast is {cast!r}, but must be None or one of {', '.join(CASTS)}")
-    if not expert_major:
-        raise ValueError(f"cast is {cast!r}, which needs expert_major=True")
-    if torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad):
-        raise ValueError(
-            f"cast is {cast!r}, but rows that are cast have no gradient yet; call dispatch under "
-            "torch.no_grad(), or without cast"
-        )
-
-
-def _by_expert(x: Tensor, weights: Tensor, placement: Placement, handle: Any) -> ExpertRows:
-    row_of, source, ends, counts = placement
-    rows = torch.ops.epjit.permute(x, row_of, source, ends, torch.is_grad_enabled())
-    row_weights = torch.ops.epjit.permute_weights(weights, row_of, source)
-    return ExpertRows(rows, row_weights, ends, counts, handle)
-
-
 def _size(name: str, value: int, least: int) -> int:
     """A number that a caller passes; sizes that are traced stay symbols."""
     return value if isinstance(value, torch.SymInt) else as_int(name, value, least=least)
@@ -187,6 +174,8 @@ def dispatch(
     group: GroupLike,
     num_worst_tokens: int = ...,
     expert_major: Literal[False] = ...,
+    cast: str | None = ...,
+    global_scale: Tensor | None = ...,
 ) -> Dispatched: ...
 @overload
 def dispatch(
@@ -244,10 +233,12 @@ def dispatch(
             are dropped. 0 = always enough.
         zero_padding: With `expert_major`: False leaves the padding undefined, which saves the time
             of writing it, where no gradients are recorded.
-        cast: With `expert_major`, inside one NVLink domain, without gradients: the format that rows
-            are cast to on the way, see `Buffer.expert_dispatch`.
+        cast: The format that rows are cast to on the way, see `Buffer.dispatch`; without
+            `expert_major` inside one NVLink domain. Gradients pass the cast as they are, by
+            `values` of what comes back: see `dequantize`.
         global_scale: Of the cast, for ``"nvfp4"``.
-        column_major_scales: Scales lie column by column, each padded to 16 bytes.
+        column_major_scales: With `expert_major`: scales lie column by column, each padded to 16
+            bytes.
 
     Returns:
         `Dispatched`, or `ExpertRows` with `expert_major`.
@@ -272,8 +263,13 @@ def dispatch(
             f"num_expert_rows is {num_expert_rows}, which needs expert_major=True and "
             "num_worst_tokens: without them the number of rows is what arrives"
         )
-    if cast is not None:
-        _check_cast(cast, x, topk_weights, expert_major=expert_major)
+    if cast is not None and cast not in CASTS:
+        raise ValueError(f"cast is {cast!r}, but must be None or one of {', '.join(CASTS)}")
+    if column_major_scales and not expert_major:
+        raise ValueError(
+            "column_major_scales=True needs expert_major=True: scales of other rows arrive row by "
+            "row, as these do"
+        )
     name = name_of(group)
     dry = False
     if not torch.compiler.is_compiling():
@@ -281,53 +277,69 @@ def dispatch(
         if dry:
             check_dry_rows(x, num_worst_tokens)
     num_domains = count_domains(name, dry=dry)
-    if cast is not None and num_domains > 1:
-        raise ValueError(
-            f"cast is {cast!r}, but this group spans {num_domains} NVLink domains, between which "
-            "rows travel as they are; cast what arrives"
+    kind = handle_type(num_domains)
+    if not expert_major:
+        if cast is not None and num_domains > 1:
+            raise ValueError(
+                f"cast is {cast!r}, but this group spans {num_domains} NVLink domains, between "
+                "which rows in the order of their sources travel as they are; pass "
+                "expert_major=True, or no cast"
+            )
+        rows, scales, values, recv_idx, recv_weights, *tensors = torch.ops.epjit.dispatch(
+            *(x, topk_idx, topk_weights, num_experts, num_worst_tokens),
+            *(cast, global_scale, num_domains, name),
         )
-    if expert_major and num_domains == 1:
-        needs_zeros = torch.is_grad_enabled()
-        rows, scales, row_weights, *placed_and_handle = torch.ops.epjit.expert_dispatch(
-            x,
-            topk_idx,
-            topk_weights,
-            num_experts,
-            num_worst_tokens,
-            expert_alignment,
-            num_expert_rows,
-            zero_padding or needs_zeros,
-            needs_zeros,
-            cast,
-            global_scale,
-            column_major_scales,
-            name,
-        )
-        row_of, source, ends, *tensors = placed_and_handle
-        routing: Handle = IntranodeHandle(*tensors)
+        routing = kind(*tensors[: len(kind._fields)])
+        of_cast = () if cast is None else (scales, values)
         counts = routing.recv_expert_counts
-        placement = Placement(row_of, source, ends, counts)
-        handle = ExpertHandle(routing, placement)
-        of_rows = None if cast is None else scales
-        return ExpertRows(rows, row_weights, ends, counts, handle, of_rows)
-    recv_x, recv_idx, recv_weights, row_of, source, ends, *tensors = torch.ops.epjit.dispatch(
+        return Dispatched(rows, recv_idx, recv_weights, counts, routing, *of_cast)
+    needs_zeros = torch.is_grad_enabled()
+    rows, scales, values, row_weights, *tensors = torch.ops.epjit.expert_dispatch(
         x,
         topk_idx,
         topk_weights,
         num_experts,
         num_worst_tokens,
-        expert_alignment if expert_major else 0,
+        expert_alignment,
         num_expert_rows,
+        zero_padding or needs_zeros,
+        needs_zeros,
+        cast,
+        global_scale,
+        column_major_scales,
         num_domains,
         name,
     )
-    kind = handle_type(num_domains)
+    row_of, source, ends, *tensors = tensors
     routing = kind(*tensors[: len(kind._fields)])
     counts = routing.recv_expert_counts
-    if not expert_major:
-        return Dispatched(recv_x, recv_idx, recv_weights, counts, routing)
-    placement = Placement(row_of, source, ends, counts)
-    return _by_expert(recv_x, recv_weights, placement, ExpertHandle(routing, placement))
+    handle = ExpertHandle(routing, Placement(row_of, source, ends, counts))
+    of_cast = () if cast is None else (scales, values)
+    return ExpertRows(rows, row_weights, ends, counts, handle, *of_cast)
+
+
+def dequantize(got: Dispatched | ExpertRows, *, global_scale: Tensor | None = None) -> Tensor:
+    """The values of rows that a dispatch has cast, with the gradient of those that were sent.
+
+    The gradient passes the cast as it is (straight through): it travels back as that of rows that
+    came as they were. So it does when a product of one's own takes the rows and their scales, and
+    gives the gradient of the values to `got.values`.
+
+    Args:
+        got: From ``dispatch(..., cast=...)``.
+        global_scale: As the dispatch was given.
+
+    Returns:
+        `[n, H]` or `[M, H]` of the dtype that the rows were sent in, rounded once to it; see
+        `epjit.formats.dequantize`.
+
+    Raises:
+        TypeError, ValueError: The rows were not cast, or `global_scale` is missing or of no use.
+    """
+    if got.scales is None or got.values is None:
+        raise TypeError("these rows were not cast: they are their values; use .x")
+    values: Tensor = torch.ops.epjit.dequantize(got.x, got.scales, global_scale, got.values)
+    return values
 
 
 def combine(
@@ -364,15 +376,11 @@ def combine(
     x = _rows(x)
     if isinstance(handle, ExpertHandle):
         routing, placement = handle
-        if isinstance(routing, IntranodeHandle):
-            summed: Tensor = torch.ops.epjit.expert_combine(
-                x, weights, *placement[:-1], *routing, name_of(group)
-            )
-            return summed
-        if weights is not None:
-            x = (weights[:, None] * x).to(x.dtype)
-        x, handle = unpermute(x, placement), routing
-    elif weights is not None:
+        summed: Tensor = torch.ops.epjit.expert_combine(
+            x, weights, *placement[:-1], *padded(routing), name_of(group)
+        )
+        return summed
+    if weights is not None:
         raise ValueError(
             "weights are for rows by expert; multiply other rows before combine, each with the sum "
             "of its weights"
@@ -413,7 +421,10 @@ def permute(
     n, num_topk = topk_idx.shape
     num_rows = num_rows or row_bound(n, num_topk, num_experts, alignment)
     placement = Placement(*torch.ops.epjit.place(topk_idx, num_experts, alignment, num_rows))
-    return _by_expert(x, topk_weights, placement, placement)
+    row_of, source, ends, counts = placement
+    rows = torch.ops.epjit.permute(x, row_of, source, ends, torch.is_grad_enabled())
+    row_weights = torch.ops.epjit.permute_weights(topk_weights, row_of, source)
+    return ExpertRows(rows, row_weights, ends, counts, placement)
 
 
 def unpermute(x: Tensor, handle: Placement) -> Tensor:
@@ -432,22 +443,52 @@ def unpermute(x: Tensor, handle: Placement) -> Tensor:
     return result
 
 
-def grouped_mm(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+def grouped_mm(
+    x: Tensor,
+    weights: Tensor,
+    ends: Tensor,
+    *,
+    scales: Tensor | None = None,
+    weight_scales: Tensor | None = None,
+) -> Tensor:
     """Multiplies each expert's rows with its matrix.
 
     bfloat16 is torch's own grouped product, without a host wait; other dtypes are a loop that reads
-    `ends` on the host.
+    `ends` on the host. With scales, both are float8_e4m3fn, and the product is torch's: of
+    ``fp8_row`` on sm_90 and sm_100, of ``mxfp8`` on sm_100. It has no gradient.
 
     Args:
         x: `[M, H]`, as `dispatch(expert_major=True)` orders it.
-        weights: `[L, H, F]` of x's dtype; any of its strides. Both are cast under torch.autocast.
-        ends: int32 `[L]`.
+        weights: `[L, H, F]` of x's dtype; any of its strides, with scales transposed in memory
+            (`[L, F, H]` that was transposed). Both are cast under torch.autocast.
+        ends: int32 `[L]`; with mxfp8 multiples of 128 (`expert_alignment`).
+        scales: None, or those of x: `[M, S]`, as `dispatch(cast=...)` returns them.
+        weight_scales: With `scales`: `[L, F, S]`, of the columns of each matrix in the same format.
 
     Returns:
-        `[M, F]`. Behind `ends[-1]` there are zeros where gradients are recorded, as in the gradient
-        of x; else it is undefined there.
+        `[M, F]`, with scales bfloat16. Behind `ends[-1]` there are zeros where gradients are
+        recorded and there are no scales, as in the gradient of x; else it is undefined there.
+
+    Raises:
+        TypeError, ValueError: Scales are missing, or torch has no product of such rows.
+        RuntimeError: This GPU, or this torch, has no product of rows with these scales.
     """
     x, weights = _rows(x), _autocast(weights)
+    if scales is not None and weight_scales is not None:
+        operands = (x, weights, ends, scales, weight_scales)
+        if torch.is_grad_enabled() and any(each.requires_grad for each in operands):
+            raise ValueError(
+                "products of rows with scales have no gradient; call grouped_mm under "
+                "torch.no_grad(), or train in bfloat16"
+            )
+        scaled: Tensor = torch.ops.epjit.scaled_grouped_mm(*operands)
+        return scaled
+    if scales is not None or weight_scales is not None or x.element_size() == 1:
+        missing = "weight_scales" if weight_scales is None else "scales"
+        raise ValueError(
+            f"{missing} are missing: x is {x.dtype}, and its product takes scales of the rows and "
+            "weight_scales of the matrices"
+        )
     result: Tensor = torch.ops.epjit.grouped_mm(x, weights, ends, torch.is_grad_enabled())
     return result
 

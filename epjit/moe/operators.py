@@ -13,8 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from epjit.calls import Payload
 from epjit.checks.match import check
-from epjit.formats import CASTS
+from epjit.formats import CASTS, dequantize
 from epjit.handles import (
     ExpertHandle,
     GivenHandle,
@@ -26,6 +27,7 @@ from epjit.handles import (
     row_bound,
 )
 from epjit.modes import expert_major as by_expert
+from epjit.moe import scaled
 from epjit.moe.buffers import buffer_of, count_ranks
 from epjit.runtime.empty import TensorSpec
 
@@ -55,12 +57,22 @@ def _operator(schema: str) -> Callable[[Callable[..., Any]], torch.library.Custo
 # of the operator. (Lists of tensors cost the host 30 to 50 us an operator.)
 _MOST, _LEAST = len(InternodeHandle._fields), len(IntranodeHandle._fields)
 _HANDLE = ", ".join(f"Tensor{'?' * (i >= _LEAST)} h{i}" for i in range(_MOST))
-_TENSORS = ", ".join(["Tensor"] * (6 + _MOST))
+
+
+def _tensors(number: int) -> str:
+    """So many in the results of an operator, and behind them a handle."""
+    return ", ".join(["Tensor"] * (number + _MOST))
 
 
 def padded(handle: GivenHandle) -> tuple[Tensor | None, ...]:
     """A handle as the operators take it."""
     return (*handle, *[None] * (_MOST - len(handle)))
+
+
+def _filled(handle: Handle) -> list[Tensor]:
+    """A handle as the operators return it."""
+    absent = [handle[0].new_empty(0, dtype=torch.int32) for _ in range(_MOST - len(handle))]
+    return [*handle, *absent]
 
 
 def _given(tensors: Any) -> list[Tensor]:
@@ -93,10 +105,67 @@ def _new(x: Tensor, spec: TensorSpec | None) -> Any:
     return None if spec is None else x.new_empty(spec[0], dtype=spec[2])
 
 
+# Autograd gives a tensor a gradient of its own dtype, which would round that of a row as the row
+# itself was rounded. So a dispatch that casts has one result more: a tensor without memory, of the
+# dtype and shape that the rows had, which takes their gradient. A cast hands it on as it is.
+
+
+def _standing_for(x: Tensor, num_rows: Any) -> Tensor:
+    """What takes the gradient of so many rows like those of x."""
+    return x.new_empty((1, 1)).expand(num_rows, x.shape[1])
+
+
+def _delivered(x: Tensor, received: Payload) -> tuple[Tensor, Tensor, Tensor]:
+    """Rows; of those that were cast scales and what takes their gradient, else empty tensors."""
+    if isinstance(received, tuple):
+        return *received, _standing_for(x, received[0].shape[0])
+    return received, x.new_empty(0), x.new_empty(0)
+
+
+def _fake_delivered(
+    x: Tensor, num_rows: Any, cast: str | None, *, column_major: bool = False
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden = x.shape[1]
+    if cast is None:
+        return x.new_empty((num_rows, hidden)), x.new_empty(0), x.new_empty(0)
+    row_format = CASTS[cast]
+    rows = x.new_empty((num_rows, row_format.num_columns(hidden)), dtype=row_format.x_dtype)
+    num_scales, dtype = row_format.num_scale_columns(hidden), row_format.scale_dtype
+    if column_major:
+        scales = x.new_empty((num_scales, (num_rows + 3) // 4 * 4), dtype=dtype)
+        scales = scales[:, :num_rows].t()
+    else:
+        scales = x.new_empty((num_rows, num_scales), dtype=dtype)
+    return rows, scales, _standing_for(x, num_rows)
+
+
+def _grad_delivered(ctx: Any, of_rows: Any, of_scales: Any, of_values: Any) -> Any:
+    """The gradient of rows that a dispatch delivered, of a dtype that a combine adds.
+
+    Raises:
+        RuntimeError: It came to rows that were cast, or to their scales.
+    """
+    if ctx.cast is None:
+        return of_rows
+    if of_rows is not None or of_scales is not None:
+        raise RuntimeError(
+            f"rows that were cast to {ctx.cast}, or their scales, were given a gradient, which "
+            "would be rounded as they were; compute with epjit.moe.dequantize(...), or let .values "
+            "of what dispatch returned take the gradient"
+        )
+    if of_values is not None:
+        return of_values
+    (values, *_) = ctx.saved_tensors
+    return values.new_zeros(values.shape)
+
+
+def _grad_of_weights(grad: Tensor | None, like: Tensor) -> Tensor:
+    return like.new_zeros(like.shape, dtype=torch.float32) if grad is None else grad.float()
+
+
 @_operator(
-    "(Tensor x, Tensor topk_idx, Tensor topk_weights, int num_experts, "
-    "int num_worst_tokens, int expert_alignment, int num_expert_rows, int num_domains, str group) "
-    f"-> ({_TENSORS})"
+    "(Tensor x, Tensor topk_idx, Tensor topk_weights, int num_experts, int num_worst_tokens, "
+    f"str? cast, Tensor? global_scale, int num_domains, str group) -> ({_tensors(5)})"
 )
 def _dispatch(
     x: Tensor,
@@ -104,17 +173,17 @@ def _dispatch(
     topk_weights: Tensor,
     num_experts: int,
     num_worst_tokens: int,
-    expert_alignment: int,
-    num_expert_rows: int,
+    cast: str | None,
+    global_scale: Tensor | None,
     num_domains: int,
     group: str,
 ) -> tuple[Tensor, ...]:
-    """Received rows, their choices and weights; a placement (or three empty tensors); a handle."""
+    """Received rows (see `_delivered`), their choices and weights; a handle."""
     x, buffer = _moved(x), buffer_of(group, x)
     topk_idx, topk_weights = topk_idx.contiguous(), topk_weights.contiguous()
     _check_domains(buffer, num_domains, group)
     per_rank, per_domain, per_expert, in_rank, _ = buffer.get_dispatch_layout(topk_idx, num_experts)
-    recv_x, recv_idx, recv_weights, counts, handle, _ = buffer.dispatch(
+    recv_x, recv_idx, recv_weights, _, handle, _ = buffer.dispatch(
         x,
         num_tokens_per_rank=per_rank,
         num_tokens_per_rdma_rank=per_domain,
@@ -122,28 +191,14 @@ def _dispatch(
         num_tokens_per_expert=per_expert,
         topk_idx=topk_idx,
         topk_weights=topk_weights,
-        expert_alignment=max(expert_alignment, 1),
         num_worst_tokens=num_worst_tokens,
+        cast=cast,
+        global_scale=global_scale,
     )
-    assert isinstance(recv_x, Tensor)
     assert recv_idx is not None
     assert recv_weights is not None
     assert handle is not None
-    placement = [torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(3)]
-    if expert_alignment:
-        local = num_experts // buffer.group_size
-        if num_worst_tokens:
-            n, num_topk = recv_idx.shape
-            bound = row_bound(n, num_topk, local, expert_alignment)
-            num_rows = num_expert_rows or bound
-        else:
-            num_rows = sum(counts or ())
-        placed = by_expert.place(recv_idx, local, alignment=expert_alignment, num_rows=num_rows)
-        placement = [placed.row_of, placed.source, placed.ends]
-    filler = [
-        torch.empty(0, dtype=torch.int32, device=x.device) for _ in range(_MOST - len(handle))
-    ]
-    return (recv_x, recv_idx, recv_weights, *placement, *handle, *filler)
+    return (*_delivered(x, recv_x), recv_idx, recv_weights, *_filled(handle))
 
 
 @_dispatch.register_fake
@@ -153,52 +208,40 @@ def _(
     topk_weights: Tensor,
     num_experts: int,
     num_worst_tokens: int,
-    expert_alignment: int,
-    num_expert_rows: int,
+    cast: str | None,
+    global_scale: Tensor | None,
     num_domains: int,
     group: str,
 ) -> tuple[Tensor, ...]:
     num_topk = topk_idx.shape[1]
-    ranks = count_ranks(group)
-    local = num_experts // ranks
     n: Any = num_worst_tokens or torch.library.get_ctx().new_dynamic_size()
-    placement = [x.new_empty(0, dtype=torch.int32) for _ in range(3)]
-    if expert_alignment:
-        num_rows: Any = num_expert_rows or row_bound(n, num_topk, local, expert_alignment)
-        if not num_worst_tokens:
-            num_rows = torch.library.get_ctx().new_dynamic_size()
-        specs = Placement.specs(
-            num_tokens=n, num_topk=num_topk, num_rows=num_rows, num_experts=local
-        )
-        placement = [_new(x, spec) for spec in specs[:3]]
-    passing: Any = 0
-    if num_domains > 1:
-        passing = ranks // num_domains * num_worst_tokens
-        passing = passing or torch.library.get_ctx().new_dynamic_size()
     return (
-        x.new_empty((n, x.shape[1])),
+        *_fake_delivered(x, n, cast),
         topk_idx.new_empty((n, num_topk)),
         topk_weights.new_empty((n, num_topk)),
-        *placement,
-        *_fake_handle(x, n, passing, ranks, num_domains, local),
+        *_fake_handle(x, n, num_worst_tokens, num_experts, num_domains, group),
     )
 
 
 def _fake_handle(
-    x: Tensor, n: Any, passing: Any, ranks: int, num_domains: int, experts: int
+    x: Tensor, n: Any, num_worst_tokens: int, num_experts: int, num_domains: int, group: str
 ) -> list[Tensor]:
-    tokens, kind = x.shape[0], handle_type(num_domains)
+    tokens, ranks, kind = x.shape[0], count_ranks(group), handle_type(num_domains)
     specs = kind.specs(
-        num_tokens=tokens, num_ranks=ranks, num_domains=num_domains, experts_per_rank=experts
+        num_tokens=tokens,
+        num_ranks=ranks,
+        num_domains=num_domains,
+        experts_per_rank=num_experts // ranks,
     )
     handle = kind(*[_new(x, spec) for spec in specs])
     handle = handle._replace(is_token_in_rank=x.new_empty((tokens, ranks), dtype=torch.bool))
     if isinstance(handle, IntranodeHandle):
         (src_idx,) = (_new(x, spec) for spec in IntranodeHandle.row_specs(n))
-        empty = [x.new_empty(0, dtype=torch.int32) for _ in range(_MOST - _LEAST)]
-        return [*handle._replace(recv_src_idx=src_idx), *empty]
+        return _filled(handle._replace(recv_src_idx=src_idx))
+    passing: Any = ranks // num_domains * num_worst_tokens
+    passing = passing or torch.library.get_ctx().new_dynamic_size()
     meta, heads = (_new(x, spec) for spec in InternodeHandle.row_specs(n, passing))
-    return [*handle._replace(recv_src_meta=meta, send_nvl_head=heads)]
+    return _filled(handle._replace(recv_src_meta=meta, send_nvl_head=heads))
 
 
 @_operator(f"(Tensor x, {_HANDLE}, str group) -> Tensor")
@@ -253,16 +296,19 @@ def _(grad: Tensor, *handle_and_group: Any) -> Tensor:
 
 
 def _setup_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    *_, num_domains, ctx.group = inputs
+    *_, ctx.cast, _, num_domains, ctx.group = inputs
+    ctx.set_materialize_grads(ctx.cast is None)
     handle = output[-_MOST:][: len(handle_type(num_domains)._fields)]
-    ctx.save_for_backward(output[1], *padded(handle))
+    _, _, values, recv_topk_idx, *_ = output
+    ctx.save_for_backward(values, recv_topk_idx, *padded(handle))
 
 
-def _grad_dispatch(ctx: Any, grad_x: Tensor, _: Any, grad_weights: Tensor, *others: Any) -> Any:
-    recv_topk_idx, *handle = ctx.saved_tensors
+def _grad_dispatch(ctx: Any, *grads: Any) -> Any:
+    _, recv_topk_idx, *handle = ctx.saved_tensors
     # The zeros that stand for choices of other ranks depend on no weight.
-    grad_weights = grad_weights.float().masked_fill(recv_topk_idx < 0, 0.0)
-    x, weights = torch.ops.epjit.dispatch_backward(grad_x, grad_weights, *handle, ctx.group)
+    of_weights = _grad_of_weights(grads[4], recv_topk_idx).masked_fill(recv_topk_idx < 0, 0.0)
+    of_rows = _grad_delivered(ctx, *grads[:3])
+    x, weights = torch.ops.epjit.dispatch_backward(of_rows, of_weights, *handle, ctx.group)
     return x, None, weights, *[None] * 6
 
 
@@ -280,26 +326,26 @@ _dispatch.register_autograd(_grad_dispatch, setup_context=_setup_dispatch)
 _combine.register_autograd(_grad_combine, setup_context=_setup_combine)
 
 
-# ---- operators: communication of rows by expert, in one NVLink domain ---------------------------
+# ---- operators: communication of rows by expert -------------------------------------------------
 
 # Of a placement, without its counts, which the handle has.
 _PLACED = ", ".join(f"Tensor {name}" for name in Placement._fields[:-1])
-_EXPERT_HANDLE = f"{_PLACED}, " + ", ".join(f"Tensor h{i}" for i in range(_LEAST))
+_EXPERT_HANDLE = f"{_PLACED}, {_HANDLE}"
 _NUM_PLACED = len(Placement._fields) - 1
 
 
 def _as_expert_handle(tensors: Any) -> ExpertHandle:
     """The handle among the arguments of an operator."""
     row_of, source, ends, *handle = tensors
-    routing = IntranodeHandle(*handle)
+    routing = _as_handle(handle)
     return ExpertHandle(routing, Placement(row_of, source, ends, routing.recv_expert_counts))
 
 
 @_operator(
     "(Tensor x, Tensor topk_idx, Tensor topk_weights, int num_experts, int num_worst_tokens, "
     "int expert_alignment, int num_expert_rows, bool zero_padding, bool blank, str? cast, "
-    "Tensor? global_scale, bool column_major_scales, str group) "
-    f"-> ({', '.join(['Tensor'] * (3 + _NUM_PLACED + _LEAST))})"
+    "Tensor? global_scale, bool column_major_scales, int num_domains, str group) "
+    f"-> ({_tensors(4 + _NUM_PLACED)})"
 )
 def _expert_dispatch(
     x: Tensor,
@@ -314,15 +360,16 @@ def _expert_dispatch(
     cast: str | None,
     global_scale: Tensor | None,
     column_major_scales: bool,
+    num_domains: int,
     group: str,
 ) -> tuple[Tensor, ...]:
-    """Rows by expert, their scales (or an empty tensor) and weights; a placement; a handle.
+    """Rows by expert (see `_delivered`) and their weights; a placement; a handle.
 
     With `blank` there are zeros behind the last expert's rows.
     """
     buffer = buffer_of(group, x)
-    _check_domains(buffer, 1, group)
-    rows, weights, handle, _ = buffer.expert_dispatch(
+    _check_domains(buffer, num_domains, group)
+    payload, weights, handle, _ = buffer.expert_dispatch(
         _moved(x),
         topk_idx.contiguous(),
         topk_weights.contiguous(),
@@ -335,12 +382,16 @@ def _expert_dispatch(
         cast=cast,
         global_scale=global_scale,
     )
-    rows, scales = rows if isinstance(rows, tuple) else (rows, topk_weights.new_empty(0))
+    rows, scales, values = _delivered(x, payload)
     assert weights is not None
     *placed, _ = handle.placement
     if blank and num_worst_tokens:
-        by_expert.blank(rows, handle.placement.ends[-1:])
-    return (rows, scales, weights, *placed, *handle.routing)
+        end = handle.placement.ends[-1:]
+        by_expert.blank(rows, end)
+        if cast is not None:  # else what lies there may be no number, which times zero is none
+            words = scales.view(torch.uint8) if scales.element_size() == 1 else scales
+            words.masked_fill_((torch.arange(rows.shape[0], device=x.device) >= end)[:, None], 0)
+    return (rows, scales, values, weights, *placed, *_filled(handle.routing))
 
 
 @_expert_dispatch.register_fake
@@ -357,31 +408,20 @@ def _(
     cast: str | None,
     global_scale: Tensor | None,
     column_major_scales: bool,
+    num_domains: int,
     group: str,
 ) -> tuple[Tensor, ...]:
-    num_topk, ranks = topk_idx.shape[1], count_ranks(group)
-    local = num_experts // ranks
+    num_topk, local = topk_idx.shape[1], num_experts // count_ranks(group)
     n: Any = num_worst_tokens or torch.library.get_ctx().new_dynamic_size()
     num_rows: Any = num_expert_rows or row_bound(n, num_topk, local, expert_alignment)
     if not num_worst_tokens:
         num_rows = torch.library.get_ctx().new_dynamic_size()
     specs = Placement.specs(num_tokens=n, num_topk=num_topk, num_rows=num_rows, num_experts=local)
-    rows, scales = x.new_empty((num_rows, x.shape[1])), topk_weights.new_empty(0)
-    if cast is not None:
-        row_format, hidden = CASTS[cast], x.shape[1]
-        rows = x.new_empty((num_rows, row_format.num_columns(hidden)), dtype=row_format.x_dtype)
-        shape, dtype = (num_rows, row_format.num_scale_columns(hidden)), row_format.scale_dtype
-        if column_major_scales:
-            scales = x.new_empty((shape[1], (num_rows + 3) // 4 * 4), dtype=dtype)
-            scales = scales[:, :num_rows].t()
-        else:
-            scales = x.new_empty(shape, dtype=dtype)
     return (
-        rows,
-        scales,
+        *_fake_delivered(x, num_rows, cast, column_major=column_major_scales),
         topk_weights.new_empty(num_rows),
         *[_new(x, spec) for spec in specs[:_NUM_PLACED]],
-        *_fake_handle(x, n, 0, ranks, 1, local)[:_LEAST],
+        *_fake_handle(x, n, num_worst_tokens, num_experts, num_domains, group),
     )
 
 
@@ -461,17 +501,18 @@ def _(
 
 
 def _setup_expert_dispatch(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    ctx.group = inputs[-1]
-    ctx.save_for_backward(*output[3:])
+    *_, ctx.cast, _, _, num_domains, ctx.group = inputs
+    ctx.set_materialize_grads(ctx.cast is None)
+    placed, handle = output[4:-_MOST], output[-_MOST:][: len(handle_type(num_domains)._fields)]
+    ctx.save_for_backward(output[2], *placed, *padded(handle))
 
 
-def _grad_expert_dispatch(
-    ctx: Any, grad_x: Tensor, _: Any, grad_weights: Tensor, *others: Any
-) -> Any:
-    x, weights = torch.ops.epjit.expert_dispatch_backward(
-        grad_x, grad_weights.float(), *ctx.saved_tensors, ctx.group
-    )
-    return x, None, weights, *[None] * 10
+def _grad_expert_dispatch(ctx: Any, *grads: Any) -> Any:
+    _, *handle = ctx.saved_tensors
+    source = handle[1]
+    of_rows, of_weights = _grad_delivered(ctx, *grads[:3]), _grad_of_weights(grads[3], source)
+    x, weights = torch.ops.epjit.expert_dispatch_backward(of_rows, of_weights, *handle, ctx.group)
+    return x, None, weights, *[None] * 11
 
 
 def _setup_expert_combine(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -485,12 +526,35 @@ def _grad_expert_combine(ctx: Any, grad: Tensor) -> Any:
     of_x, of_weights = torch.ops.epjit.expert_combine_backward(
         grad, x, row_weights, *handle, ctx.group
     )
-    others = [None] * (_NUM_PLACED + _LEAST + 1)
+    others = [None] * (_NUM_PLACED + _MOST + 1)
     return of_x, None if row_weights is None else of_weights, *others
 
 
 _expert_dispatch.register_autograd(_grad_expert_dispatch, setup_context=_setup_expert_dispatch)
 _expert_combine.register_autograd(_grad_expert_combine, setup_context=_setup_expert_combine)
+
+
+# ---- operators: rows that were cast --------------------------------------------------------------
+
+
+@_operator("(Tensor rows, Tensor scales, Tensor? global_scale, Tensor values) -> Tensor")
+def _dequantize(
+    rows: Tensor, scales: Tensor, global_scale: Tensor | None, values: Tensor
+) -> Tensor:
+    """The values of rows that were cast, in the dtype of `values`, which takes their gradient."""
+    return dequantize(rows, scales, global_scale=global_scale, dtype=values.dtype)
+
+
+@_dequantize.register_fake
+def _(rows: Tensor, scales: Tensor, global_scale: Tensor | None, values: Tensor) -> Tensor:
+    return values.new_empty(values.shape)
+
+
+def _grad_dequantize(ctx: Any, grad: Tensor) -> Any:
+    return None, None, None, grad
+
+
+_dequantize.register_autograd(_grad_dequantize)
 
 
 # ---- operators: the order of the experts --------------------------------------------------------
@@ -519,7 +583,7 @@ def _permute(x: Tensor, row_of: Tensor, source: Tensor, ends: Tensor, blank: boo
     """See `expert_major.permute`; with `blank` there are zeros behind the last expert's rows."""
     why = "one row for each row of topk_idx"
     check("x", x, (row_of.shape[0], "hidden"), contiguous=False, why=why)
-    rows = by_expert.permute(_moved(x), source, ends, num_topk=row_of.shape[1])
+    rows = by_expert.permute(_moved(x), row_of, source, ends)
     if blank:
         by_expert.blank(rows, ends[-1:])
     return rows
@@ -636,6 +700,19 @@ def _grouped_mm_of_rows(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
 @_grouped_mm_of_rows.register_fake
 def _(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty((ends.shape[0], x.shape[1], y.shape[1]))
+
+
+@_operator("(Tensor x, Tensor weights, Tensor ends, Tensor scales, Tensor of_weights) -> Tensor")
+def _scaled_grouped_mm(
+    x: Tensor, weights: Tensor, ends: Tensor, scales: Tensor, of_weights: Tensor
+) -> Tensor:
+    """See `scaled.product`; without a gradient."""
+    return scaled.product(_moved(x), weights, ends, scales, of_weights)
+
+
+@_scaled_grouped_mm.register_fake
+def _(x: Tensor, weights: Tensor, ends: Tensor, scales: Tensor, of_weights: Tensor) -> Tensor:
+    return x.new_empty((x.shape[0], weights.shape[2]), dtype=torch.bfloat16)
 
 
 def _setup_grouped_mm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

@@ -239,6 +239,21 @@ def describe(call: Describe, rank: int, *, max_tokens: int, alignment: int) -> N
     call.slots.copy_(torch.where((ranks >= 0) & ~comes_again, place, -1))
 
 
+def add_choices(rows: Tensor, biases: Sequence[Tensor | None], out: Tensor) -> None:
+    """Adds biases, then the rows of the choices, in fp32 from +0.0, and rounds once.
+
+    Args:
+        rows: `[T, K, H]`.
+        biases: `[T, H]` each, or None.
+        out: `[T, H]`, written.
+    """
+    total = torch.zeros(out.shape, dtype=torch.float32, device=out.device)
+    for addend in (*biases, *rows.unbind(dim=1)):
+        if addend is not None:
+            total += addend
+    out.copy_(total)
+
+
 def _received(
     inputs: Sequence[RankInput], rank: int, num_local: int
 ) -> list[tuple[int, int, dict[int, int]]]:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from epjit.calls import DispatchSizes
-from epjit.formats import BF16, FP8, FP8_ROUND, LOGFMT_BLOCK, MXFP8, NVFP4, RowFormat
+from epjit.formats import BF16, FP8, FP8_ROUND, FP8_ROW, LOGFMT_BLOCK, MXFP8, NVFP4, RowFormat
 from epjit.handles import LowLatencyDispatched, routes
 from epjit.reference.intranode import experts_per_rank
 from epjit.runtime.empty import empty_on
@@ -41,11 +41,13 @@ class RankInput(NamedTuple):
         topk_idx: int32 or int64 `[T, K]`; a value outside `[0, E)` selects nothing. An expert that
             a token chose twice gets two rows.
         global_scale: float32 `[1]`, for `NVFP4` only.
+        topk_weights: float32 `[T, K]`, or None; of all ranks or of none.
     """
 
     x: Tensor
     topk_idx: Tensor
     global_scale: Tensor | None = None
+    topk_weights: Tensor | None = None
 
 
 class Returned(NamedTuple):
@@ -96,7 +98,9 @@ def dispatch(
     num_local, num_rows = experts_per_rank(num_experts, num_ranks), num_ranks * max_tokens
     if out is None:
         own, wide = inputs[rank].topk_idx.shape, inputs[rank].topk_idx.dtype == torch.int64
-        sizes = DispatchSizes(own[0], hidden, own[1], wide, max_tokens, num_experts, row_format)
+        sent = inputs[rank].topk_weights is not None
+        numbers = (max_tokens, num_experts, row_format, sent)
+        sizes = DispatchSizes(own[0], hidden, own[1], wide, *numbers)
         specs = LowLatencyDispatched.specs(sizes, num_ranks)
         out = LowLatencyDispatched.allocate(specs, empty_on(torch.device("cpu")))
     experts, sources, tokens, choices = _rows_for(inputs, rank, num_local, max_tokens, masked)
@@ -117,12 +121,18 @@ def dispatch(
     positions = torch.arange(len(experts), dtype=torch.int64, device="cpu") - first_rows[experts]
     out.src_info[experts, positions] = tokens.to(torch.int32)
     num_tokens = [each.x.shape[0] for each in inputs]
-    source_tokens, source_rows = routes(out.src_info, num_ranks)
+    source_tokens, source_rows, source_weights = routes(out.src_info, num_ranks)
     for source, tokens_sent in enumerate(num_tokens):
         count = 0 if masked is not None and bool(masked[source]) else tokens_sent
         source_tokens[source] = count
         source_rows[source, :count] = -1
     source_rows[sources, tokens, choices] = (experts * num_rows + positions).to(torch.int32)
+    source_weights[sources, tokens, choices] = 0.0
+    for source, each in enumerate(inputs):
+        if each.topk_weights is not None:
+            mine = sources == source
+            at = tokens[mine], choices[mine]
+            source_weights[source][at] = each.topk_weights[at]
 
     encoded = [encode(each.x, row_format, each.global_scale) for each in inputs]
     ends = torch.tensor(num_tokens, dtype=torch.int64, device="cpu").cumsum(dim=0)
@@ -144,7 +154,7 @@ def collect(x: Tensor, src_info: Tensor, num_ranks: int) -> Returned:
         src_info: From the dispatch.
         num_ranks: `R`.
     """
-    source_tokens, source_rows = routes(src_info, num_ranks)
+    source_tokens, source_rows, _ = routes(src_info, num_ranks)
     tokens = torch.arange(source_rows.shape[1], dtype=torch.int32, device="cpu")
     is_token = tokens[None, :] < source_tokens[:, None]
     sources, token, choices = torch.nonzero(
@@ -248,8 +258,9 @@ def encode(
     """
     if row_format is BF16:
         return x, None
-    blocks = x.to(torch.float32).view(x.shape[0], x.shape[1] // row_format.block, row_format.block)
-    amax = blocks.abs().amax(dim=2, keepdim=True)
+    num_scales = row_format.num_scales(x.shape[1])
+    blocks = x.to(torch.float32).unflatten(1, (num_scales, -1))
+    amax = blocks.abs().nan_to_num(nan=0.0, posinf=torch.inf).amax(dim=2, keepdim=True)
     if row_format is NVFP4:
         scale_of_all = _given(global_scale)
         scales = _e4m3(scale_of_all * _divide(amax, _FP4_MAX))
@@ -259,7 +270,7 @@ def encode(
         return codes[:, 0::2] | codes[:, 1::2] << 4, scales.squeeze(2)
     if row_format is not MXFP8:
         amax = amax.clamp(min=_MIN_AMAX)
-    if row_format is FP8:
+    if row_format in (FP8, FP8_ROW):
         values = _e4m3(blocks * _divide(_FP8_MAX, amax))
         return values.view(x.shape), _divide(amax, _FP8_MAX).squeeze(2)
     bits = (_divide(amax, _FP8_MAX).view(torch.int32) + 0x7FFFFF) & 0x7F800000
@@ -341,12 +352,17 @@ def _divide(a: Tensor | float, b: Tensor | float) -> Tensor:
 
 
 def _e4m3(values: Tensor) -> Tensor:
-    """Rounds to nearest even, as torch does, and saturates, as torch does not."""
-    return values.clamp(-_FP8_MAX, _FP8_MAX).to(torch.float8_e4m3fn)
+    """Rounds to nearest even, as torch does; saturates and has one NaN, as torch does not."""
+    bounded = values.clamp(-_FP8_MAX, _FP8_MAX).masked_fill(values.isnan(), torch.nan)
+    return bounded.to(torch.float8_e4m3fn)
 
 
 def _e2m1(values: Tensor) -> Tensor:
-    """Codes 0 to 15 of the nearest e2m1 values, ties to even codes; the sign is the highest bit."""
+    """Codes 0 to 15 of the nearest e2m1 values, ties to even codes; the sign is the highest bit.
+
+    NaN becomes the largest value, 6.
+    """
+    values = values.nan_to_num(nan=_E2M1_VALUES[-1])
     magnitudes = values.abs()
     codes = torch.zeros(values.shape, dtype=torch.uint8, device="cpu")
     for code in range(1, len(_E2M1_VALUES)):

@@ -230,11 +230,11 @@ class _CommGroup(Group):
 class _StoreGroup(Group):
     """Ranks that meet in a `torch.distributed.TCPStore`, which all groups of these ranks share.
 
-    Each group has keys of its own there. The store takes values from anybody who reaches its port,
-    so each message carries a digest under a key that only the ranks know; nothing else is
-    unpickled. Waits poll the store: to wait inside it would hold up an interrupt. A rank that gives
-    up a group leaves that in the store; rank 0 sees by its lines whose process has ended, and
-    leaves that there, too.
+    Each group has names of its own there. The store takes values from anybody who reaches its port,
+    so each message carries a digest under a secret of these ranks and this group; nothing else is
+    unpickled, nor what another group was told. Waits poll the store: to wait inside it would hold
+    up an interrupt. A rank that gives up a group leaves that in the store; rank 0 sees by its lines
+    whose process has ended, and leaves that there, too.
     """
 
     def __init__(self, process_group: dist.ProcessGroup) -> None:
@@ -256,6 +256,7 @@ class _StoreGroup(Group):
             return
         self._place, number = _place_of(process_group)
         self._store = dist.PrefixStore(str(number), self._place.store)
+        self._key = hmac.digest(self._place.key, str(number).encode(), "sha256")
         if self.rank == 0:
             self._store.set(_RESETS, "0")
 
@@ -353,7 +354,7 @@ class _StoreGroup(Group):
         return pickle.loads(data), [name, *keys]
 
     def _digest(self, name: str, data: bytes) -> bytes:
-        return hmac.digest(self._place.key, name.encode() + b"\0" + data, "sha256")
+        return hmac.digest(self._key, name.encode() + b"\0" + data, "sha256")
 
     def _wait(self, store: Any, keys: Sequence[str], by_rank: Sequence[str], op: str) -> None:
         """Waits for keys; `by_rank` has the key that each rank writes, to say who did not come."""

@@ -16,9 +16,17 @@ import torch.distributed as dist
 
 import epjit
 from epjit import Buffer, Config, EventHandle, EventOverlap
+from epjit.formats import CASTS
 from tests.harness import launch
 from tests.harness.data import assert_rows_equal, payload, routing, topk_weights
-from tests.rounds.normal import Round, check_no_room, check_round, layout_of, random_round
+from tests.rounds.normal import (
+    Round,
+    cast_round,
+    check_no_room,
+    check_round,
+    layout_of,
+    random_round,
+)
 from tests.scenarios import normal
 
 CPU = {"EPJIT_BACKEND": "cpu"}
@@ -349,6 +357,33 @@ def rounds_of_threads(comm: Any, num_rounds: int) -> None:
 
 def test_random_rounds_of_eight_threads() -> None:
     launch.run_threads(rounds_of_threads, 8, 30, timeout=120)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+@pytest.mark.parametrize("cast", CASTS)
+def test_casts(cast: str, num_ranks: int) -> None:
+    """Rows that are cast on the way, along counts and along a handle."""
+
+    def worker(comm: Any) -> None:
+        buffer = Buffer(None, 1 << 20, comm=comm)
+        for seed in range(6):
+            check_round(buffer, cast_round(num_ranks, seed, cast, num_sms=4, max_tokens=20))
+
+    launch.run_threads(worker, num_ranks)
+
+
+def test_ranks_that_cast_otherwise_are_told() -> None:
+    def worker(comm: Any) -> None:
+        buffer = Buffer(None, 1 << 20, comm=comm)
+        x, idx = torch.zeros(3, 256, dtype=torch.bfloat16), torch.zeros(3, 2, dtype=torch.int64)
+        counts = layout_of(buffer, idx, 4)
+        for cast in ("fp8", None):  # else the ranks would disagree on a kernel
+            buffer.dispatch(x, **counts, cast=cast)
+        cast = "fp8" if buffer.rank else None
+        with pytest.raises(ValueError, match="disagree on cast: rank 0 has None, rank 1 has fp8"):
+            buffer.dispatch(x, **counts, cast=cast)
+
+    launch.run_threads(worker, 2)
 
 
 @pytest.mark.parametrize(

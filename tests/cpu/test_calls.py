@@ -91,7 +91,7 @@ class World:
             "dispatch": Dispatched(ints, None, None, None, [], IntranodeHandle(*[ints] * 6)),
             "combine": (ints, None),
             "expert_dispatch": ((ints, None, None, mock.Mock()), ()),
-            "expert_combine": (ints, None),
+            "expert_combine": ((ints, None), ()),
         }
         buffer._mode = self.part("mode", **parts, memory=self.part("memory"))
         buffer._low_latency = self.part(

@@ -513,12 +513,12 @@ def test_warmup_compiles_once_and_the_cache_travels(cache_dir: Path, tmp_path: P
     assert json.loads(invoke("cache", "size", "--json"))["entries"] == 7
 
     archive = tmp_path / "kernels.tar"
-    assert "13 compiled, 7 were in the cache" in invoke("warmup", *shape, "--experts", 8)
-    assert "moe_e4.place" in CliRunner().invoke(app, ["warmup", *shape, "--experts", "8"]).output
-    assert "20 kernels written" in invoke("cache", "export", archive)
-    assert "20 kernels deleted" in invoke("cache", "clear", "--yes")
+    assert "17 compiled, 7 were in the cache" in invoke("warmup", *shape, "--experts", 8)
+    assert "moe.place" in CliRunner().invoke(app, ["warmup", *shape, "--experts", "8"]).output
+    assert "24 kernels written" in invoke("cache", "export", archive)
+    assert "24 kernels deleted" in invoke("cache", "clear", "--yes")
     assert "0 kernels" in invoke("cache", "size")
-    assert "20 kernels added" in invoke("cache", "import", archive)
+    assert "24 kernels added" in invoke("cache", "import", archive)
     assert "0 compiled" in invoke("warmup", *shape)
     assert (cache_dir / "cubins").stat().st_mode & 0o077 == 0
 
@@ -736,6 +736,22 @@ def test_low_latency_bench_on_the_cpu_backend(tmp_path: Path) -> None:
             assert (module, "low-latency dispatch", dtype) in results
             assert (module, "low-latency combine", dtype) in results
             assert (module, "low-latency pair, eager", dtype) in results
+            sent = (module, "low-latency combine, weights sent", dtype)
+            assert (sent in results) is (module == "epjit")
+
+
+def test_elastic_bench_on_the_cpu_backend(tmp_path: Path) -> None:
+    out = tmp_path / "out.jsonl"
+    done = run("bench", *SMALL, "--elastic", "--tokens", 4, "--json", out, EPJIT_BACKEND="cpu")
+    assert "of Buffer" in done.stdout
+    rows = [json.loads(line) for line in out.read_text().splitlines()]
+    results = {(row["op"], row["dtype"]) for row in rows[1:]}
+    assert {row["tokens"] for row in rows[1:] if row["of_buffer"] > 0} == {16, 4}
+    for order in ("", " by expert"):
+        assert (f"combine{order}", "bf16") in results
+        for dtype in ("fp8", "bf16"):
+            for kind in ("", ", host waits", ", cached"):
+                assert (f"dispatch{order}{kind}", dtype) in results
 
 
 def test_bench_says_what_a_rank_died_of() -> None:
@@ -811,7 +827,10 @@ def test_sizes_are_refused_before_it_starts(
         (["--plot", "/proc/nothing.png"], "No such file or directory"),
         (["--plot", "out.nothing"], "is not supported"),
         (["--plot", "x.png", "--low-latency"], "which this does not measure"),
-        (["--stores", "--low-latency"], "are two runs; pass one of them"),
+        (["--plot", "x.png", "--elastic"], "which this does not measure"),
+        (["--stores", "--low-latency"], "--low-latency and --stores are several runs; pass one"),
+        (["--elastic", "--stores"], "--stores and --elastic are several runs; pass one of them"),
+        (["--elastic", "--compare", "deep_ep"], "--elastic compares with Buffer of the same run"),
         (["--stores"], "measures GPUs, and this is the CPU backend"),
         (["--low-latency", "--tokens", 1 << 20], "num_max_dispatch_tokens_per_rank is 1048576"),
     ],

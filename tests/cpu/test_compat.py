@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from math import isnan
 from pathlib import Path
 
 import pytest
@@ -18,7 +19,7 @@ import deep_ep.buffer
 import deep_ep.utils
 import deep_ep_cpp
 import epjit
-from deep_ep.utils import gate, math, refs
+from deep_ep.utils import gate, math, refs, testing
 from epjit.reference import elastic
 from tests.harness import launch
 
@@ -154,6 +155,18 @@ def test_names_of_deepep_2_can_be_hidden() -> None:
         "deep_ep.Buffer",
         EPJIT_DEEP_EP_V1="1",
     )
+
+
+def test_kernels_are_found_by_the_names_of_deepep_2() -> None:
+    spans = [(f"epjit::intranode_r2::dispatch({i})", float(i)) for i in (90, 1, 3)]
+    spans += [("epjit::elastic_k6::describe", 5.0), ("epjit::intranode_r2::combine(x)", 7.0)]
+    assert testing._seconds(spans, "dispatch_impl", 1, 2) == 2  # 90 is the barrier's
+    assert testing._seconds(spans, "::dispatch", 3, None) == [90, 1, 3]
+    assert testing._seconds(spans, "combine_impl", 1, 2) == 7
+    for name in ("dispatch_copy_epilogue_impl", "combine_reduce_epilogue_impl"):
+        assert isnan(testing._seconds(spans, name, 1, 2))
+    with pytest.raises(RuntimeError, match="0 launches of a kernel named"):
+        testing._seconds(spans, "notify", 1, None)
 
 
 def test_half_of_another_distribution_is_refused(tmp_path: Path) -> None:

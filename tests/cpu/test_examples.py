@@ -16,6 +16,7 @@ ROOT = Path(__file__).parents[2]
 # Of each script, what every rank prints once its result is compared.
 SCRIPTS = {
     "decode.py": r"rank \d: error 0\.\d+ \(limit",
+    "infer.py": r"rank \d of \d on cpu, FP8: error 0\.\d+ \(limit",
     "train.py": r"rank \d of \d on cpu, \d+ tokens: loss 0\.\d+ to 0\.\d+; errors",
 }
 
@@ -38,12 +39,21 @@ def start(*command: str) -> subprocess.CompletedProcess[str]:
     )
 
 
-@pytest.mark.parametrize("ranks", [None, 2], ids=["plain", "torchrun"])
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_example(script: str, ranks: int | None) -> None:
-    done = start(*(torchrun(ranks) if ranks else ()), str(ROOT / "examples" / script))
+@pytest.mark.parametrize(
+    ("script", "ranks", "options"),
+    [
+        ("decode.py", 0, ()),
+        ("decode.py", 2, ()),
+        ("train.py", 0, ("--ranks=3", "--steps=5")),  # CI runs all of it: make run
+        ("train.py", 2, ()),
+    ],
+)
+def test_example(script: str, ranks: int, options: tuple[str, ...]) -> None:
+    """With ranks of its own, or those of torchrun."""
+    done = start(*(torchrun(ranks) if ranks else ()), str(ROOT / "examples" / script), *options)
     assert done.returncode == 0, done.stdout + done.stderr
-    assert len(re.findall(SCRIPTS[script], done.stdout)) == (ranks or 4), done.stdout
+    expected = ranks or (3 if options else 4)
+    assert len(re.findall(SCRIPTS[script], done.stdout)) == expected, done.stdout
 
 
 @pytest.mark.parametrize(

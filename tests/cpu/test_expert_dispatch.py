@@ -230,6 +230,24 @@ def test_random_rounds_between_domains(num_ranks: int, nvlink_domain: int) -> No
     launch.run_threads(rounds, num_ranks, nvlink_domain, 15)
 
 
+def test_buffers_that_are_too_small_between_domains() -> None:
+    """As a GPU does: the kernels are those of a dispatch and a combine."""
+
+    def body(comm: Any) -> None:
+        buffer = Buffer(None, 1 << 20, 1 << 14, comm=comm, nvlink_domain=1)
+        x, idx = torch.zeros(3, 1024).bfloat16(), torch.zeros(3, 2, dtype=torch.int64)
+        with pytest.raises(ValueError, match=r"dispatch of 2048-byte rows .* num_rdma_bytes >="):
+            buffer.expert_dispatch(x, idx, num_experts=2)
+        x = x[:, :64].contiguous()
+        rows, _, handle, _ = buffer.expert_dispatch(x, idx, num_experts=2)
+        wide = torch.zeros(len(rows), 1024).bfloat16()
+        with pytest.raises(ValueError, match=r"combine of 2048-byte rows .* num_rdma_bytes >="):
+            buffer.expert_combine(wide, handle)
+        buffer.expert_combine(wide[:, :64].contiguous(), handle)
+
+    launch.run_threads(body, 2)
+
+
 def test_tokens_without_room_are_told_of_once() -> None:
     """The rows of those that had room are where they would be with room for all."""
 

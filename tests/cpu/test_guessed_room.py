@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from types import SimpleNamespace
 from typing import Any
 from unittest import mock
@@ -12,7 +12,7 @@ from unittest import mock
 import pytest
 import torch
 
-from epjit.calls import Dispatch, Routing
+from epjit.calls import Dispatch, ExpertDispatch, Routing
 from epjit.handles import Dispatched
 from epjit.kernels.intranode import DispatchConfig
 from epjit.modes.internode import Internode
@@ -22,6 +22,25 @@ from epjit.runtime.empty import TensorSpec, empty_on
 
 RANKS, EXPERTS, TOPK = 2, 4, 2
 SMALL_ROWS = 100  # rows whose outputs are small
+
+
+class Scope:
+    """The scope of a call on the communication stream.
+
+    Attributes:
+        stream: That.
+        is_behind: Whether it waits for all that the allocator, or torch's fills, may have queued.
+    """
+
+    stream, is_behind = 7, False
+
+    @contextlib.contextmanager
+    def allocating(self) -> Iterator[None]:
+        self.is_behind = False
+        yield
+
+    def start(self) -> None:
+        self.is_behind = True
 
 
 class World:
@@ -53,7 +72,7 @@ class World:
             start=self._start,
         )
         self.mode = mode
-        self.scope = mock.Mock(allocating=contextlib.nullcontext)
+        self.scope = Scope()
 
     @staticmethod
     def _config(shape: Any) -> Any:
@@ -72,7 +91,10 @@ class World:
         rows = [each for each in self._tensors if each.dtype == torch.bfloat16]
         self.launches.append({**values, "alive": len(rows)})
 
-    def _start(self, stream: Any, grid: int) -> None:
+    def _start(self, stream: Any, grid: int, values: dict[str, Any] | None = None) -> None:
+        assert self.scope.is_behind, "outputs may be in use, or be filled afterwards"
+        if values is not None:
+            self._set(**values)
         self.log.append("launch")
         assert self.log.count("launch") == len(self.launches)
 
@@ -199,3 +221,31 @@ def test_between_domains(came: tuple[int, int]) -> None:
     assert world.rooms == [(60, 0)] + [(came[0], -1)] * (not fits)
     world.dispatch(30, worst=100)
     assert world.rooms == [(100, -1)]
+
+
+@pytest.mark.parametrize("worst", [0, 40])
+def test_rows_by_expert_are_stored_behind_what_used_their_memory(
+    world: World, worst: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are allocated when the first kernels of the call are queued."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
+    world.mode._layout, world.mode._expert_notify = mock.Mock(), mock.Mock()
+    world.came = (17,)
+    call = ExpertDispatch(
+        *(
+            torch.zeros((9, 8), dtype=torch.bfloat16),
+            None,
+            torch.zeros((9, TOPK), dtype=torch.int64),
+        ),
+        *(None, None, RANKS * EXPERTS, 1, worst, 0),
+        zero_padding=False,
+        column_major_scales=False,
+        row_format=None,
+        global_scale=None,
+        num_sms=2,
+    )
+    received, _ = world.mode.expert_dispatch(world.scope, call)
+    assert world.log == ["wait"] * (not worst) + ["launch"]
+    again = call._replace(topk_idx=None, handle=received.handle)
+    world.mode.expert_dispatch(world.scope, again)
+    assert world.log.count("launch") == 2

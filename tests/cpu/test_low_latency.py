@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import re
 import threading
 import time
 import weakref
@@ -13,10 +14,16 @@ import torch
 
 from epjit import Buffer, CommunicationError
 from epjit.checks import match
-from epjit.config import MAX_LOW_LATENCY_CHOICES, MAX_LOW_LATENCY_TOKENS
+from epjit.config import (
+    MAX_LOW_LATENCY_CHOICES,
+    MAX_LOW_LATENCY_EXPERTS,
+    MAX_LOW_LATENCY_TOKENS,
+)
 from epjit.handles import routes
 from epjit.kernels.low_latency import LowLatencyCombineShape, LowLatencyReducedCombineConfig
 from epjit.modes.low_latency import _Arena
+from epjit.reference import low_latency as reference
+from epjit.runtime import sources
 from tests.harness import launch
 from tests.harness.data import ROUTING_KINDS, assert_rows_equal, payload
 from tests.rounds.low_latency import (
@@ -117,6 +124,71 @@ def test_words_of_sums_before_the_links(num_ranks: int, num_topk: int) -> None:
                 config.num_parts(max_tokens)
         else:
             assert num_ranks * max_tokens * config.num_parts(max_tokens) <= room
+
+
+def test_a_selection_travels_in_one_word() -> None:
+    """Its expert above its position: of the most there may be none looks like another, or none."""
+    text = sources.read("low_latency/dispatch.cu")
+    (bits,) = re.findall(r"kPositionBits = (\d+);", text)
+    assert 1 << int(bits) >= MAX_LOW_LATENCY_CHOICES
+    assert MAX_LOW_LATENCY_EXPERTS < 1 << 32 - int(bits)
+
+
+def test_sent_weights_need_no_words() -> None:
+    """Only pieces of rows do, and for these there is room however many tokens there are."""
+    for num_ranks in (1, 3, 8):
+        shape = LowLatencyCombineShape(8 * num_ranks, 7168, 32, True, False, weights_sent=True)
+        config = LowLatencyReducedCombineConfig.choose(shape, num_ranks=num_ranks)
+        for max_tokens in (1, 128, 2048, MAX_LOW_LATENCY_TOKENS // num_ranks):
+            num_words = num_ranks * max_tokens * config.num_parts(max_tokens)
+            assert num_words <= _Arena(num_ranks, 0).words_stride
+
+
+@pytest.mark.parametrize(
+    ("variant", "changes", "domain", "reduces"),
+    [
+        ("auto", {}, None, True),
+        ("auto", {"how": "hook"}, None, True),
+        ("auto", {"weights_sent": False}, None, False),
+        ("auto", {"use_logfmt": True}, None, False),
+        ("auto", {}, 1, False),
+        ("ldst", {}, None, False),
+        ("lines", {}, None, False),
+        ("reduced", {"weights_sent": False}, None, True),
+    ],
+)
+def test_where_sums_are_made_before_the_links(
+    variant: str,
+    changes: dict[str, Any],
+    domain: int | None,
+    reduces: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By auto where the dispatch was given the weights: each rank's sum is rounded."""
+    if domain is None:
+        monkeypatch.setenv("EPJIT_LOW_LATENCY_COMBINE_VARIANT", variant)
+    case = LowLatencyRound((9, 12), hidden=128, **{"weights_sent": True, **changes})
+
+    def body(buffer: Buffer) -> None:
+        ranked = RankRound(buffer, case)
+        ranked.dispatch(0)
+        ranked.combine(0)
+        made, rank = ranked.made.exchanges[0], buffer.rank
+        returned = [
+            reference.collect(output, each.src_info, 2)
+            for output, each in zip(made.outputs, made.dispatched, strict=True)
+        ]
+        given = (returned, rank, made.inputs[rank].topk_idx, made.weights[rank])
+        flags = {"num_experts": case.num_experts, "use_logfmt": case.use_logfmt}
+        want, other = (
+            reference.combine(*given, **flags, reduced=way) for way in (reduces, not reduces)
+        )
+        combined = ranked.queued[0].combined
+        assert combined is not None
+        assert torch.equal(combined, want)
+        assert not torch.equal(combined, other)
+
+    run(body, 2, nvlink_domain=domain)
 
 
 def test_several_domains_take_memory_for_what_leaves() -> None:
@@ -503,6 +575,7 @@ def test_masks() -> None:
         ("max tokens", "on num_max_dispatch_tokens_per_rank: rank 0 has 8, rank 1 has 9"),
         ("experts", "on num_experts: rank 0 has 4, rank 1 has 8"),
         ("topk", "on num_topk: rank 0 has 2, rank 1 has 1"),
+        ("weights", "on topk_weights: rank 0 has none, rank 1 has some"),
         ("operation", "operation: rank 0 has low_latency_dispatch, rank 1 has clean_low_latency"),
     ],
 )
@@ -521,6 +594,7 @@ def test_every_rank_is_told_of_a_mismatch(what: str, text: str) -> None:
                     9 if last and what == "max tokens" else 8,
                     8 if last and what == "experts" else 4,
                     use_fp8=not (last and what == "format"),
+                    topk_weights=torch.ones(idx.shape) if last and what == "weights" else None,
                 )
 
     run(body, 2)
@@ -582,7 +656,7 @@ def test_routes_survive_a_view() -> None:
     buffer = make(launch.Alone())
     idx = torch.tensor([[1, 0], [0, -1]])
     *_, handle, _, _ = buffer.low_latency_dispatch(payload(0, 2, 128, torch.bfloat16), idx, 2, 2)
-    tokens, rows = routes(handle[0].detach(), num_ranks=1)
+    tokens, rows, _ = routes(handle[0].detach(), num_ranks=1)
     assert handle[0][0].tolist()[:2] == [0, 1]
     assert tokens.tolist() == [2]
     assert rows.tolist() == [[[2, 0], [1, -1]]]
@@ -621,6 +695,8 @@ def test_checks_remember_only_what_passed(monkeypatch: pytest.MonkeyPatch) -> No
             lambda: dispatch(idx=idx[:3]),
             lambda: dispatch(tokens=3),
             lambda: dispatch(experts=0),
+            lambda: dispatch(topk_weights=weights.double()),
+            lambda: dispatch(topk_weights=weights[:, :1]),
             lambda: dispatch(cumulative_local_expert_recv_stats=torch.zeros(2)),
             lambda: combine(y=y[:, :3]),
             lambda: combine(y=shifted.view(2, 4, 512)),

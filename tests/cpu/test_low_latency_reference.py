@@ -61,7 +61,10 @@ E4M3 = tuple(e4m3_value(code) for code in range(0x7F))
 
 
 def nearest(value: float, table: tuple[float, ...], sign_bit: int) -> int:
-    """Code of the nearest entry, ties to the even code, beyond the last one the last."""
+    """Code of the nearest entry, ties to the even code, beyond the last one the last; of NaN the
+    highest code without a sign."""
+    if math.isnan(value):
+        return sign_bit - 1
     magnitude = min(abs(value), table[-1])
     best = min(range(len(table)), key=lambda code: (abs(table[code] - magnitude), code % 2))
     return best | (sign_bit if math.copysign(1.0, value) < 0 else 0)
@@ -101,6 +104,15 @@ def test_e4m3_cast_is_the_nearest_value() -> None:
     assert got == [nearest(value, E4M3, 0x80) for value in values]
 
 
+def test_nan_has_one_code() -> None:
+    """As NVIDIA's conversions have it, whatever the sign; a product of the CPU may have either."""
+    nans = torch.tensor([0x7FC00000, -0x400000, 0x7F800001, -1], dtype=torch.int32)
+    values = nans.view(torch.float32)
+    assert values.isnan().all()
+    assert reference._e4m3(values).view(torch.uint8).tolist() == [0x7F] * 4
+    assert reference._e2m1(values).tolist() == [7] * 4
+
+
 def test_e2m1_cast_is_the_nearest_value() -> None:
     values = [step / 64 for step in range(-8 * 64, 8 * 64 + 1)] + [-0.0, 1e30, -1e30, 1e-40]
     values += [f32(tie * (1 + 2.0**-22)) for tie in (0.25, 0.75, 1.25, 1.75, 2.5, 3.5, 5.0)]
@@ -115,7 +127,7 @@ def up(value: float) -> int:
 
 def brute_block(x: list[float], row_format: RowFormat, g: float) -> tuple[list[int], int]:
     """Codes and scale (its bits as stored) of one block, one float32 operation after the other."""
-    amax = max(abs(value) for value in x)
+    amax = max((abs(value) for value in x if not math.isnan(value)), default=0.0)
     if row_format is NVFP4:
         s = nearest(f32(g * f32(amax / 6)), E4M3, 0)
         inverse = f32(g / E4M3[s]) if E4M3[s] else 0.0
@@ -132,9 +144,10 @@ def brute_block(x: list[float], row_format: RowFormat, g: float) -> tuple[list[i
 
 
 def rows_to_cast(hidden: int) -> Tensor:
-    """Rows of every kind: rough, zeros of both signs, tiny, huge, amax just at a power of two."""
+    """Rows of every kind: rough, zeros of both signs, tiny, huge, amax just at a power of two, not
+    all finite."""
     rows = rough_rows(6, hidden, seed=1)
-    special = torch.zeros((8, hidden), dtype=torch.bfloat16)
+    special = torch.zeros((11, hidden), dtype=torch.bfloat16)
     special[1] = -0.0
     special[2, ::3] = 1e-5
     special[3] = torch.finfo(torch.bfloat16).smallest_normal / 64  # subnormal
@@ -142,6 +155,10 @@ def rows_to_cast(hidden: int) -> Tensor:
     special[5] = 448 * 2.0**5
     special[6] = 450 * 2.0**-7
     special[7, ::5] = -6.0
+    special[8] = torch.nan
+    special[9, 3], special[9, 40] = torch.inf, -torch.inf
+    special[10].view(torch.int16)[::17] = 0x7FC0 - 0x8000  # negative NaNs
+    special[10, ::3] = 5.0
     return torch.cat([rows, special])
 
 
@@ -240,8 +257,8 @@ def test_dequantize_says_what_does_not_belong_together() -> None:
     fp4 = torch.zeros(2, 128, dtype=torch.uint8)
     with pytest.raises(TypeError, match=r"float8_e4m3fn with scales of None are no format"):
         dequantize(fp8)
-    with pytest.raises(ValueError, match=r"scales have shape \(2, 1\).*of shape \(2, 2\)"):
-        dequantize(fp8, torch.zeros(2, 1))
+    with pytest.raises(ValueError, match=r"scales have shape \(2, 3\).*of shape \(2, 2\)"):
+        dequantize(fp8, torch.zeros(2, 3))
     with pytest.raises(ValueError, match=r"global_scale is given, but rows in fp8 have none"):
         dequantize(fp8, torch.zeros(2, 2), global_scale=torch.ones(1))
     with pytest.raises(ValueError, match=r"global_scale is missing, but rows in nvfp4 have one"):
@@ -318,7 +335,7 @@ def brute_logfmt(x: list[float]) -> list[int]:
         code = 1 + math.floor(f32(f32((pattern - low) * inverse) + 0.5))
         assert 1 <= code <= 511
         bits = (low << 16) + int(f32((code - 1) * step))
-        result.append(bits | (1 << 31 if value < 0 else 0))
+        result.append(bits | (1 << 31 if math.copysign(1.0, value) < 0 else 0))
     return result
 
 
@@ -428,7 +445,7 @@ def check_dispatched(
         assert got.recv_x.shape[1] == len(inputs) * max_tokens
         assert int(got.recv_count[local]) == len(rows)
         assert got.src_info[local, : len(rows)].tolist() == [token for _, token, _ in rows]
-        tokens, targets = routes(got.src_info, len(inputs))
+        tokens, targets, _ = routes(got.src_info, len(inputs))
         for position, (source, token, choice) in enumerate(rows):
             assert token < tokens[source]
             assert targets[source, token, choice] == local * got.src_info.shape[1] + position

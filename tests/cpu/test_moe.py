@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import re
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -15,9 +17,10 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.library import opcheck
 
 from epjit import Buffer, moe
-from epjit.formats import CASTS
+from epjit.formats import CASTS, FP8_ROW, MXFP8, dequantize
 from epjit.handles import handle_type, row_bound
 from epjit.modes import expert_major
+from epjit.moe import scaled
 from epjit.reference.low_latency import encode
 from epjit.runtime.group import ThreadGroup
 from tests.harness.launch import run
@@ -48,11 +51,12 @@ def spoil() -> None:
 
     def expert_dispatch(self: Buffer, *args: Any, **kwargs: Any) -> Any:
         rows, weights, handle, event = real_expert_dispatch(self, *args, **kwargs)
-        rows[int(handle.placement.ends[-1]) :] = torch.nan  # type: ignore[index]
+        if isinstance(rows, torch.Tensor):  # rows that were cast have no gradient
+            rows[int(handle.placement.ends[-1]) :] = torch.nan
         return rows, weights, handle, event
 
-    def permute(x: Any, source: Any, ends: Any, **options: Any) -> Any:
-        rows = real_permute(x, source, ends, **options)
+    def permute(x: Any, row_of: Any, source: Any, ends: Any) -> Any:
+        rows = real_permute(x, row_of, source, ends)
         rows[int(ends[-1]) :] = torch.nan
         return rows
 
@@ -112,8 +116,17 @@ def test_compiled_once_for_all_numbers_of_tokens() -> None:
     run(scenarios.compiled_once, 2)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_pass_casts(compiled: bool) -> None:
+    run(scenarios.straight_through, 2, compiled, timeout=240)
+
+
 def test_exported() -> None:
     run(scenarios.exported, 2)
+
+
+def test_inferred() -> None:
+    run(scenarios.inferred, 2)
 
 
 def test_buffers_are_managed() -> None:
@@ -169,16 +182,15 @@ def tensors(requires_grad: bool = True) -> tuple[torch.Tensor, torch.Tensor, tor
 
 
 @pytest.mark.parametrize("worst", [0, 8])
-@pytest.mark.parametrize("alignment", [0, 4])
-def test_opcheck_of_dispatch(name: str, worst: int, alignment: int) -> None:
+def test_opcheck_of_dispatch(name: str, worst: int) -> None:
     x, idx, weights = tensors()
-    opcheck(torch.ops.epjit.dispatch, (x, idx, weights, 4, worst, alignment, 0, 1, name))
+    opcheck(torch.ops.epjit.dispatch, (x, idx, weights, 4, worst, None, None, 1, name))
 
 
 @pytest.mark.parametrize("worst", [0, 8])
 def test_opcheck_of_dispatch_by_expert(name: str, worst: int) -> None:
     x, idx, weights = tensors()
-    more = (True, worst > 0, None, None, False, name)
+    more = (True, worst > 0, None, None, False, 1, name)
     opcheck(torch.ops.epjit.expert_dispatch, (x, idx, weights, 4, worst, 4, 0, *more))
 
 
@@ -189,7 +201,7 @@ def test_rows_are_cast_on_the_way(name: str, cast: str, worst: int) -> None:
     _, idx, weights = tensors(requires_grad=False)
     x = torch.randn(6, hidden).bfloat16()
     scale = torch.tensor([0.5]) if cast == "nvfp4" else None
-    by_column = cast.startswith("fp8")
+    by_column = cast.startswith("fp8")  # of 4 bytes
     sizes = {"num_worst_tokens": worst, "expert_alignment": 4}
     options = {"cast": cast, "global_scale": scale, "column_major_scales": by_column}
     with torch.no_grad():
@@ -206,20 +218,41 @@ def test_rows_are_cast_on_the_way(name: str, cast: str, worst: int) -> None:
     assert got.scales.stride(0) == (1 if by_column else wanted_scales.shape[1])
     for row, token in zip((source >= 0).nonzero().flatten(), tokens, strict=True):
         assert got.scales[row].tolist() == wanted_scales[token].tolist()
-    more = (True, False, cast, scale, by_column, name)
+    more = (True, False, cast, scale, by_column, 1, name)
     opcheck(
         torch.ops.epjit.expert_dispatch,
         (x, idx, weights, 4, worst, 4, 0, *more),
         test_utils=("test_schema", "test_faketensor"),
     )
+    # Not all of it, which multiplies such rows, or adds them up.
+    quick = {"test_utils": ("test_autograd_registration", "test_faketensor")}
+    leaves = x.requires_grad_(), idx, weights.requires_grad_()
+    opcheck(torch.ops.epjit.dispatch, (*leaves, 4, worst, cast, scale, 1, name), **quick)
+    values = torch.randn(6, hidden).bfloat16().requires_grad_()
+    opcheck(torch.ops.epjit.dequantize, (wanted, wanted_scales, scale, values), **quick)
     for changes, said in (
         ({"cast": "int8"}, "cast is 'int8'"),
-        ({"expert_major": False, "expert_alignment": 1}, "needs expert_major"),
-        ({"x": x.requires_grad_()}, "have no gradient yet"),
+        (
+            {"expert_major": False, "expert_alignment": 1, "column_major_scales": True},
+            "column_major_scales=True needs expert_major",
+        ),
     ):
         given = {"x": x.detach(), "expert_major": True, **sizes, **options, **changes}
         with pytest.raises(ValueError, match=said):
             moe.dispatch(given.pop("x"), idx, weights, num_experts=4, group=name, **given)
+
+
+@pytest.mark.parametrize("expert_major", [False, True])
+def test_a_gradient_that_would_be_rounded_is_refused(name: str, expert_major: bool) -> None:
+    """Autograd would cast what rows of one byte get to their dtype."""
+    x, (_, idx, weights) = torch.randn(6, 256).bfloat16().requires_grad_(), tensors()
+    options: Any = {"num_experts": 4, "group": name, "expert_major": expert_major}
+    got = moe.dispatch(x, idx, weights, cast="fp8", **options)
+    by_hand = (got.x.float().unflatten(1, (2, 128)) * got.scales[:, :, None]).flatten(1)
+    with pytest.raises(RuntimeError, match=r"cast to fp8, .*epjit\.moe\.dequantize"):
+        by_hand.sum().backward()
+    with pytest.raises(TypeError, match="were not cast"):
+        moe.dequantize(moe.dispatch(x, idx, weights, **options))
 
 
 def test_opcheck_of_the_other_operators(name: str) -> None:
@@ -236,7 +269,7 @@ def test_opcheck_of_the_other_operators(name: str) -> None:
         torch.ops.epjit.dispatch_backward,
         (recv.detach(), torch.rand(recv.shape[0], 2), *padded, name),
     )
-    by_expert = (row_of, source, ends, *routing, name)
+    by_expert = (row_of, source, ends, *padded, name)
     factors = torch.rand(source.shape[0])
     for given in (None, factors.clone().requires_grad_()):
         opcheck(torch.ops.epjit.expert_combine, (rows.clone().requires_grad_(), given, *by_expert))
@@ -303,6 +336,90 @@ def test_grouped_mm_takes_any_gradient_and_matrices_transposed() -> None:
     for mine, theirs in zip(got, wanted, strict=True):
         assert torch.allclose(mine.double(), theirs, atol=0.3)
     assert torch.equal(got[0][16:], torch.zeros(8, 16).bfloat16())
+
+
+def scaled_matrices(cast: str, *shape: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows, or matrices that lie transposed, and their scales."""
+    values, scales = encode(torch.randn(shape).flatten(0, -2).bfloat16(), CASTS[cast])
+    assert scales is not None
+    return values.view(shape), scales.view(*shape[:-1], -1)
+
+
+@pytest.mark.parametrize("cast", ["fp8_row", "mxfp8"])
+def test_grouped_mm_of_rows_with_scales_is_that_of_their_values(cast: str) -> None:
+    step = 128 if cast == "mxfp8" else 3
+    ends = torch.tensor([step, step, 3 * step], dtype=torch.int32)
+    x, scales = scaled_matrices(cast, 3 * step + 2, 128)
+    weights, of_weights = scaled_matrices(cast, 3, 32, 128)
+    given = (x, weights.transpose(1, 2), ends)
+    got = moe.grouped_mm(*given, scales=scales, weight_scales=of_weights)
+    rows, matrices = dequantize(x, scales), dequantize(weights, of_weights)
+    wanted = torch.cat([rows[:step] @ matrices[0].t(), rows[step : 3 * step] @ matrices[2].t()])
+    assert torch.equal(got[: 3 * step], wanted.bfloat16())
+    assert got.shape == (len(x), 32)
+    only = ("test_faketensor",)  # torch multiplies no FP8 on the CPU, as other utilities do
+    opcheck(torch.ops.epjit.scaled_grouped_mm, (*given, scales, of_weights), test_utils=only)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "said"),
+    [
+        ({"scales": None}, ValueError, "^scales are missing"),
+        ({"weight_scales": None}, ValueError, "^weight_scales are missing"),
+        ({"scales": torch.ones(9, 2)}, ValueError, r"\(sm_100\)\. epjit\.formats\.dequantize"),
+        ({"scales": torch.ones(8, 1)}, ValueError, r"scales has shape \(8, 1\), expected \(9, 1\)"),
+        (
+            {"weight_scales": torch.ones(3, 8)},
+            ValueError,
+            r"expected \(3, 32, 1\): scales in fp8_row",
+        ),
+        ({"weights": torch.ones(3, 256, 32)}, TypeError, "weights"),
+        ({"scales": torch.ones(9, 1).requires_grad_()}, ValueError, "have no gradient"),
+        ({"flip": True}, ValueError, r"pass \.transpose\(1, 2\)"),
+        ({"columns": 8}, ValueError, "multiples of 16"),
+        ({"cast": "mxfp8"}, ValueError, "dispatch with expert_alignment=128"),
+    ],
+)
+def test_grouped_mm_refuses(changes: dict[str, Any], error: type[Exception], said: str) -> None:
+    cast, columns = changes.get("cast", "fp8_row"), changes.get("columns", 32)
+    x, scales = scaled_matrices(cast, 9, 256)
+    weights, of_weights = scaled_matrices(cast, 3, columns, 256)
+    weights = weights.transpose(1, 2)
+    given = {"x": x, "weights": weights, "scales": scales, "weight_scales": of_weights, **changes}
+    if "flip" in changes:
+        given["weights"] = weights.contiguous()
+    with pytest.raises(error, match=said):
+        moe.grouped_mm(
+            given["x"],
+            given["weights"],
+            torch.tensor([3, 3, 9], dtype=torch.int32),
+            scales=given["scales"],
+            weight_scales=given["weight_scales"],
+        )
+
+
+def test_a_gpu_without_the_product_says_what_to_do() -> None:
+    device = torch.device("cuda:0")
+    with mock.patch.object(torch.cuda, "get_device_capability", return_value=(9, 0)):
+        scaled.check_product(FP8_ROW, device)
+        with pytest.raises(RuntimeError, match=r"mxfp8 from 2\.10 on, on sm_100, but .* on sm_90"):
+            scaled.check_product(MXFP8, device)
+    with mock.patch.object(torch.cuda, "get_device_capability", return_value=(12, 0)):
+        with pytest.raises(RuntimeError, match=r"on sm_90 and sm_100, .* sm_120\. .*dequantize"):
+            scaled.check_product(FP8_ROW, device)
+
+
+def test_scales_in_the_tiles_of_tensor_cores() -> None:
+    """Byte by byte as cuBLAS describes them: row r of a tile at 16 (r % 32) + 4 (r / 32)."""
+    scales = torch.randint(1, 255, (2, 200, 7), dtype=torch.uint8)
+    got = scaled.tiles(scales.view(torch.float8_e8m0fnu)).view(torch.uint8)
+    assert got.shape == (2, 2 * 2 * 512)
+    wanted = torch.zeros_like(got)
+    for row, block in itertools.product(range(200), range(7)):
+        tile = row // 128 * 2 + block // 4
+        at = 512 * tile + 16 * (row % 32) + 4 * (row % 128 // 32) + block % 4
+        wanted[:, at] = scales[:, row, block]
+    assert torch.equal(got, wanted)
 
 
 @pytest.mark.parametrize(

@@ -358,9 +358,10 @@ def test_what_an_interrupted_call_has_queued_is_not_taken_for_covered(
     assert world.comm.followed == [(1, COMM)]
 
 
+@pytest.mark.parametrize("is_nested", [False, True])
 @pytest.mark.parametrize(("small_bytes", "most"), [(0, 16), (-1, 1)])
 def test_small_calls_are_asked_for_now_and_then(
-    monkeypatch: pytest.MonkeyPatch, small_bytes: int, most: int
+    monkeypatch: pytest.MonkeyPatch, small_bytes: int, most: int, is_nested: bool
 ) -> None:
     """Rows of 0 bytes here. Of large calls the memory comes back with the next."""
     world = World(monkeypatch)
@@ -371,7 +372,10 @@ def test_small_calls_are_asked_for_now_and_then(
     for _ in range(40):
         alive.append(weakref.ref(tensor := FakeTensor()))
         with world.scope(is_async=True) as scope:
-            scope.finish((tensor,), (None,))
+            if is_nested:  # as of rows by expert
+                scope.finish((), (((tensor,), [3]), ()))
+            else:
+                scope.finish((tensor,), (None,))
         del tensor, scope
         numbers.append(sum(each() is not None for each in alive))
         world.comm.events.taken[-1].has_ended = True

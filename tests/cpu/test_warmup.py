@@ -5,6 +5,7 @@ The compilers are fakes, the cache is not: what is real is compiled in tests/cpu
 
 from __future__ import annotations
 
+import itertools
 import os
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typer.testing import CliRunner
 
 from epjit import Buffer
 from epjit.cli import app
+from epjit.kernels.shapes import DispatchShape, ExpertCombineShape, ExpertDispatchShape
 from epjit.runtime import kernel, nvjitlink, nvrtc, nvshmem
 from epjit.runtime import transport as transports
 from epjit.runtime.kernel import KernelConfig, compile_kernel
@@ -75,7 +77,10 @@ def asked_by_buffer(
             options["num_rdma_bytes"] = 1 << 24
         with Buffer(None, 1 << 24, low_latency_mode=is_low_latency, **options) as buffer:
             if is_low_latency:
-                buffer.low_latency_warmup(8, HIDDEN, EXPERTS, num_topk=TOPK, use_fp8=False)
+                for sent in (False, True):
+                    buffer.low_latency_warmup(
+                        8, HIDDEN, EXPERTS, num_topk=TOPK, use_fp8=False, weights_sent=sent
+                    )
             else:
                 buffer.warmup(2 * HIDDEN, num_topk=TOPK)
     return list(asked)
@@ -97,7 +102,7 @@ def test_what_is_warmed_is_what_a_buffer_asks_for(
     """Without IBGDA a Buffer may find, between hosts, that a thread of the CPU posts, or not."""
     monkeypatch.setenv("EPJIT_TRANSPORT", transport)
     monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", ibgda)
-    more = ["--low-latency", "--experts", EXPERTS] if is_low_latency else []
+    more = ["--low-latency", "--weights-sent", "--experts", EXPERTS] if is_low_latency else []
     said = warm_up("--domains", domains, *more)
     asked: set[tuple[KernelConfig, str]] = set()
     for through_proxy in {False, transport == "nvshmem" and ibgda == "0"}:
@@ -114,9 +119,45 @@ def test_what_is_warmed_is_what_a_buffer_asks_for(
     assert any(config.needs_transport for config, _ in asked) is (domains > 1)
 
 
+@pytest.mark.parametrize("cast", [None, "mxfp8"])
+def test_calls_by_expert_and_casts_compile_nothing_once_warm(
+    cast: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all kinds that `warmup` names; new kernels would be refused in a capture."""
+    options: dict[str, Any] = {"cast": cast, "expert_major": True}
+    with monkeypatch.context() as patch, fake_gpu(patch) as gpu:
+        patch.setattr(torch.cuda, "get_device_name", lambda device: "")
+        asked: list[KernelConfig] = []
+
+        def compile_for(config: KernelConfig, **_: Any) -> kernel.Compiled:
+            asked.append(config)
+            return gpu.compile(config)
+
+        patch.setattr(kernel, "compile_kernel", compile_for)
+        with Buffer(None, 1 << 24, comm=Twin(gpu, RANKS)) as buffer:
+            buffer.warmup(2 * HIDDEN, num_topk=TOPK, **options)
+            mode: Any = buffer._mode
+            found = set(asked)
+            assert len(found) == len(asked), "none twice"
+            for num_scales, code in ((0, 0), *([(HIDDEN // 128, 4)] if cast else ())):
+                row_bytes = HIDDEN if code else 2 * HIDDEN
+                for topk in (0, TOPK):
+                    mode.launch(DispatchShape(row_bytes, num_scales, topk, True, code))
+                for cached, weights in itertools.product((False, True), repeat=2):
+                    of_rows = row_bytes, num_scales, TOPK, True, cached, weights, code
+                    mode.launch(ExpertDispatchShape(*of_rows))
+            for weighted, weights in itertools.product((False, True), repeat=2):
+                mode.launch(ExpertCombineShape(2 * HIDDEN, TOPK, False, weighted, weights))
+            assert set(asked) == found
+            assert {each.order for each in found if each.op == "notify"} == {
+                "by_expert",
+                "intranode",
+            }
+
+
 def test_rows_by_expert_come_too() -> None:
     alone = int(warm_up("--domains", 2).split()[0])
-    assert f"{alone + 4} kernels" in warm_up("--domains", 2, "--experts", EXPERTS)
+    assert f"{alone + 6} kernels" in warm_up("--domains", 2, "--experts", EXPERTS)
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 import epjit
 from epjit.calls import Payload
-from epjit.handles import Handle, LowLatencyHandle
+from epjit.handles import ExpertHandle, Handle, LowLatencyHandle
 
 Pair = tuple[Tensor, Tensor]
 
@@ -46,6 +46,50 @@ def normal(buffer: epjit.Buffer, x: Tensor, scales: Tensor, idx: Tensor, weights
     assert_type(no_handle, None)
     cached_pair, *_ = buffer.dispatch((x, scales), handle=handle, config=epjit.Config(20))
     assert_type(cached_pair, Pair)
+
+    cast, cast_idx, _, _, cast_handle, _ = buffer.dispatch(
+        x,
+        num_tokens_per_rank=per_rank,
+        is_token_in_rank=in_rank,
+        num_tokens_per_expert=per_expert,
+        topk_idx=idx,
+        topk_weights=weights,
+        cast="fp8",
+    )
+    assert_type(cast, Pair)
+    assert_type(cast_idx, Tensor)
+    assert_type(cast_handle, Handle)
+    cast_again, *_ = buffer.dispatch(x, handle, cast="nvfp4", global_scale=scales)
+    assert_type(cast_again, Pair)
+
+
+def by_expert(buffer: epjit.Buffer, x: Tensor, scales: Tensor, idx: Tensor, w: Tensor) -> None:
+    rows, weights, handle, _ = buffer.expert_dispatch(x, idx, w, num_experts=8)
+    assert_type(rows, Tensor)
+    assert_type(weights, Tensor)
+    assert_type(handle, ExpertHandle)
+    pair, none, _, _ = buffer.expert_dispatch((x, scales), idx, num_experts=8, zero_padding=True)
+    assert_type(pair, Pair)
+    assert_type(none, None)
+    again, of_rows, _, _ = buffer.expert_dispatch(x, handle=handle, topk_weights=w)
+    assert_type(again, Tensor)
+    assert_type(of_rows, Tensor)
+    cast, no_weights, _, _ = buffer.expert_dispatch(x, idx, num_experts=8, cast="mxfp8")
+    assert_type(cast, Pair)
+    assert_type(no_weights, None)
+    combined, nothing, _ = buffer.expert_combine(rows, handle, row_weights=weights)
+    assert_type(combined, Tensor)
+    assert_type(nothing, None)
+    _, back, _ = buffer.expert_combine(rows, handle, topk_weights=weights)
+    assert_type(back, Tensor)
+
+
+def any_by_expert(
+    buffer: epjit.Buffer, x: Payload, idx: Tensor, w: Tensor | None, cast: str | None
+) -> None:
+    rows, weights, _, _ = buffer.expert_dispatch(x, idx, w, num_experts=8, cast=cast)
+    assert_type(rows, Tensor | Pair)
+    assert_type(weights, Tensor | None)
 
 
 def general(buffer: epjit.Buffer, x: Payload, handle: Handle | None) -> None:

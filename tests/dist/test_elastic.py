@@ -19,6 +19,15 @@ def test_random_rounds(num_ranks: int, variant: str) -> None:
     assert done == [100] * num_ranks
 
 
+def test_random_rounds_between_domains(num_ranks: int) -> None:
+    """Expanded rows by a second pass."""
+    if num_ranks == 1:
+        pytest.skip("one rank is one domain")
+    environ = {"EPJIT_NVLINK_DOMAIN": "1"}
+    done = launch.run(elastic.random_rounds, num_ranks, environ, 40, 160, timeout=600)
+    assert done == [40] * num_ranks
+
+
 def test_graph(num_ranks: int) -> None:
     """Captured once in each order of rows, replayed with changed inputs and eager calls between."""
     done = launch.run(elastic.graph, num_ranks, {}, 51, 100, timeout=400)
@@ -26,5 +35,5 @@ def test_graph(num_ranks: int) -> None:
 
 
 def test_beside_the_low_latency_mode(num_ranks: int) -> None:
-    """A Buffer and an ElasticBuffer in one process, calls in turns."""
+    """A Buffer and an ElasticBuffer in one process, calls in turns and in two graphs."""
     launch.run(elastic.beside_low_latency, num_ranks, {}, timeout=300)

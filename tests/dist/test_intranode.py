@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from epjit.bench.timing import free_port
 from tests.harness import launch
 from tests.scenarios import normal
 from tests.rounds.normal import DISPATCH_VARIANTS, variant_environ
@@ -119,11 +120,12 @@ def test_buffer_outlives_the_process_group(num_ranks: int) -> None:
     launch.run(normal.outlives_group, num_ranks, {}, timeout=200)
 
 
-def test_example(num_ranks: int) -> None:
-    """`examples/train.py` compares itself with a dense layer."""
-    _succeeds(
-        [sys.executable, "examples/train.py", "--ranks", str(num_ranks)], cwd=ROOT, seconds=400
-    )
+@pytest.mark.parametrize("script", ["train.py", "infer.py"])
+def test_example(num_ranks: int, script: str) -> None:
+    """They compare themselves with a dense layer."""
+    torchrun = ["-m", "torch.distributed.run", f"--master-port={free_port()}"]
+    command = [sys.executable, *torchrun, f"--nproc-per-node={num_ranks}", f"examples/{script}"]
+    _succeeds(command, cwd=ROOT, seconds=400)
 
 
 @pytest.mark.needs_own_gpu

@@ -102,9 +102,13 @@ def test_model_shapes(num_ranks: int, world: dict[str, str]) -> None:
 
 
 @pytest.mark.parametrize("use_hooks", [False, True])
-def test_graph(num_ranks: int, world: dict[str, str], use_hooks: bool) -> None:
+@pytest.mark.parametrize("weights_sent", [False, True])
+def test_graph(
+    num_ranks: int, world: dict[str, str], use_hooks: bool, weights_sent: bool
+) -> None:
     """Three operations, captured once, replayed 100 times with changed inputs."""
-    done = launch.run(low_latency.graph, num_ranks, world, 101, 32, use_hooks, timeout=400)
+    how = (use_hooks, weights_sent)
+    done = launch.run(low_latency.graph, num_ranks, world, 101, 32, *how, timeout=400)
     assert done == [101] * num_ranks
 
 
@@ -123,15 +127,19 @@ def test_withheld_peer(two_or_more: int, world: dict[str, str]) -> None:
 
 
 @pytest.mark.needs_gpu
-@pytest.mark.parametrize("variant", ["ldst", "tma", "reduced", "lines"])
+@pytest.mark.parametrize("variant", ["ldst", "tma", "reduced", "lines", "auto"])
 @pytest.mark.parametrize("num_buffers", [2, 3])
 def test_buffers_in_another_order(two_or_more: int, num_buffers: int, variant: str) -> None:
-    """A kernel that waits for a peer leaves SMs to the kernel that the peer waits for."""
+    """A kernel that waits for a peer leaves SMs to the kernel that the peer waits for.
+
+    With auto the weights are sent.
+    """
     environ = {
         **(WORLDS["lines"] if variant == "lines" else {}),
         "EPJIT_LOW_LATENCY_COMBINE_VARIANT": variant,
     }
-    launch.run(low_latency.crossed, two_or_more, environ, num_buffers, timeout=200)
+    sent = variant == "auto"
+    launch.run(low_latency.crossed, two_or_more, environ, num_buffers, sent, timeout=200)
 
 
 def test_ranks_that_are_set_up_differently(two_or_more: int) -> None:

@@ -18,6 +18,7 @@ BODIES = (
     "agreed",
     "checkpointed",
     "exported",
+    "inferred",
     "managed",
     "registered",
 )
@@ -31,6 +32,11 @@ def test_layer(num_ranks: int, body: str) -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast(num_ranks: int, compiled: bool) -> None:
     launch.run(scenarios.autocasted, num_ranks, compiled, timeout=300)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_pass_casts(num_ranks: int, compiled: bool) -> None:
+    launch.run(scenarios.straight_through, num_ranks, compiled, timeout=400)
 
 
 @pytest.mark.parametrize("backend", ["aot_eager", "inductor"])

@@ -140,6 +140,11 @@ struct Warp {
   Block* block;
   std::vector<Fiber*> lanes;
   unsigned runnable = 0, done = 0;
+  // Lanes that are in a collective, and those known to be in one of this kind, line and mask: the
+  // next that comes need not be compared with them.
+  unsigned waiting = 0, alike = 0;
+  int kind = 0, line = 0;
+  unsigned mask = 0;
   unsigned meetings = 0;  // collectives of all lanes
   int ready = -1;         // place in the list of warps that can run
   uint64_t id;
@@ -488,6 +493,8 @@ void set_runnable(Fiber& fiber) {
   fiber.state = State::kRunnable;
   fiber.block->runnable += !(warp.runnable >> fiber.lane & 1);
   warp.runnable |= 1u << fiber.lane;
+  warp.waiting &= ~(1u << fiber.lane);
+  warp.alike &= warp.waiting;
   if (warp.ready < 0) {
     warp.ready = static_cast<int>(ready.size());
     ready.push_back(&warp);
@@ -572,6 +579,8 @@ void check_stuck(const Warp& warp) {
 // ---- collectives --------------------------------------------------------------------------------
 
 bool release_warp(Warp& warp, unsigned mask, int kind) {
+  for (unsigned left = mask & ~warp.waiting; left != 0; left &= left - 1)
+    if (warp.lanes[static_cast<size_t>(__builtin_ctz(left))]->state != State::kDone) return false;
   uint64_t values[32] = {};
   for (size_t i = 0; i < warp.lanes.size(); ++i) {
     if (!(mask >> i & 1)) continue;
@@ -1252,11 +1261,13 @@ const uint64_t* meet_at(int kind, unsigned mask, uint64_t value, int line, void*
   fiber.place = place;
   if (!(mask >> fiber.lane & 1))
     fail("%s with mask %#x, which does not name the own lane", kind_name(kind), mask);
-  for (Fiber* other : warp.lanes) {
-    const bool is_named = mask >> other->lane & 1;
-    if (other == &fiber || other->state != State::kAtWarp || !is_named ||
-        !(other->mask >> fiber.lane & 1))
-      continue;
+  const unsigned own = 1u << fiber.lane;
+  if (warp.alike == 0) warp.mask = mask, warp.kind = kind, warp.line = line;
+  const bool is_alike = warp.mask == mask && warp.kind == kind && warp.line == line;
+  for (unsigned left = warp.waiting & mask & ~own & ~(is_alike ? warp.alike : 0u); left != 0;
+       left &= left - 1) {
+    const Fiber* other = warp.lanes[static_cast<size_t>(__builtin_ctz(left))];
+    if (!(other->mask & own)) continue;
     if (other->mask == mask && other->kind == kind && other->line == line) continue;
     fiber.place = place;
     message_size = 0;
@@ -1274,6 +1285,8 @@ const uint64_t* meet_at(int kind, unsigned mask, uint64_t value, int line, void*
   fiber.line = line;
   fiber.place = place;
   fiber.state = State::kAtWarp;
+  warp.waiting |= own;
+  if (is_alike) warp.alike |= own;
   if (release_warp(warp, mask, kind)) {
     if (random_below(2)) yield();
   } else {

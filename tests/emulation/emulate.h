@@ -269,8 +269,10 @@ EMULATE_INLINE unsigned __float_as_uint(float x) {
 }
 EMULATE_INLINE int __float_as_int(float x) { return static_cast<int>(emulate::to_bits(x)); }
 
-EMULATE_INLINE float __fmul_rn(float a, float b) { return a * b; }
-EMULATE_INLINE float __fadd_rn(float a, float b) { return a + b; }
+// Of NaNs a GPU's arithmetic knows one, positive; those of the CPU have signs.
+EMULATE_INLINE float emulated_result(float x) { return x == x ? x : __uint_as_float(0x7fffffffu); }
+EMULATE_INLINE float __fmul_rn(float a, float b) { return emulated_result(a * b); }
+EMULATE_INLINE float __fadd_rn(float a, float b) { return emulated_result(a + b); }
 EMULATE_INLINE float fabsf(float x) { return __builtin_fabsf(x); }
 EMULATE_INLINE float fmaxf(float a, float b) { return __builtin_fmaxf(a, b); }
 

@@ -152,9 +152,10 @@ class Routing(ABC):
         self.world, self.shape, self.reference = world, shape, Normal(shape.domains)
         ranks = range(shape.num_ranks)
         self.inputs = [self._input(rank) for rank in ranks]
+        sent = self.cast(self.inputs)
         self.expected = [
             self.reference.dispatch(
-                self.inputs,
+                sent,
                 rank,
                 num_experts=shape.num_experts,
                 expert_alignment=ALIGNMENT,
@@ -187,6 +188,10 @@ class Routing(ABC):
     @abstractmethod
     def of_combine(self, rank: int) -> dict[str, Any]:
         """Parameters of a combine."""
+
+    def cast(self, inputs: list[RankInput]) -> list[RankInput]:
+        """What travels of the inputs of the ranks."""
+        return inputs
 
     def order(self, rank: int) -> Order | None:
         """How a combine orders the ranks of its addends."""

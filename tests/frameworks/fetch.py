@@ -8,6 +8,7 @@ From the package registry by pip, without dependencies; what is not there from a
     python tests/frameworks/fetch.py --git deepep=https://github.com/deepseek-ai/DeepEP
     python tests/frameworks/fetch.py --git torchtitan=https://github.com/pytorch/torchtitan
     python tests/frameworks/fetch.py --git lightllm=https://github.com/ModelTC/LightLLM
+    python tests/frameworks/fetch.py --git megatron-dev=https://github.com/NVIDIA/Megatron-LM#dev
 """
 
 from __future__ import annotations
@@ -21,11 +22,15 @@ import zipfile
 from pathlib import Path
 
 FOLDER = Path(__file__).resolve().parents[2] / ".frameworks"
-FROM_REGISTRY = ("megatron-core", "vllm", "sglang", "lmdeploy")
+FROM_REGISTRY = ("megatron-core", "nemo-automodel", "deepspeed", "vllm", "sglang", "lmdeploy")
+PYTHON = "3.12"  # the least that all of them accept; nothing of them is installed
 MARK = "VERSION"
 # What the tests load, by the first letters of the path: a few megabytes instead of hundreds.
 KEPT = {
-    "megatron-core": ("megatron/",),
+    "megatron-core": ("megatron/core/fusions/", "megatron/core/transformer/moe/"),
+    "megatron-dev": ("megatron/core/fusions/", "megatron/core/transformer/moe/"),
+    "nemo-automodel": ("nemo_automodel/components/moe/",),
+    "deepspeed": ("deepspeed/module_inject/auto_ep_comm.py",),
     "vllm": (
         "vllm/model_executor/layers/fused_moe/",
         "vllm/utils/math_utils.py",
@@ -34,6 +39,7 @@ KEPT = {
     "sglang": ("sglang/srt/environ.py", "sglang/srt/layers/moe/"),
     "lmdeploy": ("lmdeploy/pytorch/backends/", "lmdeploy/pytorch/envs.py"),
     "deepep": ("tests/elastic/",),
+    "deepep-2.5": ("tests/ep/",),
     "torchtitan": ("torchtitan/distributed/deepep/",),
     "lightllm": ("lightllm/common/basemodel/layer_weights/meta_weights/fused_moe/impl/",),
     "xtuner": ("xtuner/v1/module/dispatcher/", "xtuner/v1/ops/"),
@@ -41,28 +47,44 @@ KEPT = {
 
 
 def from_registry(requirement: str) -> str:
-    """Downloads a wheel, keeps what the tests load; returns the version."""
+    """Downloads a wheel, or the source where there is none; returns the version.
+
+    What the tests load is kept.
+    """
     with tempfile.TemporaryDirectory() as folder:
         command = [sys.executable, "-m", "pip", "download", "--no-deps", "-q", "-d", folder]
-        subprocess.run([*command, "--only-binary", ":all:", requirement], check=True)
-        (wheel,) = Path(folder).glob("*.whl")
-        name, version = wheel.name.split("-")[:2]
+        subprocess.run([*command, "--python-version", PYTHON, requirement], check=True)
+        (file,) = Path(folder).iterdir()
+        name, version = file.name.removesuffix(".tar.gz").split("-")[:2]
         name = name.replace("_", "-")
-        target = FOLDER / name
-        with zipfile.ZipFile(wheel) as archive:
-            for member in archive.namelist():
-                if member.endswith(".py") and member.startswith(KEPT[name]):
-                    archive.extract(member, target)
+        target, kept = FOLDER / name, KEPT[name]
+        if file.suffix == ".whl":
+            with zipfile.ZipFile(file) as archive:
+                for member in archive.namelist():
+                    if member.endswith(".py") and member.startswith(kept):
+                        archive.extract(member, target)
+        else:
+            with tarfile.open(file) as archive:
+                for item in archive.getmembers():
+                    item.name = item.name.partition("/")[2]
+                    if item.name.endswith(".py") and item.name.startswith(kept):
+                        archive.extract(item, target, filter="data")
         (target / MARK).write_text(version)
     return f"{name} {version}"
 
 
 def from_git(name: str, source: str) -> str:
-    """Clones a repository without history, keeps what the tests load; returns the commit."""
+    """Clones a repository without history, keeps what the tests load; returns the commit.
+
+    The source may end in `#` and a branch.
+    """
     target = FOLDER / name
     target.mkdir(parents=True, exist_ok=True)
+    source, _, branch = source.partition("#")
+    clone = ["git", "clone", "-q", "--bare", "--depth", "1"]
     with tempfile.TemporaryDirectory() as folder:
-        subprocess.run(["git", "clone", "-q", "--bare", "--depth", "1", source, folder], check=True)
+        of_branch = ["--branch", branch] if branch else []
+        subprocess.run([*clone, *of_branch, source, folder], check=True)
         git = ["git", "-C", folder]
         commit = subprocess.run(
             [*git, "rev-parse", "--short=10", "HEAD"], check=True, capture_output=True, text=True

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import importlib
 import itertools
+import logging
 import runpy
 import sys
 from collections.abc import Callable
@@ -21,6 +22,7 @@ from unittest import mock
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
+from torch.utils.checkpoint import checkpoint
 
 from tests.frameworks.fetch import FOLDER
 from tests.frameworks.island import Island
@@ -42,8 +44,8 @@ class ToCpu(TorchFunctionMode):
         return function(*args, **options)
 
 
-def deepep_elastic(group: Any, options: list[str]) -> None:
-    """DeepEP: its tests/elastic/test_ep.py, unmodified, in the place of one of its processes."""
+def deepep_2(group: Any, test: str, options: list[str]) -> None:
+    """DeepEP 2: its own test_ep.py, unmodified, in the place of one of its processes."""
     sys.path.insert(0, str(ROOT / "compat"))
     device = device_of(group)
     from deep_ep.utils import envs
@@ -61,7 +63,7 @@ def deepep_elastic(group: Any, options: list[str]) -> None:
 
     sizes = "--num-tokens 24 --hidden 512 --num-experts 16 --num-topk 4 --num-sms 12".split()
     ranks = ["--num-processes", str(group.size())]
-    argv = ["test_ep.py", "--skip-perf-test", *ranks, *sizes, *options]
+    argv = ["test_ep.py", *ranks, *sizes, *options]
     with ExitStack() as patched:
         for target, name, value in (
             (envs, "init_dist", init_dist),
@@ -73,7 +75,7 @@ def deepep_elastic(group: Any, options: list[str]) -> None:
         if device.type == "cpu":
             patched.enter_context(mock.patch.object(torch.cuda, "synchronize"))
             patched.enter_context(ToCpu())
-        runpy.run_path(str(FOLDER / "deepep/tests/elastic/test_ep.py"), run_name="__main__")
+        runpy.run_path(str(FOLDER / test), run_name="__main__")
 
 
 class Case:
@@ -119,6 +121,16 @@ class Case:
         """Compares a result, all of it."""
         assert torch.equal(out, self.wanted)
 
+    def check_gradients(self, out: Tensor, x: Tensor, weights: Tensor) -> None:
+        """Compares those of the sum of a result."""
+        out.float().sum().backward()
+        factor = (self.weights * (1 + self.topk_idx)).sum(1, keepdim=True)
+        assert x.grad is not None
+        assert torch.equal(x.grad, factor.expand_as(self.x).bfloat16())
+        assert weights.grad is not None
+        wanted = (1 + self.topk_idx) * self.x.float().sum(1, keepdim=True)
+        assert torch.allclose(weights.grad, wanted, rtol=2**-7, atol=1.0)
+
 
 def quantised(x: Tensor, *_: Any, **__: Any) -> tuple[Tensor, Tensor]:
     """Rows as the frameworks' own kernels give them: FP8, a scale a 128 columns, exact here."""
@@ -134,11 +146,21 @@ def dequantised(values: Tensor, scales: Tensor) -> Tensor:
     return blocks.view(values.shape).bfloat16()
 
 
+def megatron(folder: str, name: str) -> Any:
+    """A module of Megatron-LM's experts, with those that move tokens."""
+    core, moe = "megatron.core", "megatron.core.transformer.moe"
+    real = tuple(f"{moe}.{each}" for each in ("token_dispatcher", "fused_a2a", "moe_utils"))
+    real += (f"{core}.fusions.fused_indices_converter",)
+    sizes = {"get_pg_size": lambda group: group.size(), "get_pg_rank": lambda group: group.rank()}
+    given = {f"{core}.utils": sizes}
+    with Island(FOLDER / folder, "megatron", real=real, given=given):
+        return importlib.import_module(f"{moe}.{name}")
+
+
 def megatron_fused_a2a(group: Any) -> None:
     """Megatron-LM: fused_dispatch and fused_combine, forward and backward."""
     case = Case(group)
-    sys.path.insert(0, str(FOLDER / "megatron-core"))
-    fused = importlib.import_module("megatron.core.transformer.moe.fused_a2a")
+    fused = megatron("megatron-core", "fused_a2a")
     assert fused.HAVE_DEEP_EP
     fused.set_deepep_num_sms(20)
     for async_finish in (False, True):
@@ -151,33 +173,41 @@ def megatron_fused_a2a(group: Any) -> None:
         y = case.experts(rows, idx, probs)
         out, _ = fused.fused_combine(y, group, handle, async_finish, async_finish)
         case.check(out)
-        out.float().sum().backward()
-        factor = (case.weights * (1 + case.topk_idx)).sum(1, keepdim=True)
-        assert x.grad is not None
-        assert torch.equal(x.grad, factor.expand_as(case.x).bfloat16())
-        assert weights.grad is not None
-        wanted = (1 + case.topk_idx) * case.x.float().sum(1, keepdim=True)
-        assert torch.allclose(weights.grad, wanted, rtol=2**-7, atol=1.0)
+        case.check_gradients(out, x, weights)
 
 
 def megatron_flex_dispatcher(group: Any) -> None:
     """Megatron-LM: the flex token dispatcher with its DeepEP manager, all six steps."""
+    _megatron_flex_dispatcher(Case(group), "megatron-core", "deepep", async_finish=True)
+
+
+def megatron_elastic(group: Any) -> None:
+    """Megatron-LM, branch dev: the same with its manager of DeepEP 2, and with that of V1."""
     case = Case(group)
-    sys.path.insert(0, str(FOLDER / "megatron-core"))
-    module = importlib.import_module("megatron.core.transformer.moe.token_dispatcher")
+    for backend in ("deepepv2", "deepep"):
+        for async_finish in (False, True):
+            _megatron_flex_dispatcher(case, "megatron-dev", backend, async_finish=async_finish)
+
+
+def _megatron_flex_dispatcher(case: Case, folder: str, backend: str, *, async_finish: bool) -> None:
+    """A layer of experts on the dispatcher, forward and backward."""
+    module = megatron(folder, "token_dispatcher")
     config = SimpleNamespace(
-        moe_flex_dispatcher_backend="deepep",
+        moe_flex_dispatcher_backend=backend,
         moe_router_topk=TOPK,
         num_moe_experts=case.num_experts,
         moe_router_dtype="fp32",
         moe_expert_capacity_factor=None,
         moe_permute_fusion=False,
         moe_router_padding_for_quantization=False,
-        moe_deepep_num_sms=20,
+        use_transformer_engine_op_fuser=False,
+        fp8=None,
+        fp4=None,
+        moe_flex_dispatcher_num_sms=20,
         moe_shared_expert_overlap=False,
     )
     alone = [torch.distributed.new_group([rank]) for rank in range(case.size)][case.rank]
-    groups = SimpleNamespace(ep=group, expt_tp=alone, tp_ep=group)
+    groups = SimpleNamespace(ep=case.group, expt_tp=alone, tp_ep=case.group)
     first = case.rank * EXPERTS_A_RANK
     dispatcher = module.MoEFlexTokenDispatcher(
         EXPERTS_A_RANK,
@@ -185,15 +215,92 @@ def megatron_flex_dispatcher(group: Any) -> None:
         config,
         groups,
     )
-    probs = torch.zeros(TOKENS, case.num_experts).scatter(1, case.topk_idx, case.weights)
-    hidden, token_probs = dispatcher.dispatch_preprocess(case.x.clone(), probs > 0, probs)
-    rows, dispatched_probs = dispatcher.token_dispatch(hidden, token_probs, True, False)
+    x, weights = case.x.clone().requires_grad_(), case.weights.clone().requires_grad_()
+    probs = torch.zeros(TOKENS, case.num_experts).scatter(1, case.topk_idx, weights)
+    hidden, token_probs = dispatcher.dispatch_preprocess(x, probs > 0, probs)
+    flags = (async_finish, async_finish)
+    rows, dispatched_probs = dispatcher.token_dispatch(hidden, token_probs, *flags)
     rows, counts, row_probs = dispatcher.dispatch_postprocess(rows, dispatched_probs)
     expert = torch.repeat_interleave(torch.arange(EXPERTS_A_RANK) + first, counts)
     y = (rows.float() * (row_probs * (1 + expert))[:, None]).bfloat16()
     y = dispatcher.combine_preprocess(y)
-    out = dispatcher.combine_postprocess(dispatcher.token_combine(y, True, False))
+    out = dispatcher.combine_postprocess(dispatcher.token_combine(y, *flags))
     case.check(out)
+    case.check_gradients(out, x, weights)
+
+
+def automodel_flex_dispatcher(group: Any) -> None:
+    """NeMo Automodel: its flex token dispatcher on V1, twice along one routing (a recompute)."""
+    case = Case(group)
+    megatron = "nemo_automodel.components.moe.megatron"
+    names = ("token_dispatcher", "fused_a2a", "fused_indices_converter", "moe_utils")
+    real = tuple(f"{megatron}.{name}" for name in names)
+    given = {"nemo_automodel.shared.import_utils": {"safe_import_te": lambda: (False, None)}}
+    with Island(FOLDER / "nemo-automodel", "nemo_automodel", real=real, given=given):
+        module = importlib.import_module(real[0])
+        fused = importlib.import_module(real[1])
+    assert fused.HAVE_DEEP_EP
+    config = module.TokenDispatcherConfig(
+        moe_flex_dispatcher_backend="deepep",
+        moe_router_topk=TOPK,
+        num_moe_experts=case.num_experts,
+        moe_router_dtype="fp32",
+        moe_permute_fusion=False,
+    )
+    first = case.rank * EXPERTS_A_RANK
+    local = list(range(first, first + EXPERTS_A_RANK))
+    dispatcher = module.MoEFlexTokenDispatcher(EXPERTS_A_RANK, local, config, group)
+    recorder = fused.DispatchReplayRecorder()
+    for mode in ("record", "replay"):
+        x, weights = case.x.clone().requires_grad_(), case.weights.clone().requires_grad_()
+        with fused.dispatch_replay_scope(recorder, mode):
+            rows, counts, row_probs = dispatcher.token_permutation2(
+                x, TOKENS, weights, case.topk_idx
+            )
+        expert = torch.repeat_interleave(torch.arange(EXPERTS_A_RANK) + first, counts)
+        y = (rows.float() * (row_probs * (1 + expert))[:, None]).bfloat16()
+        out = dispatcher.token_unpermutation(y)
+        case.check(out)
+        if mode == "record":  # weights of a replay are the recorded ones
+            case.check_gradients(out, x, weights)
+    assert not recorder.replay_misses
+    fused.free_buffer()
+
+
+def deepspeed_elastic(group: Any) -> None:
+    """DeepSpeed: its exchange on DeepEP 2, by expert, with gradients and a recompute."""
+    case = Case(group)
+    target = "deepspeed.module_inject.auto_ep_comm"
+    given = {"deepspeed.utils": {"logger": logging.getLogger("deepspeed")}}
+    with Island(FOLDER / "deepspeed", "deepspeed", real=(target,), given=given):
+        module = importlib.import_module(target)
+    scope, sizes = module.new_exchange_scope(), (case.num_experts, TOPK, HIDDEN, TOKENS)
+    exchange = module.shared_exchange(scope, group, *sizes)
+    assert module.shared_exchange(scope, group, *sizes) is exchange
+    replay = module.DeepEPCheckpointReplay()
+    first = case.rank * EXPERTS_A_RANK
+
+    def layer(x: Tensor, weights: Tensor) -> Tensor:
+        rows, row_weights, _ = module.deepep_dispatch(exchange, x, case.topk_idx, weights, replay)
+        handle = exchange.last_handle
+        counts = torch.tensor(handle.num_recv_tokens_per_expert_list)
+        expert = torch.repeat_interleave(torch.arange(EXPERTS_A_RANK) + first, counts)
+        y = (rows.float() * (row_weights * (1 + expert))[:, None]).bfloat16()
+        out: Tensor = module.deepep_combine(exchange, y, handle)
+        return out
+
+    for reentrant in (None, True, False):
+        x, weights = case.x.clone().requires_grad_(), case.weights.clone().requires_grad_()
+        if reentrant is None:
+            out = layer(x, weights)
+        else:
+            out = checkpoint(layer, x, weights, use_reentrant=reentrant)
+        assert out is not None
+        case.check(out)
+        case.check_gradients(out, x, weights)
+    exchange.release()
+    exchange.release()
+    assert exchange.destroyed
 
 
 def vllm_high_throughput(group: Any) -> None:
@@ -645,13 +752,7 @@ def torchtitan_elastic(group: Any) -> None:
     x, weights = case.x.clone().requires_grad_(), case.weights.clone().requires_grad_()
     out = layer(x, weights, cudagraphable=True)  # compact where gradients are recorded
     case.check(out)
-    out.float().sum().backward()
-    factor = (case.weights * (1 + case.topk_idx)).sum(1, keepdim=True)
-    assert x.grad is not None
-    assert torch.equal(x.grad, factor.expand_as(case.x).bfloat16())
-    assert weights.grad is not None
-    wanted = (1 + case.topk_idx) * case.x.float().sum(1, keepdim=True)
-    assert torch.allclose(weights.grad, wanted, rtol=2**-7, atol=1.0)
+    case.check_gradients(out, x, weights)
 
 
 def lightllm_elastic(group: Any) -> None:

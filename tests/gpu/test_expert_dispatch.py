@@ -1,4 +1,7 @@
-"""Rows by expert on one GPU with virtual ranks, bit for bit against the reference."""
+"""Rows by expert on one GPU with virtual ranks, bit for bit against the reference.
+
+In one NVLink domain, and between several, where loopback is the transport.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +25,8 @@ from tests.rounds.expert_major import (
 from tests.rounds.normal import variant_environ
 
 RANKS = (1, 2, 3, 4, 8)
+CUTS = ((2, 1), (2, 2), (4, 1), (2, 3), (4, 2))  # domains, ranks of each
+EVERY_CUT = pytest.mark.parametrize("cut", CUTS, ids=[f"{n}x{each}" for n, each in CUTS])
 VARIANTS = ("tma", "push", "ldst")
 TOKENS = 16 if SMALL else 333
 ROUNDS = 3 if SMALL else 60
@@ -35,6 +40,17 @@ def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     return str(request.param)
 
 
+def between(cut: tuple[int, int], **options: Any) -> dict[str, Any]:
+    """Options of ranks in NVLink domains, and how many there are."""
+    sizes = {"num_nvl_bytes": 16 << 20, "num_rdma_bytes": 16 << 20} | options
+    return {"num_ranks": cut[0] * cut[1], "nvlink_domain": cut[1], **sizes}
+
+
+def sms_of(num_ranks: int) -> int:
+    """Of a rank between domains: the blocks of all run at once."""
+    return SMS if num_ranks <= 4 else min(SMS, 8)
+
+
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_random_rounds(num_ranks: int, variant: str) -> None:
     rounds = ROUNDS if num_ranks < 8 else ROUNDS // 3
@@ -45,6 +61,53 @@ def test_random_rounds(num_ranks: int, variant: str) -> None:
             check_expert_round(buffer, case)
 
     run_ranks(num_ranks, body)
+
+
+@pytest.mark.parametrize("late", [False, True])
+@EVERY_CUT
+def test_random_rounds_between_domains(
+    cut: tuple[int, int], late: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A second pass behind the dispatch, a first one before the combine."""
+    if late:
+        monkeypatch.setenv("EPJIT_LOOPBACK_SEED", "7")
+    num_ranks = cut[0] * cut[1]
+
+    def body(buffer: Buffer) -> None:
+        for seed in range(ROUNDS if num_ranks <= 4 else ROUNDS // 3):
+            sms = sms_of(num_ranks)
+            case = random_expert_round(num_ranks, 2000 + seed, num_sms=sms, max_tokens=TOKENS)
+            check_expert_round(buffer, case)
+
+    run_ranks(body=body, **between(cut))
+
+
+@pytest.mark.parametrize("variant", ["tma", "ldst"])
+def test_model_shapes_between_domains(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows of a model in each format, padded to 128, of both kinds of size."""
+    for op in ("DISPATCH", "COMBINE", "PERMUTE"):
+        monkeypatch.setenv(f"EPJIT_{op}_VARIANT", variant)
+    hidden = 512 if SMALL else 7168
+
+    def body(buffer: Buffer) -> None:
+        for seed, cast in enumerate((None, None, *CASTS)):
+            case = ExpertRound(
+                num_tokens=(TOKENS,) * 4,
+                hidden=hidden,
+                num_experts=32,
+                num_topk=8,
+                seed=seed,
+                alignment=128,
+                zero_padding=True,
+                worst=seed % 2 == 1,
+                cast=cast,
+                column_major=cast in ("fp8", "fp8_ue8m0"),
+                combine_dtype=(torch.bfloat16, torch.float16)[seed % 2],
+                num_sms=SMS,
+            )
+            check_expert_round(buffer, case)
+
+    run_ranks(body=body, **between((2, 2), num_nvl_bytes=32 << 20, num_rdma_bytes=32 << 20))
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -114,9 +177,34 @@ def test_small_buffers(num_ranks: int, variant: str) -> None:
     run_ranks(num_ranks, body, num_nvl_bytes=1 << 15)
 
 
-@pytest.mark.parametrize("num_ranks", [1, 2, 4])
-def test_graph(num_ranks: int) -> None:
+@pytest.mark.parametrize("how", ["sync", "async"])
+def test_deterministic_mode(how: str) -> None:
+    """There torch fills new tensors with NaN; the fill must not come after the rows."""
+
+    def body(buffer: Buffer) -> None:
+        for seed in range(5):
+            case = ExpertRound(
+                num_tokens=(TOKENS,),
+                hidden=4096,
+                num_experts=4,
+                num_topk=4,
+                seed=seed,
+                how=how,
+                num_sms=SMS,
+            )
+            check_expert_round(buffer, case)
+
+    torch.use_deterministic_algorithms(True)
+    try:
+        run_ranks(1, body)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("cut", [(1, 1), (1, 2), (1, 4), (2, 1), (2, 2)])
+def test_graph(cut: tuple[int, int]) -> None:
     """One capture of dispatch, cached dispatch and combine; replays with changed inputs."""
+    num_ranks = cut[0] * cut[1]
     tokens, hidden, topk = (16, 64, 2) if SMALL else (64, 512, 4)
     replays, experts = (3, 2 * num_ranks) if SMALL else (100, 4 * num_ranks)
 
@@ -178,44 +266,49 @@ def test_graph(num_ranks: int) -> None:
             wanted = made.world[rank].topk_weights.masked_fill(~selected, 0.0)
             assert_rows_equal(back, wanted, f"rank {rank}, replay {seed}: weights")
 
-    run_ranks(num_ranks, body)
+    run_ranks(body=body, **(between(cut) if cut[0] > 1 else {"num_ranks": num_ranks}))
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_more_tokens_than_there_is_room_for(num_ranks: int, variant: str) -> None:
+    run_ranks(num_ranks, body_without_room)
+
+
+def test_more_tokens_than_there_is_room_for_between_domains() -> None:
+    run_ranks(body=body_without_room, **between((2, 2)))
+
+
+def body_without_room(buffer: Buffer) -> None:
     """Their rows stay empty, all others are where they would be; the rank is told once."""
-
-    def body(buffer: Buffer) -> None:
-        case = ExpertRound((40,) * num_ranks, num_experts=2 * num_ranks, alignment=8)
-        made = make_experts(case, Normal(buffer.topology.domains))
-        own, want = made.world[buffer.rank], made.dispatched[buffer.rank]
-        came = want.handle.routing.num_rows
-        x, idx, weights = (
-            to_device(each, buffer.device)
-            for each in (own.x, own.topk_idx, own.topk_weights)
-            if each is not None
-        )
-        line_up(buffer)
-        rows, _, handle, _ = buffer.expert_dispatch(
-            x,
-            idx,
-            weights,
-            num_experts=case.num_experts,
-            expert_alignment=8,
-            num_worst_tokens=came - 7,
-            config=Config(SMS),
-        )
-        with pytest.raises(CommunicationError, match=rf"has room for {came - 7}"):
-            settle(buffer)
-        line_up(buffer)
-        assert isinstance(rows, torch.Tensor)
-        kept = want.handle.placement.row_of[: came - 7]
-        placed = handle.placement
-        assert_rows_equal(placed.row_of, kept, f"rank {buffer.rank}: row_of")
-        arrived = kept[kept >= 0].long()
-        assert_rows_equal(rows.cpu()[arrived], want.rows[arrived], f"rank {buffer.rank}: rows")
-        assert int((placed.source.cpu() >= 0).sum()) == len(arrived)
-        buffer.expert_combine(rows, handle, config=Config(SMS))
+    num_ranks = buffer.group_size
+    case = ExpertRound((40,) * num_ranks, num_experts=2 * num_ranks, alignment=8)
+    made = make_experts(case, Normal(buffer.topology.domains))
+    own, want = made.world[buffer.rank], made.dispatched[buffer.rank]
+    came = want.handle.routing.num_rows
+    x, idx, weights = (
+        to_device(each, buffer.device)
+        for each in (own.x, own.topk_idx, own.topk_weights)
+        if each is not None
+    )
+    line_up(buffer)
+    rows, _, handle, _ = buffer.expert_dispatch(
+        x,
+        idx,
+        weights,
+        num_experts=case.num_experts,
+        expert_alignment=8,
+        num_worst_tokens=came - 7,
+        config=Config(SMS),
+    )
+    with pytest.raises(CommunicationError, match=rf"has room for {came - 7}"):
         settle(buffer)
-
-    run_ranks(num_ranks, body)
+    line_up(buffer)
+    assert isinstance(rows, torch.Tensor)
+    kept = want.handle.placement.row_of[: came - 7]
+    placed = handle.placement
+    assert_rows_equal(placed.row_of, kept, f"rank {buffer.rank}: row_of")
+    arrived = kept[kept >= 0].long()
+    assert_rows_equal(rows.cpu()[arrived], want.rows[arrived], f"rank {buffer.rank}: rows")
+    assert int((placed.source.cpu() >= 0).sum()) == len(arrived)
+    buffer.expert_combine(rows, handle, config=Config(SMS))
+    settle(buffer)

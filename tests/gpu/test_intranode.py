@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from epjit import Buffer, Config
+from epjit.formats import CASTS
 from epjit.modes import normal as normal_mode
 from tests.emulation.world import LONG_RUNS
 from tests.harness.data import ROUTING_KINDS, payload, routing, topk_weights
@@ -26,6 +27,7 @@ from tests.harness.ranks import (
 from tests.rounds.normal import (
     DISPATCH_VARIANTS,
     Round,
+    cast_round,
     check_no_room,
     check_round,
     layout_of,
@@ -83,6 +85,24 @@ def test_model_shapes(num_ranks: int, variant: str) -> None:
                 check_round(buffer, dataclasses.replace(case, fp8="column_major"))
 
     run_ranks(num_ranks, body, num_nvl_bytes=64 << 20)
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+@pytest.mark.parametrize("cast", CASTS)
+def test_casts(cast: str, num_ranks: int, variant: str) -> None:
+    """Random rounds, and rows of a model from both dtypes."""
+    rounds, hidden = (1, 512) if SMALL else (60 if num_ranks < 8 else 15, 7168)
+
+    def body(buffer: Buffer) -> None:
+        for seed in range(rounds):
+            case = cast_round(num_ranks, 5000 + seed, cast, num_sms=SMS, max_tokens=TOKENS)
+            check_round(buffer, case)
+        for dtype in (torch.bfloat16, torch.float16):
+            tokens = (TOKENS,) * num_ranks
+            case = Round(tokens, hidden=hidden, num_experts=8 * num_ranks, num_topk=8, num_sms=SMS)
+            check_round(buffer, dataclasses.replace(case, cast=cast, combine_dtype=dtype))
+
+    run_ranks(num_ranks, body)
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 8])

@@ -74,11 +74,11 @@ def run_low_latency(
 
 
 @pytest.mark.skipif(SMALL, reason="virtual ranks must line up between launches")
-@pytest.mark.parametrize("variant", ["ldst", "tma", "reduced", "lines"])
+@pytest.mark.parametrize("variant", ["ldst", "tma", "reduced", "lines", "auto"])
 def test_buffers_in_another_order(variant: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A kernel that waits for a peer leaves SMs to the kernel that the peer waits for.
 
-    A kernel of each rank takes all SMs; two of them fill the GPU.
+    A kernel of each rank takes all SMs; two of them fill the GPU. With auto the weights are sent.
     """
     monkeypatch.setenv("EPJIT_LOW_LATENCY_COMBINE_VARIANT", variant)
     if variant == "lines":
@@ -86,7 +86,7 @@ def test_buffers_in_another_order(variant: str, monkeypatch: pytest.MonkeyPatch)
 
     def body(*buffers: Buffer) -> None:
         streams = [next_stream() for _ in buffers]
-        low_latency.in_another_order(buffers, streams)
+        low_latency.in_another_order(buffers, streams, weights_sent=variant == "auto")
 
     run_low_latency(2, body, num_buffers=3, low_latency_sms=0, timeout_seconds=10)
 
@@ -114,6 +114,7 @@ def test_routings(num_ranks: int, domain: int | None, row_format: str) -> None:
                     use_logfmt=seed % 3 == 2,
                     with_extras=seed % 2 == 0,
                     how=("sync", "async", "hook")[seed % 3],
+                    weights_sent=seed % 4 > 1,
                 ),
             )
 
@@ -156,6 +157,7 @@ def test_model_shapes(num_ranks: int, domain: int | None) -> None:
                         use_logfmt=how == "hook" and hidden % 128 == 0,
                         zero_copy=how == "sync",
                         how=how,
+                        weights_sent=how == "sync",
                     ),
                 )
 
@@ -187,9 +189,24 @@ def test_random_rounds_in_lines(num_ranks: int, monkeypatch: pytest.MonkeyPatch)
     run_low_latency(num_ranks, body, num_nvl_bytes=16 << 20, timeout=580)
 
 
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize("num_ranks", [2, 4, 8])
+def test_random_rounds_of_sums_before_the_links(
+    num_ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With weights that the dispatch has sent, and with others, which combine sends first."""
+    monkeypatch.setenv("EPJIT_LOW_LATENCY_COMBINE_VARIANT", "reduced")
+
+    def body(buffer: Buffer) -> None:
+        low_latency.rounds(buffer, 10 if SMALL else 150, TOKENS)
+
+    run_low_latency(num_ranks, body, timeout=580)
+
+
 @worlds(1, 2, 4)
 @pytest.mark.parametrize("use_hooks", [False, True])
-def test_graph(num_ranks: int, domain: int | None, use_hooks: bool) -> None:
+@pytest.mark.parametrize("weights_sent", [False, True])
+def test_graph(num_ranks: int, domain: int | None, use_hooks: bool, weights_sent: bool) -> None:
     """Three operations captured once, replayed with changed inputs between eager calls."""
 
     def body(buffer: Buffer) -> None:
@@ -199,6 +216,7 @@ def test_graph(num_ranks: int, domain: int | None, use_hooks: bool) -> None:
             num_replays,
             TOKENS,
             use_hooks=use_hooks,
+            weights_sent=weights_sent,
             meet=lambda: buffer.group.allgather(None),
         )
 
@@ -235,13 +253,15 @@ def test_withheld_peer(num_ranks: int, domain: int | None, op: str) -> None:
 
 
 @pytest.mark.parametrize("op", ["dispatch", "combine", "clean"])
+@pytest.mark.parametrize("weights_sent", [False, True])
 @worlds(2, 3, 4)
-def test_shrink(num_ranks: int, domain: int | None, op: str) -> None:
+def test_shrink(num_ranks: int, domain: int | None, op: str, weights_sent: bool) -> None:
     """A rank that stops answering is masked, the others go on, and it comes back."""
     absent = num_ranks - 1
 
     def body(buffer: Buffer) -> None:
-        low_latency.shrink(buffer, op, absent, 30, functools.partial(meet, buffer))
+        to_meet = functools.partial(meet, buffer)
+        low_latency.shrink(buffer, op, absent, 30, to_meet, weights_sent=weights_sent)
 
     run_low_latency(num_ranks, body, domain=domain, timeout_seconds=2, enable_shrink=True)
 

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch import Tensor
 
+from epjit import moe
+from epjit.formats import FP8_ROW, MXFP8, RowFormat
 from epjit.handles import row_bound
 from epjit.modes import expert_major
+from epjit.moe import scaled
 from epjit.reference import expert_major as reference
+from epjit.reference.low_latency import encode
 from tests.harness.launch import run
 from tests.harness.ranks import SMALL
 from tests.scenarios import moe as scenarios
@@ -44,7 +49,7 @@ def test_permute_and_unpermute(
         x = torch.randn(tokens, hidden).to(dtype)
         rows = reference.permute(x, placed.source, topk)
         on_gpu = [each.cuda() for each in placed]
-        got = expert_major.permute(x.cuda(), on_gpu[1], on_gpu[2], num_topk=topk)
+        got = expert_major.permute(x.cuda(), *on_gpu[:3])
         last = int(placed.ends[-1])
         assert torch.equal(got[:last].cpu(), rows[:last])
         y = torch.randn(rows.shape).to(dtype)
@@ -68,7 +73,7 @@ def test_place_and_permute_in_a_graph() -> None:
 
     def step() -> torch.Tensor:
         placed = expert_major.place(idx, 8, alignment=16, num_rows=row_bound(100, 4, 8, 16))
-        rows = expert_major.permute(x, placed.source, placed.ends, num_topk=4)
+        rows = expert_major.permute(x, *placed[:3])
         return expert_major.unpermute(rows, placed.row_of)
 
     step()
@@ -80,8 +85,33 @@ def test_place_and_permute_in_a_graph() -> None:
     assert torch.equal(out, (4 * x.float()).bfloat16())
 
 
+@pytest.mark.parametrize("row_format", [FP8_ROW, MXFP8], ids=lambda each: each.name)
+@pytest.mark.parametrize("hidden", [128] if SMALL else [128, 2880, 7168])
+def test_grouped_mm_of_rows_with_scales(row_format: RowFormat, hidden: int) -> None:
+    """torch's product beside that of the values; one expert has no rows, and memory goes on."""
+    try:
+        scaled.check_product(row_format, torch.device("cuda"))
+    except RuntimeError as error:
+        pytest.skip(str(error))
+    ends = torch.tensor([128, 128, 384], dtype=torch.int32)
+    x, scales = encode(torch.randn(400, hidden).bfloat16(), row_format)
+    matrices, of_matrices = encode(torch.randn(3 * 256, hidden).bfloat16(), row_format)
+    assert scales is not None
+    assert of_matrices is not None
+    given = x, matrices.view(3, 256, hidden), ends, scales, of_matrices.view(3, 256, -1)
+
+    def product(x: Tensor, matrices: Tensor, ends: Tensor, scales: Tensor, more: Tensor) -> Tensor:
+        with torch.no_grad():
+            return moe.grouped_mm(x, matrices.mT, ends, scales=scales, weight_scales=more)[:384]
+
+    wanted = product(*given).float()
+    error = product(*[each.cuda() for each in given]).cpu().float() - wanted
+    assert error.norm() < 2.0**-7 * wanted.norm()
+
+
 @pytest.mark.parametrize(
-    "body", ["eager", "watched", "odd_addresses", "replayed", "checkpointed", "exported"]
+    "body",
+    ["eager", "watched", "odd_addresses", "replayed", "checkpointed", "exported", "inferred"],
 )
 def test_a_layer_of_one_rank(body: str) -> None:
     run(getattr(scenarios, body), 1, timeout=240)
@@ -90,6 +120,11 @@ def test_a_layer_of_one_rank(body: str) -> None:
 @pytest.mark.parametrize("compiled", [False, True])
 def test_autocast_of_one_rank(compiled: bool) -> None:
     run(scenarios.autocasted, 1, compiled, timeout=240)
+
+
+@pytest.mark.parametrize("compiled", [False, True])
+def test_gradients_pass_casts_of_one_rank(compiled: bool) -> None:
+    run(scenarios.straight_through, 1, compiled, timeout=400)
 
 
 def test_compiled_layer_of_one_rank() -> None:

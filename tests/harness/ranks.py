@@ -33,10 +33,14 @@ def num_random_rounds(num_ranks: int) -> int:
 
 
 def line_up(buffer: Buffer) -> None:
-    """Under compute-sanitizer: all ranks are here, and none waits for the GPU any more.
+    """From here to `settle` virtual ranks launch, and none waits for the GPU.
 
-    Whoever has waited for a stream waits, in memcheck, for all kernels that run, too, and meanwhile
-    none can be launched: virtual ranks must not wait between their first and their last launch.
+    A copy from the CPU that waits for its stream can hold up the launches of the whole process, and
+    so what the stream waits for, if another rank is behind: three ranks timed out that way.
+    Processes have a driver each.
+
+    Under compute-sanitizer all ranks meet here: in memcheck whoever has waited for a stream waits
+    for all kernels that run, too, and meanwhile none can be launched.
     """
     if SMALL:
         buffer._links.barrier()

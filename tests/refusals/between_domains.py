@@ -11,6 +11,13 @@ BETWEEN_DOMAINS: dict[str, Refusal] = {
         lambda b: b.dispatch_between(num_tokens_per_rdma_rank=None),
         r"needs num_tokens_per_rdma_rank from get_dispatch_layout",
     ),
+    "cast": value_error(
+        lambda b: b.dispatch_between(cast="fp8"),
+        r"cast is 'fp8', but this Buffer spans 2 NVLink domains.*pass \(rows, scales\)",
+    ),
+    "warmup cast": value_error(
+        lambda b: b.between.warmup(1024, cast="fp8"), r"cast is 'fp8'.*spans 2 NVLink domains"
+    ),
     "counts of three domains": value_error(
         lambda b: b.dispatch_between(num_tokens_per_rdma_rank=b.full(3, dtype=int32)),
         r"num_tokens_per_rdma_rank.*\(3,\).*\(2\).*each NVLink domain",

@@ -55,6 +55,14 @@ LOW_LATENCY_DISPATCH: dict[str, Refusal] = {
     "x device": value_error(
         lambda b: b.ll_dispatch(x=b.ll_x.to("meta")), r"x is on meta.*no values"
     ),
+    "weights": value_error(
+        lambda b: b.ll_dispatch(topk_weights=b.weights[:, :1]),
+        r"topk_weights has shape \(\d+, 1\).*as topk_idx",
+    ),
+    "weights dtype": type_error(
+        lambda b: b.ll_dispatch(topk_weights=b.weights.half()),
+        r"topk_weights has dtype torch.float16.*float32",
+    ),
     "x strides": value_error(
         lambda b: b.ll_dispatch(x=b.ll_x[:, ::2]), r"x has strides \(512, 2\).*\.contiguous\(\)"
     ),

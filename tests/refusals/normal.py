@@ -9,6 +9,7 @@ from epjit import Buffer, Config
 from tests.refusals.table import (
     HIDDEN,
     NUM_RDMA_BYTES,
+    NUM_TOKENS,
     Refusal,
     assertion_error,
     runtime_error,
@@ -216,6 +217,26 @@ DISPATCH: dict[str, Refusal] = {
     "alignment negative": value_error(
         lambda b: b.dispatch(expert_alignment=-4), r"expert_alignment is -4.*at least 1"
     ),
+    "cast unknown": value_error(
+        lambda b: b.dispatch(cast="int8"), r"cast is 'int8'.*fp8, fp8_round, .*nvfp4"
+    ),
+    "cast of bytes": type_error(
+        lambda b: b.dispatch(x=b.fp8(), cast="fp8"), r"cast='fp8' takes.*float8_e4m3fn"
+    ),
+    "cast of rows with scales": type_error(
+        lambda b: b.dispatch(x=(b.fp8(), b.full(NUM_TOKENS, 1, dtype=float32)), cast="fp8"),
+        r"cast='fp8' takes.*rows with scales",
+    ),
+    "cast hidden": value_error(
+        lambda b: b.dispatch(cast="fp8_ue8m0"), r"hidden is 64.*multiple of 512 for fp8_ue8m0"
+    ),
+    "scale missing": value_error(
+        lambda b: b.dispatch(cast="nvfp4"), r"global_scale is missing.*nvfp4 have one"
+    ),
+    "scale given": value_error(
+        lambda b: b.dispatch(global_scale=b.full(1, dtype=float32)),
+        r"global_scale is given.*cast to None have none",
+    ),
     "worst negative": value_error(
         lambda b: b.dispatch(num_worst_tokens=-1), r"num_worst_tokens is -1.*not be negative"
     ),
@@ -238,6 +259,7 @@ DISPATCH: dict[str, Refusal] = {
 
 
 CACHED: dict[str, Refusal] = {
+    "cast": value_error(lambda b: b.cached(cast="fp8"), r"hidden is 64.*multiple of 128 for fp8"),
     "with topk_idx": value_error(
         lambda b: b.cached(topk_idx=b.idx), r"cached dispatch.*no topk_idx"
     ),
@@ -351,6 +373,18 @@ MEMBERS: dict[str, Refusal] = {
         lambda b: b.destroyed.get_local_buffer_tensor(torch.int8), r"destroyed"
     ),
     "destroyed reset": runtime_error(lambda b: b.destroyed.reset(), r"destroyed"),
+    "warmup cast": value_error(
+        lambda b: b.buffer.warmup(100 * 16, num_topk=2, cast="fp8"), r"hidden is 800.*for fp8"
+    ),
+    "warmup cast unknown": value_error(
+        lambda b: b.buffer.warmup(1024, cast="int8"), r"cast is 'int8'"
+    ),
+    "warmup cast of rows with scales": value_error(
+        lambda b: b.buffer.warmup(1024, num_scales=8, cast="fp8"), r"num_scales is 8 with cast"
+    ),
+    "warmup by expert": value_error(
+        lambda b: b.buffer.warmup(1024, expert_major=True), r"expert_major=True needs num_topk"
+    ),
     "destroyed warmup": runtime_error(lambda b: b.destroyed.warmup(1024), r"destroyed"),
     "destroyed check": runtime_error(lambda b: b.destroyed.check_fault(), r"destroyed"),
     "destroyed twice": assertion_error(lambda b: b.destroyed.destroy(), r"destroyed already"),

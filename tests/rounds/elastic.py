@@ -9,7 +9,7 @@ import functools
 import random
 import threading
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -61,6 +61,7 @@ class Round:
         num_biases: 0, 1 or 2.
         num_sms: Of dispatch and combine.
         how: sync, event (an event before), async, or both.
+        zero_padding: do_zero_padding, by expert.
         is_exact: Rows to combine are small whole numbers, whose sums do not depend on an order.
     """
 
@@ -83,8 +84,24 @@ class Round:
     num_biases: int = 0
     num_sms: int = 4
     how: str = "sync"
+    zero_padding: bool = False
     is_exact: bool = False
 
+
+# Of three ranks: no tokens on all or on some, only -1, one expert, a rank without rows, M of 1.
+EDGES = [
+    replace(case, num_experts=3 * case.num_experts)
+    for case in (
+        Round((0, 0, 0)),
+        Round((5, 0, 1), kind="all_holes", num_biases=1),
+        Round((5, 0, 1), kind="all_holes", expand=True, waits=False, num_biases=2),
+        Round((0, 32, 3), kind="hot_expert", expand=True, alignment=8),
+        Round((4, 4, 4), kind="empty_rank", expand=True, waits=False, num_experts=24),
+        Round((0, 0, 0), expand=True, waits=False, fp8="padded", column_major=True),
+        Round((0, 0, 0), expand=True, fp8="column_major", column_major=True),
+        Round((1, 0, 0), waits=False, max_tokens=1),
+    )
+]
 
 # What kernels are compiled for, few: (hidden, num_topk, fp8, index_dtype).
 _SHAPES = (
@@ -122,6 +139,7 @@ def random_round(num_ranks: int, seed: int, *, num_sms: int, max_tokens: int) ->
         num_biases=rng.randrange(3),
         num_sms=num_sms,
         how=rng.choice(("sync", "event", "async", "both")),
+        zero_padding=rng.random() < 0.5,
     )
 
 
@@ -185,7 +203,7 @@ def _make(case: Round) -> Made:
     want = dispatched(world, expand=case.expand)
     outputs, weights = [], []
     for rank, each in enumerate(want):
-        is_read = _defined_rows(each.handle)
+        is_read = defined_rows(each.handle)
         seed = case.seed * 64 + 32 + rank
         rows = random_payload(len(each.recv_x), case.hidden, torch.bfloat16, seed=seed)
         if case.is_exact:
@@ -229,14 +247,17 @@ def _inputs(case: Round, rank: int) -> reference.RankInput:
     return reference.RankInput(x, scales, idx, weights if case.with_weights else None)
 
 
-def _defined_rows(handle: EPHandle) -> Tensor:
-    """Rows that a combine may read: bool `[rows]`."""
+def defined_rows(handle: EPHandle, *, zero_padding: bool = False) -> Tensor:
+    """Rows that a combine may read, and padding between experts that is zeros: bool `[rows]`."""
     if not handle.do_expand:
         num_received = int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
         return torch.arange(handle.num_recv_tokens) < num_received
     named = handle.recv_src_metadata[:, 2:]
     rows = torch.zeros(handle.num_expanded_tokens, dtype=torch.bool)
     rows[named[named >= 0].long()] = True
+    if zero_padding:
+        ends = handle.psum_num_recv_tokens_per_expert
+        rows[: align(int(ends[-1]), handle.expert_alignment)] = True
     return rows
 
 
@@ -277,9 +298,11 @@ def check_round(buffer: ElasticBuffer, case: Round) -> None:
     )
     if case.is_exact:
         biases = tuple((4 * bias).round() for bias in biases)
+    biases_on_device = tuple(to_device(bias, device) for bias in biases)
     num_local = case.num_experts // buffer.num_ranks
     stats = torch.full((num_local,), 7, dtype=torch.int32).to(device)
     rows: Any = x if scales is None else (x, scales)
+    zero_padding = case.expand and case.zero_padding
 
     line_up(beneath)
     first = call(
@@ -294,7 +317,7 @@ def check_round(buffer: ElasticBuffer, case: Round) -> None:
         do_cpu_sync=case.waits,
         do_handle_copy=case.copies,
         do_expand=case.expand,
-        do_zero_padding=case.expand,
+        do_zero_padding=zero_padding,
         use_tma_aligned_col_major_sf=case.column_major,
     )
     handle = first[-1]
@@ -305,7 +328,7 @@ def check_round(buffer: ElasticBuffer, case: Round) -> None:
         topk_weights=weights,
         handle=handle,
         do_expand=case.expand,
-        do_zero_padding=case.expand,
+        do_zero_padding=zero_padding,
         use_tma_aligned_col_major_sf=case.column_major,
     )
     combined = call(
@@ -313,17 +336,18 @@ def check_round(buffer: ElasticBuffer, case: Round) -> None:
         output,
         handle,
         topk_weights=output_weights,
-        bias=_as_bias(tuple(to_device(bias, device) for bias in biases)),
+        bias=_as_bias(biases_on_device),
     )
     settle(beneath)
 
     prefix, want = f"rank {rank}, seed {case.seed}", made.want[rank]
     assert (handle.topk_idx is idx) == (not case.copies)
     assert cached[-1] is again[-1] is handle
-    compare(f"{prefix}: first", first, want, column_major=case.column_major)
-    compare(f"{prefix}: again", again, want, column_major=case.column_major)
+    options = {"column_major": case.column_major, "zero_padding": zero_padding}
+    compare(f"{prefix}: first", first, want, **options)
+    compare(f"{prefix}: again", again, want, **options)
     other_want = made.want_others[rank]._replace(recv_topk_weights=None)
-    compare(f"{prefix}: cached", cached, other_want, column_major=False)
+    compare(f"{prefix}: cached", cached, other_want)
     _compare_handles(prefix, handle, want.handle, own.topk_idx)
     counts = want.handle.num_unaligned_recv_tokens_per_expert
     assert_rows_equal(stats, counts + 7, f"{prefix}: stats")
@@ -347,15 +371,28 @@ def _as_bias(biases: tuple[Tensor, ...]) -> Any:
 
 
 def compare(
-    prefix: str, got: Sequence[Any], want: ElasticDispatched, *, column_major: bool
+    prefix: str,
+    got: Sequence[Any],
+    want: ElasticDispatched,
+    *,
+    column_major: bool = False,
+    zero_padding: bool = False,
 ) -> None:
-    """The rows that arrived, and by expert the padding between them; and shapes, strides."""
+    """All that is defined of the results of a dispatch.
+
+    Args:
+        prefix: Of messages.
+        got: Results of a dispatch.
+        want: Of the reference.
+        column_major: Whether scales lie column by column.
+        zero_padding: Whether the padding between experts is defined.
+
+    Raises:
+        AssertionError: Names tensor, row and column of the first difference.
+    """
     rows, idx, weights, _ = got
     handle = want.handle
-    arrived = int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
-    if handle.do_expand:
-        ends = handle.psum_num_recv_tokens_per_expert
-        arrived = align(int(ends[-1]), handle.expert_alignment)
+    defined = defined_rows(handle, zero_padding=zero_padding)
     x, scales = rows if isinstance(rows, tuple) else (rows, None)
     named = {
         "recv_x": (x, want.recv_x),
@@ -368,9 +405,9 @@ def compare(
         if wanted is None:
             continue
         assert have.shape == wanted.shape, f"{prefix}: {name} {have.shape} {wanted.shape}"
-        assert_rows_equal(have.cpu()[:arrived], wanted[:arrived], f"{prefix}: {name}")
+        assert_rows_equal(have.cpu()[defined], wanted[defined], f"{prefix}: {name}")
     if idx is not None:
-        assert bool((idx.cpu()[arrived:] == -1).all())
+        assert bool((idx.cpu()[~defined] == -1).all())
     if scales is not None:
         num_rows, num_scales = scales.shape
         want_strides = (1, align(num_rows, 4)) if column_major else (num_scales, 1)

@@ -36,7 +36,7 @@ from tests.harness.data import (
     topk_weights,
 )
 from tests.harness.ranks import line_up, settle
-from tests.rounds.low_latency import rough_rows
+from tests.rounds.low_latency import rows_to_cast
 
 
 @dataclass(frozen=True)
@@ -95,6 +95,7 @@ _SHAPES: tuple[tuple[int, int, str | None, torch.dtype, torch.dtype], ...] = (
     (512, 5, "scales", torch.int32, torch.bfloat16),
     (1024, 8, None, torch.int64, torch.bfloat16),
     (512, 8, "fp8", torch.int64, torch.bfloat16),
+    (128, 2, "fp8_row", torch.int64, torch.bfloat16),
     (1024, 4, "fp8_round", torch.int32, torch.float16),
     (1536, 8, "fp8_ue8m0", torch.int64, torch.bfloat16),
     (384, 3, "mxfp8", torch.int64, torch.bfloat16),
@@ -191,7 +192,7 @@ def _input(case: ExpertRound, oracle: Normal, rank: int) -> RankInput:
     _, _, per_expert, in_rank = oracle.layout(idx, case.num_experts)
     x, scales = payload(rank, tokens, case.hidden, torch.bfloat16), None
     if case.cast is not None:
-        x = rough_rows(tokens, case.hidden, seed=seed).to(case.combine_dtype)
+        x = rows_to_cast(tokens, case.hidden, seed=seed).to(case.combine_dtype)
     elif case.fp8 is not None:
         x, scales = fp8_payload(rank, tokens, case.hidden, layout=case.fp8)
     weights = topk_weights(tokens, case.num_topk, seed=seed)

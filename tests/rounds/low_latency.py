@@ -61,6 +61,7 @@ class LowLatencyRound:
         with_extras: Whether `out` and the statistics are given.
         spare_tokens: Of M, beyond what is needed.
         how: When the calls return.
+        weights_sent: Whether the weights go along with the dispatch.
     """
 
     num_tokens: tuple[int, ...]
@@ -77,6 +78,7 @@ class LowLatencyRound:
     with_extras: bool = False
     spare_tokens: int = 0
     how: How = "sync"
+    weights_sent: bool = False
 
 
 # (hidden, num_topk, index_dtype, experts a rank, formats): a few, since every kind is compiled; 96,
@@ -115,12 +117,16 @@ def random_low_latency_round(num_ranks: int, seed: int, *, max_tokens: int) -> L
         with_extras=rng.random() < 0.5,
         spare_tokens=rng.choice((0, 0, 1, 5)),
         how=rng.choice(("sync", "async", "hook")),
+        weights_sent=rng.random() < 0.4,
     )
 
 
-def sums_before_links() -> bool:
-    """Whether the variant of combine that is asked for rounds each rank's sum."""
-    return env.low_latency_combine_variant() == "reduced"
+def sums_before_links(case: LowLatencyRound, num_domains: int) -> bool:
+    """Whether combine sums, and rounds, the rows of each rank before they travel."""
+    variant = env.low_latency_combine_variant()
+    if num_domains > 1 or case.use_logfmt:
+        return False
+    return variant == "reduced" or (variant == "auto" and case.weights_sent)
 
 
 def rough_rows(num_rows: int, hidden: int, *, seed: int) -> Tensor:
@@ -135,6 +141,19 @@ def rough_rows(num_rows: int, hidden: int, *, seed: int) -> Tensor:
     scales = scales.masked_fill(torch.rand((num_rows, blocks), **options) < 0.05, 0.0)
     rows = torch.randn((num_rows, blocks, 16), **options) * scales[:, :, None]
     return rows.flatten(1)[:, :hidden].to(torch.bfloat16).contiguous()
+
+
+def rows_to_cast(num_rows: int, hidden: int, *, seed: int) -> Tensor:
+    """`rough_rows`, not all of them finite."""
+    return add_specials(rough_rows(num_rows, hidden, seed=seed))
+
+
+def add_specials(rows: Tensor) -> Tensor:
+    """Puts infinities and NaNs of both signs into some blocks of every fourth row, bfloat16."""
+    bits = rows.view(torch.int16)
+    for i, pattern in enumerate((0x7F80, 0xFF80, 0x7FC0, 0xFFC0)):
+        bits[1::4, 17 * i :: 331] = pattern - (pattern >> 15 << 16)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -164,9 +183,10 @@ class MadeLowLatency:
     max_tokens: int
 
 
-def make_low_latency(case: LowLatencyRound) -> MadeLowLatency:
+def make_low_latency(case: LowLatencyRound, *, num_domains: int = 1) -> MadeLowLatency:
     """Inputs and expected results of all ranks; made once for the threads of a process."""
-    return _make(case, reduced=sums_before_links())
+    sent = case.weights_sent and num_domains == 1
+    return _make(case, reduced=sums_before_links(case, num_domains), sent=sent)
 
 
 def valid_rows(dispatched: LowLatencyDispatched) -> Tensor:
@@ -184,7 +204,7 @@ def expert_outputs(dispatched: LowLatencyDispatched, hidden: int, *, seed: int) 
 
 
 @made_once
-def _make(case: LowLatencyRound, *, reduced: bool) -> MadeLowLatency:
+def _make(case: LowLatencyRound, *, reduced: bool, sent: bool) -> MadeLowLatency:
     num_ranks, row_format = len(case.num_tokens), BY_NAME[case.row_format]
     routings = [
         [
@@ -212,9 +232,18 @@ def _make(case: LowLatencyRound, *, reduced: bool) -> MadeLowLatency:
             if row_format is NVFP4
             else None
         )
-        inputs = [
-            reference.RankInput(rough_rows(len(idx), case.hidden, seed=seed), idx, scale)
+        weights = [
+            topk_weights(len(idx), case.num_topk, seed=seed)
             for idx, seed in zip(idxs, seeds, strict=True)
+        ]
+        inputs = [
+            reference.RankInput(
+                rows_to_cast(len(idx), case.hidden, seed=seed),
+                idx,
+                scale,
+                own if sent else None,
+            )
+            for idx, own, seed in zip(idxs, weights, seeds, strict=True)
         ]
         dispatched = [
             reference.dispatch(
@@ -230,10 +259,6 @@ def _make(case: LowLatencyRound, *, reduced: bool) -> MadeLowLatency:
             expert_outputs(each, case.hidden, seed=seed + 8)
             for each, seed in zip(dispatched, seeds, strict=True)
         ]
-        weights = [
-            topk_weights(len(idx), case.num_topk, seed=seed)
-            for idx, seed in zip(idxs, seeds, strict=True)
-        ]
         returned = [
             reference.collect(output, each.src_info, each.layout_range.shape[1])
             for output, each in zip(outputs, dispatched, strict=True)
@@ -246,7 +271,7 @@ def _make(case: LowLatencyRound, *, reduced: bool) -> MadeLowLatency:
                 weights[rank],
                 num_experts=case.num_experts,
                 use_logfmt=case.use_logfmt,
-                reduced=not case.use_logfmt and reduced,
+                reduced=reduced,
             )
             for rank in range(num_ranks)
         ]
@@ -283,7 +308,7 @@ class RankRound:
 
     def __init__(self, buffer: Buffer, case: LowLatencyRound) -> None:
         self.buffer, self.case = buffer, case
-        self.made = make_low_latency(case)
+        self.made = make_low_latency(case, num_domains=buffer.topology.num_domains)
         # Virtual ranks share a process: one that loads a kernel would wait for what another runs.
         buffer.low_latency_warmup(
             self.made.max_tokens,
@@ -292,6 +317,7 @@ class RankRound:
             num_topk=case.num_topk,
             topk_idx_dtype=case.index_dtype,
             use_logfmt=case.use_logfmt,
+            weights_sent=case.weights_sent,
             **FLAGS[case.row_format],
         )
         self.queued: list[Queued] = []
@@ -318,8 +344,8 @@ class RankRound:
 
     def dispatch(self, index: int) -> None:
         """Queues dispatch `index`, its receiving included."""
-        x, idx, _, _ = self._given[index]
-        extras: dict[str, Any] = {}
+        x, idx, weights, _ = self._given[index]
+        extras: dict[str, Any] = {"topk_weights": weights} if self.case.weights_sent else {}
         if self.case.with_extras:
             extras["cumulative_local_expert_recv_stats"] = self.stats
             extras["dispatch_wait_recv_cost_stats"] = self.costs[0]
@@ -459,9 +485,10 @@ def compare_dispatched(
         compare("scales", scales, want.recv_scales)
     compare("src_info", src_info, want.src_info)
     num_ranks = want.layout_range.shape[1]
-    tokens, targets = routes(src_info, num_ranks)
-    want_tokens, want_targets = routes(want.src_info, num_ranks)
-    tokens, targets = tokens.cpu(), targets.cpu()
+    tokens, targets, weights = (each.cpu() for each in routes(src_info, num_ranks))
+    want_tokens, want_targets, want_weights = routes(want.src_info, num_ranks)
     assert_rows_equal(tokens, want_tokens, f"{prefix}: tokens of each source")
     is_token = torch.arange(targets.shape[1], device="cpu") < want_tokens[:, None]
     assert_rows_equal(targets[is_token], want_targets[is_token], f"{prefix}: routes")
+    is_here = is_token[:, :, None] & (want_targets >= 0)
+    assert_rows_equal(weights[is_here], want_weights[is_here], f"{prefix}: weights")

@@ -12,7 +12,7 @@ from __future__ import annotations
 import random
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from unittest import mock
 
@@ -20,10 +20,12 @@ import pytest
 import torch
 
 from epjit import Buffer, CommunicationError, Config
+from epjit.formats import CASTS, NVFP4
 from epjit.handles import Dispatched, Handle, InternodeHandle
 from epjit.modes.normal import Room
 from epjit.reference import Normal
 from epjit.reference import intranode as reference
+from epjit.reference.expert_major import cast as cast_rows
 from tests.harness.data import (
     ROUTING_KINDS,
     SCALE_LAYOUTS,
@@ -39,6 +41,7 @@ from tests.harness.data import (
     topk_weights,
 )
 from tests.harness.ranks import line_up, settle
+from tests.rounds.low_latency import rough_rows
 
 
 @dataclass(frozen=True)
@@ -52,7 +55,8 @@ class Round:
         num_topk: Choices a token.
         kind: Routing.
         seed: Of everything random.
-        fp8: Rows of one byte with scales of this layout, or None for bfloat16.
+        fp8: Rows of one byte with scales of this layout, or None for bfloat16 or a cast.
+        cast: Name of a format that rows of `combine_dtype` are cast to on the way, or None.
         scale_dtype: Of the scales.
         index_dtype: Of topk_idx.
         with_topk: Whether top-k travels with the tokens.
@@ -72,6 +76,7 @@ class Round:
     kind: RoutingKind = "random"
     seed: int = 0
     fp8: ScaleLayout | None = None
+    cast: str | None = None
     scale_dtype: torch.dtype = torch.float32
     index_dtype: torch.dtype = torch.int64
     with_topk: bool = True
@@ -160,13 +165,23 @@ def random_round(num_ranks: int, seed: int, *, num_sms: int, max_tokens: int) ->
     )
 
 
+def cast_round(num_ranks: int, seed: int, cast: str, *, num_sms: int, max_tokens: int) -> Round:
+    """A random round whose rows are cast on the way."""
+    case = random_round(num_ranks, seed, num_sms=num_sms, max_tokens=max_tokens)
+    hidden = 512 if cast == "fp8_ue8m0" else 384
+    return replace(case, fp8=None, cast=cast, hidden=hidden)
+
+
 def make_world(case: Round) -> list[reference.RankInput]:
     """Inputs of every rank to dispatch, on the CPU."""
     world = []
     for rank, tokens in enumerate(case.num_tokens):
         idx = _topk_idx(case, rank)
         _, per_expert, in_rank = reference.layout(idx, case.num_experts, len(case.num_tokens))
-        if case.fp8 is None:
+        if case.cast is not None:
+            x = rough_rows(tokens, case.hidden, seed=case.seed * 64 + rank)
+            x, scales = x.to(case.combine_dtype), None
+        elif case.fp8 is None:
             x, scales = payload(rank, tokens, case.hidden, torch.bfloat16), None
         else:
             x, scales = fp8_payload(
@@ -191,22 +206,26 @@ class Made:
     """Inputs of all ranks, and the routing that follows; read only, for threads share it.
 
     Attributes:
-        world: Inputs of every rank to dispatch.
+        world: Inputs of every rank to dispatch, not cast.
+        global_scale: Of the cast.
         topk_idx: Of every rank, also where it does not travel.
         num_worst: num_worst_tokens.
         dispatched: Results of every rank.
         handles: The same, of it the handles.
-        others: Payload of the cached dispatch.
+        others: Payload of the cached dispatch, not cast.
+        cached: Results of every rank of that.
         outputs: Rows of every rank for combine.
         weights: The same, with `case.with_topk`.
     """
 
     world: list[reference.RankInput]
+    global_scale: torch.Tensor | None
     topk_idx: list[torch.Tensor]
     num_worst: int
     dispatched: list[Dispatched]
     handles: list[Handle]
     others: list[torch.Tensor]
+    cached: list[tuple[torch.Tensor, torch.Tensor | None]]
     outputs: list[torch.Tensor]
     weights: list[torch.Tensor] | None
 
@@ -217,9 +236,12 @@ def make(case: Round, oracle: Normal) -> Made:
     world = make_world(case)
     num_worst = sum(case.num_tokens) + 3 if case.worst else 0
     num_ranks = len(case.num_tokens)
+    scale = None
+    if case.cast == NVFP4.name:
+        scale = torch.tensor([0.05], dtype=torch.float32, device="cpu")
     dispatched = [
         oracle.dispatch(
-            world,
+            [_sent(case, each, scale) for each in world],
             rank,
             num_experts=case.num_experts,
             expert_alignment=case.alignment,
@@ -230,16 +252,27 @@ def make(case: Round, oracle: Normal) -> Made:
     handles = [each.handle for each in dispatched]
     seed = case.seed * 64
     num_rows = [len(each.recv_x) for each in dispatched]
+    others = [
+        random_payload(tokens, case.hidden // 2, torch.float16, seed=seed + rank)
+        if case.cast is None
+        else rough_rows(tokens, case.hidden, seed=seed + 32 + rank).to(case.combine_dtype)
+        for rank, tokens in enumerate(case.num_tokens)
+    ]
+    again = [
+        _sent(case, replace(each, x=other, scales=None), scale)
+        for each, other in zip(world, others, strict=True)
+    ]
+    xs = [each.x for each in again]
+    all_scales = None if case.cast is None else [each.scales for each in again]
     return Made(
         world,
+        scale,
         [_topk_idx(case, rank) for rank in range(num_ranks)],
         num_worst,
         dispatched,
         handles,
-        [
-            random_payload(tokens, case.hidden // 2, torch.float16, seed=seed + rank)
-            for rank, tokens in enumerate(case.num_tokens)
-        ],
+        others,
+        [oracle.cached_dispatch(xs, all_scales, handles, rank) for rank in range(num_ranks)],
         [
             random_payload(rows, case.hidden, case.combine_dtype, seed=seed + 32 + rank)
             for rank, rows in enumerate(num_rows)
@@ -264,6 +297,13 @@ def layout_of(buffer: Buffer, topk_idx: torch.Tensor, num_experts: int) -> dict[
         "is_token_in_rank": in_rank,
         "num_tokens_per_expert": per_expert,
     }
+
+
+def _sent(
+    case: Round, given: reference.RankInput, global_scale: torch.Tensor | None
+) -> reference.RankInput:
+    """The rows of a rank as they travel."""
+    return given if case.cast is None else cast_rows(given, CASTS[case.cast], global_scale)
 
 
 def check_round(buffer: Buffer, case: Round) -> None:
@@ -294,6 +334,7 @@ def check_round(buffer: Buffer, case: Round) -> None:
     def on_device(tensor: torch.Tensor | None) -> torch.Tensor | None:
         return None if tensor is None else to_device(tensor, device)
 
+    casting = {"cast": case.cast, "global_scale": on_device(made.global_scale)}
     idx = to_device(made.topk_idx[rank], device)
     x, scales, weights = (on_device(each) for each in (own.x, own.scales, own.topk_weights))
     other, output = to_device(made.others[rank], device), to_device(made.outputs[rank], device)
@@ -322,9 +363,10 @@ def check_round(buffer: Buffer, case: Round) -> None:
             expert_alignment=case.alignment,
             num_worst_tokens=made.num_worst,
             config=config,
+            **casting,
         )
     handle = dispatched[4]
-    cached = call(buffer.dispatch, other, handle=handle, config=config)
+    cached = call(buffer.dispatch, other, handle=handle, config=config, **casting)
     combined = call(
         buffer.combine,
         output,
@@ -342,10 +384,10 @@ def check_round(buffer: Buffer, case: Round) -> None:
         if want is not None:
             assert_rows_equal(got, want, f"{prefix}: layout {name}")
     _compare_dispatch(prefix, made.dispatched[rank], rank, dispatched)
-    num_rows = int(made.handles[rank].num_received(rank))
     assert cached[1:] == (None, None, None, None)
-    want_cached = oracle.cached_dispatch(made.others, None, made.handles, rank)
-    assert_rows_equal(cached[0][:num_rows], want_cached[0][:num_rows], f"{prefix}: cached recv_x")
+    want_cached = Dispatched(*made.cached[rank])
+    num_rows = int(made.handles[rank].num_received(rank))
+    _compare_rows(f"{prefix}: cached", want_cached, num_rows, cached[0])
     want_combined, want_weights = oracle.combine(
         made.outputs, made.handles, rank, made.weights, _as_bias(biases)
     )
@@ -543,9 +585,7 @@ def _as_bias(biases: tuple[torch.Tensor, ...]) -> Any:
     return None if not biases else biases[0] if len(biases) == 1 else biases
 
 
-def _compare_dispatch(prefix: str, want: Dispatched, rank: int, dispatched: Any) -> None:
-    got_x, got_idx, got_weights, got_list, handle = dispatched
-    num_rows = int(want.handle.num_received(rank))  # behind them only the indices are defined
+def _compare_rows(prefix: str, want: Dispatched, num_rows: int, got_x: Any) -> None:
     got_rows, got_scales = got_x if isinstance(got_x, tuple) else (got_x, None)
     assert got_rows.shape == want.recv_x.shape
     assert_rows_equal(got_rows[:num_rows], want.recv_x[:num_rows], f"{prefix}: recv_x")
@@ -553,6 +593,12 @@ def _compare_dispatch(prefix: str, want: Dispatched, rank: int, dispatched: Any)
     if got_scales is not None and want.recv_scales is not None:
         assert got_scales.is_contiguous()
         assert_rows_equal(got_scales[:num_rows], want.recv_scales[:num_rows], f"{prefix}: scales")
+
+
+def _compare_dispatch(prefix: str, want: Dispatched, rank: int, dispatched: Any) -> None:
+    got_x, got_idx, got_weights, got_list, handle = dispatched
+    num_rows = int(want.handle.num_received(rank))  # behind them only the indices are defined
+    _compare_rows(prefix, want, num_rows, got_x)
     assert (got_idx is None) == (want.recv_topk_idx is None) == (got_weights is None)
     if want.recv_topk_idx is not None and want.recv_topk_weights is not None:
         assert_rows_equal(got_idx, want.recv_topk_idx, f"{prefix}: recv_topk_idx")

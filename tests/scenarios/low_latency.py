@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import itertools
 import os
 import random
 import time
@@ -156,6 +157,7 @@ def replays(
     tokens: int,
     *,
     use_hooks: bool = False,
+    weights_sent: bool = False,
     meet: Callable[[], object] = lambda: None,
 ) -> None:
     """One capture of three operations, replayed with changed inputs between eager calls.
@@ -168,6 +170,7 @@ def replays(
         num_replays: Replays to compare.
         tokens: Of every rank, `M`.
         use_hooks: Whether the operations are split.
+        weights_sent: Whether the weights go along with the first dispatch.
         meet: Called before and after the capture, for ranks that share a GPU.
     """
     on_gpu = buffer.device.type == "cuda"
@@ -186,7 +189,8 @@ def replays(
         return tuple(results)
 
     def step() -> tuple[tuple[Any, ...], torch.Tensor, tuple[Any, ...]]:
-        first = call(buffer.low_latency_dispatch, x, idx, tokens, experts, use_fp8=False)
+        sent = {"topk_weights": weights} if weights_sent else {}
+        first = call(buffer.low_latency_dispatch, x, idx, tokens, experts, use_fp8=False, **sent)
         (combined,) = call(buffer.low_latency_combine, outputs, idx, weights, first[2])
         second = call(buffer.low_latency_dispatch, combined, idx, tokens, experts)
         return first, combined, second
@@ -200,8 +204,10 @@ def replays(
             kind=_PLAIN_KINDS[seed % len(_PLAIN_KINDS)],
             seed=seed,
         )
+        domains = buffer.topology.num_domains
         made = [
-            make_low_latency(dataclasses.replace(case, row_format=name)) for name in ("bf16", "fp8")
+            make_low_latency(dataclasses.replace(case, **changes), num_domains=domains)
+            for changes in ({"weights_sent": weights_sent}, {"row_format": "fp8"})
         ]
         assert made[0].max_tokens == tokens
         own = made[0].exchanges[0]
@@ -239,7 +245,9 @@ def replays(
             # An odd number of eager calls, so that parity cannot hold by luck.
             name = "fp8" if seed % 2 else "bf16"
             line_up(buffer)
-            got = call(buffer.low_latency_dispatch, x, idx, tokens, experts, **FLAGS[name])
+            sent = {"topk_weights": weights} if weights_sent and name == "bf16" else {}
+            flags = {**FLAGS[name], **sent}
+            got = call(buffer.low_latency_dispatch, x, idx, tokens, experts, **flags)
             settle(buffer)
             want = made[seed % 2].exchanges[0].dispatched[rank]
             sizes = (tokens, hidden, experts)
@@ -253,6 +261,7 @@ def graph(
     num_replays: int,
     tokens: int,
     use_hooks: bool,
+    weights_sent: bool = False,
 ) -> int:
     """`replays`, one process a rank.
 
@@ -262,7 +271,7 @@ def graph(
     on_gpu = normal.set_up(group, environ)
     buffer = make_buffer(group)
     with torch.cuda.stream(torch.cuda.Stream()) if on_gpu else contextlib.nullcontext():
-        replays(buffer, num_replays, tokens, use_hooks=use_hooks)
+        replays(buffer, num_replays, tokens, use_hooks=use_hooks, weights_sent=weights_sent)
     normal.synchronize(buffer)
     buffer.destroy()
     return num_replays
@@ -271,7 +280,9 @@ def graph(
 # ---- kernels that wait beside others ---------------------------------------------------------
 
 
-def in_another_order(buffers: Sequence[Buffer], streams: Sequence[Any]) -> None:
+def in_another_order(
+    buffers: Sequence[Buffer], streams: Sequence[Any], *, weights_sent: bool = False
+) -> None:
     """Each rank begins with another one of its Buffers, whose kernels wait when the next ones come.
 
     Of 160 tokens a kernel takes all SMs. What follows it at once starts early.
@@ -279,11 +290,12 @@ def in_another_order(buffers: Sequence[Buffer], streams: Sequence[Any]) -> None:
     Args:
         buffers: Of this rank.
         streams: Of this rank, one for each of them.
+        weights_sent: Whether the weights go along with the dispatch.
     """
     ranks, first = buffers[0].group_size, buffers[0].rank
+    sizes = {"num_tokens": (160,) * ranks, "num_topk": 8, "num_experts": 16 * ranks}
     cases = [
-        steady(ranks, seed, num_tokens=(160,) * ranks, num_topk=8, num_experts=16 * ranks)
-        for seed in range(len(buffers))
+        steady(ranks, seed, weights_sent=weights_sent, **sizes) for seed in range(len(buffers))
     ]
     for buffer, case, stream in zip(buffers, cases, streams, strict=True):
         with torch.cuda.stream(stream):
@@ -304,14 +316,20 @@ def in_another_order(buffers: Sequence[Buffer], streams: Sequence[Any]) -> None:
             ranked.compare()
 
 
-def crossed(group: dist.ProcessGroup, environ: Mapping[str, str], num_buffers: int) -> None:
+def crossed(
+    group: dist.ProcessGroup,
+    environ: Mapping[str, str],
+    num_buffers: int,
+    weights_sent: bool = False,
+) -> None:
     """`in_another_order`, one process a rank."""
     normal.set_up(group, environ)
     options = {"num_rdma_bytes": ROOM, "low_latency_mode": True}
     buffers = [
         normal.make_buffer(group, 0, timeout_seconds=10, **options) for _ in range(num_buffers)
     ]
-    in_another_order(buffers, [torch.cuda.Stream() for _ in buffers])
+    streams = [torch.cuda.Stream() for _ in buffers]
+    in_another_order(buffers, streams, weights_sent=weights_sent)
     for buffer in buffers:
         normal.synchronize(buffer)
         buffer.destroy()
@@ -424,7 +442,15 @@ def withheld(
     return texts
 
 
-def shrink(buffer: Buffer, op: str, absent: int, limit_seconds: float, meet: Any) -> None:
+def shrink(
+    buffer: Buffer,
+    op: str,
+    absent: int,
+    limit_seconds: float,
+    meet: Any,
+    *,
+    weights_sent: bool = False,
+) -> None:
     """A rank stops answering in `op` (dispatch, combine or clean), is masked, and comes back.
 
     Args:
@@ -433,12 +459,14 @@ def shrink(buffer: Buffer, op: str, absent: int, limit_seconds: float, meet: Any
         absent: The rank.
         limit_seconds: For the first call that meets nobody.
         meet: All ranks are here, on the host.
+        weights_sent: Whether the weights go along with the dispatch.
     """
     num_ranks, rank = buffer.group_size, buffer.rank
-    case = steady(num_ranks)
+    case = steady(num_ranks, weights_sent=weights_sent)
     # A rank that compiles while the others run would be masked.
     sizes = (max(case.num_tokens), case.hidden, case.num_experts)
-    buffer.low_latency_warmup(*sizes, num_topk=case.num_topk, use_fp8=False)
+    flags = {"use_fp8": False, "weights_sent": weights_sent}
+    buffer.low_latency_warmup(*sizes, num_topk=case.num_topk, **flags)
     meet()
     check_low_latency_round(buffer, case)
     masked = torch.zeros(num_ranks, dtype=torch.int32, device="cpu")
@@ -494,7 +522,8 @@ def round_without(
     buffer: Buffer, case: LowLatencyRound, masked: torch.Tensor, num_with: int
 ) -> None:
     """Dispatch, combine, clean; rank `masked` takes part in the first `num_with` of them."""
-    rank, made = buffer.rank, make_low_latency(case)
+    rank, domains = buffer.rank, buffer.topology.num_domains
+    made = make_low_latency(case, num_domains=domains)
     nobody = torch.zeros_like(masked)
     (exchange,) = made.exchanges
     dispatched = [
@@ -527,7 +556,7 @@ def round_without(
         own.topk_idx,
         exchange.weights[rank],
         num_experts=case.num_experts,
-        reduced=sums_before_links(),
+        reduced=sums_before_links(case, domains),
         masked=masked if num_with < 2 else nobody,
     )
     device = buffer.device
@@ -536,8 +565,9 @@ def round_without(
         for each in (own.x, own.topk_idx, exchange.weights[rank], outputs[rank])
     )
     line_up(buffer)
+    sent = {"topk_weights": weights} if case.weights_sent else {}
     *got, _, _ = buffer.low_latency_dispatch(
-        x, idx, made.max_tokens, case.num_experts, **FLAGS[case.row_format]
+        x, idx, made.max_tokens, case.num_experts, **FLAGS[case.row_format], **sent
     )
     combined, _, _ = buffer.low_latency_combine(output, idx, weights, got[2])
     buffer.clean_low_latency_buffer(made.max_tokens, case.hidden, case.num_experts)
@@ -557,8 +587,9 @@ def shrunk(
     """`shrink`, one process a rank; each case on the same buffer."""
     normal.set_up(group, environ)
     buffer = make_buffer(group, timeout_seconds=seconds, enable_shrink=True)
-    for op, absent in cases:
-        shrink(buffer, op, absent, 3 * seconds + 10, lambda: dist.barrier(group))
+    for (op, absent), sent in itertools.product(cases, (False, True)):
+        limit = 3 * seconds + 10
+        shrink(buffer, op, absent, limit, lambda: dist.barrier(group), weights_sent=sent)
     normal.synchronize(buffer)
     buffer.destroy()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 from collections.abc import Callable
 from typing import Any
@@ -20,7 +21,9 @@ from torch.utils.checkpoint import (
 )
 
 from epjit import Buffer, env, moe
+from epjit.formats import CASTS, NVFP4, dequantize
 from epjit.moe import buffers
+from epjit.reference.low_latency import encode
 from tests.harness import launch
 
 HIDDEN, EXPERTS_A_RANK, TOPK = 32, 3, 2
@@ -244,6 +247,61 @@ def autocasted(group: Any, compiled: bool) -> None:
     moe.free_buffers()
 
 
+def straight_through(group: Any, compiled: bool) -> None:
+    """Rows that are cast on the way: all is as if their values had been sent, gradients too."""
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    case, hidden = Case(group, 9), 512
+    generator = torch.Generator().manual_seed(case.rank)
+    drawn = torch.randn(2, 9, hidden, generator=generator).bfloat16().to(case.device)
+    worst = 9 * case.size
+    some = (("fp8", False, worst), ("nvfp4", True, worst), ("mxfp8", True, 0))
+    every = itertools.product(CASTS, (False, True), (0, worst))
+    for cast, expert_major, num_worst in some if compiled else every:
+        scale = torch.tensor([0.5], device=case.device) if cast == NVFP4.name else None
+        rows, scales = encode(drawn[0].cpu(), CASTS[cast], None if scale is None else scale.cpu())
+        values = dequantize(
+            rows,
+            scales,
+            global_scale=None if scale is None else scale.cpu(),
+            dtype=torch.bfloat16,
+        )
+
+        def layer(
+            x: Tensor,
+            weights: Tensor,
+            cast: str | None,
+            scale: Tensor | None,
+            by: Any = (expert_major, num_worst),
+        ) -> Tensor:
+            got: Any = moe.dispatch(
+                *(x, case.topk_idx, weights),
+                num_experts=case.num_experts,
+                group=group.group_name,
+                num_worst_tokens=by[1],
+                expert_major=by[0],
+                cast=cast,
+                global_scale=scale,
+            )
+            y = got.x if cast is None else moe.dequantize(got, global_scale=scale)
+            if by[0]:
+                return moe.combine(y, got.handle, weights=got.weights, group=group.group_name)
+            y = y * got.topk_weights.sum(1, keepdim=True).to(y.dtype)
+            return moe.combine(y, got.handle, group=group.group_name)
+
+        found = []
+        if compiled:
+            torch._dynamo.reset()
+        run = torch.compile(layer, fullgraph=True, backend="aot_eager") if compiled else layer
+        for x, options in ((values.to(case.device), (None, None)), (drawn[0], (cast, scale))):
+            leaves = x.clone().requires_grad_(), case.topk_weights.detach().clone().requires_grad_()
+            out = run(*leaves, *options)
+            out.backward(drawn[1])
+            found.append((out.detach(), *(each.grad for each in leaves)))
+        for name, want, got in zip(("output", "of x", "of weights"), *found, strict=True):
+            assert torch.equal(want, got), (cast, expert_major, num_worst, name)
+    moe.free_buffers()
+
+
 def agreed(group: Any) -> None:
     """`worst_tokens` where the ranks have unequal numbers; what it says is enough."""
     tokens = 3 + 4 * group.rank()
@@ -316,9 +374,7 @@ def checkpointed(group: Any) -> None:
     assert len(calls) == 2
 
     dispatched = []
-    several = buffers.count_domains(group.group_name, dry=False) > 1
-    names = ("dispatch", "combine") if several else ("expert_dispatch", "expert_combine")
-    keep = tuple(getattr(torch.ops.epjit, name).default for name in names)
+    keep = (torch.ops.epjit.expert_dispatch.default, torch.ops.epjit.expert_combine.default)
 
     def policy(context: Any, op: Any, *args: Any, **kwargs: Any) -> CheckpointPolicy:
         if op in keep and not context.is_recompute:
@@ -341,11 +397,11 @@ def checkpointed(group: Any) -> None:
 
 
 class Layer(torch.nn.Module):
-    """The layer by expert, as torch.export takes it."""
+    """A layer as a module, as torch.export takes it."""
 
-    def __init__(self, case: Case, **options: Any) -> None:
+    def __init__(self, layer: Callable[..., Tensor]) -> None:
         super().__init__()
-        self.layer = by_expert(case, **options)
+        self.layer = layer
 
     def forward(self, x: Tensor, idx: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
         return self.layer(x, idx, weights, experts)
@@ -357,7 +413,7 @@ def exported(group: Any) -> None:
     tensors = (case.x, case.topk_idx, case.topk_weights, case.experts)
     arguments = tuple(tensor.detach() for tensor in tensors)
     for options in ({}, {"num_worst_tokens": 9 * case.size}):
-        program = torch.export.export(Layer(case, **options), arguments)
+        program = torch.export.export(Layer(by_expert(case, **options)), arguments)
         names = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
         assert {"epjit.expert_dispatch.default", "epjit.expert_combine.default"} <= names
         wanted = by_expert(case, **options)(*arguments)
@@ -374,12 +430,12 @@ def compiled_once(group: Any) -> None:
         graphs.append(graph)
         return graph
 
-    layer = torch.compile(Layer(Case(group, 5)), fullgraph=True, backend=backend)
+    layer = torch.compile(Layer(by_expert(Case(group, 5))), fullgraph=True, backend=backend)
     for tokens in (5, 7, 9, 6, 8):
         case = Case(group, tokens)
         arguments = (case.x, case.topk_idx, case.topk_weights, case.experts)
         with torch.no_grad():
-            assert torch.equal(layer(*arguments), Layer(case)(*arguments))
+            assert torch.equal(layer(*arguments), by_expert(case)(*arguments))
     assert len(graphs) == 2
     moe.free_buffers()
 
@@ -448,6 +504,89 @@ def replayed(group: Any) -> None:
     assert small.runtime is None
 
 
+def fp8_of_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """FP8 with a scale a row."""
+    scales = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-4) / 448
+    return (x / scales).to(torch.float8_e4m3fn), scales
+
+
+def inferring(case: Case, **options: Any) -> Callable[..., Tensor]:
+    """The layer by expert in FP8 where this device has its product, else in bfloat16."""
+    name, fp8 = case.group.group_name, case.device.type == "cpu"
+    fp8 = fp8 or torch.cuda.get_device_capability(case.device)[0] in (9, 10)
+
+    def layer(x: Tensor, idx: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        got = moe.dispatch(
+            x,
+            idx,
+            weights,
+            num_experts=case.num_experts,
+            group=name,
+            expert_major=True,
+            expert_alignment=16,
+            cast="fp8_row" if fp8 else None,
+            **options,
+        )
+        if fp8:
+            matrices, scales = fp8_of_rows(experts.mT.contiguous())
+            y = moe.grouped_mm(
+                got.x, matrices.mT, got.ends, scales=got.scales, weight_scales=scales
+            )
+        else:
+            y = moe.grouped_mm(got.x, experts, got.ends)
+        return moe.combine(y.tanh(), got.handle, weights=got.weights, group=name)
+
+    return layer
+
+
+def inferred(group: Any) -> None:
+    """Without gradients, cast on the way: eager, compiled, exported, and a graph replayed."""
+    case = Case(group, 9)
+    worst = {"num_worst_tokens": 9 * case.size}
+    arguments = [case.x, case.topk_idx, case.topk_weights, case.experts]
+    arguments = [each.detach().clone() for each in arguments]
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    with torch.no_grad():
+        wanted = by_expert(case)(*arguments).float()
+        for options in ({}, worst):
+            layer = inferring(case, **options)
+            eager_out = layer(*arguments)
+            # e4m3 has 4 significant bits.
+            assert (eager_out.float() - wanted).norm() < 2.0**-3 * wanted.norm()
+            torch._dynamo.reset()
+            traced = torch.compile(layer, fullgraph=True, backend="aot_eager")
+            assert torch.equal(traced(*arguments), eager_out)
+            program = torch.export.export(Layer(layer), tuple(arguments))
+            assert torch.equal(program.module()(*arguments), eager_out)
+        if case.device.type == "cuda":
+            replays_with_changed_inputs(case, inferring(case, **worst))
+            replays_with_changed_inputs(case, weighted_by_expert(case, **worst))
+    moe.free_buffers()
+
+
+def replays_with_changed_inputs(case: Case, layer: Callable[..., Tensor]) -> None:
+    """A captured layer gives, 100 times, what the eager one gives for other tokens and choices."""
+    arguments = [case.x, case.topk_idx, case.topk_weights, case.experts]
+    arguments = [each.detach().clone() for each in arguments]
+    x, idx, weights, _ = arguments
+    stream = torch.cuda.Stream()
+    with torch.cuda.stream(stream):
+        layer(*arguments)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph, stream=stream):
+            out = layer(*arguments)
+        for seed in range(100):
+            other = Case(case.group, len(x), seed=1 + seed)
+            x.copy_(other.x.detach())
+            idx.copy_(other.topk_idx)
+            weights.copy_(other.topk_weights.detach())
+            out.zero_()
+            graph.replay()
+            again = out.clone()
+            assert torch.equal(again, layer(*arguments)), f"replay {seed}"
+    torch.cuda.synchronize()
+
+
 def registered(group: Any) -> None:
     """A Buffer of one's own under a name."""
     case = Case(group, 9)
@@ -493,18 +632,41 @@ def between_domains(group: Any, nvlink_domain: int) -> None:
     assert torch.equal(back.norm(dim=1) > 0, (got.topk_idx >= 0).any(1))
     name = group.group_name
     quick = {"test_utils": ("test_schema", "test_faketensor")}
-    for rows_at_most, alignment in ((0, 0), (9 * case.size, 8)):
-        sizes = (case.num_experts, rows_at_most, alignment, 0, num_domains, name)
-        opcheck(torch.ops.epjit.dispatch, (x, idx, weights, *sizes), **quick)
+    unchanged = (False, None, None, False)
+    for rows_at_most in (0, 9 * case.size):
+        sizes = (case.num_experts, rows_at_most)
+        of_dispatch = (*sizes, None, None, num_domains, name)
+        opcheck(torch.ops.epjit.dispatch, (x, idx, weights, *of_dispatch), **quick)
+        by_expert_sizes = (*sizes, 8, 0, False, *unchanged, num_domains)
+        opcheck(torch.ops.epjit.expert_dispatch, (x, idx, weights, *by_expert_sizes, name), **quick)
     opcheck(torch.ops.epjit.combine, (got.x, *got.handle, name), **quick)
     opcheck(torch.ops.epjit.combine_backward, (x, *got.handle, name), **quick)
     grads = (got.x, got.topk_weights, *got.handle, name)
     opcheck(torch.ops.epjit.dispatch_backward, grads, **quick)
-    with pytest.raises(RuntimeError, match=r"traced for 1 .*get_buffer"):
-        torch.ops.epjit.dispatch(x, idx, weights, case.num_experts, 0, 0, 0, 1, name)
-    sizes = case.num_experts, 0, 1, 0
-    with pytest.raises(RuntimeError, match=r"traced for 1 .*get_buffer"):
-        torch.ops.epjit.expert_dispatch(
-            x, idx, weights, *sizes, False, False, None, None, False, name
+    options = {"num_experts": case.num_experts, "expert_alignment": 8, "zero_padding": True}
+    by_expert_rows = moe.dispatch(x, idx, weights, group=group, expert_major=True, **options)
+    routing, placed = by_expert_rows.handle
+    handle = (*placed[:-1], *routing, name)
+    sums = by_expert_rows.x, by_expert_rows.weights
+    opcheck(torch.ops.epjit.expert_combine, (*sums, *handle), **quick)
+    opcheck(torch.ops.epjit.expert_combine_backward, (x, *sums, *handle), **quick)
+    opcheck(torch.ops.epjit.expert_dispatch_backward, (*sums, *handle), **quick)
+    with torch.no_grad():
+        cast = moe.dispatch(
+            x.repeat(1, 128 // HIDDEN + 1)[:, :128].contiguous(),
+            *(idx, weights),
+            group=group,
+            expert_major=True,
+            cast="mxfp8",
+            **options,
         )
+    assert cast.scales is not None
+    assert torch.equal(cast.handle.placement.source, placed.source)
+    sizes = case.num_experts, 0
+    with pytest.raises(RuntimeError, match=r"traced for 1 .*get_buffer"):
+        torch.ops.epjit.dispatch(x, idx, weights, *sizes, None, None, 1, name)
+    with pytest.raises(ValueError, match=rf"cast is 'fp8', but this group spans {num_domains}"):
+        moe.dispatch(x, idx, weights, num_experts=case.num_experts, group=group, cast="fp8")
+    with pytest.raises(RuntimeError, match=r"traced for 1 .*get_buffer"):
+        torch.ops.epjit.expert_dispatch(x, idx, weights, *sizes, 1, 0, False, *unchanged, 1, name)
     checkpointed(group)

@@ -18,19 +18,13 @@ from tests.rounds.normal import Round, check_round, layout_of
 TOKENS, HIDDEN, TOPK = 6, 256, 4
 
 
-def _has_experts(buffer: Buffer) -> bool:
-    """Whether there are kernels for rows by expert."""
-    return buffer.device.type == "cpu" or not buffer.topology.spans_domains
-
-
 def accepts(buffer: Buffer) -> None:
     """Rounds of every routing without choices that are no expert, with every way to return."""
     sizes = {"num_tokens": (9, 0, 13, 4)[: buffer.group_size], "num_experts": 12}
     for seed, kind in enumerate(ROUTING_KINDS[:-1]):
         how, worst = ("sync", "async", "comm")[seed % 3], seed % 2 == 1
         check_round(buffer, Round(**sizes, kind=kind, seed=seed, how=how, worst=worst, num_sms=4))
-        if _has_experts(buffer):
-            check_expert_round(buffer, ExpertRound(**sizes, kind=kind, seed=seed, worst=worst))
+        check_expert_round(buffer, ExpertRound(**sizes, kind=kind, seed=seed, worst=worst))
         if buffer.low_latency_mode:
             how = ("sync", "async", "hook")[seed % 3]
             check_low_latency_round(buffer, LowLatencyRound(**sizes, kind=kind, seed=seed, how=how))
@@ -106,6 +100,12 @@ def refuses(buffer: Buffer) -> None:
             ),
         ),
     ]
+    if per_domain is None:
+        broken = changed(x, (0, 2), torch.nan)
+        wrong += [
+            (r"x\[0, 2\] is nan", lambda: buffer.dispatch(broken, **layout, **topk, cast="fp8")),
+            (r"x\[0, 2\] is nan", lambda: buffer.dispatch(broken, handle=handle, cast="mxfp8")),
+        ]
     wrong += _by_expert(buffer, x, idx, weights, num_experts)
     if per_domain is not None:
         wrong.append(
@@ -126,8 +126,6 @@ def _by_expert(
     buffer: Buffer, x: torch.Tensor, idx: torch.Tensor, weights: torch.Tensor, num_experts: int
 ) -> list[tuple[str, Callable[[], object]]]:
     """Wrong values of the calls on rows by expert."""
-    if not _has_experts(buffer):
-        return []
     rows, _, handle, _ = buffer.expert_dispatch(x, idx, weights, num_experts=num_experts)
     assert isinstance(rows, torch.Tensor)
     beyond, infinite, broken = idx.clone(), x.clone(), weights.clone()

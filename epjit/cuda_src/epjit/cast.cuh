@@ -1,12 +1,13 @@
 // Casts of a row on its way: what a dispatch sends, and the log format of its combine.
 //
-// Block formats (x in bf16 or fp16; a block has one scale; sat = to the largest finite value, to nearest
-// even):
+// Block formats (x in bf16 or fp16; a block has one scale; e4m3 and e2m1 as epjit/formats.py says,
+// also of what is not a number, which amax leaves out):
 //   kFp8       blocks of 128: amax = max(|x|, 1e-4), scale = amax / 448, q = e4m3(x * (448 / amax))
 //   kFp8Round  scale = the power of two from amax / 448 upward, q = e4m3(x * (1 / scale))
 //   kFp8Ue8m0  the same, a scale stored as its exponent byte
 //   kMxfp8     as kFp8Ue8m0 with blocks of 32, amax without a floor
 //   kNvfp4     blocks of 16: s = e4m3(g * (amax / 6)) for one global g, q = e2m1(x * (g / s))
+//   kFp8Row    as kFp8, the whole row a block
 //
 // Log format: a block of 128 bf16, 10 bits a value: the sign, and which of 511 steps the 15-bit
 // pattern of |x| lies at, between the block's smallest (not below 8 octaves under its largest) and
@@ -25,10 +26,15 @@ enum RowFormat : int32_t {  // as epjit/formats.py numbers them
   kFp8Ue8m0 = 3,
   kMxfp8 = 4,
   kNvfp4 = 5,
+  kFp8Row = 6,
 };
 
-constexpr int format_block(int format) {  // elements that share a scale; 0 = no scales
-  return format == kBf16 ? 0 : format == kMxfp8 ? 32 : format == kNvfp4 ? 16 : 128;
+constexpr int format_block(int format, int hidden) {  // elements that share a scale; 0 = no scales
+  return format == kBf16     ? 0
+         : format == kMxfp8  ? 32
+         : format == kNvfp4  ? 16
+         : format == kFp8Row ? hidden
+                             : 128;
 }
 
 constexpr int format_row_bytes(int format, int hidden) {
@@ -36,11 +42,12 @@ constexpr int format_row_bytes(int format, int hidden) {
 }
 
 constexpr int format_scale_bytes(int format) {  // of one scale
-  return format == kBf16 ? 0 : format == kFp8 || format == kFp8Round ? 4 : 1;
+  if (format == kBf16) return 0;
+  return format == kFp8 || format == kFp8Round || format == kFp8Row ? 4 : 1;
 }
 
 constexpr int format_row_scale_bytes(int format, int hidden) {
-  return format == kBf16 ? 0 : hidden / format_block(format) * format_scale_bytes(format);
+  return format == kBf16 ? 0 : hidden / format_block(format, hidden) * format_scale_bytes(format);
 }
 
 // ---- values -------------------------------------------------------------------------------------
@@ -50,7 +57,8 @@ __device__ __forceinline__ float ceil_power_of_two(float x) {
   return __uint_as_float((__float_as_uint(x) + 0x7fffffu) & 0x7f800000u);
 }
 
-// 4 bits, to nearest even, saturating.
+// 4 bits, to nearest even, saturating. What is not a number becomes 6: a product of that is
+// positive.
 __device__ __forceinline__ uint32_t float_to_e2m1(float x) {
   const uint32_t bits = __float_as_uint(x);
   const uint32_t magnitude = min(bits & 0x7fffffffu, 0x40c00000u);  // 6.0
@@ -72,14 +80,34 @@ __device__ __forceinline__ float e4m3_to_float(uint32_t code) {
 
 constexpr int kCastElements = 16;
 
+// The largest magnitude of a row of `items` times 16 elements, for all lanes of the warp.
+template <bool kIsF16>
+__device__ __forceinline__ float row_amax(const char* x, int items, int lane) {
+  float amax = 0.0f;
+#pragma unroll 4
+  for (int piece = lane; piece < 2 * items; piece += kWarpSize) {
+    const Vec16 values = ptx::ld_v4(x + piece * 16);
+    const uint32_t pairs[4] = {values.x, values.y, values.z, values.w};
+    for (const uint32_t two : pairs) {
+      const Float2 pair = kIsF16 ? ptx::f16x2_to_float2(two) : ptx::bf16x2_to_float2(two);
+      amax = fmaxf(amax, fmaxf(fabsf(pair.x), fabsf(pair.y)));
+    }
+  }
+#pragma unroll
+  for (int other = 1; other < kWarpSize; other *= 2)
+    amax = fmaxf(amax, __shfl_xor_sync(kFullMask, amax, other));
+  return amax;
+}
+
 // The cast of a lane's 16 elements: up to 16 bytes, and the scale of its block.
 struct CastItem {
   uint32_t words[4];  // kNvfp4 uses two
   uint32_t scale;     // its bits, in format_scale_bytes()
 };
 
+// `given` is the global scale of kNvfp4, and the largest magnitude of the row of kFp8Row.
 template <int kFormat, bool kIsF16 = false>
-__device__ __forceinline__ CastItem cast_item(const Vec16 (&pieces)[2], float global_scale) {
+__device__ __forceinline__ CastItem cast_item(const Vec16 (&pieces)[2], float given) {
   const uint32_t pairs[8] = {pieces[0].x, pieces[0].y, pieces[0].z, pieces[0].w,
                              pieces[1].x, pieces[1].y, pieces[1].z, pieces[1].w};
   float x[kCastElements];
@@ -90,21 +118,25 @@ __device__ __forceinline__ CastItem cast_item(const Vec16 (&pieces)[2], float gl
     x[2 * i] = pair.x, x[2 * i + 1] = pair.y;
     amax = fmaxf(amax, fmaxf(fabsf(pair.x), fabsf(pair.y)));
   }
+  if constexpr (kFormat == kFp8Row) {
+    amax = given;
+  } else {
 #pragma unroll
-  for (int other = 1; other < format_block(kFormat) / kCastElements; other *= 2)
-    amax = fmaxf(amax, __shfl_xor_sync(kFullMask, amax, other));
+    for (int other = 1; other < format_block(kFormat, 0) / kCastElements; other *= 2)
+      amax = fmaxf(amax, __shfl_xor_sync(kFullMask, amax, other));
+  }
 
   CastItem item{};
   float factor;
-  if constexpr (kFormat == kFp8) {
+  if constexpr (kFormat == kFp8 || kFormat == kFp8Row) {
     amax = fmaxf(amax, 1e-4f);
     item.scale = __float_as_uint(amax / 448.0f);
     factor = 448.0f / amax;
   } else if constexpr (kFormat == kNvfp4) {
-    const uint32_t code = ptx::float2_to_e4m3x2({global_scale * (amax / 6.0f), 0.0f}) & 0xff;
+    const uint32_t code = ptx::float2_to_e4m3x2({given * (amax / 6.0f), 0.0f}) & 0xff;
     const float scale = e4m3_to_float(code);
     item.scale = code;
-    factor = scale == 0.0f ? 0.0f : global_scale / scale;
+    factor = scale == 0.0f ? 0.0f : given / scale;
   } else {
     if constexpr (kFormat != kMxfp8) amax = fmaxf(amax, 1e-4f);
     const float scale = ceil_power_of_two(amax / 448.0f);
@@ -116,12 +148,13 @@ __device__ __forceinline__ CastItem cast_item(const Vec16 (&pieces)[2], float gl
   if constexpr (kFormat == kNvfp4) {
 #pragma unroll
     for (int i = 0; i < kCastElements; ++i)
-      item.words[i / 8] |= float_to_e2m1(x[i] * factor) << 4 * (i % 8);
+      item.words[i / 8] |= float_to_e2m1(__fmul_rn(x[i], factor)) << 4 * (i % 8);
   } else {
 #pragma unroll
     for (int i = 0; i < kCastElements; i += 2)
-      item.words[i / 4] |= ptx::float2_to_e4m3x2({x[i] * factor, x[i + 1] * factor})
-                           << 16 * (i / 2 % 2);
+      item.words[i / 4] |=
+          ptx::float2_to_e4m3x2({__fmul_rn(x[i], factor), __fmul_rn(x[i + 1], factor)})
+          << 16 * (i / 2 % 2);
   }
   return item;
 }
@@ -137,6 +170,15 @@ __device__ __forceinline__ void store_cast(char* row, int item, const CastItem& 
                                                   cast.words[3]};
   else
     ptx::st_v4(row + item * 16, {cast.words[0], cast.words[1], cast.words[2], cast.words[3]});
+}
+
+// To the scales of a row, that of block `block`.
+template <int kFormat>
+__device__ __forceinline__ void store_cast_scale(void* scales, int block, uint32_t scale) {
+  if constexpr (format_scale_bytes(kFormat) == 1)
+    static_cast<unsigned char*>(scales)[block] = static_cast<unsigned char>(scale);
+  else
+    static_cast<uint32_t*>(scales)[block] = scale;
 }
 
 // ---- the log format -----------------------------------------------------------------------------

@@ -352,13 +352,15 @@ __device__ __forceinline__ bool all_lanes(bool ok) {
 
 // A whole warp looks, until nothing is missing: look_at() gives each lane a bit for each thing that it
 // misses; lane k knows which peer writes thing k, and its index. What lanes have found they hold in
-// registers, so no memory is ordered. Without a mask.
+// registers, so no memory is ordered; but they look together, as a line is read by one instruction.
+// Without a mask.
 template <typename LookAt>
 __device__ __forceinline__ bool warp_wait(const Waiter& waiter, WaitTag tag, int peer,
                                           uint64_t index, LookAt look_at) {
   uint64_t start = 0;
 #pragma unroll 1
   for (uint32_t polls = 1;; ++polls) {
+    __syncwarp();
     const uint32_t missing = look_at();
     if (!__any_sync(kFullMask, missing != 0)) return true;
     if (polls == 1) start = ptx::globaltimer();

@@ -31,13 +31,14 @@ struct Float2 {
   float x, y;
 };
 
-// 8 bits, to nearest even, saturating; for where no instruction does it.
+// 8 bits, to nearest even, saturating; for where no instruction does it. As of the instruction,
+// what is not a number loses its sign.
 __device__ __forceinline__ uint32_t float_to_e4m3(float x) {
   const uint32_t bits = __float_as_uint(x);
   uint32_t magnitude = bits & 0x7fffffffu;
   const uint32_t sign = bits >> 24 & 0x80;
-  if (magnitude > 0x7f800000u) return sign | 0x7f;  // not a number
-  magnitude = min(magnitude, 0x43e00000u);          // 448.0
+  if (magnitude > 0x7f800000u) return 0x7f;  // not a number
+  magnitude = min(magnitude, 0x43e00000u);   // 448.0
   // Below 2^-6: the last place of 2^14 is worth 2^-9, the step of these values.
   if (magnitude < 0x3c800000u)
     return sign | (__float_as_uint(__uint_as_float(magnitude) + 16384.0f) - 0x46800000u);

@@ -13,15 +13,6 @@ __device__ __forceinline__ int rows_at_a_time(int num_rows, int num_warps, int m
   return rows < kRows ? max(rows, 1) : rows / kRows * kRows;
 }
 
-// Calls visit(piece of 16 bytes, whether it is one) for part `part` of a row, all lanes in step.
-template <int kVecs, typename Visit>
-__device__ __forceinline__ void for_each_vec(int part, int num_parts, int lane, Visit visit) {
-  const int part_vecs = align_up(ceil_div(kVecs, num_parts), kWarpSize);
-  const int last = min(kVecs, (part + 1) * part_vecs);
-  for (int first = part * part_vecs; first < last; first += kWarpSize)
-    visit(first + lane, first + lane < last);
-}
-
 // The next unit of work, which a warp takes from a counter. One lane draws it, and the others get it
 // when they ask: what stands between the two hides the latency of the atomic (0.5 us and more, H200).
 class Draw {

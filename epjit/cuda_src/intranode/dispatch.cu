@@ -36,8 +36,8 @@
 // row_of, and sends none. Padding is filled by warps that have nothing else to do any more.
 //
 // With a format, rows of bf16 or fp16 are cast by the warps that stage them (cast.cuh), through
-// registers: the links carry cast rows and their scales, and so do slots. hidden_bytes and num_scales
-// (words) are of these.
+// registers, in both orders of rows: the links carry cast rows and their scales, and so do slots.
+// hidden_bytes and num_scales (words) are of these.
 //
 // Stage   the first warps of a block: wait until the slots are free; x -> slots, and own tokens ->
 //         recv_x; then the word of each token to each peer (release)
@@ -93,8 +93,8 @@ struct DispatchConfig {
   bool by_expert;         // rows by expert; num_topk is not 0
   bool is_cached;         // by_expert: along row_of of an earlier dispatch
   bool has_weights;       // by_expert: topk_weights travel
-  int32_t format;  // by_expert: that rows are cast to (cast.cuh); kBf16: they stay as they are
-  bool is_f16;     // rows that are cast are fp16, else bf16
+  int32_t format;         // that rows are cast to (cast.cuh); kBf16: they stay as they are
+  bool is_f16;            // rows that are cast are fp16, else bf16
 };
 
 struct DispatchParams : Operation {
@@ -116,7 +116,8 @@ struct DispatchParams : Operation {
   uint64_t words[kMaxRanks];     // symmetric, of each rank
   uint64_t places[kMaxRanks];    // symmetric, of each rank; direct only
   uint64_t outputs[kMaxRanks];   // symmetric, of each rank: what places count from; direct only
-  // The next ones are for by_expert alone; rows, scales and weights are [num_expert_rows] then.
+  // The next ones, up to the strides, are for by_expert alone; rows, scales and weights are
+  // [num_expert_rows] then.
   const uint16_t* local_position;  // [num_tokens, num_topk], from layout; null when cached
   const int32_t* block_base;       // [blocks, num_experts], from notify; null when cached
   const int32_t* row_base;         // [num_ranks, experts_per_rank], from notify; null when cached
@@ -183,7 +184,6 @@ class Dispatch {
   static constexpr int kTopk = kCfg.num_topk;
   static constexpr bool kByExpert = kCfg.by_expert;
   static constexpr bool kCasts = kCfg.format != kBf16;
-  static_assert(!kCasts || kByExpert);
   // Items that travel beside a row; a selection is one. By expert selections go first, alone: they
   // say which rows there are.
   static constexpr int kChoices = kByExpert && dispatch_choice_words(kCfg) > 0 ? kTopk : 0;
@@ -331,6 +331,12 @@ class Dispatch {
     return outputs.has(row) ? outputs.recv_x + row * kCfg.hidden_bytes : nullptr;
   }
 
+  // Address that its scales are written to when its row, which is cast, goes to `destination`.
+  __device__ void* scales_beside(char* destination, int reader, int token) const {
+    if (!has_room(reader)) return destination + kCfg.hidden_bytes;
+    return outputs_of(reader).recv_scales + final_row(reader, token) * kScales;
+  }
+
   // ---- stage ------------------------------------------------------------------------------------
 
   __device__ bool wait_for_slots(int window) const {
@@ -407,11 +413,12 @@ class Dispatch {
         });
         if (first + kRows < chunk.num_rows) load_rows(chunk, first + kRows);
       }
-      for_each_item<kCasts ? 0 : kItems>(
+      constexpr int kFirstItem = kCasts ? kScales : 0;  // such scales went with their rows
+      for_each_item<kItems - kFirstItem>(
           chunk.num_rows, lane, [&](int row_lane, int item, bool valid) {
             const int row_own = __shfl_sync(kFullMask, chunk.own_row, row_lane % kWarpSize);
             const uint32_t readers = __shfl_sync(kFullMask, chunk.readers, row_lane % kWarpSize);
-            if (valid) stage_item({chunk.first + row_lane, 1, row_own, readers}, item);
+            if (valid) stage_item({chunk.first + row_lane, 1, row_own, readers}, kFirstItem + item);
           });
       if (p.recv_src_idx != nullptr && chunk.own_row >= 0) p.recv_src_idx[chunk.own_row] = token;
       for_each_slot([&](int reader) {
@@ -441,24 +448,26 @@ class Dispatch {
                    row >= 0 ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
   }
 
-  // Rows of a chunk, cast: to their slots, and to the rows that their selections have here. A lane has
-  // 16 elements at a time, neighbours share a scale. The loads of kCastBatch times as many are in flight
-  // at once (one at a time a token of 7168 took a warp 13 us, the latency of 14 loads).
+  // Rows of a chunk, cast, with their scales: to their readers, and to the rows that they have here. A
+  // lane has 16 elements at a time, neighbours share a scale. The loads of kCastBatch times as many
+  // are in flight at once (one at a time a token of 7168 took a warp 13 us, the latency of 14 loads).
   __device__ void stage_casts(const Chunk& chunk) const {
     constexpr int kFormat = kCfg.format;
     constexpr int kHidden = kCfg.hidden_bytes * (kFormat == kNvfp4 ? 2 : 1);
     constexpr int kCastItems = kHidden / kCastElements;
-    constexpr int kCastBatch = 7;
-    constexpr int kLanes = kCasts ? format_block(kFormat) / kCastElements : 1;
-    constexpr bool kBytes = format_scale_bytes(kFormat) == 1;
+    constexpr int kCastBatch = kDirect ? 4 : 7;  // more would spill
+    constexpr int kLanes = kCasts ? format_block(kFormat, kHidden) / kCastElements : 1;
     static_assert(!kCasts || format_row_scale_bytes(kFormat, kHidden) == 4 * kScales);
-    const float global_scale = kFormat == kNvfp4 ? *p.global_scale : 0.0f;
+    float given = kFormat == kNvfp4 ? *p.global_scale : 0.0f;  // to cast_item
     for (int i = 0; i < chunk.num_rows; ++i) {
       const Chunk token{chunk.first + i, 1, __shfl_sync(kFullMask, chunk.own_row, i),
                         __shfl_sync(kFullMask, chunk.readers, i)};
       if (token.own_row < 0 && token.readers == 0) continue;
       const char* const x = p.x + static_cast<int64_t>(token.first) * (2 * kHidden);
-      const int own_row = lane < kTopk ? experts.row(token.own_row, lane) : -1;
+      if constexpr (kFormat == kFp8Row) given = row_amax<kCfg.is_f16>(x, kCastItems, lane);
+      // A lane each: by expert one for each selection.
+      int own_row = lane == 0 ? token.own_row : -1;
+      if constexpr (kByExpert) own_row = lane < kTopk ? experts.row(token.own_row, lane) : -1;
       const uint32_t own_rows = __ballot_sync(kFullMask, own_row >= 0);
 #pragma unroll 1
       for (int first = lane; first - lane < kCastItems; first += kCastBatch * kWarpSize) {
@@ -473,24 +482,24 @@ class Dispatch {
           const int item = first + number * kWarpSize;
           if (item - lane >= kCastItems) break;
           const bool is_one = item < kCastItems;
-          const CastItem cast = cast_item<kFormat, kCfg.is_f16>(pieces[number], global_scale);
+          const CastItem cast = cast_item<kFormat, kCfg.is_f16>(pieces[number], given);
           const bool has_scale = is_one && item % kLanes == 0;
           const int block = item / kLanes;
           for_each_slot([&](int reader) {
             if (!is_written(token, reader) || !is_one) return;
-            char* const to = slot(reader, p.rank, token.first);
+            char* const to = destination(reader, token.first);
+            if (kDirect && to == nullptr) return;
             store_cast<kFormat>(to, item, cast);
-            if (!has_scale) return;
-            if constexpr (kBytes)
-              to[kCfg.hidden_bytes + block] = static_cast<char>(cast.scale);
-            else
-              reinterpret_cast<uint32_t*>(to + kCfg.hidden_bytes)[block] = cast.scale;
+            if (has_scale)
+              store_cast_scale<kFormat>(scales_beside(to, reader, token.first), block, cast.scale);
           });
           for (uint32_t left = own_rows; left != 0; left &= left - 1) {
             const int64_t row = __shfl_sync(kFullMask, own_row, __ffs(left) - 1);
             if (is_one) store_cast<kFormat>(p.recv_x + row * kCfg.hidden_bytes, item, cast);
             if (!has_scale) continue;
-            if constexpr (kBytes)
+            if constexpr (!kByExpert)
+              store_cast_scale<kFormat>(p.recv_scales + row * kScales, block, cast.scale);
+            else if constexpr (format_scale_bytes(kFormat) == 1)
               experts.store_scale_byte(row, block, cast.scale);
             else
               experts.store_scale_at(row, block, cast.scale);

@@ -400,7 +400,7 @@ class LowLatencyCombine {
     if (lane < kTopk) {
       e = load_choice<kCfg.topk_is_int64>(p.topk_idx, selection, kExperts);
       weight = p.topk_weights[selection];
-      if (e >= 0 && e / kExpertsARank == p.rank)
+      if (e >= 0 && e / kExpertsARank == p.rank && has_own_token<kCfg.shrink>(p, waiter, token))
         stays = p.source_rows[static_cast<int64_t>(p.rank) * p.max_tokens * kTopk + selection];
     }
     draw_on();
@@ -486,6 +486,7 @@ class LowLatencyCombine {
             const char* const src = of_lane(row, k);
             if ((own >> k & 1) != 0) {
               units[i].load(src, unit, lane);
+              __syncwarp();  // as for a line that is sent
             } else {
               units[i].look(src, unit, lane);
               if (!units[i].is_here(waiter.epoch, lane)) missing |= 1u << k;

@@ -11,20 +11,24 @@
 //   slots[s]    two halves of half_bytes: operations of even and of odd epoch
 //               [max_tokens, num_ranks, hidden] bf16; (t, r) of owner s is written by r
 //   words[s]    two halves of [max_tokens, num_ranks, num_parts] u64, by r, after its piece of the
-//               row: stamp(epoch, 0); then [num_ranks, max_tokens * num_topk] u64 on rank r: row s by
-//               s, for the experts of r: stamp(epoch, the weight's bits). A weight is the word that
-//               says that it is here, so it needs no release.
+//               row: stamp(epoch, 0)
 //
-// Units of a warp, drawn from one counter: 32 of this rank's weights, each to the rank of its expert;
-// then (token, owner, piece of the row): wait for the owner's weights, add, write. When none is left,
-// (token, piece): wait for the ranks of the token, add. What this rank makes of its own rows needs no
-// slot; with a hook it has one, for x is the caller's after the send.
+// Units of a warp, drawn from one counter: (token, owner, piece of the row): add, write. When none is
+// left, (token, piece): add the rows of this rank, into the result for the time being; wait for the other
+// ranks of the token; add what they and this one have made. So what this rank makes of its own rows
+// needs no slot; with a hook it has one, for x is the caller's after the send.
 //
-// Progress: sending weights waits for nothing and is drawn first, so whoever waits for weights waits
-// for a peer that has them on their way once it runs; adding up waits for that alone. The send
-// phase of a hook therefore waits for its peers to have started theirs. While a peer is late, few
-// blocks wait for it (sync.cuh, "blocks that leave"); the others draw no unit before all have begun.
-// Halves are free for the reason that dispatch.cu gives.
+// Weights have come with the rows of the dispatch (`weights_sent`), and sending waits for nothing. Or
+// else the owners send them now: behind the words above lie [num_ranks, max_tokens * num_topk] u64 on
+// rank r: row s by s, for the experts of r: stamp(epoch, the weight's bits). A weight is the word that
+// says that it is here, so it needs no release. The first units are then 32 of this rank's weights, each
+// to the rank of its expert, and all others wait for the owner's weights.
+//
+// Progress: what is drawn first, rows or weights, waits for nothing, so whoever waits for it waits for a
+// peer that has it on its way once it runs. Rows that wait for weights wait for that alone: the send
+// phase of a hook then waits for its peers to have started theirs, and blocks draw no unit before. While
+// a peer is late, few blocks wait for it (sync.cuh, "blocks that leave"). Halves are free for the reason
+// that dispatch.cu gives.
 //
 // Launch: any grid, low_latency_combine_threads() threads. Graph-safe.
 #include "epjit/sum.cuh"
@@ -39,6 +43,7 @@ struct LowLatencyReducedCombineConfig {
   int32_t hidden;
   int32_t num_topk;
   bool topk_is_int64;
+  bool weights_sent;  // by the dispatch
   int32_t num_warps;
   bool shrink;  // ranks may be masked
 };
@@ -46,7 +51,7 @@ struct LowLatencyReducedCombineConfig {
 struct LowLatencyReducedCombineParams : Operation, LowLatencyParams {
   const char* x;                 // [experts_per_rank, num_ranks * max_tokens, hidden] bf16
   const void* topk_idx;          // [num_tokens, num_topk] int32 or int64, global experts
-  const float* topk_weights;     // [num_tokens, num_topk]
+  const float* topk_weights;     // [num_tokens, num_topk]; sent ones: of source_rows
   const int32_t* source_tokens;  // [num_ranks]: tokens of each owner
   const int32_t* source_rows;    // [num_ranks, max_tokens, num_topk]: row of x of each selection of
                                  // each owner, -1 = none here, -2 = beyond the slab
@@ -79,8 +84,9 @@ class LowLatencyReducedCombine {
   static constexpr int kTopk = kCfg.num_topk;
   static constexpr int kRowBytes = 2 * kCfg.hidden;
   static constexpr int kVecs = kRowBytes / 16;
-  // Rows in flight: a token seldom has more on one rank; whoever receives has a row of each rank, too.
-  static constexpr int kBatch = 4, kReceiveBatch = 2;
+  static constexpr bool kWeightsSent = kCfg.weights_sent;
+  // Rows in flight, of which a token seldom has more on one rank, and pieces of each.
+  static constexpr int kBatch = 4, kUnroll = 2;
   static_assert(kRanks >= 1 && kRanks <= kMaxRanks && kExperts % kRanks == 0);
   static_assert(kTopk >= 1 && kTopk <= kMaxTopk);
   static_assert(kRowBytes % 16 == 0, "a row is moved in pieces of 16 bytes");
@@ -106,13 +112,18 @@ class LowLatencyReducedCombine {
     const int tokens = sends && has_part ? p.source_tokens[lane] : 0;
     const bool stays = is_staying(p);
     Draw first;
-    if (sends && stays) first = Draw(p.counters + 1);
-    if (p.receives && blockIdx.x != 0) ptx::griddepcontrol_launch_dependents();
-    if (__syncthreads_and(aborted == 0) &&
-        (stays || meet_peers<kRanks>(leaving(waiter), nullptr, lane))) {
-      if (sends && !stays) first = Draw(p.counters + 1);
+    if (sends && (kWeightsSent || stays)) first = Draw(p.counters + 1);
+    if (kWeightsSent ? !p.receives || blockIdx.x != 0 : p.receives && blockIdx.x != 0)
+      ptx::griddepcontrol_launch_dependents();
+    // Who does not stay meets the peers before it waits for one.
+    const auto has_met = [&] {
+      return stays || meet_peers<kRanks>(leaving(waiter), nullptr, lane);
+    };
+    if (__syncthreads_and(aborted == 0) && (kWeightsSent || has_met())) {
+      if (!kWeightsSent && sends && !stays) first = Draw(p.counters + 1);
       const bool ok = !sends || send(first.unit(), tokens);
-      if (ok && p.receives && (!is_herald() || meet_peers<kRanks>(waiter, p.wait_cost, lane)))
+      if (ok && p.receives && (!kWeightsSent || has_met()) &&
+          (!is_herald() || meet_peers<kRanks>(waiter, p.wait_cost, lane)))
         receive();
     }
     ticket.take(waiter.epoch);
@@ -144,9 +155,11 @@ class LowLatencyReducedCombine {
     return words(reader) + p.max_tokens * (kRanks * p.num_parts + owner * kTopk) + selection;
   }
 
-  // Row of x of a selection of `owner`, -1 = none here.
-  __device__ int source_row(int owner, int token, int k) const {
-    return p.source_rows[(static_cast<int64_t>(owner) * p.max_tokens + token) * kTopk + k];
+  // Of a selection: its row of x, -1 = none here, and its weight, if they were sent.
+  __device__ void load_route(int owner, int token, int k, int& row, float& weight) const {
+    const int64_t i = (static_cast<int64_t>(owner) * p.max_tokens + token) * kTopk + k;
+    row = p.source_rows[i];
+    if constexpr (kWeightsSent) weight = p.topk_weights[i];
   }
 
   // Waits for a word of this operation, `patience` times as long as others do; `seen` is what it says.
@@ -161,7 +174,7 @@ class LowLatencyReducedCombine {
 
   // Lane s has the number of tokens of owner s.
   __device__ bool send(uint32_t unit, int tokens) const {
-    const uint32_t weight_units = ceil_div(p.num_tokens * kTopk, kWarpSize);
+    const uint32_t weight_units = kWeightsSent ? 0 : ceil_div(p.num_tokens * kTopk, kWarpSize);
     const uint32_t owners = num_owners();
     const uint32_t num_units =
         weight_units + __reduce_max_sync(kFullMask, tokens) * owners * p.num_parts;
@@ -192,29 +205,53 @@ class LowLatencyReducedCombine {
   }
 
   __device__ bool send_part(int owner, int token, int part) const {
-    const int row = lane < kTopk ? source_row(owner, token, lane) : -1;
+    int row = -1;
+    float weight = 0.0f;
+    if (lane < kTopk) load_route(owner, token, lane, row, weight);
     const uint32_t rows = __ballot_sync(kFullMask, row >= 0);
     // A sum without the rows beyond a slab is none: it does not come, and its owner says so.
     if (rows == 0 || __any_sync(kFullMask, row == -2) || !warp_may_send(waiter, owner)) return true;
-    uint64_t weight = 0;
-    const int selection = token * kTopk + lane;
-    bool ok = true;
-    if (row >= 0 && owner == p.rank)
-      weight = __float_as_uint(p.topk_weights[selection]);
-    else if (row >= 0)
-      ok = wait_stamp(owner, selection, weight_word(p.rank, owner, selection), weight, 1);
-    if (!all_lanes(ok)) return __all_sync(kFullMask, is_masked(waiter, owner));
-    const char* const src = row >= 0 ? p.x + static_cast<int64_t>(row) * kRowBytes : nullptr;
-    char* const dst = slot(owner, p.rank, token);
-    for_each_vec<kVecs>(part, p.num_parts, lane, [&](int vec, bool valid) {
-      const Vec16 sum = weighted_sum<kBatch>(src, __uint_as_float(static_cast<uint32_t>(weight)),
-                                             rows, vec, valid);
-      if (valid) ptx::st_v4(dst + vec * 16, sum);
-    });
+    if (!kWeightsSent && !wait_for_weight(owner, token * kTopk + lane, row >= 0, weight))
+      return __all_sync(kFullMask, is_masked(waiter, owner));
+    add_up<kBatch, true>(row_of_x(row), weight, rows, part, slot(owner, p.rank, token));
     // Pieces of all lanes -> __syncwarp -> release: cumulative.
     __syncwarp();
     if (lane == 0) ptx::st_release_sys(word(owner, p.rank, token, part), stamp(waiter.epoch, 0));
     return true;
+  }
+
+  // Each lane waits for the weight of a selection, if it has one.
+  __device__ bool wait_for_weight(int owner, int selection, bool has_one, float& weight) const {
+    bool ok = true;
+    uint64_t seen = 0;
+    if (has_one && owner == p.rank)
+      weight = p.topk_weights[selection];
+    else if (has_one)
+      ok = wait_stamp(owner, selection, weight_word(p.rank, owner, selection), seen, 1);
+    if (has_one && owner != p.rank) weight = __uint_as_float(static_cast<uint32_t>(seen));
+    return all_lanes(ok);
+  }
+
+  // Row of x, by its number.
+  __device__ const char* row_of_x(int row) const {
+    return row >= 0 ? p.x + static_cast<int64_t>(row) * kRowBytes : nullptr;
+  }
+
+  // A piece of the sum of rows, rounded once, to dst. Lane k has row and weight k, of those whose bit in
+  // `rows` is set, which are added in this order from +0.0. A lane reads and writes the same bytes of each.
+  template <int kBatch, bool kWeighted>
+  __device__ void add_up(const char* row, float weight, uint32_t rows, int part, char* dst) const {
+    const int vecs = align_up(ceil_div(kVecs, p.num_parts), kWarpSize);
+    const int last = min(kVecs, (part + 1) * vecs);
+    for (int first = part * vecs; first < last; first += kUnroll * kWarpSize) {
+      Sum8<false> sums[kUnroll];
+      add_rows<kBatch, kWeighted>(sums, row, weight, rows, first + lane, last);
+#pragma unroll
+      for (int i = 0; i < kUnroll; ++i) {
+        const int vec = first + i * kWarpSize + lane;
+        if (vec < last) ptx::st_v4(dst + vec * 16, sums[i].rounded());
+      }
+    }
   }
 
   // ---- receive ----------------------------------------------------------------------------------
@@ -247,21 +284,24 @@ class LowLatencyReducedCombine {
         lane < kTopk ? load_choice<kCfg.topk_is_int64>(p.topk_idx, selection, kExperts) : -1;
     const int peer = e >= 0 ? e / kExpertsARank : -1;
     const uint32_t ranks = __reduce_or_sync(kFullMask, peer >= 0 ? 1u << peer : 0);
-    // On their way while it waits.
+    // What this rank makes of its own rows.
+    char* const out = p.out + static_cast<int64_t>(token) * kRowBytes;
     int stays = -1;
     float weight = 0.0f;
-    if (peer == p.rank) {
-      stays = source_row(p.rank, token, lane);
-      weight = p.topk_weights[selection];
+    if (peer == p.rank && has_own_token<kCfg.shrink>(p, waiter, token)) {
+      load_route(p.rank, token, lane, stays, weight);
+      if constexpr (!kWeightsSent) weight = p.topk_weights[selection];
     }
+    const uint32_t own_rows = is_whole() ? __ballot_sync(kFullMask, stays >= 0) : 0;
+    if (own_rows != 0) add_up<kBatch, true>(row_of_x(stays), weight, own_rows, part, out);
     draw_on();
     const bool own_comes =
         !is_whole() && __any_sync(kFullMask, stays >= 0) && !__any_sync(kFullMask, stays == -2);
     // Lane r has what rank r has made of it. A peer that waits for the weights of a lost rank before
     // it sends shall not be masked for that: it gives up on the lost rank first.
-    const int patience = waiter.mask == nullptr ? 1 : 2;
+    const int patience = kWeightsSent || waiter.mask == nullptr ? 1 : 2;
     const bool has_part = lane == p.rank ? own_comes : lane < kRanks && (ranks >> lane & 1) != 0;
-    const char* row = nullptr;
+    const char* row = lane == p.rank && own_rows != 0 ? out : nullptr;
     bool ok = true;
     if (has_part && !is_masked(waiter, lane)) {
       uint64_t seen;
@@ -276,28 +316,7 @@ class LowLatencyReducedCombine {
     }
     if (!all_lanes(ok)) return false;
 
-    char* const out = p.out + static_cast<int64_t>(token) * kRowBytes;
-    const char* const own =
-        stays >= 0 && is_whole() ? p.x + static_cast<int64_t>(stays) * kRowBytes : nullptr;
-    const uint32_t own_rows = __ballot_sync(kFullMask, own != nullptr);
-    const int own_rank = own_rows != 0 ? p.rank : -1;
-    for_each_vec<kVecs>(part, p.num_parts, lane, [&](int vec, bool valid) {
-      Vec16 v[kRanks];
-#pragma unroll
-      for (int r = 0; r < kRanks; ++r) {
-        const char* const src = of_lane(row, r);
-        if (src != nullptr && valid) v[r] = ptx::ld_v4(src + vec * 16);
-      }
-      const Vec16 mine = weighted_sum<kReceiveBatch>(own, weight, own_rows, vec, valid);
-      float total[8] = {};
-#pragma unroll
-      for (int r = 0; r < kRanks; ++r) {
-        const bool is_own = r == own_rank;
-        if (!is_own && of_lane(row, r) == nullptr) continue;
-        add_weighted(total, 1.0f, is_own ? mine : v[r]);
-      }
-      if (valid) ptx::st_v4(out + vec * 16, to_bf16(total));
-    });
+    add_up<kBatch, false>(row, 0.0f, __ballot_sync(kFullMask, row != nullptr), part, out);
     return true;
   }
 

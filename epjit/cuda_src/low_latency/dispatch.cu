@@ -9,11 +9,12 @@
 // So the order of rows is always the same: source rank, token, selection. layout_range[e, s] holds
 // begin << 32 | count, src_info the token of each row. For the combine, source_rows[s, t, k] is the
 // row that selection k of token t of rank s has become, counted over all slabs; -1 = none here, -2 =
-// beyond its slab.
+// beyond its slab; source_weights[s, t, k] is the weight of such a selection, 0 if s gives none, and between
+// domains.
 //
 //   slots[d]   two halves of half_bytes: operations of even and of odd epoch
 //              [num_ranks, max_tokens, slot_bytes]; (s, t) on rank d is written by s:
-//              { row, scales, selections [num_topk] of { expert, position } i32 }
+//              { row, scales, selections [num_topk] of { expert << 17 | position, weight } u32 }
 //   words[d]   two halves [num_ranks, max_tokens] u64; (s, t) by s, after the slot: stamp(epoch, 1),
 //              or stamp(epoch, 0) for a token that does not go to d
 //   counts[d]  two halves [num_ranks, counts_stride] u64; row s by s, as early as it can: stamp(epoch,
@@ -82,6 +83,7 @@ struct LowLatencyDispatchConfig {
 struct LowLatencyDispatchParams : Operation, PeerParams, LowLatencyParams {
   const char* x;              // [num_tokens, hidden] bf16
   const void* topk_idx;       // [num_tokens, num_topk] int32 or int64, global experts
+  const float* topk_weights;  // [num_tokens, num_topk], or null; not read between domains
   const float* global_scale;  // [1]; kNvfp4 alone
   char* recv_x;               // [experts_per_rank, num_ranks * max_tokens, row_bytes]
   // 4-byte units (one scale, or four exponents): [experts_per_rank, units, num_ranks * max_tokens];
@@ -92,6 +94,7 @@ struct LowLatencyDispatchParams : Operation, PeerParams, LowLatencyParams {
   int64_t* layout_range;       // [experts_per_rank, num_ranks]
   int32_t* source_tokens;      // [num_ranks]: tokens of each source, 0 when it is masked
   int32_t* source_rows;        // [num_ranks, max_tokens, num_topk]; undefined beyond source_tokens
+  float* source_weights;       // as source_rows; undefined for what is no row
   int32_t* recv_stats;         // [experts_per_rank], += rows; or null
   int64_t* wait_cost;          // [num_ranks], += cycles until its counts were here; or null
   uint64_t counts[kMaxRanks];  // symmetric, of each rank of the domain
@@ -148,6 +151,12 @@ constexpr int low_latency_dispatch_slot_bytes(LowLatencyDispatchConfig cfg) {
                   128);
 }
 
+// A selection on its way: its expert and its position among those of this expert, of which a rank has
+// at most 2^17; as many bits remain for experts as there are, and one value for none.
+constexpr int kPositionBits = 17;
+constexpr int kMaxExperts = (1 << (32 - kPositionBits)) - 1;
+constexpr uint32_t kNoSelection = ~0u;
+
 template <LowLatencyDispatchConfig kCfg>
 class LowLatencyDispatch {
   static constexpr int kRanks = kCfg.num_ranks;
@@ -176,7 +185,7 @@ class LowLatencyDispatch {
   using Incoming = IncomingRow<kFormat, kCfg.hidden, kBatch>;
   using Plan = epjit::Plan<kRanks, kExpertsARank, kThreads, kRemote, LowLatencyDispatchParams>;
   static_assert(kRanks >= 1 && kRanks <= (kRemote ? kThreads : kMaxRanks));
-  static_assert(kExperts % kRanks == 0);
+  static_assert(kExperts % kRanks == 0 && kExperts <= kMaxExperts);
   static_assert(kTopk >= 1 && kTopk <= kMaxTopk);
 
  public:
@@ -257,6 +266,13 @@ class LowLatencyDispatch {
   __device__ int expert(int token, int k) const {
     const int64_t i = static_cast<int64_t>(token) * kTopk + k;
     return load_choice<kCfg.topk_is_int64>(p.topk_idx, i, kExperts);
+  }
+
+  // Lane k of warp 0 gets the weight of selection k, if there are weights. Between domains no combine
+  // asks for them, and registers are few.
+  __device__ float weight_of(int token) const {
+    if (kRemote || warp != 0 || lane >= kTopk || p.topk_weights == nullptr) return 0.0f;
+    return p.topk_weights[static_cast<int64_t>(token) * kTopk + lane];
   }
 
   // ---- send -------------------------------------------------------------------------------------
@@ -347,13 +363,15 @@ class LowLatencyDispatch {
     Outgoing row;
     row.load(token_row(first));  // on its way while the block counts
     int selected = lane < kTopk ? expert(first, lane) : -1;
+    float weight = weight_of(first);
     count_selections(first);
     for (int token = first; token < last; ++token) {
       if (token != first) {
         row.load(token_row(token));
         selected = lane < kTopk ? expert(token, lane) : -1;
+        weight = weight_of(token);
       }
-      if (warp == 0) send_selections(token, selected);
+      if (warp == 0) send_selections(token, selected, weight);
       __syncthreads();
       const uint32_t readers = shared_readers();
       if constexpr (kLines) {
@@ -388,7 +406,7 @@ class LowLatencyDispatch {
       for (uint32_t left = readers; left != 0; left &= left - 1)
         each.send(slot(__ffs(left) - 1, p.rank, token), unit, waiter.epoch, lane);
     }
-    const Unit none{{~0u, ~0u, ~0u, ~0u}};
+    const Unit none{{kNoSelection, 0, kNoSelection, 0}};
     if (warp == kCfg.num_warps - 1)
       for (uint32_t left = ~readers & ((1u << kRanks) - 1); left != 0; left &= left - 1)
         none.send(slot(__ffs(left) - 1, p.rank, token), 0, waiter.epoch, lane);
@@ -426,11 +444,13 @@ class LowLatencyDispatch {
   }
 
   // Tells all ranks of the token the position of each selection among those of its expert; lane k has
-  // the expert of selection k.
-  __device__ void send_selections(int token, int e) {
+  // the expert of selection k, and its weight.
+  __device__ void send_selections(int token, int e, float weight) {
     const uint32_t same = __match_any_sync(kFullMask, e);
     const uint32_t before = __popc(same & ((1u << lane) - 1));
-    const uint32_t position = e >= 0 ? histogram()[e] + before : 0;
+    const uint32_t selection =
+        e >= 0 ? static_cast<uint32_t>(e) << kPositionBits | (histogram()[e] + before)
+               : kNoSelection;
     __syncwarp();
     if (e >= 0 && before == 0) histogram()[e] += __popc(same);
     uint32_t readers;
@@ -441,25 +461,32 @@ class LowLatencyDispatch {
                                             : index < 0 ? 1u << kMaxRanks
                                                         : 1u << index);
       for (uint32_t left = slots_of(readers); left != 0; left &= left - 1)
-        if (lane < kTopk) write_selection(__ffs(left) - 1, token, e, position);
+        if (lane < kTopk) write_selection(__ffs(left) - 1, token, selection, weight);
     } else {
       // Lane r looks whether rank r may be sent to.
       readers = __reduce_or_sync(kFullMask, e >= 0 ? 1u << e / kExpertsARank : 0) &
                 __ballot_sync(kFullMask, lane < kRanks && may_send(waiter, lane));
       for (uint32_t left = readers; left != 0; left &= left - 1)
-        if (lane < kTopk) write_selection(__ffs(left) - 1, token, e, position);
+        if (lane < kTopk) write_selection(__ffs(left) - 1, token, selection, weight);
     }
     if (lane == 0) shared_readers() = readers;
   }
 
-  __device__ void write_selection(int reader, int token, int e, uint32_t position) const {
+  __device__ void write_selection(int reader, int token, uint32_t selection, float weight) const {
     char* const place = kLines ? staged() : slot(reader, p.rank, token) + kSelections;
-    uint32_t* const selection = reinterpret_cast<uint32_t*>(place) + 2 * lane;
-    selection[0] = static_cast<uint32_t>(e);
-    selection[1] = position;
+    uint32_t* const words = reinterpret_cast<uint32_t*>(place) + 2 * lane;
+    words[0] = selection;
+    words[1] = __float_as_uint(weight);
   }
 
   // ---- receive ----------------------------------------------------------------------------------
+
+  // A selection that has come: its row of recv_x, counted over all slabs, -1 = on another rank, -2 =
+  // beyond its slab; and its weight.
+  struct Placed {
+    int row;
+    float weight;
+  };
 
   __device__ void receive(uint32_t unit) {
     // Lane s has the number of tokens of source s; with more ranks than lanes only the most matter.
@@ -519,7 +546,7 @@ class LowLatencyDispatch {
         return false;
     }
     Unit batch[kBatch];
-    int row = -1;
+    Placed placed{-1, 0.0f};
     uint32_t here = 0;
     const auto look_at_batch = [&] {
       uint32_t missing = 0;
@@ -536,20 +563,16 @@ class LowLatencyDispatch {
       head.look(src, 0, lane);
       const uint32_t missing = look_at_batch();
       if (!__all_sync(kFullMask, head.is_here(waiter.epoch, lane))) return 1u;
-      row = row_of_selection(head, source);
-      here = __ballot_sync(kFullMask, row >= 0);
+      placed = selection_of(head, source);
+      here = __ballot_sync(kFullMask, placed.row >= 0);
       return here == 0 ? 0 : missing;
     };
     if (!warp_wait(waiter, kWaitLowLatencyDispatchToken, source, token, look_at)) return false;
     draw_on();
-    if (part == 0) {
-      if (lane < kTopk)
-        p.source_rows[(static_cast<int64_t>(source) * p.max_tokens + token) * kTopk + lane] = row;
-      if (row >= 0) p.src_info[row] = token;
-    }
+    if (part == 0) store_routes(source, token, placed);
     while (here != 0) {
       for (uint32_t left = here; left != 0; left &= left - 1) {
-        const int dst = __shfl_sync(kFullMask, row, __ffs(left) - 1);
+        const int dst = __shfl_sync(kFullMask, placed.row, __ffs(left) - 1);
 #pragma unroll
         for (int i = 0; i < kBatch; ++i)
           if (first + i < last) store_bytes(batch[i], first + i, dst);
@@ -560,7 +583,7 @@ class LowLatencyDispatch {
         for (int i = 1; i < kBatch; ++i)
           if (first + i == index) unit = batch[i];
         for (uint32_t left = here; left != 0; left &= left - 1)
-          store_scales(unit, index, __shfl_sync(kFullMask, row, __ffs(left) - 1));
+          store_scales(unit, index, __shfl_sync(kFullMask, placed.row, __ffs(left) - 1));
       }
       first += kBatch;
       if (first >= last) break;
@@ -570,24 +593,34 @@ class LowLatencyDispatch {
     return true;
   }
 
-  // Lane k gets where selection k goes, of the first unit of a token; -1 = to another rank, -2 = beyond
-  // its slab.
-  __device__ int row_of_selection(const Unit& head, int source) const {
+  // Lane k gets selection k, of the first unit of a token.
+  __device__ Placed selection_of(const Unit& head, int source) const {
     const int piece = lane / 2, holder = piece + piece / 7;  // of two selections
     const uint32_t x = __shfl_sync(kFullMask, head.v.x, holder),
                    y = __shfl_sync(kFullMask, head.v.y, holder),
                    z = __shfl_sync(kFullMask, head.v.z, holder),
                    w = __shfl_sync(kFullMask, head.v.w, holder);
-    const int expert = static_cast<int>(lane % 2 == 0 ? x : z);
-    return lane < kTopk ? place_of(source, expert, lane % 2 == 0 ? y : w) : -1;
+    if (lane >= kTopk) return {-1, 0.0f};
+    return lane % 2 == 0 ? place(source, x, y) : place(source, z, w);
   }
 
-  // Row of x of a selection, counted over all slabs.
-  __device__ int place_of(int source, int expert, uint32_t position) const {
-    const int e = expert - p.rank * kExpertsARank;
-    if (expert < 0 || e < 0 || e >= kExpertsARank) return -1;
-    position += plan.at(source, e);
-    return position < plan.rows_a_slab() ? static_cast<int>(e * plan.rows_a_slab() + position) : -2;
+  // From the two words of a selection.
+  __device__ Placed place(int source, uint32_t selection, uint32_t weight) const {
+    const int e = static_cast<int>(selection >> kPositionBits) - p.rank * kExpertsARank;
+    if (e < 0 || e >= kExpertsARank) return {-1, 0.0f};
+    const uint32_t position = plan.at(source, e) + (selection & ((1u << kPositionBits) - 1));
+    const bool fits = position < plan.rows_a_slab();
+    return {fits ? static_cast<int>(e * plan.rows_a_slab() + position) : -2,
+            __uint_as_float(weight)};
+  }
+
+  // What the combine follows. Lane k has selection k.
+  __device__ void store_routes(int source, int token, Placed placed) const {
+    const int64_t i = (static_cast<int64_t>(source) * p.max_tokens + token) * kTopk + lane;
+    if (lane < kTopk) p.source_rows[i] = placed.row;
+    if (placed.row < 0) return;
+    p.source_weights[i] = placed.weight;
+    p.src_info[placed.row] = token;
   }
 
   // The lane's bytes of a unit to a row, if they are of one.
@@ -634,11 +667,9 @@ class LowLatencyDispatch {
   template <typename DrawOn>
   __device__ void receive_token(int source, int token, int part, uint64_t word,
                                 DrawOn draw_on) const {
-    int32_t* const source_rows =
-        p.source_rows + (static_cast<int64_t>(source) * p.max_tokens + token) * kTopk;
     if (static_cast<uint32_t>(word) == 0) {
       draw_on();
-      if (part == 0 && lane < kTopk) source_rows[lane] = -1;
+      if (part == 0) store_routes(source, token, {-1, 0.0f});
       return;
     }
 
@@ -654,24 +685,22 @@ class LowLatencyDispatch {
     if (part == 0) batch.load_scales(src, lane);
     draw_on();
 
-    // Lane k has where selection k goes, -1 = to another rank.
-    int row = -1;
+    // Lane k has selection k.
+    Placed placed{-1, 0.0f};
     if (lane < kTopk) {
-      const int32_t* const selection =
-          reinterpret_cast<const int32_t*>(src + kSelections) + 2 * lane;
-      row = place_of(source, selection[0], selection[1]);
+      const uint32_t* const words = reinterpret_cast<const uint32_t*>(src + kSelections) + 2 * lane;
+      placed = place(source, words[0], words[1]);
     }
-    const uint32_t here = __ballot_sync(kFullMask, row >= 0);
+    const uint32_t here = __ballot_sync(kFullMask, placed.row >= 0);
     if (part == 0) {
-      if (lane < kTopk) source_rows[lane] = row;
-      if (row >= 0) p.src_info[row] = token;
+      store_routes(source, token, placed);
       for (uint32_t left = here; left != 0; left &= left - 1)
-        batch.store_scales(p.recv_scales, __shfl_sync(kFullMask, row, __ffs(left) - 1),
+        batch.store_scales(p.recv_scales, __shfl_sync(kFullMask, placed.row, __ffs(left) - 1),
                            plan.rows_a_slab(), lane);
     }
     for (;;) {
       for (uint32_t left = here; left != 0; left &= left - 1) {
-        const int64_t dst_row = __shfl_sync(kFullMask, row, __ffs(left) - 1);
+        const int64_t dst_row = __shfl_sync(kFullMask, placed.row, __ffs(left) - 1);
         batch.store(p.recv_x + dst_row * Row::kBytes, first, last, lane);
       }
       first += kBatch * kWarpSize;

@@ -81,6 +81,7 @@ struct LineUnit {
   }
 
   __device__ void send(char* slot, int unit, uint32_t epoch, int lane) const {
+    __syncwarp();  // lanes have loaded by different paths, and a line is written by one instruction
     ptx::st_line(slot + unit * kLineUnitBytes + lane * 16,
                  has_flag(lane) ? Vec16{v.x, v.y, epoch ^ kLineSalt, epoch} : v);
   }

@@ -39,6 +39,13 @@ __device__ __forceinline__ bool wait_stamp(const Waiter& waiter, WaitTag tag, in
                     [&](uint64_t value) { return value >> 32 == waiter.epoch; });
 }
 
+// Of a combine: whether this rank has received its own token. Not if it masks, or has masked, itself; its
+// routes say nothing then.
+template <bool kShrink, typename Params>
+__device__ __forceinline__ bool has_own_token(const Params& p, const Waiter& waiter, int token) {
+  return !kShrink || (token < p.source_tokens[p.rank] && !is_masked(waiter, p.rank));
+}
+
 // The end of a kernel that publishes nothing by it: the last block zeroes the counters and moves the
 // epoch on, and what it needs for that is that every warp has read the epoch and has drawn from the
 // counters for the last time. So a warp takes its ticket as soon as a draw has shown that nothing is

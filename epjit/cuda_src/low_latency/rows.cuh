@@ -35,7 +35,7 @@ struct RowOf {
   }
 
   static_assert(kBytes % 16 == 0, "a row is moved in pieces of 16 bytes");
-  static_assert(kFormat == kBf16 || kHidden % format_block(kFormat) == 0);
+  static_assert(kFormat == kBf16 || kHidden % format_block(kFormat, kHidden) == 0);
   static_assert(!kScalesByColumn || kScaleBytes % 4 == 0);
 };
 
@@ -72,7 +72,7 @@ class OutgoingRow {
       } else {
         // All lanes take part: neighbours share a scale.
         const CastItem cast = cast_item<kFormat>(pieces_[i], global_scale);
-        constexpr int kLanes = format_block(kFormat) / kCastElements;
+        constexpr int kLanes = format_block(kFormat, kHidden) / kCastElements;
         const bool has_scale = threadIdx.x % kLanes == 0;
         for (uint32_t left = readers; left != 0 && item < kItems; left &= left - 1) {
           char* const row = slot(__ffs(left) - 1);

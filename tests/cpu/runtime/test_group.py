@@ -254,6 +254,25 @@ def test_all_groups_of_a_process_group_meet_at_one_place() -> None:
     launch.run(several, 3)
 
 
+def replayed(process_group: Any) -> None:
+    """A message that another group of the same ranks was sent in the same round."""
+    first: Any = Group.from_torch(process_group)
+    second: Any = Group.from_torch(process_group)
+    if process_group.rank() == 1:
+        first._put(first._store, "9/1", pickle.dumps("mine"))
+        second._store.set("9/1", first._store.get("9/1"))
+        second._store.set("9/1/0", first._store.get("9/1/0"))
+    first.barrier()
+    assert first._get(first._store, "9/1", "dispatch")[0] == "mine"
+    with pytest.raises(CommunicationError, match="not from its group"):
+        second._get(second._store, "9/1", "dispatch")
+    first.barrier()
+
+
+def test_a_message_to_another_group_is_not_unpickled() -> None:
+    launch.run(replayed, 2)
+
+
 def of_two_process_groups(process_group: Any) -> None:
     """Each has a place of its own, which goes with it, but not before its groups."""
     other: Any = dist.new_group([0, 1], backend="gloo")

@@ -156,16 +156,20 @@ def kernels_between_domains(arch: str, sizes: Sequence[int]) -> Iterator[KernelC
             yield low_latency.config_of(each, 8 * num_domains, arch, remote=True)
 
 
-@pytest.mark.parametrize("arch", ["sm_90a", "sm_100a"])
-@pytest.mark.parametrize("version", ["3.4.5", "3.8.0"])
+@pytest.mark.parametrize(
+    ("version", "arch"), [("3.4.5", "sm_90a"), ("3.8.0", "sm_90a"), ("3.8.0", "sm_100a")]
+)
 def test_every_kernel_is_linked_with_ibgda(
     version: str, arch: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """And its block fits the registers of an SM. Of all sizes once, for a kernel takes 1 to 2 s."""
+    """And its block fits the registers of an SM. Of two sizes once: a kernel takes 1 to 2 s.
+
+    (The older library's calls are linked for Blackwell with a smaller kernel, above.)
+    """
     monkeypatch.setenv("NVSHMEM_DIR", str(copy_of(version, 13)))
     monkeypatch.setenv("NVSHMEM_IB_ENABLE_IBGDA", "1")
     monkeypatch.setenv("EPJIT_CACHE_DIR", str(tmp_path))
-    sizes = (2, 4, 8) if (version, arch) == ("3.8.0", "sm_90a") else (8,)
+    sizes = (2, 8) if (version, arch) == ("3.8.0", "sm_90a") else (8,)
     kernels = list(kernels_between_domains(arch, sizes))
     assert len(set(kernels)) == 7 * len(sizes)
     with ThreadPoolExecutor(2) as pool:
