@@ -94,6 +94,20 @@ __device__ __forceinline__ void add_rows(Sum8<kIsF16> (&sums)[kUnroll], float we
   }
 }
 
+// The same for rows in global memory: lane k has row k. The first of the pieces is `vec`, each lies a
+// warp's width behind the one before, up to `last`.
+template <int kBatch, bool kWeighted, bool kIsF16, int kUnroll>
+__device__ __forceinline__ void add_rows(Sum8<kIsF16> (&sums)[kUnroll], const char* row,
+                                         float weight, uint32_t rows, int vec, int last) {
+  const auto valid = [&](int i) { return vec + i * kWarpSize < last; };
+  add_rows<kBatch, kWeighted>(sums, weight, rows, valid, [&](Vec16(&v)[kUnroll], int k) {
+    const char* const from = of_lane(row, k);
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i)
+      if (valid(i)) v[i] = ptx::ld_v4(from + (vec + i * kWarpSize) * 16);
+  });
+}
+
 // Adds weight * y: the product is rounded, then the sum.
 __device__ __forceinline__ void add_weighted(float& sum, float weight, float y) {
   sum = __fadd_rn(sum, __fmul_rn(weight, y));

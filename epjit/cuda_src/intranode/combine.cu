@@ -261,21 +261,18 @@ class Combine {
   template <int kBatch, int kUnroll>
   __device__ void add_expert_rows(Sum8<kCfg.is_f16> (&sums)[kUnroll], const ExpertRows& rows,
                                   int vec, int last, const char*& slice) const {
-    const auto valid = [&](int i) { return is_piece(vec + i * kWarpSize, last); };
-    const auto load = [&](Vec16(&v)[kUnroll], int k) {
-      const char* row = nullptr;
-      if constexpr (!kSliced) row = of_lane(rows.row, k) + vec * 16;
+    if constexpr (kSliced) {
+      const auto valid = [&](int i) { return is_piece(vec + i * kWarpSize, last); };
+      const auto load = [&](Vec16(&v)[kUnroll], int) {
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i) {
-        if (!valid(i)) continue;
-        if constexpr (kSliced)
-          v[i] = shared_piece(slice, i);
-        else
-          v[i] = ptx::ld_v4(row + i * kWarpSize * 16);
-      }
-      slice += kCfg.slice_bytes;
-    };
-    add_rows<kBatch, kCfg.is_weighted>(sums, rows.weight, rows.chosen, valid, load);
+        for (int i = 0; i < kUnroll; ++i)
+          if (valid(i)) v[i] = shared_piece(slice, i);
+        slice += kCfg.slice_bytes;
+      };
+      add_rows<kBatch, kCfg.is_weighted>(sums, rows.weight, rows.chosen, valid, load);
+    } else {
+      add_rows<kBatch, kCfg.is_weighted>(sums, rows.row, rows.weight, rows.chosen, vec, last);
+    }
   }
 
   // Whether the lane that asks for piece `vec`, of a row or of a part that ends with `last`, has one.
