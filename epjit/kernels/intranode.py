@@ -19,6 +19,8 @@ from epjit.kernels.shapes import (
     ExpertDispatchShape,
     copier_bytes,
     copier_shape,
+    slices_bytes,
+    slices_shape,
 )
 from epjit.runtime.device import shared_limit
 from epjit.runtime.kernel import KernelConfig
@@ -131,13 +133,15 @@ class DispatchConfig(
 
         Pushing wants most of the warps while the SMs hold it. Where the links do, more rows on
         their way only slow the words behind them: with 24 SMs and rows of 14336 bytes, 12 of 16
-        warps take 234 us, 8 take 225, 4 take 206; with 12 SMs 306, 314 and 328.
+        warps take 234 us, 8 take 225, 4 take 206; with 12 SMs 306, 314 and 328. A cast keeps a warp
+        longer than a copy, so it takes two of them.
         """
         if self.num_ranks == 1 or has_room:
             return self.num_warps
         quarters = 2
         if self.push:
-            quarters = 1 if num_sms * self.hidden_bytes > _LINK_BOUND_BYTES else 3
+            link_bound = num_sms * self.hidden_bytes > _LINK_BOUND_BYTES
+            quarters = 3 if not link_bound else 1 if self.format == 0 else 2
         return max(1, self.num_warps * quarters // 4)
 
     @property
@@ -181,21 +185,24 @@ class CombineConfig(
     by_expert: bool = False
     is_weighted: bool = False
     has_weights: bool = False
+    slice_bytes: int = 0
 
     @classmethod
-    def choose_by_expert(cls, shape: ExpertCombineShape, *, num_ranks: int) -> CombineConfig:
-        """The kernel for rows by expert: sums are made in registers, so there is one variant."""
+    def choose_by_expert(
+        cls, shape: ExpertCombineShape, *, num_ranks: int, variant: str, limit: int
+    ) -> CombineConfig:
+        """The same for rows by expert, which all variants push by 16-byte stores."""
         hidden_bytes, num_topk, is_f16, is_weighted, has_weights, choice_bits = shape
+        tma, warps, slices, slice_bytes = variant != "ldst", 16, 0, 0
+        if tma:
+            warps, slices, slice_bytes = slices_shape(16, num_topk + num_ranks - 1, limit)
         return cls(
-            *(num_ranks, hidden_bytes, num_topk, is_f16),
-            tma=False,
-            num_warps=16,
-            num_push_warps=8,
-            rows_per_warp=2,
+            *(num_ranks, hidden_bytes, num_topk, is_f16, tma, warps, warps // 2, slices),
             choice_bits=choice_bits,
             by_expert=True,
             is_weighted=is_weighted,
             has_weights=has_weights,
+            slice_bytes=slice_bytes,
         )
 
     @classmethod
@@ -214,6 +221,8 @@ class CombineConfig(
     @property
     def shared_bytes(self) -> int:
         """Rows on their way."""
+        if self.by_expert:
+            return slices_bytes(self.tma, self.num_warps, self.rows_per_warp, self.slice_bytes)
         return copier_bytes(self.tma, self.num_push_warps, self.rows_per_warp, self.hidden_bytes)
 
     @property
@@ -280,7 +289,8 @@ def example_configs(arch: str) -> Iterator[KernelConfig]:
                 sums = ExpertCombineShape(
                     *(hidden_bytes, num_topk, num_ranks == 2, is_weighted), not is_weighted, bits
                 )
-                yield config_of(sums, num_ranks, arch)
+                for variant in variants.names("combine", arch):
+                    yield config_of(sums, num_ranks, arch, variant=variant)
 
 
 def config_of(
@@ -300,9 +310,7 @@ def config_of(
         gpu: Product name, for the variants that were tuned there.
         variant: Takes this one instead.
     """
-    if isinstance(shape, ExpertCombineShape):
-        return CombineConfig.choose_by_expert(shape, num_ranks=num_ranks)
-    op = "combine" if isinstance(shape, CombineShape) else "dispatch"
+    op = "combine" if isinstance(shape, CombineShape | ExpertCombineShape) else "dispatch"
     if variant is None:
         best = tuned.best(op, gpu=gpu, num_ranks=num_ranks, hidden_bytes=shape.hidden_bytes)
         preferred = variants.CHOICES[op].preferred(num_ranks) if best is None else best.variant
@@ -314,6 +322,10 @@ def config_of(
         )
     if isinstance(shape, DispatchShape):
         return DispatchConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
+    if isinstance(shape, ExpertCombineShape):
+        return CombineConfig.choose_by_expert(
+            shape, num_ranks=num_ranks, variant=variant, limit=limit
+        )
     return CombineConfig.choose(shape, num_ranks=num_ranks, variant=variant, limit=limit)
 
 

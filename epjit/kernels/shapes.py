@@ -176,3 +176,23 @@ def copier_shape(tma: bool, max_warps: int, row_bytes: int, limit: int) -> tuple
 def copier_bytes(tma: bool, num_warps: int, rows_per_warp: int, row_bytes: int) -> int:
     """Shared memory of warps that move rows: by TMA the rows on their way, one mbarrier a warp."""
     return num_warps * (rows_per_warp * row_bytes + 8) if tma else 0
+
+
+def slices_shape(max_warps: int, rows: int, limit: int) -> tuple[int, int, int]:
+    """Warps that add up rows, slices of rows that each has in shared memory, bytes of a slice.
+
+    Each has room for one slice of all rows of a sum, at least. Short slices cost more instructions.
+
+    Args:
+        max_warps: Of a block.
+        rows: Of a sum, at most.
+        limit: Bytes of shared memory.
+    """
+    slice_bytes = 1024 if limit // (rows * 1024 + 64) >= max_warps // 2 else 512
+    warps = min(max_warps, limit // (rows * slice_bytes + 64))
+    return warps, (limit // warps - 64) // slice_bytes, slice_bytes
+
+
+def slices_bytes(tma: bool, num_warps: int, slices: int, slice_bytes: int) -> int:
+    """Shared memory of warps that add up rows: by TMA their slices, an mbarrier a stage."""
+    return num_warps * (slices * slice_bytes + 8 * min(slices, 8)) if tma else 0

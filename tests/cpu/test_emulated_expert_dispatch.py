@@ -26,7 +26,7 @@ from tests.cpu import test_emulated_intranode as intranode
 from tests.cpu.test_emulated_intranode import TOKENS
 from tests.emulation import build, normal
 from tests.emulation.build import guarded
-from tests.emulation.normal import EXPERTS_A_RANK
+from tests.emulation.normal import EXPERTS_A_RANK, HIDDEN_BYTES
 from tests.emulation.world import copy
 
 pytestmark = pytest.mark.skipif(shutil.which(build.COMPILER) is None, reason="needs g++")
@@ -43,6 +43,8 @@ class Shape(intranode.Shape):
     column_major: bool = False
     repeats: float = 0.0  # part of the tokens that select an expert twice
     is_weighted: bool = True
+    row_bytes: int = HIDDEN_BYTES  # of a combine
+    spare: int = 2  # slices that a warp of a combine has room for, beyond one of all rows of a sum
 
     @property
     def notify(self) -> NotifyConfig:
@@ -72,12 +74,15 @@ class Shape(intranode.Shape):
 
     @property
     def combine(self) -> CombineConfig:
+        config = super().combine
         return dataclasses.replace(
-            super().combine,
-            tma=False,
+            config,
+            hidden_bytes=self.row_bytes,
+            rows_per_warp=self.num_topk + self.num_ranks - 1 + self.spare if config.tma else 0,
             by_expert=True,
             is_weighted=self.is_weighted,
             has_weights=self.has_weights,
+            slice_bytes=512 if config.tma else 0,
         )
 
 
@@ -440,11 +445,24 @@ def test_casts(cast: str, variant: str) -> None:
         world.run(seed)
 
 
+@pytest.mark.parametrize("cast", ["fp8", "nvfp4"])
+def test_casts_of_long_rows(cast: str) -> None:
+    shape = Shape(num_ranks=2, variant="push", tokens=(9, 4), cast=cast, is_long=True)
+    world = World(shape, seed=0)
+    world.route().dispatch()
+    world.run(0)
+
+
+COMBINES = pytest.mark.parametrize("variant", ["tma", "ldst"])
+
+
+@COMBINES
 @pytest.mark.parametrize("num_ranks", [1, 2, 3, 4, 8])
 @pytest.mark.parametrize("is_weighted", [False, True])
-def test_one_combine(num_ranks: int, is_weighted: bool) -> None:
+def test_one_combine(num_ranks: int, is_weighted: bool, variant: str) -> None:
     shape = Shape(
         num_ranks=num_ranks,
+        variant=variant,
         tokens=TOKENS[num_ranks],
         is_weighted=is_weighted,
         is_f16=is_weighted,
@@ -456,6 +474,28 @@ def test_one_combine(num_ranks: int, is_weighted: bool) -> None:
         route = world.route()
         route.dispatch()
         route.combine(num_biases=seed, num_parts=1 + seed)
+        world.run(seed)
+
+
+@COMBINES
+@pytest.mark.parametrize("row_bytes", [1536, 1104])
+def test_combine_of_long_rows(row_bytes: int, variant: str) -> None:
+    """Several slices a row, in parts, more than a ring holds, the last one whole or not."""
+    for seed, spare in enumerate((0, 7)):
+        shape = Shape(
+            num_ranks=2,
+            variant=variant,
+            tokens=TOKENS[2],
+            slots=8,
+            row_bytes=row_bytes,
+            spare=spare,
+            is_weighted=seed == 1,
+        )
+        world = World(shape, seed=seed)
+        route = world.route()
+        route.dispatch()
+        route.combine(num_biases=seed, num_parts=1)
+        route.combine(num_parts=3)
         world.run(seed)
 
 
@@ -483,6 +523,8 @@ def test_random_operations() -> None:
             is_f16=not ordered and rng.random() < 0.5,  # those rows are large
             topk_is_int64=rng.random() < 0.5,
             ordered=ordered,
+            row_bytes=rng.choice((HIDDEN_BYTES, 1104)),
+            spare=rng.randrange(4),
         )
         world = World(shape, seed=seed)
         route = world.route()

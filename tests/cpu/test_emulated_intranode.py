@@ -63,6 +63,7 @@ class Shape:
     ordered: bool = False  # combine orders the ranks by choices
     cast: str | None = None  # name of a format that dispatch casts rows to
     cast_f16: bool = False  # rows are fp16 before
+    is_long: bool = False  # rows that are cast have more items than a warp loads at once
 
     @property
     def row_format(self) -> RowFormat | None:
@@ -71,7 +72,7 @@ class Shape:
     @property
     def hidden(self) -> int:
         """Channels of rows that are cast."""
-        return 512 if self.cast == "fp8_ue8m0" else 256
+        return 4096 if self.is_long else 512 if self.cast == "fp8_ue8m0" else 256
 
     @property
     def domains(self) -> list[range]:

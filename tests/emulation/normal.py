@@ -381,5 +381,5 @@ class Routing(ABC):
 
     def _random_rows(self, num_rows: int) -> Tensor:
         dtype = torch.float16 if self.shape.is_f16 else torch.bfloat16
-        shape = (num_rows, HIDDEN_BYTES // 2)
+        shape = (num_rows, self.shape.combine.hidden_bytes // 2)
         return copy(torch.randn(shape, generator=self.world.generator).to(dtype))

@@ -22,6 +22,7 @@ from tests.rounds.expert_major import (
     make_experts,
     random_expert_round,
 )
+from tests.rounds.normal import variant_environ
 
 RANKS = (1, 2, 3, 4, 8)
 CUTS = ((2, 1), (2, 2), (4, 1), (2, 3), (4, 2))  # domains, ranks of each
@@ -33,8 +34,9 @@ ROUNDS = 3 if SMALL else 60
 
 @pytest.fixture(params=VARIANTS)
 def variant(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Every variant of dispatch that places rows by expert."""
-    monkeypatch.setenv("EPJIT_DISPATCH_VARIANT", request.param)
+    """Every variant of dispatch that places rows by expert, with the combine that goes with it."""
+    for name, value in variant_environ(request.param).items():
+        monkeypatch.setenv(name, value)
     return str(request.param)
 
 

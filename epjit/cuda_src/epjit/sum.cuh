@@ -62,22 +62,19 @@ __device__ __forceinline__ float add_products(float sum, Vec16 a, Vec16 b) {
   return sum;
 }
 
-// Adds rows to the sums of kUnroll pieces, the first of which is `vec`, each a warp's width behind the
-// one before, up to `last`: lane k has row and weight of selection k, of those whose bit in `rows` is
-// set, k ascending. The loads of kBatch rows are in flight at once. By a whole warp.
-template <int kBatch, bool kWeighted, bool kIsF16, int kUnroll>
-__device__ __forceinline__ void add_rows(Sum8<kIsF16> (&sums)[kUnroll], const char* row,
-                                         float weight, uint32_t rows, int vec, int last) {
+// Adds rows to the sums of kUnroll pieces: those rows whose bit in `rows` is set, ascending; lane k has
+// the weight of row k. load(v, k) gets the pieces of row k, of which valid(i) says whether there is one;
+// the loads of kBatch rows are in flight at once. By a whole warp.
+template <int kBatch, bool kWeighted, bool kIsF16, int kUnroll, typename Valid, typename Load>
+__device__ __forceinline__ void add_rows(Sum8<kIsF16> (&sums)[kUnroll], float weight, uint32_t rows,
+                                         Valid valid, Load load) {
   while (rows != 0) {
     Vec16 v[kBatch][kUnroll];
     uint32_t loaded = rows;
 #pragma unroll
     for (int j = 0; j < kBatch; ++j) {
       if (rows == 0) break;
-      const char* const src = of_lane(row, __ffs(rows) - 1);
-#pragma unroll
-      for (int i = 0; i < kUnroll; ++i)
-        if (vec + i * kWarpSize < last) v[j][i] = ptx::ld_v4(src + (vec + i * kWarpSize) * 16);
+      load(v[j], __ffs(rows) - 1);
       rows &= rows - 1;
     }
 #pragma unroll
@@ -86,7 +83,7 @@ __device__ __forceinline__ void add_rows(Sum8<kIsF16> (&sums)[kUnroll], const ch
       const float w = kWeighted ? __shfl_sync(kFullMask, weight, __ffs(loaded) - 1) : 0.0f;
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
-        if (vec + i * kWarpSize >= last) continue;
+        if (!valid(i)) continue;
         if constexpr (kWeighted)
           sums[i].add(v[j][i], w);
         else
@@ -95,6 +92,20 @@ __device__ __forceinline__ void add_rows(Sum8<kIsF16> (&sums)[kUnroll], const ch
       loaded &= loaded - 1;
     }
   }
+}
+
+// The same for rows in global memory: lane k has row k. The first of the pieces is `vec`, each lies a
+// warp's width behind the one before, up to `last`.
+template <int kBatch, bool kWeighted, bool kIsF16, int kUnroll>
+__device__ __forceinline__ void add_rows(Sum8<kIsF16> (&sums)[kUnroll], const char* row,
+                                         float weight, uint32_t rows, int vec, int last) {
+  const auto valid = [&](int i) { return vec + i * kWarpSize < last; };
+  add_rows<kBatch, kWeighted>(sums, weight, rows, valid, [&](Vec16(&v)[kUnroll], int k) {
+    const char* const from = of_lane(row, k);
+#pragma unroll
+    for (int i = 0; i < kUnroll; ++i)
+      if (valid(i)) v[i] = ptx::ld_v4(from + (vec + i * kWarpSize) * 16);
+  });
 }
 
 // Adds weight * y: the product is rounded, then the sum.

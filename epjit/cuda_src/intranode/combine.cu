@@ -15,8 +15,9 @@
 //
 // With by_expert x are rows by expert, and the row of t on r is the sum of the rows that row_of names
 // for it: in fp32, in the order of k, each multiplied with its weight if there are row_weights,
-// rounded once. It is summed while it is read, and pushed by 16-byte stores. topk_weights are one a
-// row then; what comes back for selection k is that of its row.
+// rounded once. It is summed while it is read (with tma by bulk copies through shared memory, those
+// of peers in the slots too: slices.cuh), and pushed by 16-byte stores. topk_weights are one a row
+// then; what comes back for selection k is that of its row.
 //
 //   slots[s]  [num_ranks, num_slots, slot_bytes]  of owner s; row (r, .) is written by r. Token t
 //             lies in slot t % num_slots: { row [hidden_bytes], topk_weights [num_topk] f32 }
@@ -37,6 +38,7 @@
 //
 // Launch: any grid that is resident as a whole and has a pushing warp for each peer,
 // combine_threads() threads. Graph-safe.
+#include "epjit/slices.cuh"
 #include "epjit/sum.cuh"
 #include "epjit/topk.cuh"
 #include "epjit/windows.cuh"
@@ -48,14 +50,15 @@ struct CombineConfig {
   int32_t hidden_bytes;  // of a row
   int32_t num_topk;      // 0 = no weights
   bool is_f16;           // else bf16
-  bool tma;              // rows are pushed by bulk copies, else through registers
+  bool tma;              // rows are pushed by bulk copies, else through registers; by_expert: read
   int32_t num_warps;
   int32_t num_push_warps;  // of num_warps
-  int32_t rows_per_warp;   // rows of a pushing warp in shared memory
+  int32_t rows_per_warp;   // of a pushing warp in shared memory; by_expert: slices, of each warp
   int32_t choice_bits;     // width of topk_idx, which orders the ranks; 0 = they are ascending
-  bool by_expert;          // rows by expert; num_topk is not 0, tma is false
+  bool by_expert;          // rows by expert; num_topk is not 0
   bool is_weighted;        // by_expert: rows are multiplied with row_weights
   bool has_weights;        // by_expert: topk_weights go back
+  int32_t slice_bytes;     // by_expert with tma: that a warp reads of a row at a time
 };
 
 struct CombineParams : Operation {
@@ -90,6 +93,8 @@ struct CombineParams : Operation {
 constexpr int combine_threads(CombineConfig cfg) { return cfg.num_warps * kWarpSize; }
 
 constexpr int combine_shared_bytes(CombineConfig cfg) {
+  if (cfg.by_expert)
+    return cfg.tma ? slices_shared_bytes(cfg.num_warps, cfg.rows_per_warp, cfg.slice_bytes) : 0;
   return copier_shared_bytes(cfg.tma, cfg.num_push_warps, cfg.rows_per_warp, cfg.hidden_bytes);
 }
 
@@ -105,25 +110,41 @@ constexpr int combine_slot_bytes(CombineConfig cfg) {
 template <CombineConfig kCfg>
 class Combine {
   static constexpr int kRanks = kCfg.num_ranks;
-  static constexpr int kRows = kCfg.rows_per_warp;
   static constexpr int kTopk = combine_weights(kCfg);
   static constexpr bool kByExpert = kCfg.by_expert;
+  static constexpr bool kSliced = kByExpert && kCfg.tma;
+  static constexpr int kRows = kByExpert ? 2 : kCfg.rows_per_warp;  // that a warp publishes at once
   static constexpr int kRowBatch = 4;  // rows by expert that are read at once
   static constexpr int kSlotBytes = combine_slot_bytes(kCfg);
   static constexpr int kVecs = kCfg.hidden_bytes / 16;
+  static constexpr int kSlices = kSliced ? ceil_div(kCfg.hidden_bytes, kCfg.slice_bytes) : 0;
   static_assert(kRanks >= 1 && kRanks <= kMaxRanks);
   static_assert(kTopk >= 0 && kCfg.num_topk <= kMaxTopk);
-  static_assert(!kByExpert || (kCfg.num_topk > 0 && !kCfg.tma), "rows are summed on their way");
+  static_assert(!kByExpert || kCfg.num_topk > 0);
+  static_assert(!kSliced || kCfg.slice_bytes % (16 * kWarpSize) == 0,
+                "all lanes have a part of it");
+  static_assert(!kSliced || kCfg.rows_per_warp >= kCfg.num_topk + kRanks - 1,
+                "a token has so many rows here and in slots");
   static_assert(kCfg.num_push_warps >= 1 && kCfg.num_push_warps < kCfg.num_warps,
                 "someone must reduce from the start");
-  using Copier = RowCopier<kCfg.tma, kCfg.num_push_warps, kRows, kCfg.hidden_bytes>;
+  using Copier = RowCopier<kCfg.tma && !kByExpert, kCfg.num_push_warps, kRows, kCfg.hidden_bytes>;
+  // Pieces of 16 bytes that a lane has of a sum at a time, when rows are pushed and when they are
+  // reduced: those of a slice, else so many that up to eight loads are in flight.
+  static constexpr int kSliceUnroll = kCfg.slice_bytes / (16 * kWarpSize);
+  static constexpr int kPushUnroll = kSliced ? kSliceUnroll : 2;
+  static constexpr int kReduceUnroll = kSliced                   ? kSliceUnroll
+                                       : kByExpert && kRanks < 4 ? 2
+                                                                 : 8 / kRanks;
+  using Ring =
+      SliceRing<kSliced, kCfg.num_warps, kCfg.rows_per_warp, kCfg.slice_bytes, kCfg.hidden_bytes>;
 
  public:
   __device__ Combine(const CombineParams& params)
       : p(params),
         warp(threadIdx.x / kWarpSize),
         lane(threadIdx.x % kWarpSize),
-        waiter(start_operation<kRanks>(p, kWaitCombineStart)) {}
+        waiter(start_operation<kRanks>(p, kWaitCombineStart)),
+        ring(ptx::dynamic_shared(), warp, lane) {}
 
   __device__ void run() {
     // What an operation that failed was to write (rank_prefix, recv_src_idx) is garbage.
@@ -133,6 +154,7 @@ class Combine {
     if (blockIdx.x == 0 && threadIdx.x == blockDim.x - 1 && ok)
       report_overflow(p, waiter.epoch, kRoomCombineRows, p.num_rows, segment_start(kRanks, p.rank));
     if (ok) reduce();
+    if constexpr (kSliced) ring.drain();
     finish_operation<kRanks>(p, waiter, 4 + kRanks);
   }
 
@@ -178,6 +200,10 @@ class Combine {
       const int begin = row_start(owner), end = row_start(owner + 1);
       const uint32_t num_units = ceil_div(max(end - begin, 0), unit_rows);
       uint32_t* const counter = p.counters + 4 + owner;
+      if constexpr (kByExpert) {
+        if (!push_sums(owner, begin, end, unit_rows, counter)) return false;
+        continue;
+      }
       uint32_t unit = Draw(counter).unit();
       while (unit < num_units) {
         // Drawn early: its latency hides behind the copy.
@@ -192,16 +218,15 @@ class Combine {
 
   __device__ bool push_rows(Copier& copier, int owner, int first, int num_rows) {
     const int token = lane < num_rows ? max(p.recv_src_idx[first + lane], 0) : 0;
-    const auto wait = [&](int window) {
-      return window < 2 || wait_window(waiter, kWaitCombineWindow, owner, window);
-    };
-    if constexpr (kByExpert)
-      return push_sums(owner, first, num_rows, token, wait);
-    else
-      return epjit::push_rows<kCfg.hidden_bytes, kTopk>(
-          p, waiter.epoch, copier, first, num_rows, token, wait,
-          [&](int token) { return slot(owner, p.rank, token); },
-          [&](int token) { return word(owner, p.rank, token); });
+    return epjit::push_rows<kCfg.hidden_bytes, kTopk>(
+        p, waiter.epoch, copier, first, num_rows, token,
+        [&](int window) { return wait_slots(owner, window); },
+        [&](int token) { return slot(owner, p.rank, token); },
+        [&](int token) { return word(owner, p.rank, token); });
+  }
+
+  __device__ bool wait_slots(int owner, int window) const {
+    return window < 2 || wait_window(waiter, kWaitCombineWindow, owner, window);
   }
 
   // Rows by expert of one token, lane k that of selection k.
@@ -212,11 +237,15 @@ class Combine {
     uint32_t chosen = 0;  // bit k: selection k has a row
   };
 
-  // Of row `row` in the order of the sources; none where that is negative.
-  __device__ ExpertRows expert_rows(int64_t row) const {
+  // Row of x of this lane's selection of row `row` in the order of the sources, -1: none, as where that
+  // is negative.
+  __device__ int selected(int64_t row) const {
+    return row >= 0 && lane < kCfg.num_topk ? p.row_of[row * p.row_of_stride + lane] : -1;
+  }
+
+  // The rows that the lanes have selected.
+  __device__ ExpertRows expert_rows(int at) const {
     ExpertRows found;
-    int at = -1;
-    if (row >= 0 && lane < kCfg.num_topk) at = p.row_of[row * p.row_of_stride + lane];
     const bool exists = static_cast<uint32_t>(at) < static_cast<uint32_t>(p.num_expert_rows);
     if (exists) {
       found.row = p.x + static_cast<int64_t>(at) * kCfg.hidden_bytes;
@@ -227,39 +256,98 @@ class Combine {
     return found;
   }
 
-  // As epjit::push_rows, for rows that are sums: of tokens in slots of one window at a time.
-  template <typename Wait>
-  __device__ bool push_sums(int owner, int first, int num_rows, int token, Wait wait) const {
-    constexpr int kUnroll = 2;
-    const int window = window_of(token);
-    uint32_t pending = __ballot_sync(kFullMask, lane < num_rows);
-    while (pending != 0) {
-      const int current = __shfl_sync(kFullMask, window, __ffs(pending) - 1);
-      const bool mine = (pending >> lane & 1) != 0 && window == current;
-      const uint32_t movers = __ballot_sync(kFullMask, mine);
-      pending &= ~movers;
-      if (!all_lanes(lane != 0 || wait(current))) return false;
-      for (uint32_t left = movers; left != 0; left &= left - 1) {
-        const int mover = __ffs(left) - 1;
-        char* const to = slot(owner, p.rank, __shfl_sync(kFullMask, token, mover));
-        const ExpertRows rows = expert_rows(first + mover);
-#pragma unroll 1
-        for (int vec = lane; vec - lane < kVecs; vec += kUnroll * kWarpSize) {
-          Sum8<kCfg.is_f16> sums[kUnroll];
-          add_rows<kRowBatch, kCfg.is_weighted>(sums, rows.row, rows.weight, rows.chosen, vec,
-                                                kVecs);
+  // Adds the pieces from `vec` on, below `last`, of a token's rows here. `slice`: of the first of these
+  // in shared memory, behind which it then points.
+  template <int kBatch, int kUnroll>
+  __device__ void add_expert_rows(Sum8<kCfg.is_f16> (&sums)[kUnroll], const ExpertRows& rows,
+                                  int vec, int last, const char*& slice) const {
+    if constexpr (kSliced) {
+      const auto valid = [&](int i) { return is_piece(vec + i * kWarpSize, last); };
+      const auto load = [&](Vec16(&v)[kUnroll], int) {
 #pragma unroll
-          for (int i = 0; i < kUnroll; ++i)
-            if (vec + i * kWarpSize < kVecs)
-              ptx::st_v4(to + (vec + i * kWarpSize) * 16, sums[i].rounded());
+        for (int i = 0; i < kUnroll; ++i)
+          if (valid(i)) v[i] = shared_piece(slice, i);
+        slice += kCfg.slice_bytes;
+      };
+      add_rows<kBatch, kCfg.is_weighted>(sums, rows.weight, rows.chosen, valid, load);
+    } else {
+      add_rows<kBatch, kCfg.is_weighted>(sums, rows.row, rows.weight, rows.chosen, vec, last);
+    }
+  }
+
+  // Whether the lane that asks for piece `vec`, of a row or of a part that ends with `last`, has one.
+  __device__ static bool is_piece(int vec, int last) {
+    if constexpr (kSliced && kCfg.hidden_bytes % (kSliced ? kCfg.slice_bytes : 1) == 0) return true;
+    return vec < last;
+  }
+
+  // Of this lane, number i in a slice.
+  __device__ Vec16 shared_piece(const char* slice, int i) const {
+    return *reinterpret_cast<const Vec16*>(slice + (lane + i * kWarpSize) * 16);
+  }
+
+  // Pushes rows begin .. end - 1, which are sums, to their owner. What a row is the sum of is looked up
+  // while the one before is summed, and its first slices are on their way before the rows behind it are
+  // published: a release waits for everything that this warp has stored. Rows of a unit that lie in
+  // several windows are published a window at a time.
+  __device__ bool push_sums(int owner, int begin, int end, int unit_rows, uint32_t* counter) {
+    const uint32_t num_units = ceil_div(max(end - begin, 0), unit_rows);
+    const auto first_row = [&](uint32_t unit) {
+      return unit < num_units ? begin + static_cast<int>(unit) * unit_rows : -1;
+    };
+    int row = first_row(Draw(counter).unit());
+    ExpertRows rows = expert_rows(selected(row));
+    if constexpr (kSliced) ring.start(rows.row, nullptr, 0, row >= 0 ? kSlices : 0);
+    while (row >= 0) {
+      const Draw next(counter);
+      const int num_rows = min(unit_rows, end - row);
+      const int token = lane < num_rows ? max(p.recv_src_idx[row + lane], 0) : 0;
+      const int window = window_of(token);
+      int here = -1;         // window whose slots are free
+      uint32_t written = 0;  // lanes whose rows are in their slots, not published
+      int following = -1;
+      for (int i = 0; i < num_rows; ++i) {
+        const int row_window = __shfl_sync(kFullMask, window, i);
+        if (row_window != here) {
+          publish(owner, token, written);
+          written = 0, here = row_window;
+          if (!all_lanes(lane != 0 || wait_slots(owner, here))) return false;
         }
-        if constexpr (kTopk > 0)
-          if (lane < kTopk) slot_weights(to)[lane] = rows.back;
+        following = i + 1 < num_rows ? row + i + 1 : first_row(next.unit());
+        const int at = selected(following);
+        push_sum(slot(owner, p.rank, __shfl_sync(kFullMask, token, i)), rows);
+        written |= 1u << i;
+        rows = expert_rows(at);
+        if constexpr (kSliced) ring.start(rows.row, nullptr, 0, following >= 0 ? kSlices : 0);
       }
-      __syncwarp();  // all lanes have stored; the release is cumulative
-      if (mine) ptx::st_release_sys(word(owner, p.rank, token), make_word(waiter.epoch, window, 0));
+      publish(owner, token, written);
+      row = following;
     }
     return true;
+  }
+
+  __device__ void push_sum(char* to, const ExpertRows& rows) {
+#pragma unroll 1
+    for (int vec = lane; vec - lane < kVecs; vec += kPushUnroll * kWarpSize) {
+      Sum8<kCfg.is_f16> sums[kPushUnroll];
+      const char* slice = nullptr;
+      if constexpr (kSliced) slice = ring.wait();
+      add_expert_rows<kRowBatch>(sums, rows, vec, kVecs, slice);
+      if constexpr (kSliced) ring.leave();
+#pragma unroll
+      for (int i = 0; i < kPushUnroll; ++i)
+        if (is_piece(vec + i * kWarpSize, kVecs))
+          ptx::st_v4(to + (vec + i * kWarpSize) * 16, sums[i].rounded());
+    }
+    if constexpr (kTopk > 0)
+      if (lane < kTopk) slot_weights(to)[lane] = rows.back;
+  }
+
+  // The tokens of these lanes are in their slots.
+  __device__ void publish(int owner, int token, uint32_t lanes) const {
+    __syncwarp();  // all lanes have stored; the release is cumulative
+    if ((lanes >> lane & 1) != 0)
+      ptx::st_release_sys(word(owner, p.rank, token), make_word(waiter.epoch, window_of(token), 0));
   }
 
   __device__ static float* slot_weights(char* slot) {
@@ -282,9 +370,9 @@ class Combine {
     }
   }
 
-  __device__ bool reduce_token(int token, int part, uint32_t num_rows) const {
+  __device__ bool reduce_token(int token, int part, uint32_t num_rows) {
     // Lane r has the row on rank r, if it is one of num_rows there.
-    bool ok = true;
+    bool ok = true, is_waited_for = false;
     const char* row = nullptr;
     const float* weights = nullptr;
     int own_row_at = -1;  // by expert, in lane `rank`
@@ -300,9 +388,8 @@ class Combine {
           if constexpr (kTopk > 0) weights = p.topk_weights + own_row * kTopk;
         }
       } else if (has_row) {
-        uint64_t found;
-        ok = wait_word(waiter, kWaitCombineToken, lane, token, window_of(token),
-                       word(p.rank, lane, token), found);
+        is_waited_for = true;
+        if constexpr (!kSliced) ok = wait_token(lane, token);
         row = slot(p.rank, lane, token);
         if constexpr (kTopk > 0) weights = slot_weights(slot(p.rank, lane, token));
       }
@@ -313,7 +400,7 @@ class Combine {
     bool has_own = false;
     if constexpr (kByExpert) {
       own_row_at = __shfl_sync(kFullMask, own_row_at, p.rank);
-      own = expert_rows(own_row_at);
+      own = expert_rows(selected(own_row_at));
       has_own = own_row_at >= 0;
     }
     const char* rows[kRanks];
@@ -327,33 +414,56 @@ class Combine {
     for (int r = 0; r < kRanks; ++r) rows[r] = of_lane(row, r);
     const int64_t out = static_cast<int64_t>(token) * kCfg.hidden_bytes;
 
-    const int part_vecs = align_up(ceil_div(kVecs, p.num_parts), kWarpSize);
-    const int last = min(kVecs, (part + 1) * part_vecs);
-    // Up to eight loads of 16 bytes in flight a thread; the rest is up to the number of warps.
-    constexpr int kUnroll = kByExpert && kRanks < 4 ? 2 : 8 / kRanks;
+    constexpr int kUnroll = kReduceUnroll;
     constexpr int kOwnBatch = kRanks > 2 ? 2 : kRowBatch;  // more would spill
+    // With slices all parts but the last one consist of whole ones.
+    const int part_vecs =
+        align_up(ceil_div(kVecs, p.num_parts), (kSliced ? kUnroll : 1) * kWarpSize);
+    const int last = min(kVecs, (part + 1) * part_vecs);
+    if constexpr (kSliced) {
+      // The own rows are on their way while the others are waited for. Slots may be read whatever comes
+      // of that: what was started must end.
+      ring.start(own.row, row, part * part_vecs / (kUnroll * kWarpSize),
+                 ceil_div(last, kUnroll * kWarpSize));
+      ok = all_lanes(!is_waited_for || wait_token(lane, token));
+      ptx::fence_proxy_async();
+      ring.start_later();
+      if (!ok) return false;
+    }
 #pragma unroll 1
     for (int first = part * part_vecs + lane; (kByExpert ? first - lane : first) < last;
          first += kUnroll * kWarpSize) {
       Vec16 own_sums[kUnroll];
+      const char* slice = nullptr;
+      if constexpr (kSliced) slice = ring.wait();
       if constexpr (kByExpert)
         if (has_own) {
           Sum8<kCfg.is_f16> sums[kUnroll];
-          add_rows<kOwnBatch, kCfg.is_weighted>(sums, own.row, own.weight, own.chosen, first, last);
+          add_expert_rows<kOwnBatch>(sums, own, first, last, slice);
 #pragma unroll
           for (int i = 0; i < kUnroll; ++i) own_sums[i] = sums[i].rounded();
         }
       Vec16 v[kUnroll][kRanks];
 #pragma unroll
-      for (int i = 0; i < kUnroll; ++i)
+      for (int i = 0; i < kUnroll; ++i) {
+        const char* of_rank = slice;
 #pragma unroll
-        for (int r = 0; r < kRanks; ++r)
-          if (rows[r] != nullptr && first + i * kWarpSize < last)
-            v[i][r] = ptx::ld_v4(rows[r] + (first + i * kWarpSize) * 16);
+        for (int r = 0; r < kRanks; ++r) {
+          if (rows[r] == nullptr) continue;
+          if (is_piece(first + i * kWarpSize, last)) {
+            if constexpr (kSliced)
+              v[i][r] = shared_piece(of_rank, i);
+            else
+              v[i][r] = ptx::ld_v4(rows[r] + (first + i * kWarpSize) * 16);
+          }
+          of_rank += kCfg.slice_bytes;
+        }
+      }
+      if constexpr (kSliced) ring.leave();
 #pragma unroll
       for (int i = 0; i < kUnroll; ++i) {
         const int offset = (first + i * kWarpSize) * 16;
-        if (first + i * kWarpSize >= last) continue;
+        if (!is_piece(first + i * kWarpSize, last)) continue;
         Sum8<kCfg.is_f16> sum;
         if (p.bias_0 != nullptr) sum.start(ptx::ld_v4(p.bias_0 + out + offset));
         if (p.bias_1 != nullptr) sum.add(ptx::ld_v4(p.bias_1 + out + offset));
@@ -380,6 +490,12 @@ class Combine {
       }
     }
     return true;
+  }
+
+  __device__ bool wait_token(int writer, int token) const {
+    uint64_t found;
+    return wait_word(waiter, kWaitCombineToken, writer, token, window_of(token),
+                     word(p.rank, writer, token), found);
   }
 
   // Lane i has the rank that is added as number i; behind the last one a lane that has no row.
@@ -420,6 +536,7 @@ class Combine {
   const CombineParams& p;
   const int warp, lane;
   const Waiter waiter;
+  Ring ring;
 };
 
 template <CombineConfig kCfg>
