@@ -62,6 +62,7 @@ class LowLatencyRound:
         spare_tokens: Of M, beyond what is needed.
         how: When the calls return.
         weights_sent: Whether the weights go along with the dispatch.
+        is_finite: Whether no channel is infinite or NaN.
     """
 
     num_tokens: tuple[int, ...]
@@ -79,6 +80,7 @@ class LowLatencyRound:
     spare_tokens: int = 0
     how: How = "sync"
     weights_sent: bool = False
+    is_finite: bool = False
 
 
 # (hidden, num_topk, index_dtype, experts a rank, formats): a few, since every kind is compiled; 96,
@@ -224,6 +226,7 @@ def _make(case: LowLatencyRound, *, reduced: bool, sent: bool) -> MadeLowLatency
     # A slab must hold all rows of its expert; repeated choices make that more than R * M tokens.
     most = max(_most_rows(idxs, case.num_experts) for idxs in routings)
     max_tokens = max(1, *case.num_tokens, -(-most // num_ranks)) + case.spare_tokens
+    rows = rough_rows if case.is_finite else rows_to_cast
     exchanges = []
     for index, idxs in enumerate(routings):
         seeds = [_seed(case, index, rank) for rank in range(num_ranks)]
@@ -238,7 +241,7 @@ def _make(case: LowLatencyRound, *, reduced: bool, sent: bool) -> MadeLowLatency
         ]
         inputs = [
             reference.RankInput(
-                rows_to_cast(len(idx), case.hidden, seed=seed),
+                rows(len(idx), case.hidden, seed=seed),
                 idx,
                 scale,
                 own if sent else None,

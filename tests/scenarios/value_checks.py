@@ -27,7 +27,8 @@ def accepts(buffer: Buffer) -> None:
         check_expert_round(buffer, ExpertRound(**sizes, kind=kind, seed=seed, worst=worst))
         if buffer.low_latency_mode:
             how = ("sync", "async", "hook")[seed % 3]
-            check_low_latency_round(buffer, LowLatencyRound(**sizes, kind=kind, seed=seed, how=how))
+            case = LowLatencyRound(**sizes, kind=kind, seed=seed, how=how, is_finite=True)
+            check_low_latency_round(buffer, case)
 
 
 def refuses(buffer: Buffer) -> None:

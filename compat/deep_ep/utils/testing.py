@@ -109,7 +109,7 @@ def bench_kineto(
 
 
 def _seconds(spans: list[tuple[str, float]], name: str, period: int, most: int | None) -> Any:
-    """What `bench_kineto` returns for one name.
+    """Result of `bench_kineto` for one name.
 
     Args:
         spans: names and seconds of all kernels, in their order.
