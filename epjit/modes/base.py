@@ -66,7 +66,8 @@ class Mode(ABC, Generic[Shape]):
         self._epoch, self._abort = self._own_words(2).split(1)
         self._fault = FaultRecord()
         resources.callback(self._fault.close)
-        self._launches: dict[Shape, Launch[Any]] = {}
+        # By type and value: shapes are tuples, and those of two operations may be equal.
+        self._launches: dict[tuple[type, Shape], Launch[Any]] = {}
 
     def _own_words(self, num_words: int) -> torch.Tensor:
         """Words of this rank that no peer reaches: int32 `[num_words]`, 0 here and after `reset`.
@@ -160,7 +161,7 @@ class Mode(ABC, Generic[Shape]):
             ValueError: As `_config` and `_bind`.
             CommunicationError: A rank does not come; names it.
         """
-        found = self._launches.get(shape)
+        found = self._launches.get((type(shape), shape))
         return found if found is not None else self._build(shape, **sizes)
 
     def _build(self, shape: Shape, **sizes: int) -> Launch[Any]:
@@ -174,7 +175,7 @@ class Mode(ABC, Generic[Shape]):
             )
         launch = self._bind(config)
         self._agree(config, **sizes)
-        self._launches[shape] = launch
+        self._launches[type(shape), shape] = launch
         return launch
 
     def warmup(self, shapes: Iterable[Shape], **sizes: int) -> None:

@@ -27,7 +27,7 @@ class ChosenKernels:
 
     def __init__(self, setup: Setup) -> None:
         self._settings, self._group, self._topology, *_ = setup
-        self._configs: dict[AnyShape, Any] = {}
+        self._configs: dict[tuple[type, AnyShape], Any] = {}
 
     def launch(self, shape: AnyShape) -> Any:
         """The kernel of a shape; collective when it is the first of its kind, as on a GPU.
@@ -37,7 +37,7 @@ class ChosenKernels:
             RuntimeError: The ranks chose different kernels.
             CommunicationError: A rank does not come; names it.
         """
-        config = self._configs.get(shape)
+        config = self._configs.get((type(shape), shape))
         if config is None:
             num_domains, num_local = self._topology.num_domains, self._topology.num_local
             if not self._topology.spans_domains:
@@ -49,7 +49,7 @@ class ChosenKernels:
                 if isinstance(config, internode.InternodeCombineConfig):
                     internode.combine_slots(config, self._settings.num_nvl_bytes)
             agree_on_kernel(self._group, config)
-            self._configs[shape] = config
+            self._configs[type(shape), shape] = config
         return config
 
     def check(self, shape: AnyShape, num_sms: int) -> None:

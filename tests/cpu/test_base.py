@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from epjit.config import MAX_RANKS
+from epjit.kernels import shapes
 from epjit.modes import base
 
 BUILD = ["config", "bind config", "agree config"]
@@ -99,6 +100,19 @@ def test_a_launch_is_kept_once_all_ranks_agree(make: Any, fails_at: str) -> None
     for _ in range(2):
         assert mode.launch("shape") == "bind config"
     assert mode.told == BUILD
+
+
+def test_equal_tuples_of_two_operations_have_two_launches(make: Any) -> None:
+    """As of a dispatch of scales and a combine of rows by expert, in which a round failed."""
+    mode, told = make(), []
+    mode._config = lambda shape: told.append(type(shape)) or SimpleNamespace(op="op")
+    dispatch = shapes.DispatchShape(512, 4, 0, True, False, False)
+    combine = shapes.ExpertCombineShape(512, 4, False, True, False, 0)
+    assert dispatch == combine
+    for _ in range(2):
+        mode.launch(dispatch)
+        mode.launch(combine)
+    assert told == [shapes.DispatchShape, shapes.ExpertCombineShape]
 
 
 def test_nothing_is_built_while_a_graph_is_captured(

@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from epjit import Buffer, Config
+from epjit.kernels.intranode import CombineConfig, DispatchConfig
+from epjit.kernels.shapes import DispatchShape, ExpertCombineShape
 from tests.harness import launch
 from tests.harness.data import payload, routing
 from tests.rounds.normal import layout_of
@@ -88,6 +90,18 @@ def test_a_combine_that_has_no_room() -> None:
     assert all(
         "combine of 8192-byte rows needs num_nvl_bytes >= " in each for each in refused(body)
     )
+
+
+def test_equal_tuples_of_two_operations_are_two_kernels() -> None:
+    def body(comm: Any) -> None:
+        mode: Any = Buffer(None, 1 << 20, comm=comm)._mode
+        dispatch = DispatchShape(512, 4, 0, True, False, False)
+        combine = ExpertCombineShape(512, 4, False, True, False, 0)
+        assert dispatch == combine
+        found = [type(mode._chosen.launch(shape)) for shape in (dispatch, combine)]
+        assert found == [DispatchConfig, CombineConfig]
+
+    launch.run_threads(body, 1)
 
 
 @pytest.mark.parametrize("sizes", [(1 << 20, 1024), (0, 1 << 20)])

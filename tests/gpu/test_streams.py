@@ -258,6 +258,7 @@ def test_tensors_of_an_asynchronous_call_may_be_dropped_at_once(op: str, with_ev
             results.append((sign, out, others, None if with_event else done))
         del done
         assert bool(streams._kept) == with_event
+        comm.synchronize()  # where nobody has kept an event to wait for
         settle(buffer)
         for sign, out, others, done in results:
             if done is not None:
