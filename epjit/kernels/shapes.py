@@ -147,13 +147,9 @@ def warmup_shapes(
         if not num_scales:
             yield CombineShape(hidden_bytes, topk, is_f16)
     for first, second in itertools.product((False, True), repeat=2) if expert_major else ():
-        for (
-            row_bytes,
-            scales,
-            code,
-            casts_f16,
-        ) in payloads:  # cached or not, with weights or without
-            wide = first or topk_is_int64
+        # Cached or not, with weights or without.
+        wide = first or topk_is_int64
+        for row_bytes, scales, code, casts_f16 in payloads:
             yield ExpertDispatchShape(
                 *(row_bytes, scales, num_topk, wide, first, second), code, casts_f16
             )
