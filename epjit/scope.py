@@ -72,16 +72,12 @@ class Kept:
     """
 
     def __init__(self) -> None:
-        self._calls: deque[tuple[Event, object]] = deque()
-
-    def __len__(self) -> int:
-        """Number of calls."""
-        return len(self._calls)
+        self.calls: deque[tuple[Event, object]] = deque()
 
     def keep(self, event: EventHandle, tensors: object) -> None:
         """Keeps whatever tensors are in an object; from any thread."""
         if event.raw is not None:
-            self._calls.append((event.raw, tensors))
+            self.calls.append((event.raw, tensors))
 
     def take_done(self) -> list[object]:
         """Tensors that are not used any more; one thread at a time, with the events' GPU current.
@@ -92,7 +88,7 @@ class Kept:
         Raises:
             RuntimeError: The GPU is lost.
         """
-        calls, done = self._calls, list[object]()
+        calls, done = self.calls, list[object]()
         while calls:
             with driver.relaxed():
                 while calls and calls[0][0].has_happened():
@@ -104,7 +100,7 @@ class Kept:
 
     def clear(self) -> None:
         """Lets everything go, also what is yet to come: nothing is under way any more."""
-        self._calls = deque(maxlen=0)
+        self.calls = deque(maxlen=0)
 
 
 class Scope:
@@ -230,8 +226,9 @@ class Scope:
         tensors = (*inputs, *outputs) if self._previous is None else (*inputs,)
         kept = None if is_captured else self._kept
         overlap = KeepingOverlap(event, tensors, self._comm, self._current, kept)
-        if kept and (len(kept) >= _FEW_KEPT or _is_large(inputs) or _is_large(outputs)):
-            self._done = kept.take_done()
+        if kept is not None and kept.calls:
+            if len(kept.calls) >= _FEW_KEPT or _is_large(inputs) or _is_large(outputs):
+                self._done = kept.take_done()
         return overlap
 
     def _end(self) -> tuple[EventHandle | None, bool]:
@@ -281,7 +278,9 @@ class KeepingOverlap(EventOverlap):
         kept: Kept | None,
     ) -> None:
         self.event, self.extra_tensors = event, tensors  # not by super(): 0.2 us
-        self._comm, self._current, self._kept, self._pid = comm, current, kept, os.getpid()
+        self._comm, self._current, self._kept = comm, current, kept
+        if kept is None:
+            self._pid = os.getpid()
 
     def _let_go(self) -> None:
         """The current stream waits for the event."""

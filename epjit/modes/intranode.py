@@ -11,7 +11,7 @@ import math
 import weakref
 from collections.abc import Iterable
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import torch
 
@@ -80,14 +80,6 @@ class _Arena:
         # What lies here is the caller's, who got it from a dispatch; reset() leaves it alone.
         self.outputs = align(self.notify + num_ranks * self.notify_stride * 4)
         self.total = self.outputs + num_output_bytes
-
-
-class _Outputs(NamedTuple):
-    """Outputs of a dispatch, and whether peers can write to them."""
-
-    received: Dispatched
-    src_idx: torch.Tensor | None
-    has_room: bool
 
 
 class Intranode(Normal[AnyShape]):
@@ -200,11 +192,13 @@ class Intranode(Normal[AnyShape]):
             self._notify.start(scope.stream, 1 + num_ranks)
 
             def start(room: Room) -> list[Any]:
-                outputs = self._allocate_outputs(
+                outputs, has_room = self._allocate_outputs(
                     scope, launch, room.sizes[0], call, with_src_idx=True
                 )
-                self._dispatch_rows(scope, launch, call, shared, outputs, least_rows=room.least)
-                return [*outputs.received[:4], outputs.src_idx]
+                self._dispatch_rows(
+                    scope, launch, call, shared, outputs, has_room, least_rows=room.least
+                )
+                return outputs
 
             if waits:
                 outputs, per_expert = self._receive(
@@ -227,9 +221,11 @@ class Intranode(Normal[AnyShape]):
     ) -> Dispatched:
         """Dispatches another payload along the routing of a handle."""
         launch = self.launch(dispatch_shape(call))
-        outputs = self._allocate_outputs(scope, launch, handle.num_rows, call, with_src_idx=False)
-        self._dispatch_rows(scope, launch, call, self._routing(handle), outputs)
-        return outputs.received
+        outputs, has_room = self._allocate_outputs(
+            scope, launch, handle.num_rows, call, with_src_idx=False
+        )
+        self._dispatch_rows(scope, launch, call, self._routing(handle), outputs, has_room)
+        return Dispatched(*outputs[:2])
 
     def _allocate_outputs(
         self,
@@ -239,20 +235,22 @@ class Intranode(Normal[AnyShape]):
         call: Dispatch,
         *,
         with_src_idx: bool,
-    ) -> _Outputs:
+    ) -> tuple[list[Any], bool]:
         """Outputs of a dispatch: with `direct` where peers reach them, if there is room for all.
 
         Each is a block of its own, so that a handle, which lives long, does not keep the rows. What
         a CUDA graph writes is written at every replay, also when the tensors are long gone: that is
         what torch keeps private pools for, so under capture all outputs are torch's.
+
+        Returns:
+            Rows, scales, choices, weights, `recv_src_idx`; and whether peers can write to them.
         """
         src_idx = IntranodeHandle.row_specs(num_rows) if with_src_idx else (None,)
         specs = (*self._specs(num_rows, call), *src_idx)
         with scope.allocating():
             direct = launch.kernel.config.direct
             blocks = self._empty_blocks(scope, specs) if direct else None
-            tensors = self._empty(specs) if blocks is None else blocks
-        return _Outputs(Dispatched(*tensors[:4]), tensors[4], blocks is not None)
+            return (self._empty(specs), False) if blocks is None else (blocks, True)
 
     def _empty_blocks(
         self, scope: AnyScope, specs: Iterable[TensorSpec | None]
@@ -299,21 +297,23 @@ class Intranode(Normal[AnyShape]):
         launch: Launch[DispatchConfig],
         call: Dispatch,
         routing: dict[str, int],
-        outputs: _Outputs,
+        outputs: list[Any],
+        has_room: bool,
         *,
         least_rows: int = -1,
     ) -> None:
         """Queues the dispatch kernel."""
         config, num_sms = launch.kernel.config, call.num_sms
+        *received, src_idx = outputs
         scope.start()
         launch.set(
-            **self._rows(call, outputs.received[:4]),
+            **self._rows(call, received),
             **routing,
-            recv_src_idx=pointer(outputs.src_idx),
+            recv_src_idx=0 if src_idx is None else src_idx.data_ptr(),
             global_scale=pointer(call.global_scale),
             least_rows=least_rows,
-            has_room=outputs.has_room,
-            num_stage_warps=config.stage_warps(num_sms, has_room=outputs.has_room),
+            has_room=has_room,
+            num_stage_warps=config.stage_warps(num_sms, has_room=has_room),
         )
         launch.start(scope.stream, num_sms)
 
@@ -338,15 +338,16 @@ class Intranode(Normal[AnyShape]):
         """Queues the kernel of a combine; `own` are parameters of rows by expert alone."""
         config, num_sms, num_tokens = launch.kernel.config, call.num_sms, handle.num_tokens
         check_warps(config, num_sms)
+        weights, bias_0, bias_1 = call.topk_weights, call.bias_0, call.bias_1
         choices, num_experts = call.order or (None, 0)
         scope.start()
         launch.set(
             x=x.data_ptr(),
-            topk_weights=pointer(call.topk_weights),
-            bias_0=pointer(call.bias_0),
-            bias_1=pointer(call.bias_1),
+            topk_weights=0 if weights is None else weights.data_ptr(),
+            bias_0=0 if bias_0 is None else bias_0.data_ptr(),
+            bias_1=0 if bias_1 is None else bias_1.data_ptr(),
             combined_x=sums[0].data_ptr(),
-            combined_topk_weights=pointer(sums[1]),
+            combined_topk_weights=0 if weights is None else pointer(sums[1]),
             recv_src_idx=handle.recv_src_idx.data_ptr(),
             send_head=handle.send_head.data_ptr(),
             rank_prefix=handle.rank_prefix_matrix.data_ptr(),

@@ -89,9 +89,11 @@ class Launch(Generic[C]):
                 self._set(values)
             if self._unset:
                 raise TypeError(f"{self.kernel.config.op} was never given {sorted(self._unset)}")
-            (status,) = self._launch(stream, grid)
+            shape = self._shape
+            shape.gridDimX, shape.hStream = grid, stream
+            (status,) = self._cu_launch(shape, self._function, self._arguments, 0)
             if status:
-                self._recover(status, stream, grid)
+                self._recover(status, grid)
 
     def _set(self, values: dict[str, Any]) -> None:
         fields = self._fields
@@ -108,13 +110,7 @@ class Launch(Generic[C]):
         if self._unset:
             self._unset -= values.keys()
 
-    def _launch(self, stream: int, grid: int) -> tuple[Any]:
-        shape = self._shape
-        shape.gridDimX, shape.hStream = grid, stream
-        result: tuple[Any] = self._cu_launch(shape, self._function, self._arguments, 0)
-        return result
-
-    def _recover(self, status: Any, stream: int, grid: int) -> None:
+    def _recover(self, status: Any, grid: int) -> None:
         """Launches again with the kernel's GPU current, if that may be what was missing.
 
         A thread has no context before it first uses a GPU, or another GPU is current in it.
@@ -122,7 +118,7 @@ class Launch(Generic[C]):
         results = driver.load().CUresult
         if status in (results.CUDA_ERROR_INVALID_CONTEXT, results.CUDA_ERROR_INVALID_HANDLE):
             with driver.using(self.kernel.device):
-                (status,) = self._launch(stream, grid)
+                (status,) = self._cu_launch(self._shape, self._function, self._arguments, 0)
         if status:
             raise RuntimeError(
                 f"{self.kernel.config.op} cannot be launched with {grid} blocks of "

@@ -112,6 +112,17 @@ class Event:
                 f"stream {stream_handle:#x} cannot be made to wait: {driver.describe(status)}"
             )
 
+    def order(self, first: int, then: int) -> None:
+        """Makes stream `then` wait, from now on, for all that stream `first` has now."""
+        cuda = driver.load()
+        (failed,) = cuda.cuEventRecord(self._handle, first)
+        (status,) = cuda.cuStreamWaitEvent(then, self._handle, 0)
+        if failed or status:
+            raise RuntimeError(
+                f"stream {then:#x} cannot be made to wait for stream {first:#x}: "
+                f"{driver.describe(failed or status)}"
+            )
+
     def has_happened(self) -> bool:
         """Whether the stream is done with all of it.
 
@@ -224,11 +235,11 @@ class CommStream:
 
     def wait_for(self, stream_handle: int) -> None:
         """Makes this stream wait, from now on, for all that `stream_handle` has now."""
-        self._order(self._before, stream_handle, self.handle)
+        self._before.order(stream_handle, self.handle)
 
     def make_wait(self, stream_handle: int) -> None:
         """Makes `stream_handle` wait, from now on, for all that this stream has now."""
-        self._order(self._after, self.handle, stream_handle)
+        self._after.order(self.handle, stream_handle)
 
     def follow(self, last: int, stream_handle: int) -> None:
         """Makes `stream_handle` wait, from now on, for all that `last` has now.
@@ -244,9 +255,4 @@ class CommStream:
         if not captures:
             _check_not_blocked(last)
         if captures == (last not in _LEGACY and is_capturing(last)):
-            self._order(self._before, last, stream_handle)
-
-    @staticmethod
-    def _order(event: Event, first: int, then: int) -> None:
-        event.record(first)
-        event.make_wait(then)
+            self._before.order(last, stream_handle)
