@@ -69,6 +69,9 @@ class Kept:
 
     Tensors go where `take_done`'s result is dropped, which must not be within a Buffer's turn: what
     they run as they go, such as finalizers, may take other locks.
+
+    Attributes:
+        calls: Event and tensors of each.
     """
 
     def __init__(self) -> None:

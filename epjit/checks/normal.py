@@ -323,7 +323,9 @@ class NormalChecks(Checks):
         """The tensors of a combine along with a handle of so many rows and tokens."""
         arguments = (signature(x, topk_weights, bias_0, bias_1), num_rows, num_tokens)
         if arguments in self._passed:
-            self._addresses(x=x, bias_0=bias_0, bias_1=bias_1)
+            check_aligned("x", x)
+            if bias_0 is not None or bias_1 is not None:
+                self._addresses(bias_0=bias_0, bias_1=bias_1)
             return
         self._rows("x", x, num_rows, SUM_DTYPES, "one row for each row of the dispatch")
         if topk_weights is not None:

@@ -336,7 +336,7 @@ class Intranode(Normal[AnyShape]):
         **own: int,
     ) -> None:
         """Queues the kernel of a combine; `own` are parameters of rows by expert alone."""
-        config, num_sms, num_tokens = launch.kernel.config, call.num_sms, handle.num_tokens
+        config, num_sms, num_tokens = launch.kernel.config, call.num_sms, sums[0].shape[0]
         check_warps(config, num_sms)
         weights, bias_0, bias_1 = call.topk_weights, call.bias_0, call.bias_1
         choices, num_experts = call.order or (None, 0)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import itertools
 import os
 import sys
 from collections.abc import Iterator
@@ -14,6 +15,8 @@ import torch
 from epjit.runtime import driver
 
 _DISABLE_TIMING = 2  # CU_EVENT_DISABLE_TIMING
+_NON_BLOCKING = 1  # CU_STREAM_NON_BLOCKING
+_PRIORITY, _MOST_STREAMS = -1, 32  # as torch.cuda.Stream(priority=-1) has it
 _NOT_READY = 600  # CUDA_ERROR_NOT_READY
 _LEGACY = (0, 1)  # the default stream, as torch names it, and CU_STREAM_LEGACY
 
@@ -195,9 +198,24 @@ def _check_not_blocked(stream_handle: int) -> None:
         )
 
 
+_numbers = itertools.count()
+
+
 def high_priority_stream(device: int) -> torch.cuda.Stream:
-    """A stream whose kernels start before those of others."""
-    return torch.cuda.Stream(device=device, priority=-1)
+    """A stream whose kernels start before those of others, one of 32 that are taken in turns.
+
+    As torch's are, which would make all of its own, of each priority, for the first one. They are
+    never destroyed: torch's allocator may come back to a stream long after a Buffer has gone.
+    """
+    return _stream(device, next(_numbers) % _MOST_STREAMS)
+
+
+@functools.cache
+def _stream(device: int, number: int) -> torch.cuda.Stream:
+    del number
+    with driver.using(device):
+        handle = int(driver.call("cuStreamCreateWithPriority", _NON_BLOCKING, _PRIORITY))
+    return torch.cuda.ExternalStream(handle, device=device)
 
 
 class CommStream:

@@ -531,11 +531,11 @@ def test_a_capture_does_not_follow_the_default_stream(
     monkeypatch.setattr(streams, "driver", CaptureDriver(status, capturing))
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: 5 in capturing)
     comm: Any = CommStream.__new__(CommStream)
-    comm._before, comm._order = None, mock.Mock()
+    comm._before = mock.Mock()
     refused = pytest.raises(BlockedStreamError, match="cudaStreamNonBlocking")
     with refused if expected == "refused" else contextlib.nullcontext():
         comm.follow(last, 5)
-    assert comm._order.called == (expected == "order")
+    assert comm._before.order.called == (expected == "order")
 
 
 def test_flags_must_go_together_on_the_cpu_too() -> None:
