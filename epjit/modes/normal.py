@@ -456,10 +456,11 @@ def word_strides(scales: torch.Tensor | None) -> tuple[int, int]:
 def dispatch_shape(call: Dispatch) -> DispatchShape:
     """The shape of a dispatch."""
     topk_idx = call.topk_idx
-    of_rows, cast = _sent(call)
-    if topk_idx is None:
-        return DispatchShape(*of_rows, 0, True, *cast)
-    return DispatchShape(*of_rows, topk_idx.shape[1], topk_idx.dtype == torch.int64, *cast)
+    num_topk, is_int64 = 0, True
+    if topk_idx is not None:
+        num_topk, is_int64 = topk_idx.shape[1], topk_idx.dtype == torch.int64
+    (hidden_bytes, num_scales), cast = _sent(call)
+    return DispatchShape(hidden_bytes, num_scales, num_topk, is_int64, *cast)
 
 
 def _sent(call: Dispatch | ExpertDispatch) -> tuple[tuple[int, int], tuple[int, bool]]:

@@ -11,7 +11,15 @@ from epjit.errors import require
 
 _contexts: dict[int, Any] = {}
 _contexts_lock = threading.RLock()  # a finalizer may come back to it
-_thread = threading.local()
+
+
+class _Thread(threading.local):
+    """What a thread has."""
+
+    is_bound = False
+
+
+_thread = _Thread()
 
 
 @functools.cache
@@ -78,7 +86,7 @@ def bind(device: int) -> None:
     So does the first use of a GPU, which may be a call of ours: until then the driver refuses what
     names no stream. Looked up once a thread, as calls come by here.
     """
-    if not getattr(_thread, "is_bound", False):
+    if not _thread.is_bound:
         if not int(call("cuCtxGetCurrent")):
             call("cuCtxSetCurrent", primary_context(device))
         _thread.is_bound = True

@@ -371,7 +371,7 @@ def test_a_thread_is_bound_once(monkeypatch: pytest.MonkeyPatch) -> None:
         calls.append(args)
         return 0
 
-    monkeypatch.setattr(driver, "_thread", threading.local())
+    monkeypatch.setattr(driver, "_thread", driver._Thread())
     monkeypatch.setattr(driver, "call", call)
     monkeypatch.setattr(driver, "primary_context", lambda device: f"context {device}")
     driver.bind(2)

@@ -16,7 +16,7 @@ from epjit.calls import Dispatch, Routing
 from epjit.event import EventHandle, next_number
 from epjit.handles import Dispatched, IntranodeHandle
 from epjit.runtime import stream as streams
-from epjit.runtime.stream import BlockedStreamError, CommStream
+from epjit.runtime.stream import BlockedStreamError, CommStream, Event
 from epjit.scope import CpuStreams, CurrentStream, KeepingOverlap, Scope, Streams, Turns
 
 COMM = 99
@@ -536,6 +536,35 @@ def test_a_capture_does_not_follow_the_default_stream(
     with refused if expected == "refused" else contextlib.nullcontext():
         comm.follow(last, 5)
     assert comm._before.order.called == (expected == "order")
+
+
+def test_streams_are_made_one_by_one_and_taken_in_turns(monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[tuple[object, ...]] = []
+
+    def call(*args: object) -> int:
+        made.append(args)
+        return 100 + len(made)
+
+    monkeypatch.setattr(streams, "driver", mock.MagicMock(call=call))
+    monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: (handle, device))
+    streams._stream.cache_clear()
+    try:
+        first = [streams.high_priority_stream(3) for _ in range(32)]
+        assert sorted(first) == [(101 + n, 3) for n in range(32)]
+        assert [streams.high_priority_stream(3) for _ in range(33)] == [*first, first[0]]
+        assert made == [("cuStreamCreateWithPriority", 1, -1)] * 32
+    finally:
+        streams._stream.cache_clear()
+
+
+def test_a_wait_between_streams_that_the_driver_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
+    cuda = mock.MagicMock(cuEventRecord=lambda *_: (1,), cuStreamWaitEvent=lambda *_: (0,))
+    known = mock.MagicMock(load=lambda: cuda, describe=lambda status: f"status {status}")
+    monkeypatch.setattr(streams, "driver", known)
+    with pytest.raises(
+        RuntimeError, match="stream 0x6 cannot be made to wait for .* 0x5: status 1"
+    ):
+        Event(mock.Mock(), 7).order(5, 6)
 
 
 def test_flags_must_go_together_on_the_cpu_too() -> None:
