@@ -25,12 +25,13 @@ class EventHandle:
         stream: Stream to record on; the current stream when None.
 
     Attributes:
+        number: Of two events of one stream, the higher is that of the one that covers the other.
         raw: The driver's event; None without a GPU.
         tensors_to_record: Tensors that must live as long as this object.
     """
 
     # Streams by their raw handles: a torch.cuda.Stream or Event takes 2 to 8 us of the host.
-    __slots__ = ("_device", "_number", "_stream", "raw", "tensors_to_record")
+    __slots__ = ("_device", "_stream", "number", "raw", "tensors_to_record")
 
     def __init__(self, stream: torch.cuda.Stream | None = None) -> None:
         self.tensors_to_record: tuple[Any, ...] = ()
@@ -58,13 +59,13 @@ class EventHandle:
         self._stream, self._device = stream, device
         # Before it records: of two numbers the higher is that of the event that covers more,
         # also when another thread queues something, and draws, in between.
-        self._number = next_number()
+        self.number = next_number()
         event.record(stream)
         self.raw = event
 
     def covers(self, stream: int, number: int) -> bool:
         """Whether it stands for all that was on a stream when a number was drawn."""
-        return self.raw is not None and self._stream == stream and self._number > number
+        return self.raw is not None and self._stream == stream and self.number > number
 
     def check_device(self, device: int) -> None:
         """Refuses an event of another GPU, where nothing of a call's own GPU was waited for.
@@ -99,6 +100,10 @@ class EventHandle:
         else:
             with driver.using(device):  # each GPU has a default stream, all with the same handle
                 self.raw.make_wait(stream)
+
+    def has_happened(self) -> bool:
+        """Whether it has; see `Event.has_happened`."""
+        return self.raw is None or self.raw.has_happened()
 
     def synchronize(self) -> None:
         """Blocks the host until the event has happened."""

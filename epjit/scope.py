@@ -75,12 +75,15 @@ class Kept:
     """
 
     def __init__(self) -> None:
-        self.calls: deque[tuple[Event, object]] = deque()
+        self.calls: deque[tuple[EventHandle, object]] = deque()
 
     def keep(self, event: EventHandle, tensors: object) -> None:
-        """Keeps whatever tensors are in an object; from any thread."""
+        """Keeps whatever tensors are in an object, until an event of the Buffer's stream.
+
+        From any thread, and in any order: a call is kept when its event is dropped.
+        """
         if event.raw is not None:
-            self.calls.append((event.raw, tensors))
+            self.calls.append((event, tensors))
 
     def take_done(self) -> list[object]:
         """Tensors that are not used any more; one thread at a time, with the events' GPU current.
@@ -94,7 +97,10 @@ class Kept:
         calls, done = self.calls, list[object]()
         while calls:
             with driver.relaxed():
-                while calls and calls[0][0].has_happened():
+                # One after another on one stream: what has happened covers all that is older.
+                newest = calls[-1][0]
+                number = newest.number if newest.has_happened() else 0
+                while calls and (calls[0][0].number <= number or calls[0][0].has_happened()):
                     done.append(calls.popleft())
             if len(calls) + 1 < _MOST_KEPT:  # with the one that is being made
                 break

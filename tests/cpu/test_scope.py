@@ -26,12 +26,14 @@ class RawEvent:
     """An event of the driver."""
 
     is_recorded = has_ended = False
+    times_asked = 0
 
     def record(self, stream: int) -> None:
         del stream
         self.is_recorded = True
 
     def has_happened(self) -> bool:
+        self.times_asked += 1
         return self.has_ended
 
 
@@ -115,7 +117,7 @@ class FakeEvent(EventOverlap):
     def __init__(self, stream: int = 1, device: int = 0) -> None:
         self.event: Any = EventHandle.__new__(EventHandle)
         self.event.raw, self.event._stream = mock.Mock(), stream
-        self.event._device, self.event._number = device, next_number()
+        self.event._device, self.event.number = device, next_number()
 
 
 class FakeTensor(torch.Tensor):
@@ -382,6 +384,25 @@ def test_small_calls_are_asked_for_now_and_then(
     assert max(numbers) == most
 
 
+def test_what_has_happened_covers_older_calls_and_no_later_ones(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Events may be dropped in any order."""
+    world, kept = World(monkeypatch), list[Any]()
+    for _ in range(6):
+        with world.scope(is_async=True) as scope:
+            kept.append(scope.finish((FakeTensor(),)))
+    events: Any = world.comm.events.taken
+    for event in events[:4]:
+        event.has_ended = True
+    for number in (0, 1, 4, 2, 5, 3):
+        kept[number] = None
+    done: Any = world.streams._kept.take_done()
+    assert [event.raw for event, _ in done] == events[:2]  # what comes behind a later one waits
+    assert [events.index(event.raw) for event, _ in world.streams._kept.calls] == [4, 2, 5, 3]
+    assert [event.times_asked for event in events] == [0, 0, 0, 1, 1, 0]
+
+
 @pytest.mark.parametrize("captures", [False, True])
 @pytest.mark.parametrize(("waits_on", "is_safe"), [(None, False), (2, False), (1, True)])
 @pytest.mark.parametrize("is_low_latency", [False, True])
@@ -547,11 +568,12 @@ def test_streams_are_made_one_by_one_and_taken_in_turns(monkeypatch: pytest.Monk
 
     monkeypatch.setattr(streams, "driver", mock.MagicMock(call=call))
     monkeypatch.setattr(torch.cuda, "ExternalStream", lambda handle, device: (handle, device))
+    take: Any = streams.high_priority_stream
     streams._stream.cache_clear()
     try:
-        first = [streams.high_priority_stream(3) for _ in range(32)]
+        first = [take(3) for _ in range(32)]
         assert sorted(first) == [(101 + n, 3) for n in range(32)]
-        assert [streams.high_priority_stream(3) for _ in range(33)] == [*first, first[0]]
+        assert [take(3) for _ in range(33)] == [*first, first[0]]
         assert made == [("cuStreamCreateWithPriority", 1, -1)] * 32
     finally:
         streams._stream.cache_clear()
@@ -562,7 +584,7 @@ def test_a_wait_between_streams_that_the_driver_refuses(monkeypatch: pytest.Monk
     known = mock.MagicMock(load=lambda: cuda, describe=lambda status: f"status {status}")
     monkeypatch.setattr(streams, "driver", known)
     with pytest.raises(
-        RuntimeError, match="stream 0x6 cannot be made to wait for .* 0x5: status 1"
+        RuntimeError, match=r"stream 0x6 cannot be made to wait for .* 0x5: status 1"
     ):
         Event(mock.Mock(), 7).order(5, 6)
 
