@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 from epjit.calls import CombineSizes, DispatchSizes
-from epjit.runtime.empty import Empty, TensorSpec, beginning, matrix, vector
+from epjit.runtime.empty import Empty, TensorSpec, matrix, part, vector
+from epjit.sizes import align
 
 
 class IntranodeHandle(NamedTuple):
@@ -456,25 +457,27 @@ class LowLatencyDispatched(NamedTuple):
     def specs(sizes: DispatchSizes, num_ranks: int) -> LowLatencySpecs:
         """Of its tensors.
 
-        Behind `src_info` and the `Routes` lie `2 (K + T)` words more, and one if weights go along,
-        so that the length of them all says so to `dispatched_sizes`.
+        Before `src_info`, in the same memory, lies `recv_count`. Behind it and the `Routes` lie
+        `2 (K + T)` words more, and one if weights go along, so that the length of them all says so
+        to `dispatched_sizes`.
         """
         num_local, num_rows = sizes.num_experts // num_ranks, num_ranks * sizes.max_tokens
         num_routes = num_ranks + 2 * num_rows * sizes.num_topk
         num_extra = 2 * (sizes.num_topk + sizes.num_tokens) + sizes.weights_sent
+        num_counts = align(num_local, 32)  # `src_info` begins a cache line
         new = (
             *sizes.row_format.specs(num_local, num_rows, sizes.hidden),
-            vector(torch.int32, num_local),
-            vector(torch.int32, num_local * num_rows + num_routes + num_extra),
+            vector(torch.int32, num_counts + num_local * num_rows + num_routes + num_extra),
             matrix(torch.int64, num_local, num_ranks),
         )
-        return LowLatencySpecs(new, ((num_local, num_rows), (num_rows, 1)))
+        src_info = (num_local, num_rows), (num_rows, 1), num_counts
+        return LowLatencySpecs(new, ((num_local,), (1,)), src_info)
 
     @classmethod
     def allocate(cls, specs: LowLatencySpecs, empty: Empty) -> LowLatencyDispatched:
         """New tensors, uninitialised, on any device."""
-        recv_x, recv_scales, recv_count, words, layout_range = empty(specs.new)
-        src_info = beginning(words, *specs.src_info)
+        recv_x, recv_scales, words, layout_range = empty(specs.new)
+        recv_count, src_info = part(words, *specs.recv_count), part(words, *specs.src_info)
         return cls(recv_x, recv_scales, recv_count, src_info, layout_range)
 
 
@@ -482,13 +485,15 @@ class LowLatencySpecs(NamedTuple):
     """Specs of the tensors of a `LowLatencyDispatched`.
 
     Attributes:
-        new: Of `recv_x`, its scales, `recv_count`, the words that `src_info` and the `Routes` lie
+        new: Of `recv_x`, its scales, the words that `recv_count`, `src_info` and the `Routes` lie
             in, and `layout_range`.
-        src_info: Shape and strides, in these words.
+        recv_count: Shape and strides, in these words.
+        src_info: Shape, strides and offset, in these words.
     """
 
     new: tuple[TensorSpec | None, ...]
-    src_info: tuple[tuple[int, int], tuple[int, int]]
+    recv_count: tuple[tuple[int], tuple[int]]
+    src_info: tuple[tuple[int, int], tuple[int, int], int]
 
 
 class Routes(NamedTuple):

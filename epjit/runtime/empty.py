@@ -34,9 +34,11 @@ def by_columns(dtype: torch.dtype, num_rows: int, num_columns: int) -> TensorSpe
 _reinterpret = getattr(torch._C._dynamo.guards, "_reinterpret_tensor", torch.as_strided)
 
 
-def beginning(memory: torch.Tensor, shape: Sequence[int], strides: Sequence[int]) -> torch.Tensor:
-    """A tensor over the first elements of a new one's memory."""
-    made: torch.Tensor = _reinterpret(memory, shape, strides)
+def part(
+    memory: torch.Tensor, shape: Sequence[int], strides: Sequence[int], offset: int = 0
+) -> torch.Tensor:
+    """A tensor over some elements of a new one's memory."""
+    made: torch.Tensor = _reinterpret(memory, shape, strides, offset)
     return made
 
 

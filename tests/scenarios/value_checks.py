@@ -167,7 +167,8 @@ def _low_latency(
     far, infinite, broken = idx.clone(), x.clone(), weights.clone()
     far[3, 0], infinite[1, 7], broken[0, 2] = num_experts, torch.inf, torch.nan
     # What lies behind src_info in its storage, as a handle that somebody has written to.
-    src_info, first = handle[0], handle[0].numel()
+    src_info = handle[0]
+    first = src_info.storage_offset() + src_info.numel()
     written = src_info.as_strided((1,), (1,), first + buffer.rank)
 
     def with_another_count() -> object:
