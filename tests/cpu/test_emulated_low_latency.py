@@ -432,7 +432,8 @@ def _guarded_outputs(shape: Shape, num_tokens: int) -> LowLatencyDispatched:
 
 def _whole_storage(src_info: Tensor) -> Tensor:
     """The same with the words behind it, in memory whose bounds are watched."""
-    words = guarded(src_info.untyped_storage().nbytes() // 4, dtype=torch.int32)
+    num_words = src_info.untyped_storage().nbytes() // 4 - src_info.storage_offset()
+    words = guarded(num_words, dtype=torch.int32)
     return words[: src_info.numel()].view(src_info.shape)
 
 
