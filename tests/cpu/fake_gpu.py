@@ -194,6 +194,8 @@ def fake_gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
     monkeypatch.setattr(driver, "load", gpu.load)
     monkeypatch.setattr(driver, "call", gpu.call)
     monkeypatch.setattr(driver, "using", lambda device: nullcontext())
+    of_events = dict.fromkeys(("eventRecord", "streamWaitEvent"), lambda *_: None)
+    monkeypatch.setattr(streams, "_runtime", lambda: SimpleNamespace(**of_events))
     monkeypatch.setattr(driver, "primary_context", lambda device: 1)
     monkeypatch.setattr(kernel, "compile_kernel", gpu.compile)
     monkeypatch.setattr(kernel, "can_start_early", lambda *_, **__: False)

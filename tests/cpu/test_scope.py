@@ -580,9 +580,8 @@ def test_streams_are_made_one_by_one_and_taken_in_turns(monkeypatch: pytest.Monk
 
 
 def test_a_wait_between_streams_that_the_driver_refuses(monkeypatch: pytest.MonkeyPatch) -> None:
-    cuda = mock.MagicMock(cuEventRecord=lambda *_: (1,), cuStreamWaitEvent=lambda *_: (0,))
-    known = mock.MagicMock(load=lambda: cuda, describe=lambda status: f"status {status}")
-    monkeypatch.setattr(streams, "driver", known)
+    refusing = mock.Mock(side_effect=RuntimeError("status 1"))
+    monkeypatch.setattr(streams, "_runtime", lambda: mock.Mock(eventRecord=refusing))
     with pytest.raises(
         RuntimeError, match=r"stream 0x6 cannot be made to wait for .* 0x5: status 1"
     ):
