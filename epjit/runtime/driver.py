@@ -14,7 +14,7 @@ _contexts_lock = threading.RLock()  # a finalizer may come back to it
 
 
 class _Thread(threading.local):
-    """What a thread has."""
+    """Facts of one thread."""
 
     is_bound = False
 

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from epjit.calls import Dispatch
+from epjit.handles import Dispatched
 from epjit.kernels import variants
 from epjit.kernels.intranode import DispatchConfig
 from epjit.kernels.shapes import DispatchShape
@@ -59,13 +60,15 @@ class World:
         shape = DispatchShape(2 * HIDDEN, 0, 0 if cached else TOPK, True)
         config = DispatchConfig.choose(shape, num_ranks=2, variant=variant, limit=200 << 10)
         launch: Any = SimpleNamespace(kernel=SimpleNamespace(config=config))
-        return self.mode._allocate_outputs(
+        tensors, has_room = self.mode._allocate_outputs(
             self.scope,  # type: ignore[arg-type]
             launch,
             rows,
             Dispatch(x, None, idx, None, (), 1, 0, 2),
             with_src_idx=not cached,
         )
+        *received, src_idx = tensors
+        return SimpleNamespace(received=Dispatched(*received), src_idx=src_idx, has_room=has_room)
 
 
 @pytest.fixture(autouse=True)
