@@ -197,7 +197,7 @@ def _normal(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
 
 def _low_latency(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
     """Kernels that a Buffer compiles when it is made, and for low-latency calls."""
-    from epjit.checks.low_latency import check_variant
+    from epjit.checks.low_latency import check_variants
     from epjit.formats import BF16, FORMATS, LOGFMT_BLOCK
     from epjit.kernels import low_latency
 
@@ -205,7 +205,7 @@ def _low_latency(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]
     formats = {each.name: each for each in FORMATS}
     for each in calls:
         each.check(group)
-        check_variant(group.domains)
+        check_variants(num_domains=group.domains, enable_shrink=False)
         row_format = formats.get(each.dtype.value, BF16)
         granularity = max(row_format.granularity, LOGFMT_BLOCK if each.logfmt else 1)
         if each.dtype is Dtype.fp16 or each.topk < 1 or each.hidden % granularity:

@@ -532,7 +532,7 @@ class LowLatencyDispatch {
   // first of them are here. False: leave.
   template <typename DrawOn>
   __device__ bool receive_lines(int source, int token, int part, DrawOn draw_on) const {
-    constexpr int kBatch = 8;
+    constexpr int kBatch = 4;
     const char* const src = slot(own(), source, token);
     const int units = ceil_div(kUnits, p.num_parts), last = min(kUnits, (part + 1) * units);
     int first = part * units;
@@ -549,18 +549,17 @@ class LowLatencyDispatch {
     Placed placed{-1, 0.0f};
     uint32_t here = 0;
     const auto look_at_batch = [&] {
-      uint32_t missing = 0;
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (first + i >= last) break;
-        batch[i].look(src, first + i, lane);
-        if (!batch[i].is_here(waiter.epoch, lane)) missing = 1;
-      }
-      return missing;
+      for (int i = 0; i < kBatch; ++i)
+        batch[i].look(Unit::in_lines(src, min(first + i, last - 1), lane));
+      bool all_here = true;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) all_here &= batch[i].is_here(waiter.epoch, lane);
+      return all_here ? 0u : 1u;
     };
     const auto look_at = [&] {
       Unit head;
-      head.look(src, 0, lane);
+      head.look(Unit::in_lines(src, 0, lane));
       const uint32_t missing = look_at_batch();
       if (!__all_sync(kFullMask, head.is_here(waiter.epoch, lane))) return 1u;
       placed = selection_of(head, source);
