@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from epjit.buffer import Buffer
-from epjit.calls import Bias, Payload
+from epjit.calls import Bias, Payload, payload_of
 from epjit.checks.elastic import ElasticChecks
 from epjit.config import MAX_TOPK
 from epjit.event import EventHandle, EventOverlap, event_of
@@ -440,7 +440,7 @@ class ElasticBuffer:
             outputs = (*received, *vars(received.handle).values())
             event = scope.finish((call, used), outputs)
         rows, scales, idx, weights, made = received
-        return rows if scales is None else (rows, scales), idx, weights, made, event
+        return payload_of(rows, scales), idx, weights, made, event
 
     @torch.no_grad()
     def combine(

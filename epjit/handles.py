@@ -459,16 +459,16 @@ class LowLatencyDispatched(NamedTuple):
         Behind `src_info` and the `Routes` lie `2 (K + T)` words more, and one if weights go along,
         so that the length of them all says so to `dispatched_sizes`.
         """
-        num_local, num_rows = sizes.num_experts // num_ranks, num_ranks * sizes.max_tokens
+        num_local_experts, num_rows = sizes.num_experts // num_ranks, num_ranks * sizes.max_tokens
         num_routes = num_ranks + 2 * num_rows * sizes.num_topk
         num_extra = 2 * (sizes.num_topk + sizes.num_tokens) + sizes.weights_sent
         new = (
-            *sizes.row_format.specs(num_local, num_rows, sizes.hidden),
-            vector(torch.int32, num_local),
-            vector(torch.int32, num_local * num_rows + num_routes + num_extra),
-            matrix(torch.int64, num_local, num_ranks),
+            *sizes.row_format.specs(num_local_experts, num_rows, sizes.hidden),
+            vector(torch.int32, num_local_experts),
+            vector(torch.int32, num_local_experts * num_rows + num_routes + num_extra),
+            matrix(torch.int64, num_local_experts, num_ranks),
         )
-        return LowLatencySpecs(new, ((num_local, num_rows), (num_rows, 1)))
+        return LowLatencySpecs(new, ((num_local_experts, num_rows), (num_rows, 1)))
 
     @classmethod
     def allocate(cls, specs: LowLatencySpecs, empty: Empty) -> LowLatencyDispatched:
