@@ -436,8 +436,9 @@ class ElasticBuffer:
         )
         with buffer._entered(), buffer._streams.scope(*flags) as scope:
             _wait(scope, previous_event_before_epilogue)
+            routed = self._mode.route(scope, call.handle, call.num_sms)
             received, used = self._mode.dispatch(scope, call)
-            outputs = (*received, *vars(received.handle).values())
+            outputs = (*received, *vars(received.handle).values(), *routed)
             event = scope.finish((call, used), outputs)
         rows, scales, idx, weights, made = received
         return rows if scales is None else (rows, scales), idx, weights, made, event
@@ -492,8 +493,9 @@ class ElasticBuffer:
         call = self._checks.elastic_combine(x, handle, topk_weights, bias, num_sms=num_sms)
         with buffer._entered(), buffer._streams.scope(*flags) as scope:
             _wait(scope, previous_event_before_epilogue)
+            routed = self._mode.route(scope, handle, call.num_sms)
             combined, used = self._mode.combine(scope, call)
-            return *combined, scope.finish((call, used), combined)
+            return *combined, scope.finish((call, used), (*combined, *routed))
 
     def _sms_of(self, handle: EPHandle | None) -> int:
         return getattr(handle, "num_sms", 0) or self.get_theoretical_num_sms(0, 0)

@@ -31,7 +31,14 @@ from tests.emulation import build
 from tests.emulation.build import guarded
 from tests.harness import launch
 from tests.rounds.elastic import EDGES, check_round, defined_rows, random_round
-from tests.scenarios.elastic import in_turns, of_one_rounding, replays
+from tests.scenarios.elastic import (
+    PUBLIC,
+    from_public_fields,
+    in_turns,
+    of_one_rounding,
+    public_copy,
+    replays,
+)
 
 SIZE = 2 << 20
 
@@ -305,6 +312,64 @@ def test_a_handle_may_be_cut_copied_and_wrapped(expand: bool) -> None:
             assert torch.equal(out, want)
 
     with_buffer(body)
+
+
+@pytest.mark.parametrize("domain", ["", "2"])
+@pytest.mark.parametrize("multiple_reduction", [True, False])
+@pytest.mark.parametrize("expand", [False, True])
+def test_a_handle_is_its_public_fields(
+    expand: bool, multiple_reduction: bool, domain: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Every call with a handle that was made of copies, and that it is worked out once."""
+    if domain:
+        monkeypatch.setenv("EPJIT_NVLINK_DOMAIN", domain)
+
+    def body(buffer: ElasticBuffer) -> None:
+        for waits in (True, False):
+            kept = from_public_fields(buffer, expand=expand, waits=waits, num_sms=8)
+            assert kept.routing is not None
+            again = kept.routing
+            x = torch.zeros(kept.topk_idx.shape[0], 64)
+            buffer.dispatch(x, handle=kept)
+            assert kept.routing is again  # worked out once
+
+    with_buffer(body, 4, allow_multiple_reduction=multiple_reduction)
+
+
+def test_a_handle_that_got_the_tensors_of_another_goes_their_way() -> None:
+    """As when one object serves several batches, and backward sets their tensors back."""
+
+    def body(buffer: ElasticBuffer) -> None:
+        _, rows, _, weights, first, _ = step(buffer, seed=0, do_expand=True)
+        x, again, _, _, second, _ = step(buffer, seed=50, do_expand=True)
+        want, want_weights, _ = buffer.combine(rows, first, weights)
+        for name in PUBLIC:
+            setattr(second, name, getattr(first, name))
+        got, got_weights, _ = buffer.combine(rows, second, weights)
+        assert torch.equal(got, want)
+        assert torch.equal(got_weights, want_weights)
+        assert rows.shape != again.shape
+        cached, *_ = buffer.dispatch(x, handle=second, do_expand=True)
+        assert cached.shape == rows.shape
+
+    with_buffer(body)
+
+
+def test_public_fields_that_do_not_fit_are_refused() -> None:
+    buffer = ElasticBuffer(None, SIZE, comm=launch.Alone())
+    _, rows, _, _, handle, _ = step(buffer, do_expand=True)
+    for name, value, match in (
+        ("topk_idx", handle.topk_idx[:3], "dst_buffer_slot_idx has shape"),
+        ("dst_buffer_slot_idx", handle.dst_buffer_slot_idx.long(), "dtype"),
+        ("num_recv_tokens", 3, "rows, but 3 were dispatched"),
+        ("num_experts", 0, "multiple of the 1 ranks"),
+        ("psum_num_recv_tokens_per_expert", handle.topk_idx[0], "psum_num_recv.*has"),
+        ("num_unaligned_recv_tokens_per_expert", handle.recv_src_metadata[0], "num_unal.*has"),
+    ):
+        wrong = public_copy(handle)
+        setattr(wrong, name, value)
+        with pytest.raises((TypeError, ValueError), match=match):
+            buffer.combine(rows, wrong)
 
 
 def test_an_expanded_handle_without_do_expand_gives_compact_rows() -> None:
