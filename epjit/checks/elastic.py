@@ -237,11 +237,10 @@ class ElasticChecks(NormalChecks):
         if arguments not in self._passed:
             self._check_topk_idx(topk_idx)
             self._experts(handle.num_experts)
-            name, shape = "handle.dst_buffer_slot_idx", tuple(topk_idx.shape)
-            self._check(name, slots, shape, torch.int32, "as handle.topk_idx")
+            name, num_topk = "handle.dst_buffer_slot_idx", topk_idx.shape[1]
+            self._check(name, slots, tuple(topk_idx.shape), torch.int32, "as handle.topk_idx")
             name, why = "handle.recv_src_metadata", "a row for each received token"
-            shape = ("num_tokens", topk_idx.shape[1] + 2)
-            self._check(name, metadata, shape, torch.int32, why)
+            self._check(name, metadata, ("num_tokens", num_topk + 2), torch.int32, why)
             if metadata.shape[0] > num_rows:
                 raise ValueError(
                     f"{name} has {metadata.shape[0]} rows, but {num_rows} were dispatched; it may "

@@ -84,19 +84,24 @@ def test_rows_that_are_undefined_are_anything(monkeypatch: pytest.MonkeyPatch) -
     launch.run_threads(worker, 2)
 
 
-def domains(comm: Any, num_rounds: int) -> None:
-    buffer = ElasticBuffer(None, SIZE, comm=comm)
-    assert buffer.get_physical_domain_size() == buffer.get_logical_domain_size() == (2, 2)
-    assert (buffer.scaleout_rank_idx, buffer.scaleup_rank_idx) == divmod(buffer.rank_idx, 2)
-    for seed in range(num_rounds):
-        case = random_round(4, 9000 + seed, num_sms=8, max_tokens=24)
-        check_round(buffer, replace(case, is_exact=True))
+@pytest.mark.parametrize("multiple_reduction", [True, False])
+@pytest.mark.parametrize(("num_ranks", "domain"), [(4, 2), (6, 3), (6, 2)])
+def test_random_rounds_between_domains(
+    num_ranks: int, domain: int, multiple_reduction: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All as in one domain, but for the order of additions."""
+    monkeypatch.setenv("EPJIT_NVLINK_DOMAIN", str(domain))
 
+    def worker(comm: Any) -> None:
+        buffer = ElasticBuffer(None, SIZE, comm=comm, allow_multiple_reduction=multiple_reduction)
+        sizes = num_ranks // domain, domain
+        assert buffer.get_physical_domain_size() == buffer.get_logical_domain_size() == sizes
+        own = buffer.scaleout_rank_idx, buffer.scaleup_rank_idx
+        assert own == divmod(buffer.rank_idx, domain)
+        for seed in range(20):
+            check_round(buffer, random_round(num_ranks, 9000 + seed, num_sms=12, max_tokens=24))
 
-def test_random_rounds_between_domains(monkeypatch: pytest.MonkeyPatch) -> None:
-    """All as in one domain, but for the order of additions: these sums are exact."""
-    monkeypatch.setenv("EPJIT_NVLINK_DOMAIN", "2")
-    launch.run_threads(domains, 4, 30, timeout=120)
+    launch.run_threads(worker, num_ranks, timeout=200)
 
 
 @pytest.mark.parametrize("multiple_reduction", [True, False])
