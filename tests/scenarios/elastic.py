@@ -305,17 +305,19 @@ def from_public_fields(
             lambda: buffer.combine(rows, own, row_weights)[1],
         ]
 
-    def compare_calls(own: EPHandle) -> None:
-        for call, wanted in zip(calls(own), want, strict=True):
-            got = call()
-            settle(buffer._buffer)
-            assert_rows_equal(got, wanted, f"rank {rank}")
-
-    want = [call().cpu() for call in calls(handle)]
-    for i, wanted in enumerate(want):  # each call is the first one of a handle
-        got = calls(public_copy(handle))[i]()
+    def result(call: Any) -> torch.Tensor:
+        got: torch.Tensor = call()
         settle(buffer._buffer)
-        assert_rows_equal(got, wanted, f"rank {rank}, call {i}")
+        return got.cpu()
+
+    def compare_calls(own: EPHandle) -> None:
+        for i, (call, wanted) in enumerate(zip(calls(own), want, strict=True)):
+            assert_rows_equal(result(call), wanted, f"rank {rank}, call {i}")
+
+    want = [result(call) for call in calls(handle)]
+    for i, wanted in enumerate(want):  # each call is the first one of a handle
+        got = result(calls(public_copy(handle))[i])
+        assert_rows_equal(got, wanted, f"rank {rank}, call {i} first")
     kept = public_copy(handle)
     compare_calls(kept)
     if not expand:
