@@ -301,13 +301,15 @@ class Elastic:
         choices = handle.topk_idx.view(-1, 1)
         room = max(handle.num_expanded_tokens, 1)
         routing, sent = self._route(scope, choices, num_experts, room, call.num_sms)
+        placed = _routed(handle).placement
+        assert placed is not None
         with scope.running():
             # Rows of the metadata are by source rank and token, and columns by k: so are these.
             columns = handle.recv_src_metadata[:, 2:].reshape(-1)
             is_here = columns >= 0
             place = torch.where(is_here, is_here.cumsum(dim=0) - 1, room)
             row_of = columns.new_full((room + 1,), -1).scatter_(0, place, columns)[:room, None]
-        own = ExpertHandle(routing, _expert_handle(handle).placement._replace(row_of=row_of))
+        own = ExpertHandle(routing, placed._replace(row_of=row_of))
         returned = ExpertCombine(call.x, None, call.topk_weights, None, None, own, call.num_sms)
         (rows, weights), used = self.mode.expert_combine(scope, returned)
         with scope.allocating():

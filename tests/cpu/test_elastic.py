@@ -49,7 +49,7 @@ def rounds_of(comm: Any, first: int, num_rounds: int, multiple_reduction: bool =
         check_round(buffer, random_round(buffer.num_ranks, seed, num_sms=4, max_tokens=24))
 
 
-@pytest.mark.parametrize(("num_ranks", "num_rounds"), [(1, 60), (2, 80), (3, 60), (8, 20)])
+@pytest.mark.parametrize(("num_ranks", "num_rounds"), [(1, 60), (2, 300), (3, 60), (8, 20)])
 def test_random_rounds(num_ranks: int, num_rounds: int) -> None:
     launch.run_threads(rounds_of, num_ranks, 100 * num_ranks, num_rounds, timeout=200)
 
