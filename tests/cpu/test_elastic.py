@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import os
 import shutil
@@ -16,7 +17,7 @@ import torch.distributed as dist
 
 from epjit import Buffer, ElasticBuffer, EPBuffer, EventHandle, EventOverlap, elastic
 from epjit.calls import Describe, ElasticDispatch
-from epjit.handles import IntranodeHandle
+from epjit.handles import EPHandle, IntranodeHandle
 from epjit.kernels.elastic import DescribeConfig, SumConfig
 from epjit.modes.cpu import CpuNormal
 from epjit.modes.elastic import Elastic
@@ -358,6 +359,51 @@ def test_a_handle_that_got_the_tensors_of_another_goes_their_way() -> None:
         assert cached.shape == rows.shape
 
     with_buffer(body)
+
+
+class Combined(torch.autograd.Function):
+    """As Automodel does: autograd keeps the tensors of the handle, and backward sets them back."""
+
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor, buffer: ElasticBuffer, handle: EPHandle) -> Any:
+        ctx.buffer, ctx.handle = buffer, handle
+        ctx.names = [name for name in PUBLIC if isinstance(getattr(handle, name), torch.Tensor)]
+        ctx.save_for_backward(*(getattr(handle, name) for name in ctx.names))
+        combined, *_ = buffer.combine(rows, handle)
+        for name in ctx.names:
+            setattr(handle, name, None)
+        return combined
+
+    @staticmethod
+    def backward(ctx: Any, grad: torch.Tensor) -> Any:
+        for name, tensor in zip(ctx.names, ctx.saved_tensors, strict=True):
+            setattr(ctx.handle, name, tensor)
+        rows, *_ = ctx.buffer.dispatch(grad, handle=ctx.handle, do_expand=ctx.handle.do_expand)
+        return rows, None, None
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+def test_autograd_may_keep_the_tensors_of_a_handle(is_packed: bool) -> None:
+    """Also where hooks keep copies, as those that save activations on the CPU."""
+
+    def worker(comm: Any) -> None:
+        buffer = ElasticBuffer(None, SIZE, comm=comm)
+        x, rows, _, _, handle, _ = step(buffer, do_expand=True)
+        want, *_ = buffer.dispatch(x, handle=handle, do_expand=True)
+        routing = handle.routing
+        rows.requires_grad_()
+        keeping: Any = contextlib.nullcontext()
+        if is_packed:
+            pack = torch.Tensor.clone
+            keeping = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with torch.enable_grad():
+            with keeping:
+                combined = Combined.apply(rows, buffer, handle)
+            combined.backward(x)
+        assert torch.equal(rows.grad, want)
+        assert (handle.routing is routing) == (not is_packed)
+
+    launch.run_threads(worker, 2)
 
 
 def test_public_fields_that_do_not_fit_are_refused() -> None:
