@@ -34,7 +34,7 @@ from epjit.handles import (
     Placement,
     row_bound,
 )
-from epjit.kernels.elastic import DescribeConfig, SumConfig
+from epjit.kernels.elastic import CARRIER_BYTES, DescribeConfig, SumConfig
 from epjit.modes import expert_major
 from epjit.modes.normal import pointer
 from epjit.reference import elastic as reference
@@ -47,7 +47,6 @@ if TYPE_CHECKING:
 
 _Sent: TypeAlias = "tuple[Dispatched, Placement | None, Record]"
 """Results of the mode, the placement of rows by expert, and tensors that were used."""
-_CARRIER_BYTES = 16  # the least that a row has, of a dispatch that is made for its handle alone
 
 
 @dataclass(frozen=True)
@@ -262,7 +261,7 @@ class Elastic:
         room = max(handle.num_expanded_tokens, 1)
         counts: Counts = self.mode.layout(scope, Layout(choices, num_experts))
         with scope.allocating():
-            (carrier,) = self.empty((matrix(torch.uint8, choices.shape[0], _CARRIER_BYTES),))
+            (carrier,) = self.empty((matrix(torch.uint8, choices.shape[0], CARRIER_BYTES),))
         sent = Dispatch(carrier, None, None, None, Routing(*counts), 1, room, call.num_sms)
         received = self.mode.dispatch(scope, sent)
         routing, placed = received.handle, handle.placement
@@ -317,7 +316,7 @@ class Elastic:
         """Meets all ranks on the stream of the scope: a dispatch of nothing; what was used."""
         with scope.allocating():
             carrier, choices = self.empty(
-                (matrix(torch.uint8, 0, _CARRIER_BYTES), matrix(torch.int64, 0, 1))
+                (matrix(torch.uint8, 0, CARRIER_BYTES), matrix(torch.int64, 0, 1))
             )
         counts = self.mode.layout(scope, Layout(choices, self.num_ranks))
         sent = Dispatch(carrier, None, None, None, Routing(*counts), 1, 1, num_sms)
