@@ -19,6 +19,8 @@ BODIES = (
     "checkpointed",
     "exported",
     "inferred",
+    "trained_in_fp8",
+    pytest.param("trained_in_a_graph", marks=pytest.mark.needs_gpu),
     "managed",
     "registered",
 )

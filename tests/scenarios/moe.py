@@ -88,7 +88,9 @@ class Case:
         }
         return {name: value for name, value in found.items() if value is not None}
 
-    def check(self, layer: Callable[..., Tensor], **options: Any) -> None:
+    def check(
+        self, layer: Callable[..., Tensor], *, tolerance: float = TOLERANCE, **options: Any
+    ) -> None:
         """Runs a layer forward and backward and compares everything with the dense one."""
         for tensor in (self.x, self.topk_weights, self.experts):
             tensor.grad = None
@@ -107,7 +109,7 @@ class Case:
             typical = float(length.square().mean().sqrt()) if length.numel() else 0.0
             distance = (value.cpu().float() - wanted).norm(dim=1)
             error = (distance / length.clamp(min=typical or 1.0)).max() if length.numel() else 0.0
-            assert float(error) < TOLERANCE, f"rank {self.rank}: {name}: {float(error)}"
+            assert float(error) < tolerance, f"rank {self.rank}: {name}: {float(error)}"
 
 
 def row_major(case: Case, **options: Any) -> Callable[..., Tensor]:
@@ -510,7 +512,7 @@ def fp8_of_rows(x: Tensor) -> tuple[Tensor, Tensor]:
     return (x / scales).to(torch.float8_e4m3fn), scales
 
 
-def inferring(case: Case, **options: Any) -> Callable[..., Tensor]:
+def in_fp8(case: Case, **options: Any) -> Callable[..., Tensor]:
     """The layer by expert in FP8 where this device has its product, else in bfloat16."""
     name, fp8 = case.group.group_name, case.device.type == "cpu"
     fp8 = fp8 or torch.cuda.get_device_capability(case.device)[0] in (9, 10)
@@ -528,9 +530,13 @@ def inferring(case: Case, **options: Any) -> Callable[..., Tensor]:
             **options,
         )
         if fp8:
-            matrices, scales = fp8_of_rows(experts.mT.contiguous())
+            matrices, scales = fp8_of_rows(experts.detach().mT.contiguous())
             y = moe.grouped_mm(
-                got.x, matrices.mT, got.ends, scales=got.scales, weight_scales=scales
+                *(got.x, matrices.mT, got.ends),
+                scales=got.scales,
+                weight_scales=scales,
+                values=got.values,
+                weight_values=experts,
             )
         else:
             y = moe.grouped_mm(got.x, experts, got.ends)
@@ -549,7 +555,7 @@ def inferred(group: Any) -> None:
     with torch.no_grad():
         wanted = by_expert(case)(*arguments).float()
         for options in ({}, worst):
-            layer = inferring(case, **options)
+            layer = in_fp8(case, **options)
             eager_out = layer(*arguments)
             # e4m3 has 4 significant bits.
             assert (eager_out.float() - wanted).norm() < 2.0**-3 * wanted.norm()
@@ -559,9 +565,46 @@ def inferred(group: Any) -> None:
             program = torch.export.export(Layer(layer), tuple(arguments))
             assert torch.equal(program.module()(*arguments), eager_out)
         if case.device.type == "cuda":
-            replays_with_changed_inputs(case, inferring(case, **worst))
+            replays_with_changed_inputs(case, in_fp8(case, **worst))
             replays_with_changed_inputs(case, weighted_by_expert(case, **worst))
     moe.free_buffers()
+
+
+def trained_in_fp8(group: Any) -> None:
+    """Gradients pass the casts of rows and matrices: eager, compiled, and computed twice."""
+    torch._dynamo.config.capture_dynamic_output_shape_ops = True
+    case = Case(group, 9)
+    for options in ({}, {"num_worst_tokens": 9 * case.size}):
+        layer = in_fp8(case, **options)
+        torch._dynamo.reset()
+        for each in (
+            layer,
+            torch.compile(layer, fullgraph=True, backend="aot_eager"),
+            functools.partial(checkpoint, layer, use_reentrant=False),
+        ):
+            case.check(each, tolerance=2.0**-3)  # e4m3 has 4 significant bits
+    moe.free_buffers()
+
+
+def trained_in_a_graph(group: Any) -> None:
+    """Forward and backward in one graph, of every layer by expert (on GPUs only)."""
+    case = Case(group, 9)
+    worst = {"num_worst_tokens": 9 * case.size}
+    for layer in (by_expert, weighted_by_expert, in_fp8):
+        replays_with_changed_inputs(case, stepping(case, layer(case, **worst)))
+    moe.free_buffers()
+
+
+def stepping(case: Case, layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The layer and its gradients, one behind the other."""
+
+    def step(x: Tensor, idx: Tensor, weights: Tensor, experts: Tensor) -> Tensor:
+        leaves = [each.detach().requires_grad_() for each in (x, weights, experts)]
+        out = layer(leaves[0], idx, *leaves[1:])
+        found = torch.autograd.grad(out, leaves, case.grad_out)
+        return torch.cat([each.detach().float().flatten() for each in (out, *found)])
+
+    return step
 
 
 def replays_with_changed_inputs(case: Case, layer: Callable[..., Tensor]) -> None:
