@@ -156,7 +156,8 @@ def worker(
     for name, part in parts.items():
         us = found[name] = timing.eager(part, group, device=device)
         config = configs.get(name.split(",")[0])
-        rates = case.rates(x, us, max(ceilings[config.num_sms].values())) if config else {}
+        sent = (cast.x, cast.scales) if name.endswith(", cast") else x
+        rates = case.rates(sent, us, max(ceilings[config.num_sms].values())) if config else {}
         more: timing.Row = {"products_us": found[products_of[part]]} if part in products_of else {}
         if part is fp8_layer:
             beside = "layer: dispatch, two products, combine"

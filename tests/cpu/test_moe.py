@@ -129,6 +129,10 @@ def test_inferred() -> None:
     run(scenarios.inferred, 2)
 
 
+def test_every_cast_beside_the_dense_layer() -> None:
+    run(scenarios.cast_on_the_way, 2, timeout=240)
+
+
 def test_trained_in_fp8() -> None:
     run(scenarios.trained_in_fp8, 2, timeout=240)
 

@@ -113,7 +113,7 @@ def test_grouped_mm_of_rows_with_scales(row_format: RowFormat, hidden: int) -> N
     "body",
     [
         *("eager", "watched", "odd_addresses", "replayed", "checkpointed", "exported", "inferred"),
-        *("trained_in_fp8", "trained_in_a_graph"),
+        *("cast_on_the_way", "trained_in_fp8", "trained_in_a_graph"),
     ],
 )
 def test_a_layer_of_one_rank(body: str) -> None:
