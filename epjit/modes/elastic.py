@@ -36,7 +36,7 @@ from epjit.handles import (
     routing_of,
     row_bound,
 )
-from epjit.kernels.elastic import DescribeConfig, SumConfig
+from epjit.kernels.elastic import CARRIER_BYTES, DescribeConfig, SumConfig
 from epjit.modes import expert_major
 from epjit.modes.normal import pointer
 from epjit.reference import elastic as reference
@@ -50,7 +50,6 @@ if TYPE_CHECKING:
 
 _Sent: TypeAlias = "tuple[Dispatched, Placement | None, Record]"
 """Results of the mode, the placement of rows by expert, and tensors that were used."""
-_CARRIER_BYTES = 16  # the least that a row has, of a dispatch that is made for its handle alone
 
 
 @dataclass(frozen=True)
@@ -102,7 +101,7 @@ class Elastic:
         """A dispatch for its handle alone: rows that carry nothing, and room for so many."""
         counts: Counts = self.mode.layout(scope, Layout(choices, num_experts))
         with scope.allocating():
-            (carrier,) = self.empty((matrix(torch.uint8, choices.shape[0], _CARRIER_BYTES),))
+            (carrier,) = self.empty((matrix(torch.uint8, choices.shape[0], CARRIER_BYTES),))
         sent = Dispatch(carrier, None, None, None, Routing(*counts), 1, max(room, 1), num_sms)
         received = self.mode.dispatch(scope, sent)
         assert received.handle is not None

@@ -44,7 +44,7 @@ class Layout:
         config = LayoutConfig(self._num_ranks, wide, self._num_domains, by_expert)
         return Launch(
             Kernel(config, device=self._device.index),
-            **OF_EXPERTS,
+            **({} if by_expert else OF_EXPERTS),
             counters=self._counters.data_ptr(),
             domain_of=0 if self._domain_of is None else self._domain_of.data_ptr(),
         )
@@ -72,11 +72,13 @@ class Layout:
             local_position: Output, int16 `[T, K]`.
             block_counts: Output, int32 `[blocks of 64 tokens, E]`.
         """
-        values = self._values(topk_idx, counts) | {
-            "local_position": local_position.data_ptr(),
-            "block_counts": block_counts.data_ptr(),
-        }
-        self._by_expert[topk_idx.dtype].start(stream, block_counts.shape[0], values)
+        launch = self._by_expert[topk_idx.dtype]
+        launch.set(
+            **self._values(topk_idx, counts),
+            local_position=local_position.data_ptr(),
+            block_counts=block_counts.data_ptr(),
+        )
+        launch.start(stream, block_counts.shape[0])
 
     def __call__(self, stream: int, topk_idx: torch.Tensor, counts: Counts) -> None:
         """Queues the kernel.

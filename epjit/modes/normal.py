@@ -201,7 +201,6 @@ class Normal(Mode[Shape]):
             "recv_scales": pointer(recv_scales),
             "recv_topk_idx": pointer(recv_topk_idx),
             "recv_topk_weights": pointer(recv_topk_weights),
-            "num_recv_rows": recv_x.shape[0],
         }
 
     def _sums(self, scope: AnyScope, x: torch.Tensor, num_tokens: int, num_topk: int) -> Sums:
