@@ -50,7 +50,10 @@ MARKS: dict[str, list[tuple[str, str]]] = {
         ("nothing left to send", "      if (p.receives && plan.wait_for_counts(tells)) {\n"),
         ("counts are here", "        plan.make(tells);\n"),
         ("planned", "        receive(first.unit());\n"),
-        ("lines are here", "    if (part == 0) store_routes(source, token, placed);\n    const auto"),
+        (
+            "lines are here",
+            "    if (part == 0) store_routes(source, token, placed);\n    const auto",
+        ),
         ("lines stored", "      first += kBatch;\n      if (first >= last) break;\n"),
         ("word is here", "    if (static_cast<uint32_t>(word) == 0) {\n"),
         ("row stored", "      if (first >= last) return;\n"),

@@ -65,9 +65,7 @@ def check_topology(settings: Settings, topology: Topology) -> None:
     if reasons:
         raise ValueError("Buffer: " + "; ".join(reasons))
     if settings.low_latency_mode:
-        check_variants(
-            num_domains=topology.num_domains, enable_shrink=settings.enable_shrink
-        )
+        check_variants(num_domains=topology.num_domains, enable_shrink=settings.enable_shrink)
 
 
 def agree_on_settings(settings: Settings, topology: Topology, group: Group) -> None:

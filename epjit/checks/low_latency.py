@@ -349,7 +349,7 @@ def check_variants(*, num_domains: int, enable_shrink: bool) -> None:
     """The variants that the environment asks for.
 
     Raises:
-        ValueError: One does not serve a group of so many NVLink domains, or no ranks that come and go.
+        ValueError: One does not serve so many NVLink domains, or ranks that come and go.
     """
     for variable in (env.low_latency_dispatch_variant, env.low_latency_combine_variant):
         if num_domains > 1 and variable() in ("reduced", "lines"):
