@@ -349,15 +349,17 @@ def virtual_worker(
     device, size, experts = settings.device, args.virtual, args.experts
     ranks = VirtualRanks(size, device, settings.nvl_bytes)
 
-    def by_source(rank: int) -> Any:
+    def tokens_of(rank: int) -> Any:
         generator = torch.Generator(device).manual_seed(rank)
         on: dict[str, Any] = {"device": device, "generator": generator}
         x = torch.randn((args.tokens, args.hidden), **on).bfloat16()
         idx = torch.rand((args.tokens, experts), **on).topk(args.topk).indices
-        weights = torch.rand((args.tokens, args.topk), **on)
-        buffer = ranks.buffers[rank]
+        return x, idx, torch.rand((args.tokens, args.topk), **on)
+
+    def by_source(rank: int) -> Any:
+        (x, idx, weights), buffer = inputs[rank], ranks.buffers[rank]
         per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, experts)
-        received = buffer.dispatch(
+        return buffer.dispatch(
             x,
             num_tokens_per_rank=per_rank,
             num_tokens_per_expert=per_expert,
@@ -365,25 +367,24 @@ def virtual_worker(
             topk_idx=idx,
             topk_weights=weights,
         )
-        return x, idx, weights, received
 
     def by_expert(rank: int) -> Any:
-        x, idx, weights, _ = sent[rank]
+        x, idx, weights = inputs[rank]
         alignment = {"expert_alignment": args.alignment, "zero_padding": True}
         return ranks.buffers[rank].expert_dispatch(
             x, idx, weights, num_experts=experts, **alignment
         )
 
     def check(rank: int) -> Any:
-        (x, *_, (plain, idx, weights, _, routing, _)), (rows, of_rows, handle, _) = (
-            each[rank] for each in (sent, placed)
-        )
+        plain, idx, weights, _, routing, _ = sent[rank]
+        rows, of_rows, handle, _ = placed[rank]
         wanted = torch_permute(plain, idx, weights, experts // size, args.alignment)
         for mine, theirs in zip((rows, of_rows, handle.placement.ends), wanted, strict=True):
             normal.require("dispatch by expert", torch.equal(mine, theirs))
-        return x, plain, routing, rows, handle
+        return inputs[rank][0], plain, routing, rows, handle
 
-    # One after the other: no rank waits for one that still compares.
+    # One after the other: no kernel waits for a rank that still makes or compares tensors.
+    inputs = ranks.each(tokens_of)
     sent = ranks.each(by_source)
     placed = ranks.each(by_expert)
     made = ranks.each(check)
