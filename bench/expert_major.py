@@ -369,7 +369,7 @@ def virtual_worker(
         )
 
     def by_expert(rank: int) -> Any:
-        x, idx, weights, _ = sent[rank]
+        x, idx, weights = inputs[rank]
         alignment = {"expert_alignment": args.alignment, "zero_padding": True}
         return ranks.buffers[rank].expert_dispatch(
             x, idx, weights, num_experts=experts, **alignment
