@@ -3,16 +3,22 @@
 All GPUs of this machine (or two ranks of the CPU backend, to try it). Results are compared before a
 time is taken. Calls that are timed by SMs stand beside two ceilings of as many SMs in the same run:
 a plain copy over the links, and one load with several stores (`python -m epjit bench --stores`);
-`ratio` is the time of the slower one, over that of the call.
+`ratio` is the time of the slower one, over that of the call. With --virtual so many ranks share one
+GPU, as threads, and what is timed is rows by expert beside rows by source.
 
     python bench/expert_major.py --tokens 4096 --hidden 7168 --json rows.jsonl
+    python bench/expert_major.py --virtual 4
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
+import statistics
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,6 +46,12 @@ def torch_permute(
     row_weights = weights.new_zeros(rows.shape[0])
     row_weights[at] = weights[token, column]
     return rows, row_weights, ends.to(torch.int32)
+
+
+def fp8_of_rows(x: Tensor) -> tuple[Tensor, Tensor]:
+    """FP8 with a scale a row, as `cast="fp8_row"` makes it."""
+    scales = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-4) / 448
+    return (x / scales).to(torch.float8_e4m3fn), scales
 
 
 def worker(
@@ -89,9 +101,21 @@ def worker(
         inner = moe.grouped_mm(got.x, matrices, got.ends)
         return moe.grouped_mm(inner, matrices.transpose(1, 2), got.ends)
 
+    (first, of_first), (second, of_second) = map(fp8_of_rows, (matrices.mT.contiguous(), matrices))
+
+    def fp8_products(got: moe.ExpertRows) -> Tensor:
+        product = partial(moe.grouped_mm, ends=got.ends)
+        inner = product(got.x, first.mT, scales=got.scales, weight_scales=of_first)
+        rows, scales = fp8_of_rows(inner)
+        return product(rows, second.mT, scales=scales, weight_scales=of_second)
+
     def layer() -> Tensor:
         got = fused()
         return moe.combine(products(got), got.handle, weights=got.weights, group=group)
+
+    def fp8_layer() -> Tensor:
+        got = fused(cast="fp8_row")
+        return moe.combine(fp8_products(got), got.handle, weights=got.weights, group=group)
 
     parts: dict[str, Callable[[], Any]] = {
         "dispatch": lambda: moe.dispatch(x, idx, weights, **common),
@@ -112,13 +136,32 @@ def worker(
         "combine, expert_major": lambda: moe.combine(got.x, got.handle, group=group),
         "two products": lambda: products(got),
         "layer: dispatch, two products, combine": layer,
+        "dispatch, expert_major, cast": lambda: fused(cast="fp8_row"),
     }
+    cast, products_of = fused(cast="fp8_row"), {layer: "two products"}
+    try:
+        fp8_products(cast)
+    except RuntimeError as error:  # torch has none here; all ranks have the same GPUs
+        say(op="layer in FP8", us=0, why=str(error))
+    else:
+        in_fp8, in_bf16 = fp8_layer().float(), layer().float()
+        is_near = bool((in_fp8 - in_bf16).norm() < 2.0**-3 * in_bf16.norm())  # e4m3 has 4 bits
+        normal.require("layer in FP8", is_near)
+        parts |= {
+            "two products in FP8, a cast between": lambda: fp8_products(cast),
+            "layer in FP8: dispatch with cast, two products, combine": fp8_layer,
+        }
+        products_of[fp8_layer] = "two products in FP8, a cast between"
     found = {}
     for name, part in parts.items():
         us = found[name] = timing.eager(part, group, device=device)
         config = configs.get(name.split(",")[0])
-        rates = case.rates(x, us, max(ceilings[config.num_sms].values())) if config else {}
-        more = {"products_us": found["two products"]} if part is layer else {}
+        sent = (cast.x, cast.scales) if name.endswith(", cast") else x
+        rates = case.rates(sent, us, max(ceilings[config.num_sms].values())) if config else {}
+        more: timing.Row = {"products_us": found[products_of[part]]} if part in products_of else {}
+        if part is fp8_layer:
+            beside = "layer: dispatch, two products, combine"
+            more |= {"beside": beside, "times": round(us / found[beside], 2)}
         say(op=name, us=us, **rates, **more)
     if normal.domain_size(settings.ranks) == settings.ranks:
         by_sms(case, settings, args, say, got=got)
@@ -158,7 +201,7 @@ class Timed(NamedTuple):
     """
 
     name: str
-    call: Callable[[], Any]
+    call: Callable[..., Any]
     row_bytes: int
     stored: int = 0
     beside: int = 0
@@ -231,12 +274,179 @@ def by_sms(
     fan.close()
 
 
+class VirtualRanks:
+    """Ranks that share a GPU: threads of this process, each with a stream and a Buffer.
+
+    Args:
+        num_ranks: `R`.
+        device: "cuda" or "cpu".
+        nvl_bytes: `num_nvl_bytes` of each Buffer.
+    """
+
+    def __init__(self, num_ranks: int, device: str, nvl_bytes: int) -> None:
+        from epjit import Buffer
+        from epjit.runtime.group import ThreadGroup
+
+        self._ranks = range(num_ranks)
+        self._threads = ThreadPoolExecutor(num_ranks)
+        self._streams = [torch.cuda.Stream() for _ in self._ranks] if device == "cuda" else []
+        comms = ThreadGroup.create(num_ranks)
+        self.buffers = self.each(
+            lambda rank: Buffer(None, nvl_bytes, comm=comms[rank], explicitly_destroy=True)
+        )
+
+    def each(self, call: Callable[[int], Any], *, wait: bool = True) -> list[Any]:
+        """Runs `call(rank)` on all ranks at once, each on its stream; their results."""
+
+        def run(rank: int) -> Any:
+            on = torch.cuda.stream(self._streams[rank]) if self._streams else None
+            with on or contextlib.nullcontext(), torch.no_grad():
+                return call(rank)
+
+        found = list(self._threads.map(run, self._ranks))
+        if wait and self._streams:
+            torch.cuda.synchronize()
+        return found
+
+    def us(self, call: Callable[..., Any]) -> float:
+        """Microseconds of the slowest rank: a median, the L2 cold, the host's time hidden."""
+        for _ in range(timing.WARMUP_CALLS):
+            self.each(call)
+        found = []
+        flush = torch.empty(timing.FLUSH_WORDS, dtype=torch.int32, device="cuda")
+        for _ in range(timing.TIMED_CALLS):
+            flush.zero_()
+            torch.cuda._sleep(len(self._ranks) * timing.SPIN_CYCLES)  # one interpreter for all
+            start = torch.cuda.Event(enable_timing=True)
+            start.record()
+
+            def timed(rank: int, start: torch.cuda.Event = start) -> torch.cuda.Event:
+                self._streams[rank].wait_event(start)
+                call(rank)
+                end = torch.cuda.Event(enable_timing=True)
+                end.record()
+                return end
+
+            ends = self.each(timed, wait=False)
+            torch.cuda.synchronize()
+            found.append(max(start.elapsed_time(end) for end in ends) * 1e3)
+        return statistics.median(found)
+
+    def close(self) -> None:
+        """Ends the Buffers and the threads."""
+        self.each(lambda rank: self.buffers[rank].destroy())
+        self._threads.shutdown()
+
+
+def virtual_worker(
+    rank: int, args: argparse.Namespace, settings: normal.Settings, port: int, queue: Any
+) -> None:
+    """The process of all virtual ranks; as a rank of its own it measures what the SMs store."""
+    import epjit
+    from epjit.bench.stores import Fan
+
+    group, say = normal.start(rank, settings, port, queue)
+    device, size, experts = settings.device, args.virtual, args.experts
+    ranks = VirtualRanks(size, device, settings.nvl_bytes)
+
+    def tokens_of(rank: int) -> Any:
+        generator = torch.Generator(device).manual_seed(rank)
+        on: dict[str, Any] = {"device": device, "generator": generator}
+        x = torch.randn((args.tokens, args.hidden), **on).bfloat16()
+        idx = torch.rand((args.tokens, experts), **on).topk(args.topk).indices
+        return x, idx, torch.rand((args.tokens, args.topk), **on)
+
+    def by_source(rank: int) -> Any:
+        (x, idx, weights), buffer = inputs[rank], ranks.buffers[rank]
+        per_rank, _, per_expert, in_rank, _ = buffer.get_dispatch_layout(idx, experts)
+        return buffer.dispatch(
+            x,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_expert=per_expert,
+            is_token_in_rank=in_rank,
+            topk_idx=idx,
+            topk_weights=weights,
+        )
+
+    def by_expert(rank: int) -> Any:
+        x, idx, weights = inputs[rank]
+        alignment = {"expert_alignment": args.alignment, "zero_padding": True}
+        return ranks.buffers[rank].expert_dispatch(
+            x, idx, weights, num_experts=experts, **alignment
+        )
+
+    def check(rank: int) -> Any:
+        plain, idx, weights, _, routing, _ = sent[rank]
+        rows, of_rows, handle, _ = placed[rank]
+        wanted = torch_permute(plain, idx, weights, experts // size, args.alignment)
+        for mine, theirs in zip((rows, of_rows, handle.placement.ends), wanted, strict=True):
+            normal.require("dispatch by expert", torch.equal(mine, theirs))
+        return inputs[rank][0], plain, routing, rows, handle
+
+    # One after the other: no kernel waits for a rank that still makes or compares tensors.
+    inputs = ranks.each(tokens_of)
+    sent = ranks.each(by_source)
+    placed = ranks.each(by_expert)
+    made = ranks.each(check)
+
+    def on_rank(name: str, rank: int, **options: Any) -> Any:
+        x, plain, routing, rows, handle = made[rank]
+        call = getattr(ranks.buffers[rank], name)
+        if name.endswith("dispatch"):
+            return call(x, handle=handle if name == "expert_dispatch" else routing, **options)
+        return call(*((rows, handle) if name == "expert_combine" else (plain, routing)), **options)
+
+    num_plain = sum(len(plain) for _, plain, *_ in made)
+    num_rows = sum(int(each[4].placement.counts.sum()) for each in made)
+    num_padded = sum(len(rows) for *_, rows, _ in made)
+    say(op="rows here, with padding", us=0, rows=num_rows, padded=num_padded, plain=num_plain)
+    if device == "cuda":
+        row_bytes = normal.row_bytes(made[0][0])
+        fan, stores = Fan(group, row_bytes), max(1, min(4, round(num_rows / num_plain)))
+        for sms in [each for each in args.sms if size * each <= fan.num_sms]:
+            config = epjit.Config(sms)
+            at = {n: fan.stored_bytes(n) / fan.us(n, 0, size * sms) for n in {1, stores}}
+            with_zeros = partial(on_rank, "expert_dispatch", zero_padding=True)
+            timed = [
+                Timed("dispatch", partial(on_rank, "dispatch"), row_bytes, num_plain),
+                Timed(
+                    *("dispatch by expert", partial(on_rank, "expert_dispatch")),
+                    *(row_bytes, num_rows, -1),
+                ),
+                Timed("dispatch by expert, zeros", with_zeros, row_bytes, num_padded, -2),
+                Timed("combine", partial(on_rank, "combine"), row_bytes, num_plain),
+                Timed(
+                    *("combine by expert", partial(on_rank, "expert_combine")),
+                    *(row_bytes, num_plain, -1),
+                ),
+            ]
+            found: list[float] = []
+            for name, call, _, stored, beside in timed:
+                us = ranks.us(partial(call, config=config))
+                rate = at[1 if stored == num_plain else stores]
+                facts: dict[str, Any] = {"stores_us": stored * row_bytes / rate}
+                facts["ratio"] = round(facts["stores_us"] / us, 3)
+                if beside:
+                    facts["beside"] = timed[len(found) + beside].name
+                    facts["times"] = round(us / found[beside], 2)
+                found.append(us)
+                say(op=f"{name}, cached", virtual=size, sms=sms, us=us, **facts)
+        fan.close()
+    made.clear()
+    ranks.close()
+    torch.distributed.destroy_process_group()
+
+
 def show(row: timing.Row) -> None:
     """One line."""
     if row["op"] == "run":
         print(f"{row['ranks']} x {row['device']}", flush=True)
         return
+    if "why" in row:
+        print(f"{'':13}  {row['op']}: {row['why']}", flush=True)
+        return
     sms = f", {row['sms']} SMs" if "sms" in row else ""
+    sms += f", each of {row['virtual']} virtual ranks" if "virtual" in row else ""
     rate = f": {row['remote_GBps']} GB/s" if "remote_GBps" in row else ""
     ratio = f", {row['ratio']} of the ceiling" if row.get("ratio") else ""
     beside = [
@@ -263,8 +473,16 @@ def main() -> None:
     parser.add_argument("--experts", type=int, default=256)
     parser.add_argument("--alignment", type=int, default=128)
     parser.add_argument("--sms", type=int, nargs="+", default=[20, 24, 32, 48])
+    parser.add_argument("--virtual", type=int, default=0, help="ranks that share one GPU")
     parser.add_argument("--json", type=Path, help="file that gets one JSON line a result")
     args = parser.parse_args()
+    if args.virtual:
+        if args.virtual < 0 or args.experts % args.virtual:
+            parser.error(f"--virtual is {args.virtual}, but must divide {args.experts} experts")
+        args.ranks = 1
+        # Kernels of one rank wait for those of another: as in tests/gpu/conftest.py.
+        os.environ.setdefault("CUDA_DEVICE_MAX_CONNECTIONS", "32")
+        os.environ.setdefault("CUDA_MODULE_LOADING", "EAGER")
     try:
         ranks, device = timing.ranks_and_device(args.ranks)
         settings = normal.Settings(
@@ -287,7 +505,8 @@ def main() -> None:
                 file.write(json.dumps(row) + "\n")
 
     print(f"{args.tokens} tokens, eager, the slowest rank", flush=True)
-    timing.run_ranks(worker, ranks, args, settings, timing.free_port(), on_row=on_row)
+    body = virtual_worker if args.virtual else worker
+    timing.run_ranks(body, ranks, args, settings, timing.free_port(), on_row=on_row)
 
 
 if __name__ == "__main__":

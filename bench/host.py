@@ -65,6 +65,7 @@ def stubbed() -> Iterator[Buffer]:
             object.__setattr__(checks, "device", buffer.device)
         object.__setattr__(buffer._checks, "num_sms", 132)
         counts = buffer._mode._host_counts.array
+        counts[1 : 1 + EXPERTS] = TOKENS * TOPK // EXPERTS
 
         def fill() -> None:
             counts[0] = TOKENS  # for the host that waits for them
@@ -97,6 +98,8 @@ def calls_of(buffer: Buffer) -> dict[str, Call]:
     }
     rows, _, _, _, handle, _ = buffer.dispatch(x, config=config, **routing)
     assert handle is not None
+    of_rank = buffer.expert_dispatch(x, idx, weights, num_experts=EXPERTS, config=config)
+    of_experts, row_weights, expert_handle, _ = of_rank
     made = torch.zeros(EXPERTS, TOKENS, HIDDEN, dtype=torch.bfloat16, device=device)
 
     def pair(**flags: Any) -> None:
@@ -108,6 +111,15 @@ def calls_of(buffer: Buffer) -> dict[str, Call]:
         "dispatch": lambda **flags: buffer.dispatch(x, config=config, **routing, **flags),
         "cached dispatch": lambda **f: buffer.dispatch(x, handle=handle, config=config, **f),
         "combine": lambda **flags: buffer.combine(rows, handle, config=config, **flags),
+        "dispatch by expert": lambda **flags: buffer.expert_dispatch(
+            x, idx, weights, num_experts=EXPERTS, config=config, **flags
+        ),
+        "cached dispatch by expert": lambda **flags: buffer.expert_dispatch(
+            x, handle=expert_handle, config=config, **flags
+        ),
+        "combine by expert": lambda **flags: buffer.expert_combine(
+            of_experts, expert_handle, row_weights=row_weights, config=config, **flags
+        ),
         "low-latency pair": pair,
     }
 

@@ -26,6 +26,11 @@ OwnHandle: TypeAlias = Any
 """An `epjit.handles.Handle` of the one type that all handles of a Buffer have."""
 
 
+def payload_of(rows: Tensor, scales: Tensor | None) -> Payload:
+    """The rows, with their scales if there are any."""
+    return rows if scales is None else (rows, scales)
+
+
 class Settings(NamedTuple):
     """Arguments of a Buffer that its parts are made with; `Buffer` explains them."""
 

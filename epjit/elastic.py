@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from epjit.buffer import Buffer
-from epjit.calls import Bias, Payload
+from epjit.calls import Bias, Payload, payload_of
 from epjit.checks.elastic import ElasticChecks
 from epjit.config import MAX_TOPK
 from epjit.event import EventHandle, EventOverlap, event_of
@@ -416,7 +416,7 @@ class ElasticBuffer:
         del num_qps
         buffer = self._buffer
         buffer._check_alive()
-        flags = _flags(previous_event, async_with_compute_stream, allocate_on_comm_stream)
+        previous = _previous(previous_event, allocate_on_comm_stream)
         call = self._checks.elastic_dispatch(
             x,
             topk_idx,
@@ -432,15 +432,17 @@ class ElasticBuffer:
             do_zero_padding=do_zero_padding,
             do_handle_copy=do_handle_copy,
             column_major_scales=use_tma_aligned_col_major_sf,
-            after=flags[0],
+            after=previous,
         )
-        with buffer._entered(), buffer._streams.scope(*flags) as scope:
+        is_async = async_with_compute_stream
+        with buffer._entered(), buffer._streams.scope(previous, is_async, False) as scope:
             _wait(scope, previous_event_before_epilogue)
+            routed = self._mode.route(scope, call.handle, call.num_sms)
             received, used = self._mode.dispatch(scope, call)
-            outputs = (*received, *vars(received.handle).values())
+            outputs = (*received, *vars(received.handle).values(), *routed)
             event = scope.finish((call, used), outputs)
         rows, scales, idx, weights, made = received
-        return rows if scales is None else (rows, scales), idx, weights, made, event
+        return payload_of(rows, scales), idx, weights, made, event
 
     @torch.no_grad()
     def combine(
@@ -461,8 +463,11 @@ class ElasticBuffer:
         The sum is in fp32 and rounded once: biases first, then the ranks of the token in the order
         of its last choice there. By expert a rank sums its rows of a token first, in the order of
         the choices, and rounds; without `allow_multiple_reduction` each row is added by the owner,
-        in the order of the choices. Nothing is weighted. The host does not wait. (Between NVLink
-        domains ranks are added in ascending order, and the rows of a domain first.)
+        in the order of the choices. Nothing is weighted. The host does not wait.
+
+        Between NVLink domains what is added for a rank is first summed in each domain and rounded,
+        in ascending order of ranks, then of domains; what is added without
+        `allow_multiple_reduction`, by expert, as in one domain.
 
         Args:
             x: bfloat16 or float16 `[n, H]`, one row for each row of the dispatch; by expert of any
@@ -488,12 +493,14 @@ class ElasticBuffer:
         del num_qps
         buffer = self._buffer
         buffer._check_alive()
-        flags = _flags(previous_event, async_with_compute_stream, allocate_on_comm_stream)
+        previous = _previous(previous_event, allocate_on_comm_stream)
         call = self._checks.elastic_combine(x, handle, topk_weights, bias, num_sms=num_sms)
-        with buffer._entered(), buffer._streams.scope(*flags) as scope:
+        is_async = async_with_compute_stream
+        with buffer._entered(), buffer._streams.scope(previous, is_async, False) as scope:
             _wait(scope, previous_event_before_epilogue)
+            routed = self._mode.route(scope, handle, call.num_sms)
             combined, used = self._mode.combine(scope, call)
-            return *combined, scope.finish((call, used), combined)
+            return *combined, scope.finish((call, used), (*combined, *routed))
 
     def _sms_of(self, handle: EPHandle | None) -> int:
         return getattr(handle, "num_sms", 0) or self.get_theoretical_num_sms(0, 0)
@@ -524,19 +531,11 @@ def _size_hint(
     return align(max_tokens * max(sent, returned), _SIZE_UNIT)
 
 
-def _flags(
-    previous: AnyEvent, is_async: bool, allocates: bool
-) -> tuple[EventOverlap | None, bool, bool]:
-    """The flags of a scope. Where outputs are allocated follows from the event."""
-    if previous is None:
-        return None, is_async, False
-    if not allocates:
+def _previous(event: AnyEvent, allocates: bool) -> EventOverlap | None:
+    """The event that a call waits for. Where outputs are allocated follows from it."""
+    if event is not None and not allocates:
         raise AssertionError("previous_event needs allocate_on_comm_stream=True")
-    return (
-        EventOverlap(previous) if isinstance(previous, EventHandle) else previous,
-        is_async,
-        False,
-    )
+    return EventOverlap(event) if isinstance(event, EventHandle) else event
 
 
 def _wait(scope: AnyScope, event: AnyEvent) -> None:

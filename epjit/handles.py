@@ -328,13 +328,30 @@ class ExpertDispatched(NamedTuple):
 # ---- DeepEP 2's interface ------------------------------------------------------------------------
 
 
+class Routed(NamedTuple):
+    """How the tokens of an `EPHandle` travel: what its tensors lack for a `Buffer`'s calls.
+
+    Attributes:
+        slots: The `dst_buffer_slot_idx` that it is of; with another one it is worked out anew.
+        handle: Of the tokens, in the order of the sources.
+        placement: Of rows by expert, or None. Calls take `row_of` from the metadata instead.
+    """
+
+    slots: Tensor
+    handle: Handle
+    placement: Placement | None
+
+
 @dataclass(eq=False)
 class EPHandle:
     """The handle of an `ElasticBuffer.dispatch`, for its combines, and for cached dispatches.
 
     A plain object whose fields may be read and set: the tensors are the state. Combine and cached
     dispatches read `recv_src_metadata` and `topk_idx` at each call, so that rows which were moved
-    are found where the caller's metadata says. `M` is `num_max_tokens_per_rank`.
+    are found where the caller's metadata says. A handle may be made of its fields without
+    `routing`, or get another `dst_buffer_slot_idx`, such as a copy of it; on all ranks alike, for
+    its next call then routes its tokens anew, by an exchange of their choices. `M` is
+    `num_max_tokens_per_rank`.
 
     Attributes:
         do_expand: Whether rows are by expert: what `combine` takes.
@@ -355,8 +372,7 @@ class EPHandle:
             this rank sends to the rank of the choice, at the last choice of that rank; else -1.
         num_recv_tokens: Rows, one a token, as allocated.
         num_expanded_tokens: Rows by expert, as allocated; 0 when they are not.
-        routing: How the tokens travel: a handle of the Buffer beneath. Opaque.
-        placement: Of rows by expert, or None; its `row_of` is that of the metadata. Opaque.
+        routing: Opaque; may be left out.
         token_metadata_at_forward: DeepEP's, between its domains; None.
         channel_linked_list: Likewise.
     """
@@ -375,10 +391,17 @@ class EPHandle:
     dst_buffer_slot_idx: Tensor
     num_recv_tokens: int
     num_expanded_tokens: int
-    routing: Handle | None = None
-    placement: Placement | None = None
+    routing: Routed | None = None
     token_metadata_at_forward: None = None
     channel_linked_list: None = None
+
+
+def routing_of(handle: EPHandle) -> Routed | None:
+    """How its tokens travel; None when nothing says so of the tensors that it has now."""
+    routed = getattr(handle, "routing", None)
+    if routed is None or routed.slots is not handle.dst_buffer_slot_idx:
+        return None
+    return routed
 
 
 class ElasticDispatched(NamedTuple):
@@ -461,17 +484,17 @@ class LowLatencyDispatched(NamedTuple):
         `2 (K + T)` words more, and one if weights go along, so that the length of them all says so
         to `dispatched_sizes`.
         """
-        num_local, num_rows = sizes.num_experts // num_ranks, num_ranks * sizes.max_tokens
+        num_local_experts, num_rows = sizes.num_experts // num_ranks, num_ranks * sizes.max_tokens
         num_routes = num_ranks + 2 * num_rows * sizes.num_topk
         num_extra = 2 * (sizes.num_topk + sizes.num_tokens) + sizes.weights_sent
-        num_counts = align(num_local, 32)  # `src_info` begins a cache line
+        num_counts = align(num_local_experts, 32)  # `src_info` begins a cache line
         new = (
-            *sizes.row_format.specs(num_local, num_rows, sizes.hidden),
-            vector(torch.int32, num_counts + num_local * num_rows + num_routes + num_extra),
-            matrix(torch.int64, num_local, num_ranks),
+            *sizes.row_format.specs(num_local_experts, num_rows, sizes.hidden),
+            vector(torch.int32, num_counts + num_local_experts * num_rows + num_routes + num_extra),
+            matrix(torch.int64, num_local_experts, num_ranks),
         )
-        src_info = (num_local, num_rows), (num_rows, 1), num_counts
-        return LowLatencySpecs(new, ((num_local,), (1,)), src_info)
+        src_info = (num_local_experts, num_rows), (num_rows, 1), num_counts
+        return LowLatencySpecs(new, ((num_local_experts,), (1,)), src_info)
 
     @classmethod
     def allocate(cls, specs: LowLatencySpecs, empty: Empty) -> LowLatencyDispatched:

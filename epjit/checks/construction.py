@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from epjit import env
-from epjit.checks.low_latency import check_variant
+from epjit.checks.low_latency import check_variants
 from epjit.config import MAX_GROUP, MAX_RANKS
 from epjit.sizes import ALIGNMENT
 
@@ -65,7 +65,7 @@ def check_topology(settings: Settings, topology: Topology) -> None:
     if reasons:
         raise ValueError("Buffer: " + "; ".join(reasons))
     if settings.low_latency_mode:
-        check_variant(topology.num_domains)
+        check_variants(num_domains=topology.num_domains, enable_shrink=settings.enable_shrink)
 
 
 def agree_on_settings(settings: Settings, topology: Topology, group: Group) -> None:
@@ -74,11 +74,11 @@ def agree_on_settings(settings: Settings, topology: Topology, group: Group) -> N
     Raises:
         RuntimeError: They do not; says what each has.
     """
-    variant = env.low_latency_combine_variant
+    variants = (env.low_latency_dispatch_variant, env.low_latency_combine_variant)
     values = {
         **settings._asdict(),
         "NVLink domains": topology.domains,
-        variant.name: variant() if settings.low_latency_mode else None,
+        **{each.name: each() for each in variants if settings.low_latency_mode},
     }
     del values["timeout_seconds"]  # which may differ
     group.agree(

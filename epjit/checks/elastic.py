@@ -11,7 +11,7 @@ from epjit.calls import Bias, ElasticCombine, ElasticDispatch, Layout, Payload
 from epjit.checks.match import check_aligned, remember, signature
 from epjit.checks.normal import INT32_MAX, NormalChecks, pair_of, rows_and_scales
 from epjit.config import MAX_TOKENS
-from epjit.handles import EPHandle, row_bound
+from epjit.handles import EPHandle, routing_of, row_bound
 from epjit.numbers import as_int
 
 if TYPE_CHECKING:
@@ -225,29 +225,36 @@ class ElasticChecks(NormalChecks):
 
     def _tensors_of(self, handle: EPHandle) -> None:
         """The fields of a handle that are read; a wrapper that has them is as good."""
-        routing = getattr(handle, "routing", None)
-        if routing is None:
+        slots = getattr(handle, "dst_buffer_slot_idx", None)
+        if slots is None:
             raise TypeError(
                 f"handle is a {type(handle).__name__}, expected what ElasticBuffer.dispatch "
-                "returned, or an object that forwards its fields"
+                "returned, or an object that has its fields"
             )
-        own = self._handle(routing, num_tokens=None)
         topk_idx, metadata = handle.topk_idx, handle.recv_src_metadata
-        arguments = (signature(topk_idx, metadata), own.num_tokens, own.num_rows)
-        if arguments in self._passed:
-            return
-        self._check_topk_idx(topk_idx)
-        if topk_idx.shape[0] != own.num_tokens:
-            raise ValueError(
-                f"handle.topk_idx has {topk_idx.shape[0]} tokens, but the handle routes "
-                f"{own.num_tokens}; set it to what dispatch returned"
-            )
-        name, why = "handle.recv_src_metadata", "a row for each received token"
-        shape = ("num_tokens", topk_idx.shape[1] + 2)
-        self._check(name, metadata, shape, torch.int32, why)
-        if metadata.shape[0] > own.num_rows:
-            raise ValueError(
-                f"{name} has {metadata.shape[0]} rows, but {own.num_rows} were dispatched; it may "
-                "be cut, not grown"
-            )
-        remember(self._passed, arguments, True)
+        num_rows = handle.num_recv_tokens
+        arguments = (signature(topk_idx, metadata, slots), num_rows, handle.num_experts)
+        if arguments not in self._passed:
+            self._check_topk_idx(topk_idx)
+            self._experts(handle.num_experts)
+            name, num_topk = "handle.dst_buffer_slot_idx", topk_idx.shape[1]
+            self._check(name, slots, tuple(topk_idx.shape), torch.int32, "as handle.topk_idx")
+            name, why = "handle.recv_src_metadata", "a row for each received token"
+            self._check(name, metadata, ("num_tokens", num_topk + 2), torch.int32, why)
+            if metadata.shape[0] > num_rows:
+                raise ValueError(
+                    f"{name} has {metadata.shape[0]} rows, but {num_rows} were dispatched; it may "
+                    "be cut, not grown"
+                )
+            remember(self._passed, arguments, True)
+        routed = routing_of(handle)
+        if routed is not None:
+            self._handle(routed.handle, num_tokens=topk_idx.shape[0])
+        elif handle.do_expand:
+            shape = (handle.num_experts // self.num_ranks,)
+            why = "one a local expert"
+            for name in (
+                "psum_num_recv_tokens_per_expert",
+                "num_unaligned_recv_tokens_per_expert",
+            ):
+                self._check(f"handle.{name}", getattr(handle, name), shape, torch.int32, why)

@@ -345,18 +345,22 @@ def _end(src_info: object) -> object:
     return src_info.untyped_storage().nbytes(), src_info.storage_offset()
 
 
-def check_variant(num_domains: int) -> None:
-    """The variant of combine that the environment asks for.
+def check_variants(*, num_domains: int, enable_shrink: bool) -> None:
+    """The variants that the environment asks for.
 
     Raises:
-        ValueError: It does not work between NVLink domains.
+        ValueError: One does not serve so many NVLink domains, or ranks that come and go.
     """
-    variable = env.low_latency_combine_variant
-    if num_domains > 1 and variable() in ("reduced", "lines"):
-        raise ValueError(
-            f"{variable.name}={variable()} works in one NVLink domain only, and these ranks span "
-            f"{num_domains}; unset it, or take ldst or tma"
-        )
+    for variable in (env.low_latency_dispatch_variant, env.low_latency_combine_variant):
+        if num_domains > 1 and variable() in ("reduced", "lines"):
+            raise ValueError(
+                f"{variable.name}={variable()} works in one NVLink domain only, and these ranks "
+                f"span {num_domains}; unset it"
+            )
+        if enable_shrink and variable() == "lines":
+            raise ValueError(
+                f"{variable.name}=lines works without enable_shrink only; unset one of them"
+            )
 
 
 def check_rank(rank_to_mask: int, num_ranks: int) -> None:

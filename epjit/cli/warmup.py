@@ -14,6 +14,7 @@ import typer
 from epjit.cli import show
 
 if TYPE_CHECKING:
+    from epjit.formats import RowFormat
     from epjit.runtime.kernel import KernelConfig
 
 
@@ -46,12 +47,20 @@ def warmup(
     hidden: Annotated[list[int], typer.Option(help="Elements a row.")] = [7168],  # noqa: B006
     topk: show.Topk = 8,
     experts: Annotated[
-        int, typer.Option(help="Over all ranks: also the kernels of epjit.moe; 0 = not.")
+        int,
+        typer.Option(help="Over all ranks: also rows by expert, and what epjit.moe has; 0 = not."),
     ] = 0,
     dtype: Annotated[list[Dtype], typer.Option(help="Rows of dispatch.")] = [  # noqa: B006
         Dtype.bf16,
         Dtype.fp8,
     ],
+    cast: Annotated[
+        list[str] | None,
+        typer.Option(help="Also dispatches that cast bf16 and fp16 rows to this format."),
+    ] = None,
+    elastic: Annotated[
+        bool, typer.Option("--elastic", help="Also the calls of ElasticBuffer; see --experts.")
+    ] = False,
     low_latency: Annotated[
         bool, typer.Option("--low-latency", help="The low-latency kernels instead; see --experts.")
     ] = False,
@@ -73,8 +82,16 @@ def warmup(
     gpus = dict.fromkeys(map(_full_name, arch), "") if arch else _default_archs()
     if low_latency and not experts:
         raise ValueError("--low-latency needs --experts: its kernels are compiled for their number")
+    if elastic and not experts:
+        raise ValueError("--elastic needs --experts: its calls have rows by expert")
+    if low_latency and (cast or elastic):
+        raise ValueError(
+            "--cast and --elastic are of the normal mode; --dtype names the formats that "
+            "low-latency calls cast rows to"
+        )
+    casts = _casts(cast or (), dtype)
     calls = [
-        Calls(elements, each, topk, experts, topk_bits == 64, logfmt, weights_sent)
+        Calls(elements, each, topk, experts, topk_bits == 64, logfmt, weights_sent, casts, elastic)
         for elements in hidden
         for each in dtype
     ]
@@ -126,6 +143,15 @@ class Calls(NamedTuple):
     topk_is_int64: bool
     logfmt: bool
     weights_sent: bool
+    casts: tuple[RowFormat, ...] = ()
+    elastic: bool = False
+
+    @property
+    def is_by_expert(self) -> bool:
+        """Whether there are kernels of rows by expert for them."""
+        from epjit.config import MAX_EXPERTS_BY_EXPERT
+
+        return self.topk > 0 and 0 < self.experts <= MAX_EXPERTS_BY_EXPERT
 
     @property
     def row_bytes(self) -> int:
@@ -134,7 +160,13 @@ class Calls(NamedTuple):
 
     def check(self, group: Group) -> None:
         """Refuses calls that no Buffer of these ranks takes."""
-        from epjit.config import MAX_EXPERTS, MAX_RANKS, MAX_TOPK, check_row_bytes
+        from epjit.config import (
+            MAX_EXPERTS,
+            MAX_EXPERTS_BY_EXPERT,
+            MAX_RANKS,
+            MAX_TOPK,
+            check_row_bytes,
+        )
 
         if not 1 <= group.num_local <= MAX_RANKS or not 0 <= self.topk <= MAX_TOPK:
             raise ValueError(
@@ -148,13 +180,35 @@ class Calls(NamedTuple):
                 f"--experts is {self.experts}, no multiple of {group.num_ranks} ranks up to "
                 f"{MAX_EXPERTS}"
             )
+        if self.elastic and not self.is_by_expert:
+            raise ValueError(
+                f"--elastic with {self.experts} experts and top-{self.topk}: there are rows by "
+                f"expert for 1 to {MAX_EXPERTS_BY_EXPERT} experts, and top-k is at least 1"
+            )
+        if self.casts and group.domains > 1 and not self.is_by_expert:
+            raise ValueError(
+                f"--cast {self.casts[0].name} with {group.domains} NVLink domains: between them "
+                "only rows by expert are cast; add --experts"
+            )
+
+
+def _casts(names: Sequence[str], dtypes: Sequence[Dtype]) -> tuple[RowFormat, ...]:
+    """The formats of these names."""
+    from epjit.checks.normal import format_of
+
+    if names and not {Dtype.bf16, Dtype.fp16} & set(dtypes):
+        raise ValueError(
+            f"--cast {names[0]} with --dtype {' '.join(each.value for each in dtypes)}: only bf16 "
+            "and fp16 rows are cast"
+        )
+    return tuple(map(format_of, names))
 
 
 def _normal(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
     """Kernels that a Buffer compiles when it is made, and for calls of the normal mode."""
     from epjit import env
-    from epjit.config import MAX_EXPERTS_BY_EXPERT
-    from epjit.kernels import expert_major, internode, intranode
+    from epjit.checks.normal import check_cast
+    from epjit.kernels import elastic, expert_major, internode, intranode
     from epjit.kernels.shapes import AnyShape, warmup_shapes
 
     group.check()
@@ -165,17 +219,26 @@ def _normal(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
             name = each.dtype.value
             raise ValueError(f"rows of {name} are of the low-latency mode: add --low-latency")
         each.check(group)
-        shapes += warmup_shapes(
-            each.row_bytes,
-            num_topk=each.topk,
-            num_scales=each.hidden // 128 if each.dtype is Dtype.fp8 else 0,
-            topk_is_int64=each.topk_is_int64,
-            is_f16=each.dtype is Dtype.fp16,
-            expert_major=domains == 1
-            and each.dtype is not Dtype.fp8
-            and each.topk > 0
-            and 0 < each.experts <= MAX_EXPERTS_BY_EXPERT,
-        )
+        is_f16, is_fp8 = each.dtype is Dtype.fp16, each.dtype is Dtype.fp8
+        for row_format in (None, *(() if is_fp8 else each.casts)):
+            if row_format is not None:
+                check_cast(each.hidden, row_format)
+            shapes += warmup_shapes(
+                each.row_bytes,
+                num_topk=each.topk,
+                num_scales=each.hidden // 128 if is_fp8 else 0,
+                topk_is_int64=each.topk_is_int64,
+                is_f16=is_f16,
+                row_format=row_format,
+                expert_major=each.is_by_expert,
+            )
+        if each.elastic and not is_fp8:
+            shapes += elastic.warmup_shapes(
+                each.row_bytes,
+                num_topk=each.topk,
+                topk_is_int64=each.topk_is_int64,
+                is_f16=is_f16,
+            )
     if domains == 1:
         yield from intranode.kernels_of(shapes, num_ranks=ranks, arch=arch, gpu=gpu)
     else:
@@ -193,11 +256,18 @@ def _normal(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
                 topk_is_int64=each.topk_is_int64,
                 arch=arch,
             )
+        if each.elastic and each.dtype is not Dtype.fp8:
+            yield from elastic.kernels_of(
+                each.row_bytes,
+                num_topk=each.topk,
+                is_f16=each.dtype is Dtype.fp16,
+                topk_is_int64=each.topk_is_int64,
+            )
 
 
 def _low_latency(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]:
     """Kernels that a Buffer compiles when it is made, and for low-latency calls."""
-    from epjit.checks.low_latency import check_variant
+    from epjit.checks.low_latency import check_variants
     from epjit.formats import BF16, FORMATS, LOGFMT_BLOCK
     from epjit.kernels import low_latency
 
@@ -205,7 +275,7 @@ def _low_latency(group: Group, calls: Sequence[Calls]) -> Iterator[KernelConfig]
     formats = {each.name: each for each in FORMATS}
     for each in calls:
         each.check(group)
-        check_variant(group.domains)
+        check_variants(num_domains=group.domains, enable_shrink=False)
         row_format = formats.get(each.dtype.value, BF16)
         granularity = max(row_format.granularity, LOGFMT_BLOCK if each.logfmt else 1)
         if each.dtype is Dtype.fp16 or each.topk < 1 or each.hidden % granularity:

@@ -8,6 +8,7 @@ from typing import ClassVar
 
 from epjit.config import MAX_DOMAINS, MAX_RANKS
 from epjit.kernels import variants
+from epjit.kernels.expert_major import passes_of
 from epjit.kernels.layout import LayoutConfig
 from epjit.kernels.shapes import (
     AnyShape,
@@ -243,7 +244,9 @@ def kernels_of(
     """
     configs: list[KernelConfig] = [InternodeNotifyConfig(num_domains, num_local)]
     configs += [LayoutConfig(num_domains * num_local, wide, num_domains) for wide in (True, False)]
-    return configs + [config_of(shape, num_domains, num_local, arch) for shape in shapes]
+    for shape in shapes:
+        configs += [config_of(shape, num_domains, num_local, arch), *passes_of(shape, arch)]
+    return configs
 
 
 def max_slots(num_domains: int, num_local: int) -> int:

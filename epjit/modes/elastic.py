@@ -32,12 +32,15 @@ from epjit.handles import (
     ExpertHandle,
     Handle,
     Placement,
+    Routed,
+    routing_of,
     row_bound,
 )
-from epjit.kernels.elastic import DescribeConfig, SumConfig
+from epjit.kernels.elastic import CARRIER_BYTES, DescribeConfig, SumConfig
 from epjit.modes import expert_major
 from epjit.modes.normal import pointer
 from epjit.reference import elastic as reference
+from epjit.reference.expert_major import source_of
 from epjit.runtime.device import num_sms
 from epjit.runtime.empty import Empty, by_columns, matrix, vector
 
@@ -47,7 +50,6 @@ if TYPE_CHECKING:
 
 _Sent: TypeAlias = "tuple[Dispatched, Placement | None, Record]"
 """Results of the mode, the placement of rows by expert, and tensors that were used."""
-_CARRIER_BYTES = 16  # the least that a row has, of a dispatch that is made for its handle alone
 
 
 @dataclass(frozen=True)
@@ -67,6 +69,43 @@ class Elastic:
     num_ranks: int
     empty: Empty
     multiple_reduction: bool
+
+    # ---- how tokens travel -----------------------------------------------------------------------
+
+    def route(self, scope: AnyScope, handle: EPHandle | None, num_sms: int) -> Record:
+        """Works out how the tokens of a handle travel, if nothing says so; to come before its call.
+
+        Collective then: its choices are counted and exchanged, as in its dispatch.
+
+        Returns:
+            What was made for the handle, and what was used for it.
+        """
+        if handle is None or routing_of(handle) is not None:
+            return ()
+        room, choices = handle.num_recv_tokens, handle.topk_idx
+        routing, used = self._route(scope, choices, handle.num_experts, room, num_sms)
+        placed = None
+        if handle.do_expand:
+            columns, ends = handle.recv_src_metadata[:, 2:], handle.psum_num_recv_tokens_per_expert
+            with scope.allocating():  # for these live as long as the handle
+                source = source_of(columns, handle.num_expanded_tokens)
+                ends = ends + -ends % handle.expert_alignment
+            counts = handle.num_unaligned_recv_tokens_per_expert
+            placed = Placement(columns, source, ends, counts)
+        handle.routing = Routed(handle.dst_buffer_slot_idx, routing, placed)
+        return handle.routing, used
+
+    def _route(
+        self, scope: AnyScope, choices: torch.Tensor, num_experts: int, room: int, num_sms: int
+    ) -> tuple[Handle, Record]:
+        """A dispatch for its handle alone: rows that carry nothing, and room for so many."""
+        counts: Counts = self.mode.layout(scope, Layout(choices, num_experts))
+        with scope.allocating():
+            (carrier,) = self.empty((matrix(torch.uint8, choices.shape[0], CARRIER_BYTES),))
+        sent = Dispatch(carrier, None, None, None, Routing(*counts), 1, max(room, 1), num_sms)
+        received = self.mode.dispatch(scope, sent)
+        assert received.handle is not None
+        return received.handle.cut(room), (sent, received)
 
     # ---- dispatch --------------------------------------------------------------------------------
 
@@ -129,10 +168,11 @@ class Elastic:
 
     def _by_source(self, scope: AnyScope, call: ElasticDispatch) -> _Sent:
         """A row a rank."""
-        routing: Routing | Handle | None = None if call.handle is None else call.handle.routing
-        if routing is None:
-            counts = self.mode.layout(scope, Layout(call.topk_idx, call.num_experts))
-            routing = Routing(*counts)
+        routing: Routing | Handle
+        if call.handle is None:
+            routing = Routing(*self.mode.layout(scope, Layout(call.topk_idx, call.num_experts)))
+        else:
+            routing = _routed(call.handle).handle
         weights = call.topk_weights
         if weights is None:  # choices and weights travel together: any do
             with scope.allocating():
@@ -200,8 +240,7 @@ class Elastic:
             dst_buffer_slot_idx=slots,
             num_recv_tokens=routing.num_rows,
             num_expanded_tokens=0 if placed is None else received.recv_x.shape[0],
-            routing=routing,
-            placement=None if placed is None else placed._replace(row_of=metadata[:, 2:]),
+            routing=Routed(slots, routing, placed),
         )
         return handle, described
 
@@ -234,7 +273,6 @@ class Elastic:
     def combine(self, scope: AnyScope, call: ElasticCombine) -> tuple[Sums, Record]:
         """Brings rows back and sums them; the sums, and what was used for them."""
         handle, x, weights = call.handle, call.x, call.topk_weights
-        assert handle.routing is not None
         if handle.do_expand and not self.multiple_reduction:
             return self._combine_each_row(scope, call, handle)
         biases, order = (call.bias_0, call.bias_1), Order(handle.topk_idx, handle.num_experts)
@@ -249,7 +287,8 @@ class Elastic:
             with scope.running():
                 rows = min(weights.shape[0], columns.shape[0])
                 weights = weights[:rows].masked_fill(columns[:rows] < 0, 0.0)
-        routing = handle.routing.cut(min(x.shape[0], handle.routing.num_rows))
+        routing = _routed(handle).handle
+        routing = routing.cut(min(x.shape[0], routing.num_rows))
         sent = Combine(x[: routing.num_rows], weights, *biases, routing, call.num_sms, order)
         return self.mode.combine(scope, sent), (sent, *_read(handle))
 
@@ -260,13 +299,8 @@ class Elastic:
         (num_tokens, num_topk), num_experts = handle.topk_idx.shape, handle.num_experts
         choices = handle.topk_idx.view(-1, 1)
         room = max(handle.num_expanded_tokens, 1)
-        counts: Counts = self.mode.layout(scope, Layout(choices, num_experts))
-        with scope.allocating():
-            (carrier,) = self.empty((matrix(torch.uint8, choices.shape[0], _CARRIER_BYTES),))
-        sent = Dispatch(carrier, None, None, None, Routing(*counts), 1, room, call.num_sms)
-        received = self.mode.dispatch(scope, sent)
-        routing, placed = received.handle, handle.placement
-        assert routing is not None
+        routing, sent = self._route(scope, choices, num_experts, room, call.num_sms)
+        placed = _routed(handle).placement
         assert placed is not None
         with scope.running():
             # Rows of the metadata are by source rank and token, and columns by k: so are these.
@@ -284,7 +318,7 @@ class Elastic:
         self._add_choices(scope, each, (call.bias_0, call.bias_1), combined)
         if weights is not None:
             weights = weights.view(num_tokens, num_topk)
-        return (combined, weights), (sent, received, returned, used, rows, *_read(handle))
+        return (combined, weights), (sent, returned, used, rows, *_read(handle))
 
     def _add_choices(
         self,
@@ -316,12 +350,8 @@ class Elastic:
     def barrier(self, scope: AnyScope, *, num_sms: int) -> Record:
         """Meets all ranks on the stream of the scope: a dispatch of nothing; what was used."""
         with scope.allocating():
-            carrier, choices = self.empty(
-                (matrix(torch.uint8, 0, _CARRIER_BYTES), matrix(torch.int64, 0, 1))
-            )
-        counts = self.mode.layout(scope, Layout(choices, self.num_ranks))
-        sent = Dispatch(carrier, None, None, None, Routing(*counts), 1, 1, num_sms)
-        return sent, self.mode.dispatch(scope, sent)
+            (choices,) = self.empty((matrix(torch.int64, 0, 1),))
+        return self._route(scope, choices, self.num_ranks, 0, num_sms)
 
 
 def _read(handle: EPHandle) -> Record:
@@ -331,8 +361,14 @@ def _read(handle: EPHandle) -> Record:
 
 def _expert_handle(handle: EPHandle) -> ExpertHandle:
     """The same for the mode's calls on rows by expert."""
-    assert handle.routing is not None
-    assert handle.placement is not None
+    _, routing, placed = _routed(handle)
+    assert placed is not None
     columns = handle.recv_src_metadata[:, 2:]
-    routing = handle.routing.cut(columns.shape[0])
-    return ExpertHandle(routing, handle.placement._replace(row_of=columns))
+    return ExpertHandle(routing.cut(columns.shape[0]), placed._replace(row_of=columns))
+
+
+def _routed(handle: EPHandle) -> Routed:
+    """How its tokens travel, behind `Elastic.route`."""
+    routed = handle.routing
+    assert routed is not None
+    return routed

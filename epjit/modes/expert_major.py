@@ -35,8 +35,8 @@ from epjit.runtime.launch import Launch
 
 _INT32_MAX = (1 << 31) - 1
 SUM_DTYPES = (torch.bfloat16, torch.float16)  # that the unpermute kernel adds
-Payload: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
-"""Rows, scales, weights."""
+RowParts: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
+"""Rows, and the scales and weights beside them."""
 Weights: TypeAlias = tuple[Tensor | None, Tensor | None]
 
 
@@ -132,9 +132,9 @@ def permute(x: Tensor, row_of: Tensor, source: Tensor, ends: Tensor) -> Tensor:
 
 def queue_permute(
     stream: int,
-    given: Payload,
+    given: RowParts,
     placed: Placement,
-    outputs: Payload,
+    outputs: RowParts,
     *,
     zero_padding: bool = True,
 ) -> None:

@@ -341,6 +341,7 @@ class Internode(Normal[AnyShape]):
             send_head=handle.send_head.data_ptr(),
             recv_src_meta=handle.recv_src_meta.data_ptr() if fills_handle else 0,
             passing=handle.send_nvl_head.data_ptr() if fills_handle else 0,
+            num_recv_rows=handle.num_rows,
             least_rows=least_rows,
             num_passing=handle.num_passing,
             num_send_warps=launch.kernel.config.send_warps,

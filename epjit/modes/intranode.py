@@ -64,6 +64,10 @@ if TYPE_CHECKING:
     from epjit.scope import AnyScope, Record
 
 _PLACES_BYTES = MAX_RANKS * 64
+# Parameters that a dispatch by expert along a handle has no use for.
+_OF_NEW_ROWS = dict.fromkeys(
+    ("local_position", "block_base", "row_base", "recv_src_idx", "source"), 0
+)
 
 
 class _Arena:
@@ -121,7 +125,7 @@ class Intranode(Normal[AnyShape]):
         return Launch(
             kernel,
             **self._common(),
-            **NOTIFY_OF_EXPERTS,
+            **({} if kernel.config.by_expert else NOTIFY_OF_EXPERTS),
             notify=self._everywhere(self._arena.notify),
             notify_stride=self._arena.notify_stride,
         )
@@ -136,10 +140,14 @@ class Intranode(Normal[AnyShape]):
         own: dict[str, Any] = {} if config.by_expert else COMBINE_OF_EXPERTS
         if isinstance(config, DispatchConfig):
             # Places count from the start of the memory, so that 0 is none.
-            own = DISPATCH_OF_EXPERTS | {
+            own = {
                 "places": self._everywhere(self._arena.places),
                 "outputs": self._everywhere(0),
             }
+            if not config.by_expert:
+                own |= DISPATCH_OF_EXPERTS
+            elif config.is_cached:
+                own |= _OF_NEW_ROWS
             if config.by_expert and not config.is_cached and self._expert_notify is None:
                 self._layout.load_by_expert()
                 kernel = self._kernel(NotifyConfig(self._group.size, by_expert=True))
@@ -309,6 +317,7 @@ class Intranode(Normal[AnyShape]):
         launch.set(
             **self._rows(call, received),
             **routing,
+            num_recv_rows=received[0].shape[0],
             recv_src_idx=0 if src_idx is None else src_idx.data_ptr(),
             global_scale=pointer(call.global_scale),
             least_rows=least_rows,
@@ -408,9 +417,7 @@ class Intranode(Normal[AnyShape]):
             num_rows = call.num_expert_rows
             if not waits and not num_rows:
                 num_rows = row_bound(call.num_worst_tokens, num_topk, local, call.expert_alignment)
-            self._expert_notify(
-                scope.stream,
-                1 + num_ranks + -(-num_experts // NotifyConfig.threads),
+            self._expert_notify.set(
                 num_tokens_per_rank=per_rank.data_ptr(),
                 num_tokens_per_expert=per_expert.data_ptr(),
                 is_token_in_rank=in_rank.data_ptr(),
@@ -421,6 +428,9 @@ class Intranode(Normal[AnyShape]):
                 num_tokens=num_tokens,
                 num_recv_rows=call.num_worst_tokens,
                 expert_alignment=call.expert_alignment,
+            )
+            self._expert_notify.start(
+                scope.stream, 1 + num_ranks + -(-num_experts // NotifyConfig.threads)
             )
             num_tokens, aligned = call.num_worst_tokens, []
             if waits:
@@ -435,12 +445,16 @@ class Intranode(Normal[AnyShape]):
             routing = routing._replace(recv_src_idx=src_idx, is_token_in_rank=in_rank)
             handle = ExpertHandle(routing, Placement(row_of, source, ends, counts))
             received = ExpertDispatched(rows, scales, weights, handle, aligned)
-            shared |= {
-                "local_position": local_position.data_ptr(),
-                "recv_src_idx": src_idx.data_ptr(),
-                "source": source.data_ptr(),
-            }
-            self._store_by_expert(scope, launch, received, call, shared)
+            self._store_by_expert(
+                scope,
+                launch,
+                received,
+                call,
+                **shared,
+                local_position=local_position.data_ptr(),
+                recv_src_idx=src_idx.data_ptr(),
+                source=source.data_ptr(),
+            )
         return received, tuple(used)
 
     def _cached_expert_dispatch(
@@ -450,17 +464,18 @@ class Intranode(Normal[AnyShape]):
         launch = self.launch(expert_dispatch_shape(call))
         routing, placed = handle
         assert isinstance(routing, IntranodeHandle)
-        values = {
-            **self._routing(routing),
-            "ends": placed.ends.data_ptr(),
-            "expert_counts": placed.counts.data_ptr(),
-            "recv_src_idx": 0,
-            "source": 0,
-        }
         with scope.allocating():
             outputs = self._rows_by_expert(handle.num_rows, call)
         received = ExpertDispatched(*outputs, handle)
-        self._store_by_expert(scope, launch, received, call, values)
+        self._store_by_expert(
+            scope,
+            launch,
+            received,
+            call,
+            **self._routing(routing),
+            ends=placed.ends.data_ptr(),
+            expert_counts=placed.counts.data_ptr(),
+        )
         return received
 
     def _store_by_expert(
@@ -469,27 +484,28 @@ class Intranode(Normal[AnyShape]):
         launch: Launch[DispatchConfig],
         received: ExpertDispatched,
         call: ExpertDispatch,
-        values: dict[str, int],
+        **routing: int,
     ) -> None:
-        """Queues the kernel; `values` has the parameters for its routing."""
+        """Queues the kernel; `routing` are its parameters for where rows go."""
         scope.start()
-        rows, scales, weights, (routing, placed), _ = received
+        rows, scales, weights, (own, placed), _ = received
         row_stride, stride = word_strides(scales)
-        values |= {
+        launch.set(
             **self._rows(call, (rows, scales, None, weights)),
-            "recv_scale_row_stride": row_stride,
-            "recv_scale_stride": stride,
-            "zero_padding": call.zero_padding,
-            "least_rows": -1,
-            "global_scale": pointer(call.global_scale),
-            "has_room": False,
-            "row_of": placed.row_of.data_ptr(),
-            "row_of_stride": placed.row_of.stride(0),
-            "num_recv_rows": routing.num_rows,
-            "num_expert_rows": rows.shape[0],
-            "num_stage_warps": launch.kernel.config.stage_warps(call.num_sms),
-        }
-        launch.start(scope.stream, call.num_sms, values)
+            **routing,
+            num_recv_rows=own.num_rows,
+            recv_scale_row_stride=row_stride,
+            recv_scale_stride=stride,
+            zero_padding=call.zero_padding,
+            least_rows=-1,
+            global_scale=pointer(call.global_scale),
+            has_room=False,
+            row_of=placed.row_of.data_ptr(),
+            row_of_stride=placed.row_of.stride(0),
+            num_expert_rows=rows.shape[0],
+            num_stage_warps=launch.kernel.config.stage_warps(call.num_sms),
+        )
+        launch.start(scope.stream, call.num_sms)
 
     def expert_combine(self, scope: AnyScope, call: ExpertCombine) -> tuple[Sums, Record]:
         """Sums a token's rows while they are read, and pushes the sums."""

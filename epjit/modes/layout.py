@@ -73,11 +73,12 @@ class Layout:
             block_counts: Output, int32 `[blocks of 64 tokens, E]`.
         """
         launch = self._by_expert[topk_idx.dtype]
-        own = {
-            "local_position": local_position.data_ptr(),
-            "block_counts": block_counts.data_ptr(),
-        }
-        self._start(launch, stream, block_counts.shape[0], topk_idx, counts, own)
+        launch.set(
+            **self._values(topk_idx, counts),
+            local_position=local_position.data_ptr(),
+            block_counts=block_counts.data_ptr(),
+        )
+        launch.start(stream, block_counts.shape[0])
 
     def __call__(self, stream: int, topk_idx: torch.Tensor, counts: Counts) -> None:
         """Queues the kernel.
@@ -88,29 +89,22 @@ class Layout:
             counts: Outputs.
         """
         grid = max(1, min(-(-topk_idx.shape[0] // 64), _MAX_BLOCKS))
-        self._start(self._launches[topk_idx.dtype], stream, grid, topk_idx, counts, {})
+        launch = self._launches[topk_idx.dtype]
+        launch.set(**self._values(topk_idx, counts))
+        launch.start(stream, grid)
 
     @staticmethod
-    def _start(
-        launch: Launch[LayoutConfig],
-        stream: int,
-        grid: int,
-        topk_idx: torch.Tensor,
-        counts: Counts,
-        own: dict[str, int],
-    ) -> None:
-        """Queues a kernel; `own` are its parameters beside those that both have."""
+    def _values(topk_idx: torch.Tensor, counts: Counts) -> dict[str, int]:
+        """Parameters of a call."""
         num_tokens, num_topk = topk_idx.shape
         per_rank, per_rdma_rank, per_expert, in_rank = counts
-        launch.set(
-            topk_idx=topk_idx.data_ptr(),
-            num_tokens_per_rank=per_rank.data_ptr(),
-            num_tokens_per_rdma_rank=0 if per_rdma_rank is None else per_rdma_rank.data_ptr(),
-            num_tokens_per_expert=per_expert.data_ptr(),
-            is_token_in_rank=in_rank.data_ptr(),
-            num_tokens=num_tokens,
-            num_topk=num_topk,
-            num_experts=per_expert.shape[0],
-            **own,
-        )
-        launch.start(stream, grid)
+        return {
+            "topk_idx": topk_idx.data_ptr(),
+            "num_tokens_per_rank": per_rank.data_ptr(),
+            "num_tokens_per_rdma_rank": 0 if per_rdma_rank is None else per_rdma_rank.data_ptr(),
+            "num_tokens_per_expert": per_expert.data_ptr(),
+            "is_token_in_rank": in_rank.data_ptr(),
+            "num_tokens": num_tokens,
+            "num_topk": num_topk,
+            "num_experts": per_expert.shape[0],
+        }

@@ -204,7 +204,6 @@ class Normal(Mode[Shape]):
             "recv_scales": 0 if recv_scales is None else recv_scales.data_ptr(),
             "recv_topk_idx": 0 if recv_topk_idx is None else recv_topk_idx.data_ptr(),
             "recv_topk_weights": 0 if recv_topk_weights is None else recv_topk_weights.data_ptr(),
-            "num_recv_rows": recv_x.shape[0],
         }
 
     def _sums(self, scope: AnyScope, x: torch.Tensor, num_tokens: int, num_topk: int) -> Sums:

@@ -450,12 +450,15 @@ def grouped_mm(
     *,
     scales: Tensor | None = None,
     weight_scales: Tensor | None = None,
+    values: Tensor | None = None,
+    weight_values: Tensor | None = None,
 ) -> Tensor:
     """Multiplies each expert's rows with its matrix.
 
     bfloat16 is torch's own grouped product, without a host wait; other dtypes are a loop that reads
     `ends` on the host. With scales, both are float8_e4m3fn, and the product is torch's: of
-    ``fp8_row`` on sm_90 and sm_100, of ``mxfp8`` on sm_100. It has no gradient.
+    ``fp8_row`` on sm_90 and sm_100, of ``mxfp8`` on sm_100. Its gradients are those of the product
+    of the values, in bfloat16, and go to `values` and `weight_values`: straight through the casts.
 
     Args:
         x: `[M, H]`, as `dispatch(expert_major=True)` orders it.
@@ -464,30 +467,46 @@ def grouped_mm(
         ends: int32 `[L]`; with mxfp8 multiples of 128 (`expert_alignment`).
         scales: None, or those of x: `[M, S]`, as `dispatch(cast=...)` returns them.
         weight_scales: With `scales`: `[L, F, S]`, of the columns of each matrix in the same format.
+        values: With `scales`: None, or what takes the gradient of the rows, `[M, H]`: `values` of
+            what the dispatch returned, or what the rows were cast from. It is not read.
+        weight_values: With `scales`: None, or what takes that of the matrices, `[L, H, F]`: the
+            parameter that they were cast from. It is not read.
 
     Returns:
         `[M, F]`, with scales bfloat16. Behind `ends[-1]` there are zeros where gradients are
-        recorded and there are no scales, as in the gradient of x; else it is undefined there.
+        recorded, as in the gradient of the rows; else it is undefined there.
 
     Raises:
-        TypeError, ValueError: Scales are missing, or torch has no product of such rows.
+        TypeError, ValueError: Scales are missing, or what takes a gradient, or torch has no product
+            of such rows.
         RuntimeError: This GPU, or this torch, has no product of rows with these scales.
     """
     x, weights = _rows(x), _autocast(weights)
     if scales is not None and weight_scales is not None:
-        operands = (x, weights, ends, scales, weight_scales)
-        if torch.is_grad_enabled() and any(each.requires_grad for each in operands):
-            raise ValueError(
-                "products of rows with scales have no gradient; call grouped_mm under "
-                "torch.no_grad(), or train with the values that epjit.moe.dequantize returns"
-            )
-        scaled: Tensor = torch.ops.epjit.scaled_grouped_mm(*operands)
+        needs_grad = torch.is_grad_enabled()
+        for name, cast, given in (
+            ("values", (x, scales), values),
+            ("weight_values", (weights, weight_scales), weight_values),
+        ):
+            if needs_grad and given is None and any(each.requires_grad for each in cast):
+                raise ValueError(
+                    f"{name} are missing: a gradient of what was cast would be rounded as it was, "
+                    f"so {name} take it; see grouped_mm, or call it under torch.no_grad()"
+                )
+        scaled: Tensor = torch.ops.epjit.scaled_grouped_mm(
+            *(x, weights, ends, scales, weight_scales, values, weight_values, needs_grad)
+        )
         return scaled
     if scales is not None or weight_scales is not None or x.element_size() == 1:
         missing = "weight_scales" if weight_scales is None else "scales"
         raise ValueError(
             f"{missing} are missing: x is {x.dtype}, and its product takes scales of the rows and "
             "weight_scales of the matrices"
+        )
+    if values is not None or weight_values is not None:
+        raise ValueError(
+            "values and weight_values take the gradients of rows with scales; x and weights, which "
+            "have none, take their own"
         )
     result: Tensor = torch.ops.epjit.grouped_mm(x, weights, ends, torch.is_grad_enabled())
     return result

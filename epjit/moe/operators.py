@@ -702,17 +702,59 @@ def _(x: Tensor, y: Tensor, ends: Tensor) -> Tensor:
     return x.new_empty((ends.shape[0], x.shape[1], y.shape[1]))
 
 
-@_operator("(Tensor x, Tensor weights, Tensor ends, Tensor scales, Tensor of_weights) -> Tensor")
+@_operator(
+    "(Tensor x, Tensor weights, Tensor ends, Tensor scales, Tensor of_weights, Tensor? values, "
+    "Tensor? weight_values, bool blank) -> Tensor"
+)
 def _scaled_grouped_mm(
-    x: Tensor, weights: Tensor, ends: Tensor, scales: Tensor, of_weights: Tensor
+    x: Tensor,
+    weights: Tensor,
+    ends: Tensor,
+    scales: Tensor,
+    of_weights: Tensor,
+    values: Tensor | None,
+    weight_values: Tensor | None,
+    blank: bool,
 ) -> Tensor:
-    """See `scaled.product`; without a gradient."""
-    return scaled.product(_moved(x), weights, ends, scales, of_weights)
+    """See `scaled.product`; `values` and `weight_values` take its gradients. Else as above."""
+    scaled.check_values(values, x, "values")
+    scaled.check_values(weight_values, weights, "weight_values")
+    rows = scaled.product(_moved(x), weights, ends, scales, of_weights)
+    if blank:
+        by_expert.blank(rows, ends[-1:])
+    return rows
 
 
 @_scaled_grouped_mm.register_fake
-def _(x: Tensor, weights: Tensor, ends: Tensor, scales: Tensor, of_weights: Tensor) -> Tensor:
+def _(
+    x: Tensor,
+    weights: Tensor,
+    ends: Tensor,
+    scales: Tensor,
+    of_weights: Tensor,
+    values: Tensor | None,
+    weight_values: Tensor | None,
+    blank: bool,
+) -> Tensor:
     return x.new_empty((x.shape[0], weights.shape[2]), dtype=torch.bfloat16)
+
+
+def _setup_scaled_grouped_mm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:5])
+    ctx.dtypes = [None if each is None else each.dtype for each in inputs[5:7]]
+
+
+def _grad_scaled_grouped_mm(ctx: Any, grad: Tensor) -> Any:
+    """The gradients of a product of the values, which pass the casts as they are."""
+    x, weights, ends, scales, of_weights = ctx.saved_tensors
+    found: list[Tensor | None] = [None, None]
+    if ctx.needs_input_grad[5]:
+        matrices = dequantize(weights.transpose(1, 2), of_weights, dtype=grad.dtype)
+        found[0] = torch.ops.epjit.grouped_mm(grad, matrices, ends, True).to(ctx.dtypes[0])
+    if ctx.needs_input_grad[6]:
+        rows = dequantize(x, scales, dtype=grad.dtype)
+        found[1] = torch.ops.epjit.grouped_mm_of_rows(rows, grad, ends).to(ctx.dtypes[1])
+    return *[None] * 5, *found, None
 
 
 def _setup_grouped_mm(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -737,3 +779,6 @@ def _grad_grouped_mm_of_rows(ctx: Any, grad: Tensor) -> Any:
 
 _grouped_mm.register_autograd(_grad_grouped_mm, setup_context=_setup_grouped_mm)
 _grouped_mm_of_rows.register_autograd(_grad_grouped_mm_of_rows, setup_context=_setup_grouped_mm)
+_scaled_grouped_mm.register_autograd(
+    _grad_scaled_grouped_mm, setup_context=_setup_scaled_grouped_mm
+)

@@ -1,7 +1,8 @@
 """The grouped product of rows with scales: what torch has, on which GPUs, and its layouts.
 
 torch.nn.functional.scaled_grouped_mm (from 2.10 on) multiplies float8_e4m3fn with a scale a row
-(sm_90, sm_100) and MXFP8 (sm_100), without gradients, and nothing with a scale a 128 channels.
+(sm_90, sm_100) and MXFP8 (sm_100), and nothing with a scale a 128 channels. It has no gradient: the
+operator around it gives those of the product of the values (`operators.py`).
 """
 
 from __future__ import annotations
@@ -50,6 +51,19 @@ def _check(x: Tensor, weights: Tensor, scales: Tensor, of_weights: Tensor) -> Ro
             ".transpose(1, 2)"
         )
     return row_format
+
+
+def check_values(values: Tensor | None, cast: Tensor, name: str) -> None:
+    """Checks what takes the gradient of rows or matrices that were cast.
+
+    Raises:
+        TypeError, ValueError: It has another shape or device, or takes no gradient.
+    """
+    if values is not None:
+        dtypes = (torch.bfloat16, torch.float16, torch.float32)
+        shape = tuple(cast.shape)
+        why = "for the gradient of what was cast"
+        check(name, values, shape, dtypes, cast.device, contiguous=False, why=why)
 
 
 def _format_of(scales: Tensor, hidden: int) -> RowFormat:
@@ -107,9 +121,10 @@ def product(x: Tensor, weights: Tensor, ends: Tensor, scales: Tensor, of_weights
         rows, matrices = dequantize(x, scales), dequantize(weights.transpose(1, 2), of_weights)
         experts = torch.arange(len(ends)).repeat_interleave(ends.diff(prepend=ends.new_zeros(1)))
         out = x.new_zeros((x.shape[0], weights.shape[2]), dtype=torch.bfloat16)
-        for expert in experts.unique():
-            mine = (experts == expert).nonzero().flatten()
-            out[mine] = (rows[mine] @ matrices[expert].t()).bfloat16()
+        with torch.autocast("cpu", enabled=False):  # rows and matrices are cast already
+            for expert in experts.unique():
+                mine = (experts == expert).nonzero().flatten()
+                out[mine] = (rows[mine] @ matrices[expert].t()).bfloat16()
         return out
     check_product(row_format, x.device)
     if not x.shape[0]:

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -146,6 +146,7 @@ def combine(
     bias: Bias = None,
     *,
     multiple_reduction: bool = True,
+    ranks_a_domain: int | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """Sums for the tokens of `rank`, in float32, rounded once.
 
@@ -154,6 +155,10 @@ def combine(
     order of `k` and rounded. By expert without `multiple_reduction`, instead, each row for itself,
     in the order of `k`, from whatever rank.
 
+    Between NVLink domains what is added for a rank is first summed in each domain, in float32 from
+    +0.0, ranks in ascending order, and rounded; then these sums are added, domains in ascending
+    order. Rows that are each added for themselves are as in one domain.
+
     Args:
         xs: Each rank's rows; only those that the metadata of its handle names are read.
         handles: Each rank's handle, all of one dispatch.
@@ -161,6 +166,7 @@ def combine(
         topk_weights: Each rank's float32 `[rows, K]`, by expert `[rows]`, or None.
         bias: None, `[T, H]`, or a pair of them (either may be None).
         multiple_reduction: Whether a rank may round what it sums.
+        ranks_a_domain: Of each NVLink domain; None: there is one.
 
     Returns:
         `combined_x` `[T, H]`, and `combined_topk_weights` float32 `[T, K]` or None: of each choice
@@ -172,7 +178,8 @@ def combine(
     acc = start_sum(bias, (num_tokens, xs[rank].shape[1]))
     weights = None if topk_weights is None else _zeros(num_tokens, num_topk)
 
-    parts: list[tuple[int, int, Tensor]] = []  # token, k by which it is ordered, addend
+    each_row = own.do_expand and not multiple_reduction
+    parts: list[tuple[int, int, Tensor]] = []  # token, what it is ordered by, addend
     for peer, handle in enumerate(handles):
         num_received = int(handle.psum_num_recv_tokens_per_scaleup_rank[-1])
         for place, row in enumerate(handle.recv_src_metadata[:num_received].tolist()):
@@ -181,18 +188,24 @@ def combine(
             if source != rank:
                 continue
             here = {k: column for k, column in enumerate(columns) if column >= 0}
+            by = last % num_topk if ranks_a_domain is None else peer
             if not own.do_expand:
-                parts.append((token, last % num_topk, xs[peer][place]))
-            elif multiple_reduction:
-                total = sum(xs[peer][column].float() for column in here.values())
-                if here:
-                    parts.append((token, last % num_topk, torch.as_tensor(total).to(dtype)))
-            else:
+                parts.append((token, by, xs[peer][place]))
+            elif each_row:
                 parts.extend((token, k, xs[peer][column]) for k, column in here.items())
+            elif here:
+                total = sum(xs[peer][column].float() for column in here.values())
+                parts.append((token, by, torch.as_tensor(total).to(dtype)))
             if topk_weights is not None and weights is not None:
                 for k, column in here.items():
                     of_row = topk_weights[peer][column if own.do_expand else place]
                     weights[token, k] = of_row if own.do_expand else of_row[k]
+    if ranks_a_domain is not None and not each_row:
+        sums: dict[tuple[int, int], Any] = {}
+        for token, peer, addend in sorted(parts, key=lambda part: part[:2]):
+            domain = token, peer // ranks_a_domain
+            sums[domain] = sums.get(domain, 0) + addend.float()
+        parts = [(*domain, total.to(dtype)) for domain, total in sums.items()]
     for token, _, addend in sorted(parts, key=lambda part: part[:2]):
         acc[token] += addend.float()
     return acc.to(dtype), weights

@@ -348,13 +348,13 @@ def _gather(sources: Sequence[Tensor], tokens: Sequence[Tensor]) -> Tensor:
 
 def pad_rows(rows: Tensor, num_rows: int, *, value: int = 0) -> Tensor:
     """`rows` followed by rows of `value`, `num_rows` in all."""
-    missing = num_rows - rows.shape[0]
-    if not missing:
+    if num_rows == rows.shape[0]:
         return rows
-    tail = torch.zeros((missing, *rows.shape[1:]), dtype=rows.dtype, device="cpu")
+    padded = torch.zeros((num_rows, *rows.shape[1:]), dtype=rows.dtype, device="cpu")
     if value:
-        tail.fill_(value)
-    return torch.cat([rows, tail])
+        padded.fill_(value)
+    padded[: rows.shape[0]] = rows  # not torch.cat, which takes no FP8 under torch.autocast
+    return padded
 
 
 def _given(name: str, tensor: Tensor | None) -> Tensor:

@@ -95,7 +95,7 @@ def dispatch(
             expert gets more rows than its slab has, which takes duplicate choices.
     """
     num_ranks, hidden = len(inputs), inputs[rank].x.shape[1]
-    num_local, num_rows = experts_per_rank(num_experts, num_ranks), num_ranks * max_tokens
+    num_local_experts, num_rows = experts_per_rank(num_experts, num_ranks), num_ranks * max_tokens
     if out is None:
         own, wide = inputs[rank].topk_idx.shape, inputs[rank].topk_idx.dtype == torch.int64
         sent = inputs[rank].topk_weights is not None
@@ -103,16 +103,18 @@ def dispatch(
         sizes = DispatchSizes(own[0], hidden, own[1], wide, *numbers)
         specs = LowLatencyDispatched.specs(sizes, num_ranks)
         out = LowLatencyDispatched.allocate(specs, empty_on(torch.device("cpu")))
-    experts, sources, tokens, choices = _rows_for(inputs, rank, num_local, max_tokens, masked)
-    counts = torch.bincount(experts * num_ranks + sources, minlength=num_local * num_ranks)
-    counts = counts.view(num_local, num_ranks)
+    experts, sources, tokens, choices = _rows_for(
+        inputs, rank, num_local_experts, max_tokens, masked
+    )
+    counts = torch.bincount(experts * num_ranks + sources, minlength=num_local_experts * num_ranks)
+    counts = counts.view(num_local_experts, num_ranks)
     totals = counts.sum(dim=1)
     if int(totals.max()) > num_rows:
         expert = int(totals.argmax())
         raise ValueError(
-            f"expert {rank * num_local + expert} gets {int(totals[expert])} rows, but its slab has "
-            f"{num_rows} ({num_ranks} ranks x {max_tokens} tokens): tokens chose it several times; "
-            "pass a larger num_max_dispatch_tokens_per_rank"
+            f"expert {rank * num_local_experts + expert} gets {int(totals[expert])} rows, but its "
+            f"slab has {num_rows} ({num_ranks} ranks x {max_tokens} tokens): tokens chose it "
+            "several times; pass a larger num_max_dispatch_tokens_per_rank"
         )
     out.recv_count.copy_(totals)
     out.layout_range.copy_((counts.cumsum(dim=1) - counts) << 32 | counts)
@@ -199,7 +201,7 @@ def combine(
     Raises:
         ValueError: A choice has no row: `topk_idx` is not that of the dispatch.
     """
-    num_local = experts_per_rank(num_experts, len(returned))
+    num_local_experts = experts_per_rank(num_experts, len(returned))
     idx = topk_idx.to(torch.int64)
     selected = (idx >= 0) & (idx < num_experts)
     row_of = torch.full(idx.shape, -1, dtype=torch.int64, device="cpu")
@@ -220,11 +222,11 @@ def combine(
                 "dispatch"
             )
     else:
-        owners = (idx // num_local).masked_fill(~selected, 0)
+        owners = (idx // num_local_experts).masked_fill(~selected, 0)
         selected &= (masked[owners] == 0) & (row_of >= 0)
     values = logfmt_round_trip(rows) if use_logfmt else rows.to(torch.float32)
     shape = (idx.shape[0], rows.shape[1])
-    owners = (idx // num_local).masked_fill(~selected, -1)
+    owners = (idx // num_local_experts).masked_fill(~selected, -1)
 
     def sum_of(taken: Tensor) -> Tensor:
         acc = torch.zeros(shape, dtype=torch.float32, device="cpu")
@@ -319,7 +321,7 @@ def logfmt_round_trip(rows: Tensor) -> Tensor:
 def _rows_for(
     inputs: Sequence[RankInput],
     rank: int,
-    num_local: int,
+    num_local_experts: int,
     max_tokens: int,
     masked: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -330,8 +332,8 @@ def _rows_for(
             raise ValueError(
                 f"rank {source} has {each.x.shape[0]} tokens, more than max_tokens={max_tokens}"
             )
-        idx = each.topk_idx.to(torch.int64) - rank * num_local
-        is_mine = (idx >= 0) & (idx < num_local)
+        idx = each.topk_idx.to(torch.int64) - rank * num_local_experts
+        is_mine = (idx >= 0) & (idx < num_local_experts)
         if masked is not None and int(masked[source]):
             is_mine = torch.zeros_like(is_mine)
         token, choice = torch.nonzero(is_mine, as_tuple=True)

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from math import isnan
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,7 +20,7 @@ import deep_ep.buffer
 import deep_ep.utils
 import deep_ep_cpp
 import epjit
-from deep_ep.utils import gate, math, refs, testing
+from deep_ep.utils import envs, gate, math, refs, testing
 from epjit.reference import elastic
 from tests.harness import launch
 
@@ -163,10 +164,34 @@ def test_kernels_are_found_by_the_names_of_deepep_2() -> None:
     assert testing._seconds(spans, "dispatch_impl", 1, 2) == 2  # 90 is the barrier's
     assert testing._seconds(spans, "::dispatch", 3, None) == [90, 1, 3]
     assert testing._seconds(spans, "combine_impl", 1, 2) == 7
+    meeting = [(f"epjit::intranode_r2::notify({i})", float(i)) for i in (90, 1, 3)]
+    assert testing._seconds(spans + meeting, "barrier", 1, 2) == 2
     for name in ("dispatch_copy_epilogue_impl", "combine_reduce_epilogue_impl"):
         assert isnan(testing._seconds(spans, name, 1, 2))
     with pytest.raises(RuntimeError, match="0 launches of a kernel named"):
         testing._seconds(spans, "notify", 1, None)
+
+
+@pytest.mark.parametrize(
+    ("num_gpus", "gpu", "backend"), [(1, 0, "gloo"), (2, 1, "gloo"), (4, 3, "nccl")]
+)
+def test_processes_may_share_a_gpu(
+    num_gpus: int, gpu: int, backend: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The fourth of four: DeepEP's tests run with fewer GPUs than processes."""
+    said: dict[str, Any] = {}
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+    monkeypatch.setattr(torch.cuda, "set_device", lambda each: said.update(gpu=each))
+    for name in ("set_default_dtype", "set_default_device"):
+        monkeypatch.setattr(torch, name, lambda _: None)
+    monkeypatch.setattr(
+        dist, "init_process_group", lambda kind, **options: said.update(options, kind=kind)
+    )
+    monkeypatch.setattr(envs, "init_seed", lambda _: None)
+    monkeypatch.setattr(dist, "new_group", lambda _: dist.ProcessGroup(3, 4))
+    rank, num_ranks, _ = envs.init_dist(3, 4)
+    assert (rank, num_ranks, said["gpu"], said["kind"]) == (3, 4, gpu, backend)
+    assert said["device_id"] == (torch.device("cuda", gpu) if backend == "nccl" else None)
 
 
 def test_half_of_another_distribution_is_refused(tmp_path: Path) -> None:

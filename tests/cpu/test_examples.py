@@ -47,6 +47,7 @@ def start(*command: str) -> subprocess.CompletedProcess[str]:
         ("infer.py", 2, ()),
         ("train.py", 0, ("--ranks=3", "--steps=5")),  # CI runs all of it: make run
         ("train.py", 2, ()),
+        ("train.py", 0, ("--ranks=3", "--steps=5", "--fp8")),
     ],
 )
 def test_example(script: str, ranks: int, options: tuple[str, ...]) -> None:

@@ -103,10 +103,23 @@ def test_random_rounds_between_domains(num_ranks: int, domain: int) -> None:
     run(body, num_ranks, nvlink_domain=domain)
 
 
-def test_sums_before_the_links_need_one_domain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("EPJIT_LOW_LATENCY_COMBINE_VARIANT", "reduced")
-    with pytest.raises(launch.RankFailedError, match="=reduced works in one NVLink domain only"):
-        run(lambda buffer: None, 4, nvlink_domain=2)
+@pytest.mark.parametrize(
+    ("op", "variant", "options", "message"),
+    [
+        ("COMBINE", "reduced", {"nvlink_domain": 2}, "=reduced works in one NVLink domain only"),
+        ("COMBINE", "lines", {"nvlink_domain": 2}, "=lines works in one NVLink domain only"),
+        ("DISPATCH", "lines", {"nvlink_domain": 2}, "=lines works in one NVLink domain only"),
+        ("COMBINE", "lines", {"enable_shrink": True}, "=lines works without enable_shrink only"),
+        ("DISPATCH", "lines", {"enable_shrink": True}, "=lines works without enable_shrink only"),
+    ],
+)
+def test_variants_that_do_not_serve_a_buffer(
+    op: str, variant: str, options: dict[str, Any], message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = f"EPJIT_LOW_LATENCY_{op}_VARIANT"
+    monkeypatch.setenv(name, variant)
+    with pytest.raises(launch.RankFailedError, match=name + message):
+        run(lambda buffer: None, 4, **options)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 3, 4, 8])

@@ -129,6 +129,14 @@ def test_inferred() -> None:
     run(scenarios.inferred, 2)
 
 
+def test_every_cast_beside_the_dense_layer() -> None:
+    run(scenarios.cast_on_the_way, 2, timeout=240)
+
+
+def test_trained_in_fp8() -> None:
+    run(scenarios.trained_in_fp8, 2, timeout=240)
+
+
 def test_buffers_are_managed() -> None:
     run(scenarios.managed, 2)
 
@@ -356,9 +364,49 @@ def test_grouped_mm_of_rows_with_scales_is_that_of_their_values(cast: str) -> No
     rows, matrices = dequantize(x, scales), dequantize(weights, of_weights)
     wanted = torch.cat([rows[:step] @ matrices[0].t(), rows[step : 3 * step] @ matrices[2].t()])
     assert torch.equal(got[: 3 * step], wanted.bfloat16())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        again = moe.grouped_mm(*given, scales=scales, weight_scales=of_weights)
+    assert torch.equal(again, got)
     assert got.shape == (len(x), 32)
     only = ("test_faketensor",)  # torch multiplies no FP8 on the CPU, as other utilities do
-    opcheck(torch.ops.epjit.scaled_grouped_mm, (*given, scales, of_weights), test_utils=only)
+    opcheck(
+        torch.ops.epjit.scaled_grouped_mm,
+        (*given, scales, of_weights, None, None, False),
+        test_utils=only,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("cast", ["fp8_row", "mxfp8"])
+def test_gradients_of_rows_with_scales_are_those_of_their_values(
+    cast: str, dtype: torch.dtype
+) -> None:
+    """The stand-ins hold nothing; behind the last expert's rows there are zeros, or anything."""
+    step = 128 if cast == "mxfp8" else 3
+    ends = torch.tensor([step, step, 3 * step], dtype=torch.int32)
+    x, scales = scaled_matrices(cast, 3 * step + 2, 128)
+    weights, of_weights = scaled_matrices(cast, 3, 32, 128)
+    scales.view(torch.uint8)[3 * step :] = 0xFF
+    values = torch.full((3 * step + 2, 128), torch.nan, dtype=dtype, requires_grad=True)
+    matrices = torch.full((3, 128, 32), torch.nan, dtype=dtype, requires_grad=True)
+    got = moe.grouped_mm(
+        *(x, weights.mT, ends),
+        scales=scales,
+        weight_scales=of_weights,
+        values=values,
+        weight_values=matrices,
+    )
+    grad = torch.randn(got.shape).bfloat16()
+    got.backward(grad)
+    rows = dequantize(x, scales, dtype=torch.bfloat16).requires_grad_()
+    of_values = dequantize(weights, of_weights, dtype=torch.bfloat16).mT.requires_grad_()
+    wanted = moe.grouped_mm(rows, of_values, ends)
+    wanted.backward(grad)
+    assert torch.equal(got[3 * step :], torch.zeros(2, 32).bfloat16())
+    for mine, theirs in ((values, rows), (matrices, of_values)):
+        assert mine.grad is not None
+        assert theirs.grad is not None
+        assert torch.equal(mine.grad, theirs.grad.to(dtype))
 
 
 @pytest.mark.parametrize(
@@ -374,7 +422,14 @@ def test_grouped_mm_of_rows_with_scales_is_that_of_their_values(cast: str) -> No
             r"expected \(3, 32, 1\): scales in fp8_row",
         ),
         ({"weights": torch.ones(3, 256, 32)}, TypeError, "weights"),
-        ({"scales": torch.ones(9, 1).requires_grad_()}, ValueError, "have no gradient"),
+        ({"scales": torch.ones(9, 1).requires_grad_()}, ValueError, "^values are missing: a grad"),
+        ({"weight_scales": torch.ones(3, 32, 1).requires_grad_()}, ValueError, "^weight_values ar"),
+        (
+            {"values": torch.ones(9, 128)},
+            ValueError,
+            r"values has shape \(9, 128\), expected",
+        ),
+        ({"weight_values": torch.ones(3, 256, 32).double()}, TypeError, "^weight_values"),
         ({"flip": True}, ValueError, r"pass \.transpose\(1, 2\)"),
         ({"columns": 8}, ValueError, "multiples of 16"),
         ({"cast": "mxfp8"}, ValueError, "dispatch with expert_alignment=128"),
@@ -395,6 +450,8 @@ def test_grouped_mm_refuses(changes: dict[str, Any], error: type[Exception], sai
             torch.tensor([3, 3, 9], dtype=torch.int32),
             scales=given["scales"],
             weight_scales=given["weight_scales"],
+            values=given.get("values"),
+            weight_values=given.get("weight_values"),
         )
 
 

@@ -10,7 +10,9 @@ from typing import Any
 import pytest
 
 from epjit import Buffer, ElasticBuffer
+from epjit.formats import CASTS
 from tests.harness import launch
+from tests.harness.data import ROUTING_KINDS, SCALE_LAYOUTS
 from tests.rounds import elastic, expert_major, low_latency, normal
 
 SIZE = 4 << 20
@@ -75,3 +77,22 @@ def test_nothing_is_copied_between_launches(
             check(buffer, seed)
 
     launch.run_threads(worker, 2)
+
+
+def test_random_rounds_of_rows_by_expert_have_every_kind() -> None:
+    """Those that tests/gpu/test_expert_dispatch.py runs with each variant."""
+    drawn = [
+        expert_major.random_expert_round(num_ranks, 1000 + seed, num_sms=4, max_tokens=333)
+        for num_ranks in (1, 2, 3, 4, 8)
+        for seed in range(70 if num_ranks < 8 else 23)
+    ]
+    assert len(drawn) >= 300
+    for name, values in (
+        ("kind", ROUTING_KINDS),
+        ("alignment", (1, 8, 128)),
+        ("cast", (None, *CASTS)),
+        ("fp8", (None, *SCALE_LAYOUTS)),
+    ):
+        assert {getattr(case, name) for case in drawn} == set(values)
+    assert sum(0 in case.num_tokens for case in drawn) > 20
+    assert sum(0 < case.num_rows for case in drawn) > 20, "static sizes that are too small"

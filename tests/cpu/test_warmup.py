@@ -14,13 +14,17 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from epjit import Buffer
+from epjit import Buffer, ElasticBuffer
 from epjit.cli import app
+from epjit.kernels import elastic, expert_major
+from epjit.kernels.expert_major import passes_of
 from epjit.kernels.shapes import DispatchShape, ExpertCombineShape, ExpertDispatchShape
+from epjit.modes.chosen import ChosenKernels
 from epjit.runtime import kernel, nvjitlink, nvrtc, nvshmem
 from epjit.runtime import transport as transports
 from epjit.runtime.kernel import KernelConfig, compile_kernel
 from tests.cpu.fake_gpu import Twin, fake_gpu
+from tests.harness import launch
 
 ARCH, RANKS, HIDDEN, TOPK, EXPERTS = "sm_90a", 4, 512, 2, 8
 SHAPE = ["--arch", ARCH, "--ranks", RANKS, "--hidden", HIDDEN, "--topk", TOPK, "--dtype", "bf16"]
@@ -52,8 +56,9 @@ def asked_by_buffer(
     *,
     is_low_latency: bool,
     through_proxy: bool,
+    **calls: Any,
 ) -> list[tuple[KernelConfig, str]]:
-    """The kernels that a Buffer makes, at once and for the calls of SHAPE, with their transport."""
+    """The kernels that a Buffer makes, at once and for `calls` of SHAPE, with their transport."""
     asked: dict[tuple[KernelConfig, str], None] = {}
 
     def stands_in(*args: Any, num_qps_per_rank: int, may_lose_ranks: bool, **options: Any) -> Any:
@@ -82,7 +87,7 @@ def asked_by_buffer(
                         8, HIDDEN, EXPERTS, num_topk=TOPK, use_fp8=False, weights_sent=sent
                     )
             else:
-                buffer.warmup(2 * HIDDEN, num_topk=TOPK)
+                buffer.warmup(2 * HIDDEN, num_topk=TOPK, **calls)
     return list(asked)
 
 
@@ -155,9 +160,72 @@ def test_calls_by_expert_and_casts_compile_nothing_once_warm(
             }
 
 
-def test_rows_by_expert_come_too() -> None:
-    alone = int(warm_up("--domains", 2).split()[0])
-    assert f"{alone + 6} kernels" in warm_up("--domains", 2, "--experts", EXPERTS)
+@pytest.mark.parametrize("cast", [None, "fp8_row"])
+@pytest.mark.parametrize("domains", [1, 2])
+def test_rows_by_expert_and_casts_come_too(
+    domains: int, cast: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between domains with their second pass; beside them there is only what `epjit.moe` has."""
+    monkeypatch.setenv("EPJIT_TRANSPORT", "loopback")
+    options = [] if cast is None else ["--cast", cast]
+    said = warm_up("--domains", domains, "--experts", EXPERTS, *options)
+    with monkeypatch.context() as patch:
+        flags = {"is_low_latency": False, "through_proxy": False}
+        asked = asked_by_buffer(domains, patch, **flags, expert_major=True, cast=cast)
+    monkeypatch.setenv("EPJIT_ASSERT_COMPILE", "1")
+    for config, body in asked:
+        assert compile_kernel(config, arch=ARCH, body=body).from_cache, config
+    shape: dict[str, Any] = {"num_topk": TOPK, "is_f16": False, "topk_is_int64": True}
+    local = expert_major.kernels_of(2 * HIDDEN, **shape, arch=ARCH)
+    assert any(isinstance(config, expert_major.CastConfig) for config, _ in asked) is (
+        cast is not None and domains > 1
+    )
+    assert int(said.split()[0]) == len({config for config, _ in asked} | set(local))
+
+
+@pytest.mark.parametrize("domains", [1, 2])
+def test_calls_of_an_elastic_buffer_come_too(domains: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The calls run on the CPU backend, which knows the kernels that a GPU would run."""
+    monkeypatch.setenv("EPJIT_TRANSPORT", "loopback")
+    warm_up("--domains", domains, "--experts", EXPERTS, "--elastic")
+    choose, shapes = ChosenKernels.launch, dict[Any, None]()
+
+    def chosen(self: ChosenKernels, shape: Any) -> Any:
+        shapes[choose(self, shape)] = None
+        for config in passes_of(shape, ARCH) if domains > 1 else ():
+            shapes[config] = None
+        return choose(self, shape)
+
+    monkeypatch.setattr(ChosenKernels, "launch", chosen)
+    monkeypatch.setenv("EPJIT_NVLINK_DOMAIN", str(RANKS // domains))
+    launch.run_threads(elastic_calls, RANKS)
+    own = elastic.kernels_of(2 * HIDDEN, num_topk=TOPK, topk_is_int64=True, is_f16=False)
+    monkeypatch.setenv("EPJIT_ASSERT_COMPILE", "1")
+    assert len(shapes) > 6
+    for config in (*shapes, *own):
+        assert compile_kernel(config, arch=ARCH, body="loopback").from_cache, config
+
+
+def elastic_calls(comm: Any) -> None:
+    """A call of each kind; ranks may sum their rows of a token before they travel, or not."""
+    for sums in (False, True):
+        buffer = ElasticBuffer(None, 1 << 24, comm=comm, allow_multiple_reduction=sums)
+        x = torch.randn(8, HIDDEN).bfloat16()
+        idx = torch.rand(8, EXPERTS).topk(TOPK).indices
+        weights = torch.rand(8, TOPK)
+        buffer.barrier()
+        for expand in (False, True):
+            for each in (None, weights):
+                got, _, of_rows, handle, _ = buffer.dispatch(
+                    x,
+                    topk_idx=idx,
+                    topk_weights=each,
+                    num_experts=EXPERTS,
+                    do_expand=expand,
+                    num_max_tokens_per_rank=8,
+                )
+                buffer.dispatch(x, topk_weights=each, handle=handle)
+                buffer.combine(got, handle, topk_weights=of_rows)
 
 
 @pytest.mark.parametrize(
@@ -165,6 +233,12 @@ def test_rows_by_expert_come_too() -> None:
     [
         (["--domains", "3"], r"--domains is 3, but must be 1 to 32 and divide 4 ranks"),
         (["--domains", "0"], r"--domains is 0, but"),
+        (["--cast", "fp6"], r"cast is 'fp6', but must be None or one of fp8"),
+        (["--cast", "fp8", "--hidden", "64"], r"64"),
+        (["--cast", "fp8", "--domains", "2"], r"only rows by expert are cast; add --experts"),
+        (["--cast", "fp8", "--low-latency", "--experts", "8"], r"--cast and --elastic are of the"),
+        (["--elastic"], r"--elastic needs --experts"),
+        (["--elastic", "--experts", "8", "--topk", "0"], r"top-0: there are rows by expert for"),
         (["--domains", "2", "--ranks", "18"], r"9 ranks and top-2: there are kernels for 1 to 8"),
     ],
 )

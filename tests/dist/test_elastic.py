@@ -28,6 +28,13 @@ def test_random_rounds_between_domains(num_ranks: int) -> None:
     assert done == [40] * num_ranks
 
 
+@pytest.mark.parametrize("domain", ["", "1"])
+def test_handles_of_public_fields(num_ranks: int, domain: str) -> None:
+    """Copies of a handle's tensors route anew; also between domains."""
+    environ = {"EPJIT_NVLINK_DOMAIN": domain} if domain else {}
+    launch.run(elastic.handles_of_public_fields, num_ranks, environ, timeout=300)
+
+
 def test_graph(num_ranks: int) -> None:
     """Captured once in each order of rows, replayed with changed inputs and eager calls between."""
     done = launch.run(elastic.graph, num_ranks, {}, 51, 100, timeout=400)

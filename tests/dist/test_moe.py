@@ -19,6 +19,9 @@ BODIES = (
     "checkpointed",
     "exported",
     "inferred",
+    "cast_on_the_way",
+    "trained_in_fp8",
+    pytest.param("trained_in_a_graph", marks=pytest.mark.needs_gpu),
     "managed",
     "registered",
 )

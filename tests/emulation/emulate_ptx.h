@@ -82,7 +82,8 @@ struct EmulatedLane {
   Vec16 v;
 };
 
-// One lane moves the lines of all, and other fibers may run between two lines, not within one.
+// One lane moves the lines of all, and other fibers may run between two lines, not within one; between
+// any two lanes of what is looked at elsewhere.
 EMULATE_INLINE Vec16 emulated_lines(EmulatedLane lane, bool is_store) {
   if (reinterpret_cast<uintptr_t>(lane.ptr) % 16)
     emulate::fail("a line at %p, which is not 16-byte aligned", lane.ptr);
@@ -91,18 +92,22 @@ EMULATE_INLINE Vec16 emulated_lines(EmulatedLane lane, bool is_store) {
   if (emulate::lane() == 0) {
     EmulatedLane* each[kWarpSize];
     for (int i = 0; i < kWarpSize; ++i) each[i] = reinterpret_cast<EmulatedLane*>(lanes[i]);
+    const bool before = emulate::is_preemptible;
     for (int first = 0; first < kWarpSize; first += 8) {
-      emulate::poll();
-      const bool before = emulate::is_preemptible;
-      emulate::is_preemptible = false;
-      const uintptr_t line = reinterpret_cast<uintptr_t>(each[first]->ptr) / 128;
+      const uintptr_t line = reinterpret_cast<uintptr_t>(each[first]->ptr) / 128 * 128;
+      bool is_line = true;
+      for (int i = 0; i < 8; ++i)
+        is_line &= reinterpret_cast<uintptr_t>(each[first + i]->ptr) == line + i * 16;
+      if (is_store && !is_line)
+        emulate::fail("lanes %d to %d do not store a line at %p", first, first + 7,
+                      each[first]->ptr);
       for (int i = first; i < first + 8; ++i) {
-        if (reinterpret_cast<uintptr_t>(each[i]->ptr) != line * 128 + (i - first) * 16)
-          emulate::fail("lane %d moves %p, which is not its place of a line", i, each[i]->ptr);
+        if (i == first || !is_line) emulate::poll();
+        emulate::is_preemptible = before && !is_line;
         Vec16& there = *static_cast<Vec16*>(each[i]->ptr);
         is_store ? there = each[i]->v : each[i]->v = there;
+        emulate::is_preemptible = before;
       }
-      emulate::is_preemptible = before;
     }
   }
   emulate::meet(emulate::kSync, kFullMask, 0, 2 + is_store);

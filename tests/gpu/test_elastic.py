@@ -17,7 +17,7 @@ from tests.harness.data import assert_rows_equal
 from tests.harness.launch import run_threads
 from tests.harness.ranks import SMALL, SMS, meet, num_random_rounds, run_ranks
 from tests.rounds.elastic import EDGES, Round, check_round, random_round
-from tests.scenarios.elastic import in_turns, of_one_rounding, replays
+from tests.scenarios.elastic import from_public_fields, in_turns, of_one_rounding, replays
 
 SIZE = 16 << 20
 MAX_TOKENS = 24 if SMALL else 160
@@ -113,6 +113,23 @@ def test_sums_with_one_rounding_do_not_depend_on_the_ranks(monkeypatch: pytest.M
     (wanted,) = run_threads(on_the_cpu, 1)
     for n, got in sums.items():
         assert_rows_equal(got, wanted, f"{n} ranks")
+
+
+@pytest.mark.parametrize("multiple_reduction", [True, False])
+@pytest.mark.parametrize("expand", [False, True])
+@pytest.mark.parametrize("num_ranks", [1, 4])
+def test_a_handle_is_its_public_fields(
+    num_ranks: int, expand: bool, multiple_reduction: bool
+) -> None:
+    """Every call with a handle that was made of copies; rows that LightLLM has moved."""
+    load(Round((12,), num_topk=3, hidden=64), multiple_reduction=multiple_reduction)
+
+    def body(buffer: ElasticBuffer) -> None:
+        for waits in (True, False):
+            from_public_fields(buffer, expand=expand, waits=waits, num_sms=SMS)
+
+    for n in sorted({1, num_ranks}):  # alone first: loads the kernels of torch
+        run_elastic(n, body, multiple_reduction=multiple_reduction)
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])

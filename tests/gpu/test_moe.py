@@ -111,7 +111,10 @@ def test_grouped_mm_of_rows_with_scales(row_format: RowFormat, hidden: int) -> N
 
 @pytest.mark.parametrize(
     "body",
-    ["eager", "watched", "odd_addresses", "replayed", "checkpointed", "exported", "inferred"],
+    [
+        *("eager", "watched", "odd_addresses", "replayed", "checkpointed", "exported", "inferred"),
+        *("cast_on_the_way", "trained_in_fp8", "trained_in_a_graph"),
+    ],
 )
 def test_a_layer_of_one_rank(body: str) -> None:
     run(getattr(scenarios, body), 1, timeout=240)

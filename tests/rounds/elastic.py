@@ -62,7 +62,6 @@ class Round:
         num_sms: Of dispatch and combine.
         how: sync, event (an event before), async, or both.
         zero_padding: do_zero_padding, by expert.
-        is_exact: Rows to combine are small whole numbers, whose sums do not depend on an order.
     """
 
     num_tokens: tuple[int, ...]
@@ -85,7 +84,6 @@ class Round:
     num_sms: int = 4
     how: str = "sync"
     zero_padding: bool = False
-    is_exact: bool = False
 
 
 # Of three ranks: no tokens on all or on some, only -1, one expert, a rank without rows, M of 1.
@@ -206,11 +204,9 @@ def _make(case: Round) -> Made:
         is_read = defined_rows(each.handle)
         seed = case.seed * 64 + 32 + rank
         rows = random_payload(len(each.recv_x), case.hidden, torch.bfloat16, seed=seed)
-        if case.is_exact:
-            rows = (4 * rows).round()
-        else:  # sums that tell in which order they were added
-            rows[:, ::2] = (4 * rows[:, ::2]).round().remainder(3) - 1
-            rows[:, ::4] *= 2.0**24
+        # Sums that tell in which order they were added.
+        rows[:, ::2] = (4 * rows[:, ::2]).round().remainder(3) - 1
+        rows[:, ::4] *= 2.0**24
         outputs.append(rows.masked_fill_(~is_read[:, None], float("nan")))
         num_columns = 1 if case.expand else case.num_topk
         of_rows = topk_weights(len(each.recv_x), num_columns, seed=seed)
@@ -296,8 +292,6 @@ def check_round(buffer: ElasticBuffer, case: Round) -> None:
         )
         for i in range(case.num_biases)
     )
-    if case.is_exact:
-        biases = tuple((4 * bias).round() for bias in biases)
     biases_on_device = tuple(to_device(bias, device) for bias in biases)
     num_local = case.num_experts // buffer.num_ranks
     stats = torch.full((num_local,), 7, dtype=torch.int32).to(device)
@@ -358,6 +352,7 @@ def check_round(buffer: ElasticBuffer, case: Round) -> None:
         made.weights,
         _as_bias(biases),
         multiple_reduction=buffer.allow_multiple_reduction,
+        ranks_a_domain=buffer.num_nvlink_ranks if buffer.num_rdma_ranks > 1 else None,
     )
     # + 0.0: where only -0.0 is added, what comes out is either zero.
     assert_rows_equal(combined[0].cpu() + 0.0, want_x + 0.0, f"{prefix}: combined_x")

@@ -337,18 +337,21 @@ def crossed(
 
 # ---- ranks that are set up differently --------------------------------------------------------
 
+_DISPATCH_VARIANT = "EPJIT_LOW_LATENCY_DISPATCH_VARIANT"
 _VARIANT = "EPJIT_LOW_LATENCY_COMBINE_VARIANT"
 
 
 def set_up_differently(group: dist.ProcessGroup, environ: Mapping[str, str]) -> None:
     """The ranks have other variants when they make a Buffer, or only when they use it."""
     on_gpu = normal.set_up(group, environ)
-    mine = os.environ[_VARIANT] = ("ldst", "reduced")[group.rank() % 2]
-    both = r"rank 0: ldst\n +rank 1: reduced\n"
-    for enable_shrink in (False, True):
-        with pytest.raises(RuntimeError, match=f"different values of {_VARIANT}:\n +{both}"):
-            make_buffer(group, enable_shrink=enable_shrink)
-    os.environ[_VARIANT] = "ldst"
+    theirs = {_DISPATCH_VARIANT: ("words", "lines"), _VARIANT: ("ldst", "reduced")}
+    for name, values in theirs.items():
+        mine = os.environ[name] = values[group.rank() % 2]
+        both = rf"rank 0: {values[0]}\n +rank 1: {values[1]}\n"
+        for enable_shrink in (False, True)[: 1 if "lines" in values else 2]:
+            with pytest.raises(RuntimeError, match=f"different values of {name}:\n +{both}"):
+                make_buffer(group, enable_shrink=enable_shrink)
+        os.environ[name] = values[0]
     buffer = make_buffer(group)
     ranked = RankRound(buffer, steady(group.size())) if not on_gpu else None
     os.environ[_VARIANT] = mine

@@ -32,7 +32,9 @@ _ranks_per_node = 8
 def init_dist(
     local_rank: int, num_local_ranks: int, seed: int = 0
 ) -> tuple[int, int, dist.ProcessGroup]:
-    """Joins the NCCL world of `WORLD_SIZE` nodes and sets torch's defaults to bfloat16 on CUDA.
+    """Joins the world of `WORLD_SIZE` nodes and sets torch's defaults to bfloat16 on CUDA.
+
+    NCCL's, or Gloo's where processes share a GPU, which NCCL refuses.
 
     Args:
         local_rank: this process on its node, also its GPU; where there are fewer, they are shared.
@@ -48,15 +50,17 @@ def init_dist(
     address = os.environ.get("MASTER_ADDR", "127.0.0.1")
     port = os.environ.get("MASTER_PORT", "8361")
     rank, size = node * num_local_ranks + local_rank, num_nodes * num_local_ranks
-    torch.cuda.set_device(local_rank)
+    num_gpus = torch.cuda.device_count()
+    own, is_shared = local_rank % num_gpus, num_local_ranks > num_gpus
+    torch.cuda.set_device(own)
     torch.set_default_dtype(torch.bfloat16)
     torch.set_default_device("cuda")
     dist.init_process_group(
-        "nccl",
+        "gloo" if is_shared else "nccl",
         init_method=f"tcp://{address}:{port}",
         rank=rank,
         world_size=size,
-        device_id=torch.device("cuda", local_rank),
+        device_id=None if is_shared else torch.device("cuda", own),
     )
     init_seed(seed)
     group = dist.new_group(list(range(size)))

@@ -12,8 +12,9 @@ from torch.profiler import ProfilerActivity, profile
 __all__ = ["bench", "bench_kineto"]
 
 _FLUSH_BYTES = 256 << 20  # several times the largest L2
-# DeepEP 2's tests ask for its kernels. What its epilogues do, ours do while rows travel.
-_NAMES = {"dispatch_impl": "::dispatch", "combine_impl": "::combine"}
+# DeepEP 2's tests ask for its kernels. What its epilogues do, ours do while rows travel; in a
+# barrier it is notify that waits for all ranks.
+_NAMES = {"dispatch_impl": "::dispatch", "combine_impl": "::combine", "barrier": "::notify"}
 _EPILOGUES = ("dispatch_copy_epilogue_impl", "combine_reduce_epilogue_impl")
 
 

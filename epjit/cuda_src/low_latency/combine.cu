@@ -134,6 +134,7 @@ class LowLatencyCombine {
                 "someone must reduce from the start");
   static_assert(!kLines || (!kRemote && !kCfg.shrink && !kCfg.logfmt && !kCfg.tma && kRows == 1));
   static constexpr bool kTma = kCfg.tma && !kCfg.logfmt;
+  using Unit = LineUnit<kRowBytes>;
   using Copier = RowCopier<kTma, kCfg.num_push_warps, kRows, kRowBytes>;
 
  public:
@@ -321,13 +322,16 @@ class LowLatencyCombine {
     if constexpr (kLines) {
       constexpr int kBatch = 8;
       for (int first = begin; first < end; first += kBatch) {
-        LineUnit<kRowBytes> units[kBatch];
+        Unit units[kBatch];
 #pragma unroll
         for (int i = 0; i < kBatch; ++i)
-          if (first + i < end) units[i].load(src, first + i, lane);
+          units[i].v = ptx::ld_v4(Unit::in_row(src, min(first + i, end - 1), lane));
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i)
-          if (first + i < end) units[i].send(dst, first + i, waiter.epoch, lane);
+        for (int i = 0; i < kBatch; ++i) {
+          if (first + i >= end) break;
+          units[i].take_half(lane);
+          units[i].send(dst, first + i, waiter.epoch, lane);
+        }
       }
     } else if constexpr (kCfg.logfmt) {
       encode_items(src, dst, begin, end);
@@ -471,40 +475,39 @@ class LowLatencyCombine {
     const uint32_t rows = __ballot_sync(kFullMask, row != nullptr);
     for (int unit = begin; unit < end; ++unit) {
       float sum[8] = {};
-      uint32_t left = rows;
-      while (left != 0) {
-        LineUnit<kRowBytes> units[kBatch];
-        const uint32_t before = left;
-        const auto look_at = [&] {
-          uint32_t missing = 0;
-          left = before;
-#pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            if (left == 0) break;
-            const int k = __ffs(left) - 1;
-            left &= left - 1;
-            const char* const src = of_lane(row, k);
-            if ((own >> k & 1) != 0) {
-              units[i].load(src, unit, lane);
-              __syncwarp();  // as for a line that is sent
-            } else {
-              units[i].look(src, unit, lane);
-              if (!units[i].is_here(waiter.epoch, lane)) missing |= 1u << k;
-            }
-          }
-          return missing;
-        };
-        if (!warp_wait(waiter, kWaitLowLatencyCombineRow, peer, selection, look_at)) return false;
-        uint32_t loaded = before;
+      for (uint32_t left = rows, next; left != 0; left = next) {
+        // Rows of this batch; where there are fewer, the last one again, so that nothing branches.
+        int ks[kBatch];
+        next = left;
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          if (loaded == 0) break;
-          const int k = __ffs(loaded) - 1;
-          loaded &= loaded - 1;
-          add_weighted(sum, __shfl_sync(kFullMask, weight, k), units[i].v);
+          ks[i] = next != 0 ? __ffs(next) - 1 : ks[max(i - 1, 0)];
+          next &= next - 1;
+        }
+        Unit units[kBatch];
+        const auto look_at = [&] {
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i) {
+            const char* const src = of_lane(row, ks[i]);
+            units[i].look((own >> ks[i] & 1) != 0 ? Unit::in_row(src, unit, lane)
+                                                  : Unit::in_lines(src, unit, lane));
+          }
+          uint32_t missing = 0;
+#pragma unroll
+          for (int i = 0; i < kBatch; ++i)
+            missing |= units[i].is_here(waiter.epoch, lane) ? 0 : 1u << ks[i];
+          return missing & ~own;
+        };
+        if (!warp_wait(waiter, kWaitLowLatencyCombineRow, peer, selection, look_at)) return false;
+        const uint32_t taken = left & ~next;
+#pragma unroll
+        for (int i = 0; i < kBatch; ++i) {
+          if (i >= __popc(taken)) break;
+          if ((own >> ks[i] & 1) != 0) units[i].take_half(lane);
+          add_weighted(sum, __shfl_sync(kFullMask, weight, ks[i]), units[i].v);
         }
       }
-      LineUnit<kRowBytes>{to_bf16(sum)}.store(out, unit, lane);
+      Unit{to_bf16(sum)}.store(out, unit, lane);
     }
     return true;
   }

@@ -532,7 +532,7 @@ class LowLatencyDispatch {
   // first of them are here. False: leave.
   template <typename DrawOn>
   __device__ bool receive_lines(int source, int token, int part, DrawOn draw_on) const {
-    constexpr int kBatch = 8;
+    constexpr int kBatch = 4;
     const char* const src = slot(own(), source, token);
     const int units = ceil_div(kUnits, p.num_parts), last = min(kUnits, (part + 1) * units);
     int first = part * units;
@@ -549,18 +549,17 @@ class LowLatencyDispatch {
     Placed placed{-1, 0.0f};
     uint32_t here = 0;
     const auto look_at_batch = [&] {
-      uint32_t missing = 0;
 #pragma unroll
-      for (int i = 0; i < kBatch; ++i) {
-        if (first + i >= last) break;
-        batch[i].look(src, first + i, lane);
-        if (!batch[i].is_here(waiter.epoch, lane)) missing = 1;
-      }
-      return missing;
+      for (int i = 0; i < kBatch; ++i)
+        batch[i].look(Unit::in_lines(src, min(first + i, last - 1), lane));
+      bool all_here = true;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) all_here &= batch[i].is_here(waiter.epoch, lane);
+      return all_here ? 0u : 1u;
     };
     const auto look_at = [&] {
       Unit head;
-      head.look(src, 0, lane);
+      head.look(Unit::in_lines(src, 0, lane));
       const uint32_t missing = look_at_batch();
       if (!__all_sync(kFullMask, head.is_here(waiter.epoch, lane))) return 1u;
       placed = selection_of(head, source);
@@ -570,6 +569,7 @@ class LowLatencyDispatch {
     if (!warp_wait(waiter, kWaitLowLatencyDispatchToken, source, token, look_at)) return false;
     draw_on();
     if (part == 0) store_routes(source, token, placed);
+    const auto scales = Row::first_scale(p.recv_scales, placed.row, plan.rows_a_slab());
     while (here != 0) {
       for (uint32_t left = here; left != 0; left &= left - 1) {
         const int dst = __shfl_sync(kFullMask, placed.row, __ffs(left) - 1);
@@ -583,7 +583,7 @@ class LowLatencyDispatch {
         for (int i = 1; i < kBatch; ++i)
           if (first + i == index) unit = batch[i];
         for (uint32_t left = here; left != 0; left &= left - 1)
-          store_scales(unit, index, __shfl_sync(kFullMask, placed.row, __ffs(left) - 1));
+          store_scales(unit, index, of_lane(scales, __ffs(left) - 1));
       }
       first += kBatch;
       if (first >= last) break;
@@ -634,18 +634,19 @@ class LowLatencyDispatch {
       ptx::st_v4(dst, unit.v);
   }
 
-  // The same, if they are scales.
-  __device__ void store_scales(const Unit& unit, int index, int row) const {
+  // The same, if they are scales; `first` of the row.
+  __device__ void store_scales(const Unit& unit, int index, typename Row::ScaleUnit* first) const {
     const int at = Unit::offset(index, lane) - kHeader - Row::kBytes;
     if (Row::kScaleUnits == 0 || at < 0) return;
     constexpr int kInAWord = 4 / static_cast<int>(sizeof(typename Row::ScaleUnit));
     const uint32_t words[4] = {unit.v.x, unit.v.y, unit.v.z, unit.v.w};
+    const int64_t step = Row::scale_step(plan.rows_a_slab());
 #pragma unroll
     for (int i = 0; i < 4 * kInAWord; ++i) {
       const int scale = at / 4 * kInAWord + i;
       if (scale < Row::kScaleUnits && (i < 2 * kInAWord || !Unit::has_flag(lane)))
-        Row::store_scale(p.recv_scales, row, plan.rows_a_slab(), scale,
-                         words[i / kInAWord] >> i % kInAWord * 8);
+        first[scale * step] =
+            static_cast<typename Row::ScaleUnit>(words[i / kInAWord] >> i % kInAWord * 8);
     }
   }
 
@@ -694,9 +695,10 @@ class LowLatencyDispatch {
     const uint32_t here = __ballot_sync(kFullMask, placed.row >= 0);
     if (part == 0) {
       store_routes(source, token, placed);
+      const auto scales = Row::first_scale(p.recv_scales, placed.row, plan.rows_a_slab());
       for (uint32_t left = here; left != 0; left &= left - 1)
-        batch.store_scales(p.recv_scales, __shfl_sync(kFullMask, placed.row, __ffs(left) - 1),
-                           plan.rows_a_slab(), lane);
+        batch.store_scales(of_lane(scales, __ffs(left) - 1), Row::scale_step(plan.rows_a_slab()),
+                           lane);
     }
     for (;;) {
       for (uint32_t left = here; left != 0; left &= left - 1) {

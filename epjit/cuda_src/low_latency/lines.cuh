@@ -51,17 +51,6 @@ struct LineUnit {
     return unit * kLineUnitData + (has_flag(lane) ? 448 + lane / 8 * 8 : (lane - lane / 8) * 16);
   }
 
-  __device__ void load(const char* row, int unit, int lane) {
-    const int at = offset(unit, lane);
-    if (at >= kRowBytes) return;
-    if (has_flag(lane)) {
-      const uint64_t half = *reinterpret_cast<const uint64_t*>(row + at);
-      v.x = static_cast<uint32_t>(half), v.y = static_cast<uint32_t>(half >> 32);
-    } else {
-      v = ptx::ld_v4(row + at);
-    }
-  }
-
   // From shared memory.
   __device__ void load_shared(const char* row, int unit, int lane) {
     const int at = offset(unit, lane);
@@ -86,13 +75,28 @@ struct LineUnit {
                  has_flag(lane) ? Vec16{v.x, v.y, epoch ^ kLineSalt, epoch} : v);
   }
 
-  // As it lies there; it may not be here yet.
-  __device__ void look(const char* slot, int unit, int lane) {
-    v = ptx::ld_line(slot + unit * kLineUnitBytes + lane * 16);
+  // The 16 bytes of a unit in lines that are the lane's.
+  static __device__ const char* in_lines(const char* slot, int unit, int lane) {
+    return slot + unit * kLineUnitBytes + lane * 16;
   }
 
+  // The same in a row as it is; of a lane with a flag, the 16 that hold its 8.
+  static __device__ const char* in_row(const char* row, int unit, int lane) {
+    return row + min(offset(unit, lane), kRowBytes - 16) / 16 * 16;
+  }
+
+  // As it lies there; it may not be here yet. Who looks at several units looks at all before it asks
+  // for any: a question waits for its load.
+  __device__ void look(const char* place) { v = ptx::ld_line(place); }
+
+  // Of what was loaded from there: as from lines.
+  __device__ void take_half(int lane) {
+    if (has_flag(lane) && lane / 8 % 2 != 0) v.x = v.z, v.y = v.w;
+  }
+
+  // Without a branch, which would divide loads from loads.
   __device__ bool is_here(uint32_t epoch, int lane) const {
-    return !has_flag(lane) || (v.w == epoch && v.z == (epoch ^ kLineSalt));
+    return !has_flag(lane) | ((v.w ^ epoch) | (v.z ^ epoch ^ kLineSalt)) == 0;
   }
 };
 

@@ -24,14 +24,19 @@ struct RowOf {
   static constexpr int kScaleUnits = kScaleBytes / static_cast<int>(sizeof(ScaleUnit));
   static constexpr bool kScalesByColumn = kFormat >= kFp8 && kFormat <= kFp8Ue8m0;
 
-  // Scale `unit` to row `row` of the slabs, of rows_a_slab rows each.
-  static __device__ void store_scale(char* recv_scales, int row, uint32_t rows_a_slab, int unit,
-                                     uint32_t value) {
+  // First scale of row `row` of the slabs, of rows_a_slab rows each; null if it is none. The division
+  // takes as long as many stores: a lane a row.
+  static __device__ ScaleUnit* first_scale(char* recv_scales, int row, uint32_t rows_a_slab) {
+    if (kScaleUnits == 0 || row < 0) return nullptr;
     const int64_t slab = row / rows_a_slab, position = row % rows_a_slab;
-    reinterpret_cast<ScaleUnit*>(
-        recv_scales)[kScalesByColumn ? (slab * kScaleUnits + unit) * rows_a_slab + position
-                                     : static_cast<int64_t>(row) * kScaleUnits + unit] =
-        static_cast<ScaleUnit>(value);
+    return reinterpret_cast<ScaleUnit*>(recv_scales) +
+           (kScalesByColumn ? slab * kScaleUnits * rows_a_slab + position
+                            : static_cast<int64_t>(row) * kScaleUnits);
+  }
+
+  // From a scale of a row to the next one.
+  static __device__ int64_t scale_step(uint32_t rows_a_slab) {
+    return kScalesByColumn ? rows_a_slab : 1;
   }
 
   static_assert(kBytes % 16 == 0, "a row is moved in pieces of 16 bytes");
@@ -133,13 +138,12 @@ class IncomingRow {
         scales_[i] = reinterpret_cast<const ScaleUnit*>(row + Row::kBytes)[i * kWarpSize + lane];
   }
 
-  // To row `row` of the slabs, of rows_a_slab rows each.
-  __device__ void store_scales(char* recv_scales, int row, uint32_t rows_a_slab, int lane) const {
+  // To the first scale of a row, and those that follow it `step` apart.
+  __device__ void store_scales(ScaleUnit* first, int64_t step, int lane) const {
 #pragma unroll
     for (int i = 0; i < kUnitsALane; ++i) {
       const int unit = i * kWarpSize + lane;
-      if (unit < Row::kScaleUnits)
-        Row::store_scale(recv_scales, row, rows_a_slab, unit, scales_[i]);
+      if (unit < Row::kScaleUnits) first[unit * step] = scales_[i];
     }
   }
 
