@@ -29,6 +29,7 @@ from epjit.sizes import align
 MAX_SLOTS = 65536  # of one source rank: bounds the words to 4 MiB
 # SMs x bytes of a row from which pushing is held by the links: measured with two H200s.
 _LINK_BOUND_BYTES = 300_000
+_CAST_ROWS = 4  # whose scales a warp has in shared memory
 
 NOTIFY_OF_EXPERTS = dict.fromkeys(
     ("ends", "row_base", "block_base", "num_blocks", "num_expert_rows"), 0
@@ -117,8 +118,15 @@ class DispatchConfig(
         cls, shape: DispatchShape, *, num_ranks: int, variant: str, limit: int
     ) -> DispatchConfig:
         """Shape of the block for `limit` bytes of shared memory."""
-        tma = variant != "ldst"
-        warps, rows = copier_shape(tma, 16, shape.hidden_bytes, limit)
+        tma, casts = variant != "ldst", shape.format != 0
+        warps, rows = 16, 1
+        if casts:
+            warps = 15  # have two rows of 7168 bytes each
+            scale_bytes = warps * _CAST_ROWS * 4 * shape.num_scales
+            warps, rows = copier_shape(True, warps, shape.hidden_bytes, limit - scale_bytes)
+            rows = min(rows, _CAST_ROWS)
+        elif tma:
+            warps, rows = copier_shape(tma, 16, shape.hidden_bytes, limit)
         direct = variant == "direct"
         return cls(
             *(num_ranks, *shape[:4], direct or variant == "push", direct, tma, warps, rows),
@@ -146,8 +154,11 @@ class DispatchConfig(
 
     @property
     def shared_bytes(self) -> int:
-        """Rows on their way."""
-        return copier_bytes(self.tma, self.num_warps, self.rows_per_warp, self.hidden_bytes)
+        """Rows on their way; those that are cast, and their scales."""
+        casts = self.format != 0
+        shape = self.num_warps, self.rows_per_warp, self.hidden_bytes
+        scale_bytes = casts * self.num_warps * _CAST_ROWS * 4 * self.num_scales
+        return copier_bytes(self.tma or casts, *shape) + scale_bytes
 
     @property
     def slot_bytes(self) -> int:

@@ -181,6 +181,60 @@ __device__ __forceinline__ void store_cast_scale(void* scales, int block, uint32
     static_cast<uint32_t*>(scales)[block] = scale;
 }
 
+// Rows that a warp casts one behind the other, into shared memory. Between two casts kBatch times 32
+// items of 16 elements are on their way in its registers, a lane each: while one is cast, the loads of
+// those behind it are in flight, and at the end of a row those of the next.
+template <int kFormat, bool kIsF16, int kHidden, int kBatch>
+class RowCaster {
+  static constexpr int kItems = kHidden / kCastElements;
+  static constexpr int kRounds = ceil_div(kItems, kWarpSize);
+  static constexpr int kLanes = format_block(kFormat, kHidden) / kCastElements;  // share a scale
+
+ public:
+  __device__ explicit RowCaster(int lane) : lane_(lane) {}
+
+  // Starts to load the row that is cast next.
+  __device__ void load(const char* x) {
+    x_ = x;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) load_item(i, i);
+  }
+
+  // Casts that row to `row` and `scales`, and starts to load the one at `next`, unless that is null.
+  __device__ void cast(char* row, void* scales, float given, const char* next) {
+    if constexpr (kFormat == kFp8Row) given = row_amax<kIsF16>(x_, kItems, lane_);
+#pragma unroll 1
+    for (int first = 0; first < kRounds; first += kBatch) {
+      int ahead = first + kBatch;
+      if (ahead >= kRounds) ahead = 0, x_ = next;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (first + i < kRounds) {
+          const int item = (first + i) * kWarpSize + lane_;
+          const CastItem cast = cast_item<kFormat, kIsF16>(pieces_[i], given);
+          if (item < kItems) {
+            store_cast<kFormat, true>(row, item, cast);
+            if (item % kLanes == 0) store_cast_scale<kFormat>(scales, item / kLanes, cast.scale);
+          }
+        }
+        load_item(i, ahead + i);
+      }
+    }
+  }
+
+ private:
+  __device__ void load_item(int i, int round) {
+    const int item = round * kWarpSize + lane_;
+    if (x_ == nullptr || item >= kItems) return;
+    pieces_[i][0] = ptx::ld_v4(x_ + item * 32);
+    pieces_[i][1] = ptx::ld_v4(x_ + item * 32 + 16);
+  }
+
+  const int lane_;
+  const char* x_ = nullptr;
+  Vec16 pieces_[kBatch][2] = {};
+};
+
 // ---- the log format -----------------------------------------------------------------------------
 
 // A row of n blocks of 128: n * 8 items of 16 elements, word j of all items side by side

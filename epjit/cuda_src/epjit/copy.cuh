@@ -20,8 +20,11 @@
 
 namespace epjit {
 
-constexpr int copier_shared_bytes(bool tma, int num_warps, int rows_per_warp, int row_bytes) {
-  return tma ? num_warps * (rows_per_warp * row_bytes + static_cast<int>(sizeof(uint64_t))) : 0;
+// made: rows are made in shared memory, whatever the way that they are copied.
+constexpr int copier_shared_bytes(bool tma, int num_warps, int rows_per_warp, int row_bytes,
+                                  bool made = false) {
+  return tma || made ? num_warps * (rows_per_warp * row_bytes + static_cast<int>(sizeof(uint64_t)))
+                     : 0;
 }
 
 template <bool kTma, int kNumWarps, int kRows, int kRowBytes>
@@ -33,9 +36,9 @@ class RowCopier {
  public:
   // shared: copier_shared_bytes() bytes, the same address in all warps. Followed by a __syncwarp of
   // the caller.
-  __device__ RowCopier(char* shared, int warp, int lane) : lane_(lane) {
+  __device__ RowCopier(char* shared, int warp, int lane)
+      : lane_(lane), rows_(shared + warp * (kRows * kRowBytes)) {
     if constexpr (kTma) {
-      rows_ = shared + warp * (kRows * kRowBytes);
       bar_ = reinterpret_cast<uint64_t*>(shared + kNumWarps * kRows * kRowBytes) + warp;
       if (lane == 0) {
         ptx::mbarrier_init(bar_, 1);
@@ -63,14 +66,29 @@ class RowCopier {
       if (!pending_) return;
       if (lane_ == 0) ptx::mbarrier_arrive_expect_tx(bar_, __popc(readers) * kRowBytes);
       __syncwarp();
-      if (src != nullptr) ptx::bulk_load(row(), src, kRowBytes, bar_);
+      if (src != nullptr) ptx::bulk_load(slot(lane_), src, kRowBytes, bar_);
     } else {
       src_ = src;
     }
   }
 
-  // Writes the rows of these lanes, loaded before, to dst where that is not null. May be called
-  // several times for one load: for other lanes, or to other places.
+  // Instead of load(): the warp writes rows into its shared memory itself. Between blank() and made()
+  // it may write those of kRows neighbouring lanes to slot(lane); store<true>() takes them from there.
+  __device__ void blank() const {
+    if constexpr (kTma) ptx::bulk_wait_read();
+    __syncwarp();
+  }
+
+  __device__ char* slot(int lane) const { return rows_ + lane % kRows * kRowBytes; }
+
+  __device__ void made() const {
+    if constexpr (kTma) ptx::fence_proxy_async();
+    __syncwarp();
+  }
+
+  // Writes the rows of these lanes, loaded (kMade: made) before, to dst where that is not null. May be
+  // called several times for one load: for other lanes, or to other places.
+  template <bool kMade = false>
   __device__ void store(int first, char* dst) {
     if (lane_ < first || lane_ >= first + kRows) dst = nullptr;
     if constexpr (kTma) {
@@ -79,21 +97,23 @@ class RowCopier {
         phase_ ^= 1;
         pending_ = false;
       }
-      if (dst != nullptr) ptx::bulk_store(dst, row(), kRowBytes);
+      if (dst != nullptr) ptx::bulk_store(dst, slot(lane_), kRowBytes);
       ptx::bulk_commit();
     } else {
       for (int i = first; i < first + kRows; ++i) {
         char* const row_dst = of_lane(dst, i);
-        const char* const row_src = of_lane(src_, i);
+        const char* const row_src = kMade ? slot(i) : of_lane(src_, i);
         for (int at = 0; row_dst != nullptr && at < kRowBytes; at += kPieceBytes<kLdstUnroll>)
-          copy_piece<kLdstUnroll>(row_dst + at, row_src + at, kRowBytes - at, lane_);
+          store_piece(row_dst + at,
+                      load_piece<kLdstUnroll, kMade>(row_src + at, kRowBytes - at, lane_),
+                      kRowBytes - at, lane_);
       }
     }
   }
 
   // Writes each of these rows to up to kNum places, for one load: target(k) is a place of this lane's
   // row, or null.
-  template <int kNum, typename Target>
+  template <int kNum, bool kMade = false, typename Target>
   __device__ void store_each(int first, Target target) {
     constexpr int kBatch = kNum < 8 ? kNum : 8;  // places that are looked up at once
     if constexpr (kTma) {
@@ -102,13 +122,13 @@ class RowCopier {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) to[i] = k + i < kNum ? target(k + i) : nullptr;
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) store(first, to[i]);
+        for (int i = 0; i < kBatch; ++i) store<kMade>(first, to[i]);
       }
     } else {
       for (int i = first; i < first + kRows; ++i) {
-        const char* const from = of_lane(src_, i);
+        const char* const from = kMade ? slot(i) : of_lane(src_, i);
         for (int at = 0; from != nullptr && at < kRowBytes; at += kPieceBytes<kLdstUnroll>) {
-          const auto piece = load_piece<kLdstUnroll>(from + at, kRowBytes - at, lane_);
+          const auto piece = load_piece<kLdstUnroll, kMade>(from + at, kRowBytes - at, lane_);
           for (int k = 0; k < kNum; ++k) {
             char* const to = of_lane(target(k), i);
             if (to != nullptr) store_piece(to + at, piece, kRowBytes - at, lane_);
@@ -132,10 +152,8 @@ class RowCopier {
   }
 
  private:
-  __device__ char* row() const { return rows_ + lane_ % kRows * kRowBytes; }
-
   int lane_;
-  char* rows_ = nullptr;
+  char* rows_;
   uint64_t* bar_ = nullptr;
   const char* src_ = nullptr;
   uint32_t phase_ = 0;
