@@ -47,6 +47,20 @@ COMBINE_OF_EXPERTS = dict.fromkeys(("row_of", "row_of_stride", "row_weights", "n
 """Parameters that only a combine of rows by expert uses."""
 
 
+def _cast_shape(shape: DispatchShape, limit: int) -> tuple[int, int]:
+    """Warps that cast rows, and rows that each has in shared memory, beside their scales.
+
+    One is the row that is cast; the others are what is on its way to the cast, 1024 bytes at least,
+    or a row of `x`. Fifteen warps have two rows of 7168 bytes.
+    """
+    row_bytes = shape.hidden_bytes
+    x_bytes = row_bytes * (4 if shape.format == NVFP4.code else 2)
+    least = 1 + -(-min(1024, x_bytes) // row_bytes)
+    beside = max(4, least) * 4 * shape.num_scales + 8
+    warps = min(15, limit // (least * row_bytes + beside))
+    return warps, max(least, min((limit // warps - beside) // row_bytes, 4))
+
+
 class _Ordered(KernelConfig):
     """Base of the configs of kernels for both orders of rows."""
 
@@ -117,8 +131,12 @@ class DispatchConfig(
         cls, shape: DispatchShape, *, num_ranks: int, variant: str, limit: int
     ) -> DispatchConfig:
         """Shape of the block for `limit` bytes of shared memory."""
-        tma = variant != "ldst"
-        warps, rows = copier_shape(tma, 16, shape.hidden_bytes, limit)
+        tma, casts = variant != "ldst", shape.format != 0
+        warps, rows = 16, 1
+        if casts:
+            warps, rows = _cast_shape(shape, limit)
+        elif tma:
+            warps, rows = copier_shape(tma, 16, shape.hidden_bytes, limit)
         direct = variant == "direct"
         return cls(
             *(num_ranks, *shape[:4], direct or variant == "push", direct, tma, warps, rows),
@@ -146,8 +164,11 @@ class DispatchConfig(
 
     @property
     def shared_bytes(self) -> int:
-        """Rows on their way."""
-        return copier_bytes(self.tma, self.num_warps, self.rows_per_warp, self.hidden_bytes)
+        """Rows on their way; those that are cast, and their scales."""
+        casts = self.format != 0
+        shape = self.num_warps, self.rows_per_warp, self.hidden_bytes
+        scale_bytes = self.num_warps * max(4, self.rows_per_warp) * 4 * self.num_scales
+        return copier_bytes(self.tma or casts, *shape) + casts * scale_bytes
 
     @property
     def slot_bytes(self) -> int:

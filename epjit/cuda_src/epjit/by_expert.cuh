@@ -68,13 +68,6 @@ class ByExpert {
     p.recv_scales[row * p.recv_scale_row_stride + i * p.recv_scale_stride] = scale;
   }
 
-  // The same for scales of one byte, four a word.
-  __device__ void store_scale_byte(int64_t row, int i, uint32_t byte) const {
-    uint32_t* const word =
-        p.recv_scales + row * p.recv_scale_row_stride + i / 4 * p.recv_scale_stride;
-    reinterpret_cast<unsigned char*>(word)[i % 4] = static_cast<unsigned char>(byte);
-  }
-
   // Worst-case outputs have more tokens than the `num_rows` that arrive. By all threads of the grid.
   __device__ void fill_unused_rows(int num_rows) const {
     const int64_t last = static_cast<int64_t>(p.num_recv_rows) * kTopk;

@@ -20,8 +20,11 @@
 
 namespace epjit {
 
-constexpr int copier_shared_bytes(bool tma, int num_warps, int rows_per_warp, int row_bytes) {
-  return tma ? num_warps * (rows_per_warp * row_bytes + static_cast<int>(sizeof(uint64_t))) : 0;
+// made: rows are made in shared memory, whatever the way that they are copied.
+constexpr int copier_shared_bytes(bool tma, int num_warps, int rows_per_warp, int row_bytes,
+                                  bool made = false) {
+  return tma || made ? num_warps * (rows_per_warp * row_bytes + static_cast<int>(sizeof(uint64_t)))
+                     : 0;
 }
 
 template <bool kTma, int kNumWarps, int kRows, int kRowBytes>
@@ -33,9 +36,9 @@ class RowCopier {
  public:
   // shared: copier_shared_bytes() bytes, the same address in all warps. Followed by a __syncwarp of
   // the caller.
-  __device__ RowCopier(char* shared, int warp, int lane) : lane_(lane) {
+  __device__ RowCopier(char* shared, int warp, int lane)
+      : lane_(lane), rows_(shared + warp * (kRows * kRowBytes)) {
     if constexpr (kTma) {
-      rows_ = shared + warp * (kRows * kRowBytes);
       bar_ = reinterpret_cast<uint64_t*>(shared + kNumWarps * kRows * kRowBytes) + warp;
       if (lane == 0) {
         ptx::mbarrier_init(bar_, 1);
@@ -63,37 +66,59 @@ class RowCopier {
       if (!pending_) return;
       if (lane_ == 0) ptx::mbarrier_arrive_expect_tx(bar_, __popc(readers) * kRowBytes);
       __syncwarp();
-      if (src != nullptr) ptx::bulk_load(row(), src, kRowBytes, bar_);
+      if (src != nullptr) ptx::bulk_load(slot(), src, kRowBytes, bar_);
     } else {
       src_ = src;
     }
   }
 
-  // Writes the rows of these lanes, loaded before, to dst where that is not null. May be called
-  // several times for one load: for other lanes, or to other places.
+  // Instead of load(): the warp makes a row in its shared memory itself. Between blank() and made() it may
+  // write it to made_row(); store<true>() takes it from there, the row of lane `first`. The other
+  // kSpareBytes of the warp's shared memory are the caller's, until it calls load().
+  static constexpr int kSpareBytes = (kRows - 1) * kRowBytes;
+
+  __device__ void blank() const {
+    if constexpr (kTma) ptx::bulk_wait_read();
+    __syncwarp();
+  }
+
+  __device__ char* made_row() const { return rows_; }
+  __device__ char* spare() const { return rows_ + kRowBytes; }
+
+  __device__ void made() const {
+    if constexpr (kTma) ptx::fence_proxy_async();
+    __syncwarp();
+  }
+
+  // Writes the rows of these lanes, loaded (kMade: made) before, to dst where that is not null. May be
+  // called several times for one load: for other lanes, or to other places.
+  template <bool kMade = false>
   __device__ void store(int first, char* dst) {
-    if (lane_ < first || lane_ >= first + kRows) dst = nullptr;
+    constexpr int kNum = kMade ? 1 : kRows;
+    if (lane_ < first || lane_ >= first + kNum) dst = nullptr;
     if constexpr (kTma) {
       if (pending_) {
         wait_bulk_loads(bar_, phase_);
         phase_ ^= 1;
         pending_ = false;
       }
-      if (dst != nullptr) ptx::bulk_store(dst, row(), kRowBytes);
+      if (dst != nullptr) ptx::bulk_store(dst, kMade ? made_row() : slot(), kRowBytes);
       ptx::bulk_commit();
     } else {
-      for (int i = first; i < first + kRows; ++i) {
+      for (int i = first; i < first + kNum; ++i) {
         char* const row_dst = of_lane(dst, i);
-        const char* const row_src = of_lane(src_, i);
+        const char* const row_src = kMade ? made_row() : of_lane(src_, i);
         for (int at = 0; row_dst != nullptr && at < kRowBytes; at += kPieceBytes<kLdstUnroll>)
-          copy_piece<kLdstUnroll>(row_dst + at, row_src + at, kRowBytes - at, lane_);
+          store_piece(row_dst + at,
+                      load_piece<kLdstUnroll, kMade>(row_src + at, kRowBytes - at, lane_),
+                      kRowBytes - at, lane_);
       }
     }
   }
 
   // Writes each of these rows to up to kNum places, for one load: target(k) is a place of this lane's
   // row, or null.
-  template <int kNum, typename Target>
+  template <int kNum, bool kMade = false, typename Target>
   __device__ void store_each(int first, Target target) {
     constexpr int kBatch = kNum < 8 ? kNum : 8;  // places that are looked up at once
     if constexpr (kTma) {
@@ -102,13 +127,13 @@ class RowCopier {
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) to[i] = k + i < kNum ? target(k + i) : nullptr;
 #pragma unroll
-        for (int i = 0; i < kBatch; ++i) store(first, to[i]);
+        for (int i = 0; i < kBatch; ++i) store<kMade>(first, to[i]);
       }
     } else {
-      for (int i = first; i < first + kRows; ++i) {
-        const char* const from = of_lane(src_, i);
+      for (int i = first; i < first + (kMade ? 1 : kRows); ++i) {
+        const char* const from = kMade ? made_row() : of_lane(src_, i);
         for (int at = 0; from != nullptr && at < kRowBytes; at += kPieceBytes<kLdstUnroll>) {
-          const auto piece = load_piece<kLdstUnroll>(from + at, kRowBytes - at, lane_);
+          const auto piece = load_piece<kLdstUnroll, kMade>(from + at, kRowBytes - at, lane_);
           for (int k = 0; k < kNum; ++k) {
             char* const to = of_lane(target(k), i);
             if (to != nullptr) store_piece(to + at, piece, kRowBytes - at, lane_);
@@ -132,10 +157,10 @@ class RowCopier {
   }
 
  private:
-  __device__ char* row() const { return rows_ + lane_ % kRows * kRowBytes; }
+  __device__ char* slot() const { return rows_ + lane_ % kRows * kRowBytes; }
 
   int lane_;
-  char* rows_ = nullptr;
+  char* rows_;
   uint64_t* bar_ = nullptr;
   const char* src_ = nullptr;
   uint32_t phase_ = 0;

@@ -13,14 +13,19 @@ struct Piece {
   Vec16 v[kUnroll];
 };
 
-// The piece at src, `bytes` of it at most (a multiple of 16). By a whole warp.
-template <int kUnroll>
+// The piece at src, `bytes` of it at most (a multiple of 16); kShared: in shared memory. By a whole
+// warp.
+template <int kUnroll, bool kShared = false>
 __device__ __forceinline__ Piece<kUnroll> load_piece(const char* src, uint64_t bytes, int lane) {
   Piece<kUnroll> piece;
 #pragma unroll
   for (int i = 0; i < kUnroll; ++i) {
     const uint64_t at = (i * kWarpSize + lane) * 16;
-    if (at < bytes) piece.v[i] = ptx::ld_v4(src + at);
+    if (at >= bytes) continue;
+    if constexpr (kShared)
+      piece.v[i] = *reinterpret_cast<const Vec16*>(src + at);
+    else
+      piece.v[i] = ptx::ld_v4(src + at);
   }
   return piece;
 }

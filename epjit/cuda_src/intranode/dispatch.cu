@@ -35,9 +35,9 @@
 // position [num_topk] i32, topk_weights [num_topk] f32 }; a cached dispatch knows the first two from
 // row_of, and sends none. Padding is filled by warps that have nothing else to do any more.
 //
-// With a format, rows of bf16 or fp16 are cast by the warps that stage them (cast.cuh), through
-// registers, in both orders of rows: the links carry cast rows and their scales, and so do slots.
-// hidden_bytes and num_scales (words) are of these.
+// With a format, rows of bf16 or fp16 are cast by the warps that stage them (cast.cuh), once, into the
+// shared memory that rows are copied from, in both orders of rows: the links carry cast rows and their
+// scales, and so do slots. hidden_bytes and num_scales (words) are of these.
 //
 // Stage   the first warps of a block: wait until the slots are free; x -> slots, and own tokens ->
 //         recv_x; then the word of each token to each peer (release)
@@ -146,8 +146,15 @@ struct DispatchParams : Operation {
 
 constexpr int dispatch_threads(DispatchConfig cfg) { return cfg.num_warps * kWarpSize; }
 
+// Rows whose scales a warp has in shared memory: those of a chunk.
+constexpr int dispatch_cast_rows(DispatchConfig cfg) {
+  return cfg.format == kBf16 ? 0 : cfg.rows_per_warp > 4 ? cfg.rows_per_warp : 4;
+}
+
 constexpr int dispatch_shared_bytes(DispatchConfig cfg) {
-  return copier_shared_bytes(cfg.tma, cfg.num_warps, cfg.rows_per_warp, cfg.hidden_bytes);
+  const bool casts = cfg.format != kBf16;
+  return copier_shared_bytes(cfg.tma, cfg.num_warps, cfg.rows_per_warp, cfg.hidden_bytes, casts) +
+         cfg.num_warps * dispatch_cast_rows(cfg) * cfg.num_scales * 4;
 }
 
 // Words that travel with a selection.
@@ -198,9 +205,14 @@ class Dispatch {
   static_assert(!kCfg.direct || kCfg.push, "who has no room is pushed to");
   static_assert(!kByExpert || (kTopk > 0 && !kCfg.direct),
                 "a peer would store each row over the links");
+  static constexpr int kHidden =
+      kCfg.hidden_bytes * (kCfg.format == kNvfp4 ? 2 : 1);  // if it casts
+  static_assert(!kCasts || (format_row_scale_bytes(kCfg.format, kHidden) == 4 * kScales &&
+                            kMostRows <= dispatch_cast_rows(kCfg)));
   template <typename Params>
   using PayloadOf = Payload<kScales, kTopk, kCfg.topk_is_int64, Params>;
   using Copier = RowCopier<kCfg.tma, kCfg.num_warps, kRows, kCfg.hidden_bytes>;
+  using Caster = RowCaster<kCfg.format, kCfg.is_f16, kHidden, Copier::kSpareBytes>;
   using Experts = ByExpert<kScales, kTopk, kCfg.has_weights, kCfg.hidden_bytes, DispatchParams>;
 
  public:
@@ -211,7 +223,12 @@ class Dispatch {
         waiter(start_operation<kRanks>(p, kWaitDispatchStart)),
         payload(p),
         experts(p),
-        copier(ptx::dynamic_shared(), warp, lane) {}
+        copier(ptx::dynamic_shared(), warp, lane),
+        caster(copier.spare(), lane),
+        cast_scales(reinterpret_cast<uint32_t*>(ptx::dynamic_shared() +
+                                                copier_shared_bytes(kCfg.tma, kCfg.num_warps, kRows,
+                                                                    kCfg.hidden_bytes, true)) +
+                    warp * dispatch_cast_rows(kCfg) * kScales) {}
 
   __device__ void run() {
     // What an operation that failed was to write (rank_prefix, send_head) is garbage.
@@ -331,12 +348,6 @@ class Dispatch {
     return outputs.has(row) ? outputs.recv_x + row * kCfg.hidden_bytes : nullptr;
   }
 
-  // Address that its scales are written to when its row, which is cast, goes to `destination`.
-  __device__ void* scales_beside(char* destination, int reader, int token) const {
-    if (!has_room(reader)) return destination + kCfg.hidden_bytes;
-    return outputs_of(reader).recv_scales + final_row(reader, token) * kScales;
-  }
-
   // ---- stage ------------------------------------------------------------------------------------
 
   __device__ bool wait_for_slots(int window) const {
@@ -380,10 +391,24 @@ class Dispatch {
     return chunk;
   }
 
+  __device__ const char* row_of_x(int token) const {
+    return p.x + static_cast<int64_t>(token) * (kCasts ? 2 * kHidden : kCfg.hidden_bytes);
+  }
+
+  // Bit i: the token of lane i goes somewhere.
+  __device__ uint32_t going_rows(const Chunk& chunk) const {
+    return __ballot_sync(kFullMask, chunk.readers != 0 || chunk.own_row >= 0);
+  }
+
+  // Starts to read the rows first .. first + kRows - 1, or the first of those that are cast.
   __device__ void load_rows(const Chunk& chunk, int first) {
-    const bool goes = chunk.readers != 0 || chunk.own_row >= 0;
-    copier.load(
-        first, goes ? p.x + static_cast<int64_t>(chunk.first + lane) * kCfg.hidden_bytes : nullptr);
+    if constexpr (kCasts) {
+      const uint32_t going = going_rows(chunk);
+      if (going != 0) caster.load(row_of_x(chunk.first + __ffs(going) - 1));
+    } else {
+      const bool goes = chunk.readers != 0 || chunk.own_row >= 0;
+      copier.load(first, goes ? row_of_x(chunk.first + lane) : nullptr);
+    }
   }
 
   __device__ bool stage() {
@@ -394,7 +419,7 @@ class Dispatch {
     const int num_warps = gridDim.x * p.num_stage_warps;
     const int rows = chunk_rows(p.num_tokens, num_warps);
     Chunk chunk = chunk_at((warp * gridDim.x + blockIdx.x) * rows, rows, own_start);
-    if (!kCasts && chunk.num_rows > 0) load_rows(chunk, 0);
+    if (chunk.num_rows > 0) load_rows(chunk, 0);
     if (!wait_for_places()) return false;
     if constexpr (kDirect) copier.acquired();
     while (chunk.num_rows > 0) {
@@ -405,21 +430,22 @@ class Dispatch {
 
       const int token = chunk.first + lane;
       if constexpr (kChoices > 0) stage_choices(chunk);
-      if constexpr (kCasts) stage_casts(chunk);
-      for (int first = 0; !kCasts && first < chunk.num_rows; first += kRows) {
-        store_here(first, chunk.own_row);
+      for (int first = 0; first < chunk.num_rows; first += kCasts ? 1 : kRows) {
+        if constexpr (kCasts) cast_row(chunk, first);
+        store_here<kCasts>(first, chunk.own_row);
         for_each_slot([&](int reader) {
-          copier.store(first, is_written(chunk, reader) ? destination(reader, token) : nullptr);
+          copier.template store<kCasts>(
+              first, is_written(chunk, reader) ? destination(reader, token) : nullptr);
         });
-        if (first + kRows < chunk.num_rows) load_rows(chunk, first + kRows);
+        if (!kCasts && first + kRows < chunk.num_rows) load_rows(chunk, first + kRows);
       }
-      constexpr int kFirstItem = kCasts ? kScales : 0;  // such scales went with their rows
-      for_each_item<kItems - kFirstItem>(
-          chunk.num_rows, lane, [&](int row_lane, int item, bool valid) {
-            const int row_own = __shfl_sync(kFullMask, chunk.own_row, row_lane % kWarpSize);
-            const uint32_t readers = __shfl_sync(kFullMask, chunk.readers, row_lane % kWarpSize);
-            if (valid) stage_item({chunk.first + row_lane, 1, row_own, readers}, kFirstItem + item);
-          });
+      for_each_item<kItems>(chunk.num_rows, lane, [&](int row_lane, int item, bool valid) {
+        const int row_own = __shfl_sync(kFullMask, chunk.own_row, row_lane % kWarpSize);
+        const uint32_t readers = __shfl_sync(kFullMask, chunk.readers, row_lane % kWarpSize);
+        if (valid)
+          stage_item({chunk.first + row_lane, 1, row_own, readers}, item,
+                     cast_scales + row_lane * kScales);
+      });
       if (p.recv_src_idx != nullptr && chunk.own_row >= 0) p.recv_src_idx[chunk.own_row] = token;
       for_each_slot([&](int reader) {
         if (!has_room(reader) || !is_written(chunk, reader)) return;
@@ -431,7 +457,7 @@ class Dispatch {
       // The next rows are on their way while these are written and published. (Loading needs no
       // free slot, so nothing is waited for with tokens in hand that a peer may wait for.)
       const Chunk next = chunk_at(chunk.first + num_warps * rows, rows, own_start);
-      if (!kCasts && next.num_rows > 0) load_rows(next, 0);
+      if (next.num_rows > 0) load_rows(next, 0);
       if constexpr (kRanks > 1) publish(chunk);
       chunk = next;
     }
@@ -439,74 +465,27 @@ class Dispatch {
   }
 
   // Rows of this rank, a lane each: to their place in the order of the sources, or to all that their
-  // selections have.
+  // selections have. kMade: they are cast.
+  template <bool kMade = false>
   __device__ void store_here(int first, int row) {
     if constexpr (kByExpert)
-      copier.template store_each<kTopk>(first, [&](int k) { return experts.address(row, k); });
+      copier.template store_each<kTopk, kMade>(first,
+                                               [&](int k) { return experts.address(row, k); });
     else
-      copier.store(first,
-                   row >= 0 ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
+      copier.template store<kMade>(
+          first, row >= 0 ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
   }
 
-  // Rows of a chunk, cast, with their scales: to their readers, and to the rows that they have here. A
-  // lane has 16 elements at a time, neighbours share a scale. The loads of kCastBatch times as many
-  // are in flight at once (one at a time a token of 7168 took a warp 13 us, the latency of 14 loads).
-  __device__ void stage_casts(const Chunk& chunk) const {
-    constexpr int kFormat = kCfg.format;
-    constexpr int kHidden = kCfg.hidden_bytes * (kFormat == kNvfp4 ? 2 : 1);
-    constexpr int kCastItems = kHidden / kCastElements;
-    constexpr int kCastBatch = kDirect ? 4 : 7;  // more would spill
-    constexpr int kLanes = kCasts ? format_block(kFormat, kHidden) / kCastElements : 1;
-    static_assert(!kCasts || format_row_scale_bytes(kFormat, kHidden) == 4 * kScales);
-    float given = kFormat == kNvfp4 ? *p.global_scale : 0.0f;  // to cast_item
-    for (int i = 0; i < chunk.num_rows; ++i) {
-      const Chunk token{chunk.first + i, 1, __shfl_sync(kFullMask, chunk.own_row, i),
-                        __shfl_sync(kFullMask, chunk.readers, i)};
-      if (token.own_row < 0 && token.readers == 0) continue;
-      const char* const x = p.x + static_cast<int64_t>(token.first) * (2 * kHidden);
-      if constexpr (kFormat == kFp8Row) given = row_amax<kCfg.is_f16>(x, kCastItems, lane);
-      // A lane each: by expert one for each selection.
-      int own_row = lane == 0 ? token.own_row : -1;
-      if constexpr (kByExpert) own_row = lane < kTopk ? experts.row(token.own_row, lane) : -1;
-      const uint32_t own_rows = __ballot_sync(kFullMask, own_row >= 0);
-#pragma unroll 1
-      for (int first = lane; first - lane < kCastItems; first += kCastBatch * kWarpSize) {
-        Vec16 pieces[kCastBatch][2] = {};
-#pragma unroll
-        for (int i = 0; i < 2 * kCastBatch; ++i) {
-          const int item = first + i / 2 * kWarpSize;
-          if (item < kCastItems) pieces[i / 2][i % 2] = ptx::ld_v4(x + item * 32 + i % 2 * 16);
-        }
-#pragma unroll
-        for (int number = 0; number < kCastBatch; ++number) {
-          const int item = first + number * kWarpSize;
-          if (item - lane >= kCastItems) break;
-          const bool is_one = item < kCastItems;
-          const CastItem cast = cast_item<kFormat, kCfg.is_f16>(pieces[number], given);
-          const bool has_scale = is_one && item % kLanes == 0;
-          const int block = item / kLanes;
-          for_each_slot([&](int reader) {
-            if (!is_written(token, reader) || !is_one) return;
-            char* const to = destination(reader, token.first);
-            if (kDirect && to == nullptr) return;
-            store_cast<kFormat>(to, item, cast);
-            if (has_scale)
-              store_cast_scale<kFormat>(scales_beside(to, reader, token.first), block, cast.scale);
-          });
-          for (uint32_t left = own_rows; left != 0; left &= left - 1) {
-            const int64_t row = __shfl_sync(kFullMask, own_row, __ffs(left) - 1);
-            if (is_one) store_cast<kFormat>(p.recv_x + row * kCfg.hidden_bytes, item, cast);
-            if (!has_scale) continue;
-            if constexpr (!kByExpert)
-              store_cast_scale<kFormat>(p.recv_scales + row * kScales, block, cast.scale);
-            else if constexpr (format_scale_bytes(kFormat) == 1)
-              experts.store_scale_byte(row, block, cast.scale);
-            else
-              experts.store_scale_at(row, block, cast.scale);
-          }
-        }
-      }
-    }
+  // Row `number` of a chunk, cast into the copier's shared memory, and its scales beside it.
+  __device__ void cast_row(const Chunk& chunk, int number) {
+    const uint32_t going = going_rows(chunk) >> number;
+    if ((going & 1) == 0) return;
+    const int later = __ffs(going >> 1);  // 0: none
+    const float global_scale = kCfg.format == kNvfp4 ? *p.global_scale : 0.0f;
+    copier.blank();
+    caster.cast(copier.made_row(), cast_scales + number * kScales, global_scale,
+                later == 0 ? nullptr : row_of_x(chunk.first + number + later));
+    copier.made();
   }
 
   // By expert: selections of the tokens of a chunk, to their slots, and placed where they are this
@@ -563,14 +542,15 @@ class Dispatch {
       payload.store_scale(row, i, scale);
   }
 
-  // Scales, then selections, of one token to its slots and to the own row.
-  __device__ void stage_item(const Chunk& token, int item) const {
+  // Scales (those of a cast from `cast_row_scales`), then selections, of one token to its slots and to
+  // the own row.
+  __device__ void stage_item(const Chunk& token, int item, const uint32_t* cast_row_scales) const {
     uint32_t scale = 0;
     int expert = 0;
     float weight = 0.0f;
     const int k = item - kScales;
     if (kByExpert || item < kScales) {
-      scale = payload.load_scale(token.first, item);
+      scale = kCasts ? cast_row_scales[item] : payload.load_scale(token.first, item);
       if (token.own_row >= 0) store_scale(token.own_row, item, scale);
     } else {
       expert = payload.load_expert(token.first, k);
@@ -703,7 +683,9 @@ class Dispatch {
   const PayloadOf<DispatchParams> payload;
   const Experts experts;
   Copier copier;
-  uint32_t with_room = 0;  // bit r: peer r takes its rows at their final place
+  Caster caster;
+  uint32_t* const cast_scales;  // [dispatch_cast_rows(), kScales] of this warp, in shared memory
+  uint32_t with_room = 0;       // bit r: peer r takes its rows at their final place
 };
 
 template <DispatchConfig kCfg>
