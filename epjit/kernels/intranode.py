@@ -29,6 +29,7 @@ from epjit.sizes import align
 MAX_SLOTS = 65536  # of one source rank: bounds the words to 4 MiB
 # SMs x bytes of a row from which pushing is held by the links: measured with two H200s.
 _LINK_BOUND_BYTES = 300_000
+_CAST_ROWS = 4  # whose scales a warp has in shared memory
 
 NOTIFY_OF_EXPERTS = dict.fromkeys(
     ("ends", "row_base", "block_base", "num_blocks", "num_expert_rows"), 0
@@ -45,20 +46,6 @@ DISPATCH_OF_EXPERTS = dict.fromkeys(
 """Parameters that only a dispatch by expert uses."""
 COMBINE_OF_EXPERTS = dict.fromkeys(("row_of", "row_of_stride", "row_weights", "num_expert_rows"), 0)
 """Parameters that only a combine of rows by expert uses."""
-
-
-def _cast_shape(shape: DispatchShape, limit: int) -> tuple[int, int]:
-    """Warps that cast rows, and rows that each has in shared memory, beside their scales.
-
-    One is the row that is cast; the others are what is on its way to the cast, 1024 bytes at least,
-    or a row of `x`. Fifteen warps have two rows of 7168 bytes.
-    """
-    row_bytes = shape.hidden_bytes
-    x_bytes = row_bytes * (4 if shape.format == NVFP4.code else 2)
-    least = 1 + -(-min(1024, x_bytes) // row_bytes)
-    beside = max(4, least) * 4 * shape.num_scales + 8
-    warps = min(15, limit // (least * row_bytes + beside))
-    return warps, max(least, min((limit // warps - beside) // row_bytes, 4))
 
 
 class _Ordered(KernelConfig):
@@ -134,7 +121,10 @@ class DispatchConfig(
         tma, casts = variant != "ldst", shape.format != 0
         warps, rows = 16, 1
         if casts:
-            warps, rows = _cast_shape(shape, limit)
+            warps = 15  # have two rows of 7168 bytes each
+            scale_bytes = warps * _CAST_ROWS * 4 * shape.num_scales
+            warps, rows = copier_shape(True, warps, shape.hidden_bytes, limit - scale_bytes)
+            rows = min(rows, _CAST_ROWS)
         elif tma:
             warps, rows = copier_shape(tma, 16, shape.hidden_bytes, limit)
         direct = variant == "direct"
@@ -167,8 +157,8 @@ class DispatchConfig(
         """Rows on their way; those that are cast, and their scales."""
         casts = self.format != 0
         shape = self.num_warps, self.rows_per_warp, self.hidden_bytes
-        scale_bytes = self.num_warps * max(4, self.rows_per_warp) * 4 * self.num_scales
-        return copier_bytes(self.tma or casts, *shape) + casts * scale_bytes
+        scale_bytes = casts * self.num_warps * _CAST_ROWS * 4 * self.num_scales
+        return copier_bytes(self.tma or casts, *shape) + scale_bytes
 
     @property
     def slot_bytes(self) -> int:

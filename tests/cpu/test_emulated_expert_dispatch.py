@@ -66,7 +66,7 @@ class Shape(intranode.Shape):
             num_scales=0,
             topk_is_int64=True,
             num_warps=3,
-            rows_per_warp=2 if self.cast is None else self.copier_rows,
+            rows_per_warp=2,
             is_cached=True,
             format=0,
             is_f16=False,

@@ -70,11 +70,6 @@ class Shape:
         return None if self.cast is None else CASTS[self.cast]
 
     @property
-    def copier_rows(self) -> int:
-        """Of a warp in shared memory. With a cast all but one hold what is on its way to it."""
-        return 3 if self.cast is None else 2 if self.is_long else 5
-
-    @property
     def hidden(self) -> int:
         """Channels of rows that are cast."""
         return 4096 if self.is_long else 512 if self.cast == "fp8_ue8m0" else 256
@@ -111,7 +106,7 @@ class Shape:
             direct=self.variant == "direct",
             tma=self.variant != "ldst",
             num_warps=4,
-            rows_per_warp=self.copier_rows,
+            rows_per_warp=3,
         )
         if self.row_format is None:
             return config

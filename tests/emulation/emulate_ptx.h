@@ -177,12 +177,6 @@ EMULATE_INLINE void mbarrier_arrive_expect_tx(uint64_t* bar, uint32_t bytes) {
 EMULATE_INLINE bool mbarrier_try_wait(uint64_t* bar, uint32_t phase) {
   return emulate::mbarrier_try_wait(bar, phase);
 }
-EMULATE_INLINE void async_load_v4(void* shared_dst, const void* global_src) {
-  *static_cast<Vec16*>(shared_dst) = ld_v4(global_src);
-}
-EMULATE_INLINE void async_commit() {}
-template <int kNewest>
-EMULATE_INLINE void async_wait() {}
 EMULATE_INLINE void bulk_load(void* shared_dst, const void* global_src, uint32_t bytes,
                               uint64_t* bar) {
   emulate::bulk_load(shared_dst, global_src, bytes, bar);

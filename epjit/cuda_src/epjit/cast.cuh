@@ -181,71 +181,58 @@ __device__ __forceinline__ void store_cast_scale(void* scales, int block, uint32
     static_cast<uint32_t*>(scales)[block] = scale;
 }
 
-// Rows that a warp casts one behind the other, into shared memory, a lane 16 elements of each round.
-// The elements come through a ring of kStages rounds in shared memory: as soon as one is cast, the load
-// of that which is kStages behind it starts, and at the end of a row those of the next. (In registers
-// they would wait for one another: a warp has six scoreboards for the loads that it waits for.)
-template <int kFormat, bool kIsF16, int kHidden, int kRingBytes>
+// Rows that a warp casts one behind the other, into shared memory. Between two casts kBatch times 32
+// items of 16 elements are on their way in its registers, a lane each: while one is cast, the loads of
+// those behind it are in flight, and at the end of a row those of the next.
+template <int kFormat, bool kIsF16, int kHidden, int kBatch>
 class RowCaster {
   static constexpr int kItems = kHidden / kCastElements;
   static constexpr int kRounds = ceil_div(kItems, kWarpSize);
-  static constexpr int kHalfBytes = (kItems < kWarpSize ? kItems : kWarpSize) * 16;
-  static constexpr int kRoundBytes = 2 * kHalfBytes;
-  static constexpr int kMostStages = kRingBytes / kRoundBytes;
-  static constexpr int kStages = kMostStages < kRounds ? kMostStages : kRounds;
   static constexpr int kLanes = format_block(kFormat, kHidden) / kCastElements;  // share a scale
 
  public:
-  // ring: kRingBytes of this warp.
-  __device__ RowCaster(char* ring, int lane) : ring_(ring + lane * 16), lane_(lane) {}
+  __device__ explicit RowCaster(int lane) : lane_(lane) {}
 
-  // Starts to load the row that is cast next; to be called while none is on its way.
+  // Starts to load the row that is cast next.
   __device__ void load(const char* x) {
-    x_ = x, stage_ = 0;
-    for (int stage = 0; stage < kStages; ++stage) start(stage, x, stage);
+    x_ = x;
+#pragma unroll
+    for (int i = 0; i < kBatch; ++i) load_item(i, i);
   }
 
   // Casts that row to `row` and `scales`, and starts to load the one at `next`, unless that is null.
   __device__ void cast(char* row, void* scales, float given, const char* next) {
-    static_assert(kStages >= 1, "the ring has room for a round");
     if constexpr (kFormat == kFp8Row) given = row_amax<kIsF16>(x_, kItems, lane_);
-#pragma unroll 2
-    for (int round = 0; round < kRounds; ++round) {
-      ptx::async_wait<kStages - 1>();
-      const char* const from = ring_ + stage_ * kRoundBytes;
-      const int item = round * kWarpSize + lane_;
-      Vec16 pieces[2] = {};
-      if (item < kItems) {
-        pieces[0] = *reinterpret_cast<const Vec16*>(from);
-        pieces[1] = *reinterpret_cast<const Vec16*>(from + kHalfBytes);
+#pragma unroll 1
+    for (int first = 0; first < kRounds; first += kBatch) {
+      int ahead = first + kBatch;
+      if (ahead >= kRounds) ahead = 0, x_ = next;
+#pragma unroll
+      for (int i = 0; i < kBatch; ++i) {
+        if (first + i < kRounds) {
+          const int item = (first + i) * kWarpSize + lane_;
+          const CastItem cast = cast_item<kFormat, kIsF16>(pieces_[i], given);
+          if (item < kItems) {
+            store_cast<kFormat, true>(row, item, cast);
+            if (item % kLanes == 0) store_cast_scale<kFormat>(scales, item / kLanes, cast.scale);
+          }
+        }
+        load_item(i, ahead + i);
       }
-      const bool is_here = round + kStages < kRounds;
-      start(stage_, is_here ? x_ : next, round + kStages - (is_here ? 0 : kRounds));
-      stage_ = stage_ + 1 == kStages ? 0 : stage_ + 1;
-      const CastItem cast = cast_item<kFormat, kIsF16>(pieces, given);
-      if (item >= kItems) continue;
-      store_cast<kFormat, true>(row, item, cast);
-      if (item % kLanes == 0) store_cast_scale<kFormat>(scales, item / kLanes, cast.scale);
     }
-    x_ = next;
   }
 
  private:
-  // Each lane loads what it will cast.
-  __device__ void start(int stage, const char* x, int round) {
+  __device__ void load_item(int i, int round) {
     const int item = round * kWarpSize + lane_;
-    char* const to = ring_ + stage * kRoundBytes;
-    if (x != nullptr && item < kItems) {
-      ptx::async_load_v4(to, x + item * 32);
-      ptx::async_load_v4(to + kHalfBytes, x + item * 32 + 16);
-    }
-    ptx::async_commit();
+    if (x_ == nullptr || item >= kItems) return;
+    pieces_[i][0] = ptx::ld_v4(x_ + item * 32);
+    pieces_[i][1] = ptx::ld_v4(x_ + item * 32 + 16);
   }
 
-  char* const ring_;
   const int lane_;
   const char* x_ = nullptr;
-  int stage_ = 0;
+  Vec16 pieces_[kBatch][2] = {};
 };
 
 // ---- the log format -----------------------------------------------------------------------------

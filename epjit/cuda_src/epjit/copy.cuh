@@ -66,24 +66,20 @@ class RowCopier {
       if (!pending_) return;
       if (lane_ == 0) ptx::mbarrier_arrive_expect_tx(bar_, __popc(readers) * kRowBytes);
       __syncwarp();
-      if (src != nullptr) ptx::bulk_load(slot(), src, kRowBytes, bar_);
+      if (src != nullptr) ptx::bulk_load(slot(lane_), src, kRowBytes, bar_);
     } else {
       src_ = src;
     }
   }
 
-  // Instead of load(): the warp makes a row in its shared memory itself. Between blank() and made() it may
-  // write it to made_row(); store<true>() takes it from there, the row of lane `first`. The other
-  // kSpareBytes of the warp's shared memory are the caller's, until it calls load().
-  static constexpr int kSpareBytes = (kRows - 1) * kRowBytes;
-
+  // Instead of load(): the warp writes rows into its shared memory itself. Between blank() and made()
+  // it may write those of kRows neighbouring lanes to slot(lane); store<true>() takes them from there.
   __device__ void blank() const {
     if constexpr (kTma) ptx::bulk_wait_read();
     __syncwarp();
   }
 
-  __device__ char* made_row() const { return rows_; }
-  __device__ char* spare() const { return rows_ + kRowBytes; }
+  __device__ char* slot(int lane) const { return rows_ + lane % kRows * kRowBytes; }
 
   __device__ void made() const {
     if constexpr (kTma) ptx::fence_proxy_async();
@@ -94,20 +90,19 @@ class RowCopier {
   // called several times for one load: for other lanes, or to other places.
   template <bool kMade = false>
   __device__ void store(int first, char* dst) {
-    constexpr int kNum = kMade ? 1 : kRows;
-    if (lane_ < first || lane_ >= first + kNum) dst = nullptr;
+    if (lane_ < first || lane_ >= first + kRows) dst = nullptr;
     if constexpr (kTma) {
       if (pending_) {
         wait_bulk_loads(bar_, phase_);
         phase_ ^= 1;
         pending_ = false;
       }
-      if (dst != nullptr) ptx::bulk_store(dst, kMade ? made_row() : slot(), kRowBytes);
+      if (dst != nullptr) ptx::bulk_store(dst, slot(lane_), kRowBytes);
       ptx::bulk_commit();
     } else {
-      for (int i = first; i < first + kNum; ++i) {
+      for (int i = first; i < first + kRows; ++i) {
         char* const row_dst = of_lane(dst, i);
-        const char* const row_src = kMade ? made_row() : of_lane(src_, i);
+        const char* const row_src = kMade ? slot(i) : of_lane(src_, i);
         for (int at = 0; row_dst != nullptr && at < kRowBytes; at += kPieceBytes<kLdstUnroll>)
           store_piece(row_dst + at,
                       load_piece<kLdstUnroll, kMade>(row_src + at, kRowBytes - at, lane_),
@@ -130,8 +125,8 @@ class RowCopier {
         for (int i = 0; i < kBatch; ++i) store<kMade>(first, to[i]);
       }
     } else {
-      for (int i = first; i < first + (kMade ? 1 : kRows); ++i) {
-        const char* const from = kMade ? made_row() : of_lane(src_, i);
+      for (int i = first; i < first + kRows; ++i) {
+        const char* const from = kMade ? slot(i) : of_lane(src_, i);
         for (int at = 0; from != nullptr && at < kRowBytes; at += kPieceBytes<kLdstUnroll>) {
           const auto piece = load_piece<kLdstUnroll, kMade>(from + at, kRowBytes - at, lane_);
           for (int k = 0; k < kNum; ++k) {
@@ -157,8 +152,6 @@ class RowCopier {
   }
 
  private:
-  __device__ char* slot() const { return rows_ + lane_ % kRows * kRowBytes; }
-
   int lane_;
   char* rows_;
   uint64_t* bar_ = nullptr;

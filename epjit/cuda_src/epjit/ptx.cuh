@@ -260,24 +260,6 @@ __device__ __forceinline__ uint32_t elect_atom_add_shared(uint32_t* ptr, uint32_
   return old;
 }
 
-// cp.async.cg.shared.global: 16 bytes, which land when async_wait says so
-__device__ __forceinline__ void async_load_v4(void* shared_dst, const void* global_src) {
-  asm volatile("cp.async.cg.shared.global [%0], [%1], 16;" ::"r"(shared_address(shared_dst)),
-               "l"(global_src)
-               : "memory");
-}
-
-// cp.async.commit_group: what this thread has started since the last one
-__device__ __forceinline__ void async_commit() {
-  asm volatile("cp.async.commit_group;" ::: "memory");
-}
-
-// cp.async.wait_group: of this thread's groups all but the kNewest have landed
-template <int kNewest>
-__device__ __forceinline__ void async_wait() {
-  asm volatile("cp.async.wait_group %0;" ::"n"(kNewest) : "memory");
-}
-
 // mbarrier.init.shared::cta.b64
 __device__ __forceinline__ void mbarrier_init(uint64_t* bar, uint32_t count) {
   asm volatile("mbarrier.init.shared::cta.b64 [%0], %1;" ::"r"(shared_address(bar)), "r"(count)

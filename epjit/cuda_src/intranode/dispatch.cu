@@ -146,15 +146,12 @@ struct DispatchParams : Operation {
 
 constexpr int dispatch_threads(DispatchConfig cfg) { return cfg.num_warps * kWarpSize; }
 
-// Rows whose scales a warp has in shared memory: those of a chunk.
-constexpr int dispatch_cast_rows(DispatchConfig cfg) {
-  return cfg.format == kBf16 ? 0 : cfg.rows_per_warp > 4 ? cfg.rows_per_warp : 4;
-}
+constexpr int kCastRows = 4;  // whose scales a warp has in shared memory
 
 constexpr int dispatch_shared_bytes(DispatchConfig cfg) {
   const bool casts = cfg.format != kBf16;
   return copier_shared_bytes(cfg.tma, cfg.num_warps, cfg.rows_per_warp, cfg.hidden_bytes, casts) +
-         cfg.num_warps * dispatch_cast_rows(cfg) * cfg.num_scales * 4;
+         casts * cfg.num_warps * kCastRows * cfg.num_scales * 4;
 }
 
 // Words that travel with a selection.
@@ -208,11 +205,12 @@ class Dispatch {
   static constexpr int kHidden =
       kCfg.hidden_bytes * (kCfg.format == kNvfp4 ? 2 : 1);  // if it casts
   static_assert(!kCasts || (format_row_scale_bytes(kCfg.format, kHidden) == 4 * kScales &&
-                            kMostRows <= dispatch_cast_rows(kCfg)));
+                            kMostRows <= kCastRows));
   template <typename Params>
   using PayloadOf = Payload<kScales, kTopk, kCfg.topk_is_int64, Params>;
   using Copier = RowCopier<kCfg.tma, kCfg.num_warps, kRows, kCfg.hidden_bytes>;
-  using Caster = RowCaster<kCfg.format, kCfg.is_f16, kHidden, Copier::kSpareBytes>;
+  // More in flight would spill.
+  using Caster = RowCaster<kCfg.format, kCfg.is_f16, kHidden, !kCasts ? 1 : kDirect ? 4 : 7>;
   using Experts = ByExpert<kScales, kTopk, kCfg.has_weights, kCfg.hidden_bytes, DispatchParams>;
 
  public:
@@ -224,11 +222,11 @@ class Dispatch {
         payload(p),
         experts(p),
         copier(ptx::dynamic_shared(), warp, lane),
-        caster(copier.spare(), lane),
+        caster(lane),
         cast_scales(reinterpret_cast<uint32_t*>(ptx::dynamic_shared() +
                                                 copier_shared_bytes(kCfg.tma, kCfg.num_warps, kRows,
                                                                     kCfg.hidden_bytes, true)) +
-                    warp * dispatch_cast_rows(kCfg) * kScales) {}
+                    warp * kCastRows * kScales) {}
 
   __device__ void run() {
     // What an operation that failed was to write (rank_prefix, send_head) is garbage.
@@ -430,8 +428,8 @@ class Dispatch {
 
       const int token = chunk.first + lane;
       if constexpr (kChoices > 0) stage_choices(chunk);
-      for (int first = 0; first < chunk.num_rows; first += kCasts ? 1 : kRows) {
-        if constexpr (kCasts) cast_row(chunk, first);
+      for (int first = 0; first < chunk.num_rows; first += kRows) {
+        if constexpr (kCasts) cast_rows(chunk, first);
         store_here<kCasts>(first, chunk.own_row);
         for_each_slot([&](int reader) {
           copier.template store<kCasts>(
@@ -476,15 +474,19 @@ class Dispatch {
           first, row >= 0 ? p.recv_x + static_cast<int64_t>(row) * kCfg.hidden_bytes : nullptr);
   }
 
-  // Row `number` of a chunk, cast into the copier's shared memory, and its scales beside it.
-  __device__ void cast_row(const Chunk& chunk, int number) {
-    const uint32_t going = going_rows(chunk) >> number;
-    if ((going & 1) == 0) return;
-    const int later = __ffs(going >> 1);  // 0: none
+  // Rows first .. first + kRows - 1 of a chunk, cast into the copier's shared memory, and their scales
+  // beside it.
+  __device__ void cast_rows(const Chunk& chunk, int first) {
+    const uint32_t going = going_rows(chunk);
     const float global_scale = kCfg.format == kNvfp4 ? *p.global_scale : 0.0f;
     copier.blank();
-    caster.cast(copier.made_row(), cast_scales + number * kScales, global_scale,
-                later == 0 ? nullptr : row_of_x(chunk.first + number + later));
+#pragma unroll 1
+    for (int i = first; i < first + kRows; ++i) {
+      if ((going >> i & 1) == 0) continue;
+      const uint32_t later = going >> i >> 1;
+      caster.cast(copier.slot(i), cast_scales + i * kScales, global_scale,
+                  later == 0 ? nullptr : row_of_x(chunk.first + i + __ffs(later)));
+    }
     copier.made();
   }
 
@@ -684,7 +686,7 @@ class Dispatch {
   const Experts experts;
   Copier copier;
   Caster caster;
-  uint32_t* const cast_scales;  // [dispatch_cast_rows(), kScales] of this warp, in shared memory
+  uint32_t* const cast_scales;  // [kCastRows, kScales] of this warp, in shared memory
   uint32_t with_room = 0;       // bit r: peer r takes its rows at their final place
 };
 
