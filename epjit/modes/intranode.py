@@ -233,7 +233,7 @@ class Intranode(Normal[AnyShape]):
             scope, launch, handle.num_rows, call, with_src_idx=False
         )
         self._dispatch_rows(scope, launch, call, self._routing(handle), outputs, has_room)
-        return Dispatched(*outputs[:2])
+        return Dispatched(*outputs[:4])
 
     def _allocate_outputs(
         self,

@@ -138,6 +138,22 @@ def test_a_block_is_guarded_by_the_stream_of_the_call_as_well() -> None:
     assert set(world.scope.waited) == {"5", "7", "99"}
 
 
+def test_a_cached_dispatch_returns_all_that_it_carries(monkeypatch: pytest.MonkeyPatch) -> None:
+    """ElasticBuffer sends choices and weights along the routing of a handle, too."""
+    world = World(0)
+    config = SimpleNamespace(direct=False)
+    launch = SimpleNamespace(kernel=SimpleNamespace(config=config))
+    for name, value in (("launch", launch), ("_routing", {}), ("_dispatch_rows", None)):
+        monkeypatch.setattr(world.mode, name, lambda *_, value=value, **__: value)
+    x = torch.empty((ROWS, HIDDEN), dtype=torch.bfloat16)
+    idx, weights = torch.empty((ROWS, TOPK), dtype=torch.int64), torch.empty((ROWS, TOPK))
+    handle: Any = SimpleNamespace(num_rows=3)
+    call = Dispatch(x, None, idx, weights, handle, 1, 0, 2)
+    received = world.mode._cached_dispatch(world.scope, call, handle)  # type: ignore[arg-type]
+    tensors = received.recv_x, received.recv_topk_idx, received.recv_topk_weights
+    assert [tuple(each.shape) for each in tensors] == [(3, HIDDEN), (3, TOPK), (3, TOPK)]
+
+
 def test_no_rows() -> None:
     outputs = World(BLOCKS).allocate(rows=0)
     assert outputs.has_room

@@ -257,7 +257,7 @@ def test_tensors_of_an_asynchronous_call_may_be_dropped_at_once(op: str, with_ev
             others = [torch.full_like(calls.x, 7) for _ in range(8)]
             results.append((sign, out, others, None if with_event else done))
         del done
-        assert bool(streams._kept) == with_event
+        assert bool(streams._kept.calls) == with_event
         comm.synchronize()  # where nobody has kept an event to wait for
         settle(buffer)
         for sign, out, others, done in results:
@@ -300,7 +300,7 @@ def test_memory_of_an_asynchronous_call_is_back_after_the_wait(op: str) -> None:
 
         call()[1].current_stream_wait()  # compiles
         settle(buffer)
-        assert not streams._kept
+        assert not streams._kept.calls
         before = torch.cuda.memory_allocated()
         with torch.cuda.stream(comm):
             torch.cuda._sleep(LONG)

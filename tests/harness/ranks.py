@@ -158,11 +158,15 @@ def capture(queue: Callable[[], Any], meet: Callable[[], object]) -> tuple[Calla
         queue: Called once.
         meet: Called before and after, for ranks that share a GPU.
     """
+    # Not `torch.cuda.graph`, which waits for the GPU first: that ends the captures of other ranks.
+    torch.cuda.synchronize()
     meet()
     graph = torch.cuda.CUDAGraph()
-    stream = torch.cuda.current_stream()
-    with torch.cuda.graph(graph, stream=stream, capture_error_mode="thread_local"):
+    graph.capture_begin(capture_error_mode="thread_local")
+    try:
         outputs = queue()
+    finally:
+        graph.capture_end()
     meet()
     return graph.replay, outputs
 
