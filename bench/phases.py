@@ -70,7 +70,7 @@ MARKS: dict[str, list[tuple[str, str]]] = {
         ("word released", "      unit = next.unit();\n    }\n  }\n\n  // A part"),
         ("nothing left to push", "      if (p.receives && goes_on()) reduce();\n"),
         ("words are here", "    if (!all_lanes(ok)) return false;\n    if constexpr (kRemote)\n"),
-        ("rows in lines are here", "        const uint32_t taken = left & ~next;\n"),
+        ("rows in lines are here", "          if (left == next) break;\n"),
         ("sum stored", "    }\n  }\n\n  // draw_on() is called when the warp has nothing"),
         ("nothing left", "    ticket.take(waiter.epoch);\n    if (ticket.is_last())"),
     ],

@@ -9,7 +9,7 @@ from epjit import env
 from epjit.arch import arch_number
 
 _AUTO = "auto"
-_SM90 = 90
+_SM90, _NO_END = 90, 1 << 16
 # With more, a token is better staged once and pulled: 4096 tokens of BF16 on four H200s, 586 us
 # instead of 602 with 24 SMs, 620 instead of 692 with 12; on two, 223 instead of 207.
 MOST_PUSHING_RANKS = 2
@@ -24,16 +24,18 @@ class Variant:
         min_arch: First architecture that runs it, as a number: 90 for sm_90.
         description: One line for users.
         opt_in: Whether only its name chooses it, never ``auto`` or a tuned file.
+        end_arch: First architecture that does not run it any more.
     """
 
     name: str
     min_arch: int
     description: str
     opt_in: bool = False
+    end_arch: int = _NO_END
 
     def runs_on(self, arch: str) -> bool:
         """Whether an architecture such as ``"sm_90a"`` can run it."""
-        return arch_number(arch) >= self.min_arch
+        return self.min_arch <= arch_number(arch) < self.end_arch
 
 
 @dataclass(frozen=True)
@@ -59,6 +61,11 @@ class Choice:
         """The variant that ``auto`` takes before all others in a group of one NVLink domain."""
         return self.among_many if num_ranks > MOST_PUSHING_RANKS else None
 
+
+# GPUs of sm_120 have no NVLink.
+_LINES = Variant(
+    "lines", 90, "128 bytes of rows carry their own flag (NVLink)", opt_in=True, end_arch=120
+)
 
 CHOICES: Mapping[str, Choice] = {
     "dispatch": Choice(
@@ -89,7 +96,7 @@ CHOICES: Mapping[str, Choice] = {
         env.low_latency_dispatch_variant,
         (
             Variant("words", 80, "each row is followed by a word that says that it is here"),
-            Variant("lines", 90, "128 bytes of rows carry their own flag (NVLink)", opt_in=True),
+            _LINES,
         ),
     ),
     "low_latency_combine": Choice(
@@ -100,7 +107,7 @@ CHOICES: Mapping[str, Choice] = {
             Variant("ldst", 80, "rows are pushed by 16-byte stores"),
             Variant("tma", 90, "rows are pushed by TMA bulk copies"),
             Variant("reduced", 80, "a rank's rows are summed, and rounded, before they cross"),
-            Variant("lines", 90, "128 bytes of rows carry their own flag (NVLink)", opt_in=True),
+            _LINES,
         ),
     ),
 }
@@ -141,8 +148,9 @@ def resolve(op: str, arch: str, *, preferred: str | None = None) -> str:
         raise ValueError(f"{variable}={wanted!r} is not a variant of {op}; valid are {allowed}")
     (variant,) = (each for each in choice.variants if each.name == wanted)
     if not variant.runs_on(arch):
+        last = " or later" if variant.end_arch == _NO_END else f" and before sm_{variant.end_arch}"
         raise ValueError(
-            f"{variable}={wanted!r} needs sm_{variant.min_arch} or later; the device is {arch}"
+            f"{variable}={wanted!r} needs sm_{variant.min_arch}{last}; the device is {arch}"
         )
     if without_sm90 and variant.min_arch >= _SM90:
         raise ValueError(

@@ -190,6 +190,13 @@ def test_variant_that_cannot_run(monkeypatch: pytest.MonkeyPatch) -> None:
         variants.resolve("toy", "sm_75")
 
 
+def test_lines_are_for_gpus_with_nvlink(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("EPJIT_LOW_LATENCY_DISPATCH_VARIANT", "lines")
+    assert variants.resolve("low_latency_dispatch", "sm_103a") == "lines"
+    with pytest.raises(ValueError, match="'lines' needs sm_90 and before sm_120; the device is"):
+        variants.resolve("low_latency_dispatch", "sm_120a")
+
+
 @pytest.mark.parametrize("op", CHOICES)
 def test_every_variant_is_described_where_it_is_chosen(op: str) -> None:
     """Names are unique, and the variable's description, from which the docs come, lists them."""

@@ -35,7 +35,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             "many GPUs in CUDA_VISIBLE_DEVICES"
         )
     elif num_workers > 1:
-        number = int(os.environ["PYTEST_XDIST_WORKER"][2:])  # of one in place of a crashed one: higher
+        # A worker in place of one that crashed has a higher number.
+        number = int(os.environ["PYTEST_XDIST_WORKER"][2:])
         os.environ["CUDA_VISIBLE_DEVICES"] = gpus[number % len(gpus)]
     if not reason and not torch.cuda.is_available():  # from here on the variable has been read
         reason = "needs a GPU"

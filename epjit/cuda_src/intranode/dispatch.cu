@@ -210,7 +210,9 @@ class Dispatch {
   using PayloadOf = Payload<kScales, kTopk, kCfg.topk_is_int64, Params>;
   using Copier = RowCopier<kCfg.tma, kCfg.num_warps, kRows, kCfg.hidden_bytes>;
   // More in flight would spill.
-  using Caster = RowCaster<kCfg.format, kCfg.is_f16, kHidden, !kCasts ? 1 : kDirect ? 4 : 7>;
+  // Items on their way; more would spill.
+  static constexpr int kCastBatch = !kCasts ? 1 : kDirect ? 4 : kCfg.format == kFp8Row ? 6 : 7;
+  using Caster = RowCaster<kCfg.format, kCfg.is_f16, kHidden, kCastBatch>;
   using Experts = ByExpert<kScales, kTopk, kCfg.has_weights, kCfg.hidden_bytes, DispatchParams>;
 
  public:

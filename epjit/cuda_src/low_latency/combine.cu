@@ -476,35 +476,40 @@ class LowLatencyCombine {
     for (int unit = begin; unit < end; ++unit) {
       float sum[8] = {};
       for (uint32_t left = rows, next; left != 0; left = next) {
-        // Rows of this batch; where there are fewer, the last one again, so that nothing branches.
-        int ks[kBatch];
+        // Places of the next rows; where there are fewer, of the last one again, so that nothing branches.
+        const char* places[kBatch];
         next = left;
+        int k = 0;
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          ks[i] = next != 0 ? __ffs(next) - 1 : ks[max(i - 1, 0)];
+          if (next != 0) k = __ffs(next) - 1;
           next &= next - 1;
+          const char* const src = of_lane(row, k);
+          places[i] =
+              (own >> k & 1) != 0 ? Unit::in_row(src, unit, lane) : Unit::in_lines(src, unit, lane);
         }
         Unit units[kBatch];
         const auto look_at = [&] {
 #pragma unroll
-          for (int i = 0; i < kBatch; ++i) {
-            const char* const src = of_lane(row, ks[i]);
-            units[i].look((own >> ks[i] & 1) != 0 ? Unit::in_row(src, unit, lane)
-                                                  : Unit::in_lines(src, unit, lane));
-          }
-          uint32_t missing = 0;
+          for (int i = 0; i < kBatch; ++i) units[i].look(places[i]);
+          uint32_t missing = 0, rest = left;
+          int k = 0;
 #pragma unroll
-          for (int i = 0; i < kBatch; ++i)
-            missing |= units[i].is_here(waiter.epoch, lane) ? 0 : 1u << ks[i];
+          for (int i = 0; i < kBatch; ++i) {
+            if (rest != 0) k = __ffs(rest) - 1;
+            rest &= rest - 1;
+            missing |= units[i].is_here(waiter.epoch, lane) ? 0 : 1u << k;
+          }
           return missing & ~own;
         };
         if (!warp_wait(waiter, kWaitLowLatencyCombineRow, peer, selection, look_at)) return false;
-        const uint32_t taken = left & ~next;
 #pragma unroll
         for (int i = 0; i < kBatch; ++i) {
-          if (i >= __popc(taken)) break;
-          if ((own >> ks[i] & 1) != 0) units[i].take_half(lane);
-          add_weighted(sum, __shfl_sync(kFullMask, weight, ks[i]), units[i].v);
+          if (left == next) break;
+          k = __ffs(left) - 1;
+          left &= left - 1;
+          if ((own >> k & 1) != 0) units[i].take_half(lane);
+          add_weighted(sum, __shfl_sync(kFullMask, weight, k), units[i].v);
         }
       }
       Unit{to_bf16(sum)}.store(out, unit, lane);
