@@ -101,13 +101,14 @@ EMULATE_INLINE Vec16 emulated_lines(EmulatedLane lane, bool is_store) {
       if (is_store && !is_line)
         emulate::fail("lanes %d to %d do not store a line at %p", first, first + 7,
                       each[first]->ptr);
+      emulate::poll();
+      emulate::is_preemptible = before && !is_line;
       for (int i = first; i < first + 8; ++i) {
-        if (i == first || !is_line) emulate::poll();
-        emulate::is_preemptible = before && !is_line;
+        if (!is_line) emulate::poll();
         Vec16& there = *static_cast<Vec16*>(each[i]->ptr);
         is_store ? there = each[i]->v : each[i]->v = there;
-        emulate::is_preemptible = before;
       }
+      emulate::is_preemptible = before;
     }
   }
   emulate::meet(emulate::kSync, kFullMask, 0, 2 + is_store);
