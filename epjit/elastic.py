@@ -139,23 +139,22 @@ class ElasticBuffer:
                 use_fp8_dispatch=use_fp8_dispatch,
                 allow_multiple_reduction=self.allow_multiple_reduction,
             )
-        self.num_bytes = as_int("num_bytes", num_bytes, least=1)
-        if self.num_bytes % _SIZE_UNIT:
-            raise ValueError(
-                f"num_bytes is {self.num_bytes}, but must be a multiple of {_SIZE_UNIT} (2 MiB), "
-                "as ElasticBuffer.get_buffer_size_hint gives it"
-            )
+        self.num_bytes = _checked_size(num_bytes)
+        self._make(links, None if group is None else self.group, comm)
+
+    def _make(self, links: Group, group: Any, comm: Any) -> None:
+        """Makes the Buffer beneath, the mode and the checks; collective."""
         topology = find_topology(links, device=new_device().index)
         self.scaleout_rank_idx, self.scaleup_rank_idx = topology.domain, topology.local
         self.num_scaleout_ranks = self.num_rdma_ranks = topology.num_domains
         self.num_scaleup_ranks = self.num_nvlink_ranks = topology.num_local
         self._buffer = buffer = Buffer(
-            None if group is None else self.group,
+            group,
             self.num_bytes,
             self.num_bytes if topology.spans_domains else 0,
             comm=comm,
-            explicitly_destroy=explicitly_destroy,
-            timeout_seconds=num_gpu_timeout_secs,
+            explicitly_destroy=self.explicitly_destroy,
+            timeout_seconds=self.num_gpu_timeout_secs,
         )
         self._mode = Elastic(
             buffer._mode,
@@ -504,6 +503,21 @@ class ElasticBuffer:
 
     def _sms_of(self, handle: EPHandle | None) -> int:
         return getattr(handle, "num_sms", 0) or self.get_theoretical_num_sms(0, 0)
+
+
+def _checked_size(num_bytes: int) -> int:
+    """`num_bytes` of a buffer.
+
+    Raises:
+        ValueError: It is no multiple of 2 MiB, or not positive.
+    """
+    size = as_int("num_bytes", num_bytes, least=1)
+    if size % _SIZE_UNIT:
+        raise ValueError(
+            f"num_bytes is {size}, but must be a multiple of {_SIZE_UNIT} (2 MiB), as "
+            "ElasticBuffer.get_buffer_size_hint gives it"
+        )
+    return size
 
 
 def _size_hint(

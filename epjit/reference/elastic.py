@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -40,6 +40,10 @@ class RankInput(NamedTuple):
     scales: Tensor | None
     topk_idx: Tensor
     topk_weights: Tensor | None
+
+
+_Token: TypeAlias = "tuple[int, int, dict[int, int]]"
+"""Source rank, token, and local expert of each choice."""
 
 
 def dispatch(
@@ -81,25 +85,9 @@ def dispatch(
     elif do_expand:
         num_rows = row_bound(num_tokens, min(num_topk, num_local), num_local, expert_alignment)
 
-    rows = [-1] * num_rows  # of the tokens
-    weights = _zeros(num_rows) if do_expand else _zeros(num_rows, num_topk)
-    metadata = _none((num_tokens, num_topk + 2), torch.int32)
-    idx = _none((num_tokens, num_topk), own.topk_idx.dtype)
-    free = starts[:-1]  # the next row of each expert
-    for place, (source, token, chosen) in enumerate(tokens):
-        given = inputs[source].topk_weights
-        metadata[place, 0] = source * max_tokens + token
-        metadata[place, 1] = source * num_topk + max(chosen)
-        if not do_expand:
-            rows[place] = place
-        for k, expert in chosen.items():
-            idx[place, k] = expert
-            row = free[expert] if do_expand else place
-            free[expert] += 1
-            rows[row] = place
-            metadata[place, 2 + k] = row if do_expand else expert
-            if given is not None:
-                weights[row if do_expand else (place, k)] = given[token, k]
+    rows, weights, metadata, idx = _placed(
+        inputs, tokens, starts, (num_tokens, num_rows), max_tokens, do_expand=do_expand
+    )
 
     def gather(tensors: Sequence[Tensor]) -> Tensor:
         out = _zeros(num_rows, tensors[0].shape[1], dtype=tensors[0].dtype)
@@ -136,6 +124,44 @@ def dispatch(
         recv_topk_weights=None if own.topk_weights is None else weights,
         handle=handle,
     )
+
+
+def _placed(
+    inputs: Sequence[RankInput],
+    tokens: Sequence[_Token],
+    starts: Sequence[int],
+    sizes: tuple[int, int],
+    max_tokens: int,
+    *,
+    do_expand: bool,
+) -> tuple[list[int], Tensor, Tensor, Tensor]:
+    """The token of each row, or -1; weights, metadata and choices as `dispatch` returns them.
+
+    `sizes`: rows of the metadata, and rows.
+    """
+    num_tokens, num_rows = sizes
+    choices = inputs[0].topk_idx
+    num_topk = choices.shape[1]
+    rows = [-1] * num_rows
+    weights = _zeros(num_rows) if do_expand else _zeros(num_rows, num_topk)
+    metadata = _none((num_tokens, num_topk + 2), torch.int32)
+    idx = _none((num_tokens, num_topk), choices.dtype)
+    free = list(starts[:-1])  # the next row of each expert
+    for place, (source, token, chosen) in enumerate(tokens):
+        given = inputs[source].topk_weights
+        metadata[place, 0] = source * max_tokens + token
+        metadata[place, 1] = source * num_topk + max(chosen)
+        if not do_expand:
+            rows[place] = place
+        for k, expert in chosen.items():
+            idx[place, k] = expert
+            row = free[expert] if do_expand else place
+            free[expert] += 1
+            rows[row] = place
+            metadata[place, 2 + k] = row if do_expand else expert
+            if given is not None:
+                weights[row if do_expand else (place, k)] = given[token, k]
+    return rows, weights, metadata, idx
 
 
 def combine(
@@ -267,10 +293,8 @@ def add_choices(rows: Tensor, biases: Sequence[Tensor | None], out: Tensor) -> N
     out.copy_(total)
 
 
-def _received(
-    inputs: Sequence[RankInput], rank: int, num_local: int
-) -> list[tuple[int, int, dict[int, int]]]:
-    """Source rank, token, and local expert of each choice here, of all that `rank` receives."""
+def _received(inputs: Sequence[RankInput], rank: int, num_local: int) -> list[_Token]:
+    """All that `rank` receives."""
     return [
         (source, token, chosen)
         for source, given in enumerate(inputs)
