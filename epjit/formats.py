@@ -161,7 +161,10 @@ FORMATS = (BF16, FP8, FP8_ROUND, FP8_UE8M0, MXFP8, NVFP4)
 """All formats of the low-latency mode, by code."""
 
 CASTS = {each.name: each for each in (*FORMATS, FP8_ROW) if each is not BF16}
-"""The formats that `expert_dispatch` casts rows to, by name."""
+"""The formats that a dispatch casts rows to on the way, by name."""
+
+SUM_DTYPES = (torch.bfloat16, torch.float16)
+"""Of rows that kernels add, or cast."""
 
 _QUANTIZATIONS = {each.name: each for each in (MXFP8, NVFP4)}
 

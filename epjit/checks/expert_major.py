@@ -10,9 +10,9 @@ import torch
 from epjit import calls
 from epjit.calls import Bias, Payload
 from epjit.checks.match import as_handle, check_topk, remember, signature
-from epjit.checks.normal import SUM_DTYPES, NormalChecks, pair_of, rows_and_scales
+from epjit.checks.normal import NormalChecks, pair_of, rows_and_scales
 from epjit.config import Config
-from epjit.formats import CASTS
+from epjit.formats import CASTS, SUM_DTYPES
 from epjit.handles import ExpertHandle, GivenExpertHandle, Placement, row_bound
 
 if TYPE_CHECKING:

@@ -32,7 +32,7 @@ from epjit.config import (
     Config,
     check_row_bytes,
 )
-from epjit.formats import CASTS, NVFP4, RowFormat
+from epjit.formats import CASTS, NVFP4, SUM_DTYPES, RowFormat
 from epjit.handles import GivenHandle, handle_type
 from epjit.numbers import as_int
 
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
     from epjit.event import EventOverlap
 
 INT32_MAX = (1 << 31) - 1
-SUM_DTYPES = (torch.bfloat16, torch.float16)  # of rows that are added, or cast
 
 
 @dataclass(frozen=True, kw_only=True)

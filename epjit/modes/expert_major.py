@@ -18,6 +18,7 @@ from torch import Tensor
 from epjit.calls import Sums
 from epjit.checks.match import INDEX_DTYPES, check, check_rows, check_topk
 from epjit.config import MAX_LOCAL_EXPERTS
+from epjit.formats import SUM_DTYPES
 from epjit.handles import Placement
 from epjit.kernels.expert_major import (
     BlankConfig,
@@ -34,7 +35,6 @@ from epjit.runtime.kernel import C, Kernel
 from epjit.runtime.launch import Launch
 
 _INT32_MAX = (1 << 31) - 1
-SUM_DTYPES = (torch.bfloat16, torch.float16)  # that the unpermute kernel adds
 RowParts: TypeAlias = tuple[Tensor, Tensor | None, Tensor | None]
 """Rows, and the scales and weights beside them."""
 Weights: TypeAlias = tuple[Tensor | None, Tensor | None]

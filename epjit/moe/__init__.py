@@ -27,7 +27,7 @@ import torch
 from torch import Tensor
 
 from epjit.checks.match import check_dry_rows, check_no_transform, is_dry
-from epjit.formats import CASTS
+from epjit.formats import CASTS, SUM_DTYPES
 from epjit.handles import (
     ExpertHandle,
     GivenHandle,
@@ -36,7 +36,6 @@ from epjit.handles import (
     handle_type,
     row_bound,
 )
-from epjit.modes import expert_major as by_expert
 from epjit.moe.buffers import (
     GroupLike,
     count_domains,
@@ -149,7 +148,7 @@ def _rows(x: Tensor) -> Tensor:
 def _check_comes_back(x: Tensor, weights: Tensor, *, is_combined: bool) -> None:
     """Checks that rows are of a dtype that is summed: by combine, and by the gradient of a copy."""
     needs_grad = torch.is_grad_enabled() and (x.requires_grad or weights.requires_grad)
-    if x.dtype not in by_expert.SUM_DTYPES and (is_combined or needs_grad):
+    if x.dtype not in SUM_DTYPES and (is_combined or needs_grad):
         raise TypeError(
             f"x has dtype {x.dtype}, but what comes back is summed in bfloat16 or float16; convert "
             "it with .to(torch.bfloat16), or run the layer under torch.autocast"
