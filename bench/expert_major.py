@@ -17,7 +17,7 @@ import contextlib
 import json
 import os
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -46,12 +46,6 @@ def torch_permute(
     row_weights = weights.new_zeros(rows.shape[0])
     row_weights[at] = weights[token, column]
     return rows, row_weights, ends.to(torch.int32)
-
-
-def fp8_of_rows(x: Tensor) -> tuple[Tensor, Tensor]:
-    """FP8 with a scale a row, as `cast="fp8_row"` makes it."""
-    scales = x.float().abs().amax(dim=-1, keepdim=True).clamp(min=1e-4) / 448
-    return (x / scales).to(torch.float8_e4m3fn), scales
 
 
 def worker(
@@ -101,12 +95,13 @@ def worker(
         inner = moe.grouped_mm(got.x, matrices, got.ends)
         return moe.grouped_mm(inner, matrices.transpose(1, 2), got.ends)
 
-    (first, of_first), (second, of_second) = map(fp8_of_rows, (matrices.mT.contiguous(), matrices))
+    first, of_first = normal.to_fp8(matrices.mT.contiguous(), args.hidden)
+    second, of_second = normal.to_fp8(matrices, args.intermediate)
 
     def fp8_products(got: moe.ExpertRows) -> Tensor:
         product = partial(moe.grouped_mm, ends=got.ends)
         inner = product(got.x, first.mT, scales=got.scales, weight_scales=of_first)
-        rows, scales = fp8_of_rows(inner)
+        rows, scales = normal.to_fp8(inner, args.intermediate)
         return product(rows, second.mT, scales=scales, weight_scales=of_second)
 
     def layer() -> Tensor:
@@ -195,16 +190,35 @@ class Timed(NamedTuple):
     """A call that is timed.
 
     Attributes:
-        row_bytes: That cross the links for a token.
-        stored: Rows by expert that are written here.
-        beside: Which of the calls before it is its measure, from the last backward; 0 = none.
+        row_bytes: Of a token, as it travels.
+        stored: Rows that are written here; 0 where these are not what is looked at.
+        beside: Name of the call before it that is its measure.
     """
 
     name: str
     call: Callable[..., Any]
     row_bytes: int
     stored: int = 0
-    beside: int = 0
+    beside: str = ""
+
+
+def report(
+    timed: Iterable[Timed],
+    say: normal.Say,
+    clock: Callable[[Callable[..., Any]], timing.Row],
+    ceilings: Callable[[Timed], timing.Row],
+    **common: Any,
+) -> None:
+    """Times calls; `clock` gives `us` of one, `ceilings` the microseconds of what bounds it."""
+    found: dict[str, float] = {}
+    for each in timed:
+        row, facts = clock(each.call), ceilings(each)
+        us = found[each.name] = row["us"]
+        if facts:
+            facts["ratio"] = round(max(facts.values()) / us, 3)
+        if each.beside:
+            facts |= {"beside": each.beside, "times": round(us / found[each.beside], 2)}
+        say(op=f"{each.name}, cached", **common, **row, **facts)
 
 
 def by_sms(
@@ -237,6 +251,11 @@ def by_sms(
     say(op="rows here, with padding", us=0, rows=num_selected, padded=num_padded)
     stores = max(1, min(4, round(num_selected / max(len(plain), 1))))
     weights = torch.rand(len(rows), device=rows.device, dtype=torch.float32)
+
+    def clock(call: Callable[[], Any]) -> timing.Row:
+        us, host_us = timing.timed(call, group)
+        return {"us": us, "host_us": host_us}
+
     for sms in args.sms:
         config = epjit.Config(sms)
         rate = fan.stored_bytes(stores) / fan.us(stores, min(settings.ranks - 1, 1), sms)
@@ -245,32 +264,30 @@ def by_sms(
         sums = partial(buffer.expert_combine, rows, handle, config=config)
         of_x, of_fp8 = normal.row_bytes(x), sum(each.shape[1] * each.element_size() for each in fp8)
         sent, cast = "dispatch by expert", {"cast": "fp8"}
+        plain_fp8, sent_fp8 = "dispatch of fp8 rows", f"{sent} of fp8 rows"
+        zeros = partial(by_expert, x, zero_padding=True)
+        weighted = partial(sums, row_weights=weights)
         timed = [
             Timed("dispatch", partial(by_source, x), of_x),
-            Timed("dispatch of fp8 rows", partial(by_source, fp8), of_fp8),
-            Timed("dispatch, cast", partial(by_source, x, **cast), of_fp8, 0, -1),
-            Timed(sent, partial(by_expert, x), of_x, num_selected, -3),
-            Timed(f"{sent}, zeros", partial(by_expert, x, zero_padding=True), of_x, num_padded, -4),
-            Timed(f"{sent} of fp8 rows", partial(by_expert, fp8), of_fp8, num_selected),
-            Timed(f"{sent}, cast", partial(by_expert, x, **cast), of_fp8, num_selected, -1),
+            Timed(plain_fp8, partial(by_source, fp8), of_fp8),
+            Timed("dispatch, cast", partial(by_source, x, **cast), of_fp8, 0, plain_fp8),
+            Timed(sent, partial(by_expert, x), of_x, num_selected, "dispatch"),
+            Timed(f"{sent}, zeros", zeros, of_x, num_padded, "dispatch"),
+            Timed(sent_fp8, partial(by_expert, fp8), of_fp8, num_selected),
+            Timed(f"{sent}, cast", partial(by_expert, x, **cast), of_fp8, num_selected, sent_fp8),
             Timed("combine", partial(buffer.combine, plain, handle.routing, config=config), of_x),
-            Timed("combine by expert", sums, of_x, 0, -1),
-            Timed("combine by expert, weights", partial(sums, row_weights=weights), of_x, 0, -2),
+            Timed("combine by expert", sums, of_x, 0, "combine"),
+            Timed("combine by expert, weights", weighted, of_x, 0, "combine"),
         ]
-        found: list[float] = []
-        for name, call, row_bytes, stored, beside in timed:
-            us, host_us = timing.timed(call, group)
-            facts: dict[str, Any] = {"stores_us": stored * row_bytes / rate} if stored else {}
-            best = max(ceilings[sms].values())
-            if best:
-                facts["links_us"] = case.remote_rows * row_bytes / best / 1e3
-            if facts:
-                facts["ratio"] = round(max(facts.values()) / us, 3)
-            if beside:
-                facts["beside"] = timed[len(found) + beside].name
-                facts["times"] = round(us / found[beside], 2)
-            found.append(us)
-            say(op=f"{name}, cached", sms=sms, us=us, host_us=host_us, **facts)
+
+        def bounds(
+            each: Timed, rate: float = rate, best: float = max(ceilings[sms].values())
+        ) -> timing.Row:
+            stores = {"stores_us": each.stored * each.row_bytes / rate} if each.stored else {}
+            sent_bytes = case.remote_rows * each.row_bytes
+            return stores | ({"links_us": sent_bytes / best / 1e3} if best else {})
+
+        report(timed, say, clock, bounds, sms=sms)
     fan.close()
 
 
@@ -406,31 +423,25 @@ def virtual_worker(
         for sms in [each for each in args.sms if size * each <= fan.num_sms]:
             config = epjit.Config(sms)
             at = {n: fan.stored_bytes(n) / fan.us(n, 0, size * sms) for n in {1, stores}}
-            with_zeros = partial(on_rank, "expert_dispatch", zero_padding=True)
+            calls = {
+                name: partial(on_rank, name, config=config)
+                for name in ("dispatch", "expert_dispatch", "combine", "expert_combine")
+            }
+            zeros = partial(calls["expert_dispatch"], zero_padding=True)
+            there, back = "dispatch by expert", "combine by expert"
             timed = [
-                Timed("dispatch", partial(on_rank, "dispatch"), row_bytes, num_plain),
-                Timed(
-                    *("dispatch by expert", partial(on_rank, "expert_dispatch")),
-                    *(row_bytes, num_rows, -1),
-                ),
-                Timed("dispatch by expert, zeros", with_zeros, row_bytes, num_padded, -2),
-                Timed("combine", partial(on_rank, "combine"), row_bytes, num_plain),
-                Timed(
-                    *("combine by expert", partial(on_rank, "expert_combine")),
-                    *(row_bytes, num_plain, -1),
-                ),
+                Timed("dispatch", calls["dispatch"], row_bytes, num_plain),
+                Timed(there, calls["expert_dispatch"], row_bytes, num_rows, "dispatch"),
+                Timed(f"{there}, zeros", zeros, row_bytes, num_padded, "dispatch"),
+                Timed("combine", calls["combine"], row_bytes, num_plain),
+                Timed(back, calls["expert_combine"], row_bytes, num_plain, "combine"),
             ]
-            found: list[float] = []
-            for name, call, _, stored, beside in timed:
-                us = ranks.us(partial(call, config=config))
-                rate = at[1 if stored == num_plain else stores]
-                facts: dict[str, Any] = {"stores_us": stored * row_bytes / rate}
-                facts["ratio"] = round(facts["stores_us"] / us, 3)
-                if beside:
-                    facts["beside"] = timed[len(found) + beside].name
-                    facts["times"] = round(us / found[beside], 2)
-                found.append(us)
-                say(op=f"{name}, cached", virtual=size, sms=sms, us=us, **facts)
+
+            def bounds(each: Timed, at: dict[int, float] = at, stores: int = stores) -> timing.Row:
+                rate = at[1 if each.stored == num_plain else stores]
+                return {"stores_us": each.stored * each.row_bytes / rate}
+
+            report(timed, say, lambda call: {"us": ranks.us(call)}, bounds, virtual=size, sms=sms)
         fan.close()
     made.clear()
     ranks.close()

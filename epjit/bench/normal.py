@@ -122,12 +122,12 @@ def run(settings: Settings, *, on_row: Callable[[Row], None]) -> list[Row]:
     return run_ranks(worker, settings.ranks, settings, free_port(), on_row=on_row)
 
 
-def to_fp8(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """float8_e4m3fn `[T, H]` and a float32 scale for each 128 columns."""
-    blocks = x.view(x.shape[0], -1, 128).float()
-    scales = blocks.abs().amax(2).clamp(1e-4) / 448.0
-    values = (blocks / scales.unsqueeze(2)).to(torch.float8_e4m3fn)
-    return values.view(x.shape), scales.contiguous()
+def to_fp8(x: torch.Tensor, block: int = 128) -> tuple[torch.Tensor, torch.Tensor]:
+    """float8_e4m3fn `[..., H]` and a float32 scale for each `block` columns."""
+    blocks = x.unflatten(-1, (-1, block)).float()
+    scales = blocks.abs().amax(-1).clamp(1e-4) / 448.0
+    values = (blocks / scales.unsqueeze(-1)).to(torch.float8_e4m3fn)
+    return values.flatten(-2), scales.contiguous()
 
 
 def gathered(x: torch.Tensor, group: dist.ProcessGroup) -> list[torch.Tensor]:
