@@ -173,10 +173,15 @@ class Mode(ABC, Generic[Shape]):
                 "can be compiled while a CUDA graph is captured; run the call once before the "
                 f"capture, or call Buffer.{self._warmup}()"
             )
-        launch = self._bind(config)
+        launch = self._load(shape, config)
         self._agree(config, **sizes)
         self._launches[type(shape), shape] = launch
         return launch
+
+    def _load(self, shape: Shape, config: KernelConfig) -> Launch[Any]:
+        """Compiles and loads all that calls of a shape launch; returns the launch of `config`."""
+        del shape
+        return self._bind(config)
 
     def warmup(self, shapes: Iterable[Shape], **sizes: int) -> None:
         """Makes the launches of shapes, and compiles for ``TORCH_CUDA_ARCH_LIST`` into the cache.

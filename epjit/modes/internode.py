@@ -218,11 +218,11 @@ class Internode(Normal[AnyShape]):
             bound["fits"] = self._fits.data_ptr()
         return Launch(self._kernel(config), **bound)
 
-    def _build(self, shape: AnyShape, **sizes: int) -> Launch[Any]:
-        """With the second pass, which is loaded before the ranks meet, as all that is launched."""
-        for config in passes_of(shape, self._arch):
-            expert_major._launch(config, self._device.index)
-        return super()._build(shape, **sizes)
+    def _load(self, shape: AnyShape, config: KernelConfig) -> Launch[Any]:
+        """With the second pass, which is there before the ranks meet, as all that is launched."""
+        for each in passes_of(shape, self._arch):
+            expert_major._launch(each, self._device.index)
+        return super()._load(shape, config)
 
     def _configs_on(self, arch: str, shapes: Iterable[AnyShape]) -> list[KernelConfig]:
         num_domains, num_local = self._topology.num_domains, self._topology.num_local
